@@ -1,0 +1,17 @@
+"""The errors a user meets, each raised at the boundary, before anything is allocated."""
+
+
+class FerrumError(Exception):
+    """Base of every error that is the input's fault and not ours."""
+
+
+class ModelFileError(FerrumError):
+    """A model file is damaged or inconsistent. The message names the file and the tensor or key."""
+
+
+class UnsupportedModelError(ModelFileError):
+    """The file may be sound, but needs something that ferrum_jax does not do. The message names it."""
+
+
+class ModelNotFoundError(FerrumError):
+    """No source has the model. The message lists what was tried and why each attempt failed."""
