@@ -1,0 +1,198 @@
+"""GGUF files: what is in them and their bytes, split files included.
+
+Opening reads and checks the headers only (`gguf_header`); tensor data are read on demand, by positioned reads straight
+into the caller's array, so nothing is mapped and nothing is held twice. A model split into `name-00001-of-0000N.gguf`
+and so on opens as one, whichever of its parts is named. Needs NumPy, not JAX.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import stat
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+
+from ferrum_jax.errors import ModelFileError, ModelNotFoundError
+from ferrum_jax.weights.gguf_header import Header, TensorInfo, parse_header
+
+__all__ = ["GGUFFile", "TensorInfo", "open_gguf"]
+
+_READ_BYTES = 16 << 20  # of one positioned read
+_PART_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
+
+
+class GGUFFile:
+    """An open model file: `metadata` and `tensors` by name, over all parts; made by `open_gguf`.
+
+    `metadata` values are int, float, bool, str, list[str], or a 1-D numpy array for arrays of numbers or bools; they
+    are those of the first part. `path` is the first part, `parts` are all of them in order.
+    """
+
+    def __init__(
+        self,
+        parts: tuple[Path, ...],
+        metadata: dict[str, object],
+        tensors: dict[str, TensorInfo],
+        files: dict[Path, io.FileIO],
+    ) -> None:
+        self.path = parts[0]
+        self.parts = parts
+        self.metadata = metadata
+        self.tensors = tensors
+        self._files = files
+
+    @property
+    def tensor_bytes(self) -> int:
+        """Bytes of all tensors, without padding."""
+        return sum(info.nbytes for info in self.tensors.values())
+
+    def read_into(self, info: TensorInfo, out: np.ndarray, start: int = 0) -> None:
+        """Fills the contiguous uint8 array `out` with the bytes [start, start + out.nbytes) of the tensor.
+
+        Raises ModelFileError when the file has become shorter, ValueError for an unfit array or range or a closed file.
+        """
+        if out.dtype != np.uint8 or not out.flags.c_contiguous or not out.flags.writeable:
+            raise ValueError(f"read_into needs a writeable contiguous uint8 array, got {out.dtype} {out.shape}")
+        if not 0 <= start <= info.nbytes - out.nbytes:
+            raise ValueError(
+                f"bytes [{start}, {start + out.nbytes}) are not within the {info.nbytes} bytes of tensor {info.name!r}"
+            )
+        view = out.reshape(-1).data
+        fd = self._files[info.path].fileno()
+        done = 0
+        while done < len(view):
+            got = os.preadv(fd, [view[done : done + _READ_BYTES]], info.offset + start + done)
+            if got == 0:
+                raise ModelFileError(
+                    f"{info.path}: the file ends inside tensor {info.name!r}, after {start + done} of its "
+                    f"{info.nbytes} bytes: it changed after it was opened; download it again"
+                )
+            done += got
+
+    def read(self, info: TensorInfo) -> np.ndarray:
+        """The tensor's bytes, uint8 [nbytes]."""
+        out = np.empty(info.nbytes, np.uint8)
+        self.read_into(info, out)
+        return out
+
+    def close(self) -> None:
+        """Closes every part; reading afterwards raises ValueError."""
+        for file in self._files.values():
+            file.close()
+
+    def __enter__(self) -> GGUFFile:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self.close()
+
+
+def open_gguf(path: str | Path) -> GGUFFile:
+    """Opens a GGUF file, or all parts of a split one, and checks everything but the tensor data.
+
+    Raises ModelNotFoundError when `path` does not exist, ModelFileError for whatever is damaged, missing or
+    inconsistent, UnsupportedModelError for a tensor type that weights cannot have.
+    """
+    named = Path(path)
+    with ExitStack() as stack:
+        try:
+            first = _open_part(named, stack)
+        except FileNotFoundError:
+            raise ModelNotFoundError(f"{named}: no such file") from None
+        parts = _open_siblings(first, stack)
+        tensors: dict[str, TensorInfo] = {}
+        for part in parts:
+            for name, info in part.header.tensors.items():
+                if name in tensors:
+                    raise ModelFileError(f"{part.path}: tensor {name!r} is also in {tensors[name].path.name}")
+                tensors[name] = info
+        for part in parts:
+            count = _split_value(part, "split.tensors.count", default=len(tensors) if len(parts) == 1 else None)
+            if count != len(tensors):
+                raise ModelFileError(
+                    f"{part.path}: metadata key 'split.tensors.count' is {count}, but the {len(parts)} parts hold "
+                    f"{len(tensors)} tensors"
+                )
+        files = {part.path: part.file for part in parts}
+        model = GGUFFile(tuple(files), parts[0].header.metadata, tensors, files)
+        stack.pop_all()
+        return model
+
+
+@dataclass(frozen=True)
+class _Part:
+    path: Path
+    file: io.FileIO
+    inode: tuple[int, int]
+    header: Header
+
+
+def _open_part(path: Path, stack: ExitStack) -> _Part:
+    """Opens and parses one file. FileNotFoundError passes through: the caller knows what the file was wanted for."""
+    try:
+        # Without O_NONBLOCK a named pipe would hang the open.
+        file = io.FileIO(path, opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
+    except FileNotFoundError:
+        raise
+    except IsADirectoryError:
+        raise ModelFileError(f"{path}: this is a directory; name the .gguf file in it") from None
+    except OSError as error:
+        raise ModelFileError(f"{path}: the file cannot be opened: {error.strerror}") from None
+    stack.enter_context(file)
+    status = os.fstat(file.fileno())
+    if not stat.S_ISREG(status.st_mode):
+        raise ModelFileError(f"{path}: this is not a regular file; name a .gguf file")
+    header = parse_header(path, file.fileno(), status.st_size)
+    return _Part(path, file, (status.st_dev, status.st_ino), header)
+
+
+def _open_siblings(named: _Part, stack: ExitStack) -> list[_Part]:
+    """All parts of the model that `named` is one of, in order."""
+    match = _PART_NAME.fullmatch(named.path.name)
+    number, name_count = (int(match["number"]), int(match["count"])) if match else (1, 1)
+    count = _split_value(named, "split.count", default=0 if name_count == 1 else None)
+    if count <= 1 and name_count == 1:
+        if _split_value(named, "split.no", default=0) != 0:
+            raise ModelFileError(f"{named.path}: metadata key 'split.no' is not 0, though the file is not split")
+        return [named]
+    if match is None or name_count != count or number > count:
+        raise ModelFileError(
+            f"{named.path}: metadata key 'split.count' is {count}: the file is one part of several and must be named "
+            f"NAME-00001-of-{count:05d}.gguf and so on, with the other parts beside it"
+        )
+    parts: list[_Part] = []
+    inodes: dict[tuple[int, int], Path] = {}
+    for index in range(count):
+        path = named.path.with_name(f"{match['stem']}-{index + 1:05d}-of-{count:05d}.gguf")
+        try:
+            part = named if index + 1 == number else _open_part(path, stack)
+        except FileNotFoundError:
+            raise ModelFileError(
+                f"{path}: part {index + 1} of {count} is missing; all parts must lie in one directory"
+            ) from None
+        if part.inode in inodes:
+            raise ModelFileError(f"{path}: this is the same file as {inodes[part.inode].name}: the split is cyclic")
+        inodes[part.inode] = path
+        for key, expected in (("split.no", index), ("split.count", count)):
+            value = _split_value(part, key)
+            if value != expected:
+                raise ModelFileError(
+                    f"{path}: metadata key {key!r} is {value}, but by its name it must be {expected}: "
+                    "parts were renamed, repeated or mixed from different models"
+                )
+        parts.append(part)
+    return parts
+
+
+def _split_value(part: _Part, key: str, default: int | None = None) -> int:
+    value = part.header.metadata.get(key, default)
+    if type(value) is not int:
+        problem = "is missing" if value is None else f"is a {type(value).__name__}, not an integer"
+        raise ModelFileError(f"{part.path}: metadata key {key!r} {problem}; every part of a split model needs it")
+    return value
