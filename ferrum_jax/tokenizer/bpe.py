@@ -1,0 +1,60 @@
+"""Byte-level BPE ("gpt2"): text -> words -> bytes written as letters -> merges in the file's order.
+
+The merging is the `tokenizers` library's; here are the file's pre-tokenizer in front of it and the corners in which
+that library differs from llama.cpp: letters are those of Unicode 15.1, and bytes that have no token (some
+vocabularies leave out those that their training text did not hold) part their neighbours and yield nothing.
+"""
+
+import re
+from functools import cache
+
+from ferrum_jax.tokenizer.vocabulary import Vocabulary
+
+
+@cache
+def byte_letters() -> tuple[str, ...]:
+    """GPT-2's letter for each byte: printable Latin-1 stands for itself, the others follow from U+0100 on."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(0x100, 0x200))
+    return tuple(chr(byte if byte in printable else next(others)) for byte in range(256))
+
+
+# The characters that came with Unicode 16 (and unassigned ones between them), whose categories the library knows.
+_UNICODE_16 = (
+    r"\x{897}\x{1b4e}-\x{1b4f}\x{1b7f}\x{1c89}-\x{1c8a}\x{2427}-\x{2429}\x{31e4}-\x{31e5}\x{a7cb}-\x{a7cd}\x{a7da}-\x{a7dc}"
+    r"\x{105c0}-\x{105f3}\x{10d40}-\x{10d8f}\x{10ec2}-\x{10efc}\x{11380}-\x{113e2}\x{116d0}-\x{116e3}\x{11bc0}-\x{11bf9}"
+    r"\x{11f5a}\x{13460}-\x{143fa}\x{16100}-\x{16139}\x{16d40}-\x{16d79}\x{18cff}\x{1cc00}-\x{1ceb3}\x{1e5d0}-\x{1e5ff}"
+    r"\x{1f8b2}-\x{1f8c1}\x{1fa89}-\x{1fa8f}\x{1fabe}\x{1fac6}\x{1fadc}-\x{1fadf}\x{1fae9}\x{1fbcb}-\x{1fbef}"
+)
+
+
+def _dated(pattern: str) -> str:
+    """The pattern with every category limited to the characters that Unicode 15.1 knew."""
+    return re.sub(r"\\p\{\w+\}", lambda category: f"[{category[0]}&&[^{_UNICODE_16}]]", pattern)
+
+
+class ByteLevelBPE:
+    """Encodes text without special tokens; the ids are those of `vocabulary`."""
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+
+        pre = vocabulary.pre
+        assert pre is not None
+        missing = [letter for letter in byte_letters() if letter not in vocabulary.ids]
+        self._first_missing = len(vocabulary.tokens) if missing else None
+        ids = vocabulary.ids | {letter: len(vocabulary.tokens) + i for i, letter in enumerate(missing)}
+        self._tokenizer = Tokenizer(models.BPE(ids, vocabulary.merges, ignore_merges=pre.ignore_merges))
+        behaviours = ["merged_with_previous" if pre.glue_first else "isolated"] + ["isolated"] * len(pre.patterns)
+        splits = [
+            pre_tokenizers.Split(Regex(_dated(pattern)), behaviour)
+            for pattern, behaviour in zip(pre.patterns, behaviours, strict=False)
+        ]
+        bytes_to_letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        self._tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*splits, bytes_to_letters])
+
+    def encode(self, text: str) -> list[int]:
+        ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+        if self._first_missing is not None:
+            ids = [i for i in ids if i < self._first_missing]
+        return ids

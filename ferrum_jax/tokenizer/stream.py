@@ -1,0 +1,83 @@
+"""Text as it is made: tokens to whole characters, and the search for stop strings across pieces.
+
+Both hold back what could still change its meaning: an unfinished character, or the beginning of a stop string.
+"""
+
+import codecs
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ferrum_jax.tokenizer.tokenizer import Tokenizer
+
+
+class TextStream:
+    """Detokenises step by step; the pieces together are `Tokenizer.decode` of all ids.
+
+    A character spread over tokens comes with its last byte; bytes that can be no character come as U+FFFD with the
+    token that shows it. Control tokens add nothing (their names where `skip_special` is False). The space that a
+    SentencePiece vocabulary puts in front of a text is dropped from the first token that is text.
+    """
+
+    def __init__(self, tokenizer: "Tokenizer", skip_special: bool = True) -> None:
+        self._tokenizer = tokenizer
+        self._skip_special = skip_special
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._drop_space = tokenizer.adds_space_prefix
+
+    def push(self, token: int) -> str:
+        """The characters that this token completes. Raises ValueError for an id outside the vocabulary."""
+        if self._tokenizer.is_control(token):
+            return "" if self._skip_special else self._decoder.decode(self._tokenizer.token_bytes(token))
+        piece = self._tokenizer.token_bytes(token)
+        if self._drop_space:
+            self._drop_space = False
+            piece = piece.removeprefix(b" ")
+        return self._decoder.decode(piece)
+
+    def flush(self) -> str:
+        """The end: U+FFFD for an unfinished character."""
+        return self._decoder.decode(b"", final=True)
+
+
+class StopMatcher:
+    """Finds the first of some stop strings in a text that comes in pieces.
+
+    Text is given out only when it can no longer be part of a stop string; the stop string itself is never given out. Of
+    several that occur, the one that is complete first counts (then the longest), so the pieces' sizes do not matter.
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        """`stops`: strings to stop at. Raises ValueError for an empty one."""
+        if not all(stops):
+            raise ValueError("stop: a stop string must not be empty")
+        self._stops = tuple(stops)
+        self._held = ""
+        self.stopped = False
+
+    def push(self, text: str) -> tuple[str, bool]:
+        """Takes a piece; returns (text that is safe to show, whether a stop string was met)."""
+        if self.stopped:
+            return "", True
+        self._held += text
+        found = [(at + len(stop), at) for stop in self._stops if (at := self._held.find(stop)) >= 0]
+        if found:
+            out, self._held, self.stopped = self._held[: min(found)[1]], "", True
+            return out, True
+        keep = self._first_partial()
+        out, self._held = self._held[:keep], self._held[keep:]
+        return out, False
+
+    def _first_partial(self) -> int:
+        """Where the longest tail that could begin a stop string starts."""
+        held = self._held
+        longest = max((len(stop) for stop in self._stops), default=0)
+        for at in range(max(0, len(held) - longest + 1), len(held)):
+            if any(stop.startswith(held[at:]) for stop in self._stops):
+                return at
+        return len(held)
+
+    def flush(self) -> str:
+        """The text held back, when no more comes and no stop string was met."""
+        out, self._held = self._held, ""
+        return out

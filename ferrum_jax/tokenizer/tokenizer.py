@@ -1,0 +1,161 @@
+"""`Tokenizer`: text to ids and back, from a GGUF file's metadata alone, with llama.cpp's ids.
+
+Special tokens are found in the raw text first, the longest first over the whole text; what is left between them goes
+to the BPE of the file. Nothing is normalised.
+"""
+
+from collections.abc import Iterable, Mapping
+from functools import cached_property
+
+from ferrum_jax.errors import ModelFileError
+from ferrum_jax.tokenizer.bpe import ByteLevelBPE, byte_letters
+from ferrum_jax.tokenizer.spm import SPACE, SentencePieceBPE
+from ferrum_jax.tokenizer.vocabulary import SPECIAL_TYPES, TokenType, Vocabulary, read_vocabulary
+
+_WHITESPACE = " \t\n\v\f\r"
+_SILENT = frozenset({TokenType.CONTROL, TokenType.UNKNOWN})
+
+
+class Tokenizer:
+    """Built by `from_gguf`. `eos_ids` are all tokens that end a generation, `eos_id` the file's own."""
+
+    def __init__(self, vocabulary: Vocabulary, chat_template: str | None = None) -> None:
+        self._vocabulary = vocabulary
+        self._bpe = SentencePieceBPE(vocabulary) if vocabulary.pre is None else ByteLevelBPE(vocabulary)
+        self._is_spm = vocabulary.pre is None
+        special = [i for i, kind in enumerate(vocabulary.types) if kind in SPECIAL_TYPES]
+        special.sort(key=lambda i: -len(vocabulary.tokens[i].encode()))
+        self._special = [(i, vocabulary.tokens[i], vocabulary.types[i] in _SILENT) for i in special]
+        self.chat_template = chat_template
+        self.vocab_size = len(vocabulary.tokens)
+        self.eos_ids = vocabulary.end_ids
+        self.bos_id, self.eos_id, self.pad_id = vocabulary.bos_id, vocabulary.eos_id, vocabulary.pad_id
+
+    @classmethod
+    def from_gguf(cls, metadata: Mapping[str, object], source: str = "") -> "Tokenizer":
+        """Builds the tokenizer of a file.
+
+        Args:
+            metadata: key to value as the GGUF header has them (str, int, bool, float, list[str], numpy arrays).
+            source: name of the file, for errors.
+
+        Raises:
+            ModelFileError: a key is missing or inconsistent; the message names it.
+            UnsupportedModelError: the tokenizer model or the pre-tokenizer is not known; the message names it.
+        """
+        template = metadata.get("tokenizer.chat_template")
+        if template is not None and not isinstance(template, str):
+            raise ModelFileError(f"{source or 'model'}: tokenizer.chat_template must be a string")
+        return cls(read_vocabulary(metadata, source), template)
+
+    def encode(self, text: str, add_special: bool = True, parse_special: bool = False) -> list[int]:
+        """Token ids of a text.
+
+        Args:
+            add_special: put the file's BOS in front and EOS behind where the file (or its kind) asks for them.
+            parse_special: read the texts of control tokens as those tokens; else they are plain text. User-defined
+                tokens are always read as tokens.
+
+        Raises:
+            ValueError: the text holds half of a surrogate pair, which no UTF-8 text can.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"text: character {error.start} is an unpaired surrogate") from None
+        vocabulary = self._vocabulary
+        prefix = " " if vocabulary.add_space_prefix else ""
+        out: list[int] = []
+        if add_special and vocabulary.add_bos and vocabulary.bos_id is not None:
+            out.append(vocabulary.bos_id)
+        after_special = True
+        for part in self._parts(text, parse_special):
+            if isinstance(part, int):
+                out.append(part)
+            else:
+                out += self._bpe.encode(prefix + part if after_special else part)
+            after_special = isinstance(part, int)
+        if add_special and vocabulary.add_eos and vocabulary.eos_id is not None:
+            out.append(vocabulary.eos_id)
+        return out
+
+    def _parts(self, text: str, parse_special: bool) -> list[int | str]:
+        """The text as ids of special tokens and the raw texts between them."""
+        parts: list[int | str] = [text] if text else []
+        for token, special, is_silent in self._special:
+            if (is_silent and not parse_special) or special not in text:
+                continue
+            strip_left = token in self._vocabulary.strip_left
+            strip_right = token in self._vocabulary.strip_right
+            cut: list[int | str] = []
+            for part in parts:
+                if isinstance(part, int) or special not in part:
+                    cut.append(part)
+                    continue
+                at = 0
+                while (found := part.find(special, at)) >= 0:
+                    raw = part[at:found].rstrip(_WHITESPACE) if strip_left else part[at:found]
+                    cut += [raw, token] if raw else [token]
+                    at = found + len(special)
+                    while strip_right and at < len(part) and part[at] in _WHITESPACE:
+                        at += 1
+                if at < len(part):
+                    cut.append(part[at:])
+            parts = cut
+        return parts
+
+    def token_bytes(self, token: int) -> bytes:
+        """What a token adds to the text, as bytes (a character may be spread over tokens); of a control token its name.
+
+        Raises:
+            ValueError: the id is outside the vocabulary.
+        """
+        self._check(token)
+        return self._pieces[token]
+
+    @cached_property
+    def _pieces(self) -> list[bytes]:
+        vocabulary = self._vocabulary
+        values = {letter: byte for byte, letter in enumerate(byte_letters())}
+        pieces = []
+        for text, kind in zip(vocabulary.tokens, vocabulary.types, strict=True):
+            if kind in SPECIAL_TYPES:
+                piece = text.encode()
+            elif kind in (TokenType.UNUSED, TokenType.UNDEFINED):
+                piece = b""
+            elif not self._is_spm:
+                try:
+                    piece = bytes([values[letter] for letter in text])
+                except KeyError:  # not written in byte letters
+                    piece = text.encode()
+            elif kind == TokenType.BYTE and len(text) == 6:
+                piece = bytes([int(text[3:5], 16)])
+            else:
+                piece = text.replace(SPACE, " ").encode()
+            pieces.append(piece)
+        return pieces
+
+    def is_control(self, token: int) -> bool:
+        """Whether the token stands for no text: control tokens and the unknown token."""
+        self._check(token)
+        return self._vocabulary.types[token] in _SILENT
+
+    @property
+    def adds_space_prefix(self) -> bool:
+        """Whether `encode` puts a space in front of a text, which `decode` takes away again."""
+        return self._vocabulary.add_space_prefix
+
+    def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
+        """The text of some ids. Bytes that are no UTF-8 become U+FFFD; control tokens are left out or written by name.
+
+        Raises:
+            ValueError: an id is outside the vocabulary.
+        """
+        from ferrum_jax.tokenizer.stream import TextStream
+
+        stream = TextStream(self, skip_special)
+        return "".join([stream.push(token) for token in ids]) + stream.flush()
+
+    def _check(self, token: int) -> None:
+        if not 0 <= token < self.vocab_size:
+            raise ValueError(f"token id {token} is outside the vocabulary of {self.vocab_size} tokens")
