@@ -1,0 +1,194 @@
+"""From the name a user gives a model to the file on this machine.
+
+The idea: a name is a path, an alias or `owner/repo[:file or quantisation]`; the last two are lists of sources. Every
+source's cached copy is looked for first, then the sources are asked in order, and an error says of each why it failed.
+"""
+
+import difflib
+import os
+import re
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import ModelNotFoundError
+from . import huggingface, wheel
+from .aliases import ALIASES, Alias, HubSource, Source, WheelSource
+from .cache import Report, SourceError, cache_root, is_whole, shared_hub_cache
+from .web import HubUnreachable, is_offline
+
+__all__ = [
+    "ALIASES",
+    "Alias",
+    "CachedModel",
+    "HubSource",
+    "Source",
+    "WheelSource",
+    "cache_root",
+    "list_cached",
+    "pull",
+    "resolve",
+]
+
+_FILE_SUFFIXES = (".gguf", ".safetensors", ".bin", ".json", ".pt", ".pth")
+_HUB_NAME = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)((:|/(blob|resolve)/main/)(?P<select>[^:?]+)(\?.*)?)?", re.ASCII)
+_HUB_PREFIX = re.compile(r"(https?://)?(hf\.co|huggingface\.co)/|hf://")
+
+
+def resolve(source: str | os.PathLike[str], *, progress: Report | None = None, offline: bool | None = None) -> Path:
+    """The file that a model name means, fetched if need be: the (first part of the) .gguf, or a directory's path.
+
+    source: path of a .gguf (any part of a split one) or of a directory, an alias, or owner/repo[:file or quantisation].
+    progress(done_bytes, total_bytes or None, text): called while something is fetched, some times a second, and with
+    remarks. offline: no network; None means what $HF_HUB_OFFLINE says.
+    Raises ModelNotFoundError with every source that was tried and why it failed, one line each.
+    """
+    offline = is_offline() if offline is None else offline
+    if isinstance(source, str):
+        name = source.strip().lower().removesuffix(":latest")
+        if alias := ALIASES.get(name):
+            if not alias.checked:
+                _remark(f"the alias {name} ({alias.sources[0]}) was never checked by ferrum_jax", progress)
+            return _first(name, alias.sources, progress, offline)
+    path = Path(source).expanduser()
+    try:
+        if os.fspath(source) and path.exists():
+            return _local(path)
+    except (OSError, ValueError) as error:  # a name too long or with a NUL, a directory that may not be read
+        raise ModelNotFoundError(f"{os.fspath(source)!r}: {error}") from None
+    text = os.fspath(source)
+    hub_name = _HUB_PREFIX.sub("", text, count=1)
+    match = _HUB_NAME.fullmatch(hub_name)
+    if isinstance(source, str) and match and not (match["select"] is None and _looks_like_path(hub_name)):
+        return _first(text, (HubSource(match["repo"], match["select"]),), progress, offline)
+    if _looks_like_path(text):
+        raise ModelNotFoundError(f"{text}: there is no such file or directory (a file on the hub is owner/repo:file)")
+    raise ModelNotFoundError(_unknown(text))
+
+
+def pull(source: str | os.PathLike[str], progress: Report | None = None) -> Path:
+    """`resolve` under the name users know it by: have the model here, and say where."""
+    return resolve(source, progress=progress)
+
+
+def _looks_like_path(text: str) -> bool:
+    if text.startswith((".", "~", "/")) or "\\" in text or text.lower().endswith(_FILE_SUFFIXES):
+        return True
+    return "/" in text and not _HUB_NAME.fullmatch(text)
+
+
+def _local(path: Path) -> Path:
+    if path.is_dir():
+        there = [entry.name for entry in path.iterdir() if entry.is_file()]
+        models = huggingface.model_files(there)
+        return path / models[0] if len(models) == 1 and models[0] in there else path
+    first = path.with_name(huggingface.parts_of(path.name)[0])
+    if not first.exists():
+        raise ModelNotFoundError(f"{path} is part of a split file whose first part, {first.name}, is not beside it")
+    return first
+
+
+def _remark(text: str, progress: Report | None) -> None:
+    if progress is None:
+        warnings.warn(text, stacklevel=4)
+    else:
+        progress(0, None, text)
+
+
+def _first(name: str, sources: tuple[Source, ...], progress: Report | None, offline: bool) -> Path:
+    """The first source that has the model: the caches of all, then all in order."""
+    report = progress or (lambda done, total, text: None)
+    for source in sources:
+        if path := _cached(source):
+            return path
+    tried = [f"local cache: not in {cache_root()}"]
+    unreachable = False
+    for source in sources:
+        if offline:
+            tried.append(f"{source}: not asked, offline (HF_HUB_OFFLINE=1 or offline=True)")
+        elif isinstance(source, HubSource) and unreachable:
+            tried.append(f"{source}: not asked, the hub gave no answer")
+        else:
+            try:
+                if isinstance(source, HubSource):
+                    return huggingface.fetch(source, report)
+                return wheel.fetch(source, report)
+            except SourceError as error:
+                tried.append(f"{source}: {error}")
+                unreachable |= isinstance(error, HubUnreachable)
+            except OSError as error:
+                reason = error.strerror or error
+                tried.append(
+                    f"{source}: cannot write to {error.filename or cache_root()}: {reason}"
+                    " (FERRUM_JAX_CACHE sets another cache directory)"
+                )
+    for source in sources:
+        if not isinstance(source, HubSource) or source.select is not None:
+            continue
+        if path := huggingface.cached(source, any_quant=True):
+            _remark(f"{tried[-1]}; taking {path.name} from the cache", progress)
+            return path
+    raise ModelNotFoundError("\n  ".join([f"{name} was not found. Tried:", *tried]))
+
+
+def _cached(source: Source) -> Path | None:
+    try:
+        if isinstance(source, HubSource):
+            return huggingface.cached(source)
+        path = wheel.path_of(source)
+        return path if is_whole(path, source.size, source.sha256) else None
+    except OSError:  # a cache that may not be read holds nothing for us
+        return None
+
+
+def _unknown(text: str) -> str:
+    name = text.strip().lower()
+    family = name.split(":")[0]
+    near = sorted(alias for alias in ALIASES if alias.startswith(f"{family}:"))
+    near = near or difflib.get_close_matches(name, ALIASES, n=5, cutoff=0.5)
+    hint = "near: " if near else "aliases begin with "
+    near = near or sorted({alias.split(":")[0] for alias in ALIASES})
+    return (
+        f"{text!r} is no file, no directory and no alias ({hint}{', '.join(near)});"
+        " a model on the hub is owner/repo or owner/repo:file-or-quantisation"
+    )
+
+
+# ---- what is here
+
+
+@dataclass(frozen=True)
+class CachedModel:
+    """A model on this machine: a name that `resolve` takes, its first file, the bytes of all parts, its origin."""
+
+    name: str
+    path: Path
+    bytes: int
+    source: str
+
+
+def list_cached() -> list[CachedModel]:
+    """The models in the cache and in that of huggingface_hub, by name. Unfinished downloads are not among them."""
+    found: set[CachedModel] = set()
+    for alias in ALIASES.values():
+        for source in alias.sources:
+            if isinstance(source, WheelSource) and (path := wheel.path_of(source)).is_file():
+                found.add(CachedModel(alias.name, path, path.stat().st_size, str(source)))
+    own, shared = cache_root() / "hub", shared_hub_cache()
+    for directory in [*own.glob("*--*"), *shared.glob("models--*--*")]:
+        repo = directory.name.removeprefix("models--").replace("--", "/", 1)
+        for snapshot in huggingface.snapshots(repo):
+            for file in huggingface.whole_models(snapshot):
+                parts = [snapshot / part for part in huggingface.parts_of(file)]
+                kept = f"hub {repo}" + (" (kept by huggingface_hub)" if snapshot.is_relative_to(shared) else "")
+                name = _alias_of(repo, file, parts[0]) or f"{repo}:{file}"
+                found.add(CachedModel(name, parts[0], sum(part.stat().st_size for part in parts), kept))
+    return sorted(found, key=lambda model: (model.name, str(model.path)))
+
+
+def _alias_of(repo: str, file: str, path: Path) -> str | None:
+    for alias in ALIASES.values():
+        for source in alias.sources:
+            if isinstance(source, HubSource) and source.repo == repo and huggingface.selects(source.select, file):
+                return alias.name if is_whole(path, source.size, source.sha256) else None
+    return None

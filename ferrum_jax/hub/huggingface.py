@@ -1,0 +1,309 @@
+"""GGUF files of a repository on the Hugging Face hub.
+
+The idea: one HEAD a file gives its commit, size and hash, so everything about a download is known before it begins.
+Files lie under their commit, so parts of two versions never meet; what was fetched of a file is kept under its ETag and
+continued by a Range request, by a later process too.
+"""
+
+import hashlib
+import json
+import re
+import time
+import urllib.parse
+from collections.abc import Iterable
+from dataclasses import dataclass
+from http.client import HTTPResponse
+from pathlib import Path, PurePosixPath
+
+from . import web
+from .aliases import HubSource
+from .cache import (
+    Report,
+    SourceError,
+    cache_root,
+    is_whole,
+    move_into_place,
+    require_space,
+    shared_hub_cache,
+    work_directory,
+)
+
+DEFAULT_QUANTS = ("Q4_K_M", "Q4_K_S", "Q5_K_M", "Q8_0", "Q6_K", "Q4_0", "BF16", "F16")
+"""Without a file or quantisation in the name, the first of these that the repository has."""
+
+PATIENCE_SECONDS = 20.0  # a download that has begun is given up after this long without a byte
+
+_SPLIT = re.compile(r"(?P<base>.+)-(?P<part>\d{5})-of-(?P<total>\d{5})\.gguf", re.IGNORECASE | re.DOTALL)
+_REPORT_SECONDS = 0.1
+
+
+# ---- which files
+
+
+def parts_of(name: str) -> list[str]:
+    """All parts of the split file that `name` is a part of, in order; `[name]` if it is not split."""
+    match = _SPLIT.fullmatch(name)
+    if not match or int(match["total"]) == 0:
+        return [name]
+    return [f"{match['base']}-{part:05}-of-{match['total']}.gguf" for part in range(1, int(match["total"]) + 1)]
+
+
+def model_files(names: Iterable[str]) -> list[str]:
+    """The model files among `names`: .gguf, of a split file its first part, no image projector or importance matrix."""
+    ggufs = [name for name in names if name.lower().endswith(".gguf")]
+    models = [name for name in ggufs if not re.search(r"mmproj|imatrix", PurePosixPath(name).name, re.IGNORECASE)]
+    return sorted({parts_of(name)[0] for name in models})
+
+
+def choose(names: Iterable[str], select: str | None) -> str:
+    """The one model file that `select` means: its path or name, or a quantisation, case ignored; None: DEFAULT_QUANTS.
+
+    Of a whole and a split copy of the same file the whole one is taken. Raises SourceError listing the candidates.
+    """
+    files = model_files(names)
+    if not files:
+        raise SourceError("it has no .gguf file")
+    if select is None:
+        for quant in DEFAULT_QUANTS:
+            if found := _of_quant(files, quant):
+                return _only(found, quant)
+        return _only(files, "no file or quantisation")
+    wanted = parts_of(select)[0].lower()
+    found = [name for name in files if name.lower() in (wanted, wanted + ".gguf")]
+    found = found or [name for name in files if PurePosixPath(name.lower()).name in (wanted, wanted + ".gguf")]
+    found = found or _of_quant(files, select)
+    if not found:
+        raise SourceError(f"it has no {select}; it has {_listed(files)}")
+    return _only(found, select)
+
+
+def selects(select: str | None, name: str) -> bool:
+    """Whether `select` means the model file `name`, if that is all there is."""
+    try:
+        return choose([name], select) == name
+    except SourceError:
+        return False
+
+
+def _of_quant(files: list[str], quant: str) -> list[str]:
+    pattern = re.compile(rf"(?<![a-z0-9_]){re.escape(quant)}(?![a-z0-9_])", re.IGNORECASE)
+    return [name for name in files if pattern.search(name.removesuffix(".gguf"))]
+
+
+def _only(found: list[str], what: str) -> str:
+    whole = [name for name in found if not _SPLIT.fullmatch(name)]
+    bases = {match["base"].lower() if (match := _SPLIT.fullmatch(n)) else n[: -len(".gguf")].lower() for n in found}
+    if len(found) == 1 or (len(bases) == 1 and len(whole) == 1):
+        return (whole or found)[0]
+    raise SourceError(f"{what} is ambiguous; name one of {_listed(found)}")
+
+
+def _listed(names: list[str], limit: int = 30) -> str:
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
+# ---- what is there already
+
+
+def snapshots(repo: str) -> list[Path]:
+    """The directories that hold a commit of `repo`, newest first, our own before huggingface_hub's."""
+    own = cache_root() / "hub" / repo.replace("/", "--")
+    shared = shared_hub_cache() / ("models--" + repo.replace("/", "--")) / "snapshots"
+    found: list[Path] = []
+    for parent in (own, shared):
+        if parent.is_dir():
+            found += sorted(parent.iterdir(), key=lambda path: path.stat().st_mtime, reverse=True)
+    return found
+
+
+def whole_models(snapshot: Path) -> list[str]:
+    """The model files under a directory of which all parts are there, as relative paths."""
+    there = [path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*") if path.is_file()]
+    return [name for name in model_files(there) if set(parts_of(name)) <= set(there)]
+
+
+def cached(source: HubSource, *, any_quant: bool = False) -> Path | None:
+    """The file if a cache has it whole (and as pinned).
+
+    A source without a selection means the first of DEFAULT_QUANTS here, or with `any_quant` the best there is: only the
+    hub knows what else the repository has.
+    """
+    select = source.select or (None if any_quant else DEFAULT_QUANTS[0])
+    for snapshot in snapshots(source.repo):
+        try:
+            path = snapshot / choose(whole_models(snapshot), select)
+        except SourceError:
+            continue
+        if is_whole(path, source.size, source.sha256):
+            return path
+    return None
+
+
+# ---- fetching
+
+
+@dataclass(frozen=True)
+class _Remote:
+    """A file of the repository as its HEAD describes it."""
+
+    name: str
+    url: str
+    commit: str
+    etag: str
+    size: int
+    sha256: str | None  # None: the hub does not say
+
+
+def fetch(source: HubSource, report: Report) -> Path:
+    """Download what `source` selects and return the path of its first part.
+
+    Raises SourceError (HubUnreachable if there was no answer), OSError if the cache cannot be written.
+    """
+    report(0, None, f"asking {web.endpoint()} for {source.repo}")
+    try:
+        remotes = _describe(source)
+    except web.HubRefusal as error:
+        raise _explained(error, source) from None
+    first = remotes[0]
+    if source.sha256 and (first.size != source.size or first.sha256 not in (None, source.sha256)):
+        raise SourceError(f"{first.name} is not the file whose sha256 begins {source.sha256[:12]}; refused")
+    relative = Path(first.commit, first.name)
+    for snapshot in snapshots(source.repo):
+        if snapshot.name == first.commit and all(is_whole(snapshot / r.name, r.size, source.sha256) for r in remotes):
+            return snapshot / first.name
+    repo_key = source.repo.replace("/", "--")
+    directory = cache_root() / "hub" / repo_key
+    total, before = sum(remote.size for remote in remotes), 0
+    with work_directory(f"hub-{repo_key}-{_short(first.name)}", report) as work:
+        _drop_other_versions(work, remotes)
+        for remote in remotes:
+            target = directory / remote.commit / remote.name
+            if not is_whole(target, remote.size, source.sha256):
+                text = f"downloading {source.repo}/{remote.name}"
+                try:
+                    _download(remote, source.sha256 or remote.sha256, work, target, report, (before, total, text))
+                except web.HubRefusal as error:
+                    raise _explained(error, source) from None
+            before += remote.size
+    report(total, total, f"{source.repo}/{first.name} is in the cache")
+    return directory / relative
+
+
+def _describe(source: HubSource) -> list[_Remote]:
+    """The parts of the selected file, of one commit. A file name needs no listing unless it is not there as written."""
+    name = source.select if source.select and source.select.lower().endswith(".gguf") else None
+    if name is not None:
+        try:
+            first = _head(source.repo, parts_of(name)[0])
+        except web.HubRefusal as error:
+            if error.status != 404 or error.code == "RepoNotFound":
+                raise
+            name = None
+    if name is None:
+        name = choose(_names(source.repo), source.select)
+        first = _head(source.repo, name)
+    remotes = [first, *(_head(source.repo, part) for part in parts_of(name)[1:])]
+    if len({remote.commit for remote in remotes}) > 1:
+        raise SourceError("the repository changed while it was read; try again")
+    return remotes
+
+
+def _names(repo: str) -> list[str]:
+    answer = web.get_json(f"{web.endpoint()}/api/models/{repo}/revision/main")
+    try:
+        return [str(entry["rfilename"]) for entry in answer["siblings"]]
+    except (KeyError, TypeError):
+        raise web.HubUnreachable(f"{web.endpoint()} does not answer as the hub does: no list of files") from None
+
+
+def _head(repo: str, name: str) -> _Remote:
+    if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\\" in name or ":" in name:
+        raise SourceError(f"{name!r} is no path inside a repository")
+    url = f"{web.endpoint()}/{repo}/resolve/main/{urllib.parse.quote(name)}"
+    with web.open_url(url, method="HEAD") as response:
+        headers = response.headers
+    commit = headers.get("X-Repo-Commit") or ""
+    etag = (headers.get("X-Linked-ETag") or headers.get("ETag") or "").removeprefix("W/").strip('"')
+    size = headers.get("X-Linked-Size") or headers.get("Content-Length") or ""
+    if not re.fullmatch(r"\w[\w.-]*", commit) or not etag or not size.isdecimal():
+        raise web.HubUnreachable(f"{web.endpoint()} does not answer as the hub does: no commit, ETag or size of {name}")
+    sha256 = etag.lower() if re.fullmatch(r"[0-9a-fA-F]{64}", etag) else None  # so for files in large-file storage
+    return _Remote(name, url, commit, etag, int(size), sha256)
+
+
+def _explained(error: web.HubRefusal, source: HubSource) -> SourceError:
+    page = f"{web.endpoint()}/{source.repo}"
+    if error.status in (401, 403):
+        reason = "gated" if error.code == "GatedRepo" else "private, gated or not there"
+        have = "the token in use has no access" if web.token() else "no token is set"
+        return SourceError(f"{error}: {reason}; accept its licence at {page} and set HF_TOKEN ({have})")
+    if error.status == 404:
+        missing = {"RepoNotFound": f"no repository {source.repo}", "EntryNotFound": f"{source.repo} has no such file"}
+        return SourceError(f"{error}: {missing.get(error.code, 'no such repository or file')} ({source})")
+    if error.status == 429:
+        return SourceError(f"{error}: too many requests; wait, or set HF_TOKEN")
+    return error
+
+
+def _short(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _part(work: Path, remote: _Remote) -> Path:
+    return work / f"{_short(json.dumps([remote.name, remote.etag, remote.size]))}.part"
+
+
+def _drop_other_versions(work: Path, remotes: list[_Remote]) -> None:
+    current = {_part(work, remote) for remote in remotes}
+    for path in work.iterdir():
+        if path not in current:
+            path.unlink()
+
+
+def _download(
+    remote: _Remote, sha256: str | None, work: Path, target: Path, report: Report, progress: tuple[int, int, str]
+) -> None:
+    """Bring `remote` to `target`, from where an earlier download stopped; a lost connection is taken up again."""
+    before, total, text = progress
+    part = _part(work, remote)
+    digest = hashlib.sha256()
+    with part.open("a+b") as file:
+        file.seek(0)
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+        done = file.tell()
+        require_space(work, remote.size - done)
+        furthest, progressed, reported = None, time.monotonic(), 0.0  # furthest: of this call, None before a byte came
+        while done < remote.size:
+            try:
+                with web.open_url(remote.url, start=done) as response:
+                    if done and not _continues(response, done):
+                        file.truncate(0)
+                        digest, done = hashlib.sha256(), 0
+                    while chunk := web.read(response, 1 << 18):
+                        file.write(chunk)
+                        digest.update(chunk)
+                        done += len(chunk)
+                        now = time.monotonic()
+                        if furthest is None or done > furthest:
+                            furthest, progressed = done, now
+                        if now - reported >= _REPORT_SECONDS:
+                            report(before + done, total, text)
+                            reported = now
+                lost = "the connection was closed"
+            except web.HubUnreachable as error:
+                lost = str(error)
+            if done < remote.size:
+                if furthest is None or time.monotonic() - progressed > PATIENCE_SECONDS:
+                    raise web.HubUnreachable(f"{lost}, after {done} of {remote.size} bytes of {remote.name}; kept")
+                report(before + done, total, f"{text} ({lost}; continuing)")
+                time.sleep(0.5)
+        if done != remote.size or (sha256 is not None and digest.hexdigest() != sha256):
+            file.truncate(0)
+            raise SourceError(f"{remote.name} did not arrive as the hub describes it (size or sha256); nothing is kept")
+        move_into_place(file, part, target)
+
+
+def _continues(response: HTTPResponse, start: int) -> bool:
+    """Whether the body begins at byte `start` as asked, and not at 0."""
+    return response.status == 206 and response.headers.get("Content-Range", "").startswith(f"bytes {start}-")

@@ -1,0 +1,175 @@
+"""Requests to the hub that answer or fail within seconds.
+
+The idea: a socket's timeout bounds neither the name look-up nor a host with many dead addresses, so the request runs
+in a daemon thread and its caller waits for ANSWER_SECONDS at most, whatever it hangs on. Standard library only: the
+huggingface_hub package retries a dead hub for longer than that, and its 2.x downloads begin again from nothing when the
+process was ended.
+"""
+
+import http.client
+import json
+import os
+import queue
+import ssl
+import sys
+import threading
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Callable
+from functools import lru_cache
+from http.client import HTTPMessage
+from pathlib import Path
+from typing import Any, TypeVar
+
+from .cache import SourceError, hub_home
+
+ANSWER_SECONDS = 4.0
+
+T = TypeVar("T")
+
+
+class HubUnreachable(SourceError):
+    """No answer, or an answer that is not the hub's."""
+
+
+class HubRefusal(SourceError):
+    """The hub answered with an error status."""
+
+    def __init__(self, message: str, status: int, code: str):
+        super().__init__(message)
+        self.status, self.code = status, code  # code: the hub's X-Error-Code, such as "EntryNotFound"
+
+
+def endpoint() -> str:
+    """The hub's address: $HF_ENDPOINT or the public one."""
+    return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+
+
+def is_offline() -> bool:
+    """Whether the user forbids the network: $HF_HUB_OFFLINE (or $TRANSFORMERS_OFFLINE)."""
+    flag = os.environ.get("HF_HUB_OFFLINE") or os.environ.get("TRANSFORMERS_OFFLINE") or ""
+    return flag.upper() in ("1", "ON", "YES", "TRUE")
+
+
+def token() -> str | None:
+    """$HF_TOKEN, else the secret of a Colab notebook, else what `hf auth login` stored, else None."""
+    if own := os.environ.get("HF_TOKEN", "").strip():
+        return own
+    if "google.colab" in sys.modules:
+        try:
+            from huggingface_hub import get_token  # comes with Colab
+
+            return get_token()
+        except ImportError:
+            pass
+    try:
+        return Path(os.environ.get("HF_TOKEN_PATH") or hub_home() / "token").expanduser().read_text().strip() or None
+    except OSError:
+        return None
+
+
+def open_url(url: str, *, method: str = "GET", start: int = 0) -> http.client.HTTPResponse:
+    """The response to a request to the hub, its body unread from byte `start` on; a HEAD stops at the hub's own answer.
+
+    Raises HubUnreachable after ANSWER_SECONDS at most, HubRefusal for an error status.
+    """
+
+    secret = token()
+
+    def ask() -> http.client.HTTPResponse:
+        request = urllib.request.Request(url, method=method, headers={"User-Agent": "ferrum_jax"})
+        if start:
+            request.add_header("Range", f"bytes={start}-")
+        if secret:
+            request.add_unredirected_header("Authorization", f"Bearer {secret}")
+        return _opener().open(request, timeout=ANSWER_SECONDS)
+
+    return _within(ANSWER_SECONDS, ask)
+
+
+def get_json(url: str) -> Any:
+    """The parsed answer to GET `url`, all of it within ANSWER_SECONDS."""
+
+    def ask() -> Any:
+        with open_url(url) as response:
+            return json.load(response)
+
+    return _within(ANSWER_SECONDS, ask)
+
+
+def read(response: http.client.HTTPResponse, limit: int) -> bytes:
+    """The next bytes of a body, at most `limit`; b"" at its end. Raises HubUnreachable if the connection is lost."""
+    try:
+        return response.read1(limit)
+    except (OSError, http.client.HTTPException) as error:
+        raise _sorted(error) from None
+
+
+def _within(seconds: float, work: Callable[[], T]) -> T:
+    outcome: queue.Queue[tuple[T | None, Exception | None]] = queue.Queue(1)
+
+    def run() -> None:
+        try:
+            outcome.put((work(), None))
+        except Exception as error:  # handed to the caller, who sorts it
+            outcome.put((None, error))
+
+    threading.Thread(target=run, daemon=True, name="hub request").start()
+    try:
+        result, error = outcome.get(timeout=seconds)
+    except queue.Empty:
+        raise HubUnreachable(f"no answer from {endpoint()} within {seconds:g} s") from None
+    if error is not None:
+        raise _sorted(error) from None
+    return result  # type: ignore[return-value]
+
+
+def _sorted(error: Exception) -> Exception:
+    if isinstance(error, urllib.error.HTTPError):
+        code = error.headers.get("X-Error-Code", "")
+        return HubRefusal(f"{endpoint()} answers {error.code} {code or error.reason}", error.code, code)
+    if isinstance(error, TimeoutError) or isinstance(getattr(error, "reason", None), TimeoutError):
+        return HubUnreachable(f"no answer from {endpoint()} within {ANSWER_SECONDS:g} s")
+    if isinstance(error, (OSError, http.client.HTTPException)):  # refused, reset, unknown name, certificate, bad answer
+        reason = getattr(error, "reason", None) or error
+        return HubUnreachable(f"cannot reach {endpoint()}: {getattr(reason, 'strerror', None) or repr(reason)}")
+    if isinstance(error, (json.JSONDecodeError, UnicodeDecodeError)):
+        return HubUnreachable(f"{endpoint()} does not answer as the hub does (a proxy's page?)")
+    if isinstance(error, ValueError):
+        return HubUnreachable(f"HF_ENDPOINT {endpoint()!r} is not an address: {error}")
+    return error
+
+
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    """Keeps a HEAD a HEAD, stops it at the hub's own answer, and shows the token to the same host only."""
+
+    def redirect_request(
+        self, req: urllib.request.Request, fp: Any, code: int, msg: str, headers: HTTPMessage, newurl: str
+    ) -> urllib.request.Request | None:
+        new = super().redirect_request(req, fp, code, msg, headers, newurl)
+        if new is not None:
+            new.method = req.get_method()
+            if urllib.parse.urlsplit(newurl)[:2] == urllib.parse.urlsplit(req.full_url)[:2]:
+                new.unredirected_hdrs.update(req.unredirected_hdrs)
+        return new
+
+    def http_error_302(self, req: urllib.request.Request, fp: Any, code: int, msg: str, headers: HTTPMessage) -> Any:
+        if req.get_method() == "HEAD" and headers.get("X-Repo-Commit"):
+            return fp
+        return super().http_error_302(req, fp, code, msg, headers)
+
+    http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302
+
+
+@lru_cache(1)
+def _opener() -> urllib.request.OpenerDirector:
+    context = ssl.create_default_context()
+    if not os.environ.get("SSL_CERT_FILE") and not os.environ.get("SSL_CERT_DIR"):
+        try:  # the system's store is empty on some systems
+            import certifi
+
+            context.load_verify_locations(certifi.where())
+        except ImportError:
+            pass
+    return urllib.request.build_opener(_Redirects, urllib.request.HTTPSHandler(context=context))
