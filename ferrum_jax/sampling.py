@@ -1,0 +1,523 @@
+"""Choosing the next token on the device, with parameters of its own for every row.
+
+The one idea: every filter (min-p, top-k, top-p) keeps a prefix of the stable descending order of a row's logits, so its
+outcome is two numbers, the smallest logit kept and the largest id kept among those equal to it. They are found without
+sorting, by bisection on the logit. The number of passes over the vocabulary depends on the row's own logits alone.
+
+Order, as in vLLM: repetition penalty, temperature, min-p, top-k, top-p, then Gumbel-max. All is float32 and pure, and
+works inside jit, loops and vmap. The result for a row depends neither on the other rows nor on how many there are.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+MAX_LOGPROBS = 64
+
+# Rows are padded to whole blocks: each then starts at the same place in a vector register, whatever the batch.
+_BLOCK = 128
+# What is kept usually lies in few blocks: so many, those with the greatest maxima, are searched first.
+_BEST_BLOCKS = 128
+_CHUNK = 512  # numbers side by side in a sum
+_ID_BITS = 24  # weights of 1 are summed exactly up to here
+# Bisection steps that halve the interval of values; later ones halve the interval of bit patterns, at most 32 times.
+_VALUE_STEPS = 16
+_MAX = float(np.finfo(np.float32).max)
+_TINY = float(np.finfo(np.float32).tiny)
+_INT32_MAX = 2**31 - 1
+_SUBNORMALS = 2**23 - 1
+
+_Search = tuple[jax.Array, jax.Array, jax.Array, jax.Array]  # step, low, high, weight
+_Weigh = Callable[[jax.Array], jax.Array]
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to continue one prompt.
+
+    Attributes:
+      max_tokens: tokens to generate at most, the end token included; >= 1.
+      temperature: >= 0; 0 takes the likeliest token and ignores top_k, top_p, min_p and seed.
+      top_k: keep the k likeliest tokens; 0 or -1 (stored as 0) keeps all.
+      top_p: keep the fewest likeliest tokens whose probability together reaches it, at least one; in (0, 1].
+      min_p: keep the tokens with at least min_p times the probability of the likeliest; in [0, 1].
+      repetition_penalty: > 0; the logit of an id in prompt or output is divided by it where positive and multiplied
+        where negative, once however often the id occurs.
+      seed: of this request's noise. Any integer, stored modulo 2**32; None lets the caller choose.
+      stop: a text or a sequence of texts that end the generation, stored as a tuple.
+      ignore_eos: go on after an end token.
+      logprobs: None, or how many of the best tokens to report beside the chosen one; at most 64.
+
+    Raises:
+      ValueError: naming the field and what would be right, for a wrong type or value.
+    """
+
+    max_tokens: int = 16
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    stop: str | Sequence[str] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        self._integer("max_tokens", lambda v: v >= 1, "an integer >= 1")
+        self._number("temperature", lambda v: v >= 0, "a finite number >= 0 (0 is greedy)")
+        self._integer("top_k", lambda v: v >= -1, "an integer >= 1, or 0 or -1 for no limit")
+        self._number("top_p", lambda v: 0 < v <= 1, "a number in (0, 1] (1 keeps every token)")
+        self._number("min_p", lambda v: 0 <= v <= 1, "a number in [0, 1] (0 keeps every token)")
+        self._number("repetition_penalty", lambda v: v > 0, "a finite number > 0 (1 is no penalty)")
+        if self.seed is not None:
+            self._integer("seed", lambda v: True, "None or an integer")
+            object.__setattr__(self, "seed", self.seed % 2**32)
+        if self.logprobs is not None:
+            self._integer("logprobs", lambda v: 0 <= v <= MAX_LOGPROBS, f"None or an integer in [0, {MAX_LOGPROBS}]")
+        object.__setattr__(self, "top_k", max(self.top_k, 0))
+        if not isinstance(self.ignore_eos, bool | np.bool_):
+            raise self._error("ignore_eos", "True or False")
+        object.__setattr__(self, "ignore_eos", bool(self.ignore_eos))
+        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
+        if not isinstance(stop, Sequence) or not all(isinstance(text, str) and text for text in stop):
+            raise self._error("stop", "a non-empty text or a sequence of non-empty texts")
+        object.__setattr__(self, "stop", tuple(stop))
+
+    def _error(self, field: str, right: str) -> ValueError:
+        return ValueError(f"SamplingParams.{field} must be {right}; got {getattr(self, field)!r}")
+
+    def _integer(self, field: str, valid: Callable[[int], bool], right: str) -> None:
+        value = getattr(self, field)
+        if isinstance(value, bool) or not isinstance(value, Integral) or not valid(int(value)):
+            raise self._error(field, right)
+        object.__setattr__(self, field, int(value))
+
+    def _number(self, field: str, valid: Callable[[float], bool], right: str) -> None:
+        value = getattr(self, field)
+        number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+        if not number or not valid(float(value)):
+            raise self._error(field, right)
+        object.__setattr__(self, field, float(value))
+
+
+class Sampling(NamedTuple):
+    """The parameters of a batch of B rows as arrays: a pytree that goes into a compiled step."""
+
+    temperature: jax.Array  # float32 [B]; 0 is greedy
+    top_k: jax.Array  # int32 [B]; 0 is off
+    top_p: jax.Array  # float32 [B]; 1 is off
+    min_p: jax.Array  # float32 [B]; 0 is off
+    repetition_penalty: jax.Array  # float32 [B]; 1 is off
+    seed: jax.Array  # uint32 [B]
+    max_tokens: jax.Array  # int32 [B]; 0 in padding rows
+    ignore_eos: jax.Array  # bool [B]
+    vocab_limit: jax.Array  # int32 []; ids from here on are never sampled
+    eos: jax.Array  # int32 [E]; end ids, padded with -1
+
+    @classmethod
+    def from_params(
+        cls,
+        params: Sequence[SamplingParams],
+        *,
+        eos_ids: Sequence[int],
+        vocab_limit: int,
+        pad_to: int | None = None,
+        default_seeds: Sequence[int],
+    ) -> Sampling:
+        """Puts the parameters of a batch into NumPy arrays.
+
+        Args:
+          params: one a row.
+          eos_ids: the end tokens; padded to a multiple of 8, so that models share compiled shapes.
+          vocab_limit: ids from here on (a padded vocabulary) are never sampled; >= 1.
+          pad_to: number of rows to give; those beyond `params` are greedy and have max_tokens 0.
+          default_seeds: one a row of `params`, taken modulo 2**32 where the row's own seed is None.
+
+        Raises:
+          ValueError: pad_to below the number of rows, default_seeds of another length, or vocab_limit below 1.
+        """
+        rows = len(params) if pad_to is None else pad_to
+        if rows < len(params):
+            raise ValueError(f"pad_to must be at least the number of rows, {len(params)}; got {pad_to}")
+        if len(default_seeds) != len(params):
+            raise ValueError(f"default_seeds must have one seed a row, {len(params)}; got {len(default_seeds)}")
+        if vocab_limit < 1:
+            raise ValueError(f"vocab_limit must be at least 1; got {vocab_limit}")
+
+        def column(values: list, padding: float, dtype: type) -> Any:
+            array: np.ndarray = np.full(rows, padding, dtype)
+            array[: len(values)] = values
+            return array
+
+        def finite(value: float) -> float:  # inside float32, neither infinite nor flushed to zero
+            return min(max(value, _TINY), _MAX)
+
+        limit: Any = np.asarray(vocab_limit, np.int32)
+        unique = sorted({int(token) for token in eos_ids})
+        ends: Any = np.full(max(8, -(-len(unique) // 8) * 8), -1, np.int32)
+        ends[: len(unique)] = unique
+        seeds = [int(d) if p.seed is None else p.seed for p, d in zip(params, default_seeds, strict=True)]
+        return cls(
+            temperature=column([finite(p.temperature) if p.temperature else 0.0 for p in params], 0.0, np.float32),
+            top_k=column([min(p.top_k, _INT32_MAX) for p in params], 0, np.int32),
+            top_p=column([finite(p.top_p) for p in params], 1.0, np.float32),
+            min_p=column([p.min_p for p in params], 0.0, np.float32),
+            repetition_penalty=column([finite(p.repetition_penalty) for p in params], 1.0, np.float32),
+            seed=column([seed % 2**32 for seed in seeds], 0, np.uint32),
+            max_tokens=column([min(p.max_tokens, _INT32_MAX) for p in params], 0, np.int32),
+            ignore_eos=column([p.ignore_eos for p in params], False, np.bool_),
+            vocab_limit=limit,
+            eos=ends,
+        )
+
+
+def sample(logits: jax.Array, sampling: Sampling, seen: jax.Array, positions: jax.Array, key: jax.Array) -> jax.Array:
+    """Samples one token a row.
+
+    The noise of a token is a function of (key, seed, position, token id) alone. A logit that is NaN counts as -inf and
+    one that is +inf as the largest float32; a row without any finite logit below `vocab_limit` gives id 0. Of equal
+    greedy candidates the smallest id is taken.
+
+    Args:
+      logits: float32 [B, V].
+      sampling: the parameters of the B rows.
+      seen: bool [B, V], the ids that occur in the row's prompt or output so far.
+      positions: int32 [B], the index in its sequence of the token being sampled.
+      key: a JAX random key, typed or raw.
+
+    Returns:
+      int32 [B], token ids.
+    """
+    with jax.named_scope("sample"):
+        sampling = Sampling(*map(jnp.asarray, sampling))
+        x = _penalised(logits, sampling, seen)
+        return lax.cond(
+            jnp.any(sampling.temperature > 0),
+            lambda: _draw(x, sampling, jnp.asarray(positions), key),
+            lambda: _argmax(x),
+        )
+
+
+def filtered_logits(logits: jax.Array, sampling: Sampling, seen: jax.Array) -> jax.Array:
+    """What `sample` adds its noise to: float32 [B, V], -inf for every id that cannot be sampled.
+
+    In a row with a temperature the others are log-probabilities up to a constant of the row (the greatest is 0). In a
+    greedy row they are the penalised logits, and only ids from `vocab_limit` on are removed.
+    """
+    sampling = Sampling(*map(jnp.asarray, sampling))
+    x = _penalised(logits, sampling, seen)
+    return _Rows.of(x, sampling).filtered(_everything(x))[:, : logits.shape[1]]
+
+
+def token_logprobs(logits: jax.Array, chosen: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    """Log-probabilities of the chosen and the k best tokens, before penalties, temperature and filters.
+
+    Args:
+      logits: float32 [B, V]; NaN gives NaN.
+      chosen: int32 [B].
+      k: number of best tokens, in [0, V]; among equals the smaller id comes first.
+
+    Returns:
+      ids int32 [B, k + 1] and logprobs float32 [B, k + 1]: the chosen token, then the k best.
+
+    Raises:
+      ValueError: k outside [0, V].
+    """
+    vocab = logits.shape[1]
+    if not 0 <= k <= vocab:
+        raise ValueError(f"token_logprobs: k must be in [0, {vocab}], the vocabulary's size; got {k}")
+    with jax.named_scope("token_logprobs"):
+        x = logits.astype(jnp.float32)
+        x = jnp.where(x == 0, 0.0, x)  # -0 and +0 are equal, but not to top_k
+        top = jnp.maximum(jnp.max(x, axis=1, keepdims=True), -_MAX)
+        log_total = jnp.log(_sum(jnp.exp(_pad(x, -jnp.inf) - top)))[:, None]
+        ids = chosen.astype(jnp.int32)[:, None]
+        values = jnp.take_along_axis(x, ids, axis=1, mode="clip")
+        if k:
+            best_values, best_ids = lax.top_k(x, k)
+            ids = jnp.concatenate([ids, best_ids.astype(jnp.int32)], axis=1)
+            values = jnp.concatenate([values, best_values], axis=1)
+        return ids, (values - top) - log_total
+
+
+def is_end(tokens: jax.Array, sampling: Sampling) -> jax.Array:
+    """bool [B]: whether int32 tokens[B] end their rows, being end tokens in rows that do not ignore them."""
+    eos, ignored = jnp.asarray(sampling.eos), jnp.asarray(sampling.ignore_eos)
+    return jnp.any((jnp.asarray(tokens)[:, None] == eos) & (eos >= 0), axis=1) & ~ignored
+
+
+class _Candidates(NamedTuple):
+    """Some logits of every row, among them all of the row's above a bound; of equal ones the smaller id comes first."""
+
+    logits: jax.Array  # float32 [B, whole blocks]
+    ids: jax.Array  # int32 [B or 1, whole blocks]
+    bound: jax.Array  # float32 [B]
+
+
+class _Cut(NamedTuple):
+    """A prefix of the stable descending order: x > smallest, and x == smallest with an id of at most last_id."""
+
+    smallest: jax.Array  # float32 [B]
+    last_id: jax.Array  # int32 [B]
+
+    def keeps(self, among: _Candidates) -> jax.Array:
+        smallest, last_id = self.smallest[:, None], self.last_id[:, None]
+        return (among.logits > smallest) | ((among.logits == smallest) & (among.ids <= last_id))
+
+
+def _pad(x: jax.Array, value: float) -> jax.Array:
+    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % _BLOCK)), constant_values=value)
+
+
+def _sum(x: jax.Array) -> jax.Array:
+    """float32 [B] from [B, whole blocks]: down the chunks, then by halves, in an order that XLA cannot change."""
+    whole = x.shape[1] // _CHUNK * _CHUNK
+    rest = jnp.pad(x[:, whole:], ((0, 0), (0, whole + _CHUNK - x.shape[1])))
+    total = jnp.sum(x[:, :whole].reshape(x.shape[0], -1, _CHUNK), axis=1) + rest
+    while total.shape[1] > 1:
+        half = total.shape[1] // 2
+        total = total[:, :half] + total[:, half:]
+    return total[:, 0]
+
+
+def _count(mask: jax.Array) -> jax.Array:
+    return jnp.sum(mask, axis=1, dtype=jnp.int32)
+
+
+def _argmax(x: jax.Array) -> jax.Array:
+    """int32 [B], the first index of the greatest: through the best block (on CPU faster than XLA's own)."""
+    blocks = x.reshape(x.shape[0], -1, _BLOCK)
+    block = jnp.argmax(jnp.max(blocks, axis=2), axis=1).astype(jnp.int32)
+    inside = jax.vmap(operator.getitem)(blocks, block)
+    return block * _BLOCK + jnp.argmax(inside, axis=1).astype(jnp.int32)
+
+
+def _penalised(logits: jax.Array, sampling: Sampling, seen: jax.Array) -> jax.Array:
+    """float32 [B, whole blocks]: the logits without NaN, +inf and subnormals, penalised; -inf from `vocab_limit` on."""
+    x = logits.astype(jnp.float32)
+    x = jnp.where(jnp.isnan(x), -jnp.inf, jnp.minimum(x, _MAX))
+    penalty = sampling.repetition_penalty[:, None]
+
+    def penalise(x: jax.Array) -> jax.Array:
+        scaled = jnp.clip(jnp.where(x > 0, x / penalty, x * penalty), -_MAX, _MAX)
+        return jnp.where(seen & (x > -jnp.inf) & (penalty != 1), scaled, x)
+
+    x = lax.cond(jnp.any(penalty != 1), penalise, lambda x: x, x)
+    x = jnp.where(jnp.abs(x) < _TINY, 0.0, x)
+    return _pad(jnp.where(lax.iota(jnp.int32, x.shape[1]) < sampling.vocab_limit, x, -jnp.inf), -jnp.inf)
+
+
+def _everything(x: jax.Array) -> _Candidates:
+    return _Candidates(x, lax.broadcasted_iota(jnp.int32, (1, x.shape[1]), 1), jnp.full(x.shape[0], -jnp.inf))
+
+
+def _best_blocks(everything: _Candidates) -> _Candidates:
+    """The blocks of 128 ids with the greatest maxima: what is likely enough to be kept, in a small array."""
+    x = everything.logits
+    blocks = x.reshape(x.shape[0], -1, _BLOCK)
+    if blocks.shape[1] <= _BEST_BLOCKS:
+        return everything
+    maxima, indices = lax.top_k(jnp.max(blocks, axis=2), _BEST_BLOCKS)
+    chosen = jax.vmap(operator.getitem)(blocks, indices)
+    ids = indices.astype(jnp.int32)[:, :, None] * _BLOCK + lax.iota(jnp.int32, _BLOCK)
+    return _Candidates(chosen.reshape(x.shape[0], -1), ids.reshape(x.shape[0], -1), jnp.min(maxima, axis=1))
+
+
+class _Rows(NamedTuple):
+    """What temperature and filters do to each row."""
+
+    stochastic: jax.Array  # bool [B]; other rows are left as they are
+    top: jax.Array  # float32 [B], the greatest logit
+    temperature: jax.Array  # float32 [B]
+    cut: _Cut
+
+    @classmethod
+    def of(cls, x: jax.Array, sampling: Sampling) -> _Rows:
+        everything = _everything(x)
+        best = _best_blocks(everything)
+        stochastic = sampling.temperature > 0
+        temperature = jnp.clip(jnp.where(stochastic, sampling.temperature, 1.0), 1e-30, 1e30)
+        top = jnp.maximum(jnp.max(x, axis=1), -_MAX)
+
+        use_top_k = stochastic & (sampling.top_k > 0) & (sampling.top_k < x.shape[1])
+        used = jnp.stack([use_top_k, stochastic & (sampling.top_p < 1)])
+
+        def shorten(stage: jax.Array, within: _Cut) -> _Cut:
+            """Top-k (stage 0: every logit weighs 1) or top-p (stage 1: its probability); one text, compiled once."""
+
+            def weigh(logits: jax.Array) -> jax.Array:
+                shape = (-1,) + (1,) * (logits.ndim - 1)
+                scaled = (logits - top.reshape(shape)) / temperature.reshape(shape)
+                return jnp.where(stage == 0, 1.0, jnp.exp(scaled))
+
+            def mass() -> jax.Array:
+                total = _sum(jnp.where(within.keeps(everything), weigh(x), 0.0))
+                return jnp.maximum(sampling.top_p * total, _TINY)
+
+            target = lax.cond(stage == 0, lambda: sampling.top_k.astype(jnp.float32), mass)
+            short, reached = _prefix(best, within, top, used[stage], target, weigh)
+            if best is everything:
+                return short
+            missed = used[stage] & ~reached
+            return lax.cond(
+                jnp.any(missed),
+                lambda: _prefix(everything, short, top, missed, target, weigh)[0],
+                lambda: short,
+            )
+
+        cut = _Cut(
+            jnp.where(stochastic, top + temperature * jnp.log(sampling.min_p), -jnp.inf),
+            jnp.full(x.shape[0], _INT32_MAX),
+        )
+        with jax.named_scope("top_k_top_p"):
+            cut = lax.fori_loop(0, 2, lambda i, cut: lax.cond(jnp.any(used[i]), lambda: shorten(i, cut), lambda: cut), cut)
+        return cls(stochastic, top, temperature, cut)
+
+    def filtered(self, among: _Candidates) -> jax.Array:
+        scaled = (among.logits - self.top[:, None]) / self.temperature[:, None]  # <= 0: nothing overflows
+        kept = jnp.where(self.cut.keeps(among), scaled, -jnp.inf)
+        return jnp.where(self.stochastic[:, None], kept, among.logits)
+
+
+def _draw(x: jax.Array, sampling: Sampling, positions: jax.Array, key: jax.Array) -> jax.Array:
+    """int32 [B]: Gumbel-max over the filtered logits, over the best blocks alone where they hold all that was kept."""
+    rows = _Rows.of(x, sampling)
+    everything = _everything(x)
+    best = _best_blocks(everything)
+
+    def among(candidates: _Candidates) -> jax.Array:
+        noise = _gumbel(sampling.seed, positions, key, candidates.ids)
+        scores = rows.filtered(candidates) + jnp.where(rows.stochastic[:, None], noise, 0.0)
+        index = _argmax(lax.optimization_barrier(scores))
+        ids = jnp.broadcast_to(candidates.ids, scores.shape)
+        return jnp.take_along_axis(ids, index[:, None], axis=1)[:, 0]
+
+    if best is everything:
+        return among(everything)
+    enough = ~rows.stochastic | (rows.cut.smallest > best.bound)
+    return lax.cond(jnp.all(enough), lambda: among(best), lambda: among(everything))
+
+
+def _prefix(
+    among: _Candidates, within: _Cut, top: jax.Array, used: jax.Array, target: jax.Array, weigh: _Weigh
+) -> tuple[_Cut, jax.Array]:
+    """The shortest prefix whose weight reaches the target.
+
+    Between a bound above which the weight reaches the target and a higher one above which it does not, the interval is
+    halved until the excess is less than the lightest member, or until nothing but equal logits lies between the two: of
+    those, the ones with the largest ids are then left out.
+
+    Args:
+      among: the candidates; logits up to their bound are not looked at.
+      within: the prefix that is to be shortened.
+      top: float32 [B], the greatest logit.
+      used: bool [B]; other rows are left at `within`.
+      target: float32 [B], > 0.
+      weigh: from logits [B, ...] to their weights, which never fall as the logit grows, 0 or 1 at -inf.
+
+    Returns:
+      the cut, and bool [B], whether the target was reached; where not, the cut is `within`.
+    """
+    x = jnp.where(within.keeps(among), among.logits, -jnp.inf)
+    weights = weigh(x)
+
+    def weight_from(low: jax.Array) -> jax.Array:
+        return _sum(jnp.where(x >= low[:, None], weights, 0.0))
+
+    def is_open(low: jax.Array, high: jax.Array, weight: jax.Array) -> jax.Array:
+        return used & (weight - target >= weigh(low)) & (_order(low) + 1 < _order(high))
+
+    def halve(state: _Search) -> _Search:
+        step, low, high, weight = state
+        # From the top downwards in doubling strides while there is no lower bound, then halfway between the two.
+        middle = jnp.where(low == -_MAX, top - 2 * (top - high) - 4, 0.5 * low + 0.5 * high)
+        low_order, high_order = _order(low), _order(high)
+        half_order = (low_order >> 1) + (high_order >> 1) + (low_order & high_order & 1)
+        order = jnp.where(step < _VALUE_STEPS, _order(middle), half_order)
+        middle = _value(jnp.clip(order, low_order + 1, high_order - 1))
+        found = weight_from(middle)
+        going = is_open(low, high, weight)
+        up, down = going & (found >= target), going & (found < target)
+        return step + 1, jnp.where(up, middle, low), jnp.where(down, middle, high), jnp.where(up, found, weight)
+
+    low = _value(_order(among.bound) + 1)
+    high = _value(_order(top) + 1)
+    state = (jnp.zeros((), jnp.int32), low, high, weight_from(low))
+    _, low, high, weight = lax.while_loop(lambda state: jnp.any(is_open(*state[1:])), halve, state)
+
+    reached = used & (weight >= target)
+    excess = jnp.where(reached, jnp.floor((weight - target) / jnp.maximum(weigh(low), _TINY)), 0.0).astype(jnp.int32)
+    unlimited = jnp.where(low > within.smallest, _INT32_MAX, within.last_id)
+    last_id = lax.cond(
+        jnp.any(excess > 0),
+        lambda: jnp.where(excess > 0, _last_equal(x == low[:, None], among.ids, excess), unlimited),
+        lambda: unlimited,
+    )
+    cut = _Cut(jnp.maximum(low, within.smallest), last_id)
+    return _Cut(*(jnp.where(reached, a, b) for a, b in zip(cut, within, strict=True))), reached
+
+
+def _last_equal(equal: jax.Array, ids: jax.Array, excess: jax.Array) -> jax.Array:
+    """int32 [B]: the largest id to keep when the `excess` largest of the equal logits go, or all but one."""
+    wanted = jnp.maximum(_count(equal) - excess, 1)
+
+    def add_bit(step: jax.Array, last: jax.Array) -> jax.Array:
+        candidate = last + (jnp.int32(1) << (_ID_BITS - 1 - step))
+        return jnp.where(_count(equal & (ids < candidate[:, None])) < wanted, candidate, last)
+
+    return lax.fori_loop(0, _ID_BITS, add_bit, jnp.zeros_like(wanted))
+
+
+def _order(x: jax.Array) -> jax.Array:
+    """int32, ordered as the float32 from whose bits they are made: one step to the next normal number, 0 for zeros."""
+    bits = lax.bitcast_convert_type(x, jnp.int32)
+    magnitude = jnp.maximum((bits & _INT32_MAX) - _SUBNORMALS, 0)
+    return jnp.where(bits < 0, -magnitude, magnitude)
+
+
+def _value(order: jax.Array) -> jax.Array:
+    """The inverse of `_order`."""
+    magnitude = jnp.where(order == 0, 0, jnp.abs(order) + _SUBNORMALS)
+    x = lax.bitcast_convert_type(magnitude, jnp.float32)
+    return jnp.where(order < 0, -x, x)
+
+
+def _gumbel(seed: jax.Array, positions: jax.Array, key: jax.Array, ids: jax.Array) -> jax.Array:
+    """Standard Gumbel noise float32 [B, N], between -2.9 and 22.9: a function of (key, seed, position, id) alone."""
+    words = jax.random.key_data(key) if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else key
+    words = jnp.asarray(words, jnp.uint32).reshape(-1)
+    row = seed, positions.astype(jnp.uint32)
+    for i in range(0, words.shape[0], 2):
+        row = _threefry(words[i], words[i + 1], *row)
+    row = lax.optimization_barrier(row)  # or XLA would repeat the rounds above for every id
+    bits, _ = _threefry(row[0][:, None], row[1][:, None], ids.astype(jnp.uint32), jnp.zeros_like(ids, jnp.uint32))
+    # A uniform number with a float's full resolution near 0, where the large values of the noise come from.
+    uniform = jnp.minimum((bits.astype(jnp.float32) + 0.5) * 2.0**-32, 1 - 2.0**-24)
+    return -jnp.log(-jnp.log1p(-uniform))
+
+
+def _threefry(key0: jax.Array, key1: jax.Array, x0: jax.Array, x1: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Threefry-2x32 with 20 rounds (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), on uint32.
+
+    Written out because its bits must not depend on JAX's settings or on the number of ids, and because the unrolled
+    rounds fuse with what follows.
+    """
+    keys = (key0, key1, key0 ^ key1 ^ jnp.uint32(0x1BD11BDA))
+    x0, x1 = x0 + keys[0], x1 + keys[1]
+    for group in range(5):
+        for shift in ((13, 15, 26, 6), (17, 29, 16, 24))[group % 2]:
+            x0 = x0 + x1
+            x1 = ((x1 << shift) | (x1 >> (32 - shift))) ^ x0
+        x0, x1 = x0 + keys[(group + 1) % 3], x1 + keys[(group + 2) % 3] + jnp.uint32(group + 1)
+    return x0, x1
