@@ -1,0 +1,138 @@
+"""Paged attention in plain XLA: query tiles x KV tiles with the online softmax.
+
+Queries of one sequence are cut into tiles of `_query_tile` rows; a few tiles at a time walk over the KV in tiles of
+`KV_TILE` positions, aligned to position 0, and stop at the longest of them. A KV tile that a row does not see leaves its
+sums as they are, bit for bit, so neither the other rows nor the length of the walk reach a row's result.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.reductions import row_sum
+
+KV_TILE = 128
+_MASKED = -1e30  # finite, so that a row that has seen nothing yet never computes inf - inf
+
+
+class Plan(NamedTuple):
+    """Which queries share a tile, what each sees and where results go. Made once a step, for all layers.
+
+    rows [tiles, size]: the token of each place of each tile; seen_from, seen_until [tiles, size]: the positions it sees
+    (none in a place without a query); pages [tiles, ...]: the page table of the tile's sequence, in whole KV tiles;
+    place [tokens]: where each token's result is among tiles * size, or -1.
+    """
+
+    rows: jax.Array
+    seen_from: jax.Array
+    seen_until: jax.Array
+    pages: jax.Array
+    place: jax.Array
+
+
+def plan(tables, page_size: int, window: int) -> Plan:
+    """Cuts the queries into tiles. `tables`: see the package; `window` as in the contract."""
+    tokens = tables.positions.shape[0]
+    sequences, max_pages = tables.page_table.shape
+    size = _query_tile(tokens, sequences)
+    together = _together(size)
+    tiles = math.ceil(min(tokens, tokens // size + sequences) / together) * together
+    starts = tables.query_starts
+    ends = jnp.cumsum(-(-jnp.diff(starts) // size))
+    before = jnp.concatenate([jnp.zeros((1,), ends.dtype), ends[:-1]])
+
+    tile = jnp.arange(tiles)
+    owner = jnp.minimum(jnp.searchsorted(ends, tile, side="right"), sequences - 1)
+    rows = starts[owner][:, None] + (tile - before[owner])[:, None] * size + jnp.arange(size)
+    live = (rows < starts[owner + 1][:, None]) & (tile < ends[-1])[:, None]
+    rows = jnp.clip(rows, 0, tokens - 1)
+    seen_until = jnp.where(live, jnp.minimum(tables.positions[rows] + 1, tables.kv_lengths[owner][:, None]), 0)
+    seen_from = jnp.maximum(tables.positions[rows] + 1 - window, 0) if window else jnp.zeros_like(seen_until)
+    seen_from = jnp.where(live, seen_from, jnp.iinfo(jnp.int32).max)
+    pages = jnp.pad(tables.page_table, ((0, 0), (0, -max_pages % _pages_a_tile(page_size))))[owner]
+
+    token = jnp.arange(tokens)
+    sequence = jnp.clip(jnp.searchsorted(starts, token, side="right") - 1, 0, sequences - 1)
+    offset = token - starts[sequence]
+    place = (before[sequence] + offset // size) * size + offset % size
+    return Plan(rows, seen_from, seen_until, pages, jnp.where(token < starts[-1], place, -1))
+
+
+def attention(q, k_pages, v_pages, layer, plan: Plan, scale: float, *, differentiable: bool = False) -> jax.Array:
+    """float32 [tokens, q_heads, head_dim]. `differentiable`: loops of static length over every KV tile of the table."""
+    _, q_heads, head_dim = q.shape
+    page_size, kv_heads = k_pages.shape[2:4]
+    group = q_heads // kv_heads
+    tiles, size = plan.rows.shape
+    pages_a_tile = _pages_a_tile(page_size)
+    span = pages_a_tile * page_size
+    kv_tiles = plan.pages.shape[1] // pages_a_tile
+
+    queries = (q.astype(jnp.float32) * scale)[plan.rows].reshape(tiles, size, kv_heads, group, head_dim)
+    queries = queries.transpose(0, 2, 1, 3, 4).reshape(tiles, kv_heads, size * group, head_dim)
+    if size * group == 1:  # one-row products have other bits
+        queries = jnp.pad(queries, ((0, 0), (0, 0), (0, 1), (0, 0)))
+
+    def walk(inputs):
+        query, pages_of, low, high = inputs  # [w, kv_heads, r, head_dim], [w, pages], [w, size], [w, size]
+        r = query.shape[2]
+        low, high = (jnp.repeat(bound, group, axis=1) for bound in (low, high))
+        low, high = (jnp.pad(b, ((0, 0), (0, r - size * group)), mode="edge")[:, None, :, None] for b in (low, high))
+        longest = high.max(axis=(1, 2, 3))[:, None, None, None]
+
+        def step(i, carry):
+            best, total, out = carry
+            ids = lax.dynamic_slice_in_dim(pages_of, i * pages_a_tile, pages_a_tile, axis=1)
+            position = i * span + jnp.arange(span)
+            # [w, span, kv_heads, head_dim]
+            k, v = (_values(pages[layer, ids]).reshape(-1, span, kv_heads, head_dim) for pages in (k_pages, v_pages))
+            v = jnp.where(position[:, None, None] < longest, v, 0.0)
+            visible = (position >= low) & (position < high)
+            scores = jnp.einsum("whrd,wphd->whrp", query, k, precision=lax.Precision.HIGHEST)
+            scores = jnp.where(visible, scores, _MASKED)
+            new_best = jnp.maximum(best, scores.max(axis=-1, keepdims=True))
+            weights = jnp.where(visible, jnp.exp(scores - new_best), 0.0)
+            keep = jnp.exp(best - new_best)
+            # Positions last in both operands: the form whose bits do not depend on the number of rows.
+            v = v.transpose(0, 2, 3, 1)
+            update = jnp.einsum("whrp,whdp->whrd", weights, v, precision=lax.Precision.HIGHEST)
+            return new_best, total * keep + row_sum(weights), out * keep + update
+
+        column = jnp.zeros((*query.shape[:3], 1), jnp.float32)
+        first = 0 if differentiable else jnp.minimum(low.min(), high.max()) // span
+        last = kv_tiles if differentiable else jnp.minimum(-(-high.max() // span), kv_tiles)
+        _, total, out = lax.fori_loop(first, last, step, (column + _MASKED, column, jnp.zeros_like(query)))
+        return out / jnp.where(total == 0.0, 1.0, total)
+
+    inputs = (queries, plan.pages, plan.seen_from, plan.seen_until)
+    out = lax.map(walk, tuple(a.reshape(-1, _together(size), *a.shape[1:]) for a in inputs))
+    out = out.reshape(tiles, kv_heads, -1, head_dim)[:, :, : size * group]
+    out = out.reshape(tiles, kv_heads, size, group, head_dim).transpose(0, 2, 1, 3, 4).reshape(-1, q_heads, head_dim)
+    return jnp.where((plan.place >= 0)[:, None, None], out[jnp.maximum(plan.place, 0)], 0.0)
+
+
+def _query_tile(tokens: int, sequences: int) -> int:
+    """Rows a query tile: one for decode, up to 64 for prefill."""
+    average = max(1, min(64, tokens // sequences))
+    return 1 << (average - 1).bit_length()
+
+
+def _together(size: int) -> int:
+    """How many query tiles walk over the KV side by side."""
+    return max(1, 16 // size)
+
+
+def _pages_a_tile(page_size: int) -> int:
+    return max(1, KV_TILE // page_size)
+
+
+def _values(pages: jax.Array) -> jax.Array:
+    """What the pages hold, as float32."""
+    if pages.dtype == jnp.uint16:
+        pages = lax.bitcast_convert_type(pages, jnp.bfloat16)
+    return pages.astype(jnp.float32)
