@@ -1,0 +1,58 @@
+"""Rotary position embedding in the half-split layout: value i of a head is rotated with value i + rope_dim / 2.
+
+Files that store queries and keys for the interleaved layout have their rows reordered at load (weights.gguf).
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ferrum_jax.config import ModelConfig
+
+
+def rope_frequencies(config: ModelConfig) -> np.ndarray:
+    """Radians per position of each pair: float32 [rope_dim / 2], scaling applied (linear; YaRN, arXiv 2309.00071).
+
+    In float32 throughout, as the models were trained: at long positions the last bit of a frequency is seen in the logits.
+    """
+    half = config.rope_dim // 2
+    exponent = np.arange(0, config.rope_dim, 2).astype(np.float32) / np.float32(config.rope_dim)
+    wavelengths = np.power(np.float32(config.rope_theta), exponent)
+    scaling = config.rope_scaling
+    frequencies = np.float32(1) / wavelengths
+    if scaling is None:
+        return frequencies
+    stretched = np.float32(1) / (np.float32(scaling.factor) * wavelengths)
+    if scaling.kind == "linear":
+        return stretched
+
+    def pair_that_turns(rotations: float) -> float:
+        """The pair whose angle makes so many full turns over the original context."""
+        return half * math.log(scaling.original_context / (rotations * 2 * math.pi)) / math.log(config.rope_theta)
+
+    low = max(math.floor(pair_that_turns(scaling.beta_fast)), 0)
+    high = min(math.ceil(pair_that_turns(scaling.beta_slow)), 2 * half - 1)
+    kept = 1 - np.clip((np.arange(half, dtype=np.float32) - low) / max(high - low, 0.001), 0, 1).astype(np.float32)
+    return stretched * (1 - kept) + frequencies * kept
+
+
+def rope_angles(config: ModelConfig, positions: jax.Array, factors: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """cos and sin of the angles: float32 [tokens, 1, rope_dim / 2]. `factors` [rope_dim / 2] divide the frequencies
+    (LLaMA-3.1's long-context correction, stored in the file as `rope_freqs`)."""
+    frequencies = jnp.asarray(rope_frequencies(config))
+    if factors is not None:
+        frequencies = frequencies / factors
+    angles = positions.astype(jnp.float32)[:, None, None] * frequencies
+    scale = config.rope_scaling.attention_factor if config.rope_scaling else 1.0
+    return jnp.cos(angles) * scale, jnp.sin(angles) * scale
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """x float32 [tokens, heads, head_dim] with its first rope_dim values rotated."""
+    half = cos.shape[-1]
+    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
