@@ -1,0 +1,226 @@
+"""Running a batch of requests from the host: arrays of few shapes, steps, and text as it comes.
+
+A program is compiled for each shape, so shapes come from short lists. `Driver` steps a batch a few tokens a dispatch and
+reads each dispatch's results while the next one runs; `Watcher` turns one row's tokens into text and sees its end;
+`Stream` is both for a single prompt.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import secrets
+import time
+from collections.abc import Generator, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import jax
+import numpy as np
+
+from ferrum_jax import functional
+from ferrum_jax.sampling import Sampling, SamplingParams
+from ferrum_jax.tokenizer import StopMatcher, TextStream, Tokenizer
+
+if TYPE_CHECKING:
+    from ferrum_jax.model import Model
+
+PAGE = 16
+_STEPS = 16  # tokens a dispatch at most
+_DISPATCH_SECONDS = 0.05  # what a dispatch aims at
+
+
+class Inputs:
+    """Prompts and parameters of a batch as arrays, each row's max_tokens within the context.
+
+    `longest`: most tokens that prompt and output of a row can have; `width`: columns of the prompts' array.
+    """
+
+    def __init__(self, model: Model, prompts: list[list[int]], params: list[SamplingParams], width: int | None = None):
+        self.model = model
+        room = [model.max_seq_len - len(ids) for ids in prompts]
+        limited = [dataclasses.replace(p, max_tokens=min(p.max_tokens, r)) for p, r in zip(params, room, strict=True)]
+        self.max_tokens = max(p.max_tokens for p in limited)
+        self.longest = max(len(ids) + p.max_tokens for ids, p in zip(prompts, limited, strict=True))
+        self.prompts, self.lengths = padded(prompts, width)
+        self.logprobs = params[0].logprobs
+        self.sampling = Sampling.from_params(
+            limited,
+            eos_ids=sorted(model.tokenizer.eos_ids),
+            vocab_limit=min(model.tokenizer.vocab_size, model.config.vocab_size),
+            pad_to=len(self.lengths),
+            default_seeds=[secrets.randbits(32) for _ in limited],
+        )
+
+    def arguments(self, capacity: int) -> tuple:
+        """Parameters, a cache of `capacity` tokens a row, prompts, lengths, sampling and key: the arguments of
+        `functional.generate` and `functional.start`."""
+        cache = self.model.new_cache(len(self.lengths) * -(-capacity // PAGE))
+        return self.model.params, cache, self.prompts, self.lengths, self.sampling, np.zeros(2, np.uint32)
+
+
+class Driver:
+    """Steps a batch and gives `Sampled` dispatch by dispatch, each read on the host while the next one runs.
+
+    Capacities are powers of four and prefill chunks one of two, so that a conversation that grows meets few programs.
+    """
+
+    def __init__(self, model: Model, prompts: list[list[int]], params: list[SamplingParams]):
+        self.model = model
+        self.capacity = 256
+        longest = Inputs(model, prompts, params).longest
+        while self.capacity < longest:
+            self.capacity *= 4
+        self.inputs = Inputs(model, prompts, params, width=self.capacity)
+        self._cancelled = np.zeros(len(self.inputs.lengths), bool)
+
+    def cancel(self, rows: Sequence[bool]) -> None:
+        """Marks rows (True) as finished; they decode no further."""
+        self._cancelled[: len(rows)] |= np.asarray(rows)
+
+    def __iter__(self) -> Iterator[functional.Sampled]:
+        model, programs = self.model, self.model.programs
+        static = {"config": model.config, "logprobs": self.inputs.logprobs}
+        arguments = self.inputs.arguments(self.capacity)
+        chunk = 32 if self.inputs.lengths.sum() <= 32 else functional.CHUNK
+        start = programs.get(functional.start, *arguments, donate=(1,), chunk=chunk, **static)
+        begin = time.perf_counter()
+        cache, state, sampled = start(*arguments)
+        pending = jax.device_get(sampled)
+        model.count("prefill", int(self.inputs.lengths.sum()), time.perf_counter() - begin)
+        model.count("decode", made(pending), 0.0)
+        params, *_, sampling, key = arguments
+        limit = 1
+        while True:
+            current = (params, cache, state, sampling, key, self._cancelled, np.int32(limit))
+            advance = programs.get(_advance, *current, donate=(1, 2), steps=_STEPS, **static)
+            begin = time.perf_counter()
+            cache, state, sampled = advance(*current)
+            yield pending  # used by the caller while the device works
+            pending = jax.device_get(sampled)
+            taken = time.perf_counter() - begin
+            steps = int((pending.tokens >= 0).sum(axis=1).max())
+            if not steps:
+                return
+            model.count("decode", made(pending), taken)
+            limit = int(np.clip(_DISPATCH_SECONDS / (taken / steps), 1, _STEPS))
+
+
+def made(sampled: functional.Sampled) -> int:
+    """How many tokens a dispatch made."""
+    return int((sampled.tokens >= 0).sum())
+
+
+def _advance(params, cache, state, sampling, key, cancelled, limit, *, config, steps, logprobs):
+    """functional.advance without the rows that the host has ended."""
+    state = state._replace(done=state.done | cancelled)
+    return functional.advance(params, cache, state, sampling, key, limit, config=config, steps=steps, logprobs=logprobs)
+
+
+class Watcher:
+    """Follows one row: tokens in, text out, until an end token, a stop string or the limit."""
+
+    def __init__(self, tokenizer: Tokenizer, params: SamplingParams):
+        self.token_ids: list[int] = []
+        self.logprobs: list[list[tuple[int, float]]] | None = None if params.logprobs is None else []
+        self.text = ""
+        self.finish_reason: str | None = None
+        self._ends: frozenset[int] = frozenset() if params.ignore_eos else tokenizer.eos_ids
+        self._decoder, self._stops = TextStream(tokenizer), StopMatcher(params.stop)
+
+    def push(self, sampled: functional.Sampled, row: int) -> tuple[str, list[int]]:
+        """Takes what a dispatch sampled for the row: the new text that is safe to show, and the new token ids."""
+        before = len(self.token_ids)
+        pieces = []
+        for i, token in enumerate(sampled.tokens[row].tolist()):
+            if token < 0 or self.finish_reason is not None:
+                break
+            self.token_ids.append(token)
+            if self.logprobs is not None:
+                pairs = zip(sampled.ids[row, i].tolist(), sampled.logprobs[row, i].tolist(), strict=True)
+                self.logprobs.append(list(pairs))
+            if token in self._ends:
+                self.finish_reason = "stop"
+                break
+            text, stopped = self._stops.push(self._decoder.push(token))
+            pieces.append(text)
+            if stopped:
+                self.finish_reason = "stop"
+        piece = "".join(pieces)
+        self.text += piece
+        return piece, self.token_ids[before:]
+
+    def flush(self) -> str:
+        """The text held back until now; call when the row has ended."""
+        stopped_by_text = False
+        piece = ""
+        if self.finish_reason is None or (self.token_ids and self.token_ids[-1] in self._ends):
+            piece, stopped_by_text = self._stops.push(self._decoder.flush())
+            piece += "" if stopped_by_text else self._stops.flush()
+        self.finish_reason = self.finish_reason or ("stop" if stopped_by_text else "length")
+        self.text += piece
+        return piece
+
+
+class Stream:
+    """Iterator of (text piece, token ids). After its end: `finish_reason`, `token_ids`, `text`, `logprobs`."""
+
+    def __init__(self, model: Model, prompt: list[int], params: SamplingParams):
+        self.prompt_token_ids = prompt
+        self._watcher = Watcher(model.tokenizer, params)
+        self._pieces: Generator[tuple[str, list[int]], None, None] = self._run(Driver(model, [prompt], [params]))
+
+    def __iter__(self) -> Stream:
+        return self
+
+    def __next__(self) -> tuple[str, list[int]]:
+        return next(self._pieces)
+
+    def close(self) -> None:
+        """Stops generating; what was generated so far stays readable."""
+        self._pieces.close()
+
+    @property
+    def finish_reason(self) -> str | None:
+        return self._watcher.finish_reason
+
+    @property
+    def token_ids(self) -> list[int]:
+        return self._watcher.token_ids
+
+    @property
+    def text(self) -> str:
+        return self._watcher.text
+
+    @property
+    def logprobs(self) -> list[list[tuple[int, float]]] | None:
+        return self._watcher.logprobs
+
+    def _run(self, driver: Driver) -> Generator[tuple[str, list[int]], None, None]:
+        for sampled in driver:
+            piece, ids = self._watcher.push(sampled, 0)
+            if ids:
+                yield piece, ids
+            if self.finish_reason is not None:
+                break
+        rest = self._watcher.flush()
+        if rest:
+            yield rest, []
+
+
+def bucket(size: int) -> int:
+    """The next of 16, 24, 32, 48, 64, 96, 128, ...: at most half as much again as asked for."""
+    power = 1 << max(4, (size - 1).bit_length())
+    return power * 3 // 4 if size <= power * 3 // 4 and power > 16 else power
+
+
+def padded(prompts: list[list[int]], width: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """int32 [B, width], right-padded with 0, and lengths int32 [B]; rows that are padding have length 0.
+
+    B is a power of two; width, unless given, a bucket.
+    """
+    rows = 1 << (len(prompts) - 1).bit_length()
+    tokens = np.zeros((rows, width or bucket(max(map(len, prompts)))), np.int32)
+    lengths = np.zeros(rows, np.int32)
+    for row, ids in enumerate(prompts):
+        tokens[row, : len(ids)] = ids
+        lengths[row] = len(ids)
+    return tokens, lengths

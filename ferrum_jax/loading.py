@@ -1,0 +1,101 @@
+"""From a name to a model: find the file, check all of it, then stream the weights in."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+
+from ferrum_jax import hub
+from ferrum_jax.config import ModelConfig, config_from_gguf
+from ferrum_jax.errors import ModelFileError, UnsupportedModelError
+from ferrum_jax.kv_cache import KV_DTYPES
+from ferrum_jax.model import Model
+from ferrum_jax.programs import enable_compilation_cache
+from ferrum_jax.tokenizer import Tokenizer
+from ferrum_jax.weights.gguf import GGUFFile, open_gguf
+from ferrum_jax.weights.names import Parameters, parameters
+from ferrum_jax.weights.stream import read_parameters
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def load(
+    source: str | Path,
+    *,
+    dtype: str = "auto",
+    kv_dtype: str | None = None,
+    device: jax.Device | None = None,
+    mesh=None,
+    max_seq_len: int | None = None,
+    progress: Callable[[int, int | None, str], None] | None = None,
+) -> Model:
+    """Loads a model, its weights compressed as they are in the file.
+
+    source: path of a .gguf (any part of a split file), an alias ("smollm2:135m"), or "owner/repo[:file or quant]".
+    dtype: arithmetic of activations, "float32" (exact), "bfloat16", "float16"; "auto" takes the fast one of the device.
+    kv_dtype: of the KV cache; None follows dtype. max_seq_len: tokens of context, at most (and by default) the model's.
+    progress: called with (bytes done, bytes in all or None, what is going on).
+
+    Raises ModelNotFoundError, ModelFileError, UnsupportedModelError; ValueError for an argument.
+    """
+    begin = time.perf_counter()
+    if mesh is not None:
+        raise ValueError("mesh= is not supported: a model runs on one device")
+    device = device or jax.devices()[0]
+    dtype = auto_dtype(device) if dtype == "auto" else dtype
+    kv_dtype = kv_dtype or dtype
+    for name, value, known in (("dtype", dtype, DTYPES), ("kv_dtype", kv_dtype, KV_DTYPES)):
+        if value not in known:
+            raise ValueError(f"{name} {value!r} is not supported; supported: {', '.join(known)}")
+    if max_seq_len is not None and (isinstance(max_seq_len, bool) or not isinstance(max_seq_len, int) or max_seq_len < 2):
+        raise ValueError(f"max_seq_len must be an integer of at least 2, not {max_seq_len!r}")
+
+    path = hub.resolve(str(source), progress=progress)
+    enable_compilation_cache()
+    with _open(path) as gguf:
+        config, places = check(gguf)
+        config = dataclasses.replace(config, dtype=dtype)
+        if max_seq_len is not None and max_seq_len > config.context_length:
+            raise ValueError(f"max_seq_len {max_seq_len} is beyond the model's context of {config.context_length} tokens")
+        tokenizer = Tokenizer.from_gguf(gguf.metadata, source=str(path))
+        if tokenizer.vocab_size > config.vocab_size:
+            raise ModelFileError(
+                f"{path}: key tokenizer.ggml.tokens: {tokenizer.vocab_size} tokens, but token_embd.weight has only "
+                f"{config.vocab_size} rows"
+            )
+        with jax.default_device(device):
+            params = read_parameters(gguf, places, config, device, progress)
+    model = Model(config, params, tokenizer, device, kv_dtype, max_seq_len or config.context_length)
+    model.load_s = time.perf_counter() - begin
+    return model
+
+
+def validate(path: str | Path) -> tuple[ModelConfig, Parameters]:
+    """Everything `load` checks of a file but its tokenizer, without reading a weight."""
+    with _open(Path(path)) as gguf:
+        return check(gguf)
+
+
+def check(gguf: GGUFFile) -> tuple[ModelConfig, Parameters]:
+    """The configuration and the place of every tensor, or the error that says what is wrong with the file."""
+    config = config_from_gguf(gguf)
+    return config, parameters(gguf, config)
+
+
+def auto_dtype(device: jax.Device) -> str:
+    """The fast arithmetic of a device: float16 on GPUs before compute capability 8.0, bfloat16 on other accelerators,
+    float32 on CPU, where plain XLA gains nothing from less."""
+    if device.platform == "cpu":
+        return "float32"
+    capability = getattr(device, "compute_capability", None)
+    return "float16" if capability is not None and float(capability) < 8.0 else "bfloat16"
+
+
+def _open(path: Path) -> GGUFFile:
+    if path.is_dir():
+        raise UnsupportedModelError(f"{path}: is a directory; a path to a .gguf file is needed")
+    return open_gguf(path)

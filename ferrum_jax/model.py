@@ -1,0 +1,270 @@
+"""A loaded model: its parameters as one value, and the host's side of generation.
+
+`generate` runs prefill and the whole loop as one compiled program. `stream`, `chat` in the terminal and requests with
+stop strings use the stepping driver: the same `start` and `advance`, a few tokens a dispatch, each dispatch's results read
+while the next one runs. Both give the same tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ferrum_jax import chat, functional
+from ferrum_jax.config import ModelConfig
+from ferrum_jax.driver import PAGE, Driver, Inputs, Stream, Watcher, bucket, made, padded
+from ferrum_jax.errors import UnsupportedModelError
+from ferrum_jax.kv_cache import KVCache, new_cache
+from ferrum_jax.programs import Programs
+from ferrum_jax.sampling import SamplingParams
+from ferrum_jax.tokenizer import Tokenizer
+from ferrum_jax.weights.stream import bytes_by_format
+
+_ROWS = 32  # rows of one program at most
+_CACHE_BYTES = 2 << 30  # KV cache of one program at most, where more than one row asks for it
+
+Prompt = str | Sequence[int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """What was generated for one prompt. `token_ids` includes the end token, `text` does not; finish_reason is "stop"
+    (end token or stop string) or "length"; logprobs: per token a list of (id, logprob), the chosen token first."""
+
+    text: str
+    token_ids: list[int]
+    finish_reason: str
+    logprobs: list[list[tuple[int, float]]] | None
+    prompt_token_ids: list[int]
+
+
+class Model:
+    """Made by `ferrum_jax.load`. `params` is a pytree of arrays, every weight once; `config` is static."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        params: Any,
+        tokenizer: Tokenizer,
+        device: jax.Device,
+        kv_dtype: str,
+        max_seq_len: int,
+    ):
+        self.config, self.params, self.tokenizer = config, params, tokenizer
+        self.device, self.kv_dtype, self.max_seq_len = device, kv_dtype, max_seq_len
+        self.programs = Programs(device)
+        self.load_s = 0.0
+        self._counters: dict[str, float] = {f"{kind}_{unit}": 0 for kind in ("prefill", "decode") for unit in ("tokens", "s")}
+
+    # Text in and out
+
+    def generate(
+        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] = SamplingParams()
+    ) -> list[Completion]:
+        """Completions in the order of the prompts, which are texts or lists of token ids, mixed; `params` is one for all
+        or one for each. ValueError for an empty prompt, an id out of range or a prompt that fills the context."""
+        if isinstance(prompts, str):
+            raise ValueError("prompts must be a list of prompts; for one prompt write [prompt]")
+        encoded = [self._encode(prompt) for prompt in prompts]
+        each = [params] * len(encoded) if isinstance(params, SamplingParams) else list(params)
+        if len(each) != len(encoded):
+            raise ValueError(f"{len(encoded)} prompts and {len(each)} sampling parameters; give one for all or one for each")
+        results: list[Completion | None] = [None] * len(encoded)
+        for group in self._groups(encoded, each):
+            rows = [encoded[i] for i in group]
+            completions = self._complete(rows, [each[i] for i in group])
+            for i, completion in zip(group, completions, strict=True):
+                results[i] = completion
+        return [completion for completion in results if completion is not None]
+
+    def stream(self, prompt: Prompt, params: SamplingParams = SamplingParams()) -> Stream:
+        """An iterator of (text piece, token ids): the same tokens as `generate`, as they are made."""
+        return Stream(self, self._encode(prompt), params)
+
+    def chat(self, messages: list[dict], params: SamplingParams = SamplingParams(), tools=None, **template_kwargs):
+        """The answer to a conversation, rendered by the model's chat template: one `Completion`."""
+        return self.generate([self.encode_chat(messages, tools, **template_kwargs)], params)[0]
+
+    def render_chat(self, messages: list[dict], tools=None, add_generation_prompt: bool = True, **template_kwargs) -> str:
+        """The text that the model's chat template makes of messages; UnsupportedModelError where the file has none."""
+        template = self.tokenizer.chat_template
+        if template is None:
+            raise UnsupportedModelError("this model has no chat template; give it plain text instead")
+        token = {
+            f"{name}_token": "" if id is None else self.tokenizer.token_bytes(id).decode("utf-8", "replace")
+            for name, id in (("bos", self.tokenizer.bos_id), ("eos", self.tokenizer.eos_id))
+        }
+        return chat.render(
+            template, messages, tools=tools, add_generation_prompt=add_generation_prompt, **token, **template_kwargs
+        )
+
+    def encode_chat(self, messages: list[dict], tools=None, **template_kwargs) -> list[int]:
+        """Token ids of a conversation ready to be answered, with one beginning-of-text token where both the template and
+        the tokenizer would put it."""
+        ids = self._encode(self.render_chat(messages, tools, **template_kwargs))
+        doubled = len(ids) > 1 and ids[0] == ids[1] == self.tokenizer.bos_id
+        return ids[1:] if doubled else ids
+
+    # Scores
+
+    def logits(self, batch: Sequence[Sequence[int]]) -> list[np.ndarray]:
+        """Teacher-forced float32 logits [length, vocab_size] of each list of token ids, on the host."""
+        results = [np.empty((len(ids), self.config.vocab_size), np.float32) for ids in self._checked(batch)]
+        for row, position, hidden in self._hidden(batch):
+            for first in range(0, hidden.shape[0], functional.ROWS):
+                block = hidden[first : first + functional.ROWS]
+                logits = np.asarray(self.programs.run(functional.unembed, self.params, block, config=self.config))
+                for source in range(first, min(first + functional.ROWS, len(row))):
+                    results[row[source]][position[source]] = logits[source - first]
+        return results
+
+    def perplexity(self, text_or_ids: Prompt, window: int | None = None) -> float:
+        """exp of the mean negative log-probability of every token but the first of its window.
+
+        No beginning-of-text token is added and special tokens in a text are not parsed. `window=None` is one window, else
+        windows of so many tokens, independent of each other; a last partial one is dropped.
+        """
+        ids = text_or_ids
+        if isinstance(ids, str):
+            ids = self.tokenizer.encode(ids, add_special=False, parse_special=False)
+        size = len(ids) if window is None else window
+        if size < 2 or len(ids) < size:
+            raise ValueError(f"a window needs at least two tokens and no more than the text has ({len(ids)}), not {size}")
+        windows = [list(ids[i : i + size]) for i in range(0, len(ids) - size + 1, size)]
+        total, rows = 0.0, max(1, functional.CHUNK // size)
+        for first in range(0, len(windows), rows):
+            part = self._checked(windows[first : first + rows])
+            for row, position, hidden in self._hidden(part):
+                scored = position < size - 1
+                targets = np.zeros(hidden.shape[0], np.int32)
+                targets[: len(row)][scored] = [part[r][p + 1] for r, p in zip(row[scored], position[scored], strict=True)]
+                logprobs = self.programs.run(functional.logprobs_of, self.params, hidden, targets, config=self.config)
+                total += np.asarray(logprobs, np.float64)[: len(row)][scored].sum()
+        return float(np.exp(-total / (len(windows) * (size - 1))))
+
+    # Facts
+
+    def memory(self) -> dict:
+        """Bytes: parameters by block format and in all, KV cache a token."""
+        formats = bytes_by_format(self.params)
+        per_token = self.config.kv_bytes_per_token(4 if self.kv_dtype == "float32" else 2)
+        return {"parameters": formats, "parameters_total": sum(formats.values()), "kv_bytes_per_token": per_token}
+
+    def timings(self) -> dict[str, float]:
+        """Seconds and tokens since the model was made: load_s, compile_s, prefill_tokens, prefill_s, decode_tokens,
+        decode_s. A program that does prefill and decoding at once counts as decoding, its prompt as prefill tokens."""
+        return {"load_s": self.load_s, "compile_s": self.programs.compile_s, **self._counters}
+
+    # Inside
+
+    def _encode(self, prompt: Prompt) -> list[int]:
+        if isinstance(prompt, str):
+            ids = self.tokenizer.encode(prompt, add_special=True, parse_special=True) if prompt else []
+        else:
+            ids = prompt if isinstance(prompt, list) else list(prompt)
+        (ids,) = self._checked([ids])
+        if len(ids) >= self.max_seq_len:
+            raise ValueError(f"the prompt has {len(ids)} tokens and leaves no room in a context of {self.max_seq_len}")
+        return ids
+
+    def _checked(self, batch: Sequence[Sequence[int]]) -> list[list[int]]:
+        """The batch as lists of int; ValueError for an empty one, one beyond the context or an id out of range."""
+        lists = [[int(i) for i in ids] for ids in batch]
+        for ids in lists:
+            if not ids:
+                raise ValueError("an empty prompt: at least one token is needed")
+            if len(ids) > self.max_seq_len:
+                raise ValueError(f"{len(ids)} tokens do not fit into a context of {self.max_seq_len}")
+            wrong = next((i for i in ids if not 0 <= i < self.config.vocab_size), None)
+            if wrong is not None:
+                raise ValueError(f"token id {wrong} is out of range: the vocabulary has {self.config.vocab_size} ids")
+        return lists
+
+    def _groups(self, encoded: list[list[int]], params: list[SamplingParams]) -> Iterator[list[int]]:
+        """Indices of the prompts that one program takes: same number of logprobs, rows within the limits."""
+        for k in sorted({p.logprobs for p in params}, key=lambda k: -1 if k is None else k):
+            group: list[int] = []
+            longest = 0
+            for i in (i for i, p in enumerate(params) if p.logprobs == k):
+                need = max(longest, len(encoded[i]) + min(params[i].max_tokens, self.max_seq_len - len(encoded[i])))
+                rows = max(1, min(_ROWS, _CACHE_BYTES // (bucket(need) * self.memory()["kv_bytes_per_token"])))
+                if len(group) + 1 > rows and group:
+                    yield group
+                    group, longest = [], 0
+                group.append(i)
+                longest = max(longest, need)
+            if group:
+                yield group
+
+    def _complete(self, prompts: list[list[int]], params: list[SamplingParams]) -> list[Completion]:
+        """Completions of one program's rows: one dispatch, or the stepping driver where stop strings are watched."""
+        watchers = [Watcher(self.tokenizer, p) for p in params]
+        if any(p.stop for p in params):
+            driver = Driver(self, prompts, params)
+            for sampled in driver:
+                for row, watcher in enumerate(watchers):
+                    watcher.push(sampled, row)
+                driver.cancel([watcher.finish_reason is not None for watcher in watchers])
+        else:
+            sampled = self._generate(Inputs(self, prompts, params))
+            for row, watcher in enumerate(watchers):
+                watcher.push(sampled, row)
+        for watcher in watchers:
+            watcher.flush()
+        return [
+            Completion(w.text, w.token_ids, w.finish_reason or "length", w.logprobs, prompt)
+            for w, prompt in zip(watchers, prompts, strict=True)
+        ]
+
+    def _generate(self, inputs: Inputs) -> functional.Sampled:
+        """Prefill and all tokens in one program."""
+        max_tokens = bucket(inputs.max_tokens)
+        arguments = inputs.arguments(inputs.prompts.shape[1] + max_tokens)
+        static = {"config": self.config, "max_tokens": max_tokens, "logprobs": inputs.logprobs}
+        program = self.programs.get(_generate, *arguments, donate=(1,), **static)
+        begin = time.perf_counter()
+        _, result = program(*arguments)
+        sampled = jax.device_get(result)
+        self.count("prefill", int(inputs.lengths.sum()), 0.0)
+        self.count("decode", made(sampled), time.perf_counter() - begin)
+        return sampled
+
+    def count(self, kind: str, tokens: int, seconds: float) -> None:
+        """Adds to `timings`: kind is "prefill" or "decode"."""
+        self._counters[f"{kind}_tokens"] += tokens
+        self._counters[f"{kind}_s"] += seconds
+
+    def _hidden(self, batch: Sequence[Sequence[int]]) -> Iterator[tuple[np.ndarray, np.ndarray, jax.Array]]:
+        """Final hidden states of all tokens, chunk by chunk: (row of each token, its position, hidden [chunk, size]);
+        hidden may have more rows than there are tokens."""
+        prompts, lengths = padded([list(ids) for ids in batch])
+        rows, longest = prompts.shape
+        chunk = min(functional.CHUNK, rows * longest)
+        cache = self.new_cache(rows * -(-longest // PAGE))
+        row = np.repeat(np.arange(rows), lengths)
+        position = np.concatenate([np.arange(n) for n in lengths])
+        for i in range(-(-len(row) // chunk)):
+            inputs = (self.params, cache, prompts, lengths, np.int32(i))
+            hidden, cache = self.programs.run(functional.hidden_chunk, *inputs, donate=(1,), chunk=chunk, config=self.config)
+            yield row[i * chunk : (i + 1) * chunk], position[i * chunk : (i + 1) * chunk], hidden
+
+    def new_cache(self, num_pages: int) -> KVCache:
+        """An empty cache of `num_pages` pages of 16 tokens on the model's device."""
+        with jax.default_device(self.device):
+            return new_cache(self.config, num_pages=num_pages, page_size=PAGE, dtype=self.kv_dtype)
+
+
+def _generate(params, cache, prompts, lengths, sampling, key, *, config, max_tokens, logprobs):
+    """functional.generate, returning the cache first (so that it aliases) and everything sampled."""
+    result = functional.generate(
+        params, cache, prompts, lengths, sampling, key, config=config, max_tokens=max_tokens, logprobs=logprobs
+    )
+    tokens, _, cache, *sampled = result
+    nothing = jnp.zeros((*tokens.shape, 0))
+    return cache, sampled[0] if sampled else functional.Sampled(tokens, nothing.astype(jnp.int32), nothing)

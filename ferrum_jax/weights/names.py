@@ -1,0 +1,135 @@
+"""One table: which tensor of a GGUF file is which parameter, what shape it has, and which families need it.
+
+`parameters(gguf, config)` holds a file against the table. What comes back names every tensor exactly once; anything
+missing, unknown or of the wrong shape is an error, raised before a byte of weights is read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+from ferrum_jax.config import ModelConfig
+from ferrum_jax.errors import ModelFileError
+from ferrum_jax.weights.gguf import GGUFFile, TensorInfo
+
+Path = tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A parameter: its path, the names of its dimensions (see `_sizes`) and the families that must or may have it."""
+
+    path: Path
+    shape: tuple[str, ...]
+    required: str = "all"  # "all", "dense", "experts", an architecture, or "" (optional)
+    allowed: tuple[str, ...] = ()  # architectures that may have an optional one; () for all
+
+
+_BIASED = ("llama", "qwen2")
+GLOBAL = {
+    "token_embd.weight": Entry(("embedding",), ("vocab", "hidden")),
+    "output_norm.weight": Entry(("final_norm",), ("hidden",)),
+    "output.weight": Entry(("unembedding",), ("vocab", "hidden"), ""),
+    "rope_freqs.weight": Entry(("rope_factors",), ("rotated",), "", ("llama",)),
+}
+LAYER = {
+    "attn_norm.weight": Entry(("attention_norm",), ("hidden",)),
+    "attn_q.weight": Entry(("attention", "query"), ("queries", "hidden")),
+    "attn_k.weight": Entry(("attention", "key"), ("keys", "hidden")),
+    "attn_v.weight": Entry(("attention", "value"), ("keys", "hidden")),
+    "attn_output.weight": Entry(("attention", "output"), ("hidden", "queries")),
+    "attn_q.bias": Entry(("attention", "query_bias"), ("queries",), "qwen2", _BIASED),
+    "attn_k.bias": Entry(("attention", "key_bias"), ("keys",), "qwen2", _BIASED),
+    "attn_v.bias": Entry(("attention", "value_bias"), ("keys",), "qwen2", _BIASED),
+    "attn_output.bias": Entry(("attention", "output_bias"), ("hidden",), "", _BIASED),
+    "attn_q_norm.weight": Entry(("attention", "query_norm"), ("head_dim",), "qwen3", ("qwen3", "qwen3moe")),
+    "attn_k_norm.weight": Entry(("attention", "key_norm"), ("head_dim",), "qwen3", ("qwen3", "qwen3moe")),
+    "ffn_norm.weight": Entry(("feed_forward_norm",), ("hidden",)),
+    "ffn_gate.weight": Entry(("feed_forward", "gate"), ("width", "hidden"), "dense"),
+    "ffn_up.weight": Entry(("feed_forward", "up"), ("width", "hidden"), "dense"),
+    "ffn_down.weight": Entry(("feed_forward", "down"), ("hidden", "width"), "dense"),
+    "ffn_gate.bias": Entry(("feed_forward", "gate_bias"), ("width",), "", ("llama",)),
+    "ffn_up.bias": Entry(("feed_forward", "up_bias"), ("width",), "", ("llama",)),
+    "ffn_down.bias": Entry(("feed_forward", "down_bias"), ("hidden",), "", ("llama",)),
+    "ffn_gate_inp.weight": Entry(("feed_forward", "router"), ("experts", "hidden"), "experts"),
+    "ffn_gate_exps.weight": Entry(("feed_forward", "expert_gate"), ("experts", "expert_width", "hidden"), "experts"),
+    "ffn_up_exps.weight": Entry(("feed_forward", "expert_up"), ("experts", "expert_width", "hidden"), "experts"),
+    "ffn_down_exps.weight": Entry(("feed_forward", "expert_down"), ("experts", "hidden", "expert_width"), "experts"),
+}
+# Numbers that the format repeats for every layer, or that only matter while training.
+_LAYER_NAME = re.compile(r"blk\.(0|[1-9][0-9]{0,3})\.(.+)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Parameters:
+    """The tensors of a file by parameter path: one each for `whole`, one per layer (or None) for `stacked`."""
+
+    whole: dict[Path, TensorInfo]
+    stacked: dict[Path, tuple[TensorInfo | None, ...]]
+
+
+def parameters(gguf: GGUFFile, config: ModelConfig) -> Parameters:
+    """Every tensor of the file in its place. Raises `ModelFileError` naming the tensor that is missing, unknown or
+    misshapen."""
+    sizes = _sizes(config)
+    whole: dict[Path, TensorInfo] = {}
+    layers: dict[Path, list[TensorInfo | None]] = {}
+    for name, tensor in gguf.tensors.items():
+        match = _LAYER_NAME.fullmatch(name)
+        entry = LAYER.get(match[2]) if match else GLOBAL.get(name)
+        if entry is None or not _wanted(entry, config):
+            raise ModelFileError(f"{gguf.path}: tensor {name}: is unknown in a model of architecture {config.architecture}")
+        expected = tuple(sizes[dimension] for dimension in entry.shape)
+        if tensor.shape != expected:
+            raise ModelFileError(
+                f"{gguf.path}: tensor {name}: shape {list(tensor.shape)}; expected {list(expected)} "
+                f"({', '.join(entry.shape)}) by the file's metadata"
+            )
+        if match is None:
+            whole[entry.path] = tensor
+        elif int(match[1]) >= config.num_layers:
+            raise ModelFileError(
+                f"{gguf.path}: tensor {name}: the model has {config.num_layers} layers by {config.architecture}.block_count"
+            )
+        else:
+            layers.setdefault(entry.path, [None] * config.num_layers)[int(match[1])] = tensor
+
+    for name, entry in GLOBAL.items():
+        if _required(entry, config) and entry.path not in whole:
+            raise ModelFileError(f"{gguf.path}: tensor {name}: is missing")
+    for name, entry in LAYER.items():
+        found = layers.get(entry.path)
+        if found is None and not _required(entry, config):
+            continue
+        for number in range(config.num_layers):
+            if found is None or found[number] is None:
+                raise ModelFileError(f"{gguf.path}: tensor blk.{number}.{name}: is missing")
+    return Parameters(whole, {path: tuple(tensors) for path, tensors in layers.items()})
+
+
+def _sizes(config: ModelConfig) -> dict[str, int]:
+    return {
+        "vocab": config.vocab_size,
+        "hidden": config.hidden_size,
+        "queries": config.num_heads * config.head_dim,
+        "keys": config.num_kv_heads * config.head_dim,
+        "head_dim": config.head_dim,
+        "rotated": config.rope_dim // 2,
+        "width": config.intermediate_size,
+        "experts": config.num_experts,
+        "expert_width": config.expert_intermediate_size,
+    }
+
+
+def _required(entry: Entry, config: ModelConfig) -> bool:
+    kind = "experts" if config.num_experts else "dense"
+    return entry.required in ("all", kind, config.architecture) or (
+        entry.required == "qwen3" and config.architecture == "qwen3moe"
+    )
+
+
+def _wanted(entry: Entry, config: ModelConfig) -> bool:
+    if entry.allowed:
+        return config.architecture in entry.allowed
+    return entry.required in ("all", "") or _required(entry, config)

@@ -1,0 +1,129 @@
+"""Weights from file to device, one tensor at a time, never twice in memory.
+
+Tensors of one parameter and one format form a stack with the layer axis first. On CPU the file is read straight into the
+memory that the arrays then own; elsewhere each tensor is sent to the device and put into its stack by a donated update.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ferrum_jax.config import ModelConfig
+from ferrum_jax.errors import ModelFileError
+from ferrum_jax.quantized import LayerStack, QuantizedTensor
+from ferrum_jax.weights.gguf import GGUFFile, TensorInfo
+from ferrum_jax.weights.names import Parameters, Path
+from pallas_kernels.blocks import FORMATS
+
+Progress = Callable[[int, int | None, str], None]
+_ALIGNMENT = 64  # bytes; what the CPU backend asks for to take over a buffer as it is
+_ROTATED: tuple[Path, ...] = tuple(("attention", name) for name in ("query", "key", "query_bias", "key_bias"))
+
+
+def read_parameters(
+    gguf: GGUFFile, parameters: Parameters, config: ModelConfig, device: jax.Device, progress: Progress | None = None
+) -> dict:
+    """The parameter tree of `models.Decoder`, on the device. `progress(done_bytes, total_bytes, text)` is called as it
+    goes. Raises `ModelFileError` for a norm or bias that is not plain numbers, or a file that ends early."""
+    for tensor in (*parameters.whole.values(), *(t for ts in parameters.stacked.values() for t in ts if t)):
+        if len(tensor.shape) == 1 and tensor.format not in ("F32", "F16", "BF16"):
+            raise ModelFileError(f"{gguf.path}: tensor {tensor.name}: {tensor.format} where plain numbers are expected")
+    reader = _Reader(gguf, config, device, progress)
+    tree: dict = {}
+    for path, tensor in parameters.whole.items():
+        whole = reader.stack(path, [tensor])
+        if len(tensor.shape) == 1:
+            tree[path[0]] = whole.stored[0]
+        else:
+            tree[path[0]] = QuantizedTensor(whole.stored.reshape(whole.stored.shape[1:]), whole.format)
+    layers: dict = {}
+    for path, tensors in parameters.stacked.items():
+        by_format: dict[str, list[TensorInfo]] = {}
+        for tensor in filter(None, tensors):
+            by_format.setdefault(_kept_format(tensor), []).append(tensor)
+        stacks = {format: reader.stack(path, members) for format, members in sorted(by_format.items())}
+        node = layers
+        for name in path[:-1]:
+            node = node.setdefault(name, {})
+        node[path[-1]] = LayerStack(stacks, tuple(_kept_format(t) if t else "" for t in tensors))
+    tree["layers"] = layers
+    return tree
+
+
+def _kept_format(tensor: TensorInfo) -> str:
+    """Norms and biases become float32."""
+    return "F32" if len(tensor.shape) == 1 else tensor.format
+
+
+class _Reader:
+    def __init__(self, gguf: GGUFFile, config: ModelConfig, device: jax.Device, progress: Progress | None):
+        self.gguf, self.config, self.device, self.progress = gguf, config, device, progress
+        self.done = 0
+
+    def stack(self, path: Path, tensors: Sequence[TensorInfo]) -> QuantizedTensor:
+        """Tensors of one shape and format on the device: stored [len(tensors), *rows, width]."""
+        format = FORMATS[_kept_format(tensors[0])]
+        shape = (len(tensors), *tensors[0].shape[:-1], format.stored_width(tensors[0].shape[-1]))
+        if self.device.platform == "cpu":
+            buffer = _aligned_empty(shape, format.storage)
+            for place, tensor in zip(buffer, tensors, strict=True):
+                self._read(path, tensor, place)
+            return QuantizedTensor(jax.device_put(buffer, self.device), format.name)
+        stacked = jax.device_put(jnp.zeros(shape, format.storage), self.device)
+        for i, tensor in enumerate(tensors):
+            place = np.empty(shape[1:], format.storage)
+            self._read(path, tensor, place)
+            stacked = _put(stacked, jax.device_put(place, self.device), i)
+        return QuantizedTensor(stacked, format.name)
+
+    def _read(self, path: Path, tensor: TensorInfo, place: np.ndarray) -> None:
+        """Fills `place` (a contiguous array of the format's storage) with one tensor."""
+        if len(tensor.shape) == 1:
+            place[...] = _plain_numbers(self.gguf.read(tensor), tensor.format)
+        else:
+            self.gguf.read_into(tensor, place.reshape(-1).view(np.uint8))
+        if path in _ROTATED and self.config.architecture == "llama":
+            place[...] = place[_half_split_rows(place.shape[0], self.config)]
+        self.done += tensor.nbytes
+        if self.progress is not None:
+            self.progress(self.done, self.gguf.tensor_bytes, "loading")
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _put(stack: jax.Array, value: jax.Array, i: int) -> jax.Array:
+    return jax.lax.dynamic_update_index_in_dim(stack, value, i, 0)
+
+
+def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An uninitialised array that starts at a multiple of `_ALIGNMENT`."""
+    size = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+    raw = np.empty(size + _ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % _ALIGNMENT
+    return raw[start : start + size].view(dtype).reshape(shape)
+
+
+def _plain_numbers(raw: np.ndarray, format: str) -> np.ndarray:
+    if format == "BF16":
+        return (raw.view("<u2").astype(np.uint32) << 16).view(np.float32)
+    return raw.view("<f4" if format == "F32" else "<f2").astype(np.float32)
+
+
+def _half_split_rows(rows: int, config: ModelConfig) -> np.ndarray:
+    """Where each row of a half-split head lies in a file of arch `llama`, which stores rotated pairs side by side."""
+    head = np.arange(config.head_dim)
+    head[: config.rope_dim] = head[: config.rope_dim].reshape(-1, 2).T.reshape(-1)
+    return (np.arange(0, rows, config.head_dim)[:, None] + head).reshape(-1)
+
+
+def bytes_by_format(params: dict) -> dict[str, int]:
+    """Bytes on the device of the parameters, by block format; plain vectors count as F32."""
+    sizes: dict[str, int] = {}
+    for leaf in jax.tree.leaves(params, is_leaf=lambda node: isinstance(node, QuantizedTensor)):
+        array, format = (leaf.stored, leaf.format) if isinstance(leaf, QuantizedTensor) else (leaf, "F32")
+        sizes[format] = sizes.get(format, 0) + array.nbytes
+    return dict(sorted(sizes.items(), key=lambda item: -item[1]))
