@@ -1,0 +1,104 @@
+"""The command line `ferrum-jax`.
+
+One function, `main`, owns the process: it turns whatever a verb raises into an exit code and at most one line on
+standard error. Verbs raise; they never exit. They import JAX and other heavy packages only when they run, so that
+`--help` and a mistyped flag answer at once.
+
+Exit codes: 0; 2 for a mistake of the user (unknown flag, bad value, missing or damaged file, unsupported model);
+1 for a fault of ours; 130 for Ctrl-C. A reader that closes the pipe early ends the program quietly with 0.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+
+import click
+
+from ferrum_jax.cli.bench import bench_command
+from ferrum_jax.cli.doctor import doctor_command
+from ferrum_jax.cli.inspect import info_command, list_command, pull_command
+from ferrum_jax.cli.perplexity import perplexity_command
+from ferrum_jax.cli.run import run_command
+from ferrum_jax.errors import FerrumError
+
+PROGRAM = "ferrum-jax"
+
+
+def _set_debug(context: click.Context, _option: click.Parameter, value: bool) -> None:
+    context.find_root().obj["debug"] |= value
+
+
+_DEBUG = click.Option(
+    ["--debug"], is_flag=True, expose_value=False, callback=_set_debug, help="Print the traceback of an error."
+)
+
+
+def _print_version(context: click.Context, _option: click.Parameter, value: bool) -> None:
+    if value:
+        from importlib.metadata import version
+
+        click.echo(f"{PROGRAM} {version(PROGRAM)}")
+        context.exit()
+
+
+@click.group(
+    invoke_without_command=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Run GGUF language models in JAX. MODEL is a .gguf file, an alias such as smollm2:135m (`list --aliases`), "
+    "or owner/repo[:file or quantisation] on the Hugging Face hub.",
+)
+@click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_print_version, help="Print it.")
+@click.pass_context
+def verbs(context: click.Context) -> None:
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
+
+
+for _verb in (
+    run_command, bench_command, info_command, pull_command, list_command, doctor_command, perplexity_command
+):  # fmt: skip
+    verbs.add_command(_verb)
+    _verb.params.append(_DEBUG)
+verbs.params.append(_DEBUG)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line on `argv` (default: the process's arguments) and return the exit code."""
+    state = {"debug": False}
+    try:
+        with contextlib.suppress(AttributeError):  # a replaced stdout need not have it
+            sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
+        try:
+            arguments = list(sys.argv[1:] if argv is None else argv)
+            with verbs.make_context(PROGRAM, arguments, obj=state) as context:
+                verbs.invoke(context)
+        finally:
+            sys.stdout.flush()
+    except click.exceptions.Exit as exit_request:
+        return exit_request.exit_code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the flush at exit finds a reader
+        return 0
+    except (KeyboardInterrupt, click.Abort):
+        return 130
+    except click.ClickException as error:
+        where = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else PROGRAM
+        return _report(2, f"{where}: {error.format_message()}", state["debug"])
+    except FerrumError as error:
+        return _report(2, f"{PROGRAM}: {error}", state["debug"])
+    except Exception as error:
+        hint = "" if state["debug"] else " (add --debug for the traceback)"
+        return _report(1, f"{PROGRAM}: internal error: {type(error).__name__}: {error}{hint}", state["debug"])
+    return 0
+
+
+def _report(code: int, message: str, debug: bool) -> int:
+    if debug:
+        import traceback
+
+        traceback.print_exc()
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    print("; ".join(lines).replace(":; ", ": "), file=sys.stderr)
+    return code

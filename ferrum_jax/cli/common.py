@@ -1,0 +1,190 @@
+"""What the verbs share: parameter types, loading with a progress bar, and how figures are written.
+
+Standard output carries a verb's result and nothing else; progress goes to standard error, and only to a terminal.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import click
+
+import ferrum_jax as fj
+
+Progress = Callable[[int, int | None, str], None]
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+KV_DTYPES = ("float32", "bfloat16", "float16")
+
+model_argument = click.argument("model")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
+dtype_option = click.option(
+    "--dtype", type=click.Choice(DTYPES), default="auto", show_default=True,
+    help="Arithmetic of activations; auto takes the fast one for the device (`doctor` says which).",
+)  # fmt: skip
+
+
+class FiniteRange(click.FloatRange):
+    """A float range that refuses NaN and infinity, which compare their way past the bounds."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a finite number.", param, ctx)
+        return number
+
+
+class PositiveIntegers(click.ParamType):
+    """A comma-separated list of integers, each at least `low`."""
+
+    name = "integers"
+
+    def __init__(self, low: int = 1):
+        self.low = low
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if isinstance(value, tuple):
+            return value
+        try:
+            numbers = tuple(int(part) for part in value.split(","))
+        except ValueError:
+            self.fail(f"{value!r} is not a list of integers such as 1,4.", param, ctx)
+        if min(numbers) < self.low:
+            self.fail(f"{min(numbers)} is below {self.low}.", param, ctx)
+        return numbers
+
+
+@contextlib.contextmanager
+def users_mistake(what: str = "") -> Iterator[None]:
+    """Around a call that checks what the user gave: its ValueError is the user's mistake, not ours."""
+    try:
+        yield
+    except ValueError as error:
+        raise click.UsageError(f"{what}{error}", click.get_current_context(silent=True)) from error
+
+
+@contextlib.contextmanager
+def progress_bar() -> Iterator[Progress]:
+    """A callback (bytes done, bytes in all or None, what is being done) that draws a bar where stderr is a terminal.
+
+    A call with 0 and None is a remark. Remarks are kept out of an error, which is one line: they are printed, once
+    each, when the block has succeeded, and without a bar already when work begins.
+    """
+    remarks: list[str] = []
+    printed = 0
+
+    def print_remarks() -> None:
+        nonlocal printed
+        for text in remarks[printed:]:
+            click.echo(f"note: {text}", err=True)
+        printed = len(remarks)
+
+    with _bar() if sys.stderr.isatty() else contextlib.nullcontext() as bar:
+
+        def update(done: int, total: int | None, text: str) -> None:
+            if done == 0 and total is None and text not in remarks:
+                remarks.append(text)
+            if bar:
+                bar(done, total, text)
+            elif done:
+                print_remarks()
+
+        yield update
+    print_remarks()
+
+
+@contextlib.contextmanager
+def _bar() -> Iterator[Progress]:
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+        task = bars.add_task("", total=None, visible=False)
+
+        def update(done: int, total: int | None, text: str) -> None:
+            bars.update(task, completed=done, total=total, description=text, visible=True)
+
+        yield update
+
+
+def load_model(source: str, **options: Any) -> Any:
+    """`fj.load` with a progress bar; a ValueError from its parameter checks is the user's mistake."""
+    with progress_bar() as progress, users_mistake():
+        return fj.load(source, progress=progress, **options)
+
+
+def print_table(rows: Iterable[Iterable[str]], columns: tuple[str, ...] = (), numbers: tuple[str, ...] = ()) -> None:
+    """Rows on standard output, under `columns` if there are any; those in `numbers` are set to the right.
+
+    In a terminal cells are folded to its width; elsewhere every row is one line, however long.
+    """
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    made = Table(box=SIMPLE_HEAD if columns else None, pad_edge=False, show_header=bool(columns), show_edge=False)
+    for column in columns:
+        made.add_column(column, justify="right" if column in numbers else "left", overflow="fold")
+    for row in rows:
+        made.add_row(*(Text(cell, overflow="fold") for cell in row))
+    console = Console(width=None if sys.stdout.isatty() else 10_000, highlight=False)
+    with console.capture() as printed:
+        console.print(made)
+    click.echo("\n".join(line.rstrip() for line in printed.get().splitlines()))
+
+
+# Control characters could move the cursor or retitle the window; their pictures cannot.
+_PICTURES = {code: 0x2400 + code for code in range(32) if code not in (9, 10)} | {127: 0x2421}
+_PICTURES |= {code: 0xFFFD for code in range(0x80, 0xA0)}
+
+
+def harmless(text: str) -> str:
+    """A model's text as a terminal may be shown it: control characters but tab and line feed become visible."""
+    return text.translate(_PICTURES)
+
+
+def print_json(value: Any) -> None:
+    click.echo(json.dumps(value))
+
+
+def readable_bytes(count: float) -> str:
+    """1536 -> '1.5 KiB'."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
+
+
+def figure(value: float | None, digits: int = 1) -> str:
+    """A number for a table; a dash where there was nothing to measure."""
+    return "-" if value is None else f"{value:,.{digits}f}"
+
+
+def rate(count: float, seconds: float) -> float | None:
+    """Per second, or None where nothing was measured."""
+    return round(count / seconds, 3) if count > 0 and seconds > 0 else None
+
+
+def device_name() -> str:
+    """Platform and kind of the default device, for example 'cpu: cpu' or 'gpu: NVIDIA H200'."""
+    import jax
+
+    device = jax.devices()[0]
+    return f"{device.platform}: {device.device_kind}"
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and the packages that decide what is computed."""
+    import platform
+    from importlib.metadata import version
+
+    packages = {"ferrum_jax": "ferrum-jax", "jax": "jax", "jaxlib": "jaxlib", "flax": "flax"}
+    return {"python": platform.python_version()} | {name: version(package) for name, package in packages.items()}

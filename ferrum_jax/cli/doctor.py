@@ -1,0 +1,125 @@
+"""`ferrum-jax doctor`: what this installation will run on.
+
+The backends it names are those that the dispatcher took in a trial compile on this machine, not those it ought to take.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ferrum_jax.cli import common
+from ferrum_jax.cli.common import readable_bytes
+
+
+def _folder(path: Path, *parts: str) -> dict[str, Any]:
+    """A cache folder, which need not exist yet, and the bytes in it or in these parts of it; links are not followed."""
+    found = (file for folder in (parts or [""]) for file in (path / folder).rglob("*"))
+    files = [file for file in found if file.is_file() and not file.is_symlink()]
+    return {"path": str(path), "bytes": sum(file.stat().st_size for file in files)}
+
+
+def _devices() -> list[dict[str, Any]]:
+    import jax
+
+    rows = []
+    for device in jax.devices():
+        memory = device.memory_stats() or {}
+        rows.append(
+            {
+                "platform": device.platform,
+                "kind": device.device_kind,
+                "memory_bytes": memory.get("bytes_limit") or (_host_memory() if device.platform == "cpu" else None),
+                "in_use_bytes": memory.get("bytes_in_use"),
+            }
+        )
+    return rows
+
+
+def _host_memory() -> int | None:
+    import os
+
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError, AttributeError):  # not every platform knows the names
+        return None
+
+
+def examine() -> dict[str, Any]:
+    """Everything `doctor` prints. A part that fails leaves its error in "problems" and the rest is still examined."""
+    report: dict[str, Any] = {"problems": []}
+
+    def part(name: str, look: Any) -> None:
+        try:
+            report[name] = look()
+        except Exception as error:
+            report[name] = None
+            report["problems"].append(f"{name}: {type(error).__name__}: {error}")
+
+    def backends() -> list[dict[str, str]]:
+        from ferrum_jax import diagnostics
+
+        keys = ("operation", "format", "backend", "reason")
+        return [{key: str(getattr(choice, key)) for key in keys} for choice in diagnostics.trial()]
+
+    def auto_dtype() -> str:
+        import jax
+
+        from ferrum_jax.loading import auto_dtype
+
+        return auto_dtype(jax.devices()[0])
+
+    def compilation_cache() -> dict[str, Any]:
+        from ferrum_jax.programs import enable_compilation_cache
+
+        return _folder(enable_compilation_cache())
+
+    def model_cache() -> dict[str, Any]:
+        from ferrum_jax import hub
+
+        return _folder(hub.cache_root(), "hub", "wheels", "tmp")
+
+    part("versions", common.versions)
+    part("devices", _devices)
+    part("auto_dtype", auto_dtype)
+    part("backends", backends)
+    part("compilation_cache", compilation_cache)
+    part("model_cache", model_cache)
+    return report
+
+
+def _print_report(report: dict[str, Any]) -> None:
+    facts = list((report["versions"] or {}).items())
+    for device in report["devices"] or ():
+        memory = device["memory_bytes"]
+        used = f", {readable_bytes(device['in_use_bytes'])} in use" if device["in_use_bytes"] is not None else ""
+        size = f", {readable_bytes(memory)}{used}" if memory else ""
+        facts.append(("device", f"{device['platform']}: {device['kind']}{size}"))
+    facts.append(('dtype "auto"', report["auto_dtype"] or "-"))
+    for name in ("compilation_cache", "model_cache"):
+        folder = report[name]
+        if folder:
+            facts.append((name.replace("_", " "), f"{folder['path']}, {readable_bytes(folder['bytes'])}"))
+    common.print_table(facts)
+    if report["backends"]:
+        keys = ("operation", "format", "backend", "reason")
+        click.echo()
+        common.print_table([tuple(row[key] for key in keys) for row in report["backends"]], keys)
+    click.echo()
+    click.echo("everything needed works" if not report["problems"] else "\n  ".join(["broken:", *report["problems"]]))
+
+
+@click.command("doctor", short_help="Versions, devices and the kernels this machine takes.")
+@common.json_option
+@click.pass_context
+def doctor_command(context: click.Context, as_json: bool) -> None:
+    """Versions, devices, caches and the backends chosen in a trial compile. Exit code 1 if something is broken."""
+    report = examine()
+    if as_json:
+        common.print_json(report)
+    else:
+        _print_report(report)
+    if report["problems"]:
+        context.exit(1)

@@ -1,0 +1,203 @@
+"""`info`, `pull` and `list`: what a model file is, and which ones are at hand. None of them imports JAX."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ferrum_jax.cli import common
+from ferrum_jax.cli.common import readable_bytes
+
+if TYPE_CHECKING:
+    from ferrum_jax.config import ModelConfig
+    from ferrum_jax.weights.gguf import GGUFFile
+
+DEFAULT_CONTEXT = 4096
+KV_ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def _formats(gguf: GGUFFile) -> list[dict[str, Any]]:
+    """Tensors, weights and bytes of each block format, the largest first."""
+    rows: dict[str, dict[str, Any]] = defaultdict(lambda: {"tensors": 0, "weights": 0, "bytes": 0})
+    for info in gguf.tensors.values():
+        row = rows[info.format]
+        row["tensors"] += 1
+        row["weights"] += math.prod(info.shape)
+        row["bytes"] += info.nbytes
+    return sorted(({"format": name} | row for name, row in rows.items()), key=lambda row: -row["bytes"])
+
+
+def _working_bytes(gguf: GGUFFile, config: ModelConfig) -> int:
+    """An upper estimate of what a step needs beside weights and KV: the largest matrix of a layer unpacked to float32
+    (one expert of a stack), and one row of logits."""
+    layers = [info for name, info in gguf.tensors.items() if name.startswith("blk.") and len(info.shape) >= 2]
+    largest = max((math.prod(info.shape[-2:]) for info in layers), default=0)
+    return 4 * (largest + config.vocab_size)
+
+
+def describe(gguf: GGUFFile, context: int | None = None) -> dict[str, Any]:
+    """The facts `info` prints about an open file; `context` (default 4,096, or less if the model's own is) is the
+    number of tokens that memory is estimated for. Raises ModelFileError or UnsupportedModelError as loading would."""
+    from ferrum_jax.config import config_from_gguf
+
+    config = config_from_gguf(gguf)
+    metadata = gguf.metadata
+    context = context or min(DEFAULT_CONTEXT, config.context_length)
+    kv = {name: config.kv_bytes_per_token(size) for name, size in KV_ITEM_BYTES.items()}
+    working = _working_bytes(gguf, config)
+    return {
+        "path": str(gguf.path),
+        "parts": len(gguf.parts),
+        "name": metadata.get("general.name"),
+        "licence": metadata.get("general.license"),
+        "file_bytes": sum(part.stat().st_size for part in gguf.parts),
+        "tensor_bytes": gguf.tensor_bytes,
+        "parameters": sum(math.prod(info.shape) for info in gguf.tensors.values()),
+        "architecture": config.architecture,
+        "num_layers": config.num_layers,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_heads": config.num_heads,
+        "num_kv_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "vocab_size": config.vocab_size,
+        "context_length": config.context_length,
+        "sliding_window": config.sliding_window,
+        "num_experts": config.num_experts,
+        "experts_per_token": config.experts_per_token,
+        "expert_intermediate_size": config.expert_intermediate_size,
+        "rope_theta": config.rope_theta,
+        "rope_scaling": config.rope_scaling.kind if config.rope_scaling else None,
+        "rms_norm_eps": config.rms_norm_eps,
+        "tokenizer": {key: metadata.get(f"tokenizer.ggml.{key}") for key in ("model", "pre")},
+        "chat_template": "tokenizer.chat_template" in metadata,
+        "formats": _formats(gguf),
+        "kv_bytes_per_token": kv,
+        "memory": {
+            "context": context,
+            "kv_bytes": {name: size * context for name, size in kv.items()},
+            "working_bytes": working,
+            "total_bytes": {name: gguf.tensor_bytes + size * context + working for name, size in kv.items()},
+        },
+    }
+
+
+def _print_info(facts: dict[str, Any]) -> None:
+    memory, kv = facts["memory"], facts["kv_bytes_per_token"]
+    heads = f"{facts['num_heads']} of {facts['head_dim']}, {facts['num_kv_heads']} for keys and values"
+    experts = "none"
+    if facts["num_experts"]:
+        experts = f"{facts['num_experts']}, {facts['experts_per_token']} a token"
+        experts += f", {facts['expert_intermediate_size']} wide"
+    kind = " / ".join(value for value in facts["tokenizer"].values() if value) or "none in the file"
+
+    def both(sizes: dict[str, int]) -> str:
+        return f"{readable_bytes(sizes['float16'])} (16 bit), {readable_bytes(sizes['float32'])} (float32)"
+
+    rows = {
+        "file": facts["path"] + (f" and {facts['parts'] - 1} more parts" if facts["parts"] > 1 else ""),
+        "name": facts["name"] or "not stated",
+        "licence": facts["licence"] or "not stated in the file",
+        "architecture": facts["architecture"],
+        "parameters": f"{facts['parameters']:,}",
+        "layers": f"{facts['num_layers']}, {facts['hidden_size']} wide"
+        + (f", feed-forward {facts['intermediate_size']}" if facts["intermediate_size"] else ""),
+        "heads": heads,
+        "experts": experts,
+        "vocabulary": f"{facts['vocab_size']:,}",
+        "context": f"{facts['context_length']:,} tokens"
+        + (f", each sees {facts['sliding_window']:,}" if facts["sliding_window"] else ""),
+        "rope": f"theta {facts['rope_theta']:g}, scaling {facts['rope_scaling'] or 'none'}",
+        "tokenizer": f"{kind}; chat template: {'yes' if facts['chat_template'] else 'no'}",
+        "KV cache": f"{both(kv)} a token",
+        f"at {memory['context']:,} tokens": both(memory["kv_bytes"]),
+        "memory": f"about {both(memory['total_bytes'])}: weights {readable_bytes(facts['tensor_bytes'])}, KV, "
+        f"working space {readable_bytes(memory['working_bytes'])}; the runtime comes on top",
+    }
+    common.print_table(rows.items())
+    click.echo()
+    numbers = ("tensors", "weights", "bytes", "bits a weight")
+    blocks = [
+        (row["format"], *(f"{row[key]:,}" for key in numbers[:3]), f"{8 * row['bytes'] / max(1, row['weights']):.2f}")
+        for row in facts["formats"]
+    ]
+    common.print_table(blocks, ("format", *numbers), numbers)
+
+
+@click.command("info", short_help="What a model file is, from its header.")
+@common.model_argument
+@click.option("--context", type=click.IntRange(min=1), help="Estimate memory for this many tokens (default: 4096).")
+@common.json_option
+def info_command(model: str, context: int | None, as_json: bool) -> None:
+    """Architecture, block formats and memory of MODEL, read from its header; weights are not loaded.
+
+    A model that is not on this machine yet is fetched first.
+    """
+    from ferrum_jax import hub
+    from ferrum_jax.weights.gguf import open_gguf
+
+    with common.progress_bar() as progress:
+        path = hub.resolve(model, progress=progress)
+    with open_gguf(path) as gguf:
+        facts = describe(gguf, context)
+    if context and context > facts["context_length"]:
+        click.echo(f"note: the model's own context is {facts['context_length']:,} tokens", err=True)
+    if as_json:
+        common.print_json(facts)
+    else:
+        _print_info(facts)
+
+
+@click.command("pull", short_help="Fetch a model into the cache.")
+@common.model_argument
+def pull_command(model: str) -> None:
+    """Fetch MODEL into the cache and print the path of its file."""
+    from ferrum_jax import hub
+
+    with common.progress_bar() as progress:
+        path = hub.pull(model, progress=progress)
+    click.echo(str(path))
+
+
+@click.command("list", short_help="Models in the cache, or the aliases.")
+@click.option("--aliases", "--all", "aliases", is_flag=True, help="List the aliases with source and licence instead.")
+@common.json_option
+def list_command(aliases: bool, as_json: bool) -> None:
+    """The models in the cache, or with --aliases every short name, its sources, licence and whether it was checked."""
+    from ferrum_jax import hub
+
+    if aliases:
+        _list_aliases(hub.ALIASES, as_json)
+        return
+    models = hub.list_cached()
+    if as_json:
+        common.print_json([{"name": m.name, "path": str(m.path), "bytes": m.bytes, "source": str(m.source)} for m in models])
+    elif not models:
+        click.echo("no model is cached; `ferrum-jax list --aliases` names some to pull", err=True)
+    else:
+        rows = [(m.name, readable_bytes(m.bytes), str(m.source), str(m.path)) for m in models]
+        common.print_table(rows, ("name", "size", "source", "path"), numbers=("size",))
+
+
+def _list_aliases(aliases: dict[str, Any], as_json: bool) -> None:
+    rows: list[dict[str, Any]] = [
+        {
+            "name": name,
+            "sources": [str(source) for source in alias.sources],
+            "licence": alias.licence,
+            "checked": alias.checked,
+            "note": alias.note if name == alias.name else f"the same as {alias.name}",
+        }
+        for name, alias in aliases.items()
+    ]
+    if as_json:
+        common.print_json(rows)
+        return
+    table = []
+    for row in rows:
+        checked = {True: "yes", False: "never"}.get(row["checked"], row["checked"])
+        table.append((row["name"], "; ".join(row["sources"]), row["licence"], checked, row["note"]))
+    common.print_table(table, ("alias", "sources, in order", "licence", "checked", "note"))

@@ -1,0 +1,239 @@
+"""`ferrum-jax run`: answer a prompt, or talk in the terminal.
+
+Text goes to standard output as it is made. Every prompt becomes token ids here, by the model's chat template or as it
+is, and `answer` is the one way from ids to text for a prompt, for JSON lines and for the chat.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+import ferrum_jax as fj
+from ferrum_jax.cli import common
+
+MAX_TOKENS, TEMPERATURE, TOP_P = 512, 0.7, 0.95
+
+
+@dataclasses.dataclass
+class Answer:
+    """What one generation gave. `finish_reason` is "stop", "length", or "abort" when it was interrupted."""
+
+    text: str
+    finish_reason: str
+    usage: dict[str, int]
+    timings: dict[str, float | None]
+
+
+def answer(
+    model: Any,
+    ids: list[int],
+    params: Any,
+    emit: Callable[[str, list[int]], None],
+    interrupted: Callable[[], bool] = lambda: False,
+) -> Answer:
+    """Stream the continuation of `ids` into `emit(text, token_ids)` until it ends or `interrupted()` is true.
+
+    A KeyboardInterrupt counts as an interruption too when `interrupted()` is true, so that a second Ctrl-C
+    breaks into a step that does not return.
+    """
+    before = model.timings()
+    with common.users_mistake():
+        stream = model.stream(ids, params)
+    pieces: list[str] = []
+    count, reason = 0, None
+    try:
+        for text, tokens in stream:
+            pieces.append(text)
+            count += len(tokens)
+            emit(text, tokens)
+            if interrupted():
+                reason = "abort"
+                break
+    except KeyboardInterrupt:
+        if not interrupted():
+            raise
+        reason = "abort"
+    finally:
+        stream.close()
+    spent = {key: value - before[key] for key, value in model.timings().items()}
+    return Answer(
+        text="".join(pieces),
+        finish_reason=reason or stream.finish_reason,
+        usage={"prompt_tokens": len(ids), "completion_tokens": count},
+        timings={
+            "load_s": round(before["load_s"], 3),
+            "compile_s": round(spent["compile_s"], 3),
+            "prefill_tok_s": common.rate(spent["prefill_tokens"], spent["prefill_s"]),
+            "decode_tok_s": common.rate(spent["decode_tokens"], spent["decode_s"]),
+        },
+    )
+
+
+def print_stats(result: Answer) -> None:
+    """One line on standard error with the figures that JSON lines end with."""
+    timings, usage = result.timings, result.usage
+    click.echo(
+        f"finish {result.finish_reason} | prompt {usage['prompt_tokens']} tokens, "
+        f"{common.figure(timings['prefill_tok_s'])} tok/s | generated {usage['completion_tokens']} tokens, "
+        f"{common.figure(timings['decode_tok_s'])} tok/s | load {common.figure(timings['load_s'], 2)} s, "
+        f"compile {common.figure(timings['compile_s'], 2)} s",
+        err=True,
+    )
+
+
+def _read_stdin() -> str:
+    if sys.stdin is None:  # the shell closed it
+        return ""
+    if sys.stdin.isatty():
+        click.echo("reading the prompt from the terminal; Ctrl-D ends it", err=True)
+    try:
+        text = sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise click.UsageError(f"the prompt on standard input is not UTF-8 text (byte {error.start})") from None
+    return text.removesuffix("\n").removesuffix("\r")
+
+
+def _sampling(values: dict[str, Any]) -> Any:
+    """SamplingParams, made before the model is loaded so that a bad value costs nothing."""
+    if "" in values["stop"]:
+        raise click.UsageError("--stop must not be empty")
+    with common.users_mistake():
+        return fj.SamplingParams(**values)
+
+
+def _template_arguments(model: Any, source: str, *, system: str | None, think: bool | None, raw: bool) -> dict | None:
+    """Keyword arguments of the chat template, or None where prompts are completed as they are."""
+    if raw:
+        return None
+    written = model.tokenizer.chat_template
+    if not written:
+        if system is not None:
+            raise click.UsageError(f"--system: {source} has no chat template to put a system message in")
+        click.echo("note: the file has no chat template; prompts are completed as they are", err=True)
+        return None
+    if think is None:
+        return {}
+    if "enable_thinking" not in written:
+        click.echo("note: the chat template has no thinking switch; --think/--no-think changes nothing", err=True)
+    return {"enable_thinking": think}
+
+
+def encode(model: Any, messages: list[dict[str, str]], template: dict[str, Any] | None) -> list[int]:
+    """Token ids of a conversation by the chat template with these arguments; with None, of its last message as it is.
+
+    ValueError where the template refuses the messages, or when no room is left in the context for an answer.
+    """
+    if template is not None:
+        ids = model.encode_chat(messages, **template)
+    else:
+        ids = model.tokenizer.encode(messages[-1]["content"], add_special=True, parse_special=True)
+    if not ids:
+        raise ValueError("the prompt has no tokens")
+    if len(ids) >= model.max_seq_len:
+        raise ValueError(f"{len(ids):,} tokens leave no room in a context of {model.max_seq_len:,}")
+    return ids
+
+
+def _print_text(model: Any, ids: list[int], params: Any) -> Answer:
+    last = ""
+    terminal = sys.stdout.isatty()
+
+    def emit(text: str, _tokens: list[int]) -> None:
+        nonlocal last
+        sys.stdout.write(common.harmless(text) if terminal else text)
+        sys.stdout.flush()
+        last = text or last
+
+    result = answer(model, ids, params, emit)
+    if not last.endswith("\n"):
+        click.echo()
+    if result.finish_reason == "length":
+        count = result.usage["completion_tokens"]
+        click.echo(f"note: cut after {count} tokens (--max-tokens, or the context)", err=True)
+    return result
+
+
+def _print_json_lines(model: Any, ids: list[int], params: Any) -> Answer:
+    def emit(text: str, tokens: list[int]) -> None:
+        click.echo(json.dumps({"text": text, "token_ids": [int(token) for token in tokens]}))
+
+    result = answer(model, ids, params, emit)
+    click.echo(json.dumps({key: getattr(result, key) for key in ("finish_reason", "usage", "timings")}))
+    return result
+
+
+@click.command("run", short_help="Answer a prompt, or chat in the terminal.")
+@common.model_argument
+@click.option("--prompt", metavar="TEXT", help="Answer this; - reads standard input. Without it: a chat, or a pipe.")
+@click.option("--system", metavar="TEXT", help="System message of the conversation.")
+@click.option("--raw", is_flag=True, help="Complete the prompt as it is, without the chat template.")
+@click.option("--think/--no-think", default=None, help="Thinking switch of the chat template (its enable_thinking).")
+@click.option("--max-tokens", type=click.IntRange(min=1), default=MAX_TOKENS, show_default=True)
+@click.option(
+    "--temperature", type=common.FiniteRange(min=0), default=TEMPERATURE, show_default=True,
+    help="0 takes the likeliest token always.",
+)  # fmt: skip
+@click.option("--top-k", type=click.IntRange(min=0), default=0, show_default=True, help="0: off.")
+@click.option("--top-p", type=common.FiniteRange(min=0, min_open=True, max=1), default=TOP_P, show_default=True)
+@click.option("--min-p", type=common.FiniteRange(min=0, max=1), default=0.0, show_default=True, help="0: off.")
+@click.option(
+    "--repeat-penalty", "repetition_penalty", type=common.FiniteRange(min=0, min_open=True), default=1.0,
+    show_default=True, help="1: off.",
+)  # fmt: skip
+@click.option("--seed", type=int, help="The same seed gives the same text. Default: another one each time.")
+@click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; may be given several times.")
+@common.dtype_option
+@click.option("--kv-dtype", type=click.Choice(common.KV_DTYPES), help="Of the KV cache; default: follows --dtype.")
+@click.option("--max-seq-len", type=click.IntRange(min=2), help="Limit of prompt and answer; default: the model's.")
+@click.option("--output-format", type=click.Choice(["text", "jsonl"]), default="text", show_default=True)
+@click.option("--stats", is_flag=True, help="Print timings on standard error at the end.")
+def run_command(
+    model: str,
+    prompt: str | None,
+    system: str | None,
+    raw: bool,
+    think: bool | None,
+    dtype: str,
+    kv_dtype: str | None,
+    max_seq_len: int | None,
+    output_format: str,
+    stats: bool,
+    **sampling: Any,
+) -> None:
+    """Answer --prompt, a piped text, or what is typed in a chat.
+
+    With a chat template in the file the prompt becomes a user message; otherwise, and with --raw, it is completed as
+    it is.
+    """
+    if raw and (system is not None or think is not None):
+        flag = "--system" if system is not None else "--think/--no-think"
+        raise click.UsageError(f"{flag} needs the chat template, which --raw leaves out")
+    params = _sampling(sampling)
+    talk = prompt is None and output_format == "text" and bool(sys.stdin) and sys.stdin.isatty() and sys.stdout.isatty()
+    text = ""
+    if not talk:
+        text = _read_stdin() if prompt in (None, "-") else prompt or ""
+        with common.users_mistake("--prompt is not UTF-8 text: "):
+            text.encode()
+        if not text:
+            raise click.UsageError("the prompt is empty")
+
+    loaded = common.load_model(model, dtype=dtype, kv_dtype=kv_dtype, max_seq_len=max_seq_len)
+    template = _template_arguments(loaded, model, system=system, think=think, raw=raw)
+    if talk:
+        from ferrum_jax.cli.chat import Chat
+
+        return Chat(loaded, params, system=system, template=template, stats=stats).run(model)
+
+    messages = [{"role": "system", "content": system}] if system is not None else []
+    with common.users_mistake():
+        ids = encode(loaded, [*messages, {"role": "user", "content": text}], template)
+    result = (_print_json_lines if output_format == "jsonl" else _print_text)(loaded, ids, params)
+    if stats:
+        print_stats(result)
