@@ -60,15 +60,17 @@ class Inputs:
 class Driver:
     """Steps a batch and gives `Sampled` dispatch by dispatch, each read on the host while the next one runs.
 
-    Capacities are powers of four and prefill chunks one of two, so that a conversation that grows meets few programs.
+    A single row's capacity grows by fours and prefill chunks have two sizes, so that a conversation meets few programs.
     """
 
     def __init__(self, model: Model, prompts: list[list[int]], params: list[SamplingParams]):
         self.model = model
-        self.capacity = 256
         longest = Inputs(model, prompts, params).longest
-        while self.capacity < longest:
-            self.capacity *= 4
+        self.capacity = bucket(longest)
+        if len(prompts) == 1:
+            self.capacity = 256
+            while self.capacity < longest:
+                self.capacity *= 4
         self.inputs = Inputs(model, prompts, params, width=self.capacity)
         self._cancelled = np.zeros(len(self.inputs.lengths), bool)
 

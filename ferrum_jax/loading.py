@@ -45,6 +45,8 @@ def load(
     begin = time.perf_counter()
     if mesh is not None:
         raise ValueError("mesh= is not supported: a model runs on one device")
+    if device is not None and not isinstance(device, jax.Device):
+        raise ValueError(f"device must be a jax.Device, as in jax.devices(), not {device!r}")
     device = device or jax.devices()[0]
     dtype = auto_dtype(device) if dtype == "auto" else dtype
     kv_dtype = kv_dtype or dtype
@@ -57,16 +59,10 @@ def load(
     path = hub.resolve(str(source), progress=progress)
     enable_compilation_cache()
     with _open(path) as gguf:
-        config, places = check(gguf)
+        config, places, tokenizer = check(gguf)
         config = dataclasses.replace(config, dtype=dtype)
         if max_seq_len is not None and max_seq_len > config.context_length:
             raise ValueError(f"max_seq_len {max_seq_len} is beyond the model's context of {config.context_length} tokens")
-        tokenizer = Tokenizer.from_gguf(gguf.metadata, source=str(path))
-        if tokenizer.vocab_size > config.vocab_size:
-            raise ModelFileError(
-                f"{path}: key tokenizer.ggml.tokens: {tokenizer.vocab_size} tokens, but token_embd.weight has only "
-                f"{config.vocab_size} rows"
-            )
         with jax.default_device(device):
             params = read_parameters(gguf, places, config, device, progress)
     model = Model(config, params, tokenizer, device, kv_dtype, max_seq_len or config.context_length)
@@ -74,16 +70,23 @@ def load(
     return model
 
 
-def validate(path: str | Path) -> tuple[ModelConfig, Parameters]:
-    """Everything `load` checks of a file but its tokenizer, without reading a weight."""
+def validate(path: str | Path) -> None:
+    """Checks all of a model file that `load` checks, without reading a weight; raises what `load` would raise."""
     with _open(Path(path)) as gguf:
-        return check(gguf)
+        check(gguf)
 
 
-def check(gguf: GGUFFile) -> tuple[ModelConfig, Parameters]:
-    """The configuration and the place of every tensor, or the error that says what is wrong with the file."""
+def check(gguf: GGUFFile) -> tuple[ModelConfig, Parameters, Tokenizer]:
+    """The configuration, the place of every tensor and the tokenizer, or the error that says what is wrong."""
     config = config_from_gguf(gguf)
-    return config, parameters(gguf, config)
+    places = parameters(gguf, config)
+    tokenizer = Tokenizer.from_gguf(gguf.metadata, source=str(gguf.path))
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ModelFileError(
+            f"{gguf.path}: key tokenizer.ggml.tokens: {tokenizer.vocab_size} tokens, but token_embd.weight has only "
+            f"{config.vocab_size} rows"
+        )
+    return config, places, tokenizer
 
 
 def auto_dtype(device: jax.Device) -> str:

@@ -115,6 +115,8 @@ class Model:
 
     def logits(self, batch: Sequence[Sequence[int]]) -> list[np.ndarray]:
         """Teacher-forced float32 logits [length, vocab_size] of each list of token ids, on the host."""
+        if not batch:
+            return []
         results = [np.empty((len(ids), self.config.vocab_size), np.float32) for ids in self._checked(batch)]
         for row, position, hidden in self._hidden(batch):
             for first in range(0, hidden.shape[0], functional.ROWS):

@@ -104,9 +104,12 @@ def _print_report(report: dict[str, Any]) -> None:
             facts.append((name.replace("_", " "), f"{folder['path']}, {readable_bytes(folder['bytes'])}"))
     common.print_table(facts)
     if report["backends"]:
-        keys = ("operation", "format", "backend", "reason")
+        formats: dict[tuple[str, str, str], list[str]] = {}
+        for row in report["backends"]:
+            formats.setdefault((row["operation"], row["backend"], row["reason"]), []).append(row["format"])
         click.echo()
-        common.print_table([tuple(row[key] for key in keys) for row in report["backends"]], keys)
+        rows = [(*choice, " ".join(served)) for choice, served in formats.items()]
+        common.print_table(rows, ("operation", "backend", "reason", "formats"))
     click.echo()
     click.echo("everything needed works" if not report["problems"] else "\n  ".join(["broken:", *report["problems"]]))
 

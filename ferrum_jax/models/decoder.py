@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from ferrum_jax.config import ModelConfig
 from ferrum_jax.kv_cache import KVCache
@@ -45,9 +46,6 @@ class Decoder(nn.Module):
 
     config: ModelConfig
 
-    def setup(self) -> None:
-        self.layers = Block(self.config)
-
     def hidden(self, cache: KVCache, batch: RaggedBatch) -> tuple[jax.Array, KVCache]:
         """The last layer's output, normed: float32 [T, hidden_size], and the cache with this batch written."""
         with jax.named_scope("embedding"):
@@ -55,19 +53,19 @@ class Decoder(nn.Module):
         rope = rope_angles(self.config, batch.positions, self.get_variable("params", "rope_factors"))
         tables = Tables(batch.positions, batch.query_starts, batch.kv_lengths, batch.page_table)
         plan = make_plan(tables, cache.k, self.config.sliding_window)
+        layers, block = self.variables["params"]["layers"], Block(self.config, parent=None)
         for segment in layer_segments(self.variables["params"]):
 
-            def body(block: Any, carry, step, segment=segment):
+            def body(carry, step, segment=segment):
                 for offset in range(segment.period):
                     layer = Layer(segment.start + offset, segment.period, step)
-                    carry = block(*carry, layer, batch.slots, plan, rope)
+                    carry = block.apply({"params": layers}, *carry, layer, batch.slots, plan, rope)
                 return carry, None
 
             if segment.repeats == 1:
-                (x, cache), _ = body(self.layers, (x, cache), 0)
+                (x, cache), _ = body((x, cache), 0)
             else:
-                scan = nn.scan(body, variable_broadcast="params", split_rngs={"params": False})
-                (x, cache), _ = scan(self.layers, (x, cache), jnp.arange(segment.repeats, dtype=jnp.int32))
+                (x, cache), _ = lax.scan(body, (x, cache), jnp.arange(segment.repeats, dtype=jnp.int32))
         return rms_norm(x, self.get_variable("params", "final_norm"), self.config.rms_norm_eps), cache
 
     def logits(self, hidden: jax.Array) -> jax.Array:

@@ -7,6 +7,7 @@ sums as they are, bit for bit, so neither the other rows nor the length of the w
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -63,6 +64,7 @@ def plan(tables, page_size: int, window: int) -> Plan:
     return Plan(rows, seen_from, seen_until, pages, jnp.where(token < starts[-1], place, -1))
 
 
+@functools.partial(jax.jit, static_argnames=("scale", "differentiable"), inline=True)
 def attention(q, k_pages, v_pages, layer, plan: Plan, scale: float, *, differentiable: bool = False) -> jax.Array:
     """float32 [tokens, q_heads, head_dim]. `differentiable`: loops of static length over every KV tile of the table."""
     _, q_heads, head_dim = q.shape

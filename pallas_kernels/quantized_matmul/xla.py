@@ -2,10 +2,13 @@
 
 A tile is at most 8 MiB unpacked, so the temporaries of a program do not grow with its matrices. XLA gives every row of a
 product the same bits for any number of rows from two up (one row takes another path on CPU), hence the padding to two.
+
+Inlined jits leave the program as it is; they only let Python trace each shape once.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 
 import jax
@@ -18,6 +21,7 @@ TILE_BYTES = 8 << 20
 _LIBRARY_ROWS = 2
 
 
+@functools.partial(jax.jit, static_argnames="format", inline=True)
 def matmul(x: jax.Array, stored: jax.Array, index: tuple[jax.Array, ...], format: BlockFormat) -> jax.Array:
     """[m, k] · [n, k]ᵀ -> float32 [m, n]."""
     m, k = x.shape
@@ -38,6 +42,7 @@ def matmul(x: jax.Array, stored: jax.Array, index: tuple[jax.Array, ...], format
     return lax.fori_loop(0, tiles, body, jnp.zeros((x.shape[0], n), jnp.float32))[:m]
 
 
+@functools.partial(jax.jit, static_argnames="format", inline=True)
 def matmul_transposed(dy: jax.Array, stored: jax.Array, index: tuple[jax.Array, ...], format: BlockFormat) -> jax.Array:
     """[m, n] · [n, k] -> float32 [m, k]: tiles of rows of the matrix are summed in order."""
     m, n = dy.shape

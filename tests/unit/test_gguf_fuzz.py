@@ -17,10 +17,12 @@ import numpy as np
 import pytest
 from tiny_gguf import write_tiny_llama
 
+import ferrum_jax as fj
 from ferrum_jax.errors import ModelFileError, UnsupportedModelError
+from ferrum_jax.loading import validate
 from ferrum_jax.weights.gguf import open_gguf
 
-SAMPLES = 25
+SAMPLES = 8
 EXTREMES = [0, 1, 7, 8, 2**7, 2**8 - 1, 2**15, 2**16, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**60, 2**63, 2**64 - 1]
 
 
@@ -39,8 +41,15 @@ def check_parse(path: Path) -> None:
         assert all(isinstance(value, allowed) for value in model.metadata.values())
 
 
-CHECKS: list[Callable[[Path], None]] = [check_parse]
-SAMPLE_CHECKS: list[Callable[[Path], None]] = []
+def check_logits(path: Path) -> None:
+    """A file that loads also computes: finite or not, damaged weights decide, but logits of the right shape."""
+    model = fj.load(path)
+    (logits,) = model.logits([[1, 2, 3]])
+    assert logits.shape == (3, model.config.vocab_size)
+
+
+CHECKS: list[Callable[[Path], None]] = [check_parse, validate]
+SAMPLE_CHECKS: list[Callable[[Path], None]] = [check_logits]
 
 
 class Seed:

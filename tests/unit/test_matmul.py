@@ -61,6 +61,7 @@ def test_a_matrix_of_many_tiles(monkeypatch):
 
     whole = jax.jit(both)(x, dy)
     monkeypatch.setattr(xla, "TILE_BYTES", 4 * 64 * 30)
+    jax.clear_caches()
     tiled = jax.jit(lambda *a: both(*a))(x, dy)
     for y in (whole[0], tiled[0]):
         assert np.abs(np.asarray(y) - np.asarray(x, np.float64) @ exact[1].T).max() <= bound(64, "float32")

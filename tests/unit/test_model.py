@@ -1,0 +1,210 @@
+"""A loaded model as its users meet it: prompts in, completions out, the same tokens on every way."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from tiny_gguf import write_tiny_llama
+
+import ferrum_jax as fj
+from ferrum_jax import driver
+from ferrum_jax.loading import auto_dtype
+from ferrum_jax.weights.gguf import open_gguf
+
+GREEDY = fj.SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)
+NOISY = dataclasses.replace(GREEDY, temperature=1.5, top_k=30, top_p=0.9, min_p=0.01, repetition_penalty=1.1, seed=5)
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    return write_tiny_llama(tmp_path_factory.mktemp("model") / "tiny.gguf", context=96)
+
+
+@pytest.fixture(scope="module")
+def model(path):
+    return fj.load(path, dtype="float32")
+
+
+def tokens_of(completions):
+    return [completion.token_ids for completion in completions]
+
+
+def test_texts_and_ids_may_be_mixed_and_come_back_in_order(model):
+    ids = model.tokenizer.encode("abc", add_special=True, parse_special=True)
+    first, second, third = model.generate([ids, "abc", [5, 6, 7, 8, 9]], GREEDY)
+    assert first.prompt_token_ids == second.prompt_token_ids == ids and first.token_ids == second.token_ids
+    assert third.prompt_token_ids == [5, 6, 7, 8, 9]
+    assert len(first.token_ids) == 12 and first.finish_reason == "length" and first.logprobs is None
+    assert first.text == model.tokenizer.decode(first.token_ids)
+
+
+@pytest.mark.parametrize("params", [GREEDY, NOISY], ids=["greedy", "sampled"])
+def test_stream_gives_the_tokens_of_generate(model, params):
+    (whole,) = model.generate(["abc"], params)
+    stream = model.stream("abc", params)
+    pieces = list(stream)
+    assert [id for _, ids in pieces for id in ids] == whole.token_ids == stream.token_ids
+    assert "".join(text for text, _ in pieces) == whole.text == stream.text
+    assert stream.finish_reason == whole.finish_reason
+
+
+def test_a_stream_can_be_closed(model):
+    stream = model.stream("abc", GREEDY)
+    next(stream)
+    stream.close()
+    assert list(stream) == [] and len(stream.token_ids) >= 1
+
+
+def test_rows_do_not_see_each_other(model):
+    prompts = [[3], [4] * 20, [5, 6, 7], list(range(33))]
+    each = [dataclasses.replace(NOISY, seed=i, max_tokens=4 + i) for i in range(4)]
+    together = model.generate(prompts, each)
+    alone = [model.generate([p], q)[0] for p, q in zip(prompts, each, strict=True)]
+    assert tokens_of(together) == tokens_of(alone)
+    assert [len(c.token_ids) for c in together] == [4, 5, 6, 7]
+
+
+def test_more_prompts_than_one_program_takes(model, monkeypatch):
+    prompts = [[i + 1, 7] for i in range(7)]
+    expected = tokens_of(model.generate(prompts, GREEDY))
+    monkeypatch.setattr("ferrum_jax.model._ROWS", 2)
+    assert tokens_of(model.generate(prompts, GREEDY)) == expected
+
+
+def test_a_stop_string_ends_the_text_before_it(model):
+    (whole,) = model.generate(["abc"], GREEDY)
+    stop = whole.text[3:5]
+    stopped, other = model.generate(["abc", [9, 9]], dataclasses.replace(GREEDY, stop=(stop,)))
+    assert stopped.text == whole.text[: whole.text.index(stop)] and stopped.finish_reason == "stop"
+    assert stopped.token_ids == whole.token_ids[: len(stopped.token_ids)] and len(stopped.token_ids) < 12
+    assert other.token_ids[:2] == model.generate([[9, 9]], GREEDY)[0].token_ids[:2]
+    stream = model.stream("abc", dataclasses.replace(GREEDY, stop=(stop,)))
+    assert "".join(text for text, _ in stream) == stopped.text and stream.finish_reason == "stop"
+
+
+def test_an_end_token_is_in_the_ids_and_not_in_the_text(model, monkeypatch):
+    (whole,) = model.generate(["abc"], GREEDY)
+    end = whole.token_ids[4]
+    monkeypatch.setattr(model.tokenizer, "eos_ids", frozenset({end}))
+    count = whole.token_ids.index(end) + 1
+    params = dataclasses.replace(GREEDY, ignore_eos=False)
+    for completion in (
+        model.generate(["abc"], params)[0],
+        model.generate(["abc"], dataclasses.replace(params, stop=("\0",)))[0],
+    ):
+        assert completion.token_ids == whole.token_ids[:count] and completion.finish_reason == "stop"
+        assert completion.text == model.tokenizer.decode(whole.token_ids[: count - 1])
+
+
+def test_logprobs_are_of_the_raw_distribution(model):
+    (completion,) = model.generate(["abc"], dataclasses.replace(NOISY, logprobs=3))
+    ids = completion.prompt_token_ids + completion.token_ids
+    (logits,) = model.logits([ids])
+    raw = np.asarray(jax.nn.log_softmax(logits))[len(completion.prompt_token_ids) - 1 : -1]
+    for row, token, entries in zip(raw, completion.token_ids, completion.logprobs, strict=True):
+        assert len(entries) == 4 and entries[0][0] == token
+        assert [id for id, _ in entries[1:]] == np.argsort(-row, kind="stable")[:3].tolist()
+        assert all(abs(value - row[id]) <= 1e-5 for id, value in entries)
+
+
+def test_generation_ends_with_the_context(model):
+    (completion,) = model.generate([[3] * 90], dataclasses.replace(GREEDY, max_tokens=50))
+    assert len(completion.token_ids) == 6 and completion.finish_reason == "length"
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ([[]], "empty prompt"),
+        ([""], "empty prompt"),
+        ([[1], [64]], "token id 64 is out of range"),
+        ([[-1]], "out of range"),
+        ([[3] * 96], "leaves no room in a context of 96"),
+        ("abc", r"write \[prompt\]"),
+    ],
+)
+def test_prompts_that_cannot_be(model, prompts, message):
+    with pytest.raises(ValueError, match=message):
+        model.generate(prompts, GREEDY)
+
+
+def test_no_prompts_no_completions(model):
+    assert model.generate([], GREEDY) == [] and model.logits([]) == []
+
+
+def test_perplexity_is_that_of_the_logits(model):
+    ids = np.random.default_rng(0).integers(0, 64, 75).tolist()
+
+    def by_hand(windows):
+        scores = []
+        for window in windows:
+            raw = np.asarray(jax.nn.log_softmax(model.logits([window])[0].astype(np.float32)))
+            scores += raw[np.arange(len(window) - 1), window[1:]].tolist()
+        return np.exp(-np.mean(scores))
+
+    assert abs(model.perplexity(ids) / by_hand([ids]) - 1) <= 1e-5
+    assert abs(model.perplexity(ids, window=20) / by_hand([ids[0:20], ids[20:40], ids[40:60]]) - 1) <= 1e-5
+    for window in (1, 76):
+        with pytest.raises(ValueError, match="at least two tokens"):
+            model.perplexity(ids, window=window)
+
+
+def test_every_weight_is_there_once(model, path):
+    with open_gguf(path) as file:
+        assert 0.95 <= model.memory()["parameters_total"] / file.tensor_bytes <= 1.05
+    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(model.params))
+
+
+def test_programs_are_compiled_once(model):
+    model.generate([[3, 4]], GREEDY)
+    before = model.timings()["compile_s"]
+    model.generate([[5, 6]], dataclasses.replace(NOISY, max_tokens=9))
+    assert model.timings()["compile_s"] == before, "other values, same shapes"
+
+
+def test_a_growing_conversation_meets_few_programs(model):
+    sizes = {driver.Driver(model, [[3] * n], [GREEDY]).capacity for n in range(1, 80)}
+    assert sizes == {256}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"dtype": "int4"}, "dtype 'int4' is not supported"),
+        ({"kv_dtype": "int3"}, "kv_dtype 'int3' is not supported"),
+        ({"mesh": object()}, "mesh= is not supported"),
+        ({"device": "cpu"}, "must be a jax.Device"),
+        ({"max_seq_len": 97}, "beyond the model's context of 96"),
+        ({"max_seq_len": 1}, "at least 2"),
+    ],
+)
+def test_arguments_that_cannot_be(path, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        fj.load(path, **arguments)
+
+
+def test_half_precision_models_load_and_answer(path):
+    for dtype in ("bfloat16", "float16"):
+        model = fj.load(path, dtype=dtype)
+        assert model.memory()["kv_bytes_per_token"] * 2 == fj.load(path, dtype="float32").memory()["kv_bytes_per_token"]
+        assert len(model.generate(["abc"], GREEDY)[0].token_ids) == 12
+
+
+def test_auto_takes_what_the_device_is_fast_at():
+    class Device:
+        platform = "gpu"
+
+        def __init__(self, capability):
+            self.compute_capability = capability
+
+    assert auto_dtype(jax.devices("cpu")[0]) == "float32"
+    assert auto_dtype(Device("7.5")) == "float16" and auto_dtype(Device("9.0")) == "bfloat16"
+
+
+def test_progress_counts_the_bytes(path):
+    calls = []
+    fj.load(path, progress=lambda *call: calls.append(call))
+    done, total, _ = calls[-1]
+    with open_gguf(path) as file:
+        assert done == total == file.tensor_bytes
