@@ -27,12 +27,12 @@ def trial(dtype: str = "float32") -> list[dispatch.Choice]:
             sizes = array((2,), jnp.int32)
             _compile(lambda x, s, w, i, name=name: grouped_matmul(x, s, w, (i,), name), x, sizes, experts, index)
         pages = array((1, 2, 16, 2, 64), jnp.float32)
-        tables = Tables(*(array(shape, jnp.int32) for shape in ((4,), (3,), (2,), (2, 1))))
+        positions, starts, lengths, table = (array(shape, jnp.int32) for shape in ((4,), (3,), (2,), (2, 1)))
 
         def attend(q, pages, layer, tables):
-            return paged_attention(q, pages, pages, layer, make_plan(tables, pages), 1.0)
+            return paged_attention(q, pages, pages, layer, make_plan(Tables(*tables), pages), 1.0)
 
-        _compile(attend, array((4, 4, 64), jnp.float32), pages, layer, tables)
+        _compile(attend, array((4, 4, 64), jnp.float32), pages, layer, (positions, starts, lengths, table))
     return choices
 
 

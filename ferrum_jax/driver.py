@@ -82,7 +82,7 @@ class Driver:
         model, programs = self.model, self.model.programs
         static = {"config": model.config, "logprobs": self.inputs.logprobs}
         arguments = self.inputs.arguments(self.capacity)
-        chunk = 32 if self.inputs.lengths.sum() <= 32 else functional.CHUNK
+        chunk = 64 if self.inputs.lengths.sum() <= 256 else functional.CHUNK
         start = programs.get(functional.start, *arguments, donate=(1,), chunk=chunk, **static)
         begin = time.perf_counter()
         cache, state, sampled = start(*arguments)
