@@ -42,8 +42,11 @@ def describe(gguf: GGUFFile, context: int | None = None) -> dict[str, Any]:
     """The facts `info` prints about an open file; `context` (default 4,096, or less if the model's own is) is the
     number of tokens that memory is estimated for. Raises ModelFileError or UnsupportedModelError as loading would."""
     from ferrum_jax.config import config_from_gguf
+    from ferrum_jax.models.segments import segments
+    from ferrum_jax.weights.names import parameters
 
     config = config_from_gguf(gguf)
+    bodies = sum(segment.period for segment in segments(parameters(gguf, config).layer_formats))
     metadata = gguf.metadata
     context = context or min(DEFAULT_CONTEXT, config.context_length)
     kv = {name: config.kv_bytes_per_token(size) for name, size in KV_ITEM_BYTES.items()}
@@ -58,6 +61,7 @@ def describe(gguf: GGUFFile, context: int | None = None) -> dict[str, Any]:
         "parameters": sum(math.prod(info.shape) for info in gguf.tensors.values()),
         "architecture": config.architecture,
         "num_layers": config.num_layers,
+        "layer_bodies": bodies,
         "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size,
         "num_heads": config.num_heads,
@@ -103,7 +107,7 @@ def _print_info(facts: dict[str, Any]) -> None:
         "licence": facts["licence"] or "not stated in the file",
         "architecture": facts["architecture"],
         "parameters": f"{facts['parameters']:,}",
-        "layers": f"{facts['num_layers']}, {facts['hidden_size']} wide"
+        "layers": f"{facts['num_layers']} (distinct bodies to compile: {facts['layer_bodies']}), {facts['hidden_size']} wide"
         + (f", feed-forward {facts['intermediate_size']}" if facts["intermediate_size"] else ""),
         "heads": heads,
         "experts": experts,

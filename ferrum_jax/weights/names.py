@@ -57,7 +57,6 @@ LAYER = {
     "ffn_up_exps.weight": Entry(("feed_forward", "expert_up"), ("experts", "expert_width", "hidden"), "experts"),
     "ffn_down_exps.weight": Entry(("feed_forward", "expert_down"), ("experts", "hidden", "expert_width"), "experts"),
 }
-# Numbers that the format repeats for every layer, or that only matter while training.
 _LAYER_NAME = re.compile(r"blk\.(0|[1-9][0-9]{0,3})\.(.+)")
 
 
@@ -67,6 +66,16 @@ class Parameters:
 
     whole: dict[Path, TensorInfo]
     stacked: dict[Path, tuple[TensorInfo | None, ...]]
+
+    @property
+    def layer_formats(self) -> list[tuple[str, ...]]:
+        """The formats of each layer's parameters: layers of equal formats share a compiled body."""
+        return list(zip(*([kept_format(t) if t else "" for t in tensors] for tensors in self.stacked.values()), strict=True))
+
+
+def kept_format(tensor: TensorInfo) -> str:
+    """The format a tensor has on the device: its own, but norms and biases become float32."""
+    return "F32" if len(tensor.shape) == 1 else tensor.format
 
 
 def parameters(gguf: GGUFFile, config: ModelConfig) -> Parameters:

@@ -17,7 +17,7 @@ from ferrum_jax.config import ModelConfig
 from ferrum_jax.errors import ModelFileError
 from ferrum_jax.quantized import LayerStack, QuantizedTensor
 from ferrum_jax.weights.gguf import GGUFFile, TensorInfo
-from ferrum_jax.weights.names import Parameters, Path
+from ferrum_jax.weights.names import Parameters, Path, kept_format
 from pallas_kernels.blocks import FORMATS
 
 Progress = Callable[[int, int | None, str], None]
@@ -45,19 +45,14 @@ def read_parameters(
     for path, tensors in parameters.stacked.items():
         by_format: dict[str, list[TensorInfo]] = {}
         for tensor in filter(None, tensors):
-            by_format.setdefault(_kept_format(tensor), []).append(tensor)
+            by_format.setdefault(kept_format(tensor), []).append(tensor)
         stacks = {format: reader.stack(path, members) for format, members in sorted(by_format.items())}
         node = layers
         for name in path[:-1]:
             node = node.setdefault(name, {})
-        node[path[-1]] = LayerStack(stacks, tuple(_kept_format(t) if t else "" for t in tensors))
+        node[path[-1]] = LayerStack(stacks, tuple(kept_format(t) if t else "" for t in tensors))
     tree["layers"] = layers
     return tree
-
-
-def _kept_format(tensor: TensorInfo) -> str:
-    """Norms and biases become float32."""
-    return "F32" if len(tensor.shape) == 1 else tensor.format
 
 
 class _Reader:
@@ -67,7 +62,7 @@ class _Reader:
 
     def stack(self, path: Path, tensors: Sequence[TensorInfo]) -> QuantizedTensor:
         """Tensors of one shape and format on the device: stored [len(tensors), *rows, width]."""
-        format = FORMATS[_kept_format(tensors[0])]
+        format = FORMATS[kept_format(tensors[0])]
         shape = (len(tensors), *tensors[0].shape[:-1], format.stored_width(tensors[0].shape[-1]))
         if self.device.platform == "cpu":
             buffer = _aligned_empty(shape, format.storage)
