@@ -11,19 +11,15 @@ import dataclasses
 import secrets
 import time
 from collections.abc import Generator, Iterator, Sequence
-from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
 
 from ferrum_jax import functional
+from ferrum_jax.runtime import PAGE, Runtime
 from ferrum_jax.sampling import Sampling, SamplingParams
 from ferrum_jax.tokenizer import StopMatcher, TextStream, Tokenizer
 
-if TYPE_CHECKING:
-    from ferrum_jax.model import Model
-
-PAGE = 16
 _STEPS = 16  # tokens a dispatch at most
 _DISPATCH_SECONDS = 0.05  # what a dispatch aims at
 
@@ -34,7 +30,7 @@ class Inputs:
     `longest`: most tokens that prompt and output of a row can have; `width`: columns of the prompts' array.
     """
 
-    def __init__(self, model: Model, prompts: list[list[int]], params: list[SamplingParams], width: int | None = None):
+    def __init__(self, model: Runtime, prompts: list[list[int]], params: list[SamplingParams], width: int | None = None):
         self.model = model
         room = [model.max_seq_len - len(ids) for ids in prompts]
         limited = [dataclasses.replace(p, max_tokens=min(p.max_tokens, r)) for p, r in zip(params, room, strict=True)]
@@ -63,7 +59,7 @@ class Driver:
     A single row's capacity grows by fours and prefill chunks have two sizes, so that a conversation meets few programs.
     """
 
-    def __init__(self, model: Model, prompts: list[list[int]], params: list[SamplingParams]):
+    def __init__(self, model: Runtime, prompts: list[list[int]], params: list[SamplingParams]):
         self.model = model
         longest = Inputs(model, prompts, params).longest
         self.capacity = bucket(longest)
@@ -165,7 +161,7 @@ class Watcher:
 class Stream:
     """Iterator of (text piece, token ids). After its end: `finish_reason`, `token_ids`, `text`, `logprobs`."""
 
-    def __init__(self, model: Model, prompt: list[int], params: SamplingParams):
+    def __init__(self, model: Runtime, prompt: list[int], params: SamplingParams):
         self.prompt_token_ids = prompt
         self._watcher = Watcher(model.tokenizer, params)
         self._pieces: Generator[tuple[str, list[int]], None, None] = self._run(Driver(model, [prompt], [params]))

@@ -10,20 +10,16 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from ferrum_jax import chat, functional
-from ferrum_jax.config import ModelConfig
-from ferrum_jax.driver import PAGE, Driver, Inputs, Stream, Watcher, bucket, made, padded
+from ferrum_jax.driver import Driver, Inputs, Stream, Watcher, bucket, made, padded
 from ferrum_jax.errors import UnsupportedModelError
-from ferrum_jax.kv_cache import KVCache, new_cache
-from ferrum_jax.programs import Programs
+from ferrum_jax.runtime import PAGE, Runtime
 from ferrum_jax.sampling import SamplingParams
-from ferrum_jax.tokenizer import Tokenizer
 from ferrum_jax.weights.stream import bytes_by_format
 
 _ROWS = 32  # rows of one program at most
@@ -44,23 +40,8 @@ class Completion:
     prompt_token_ids: list[int]
 
 
-class Model:
+class Model(Runtime):
     """Made by `ferrum_jax.load`. `params` is a pytree of arrays, every weight once; `config` is static."""
-
-    def __init__(
-        self,
-        config: ModelConfig,
-        params: Any,
-        tokenizer: Tokenizer,
-        device: jax.Device,
-        kv_dtype: str,
-        max_seq_len: int,
-    ):
-        self.config, self.params, self.tokenizer = config, params, tokenizer
-        self.device, self.kv_dtype, self.max_seq_len = device, kv_dtype, max_seq_len
-        self.programs = Programs(device)
-        self.load_s = 0.0
-        self._counters: dict[str, float] = {f"{kind}_{unit}": 0 for kind in ("prefill", "decode") for unit in ("tokens", "s")}
 
     # Text in and out
 
@@ -158,11 +139,6 @@ class Model:
         per_token = self.config.kv_bytes_per_token(4 if self.kv_dtype == "float32" else 2)
         return {"parameters": formats, "parameters_total": sum(formats.values()), "kv_bytes_per_token": per_token}
 
-    def timings(self) -> dict[str, float]:
-        """Seconds and tokens since the model was made: load_s, compile_s, prefill_tokens, prefill_s, decode_tokens,
-        decode_s. A program that does prefill and decoding at once counts as decoding, its prompt as prefill tokens."""
-        return {"load_s": self.load_s, "compile_s": self.programs.compile_s, **self._counters}
-
     # Inside
 
     def _encode(self, prompt: Prompt) -> list[int]:
@@ -237,11 +213,6 @@ class Model:
         self.count("decode", made(sampled), time.perf_counter() - begin)
         return sampled
 
-    def count(self, kind: str, tokens: int, seconds: float) -> None:
-        """Adds to `timings`: kind is "prefill" or "decode"."""
-        self._counters[f"{kind}_tokens"] += tokens
-        self._counters[f"{kind}_s"] += seconds
-
     def _hidden(self, batch: Sequence[Sequence[int]]) -> Iterator[tuple[np.ndarray, np.ndarray, jax.Array]]:
         """Final hidden states of all tokens, chunk by chunk: (row of each token, its position, hidden [chunk, size]);
         hidden may have more rows than there are tokens."""
@@ -255,11 +226,6 @@ class Model:
             inputs = (self.params, cache, prompts, lengths, np.int32(i))
             hidden, cache = self.programs.run(functional.hidden_chunk, *inputs, donate=(1,), chunk=chunk, config=self.config)
             yield row[i * chunk : (i + 1) * chunk], position[i * chunk : (i + 1) * chunk], hidden
-
-    def new_cache(self, num_pages: int) -> KVCache:
-        """An empty cache of `num_pages` pages of 16 tokens on the model's device."""
-        with jax.default_device(self.device):
-            return new_cache(self.config, num_pages=num_pages, page_size=PAGE, dtype=self.kv_dtype)
 
 
 def _generate(params, cache, prompts, lengths, sampling, key, *, config, max_tokens, logprobs):

@@ -17,7 +17,7 @@ from typing import Any
 import click
 
 from ferrum_jax.cli import common
-from ferrum_jax.cli.run import answer, encode, print_stats
+from ferrum_jax.cli.answer import answer, encode, print_stats
 from ferrum_jax.errors import FerrumError
 
 FENCE = '"""'

@@ -1,90 +1,21 @@
 """`ferrum-jax run`: answer a prompt, or talk in the terminal.
 
-Text goes to standard output as it is made. Every prompt becomes token ids here, by the model's chat template or as it
-is, and `answer` is the one way from ids to text for a prompt, for JSON lines and for the chat.
+Text goes to standard output as it is made.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import click
 
 import ferrum_jax as fj
 from ferrum_jax.cli import common
+from ferrum_jax.cli.answer import Answer, answer, encode, print_stats
 
 MAX_TOKENS, TEMPERATURE, TOP_P = 512, 0.7, 0.95
-
-
-@dataclasses.dataclass
-class Answer:
-    """What one generation gave. `finish_reason` is "stop", "length", or "abort" when it was interrupted."""
-
-    text: str
-    finish_reason: str
-    usage: dict[str, int]
-    timings: dict[str, float | None]
-
-
-def answer(
-    model: Any,
-    ids: list[int],
-    params: Any,
-    emit: Callable[[str, list[int]], None],
-    interrupted: Callable[[], bool] = lambda: False,
-) -> Answer:
-    """Stream the continuation of `ids` into `emit(text, token_ids)` until it ends or `interrupted()` is true.
-
-    A KeyboardInterrupt counts as an interruption too when `interrupted()` is true, so that a second Ctrl-C
-    breaks into a step that does not return.
-    """
-    before = model.timings()
-    with common.users_mistake():
-        stream = model.stream(ids, params)
-    pieces: list[str] = []
-    count, reason = 0, None
-    try:
-        for text, tokens in stream:
-            pieces.append(text)
-            count += len(tokens)
-            emit(text, tokens)
-            if interrupted():
-                reason = "abort"
-                break
-    except KeyboardInterrupt:
-        if not interrupted():
-            raise
-        reason = "abort"
-    finally:
-        stream.close()
-    spent = {key: value - before[key] for key, value in model.timings().items()}
-    return Answer(
-        text="".join(pieces),
-        finish_reason=reason or stream.finish_reason,
-        usage={"prompt_tokens": len(ids), "completion_tokens": count},
-        timings={
-            "load_s": round(before["load_s"], 3),
-            "compile_s": round(spent["compile_s"], 3),
-            "prefill_tok_s": common.rate(spent["prefill_tokens"], spent["prefill_s"]),
-            "decode_tok_s": common.rate(spent["decode_tokens"], spent["decode_s"]),
-        },
-    )
-
-
-def print_stats(result: Answer) -> None:
-    """One line on standard error with the figures that JSON lines end with."""
-    timings, usage = result.timings, result.usage
-    click.echo(
-        f"finish {result.finish_reason} | prompt {usage['prompt_tokens']} tokens, "
-        f"{common.figure(timings['prefill_tok_s'])} tok/s | generated {usage['completion_tokens']} tokens, "
-        f"{common.figure(timings['decode_tok_s'])} tok/s | load {common.figure(timings['load_s'], 2)} s, "
-        f"compile {common.figure(timings['compile_s'], 2)} s",
-        err=True,
-    )
 
 
 def _read_stdin() -> str:
@@ -122,22 +53,6 @@ def _template_arguments(model: Any, source: str, *, system: str | None, think: b
     if "enable_thinking" not in written:
         click.echo("note: the chat template has no thinking switch; --think/--no-think changes nothing", err=True)
     return {"enable_thinking": think}
-
-
-def encode(model: Any, messages: list[dict[str, str]], template: dict[str, Any] | None) -> list[int]:
-    """Token ids of a conversation by the chat template with these arguments; with None, of its last message as it is.
-
-    ValueError where the template refuses the messages, or when no room is left in the context for an answer.
-    """
-    if template is not None:
-        ids = model.encode_chat(messages, **template)
-    else:
-        ids = model.tokenizer.encode(messages[-1]["content"], add_special=True, parse_special=True)
-    if not ids:
-        raise ValueError("the prompt has no tokens")
-    if len(ids) >= model.max_seq_len:
-        raise ValueError(f"{len(ids):,} tokens leave no room in a context of {model.max_seq_len:,}")
-    return ids
 
 
 def _print_text(model: Any, ids: list[int], params: Any) -> Answer:

@@ -5,10 +5,18 @@ Both hold back what could still change its meaning: an unfinished character, or 
 
 import codecs
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Protocol
 
-if TYPE_CHECKING:
-    from ferrum_jax.tokenizer.tokenizer import Tokenizer
+
+class Pieces(Protocol):
+    """What `TextStream` needs of a tokenizer."""
+
+    @property
+    def adds_space_prefix(self) -> bool: ...
+
+    def is_control(self, token: int) -> bool: ...
+
+    def token_bytes(self, token: int) -> bytes: ...
 
 
 class TextStream:
@@ -19,7 +27,7 @@ class TextStream:
     SentencePiece vocabulary puts in front of a text is dropped from the first token that is text.
     """
 
-    def __init__(self, tokenizer: "Tokenizer", skip_special: bool = True) -> None:
+    def __init__(self, tokenizer: Pieces, skip_special: bool = True) -> None:
         self._tokenizer = tokenizer
         self._skip_special = skip_special
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")

@@ -663,7 +663,7 @@ def test_perplexity(model, tmp_path, capsys):
 
 
 def small_gguf(path, experts=0):
-    """A header-only kind of model: real keys, tiny tensors."""
+    """A complete model of two layers without a vocabulary: real keys, tiny tensors."""
     import gguf
 
     writer = gguf.GGUFWriter(path, "qwen3moe" if experts else "llama")
@@ -686,10 +686,23 @@ def small_gguf(path, experts=0):
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("qwen2")
     writer.add_chat_template("{{ messages }}")
-    writer.add_tensor("token_embd.weight", np.zeros((100, 32), np.float32))
-    writer.add_tensor("output_norm.weight", np.zeros(32, np.float32))
-    blocks = np.zeros((48, 34), np.uint8)  # 48 rows of one Q8_0 block
-    writer.add_tensor("blk.0.ffn_gate.weight", blocks, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
+    shapes = {"token_embd": (100, 32), "output_norm": (32,)}
+    per_layer: dict[str, tuple[int, ...]] = {
+        "attn_norm": (32,), "ffn_norm": (32,), "attn_q": (64, 32), "attn_k": (32, 32), "attn_v": (32, 32),
+        "attn_output": (32, 64),
+    }  # fmt: skip
+    if experts:
+        per_layer |= {"attn_q_norm": (16,), "attn_k_norm": (16,), "ffn_gate_inp": (experts, 32)}
+        per_layer |= {"ffn_gate_exps": (experts, 24, 32), "ffn_up_exps": (experts, 24, 32), "ffn_down_exps": (experts, 32, 24)}
+    else:
+        per_layer |= {"ffn_up": (48, 32), "ffn_down": (32, 48), "ffn_gate": (48, 32)}
+    shapes |= {f"blk.{layer}.{name}": shape for layer in range(2) for name, shape in per_layer.items()}
+    for name, shape in shapes.items():
+        if name == "blk.0.ffn_gate" or name == "blk.0.ffn_gate_exps":  # one Q8_0 block a row
+            blocks = np.zeros((*shape[:-1], 34), np.uint8)
+            writer.add_tensor(f"{name}.weight", blocks, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
+        else:
+            writer.add_tensor(f"{name}.weight", np.zeros(shape, np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -701,16 +714,19 @@ def test_info_json(tmp_path, capsys):
     path = small_gguf(tmp_path / "tiny.gguf")
     assert main(["info", str(path), "--json", "--context", "10"]) == 0
     facts = json.loads(capsys.readouterr().out)
+    plain = 100 * 32 + 32 + 2 * (2 * 32 + 2 * 64 * 32 + 2 * 32 * 32 + 3 * 48 * 32) - 48 * 32
+    tensor_bytes = 4 * plain + 48 * 34
     assert facts["formats"] == [
-        {"format": "F32", "tensors": 2, "weights": 3232, "bytes": 12928},
+        {"format": "F32", "tensors": 19, "weights": plain, "bytes": 4 * plain},
         {"format": "Q8_0", "tensors": 1, "weights": 1536, "bytes": 1632},
     ]
-    assert facts["parameters"] == 4768 and facts["tensor_bytes"] == 14560
+    assert facts["parameters"] == plain + 1536 and facts["tensor_bytes"] == tensor_bytes
+    assert facts["layer_bodies"] == 2, "the gates differ in format"
     assert facts["file_bytes"] == path.stat().st_size
     # 2 layers x (keys, values) x 2 heads x 16 values
     assert facts["kv_bytes_per_token"] == {"float32": 512, "bfloat16": 256, "float16": 256}
-    working = 4 * (48 * 32 + 100)
-    half = 14560 + 2560 + working
+    working = 4 * (64 * 32 + 100)
+    half = tensor_bytes + 2560 + working
     assert facts["memory"] == {
         "context": 10,
         "kv_bytes": {"float32": 5120, "bfloat16": 2560, "float16": 2560},

@@ -1,0 +1,48 @@
+"""What it takes to run a model: its parameters on a device, its compiled programs, and counters of what they did."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+
+from ferrum_jax.config import ModelConfig
+from ferrum_jax.kv_cache import KVCache, new_cache
+from ferrum_jax.programs import Programs
+from ferrum_jax.tokenizer import Tokenizer
+
+PAGE = 16  # tokens
+
+
+class Runtime:
+    """`params` is a pytree of arrays, every weight once; `config` is static; `max_seq_len` counts prompt and output."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        params: Any,
+        tokenizer: Tokenizer,
+        device: jax.Device,
+        kv_dtype: str,
+        max_seq_len: int,
+    ):
+        self.config, self.params, self.tokenizer = config, params, tokenizer
+        self.device, self.kv_dtype, self.max_seq_len = device, kv_dtype, max_seq_len
+        self.programs = Programs(device)
+        self.load_s = 0.0
+        self._counters: dict[str, float] = {f"{kind}_{unit}": 0 for kind in ("prefill", "decode") for unit in ("tokens", "s")}
+
+    def new_cache(self, num_pages: int) -> KVCache:
+        """An empty cache of `num_pages` pages of 16 tokens on the model's device."""
+        with jax.default_device(self.device):
+            return new_cache(self.config, num_pages=num_pages, page_size=PAGE, dtype=self.kv_dtype)
+
+    def count(self, kind: str, tokens: int, seconds: float) -> None:
+        """Adds to `timings`: kind is "prefill" or "decode"."""
+        self._counters[f"{kind}_tokens"] += tokens
+        self._counters[f"{kind}_s"] += seconds
+
+    def timings(self) -> dict[str, float]:
+        """Seconds and tokens since the model was made: load_s, compile_s, prefill_tokens, prefill_s, decode_tokens,
+        decode_s. A program that does prefill and decoding at once counts as decoding, its prompt as prefill tokens."""
+        return {"load_s": self.load_s, "compile_s": self.programs.compile_s, **self._counters}

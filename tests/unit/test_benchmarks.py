@@ -1,0 +1,46 @@
+"""The page of measurements says what the committed results say, and those were checked when they were taken."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import report  # noqa: E402
+
+
+def test_page_is_generated_from_the_results():
+    assert len(RESULTS) >= 4
+    assert report.render() == report.PAGE.read_text()
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_result_is_complete_and_its_content_was_right(path):
+    result = json.loads(path.read_text())
+    assert set(result["machine"]) == {"cpu", "cores", "instructions", "memory_gib"}
+    assert {"python", "jax", "jaxlib", "ferrum-jax"} <= set(result["versions"])
+    assert "/" not in json.dumps(result["machine"] | result["versions"])
+    if path.stem.startswith("cpu-"):
+        for row in result["rows"]:
+            check = row["content_check"]
+            assert check["tokens"] == result["gen_len"]
+            if row["dtype"] == "float32":
+                assert check["worst_gap"] <= 2e-3
+    elif path.stem.startswith("memory-"):
+        assert result["peak_generated_bytes"] <= result["limit_bytes"]
+        assert result["content_check"]["logprobs_finite"] and result["content_check"]["greedy"]
+    elif path.stem == "compile_time":
+        shallow, deep, mixed = (program["compile_s"]["median"] for program in result["programs"])
+        bodies = [program["bodies"] for program in result["programs"]]
+        assert bodies == [1, 1, 5]
+        assert deep <= 1.3 * shallow
+        assert mixed <= bodies[2] * shallow
+        assert result["starts"]["content_check"]["equal"]
+    else:
+        assert path.stem == "dtypes"
+        for model in result["models"]:
+            assert abs(model["content_check"]["float32_difference_percent"]) <= 0.02
