@@ -25,32 +25,33 @@ _DISPATCH_SECONDS = 0.05  # what a dispatch aims at
 
 
 class Inputs:
-    """Prompts and parameters of a batch as arrays, each row's max_tokens within the context.
+    """Prompts and parameters of a batch, each row's max_tokens within the context.
 
-    `longest`: most tokens that prompt and output of a row can have; `width`: columns of the prompts' array.
+    `longest_prompt`, `max_tokens`: the most that a row has; `longest`: of prompt and output together.
     """
 
-    def __init__(self, model: Runtime, prompts: list[list[int]], params: list[SamplingParams], width: int | None = None):
-        self.model = model
+    def __init__(self, model: Runtime, prompts: list[list[int]], params: list[SamplingParams]):
         room = [model.max_seq_len - len(ids) for ids in prompts]
         limited = [dataclasses.replace(p, max_tokens=min(p.max_tokens, r)) for p, r in zip(params, room, strict=True)]
+        self.model, self.prompts, self.logprobs = model, prompts, params[0].logprobs
+        self.longest_prompt = max(map(len, prompts))
         self.max_tokens = max(p.max_tokens for p in limited)
         self.longest = max(len(ids) + p.max_tokens for ids, p in zip(prompts, limited, strict=True))
-        self.prompts, self.lengths = padded(prompts, width)
-        self.logprobs = params[0].logprobs
+        self.tokens = sum(map(len, prompts))
+        self.rows = power_of_two(len(prompts))
         self.sampling = Sampling.from_params(
             limited,
             eos_ids=sorted(model.tokenizer.eos_ids),
             vocab_limit=min(model.tokenizer.vocab_size, model.config.vocab_size),
-            pad_to=len(self.lengths),
+            pad_to=self.rows,
             default_seeds=[secrets.randbits(32) for _ in limited],
         )
 
-    def arguments(self, capacity: int) -> tuple:
-        """Parameters, a cache of `capacity` tokens a row, prompts, lengths, sampling and key: the arguments of
-        `functional.generate` and `functional.start`."""
-        cache = self.model.new_cache(len(self.lengths) * -(-capacity // PAGE))
-        return self.model.params, cache, self.prompts, self.lengths, self.sampling, np.zeros(2, np.uint32)
+    def arguments(self, width: int, capacity: int) -> tuple:
+        """The arguments of `functional.generate` and `functional.start`: parameters, a cache of `capacity` tokens a row,
+        prompts padded to `width`, lengths, sampling and key."""
+        cache = self.model.new_cache(self.rows * -(-capacity // PAGE))
+        return self.model.params, cache, *padded(self.prompts, width), self.sampling, np.zeros(2, np.uint32)
 
 
 class Driver:
@@ -60,30 +61,29 @@ class Driver:
     """
 
     def __init__(self, model: Runtime, prompts: list[list[int]], params: list[SamplingParams]):
-        self.model = model
-        longest = Inputs(model, prompts, params).longest
-        self.capacity = bucket(longest)
+        self.model, self.inputs = model, Inputs(model, prompts, params)
+        self.capacity = bucket(self.inputs.longest)
         if len(prompts) == 1:
             self.capacity = 256
-            while self.capacity < longest:
+            while self.capacity < self.inputs.longest:
                 self.capacity *= 4
-        self.inputs = Inputs(model, prompts, params, width=self.capacity)
-        self._cancelled = np.zeros(len(self.inputs.lengths), bool)
+        self._cancelled = np.zeros(self.inputs.rows, bool)
 
     def cancel(self, rows: Sequence[bool]) -> None:
         """Marks rows (True) as finished; they decode no further."""
-        self._cancelled[: len(rows)] |= np.asarray(rows)
+        padding = [False] * (self.inputs.rows - len(rows))
+        self._cancelled = self._cancelled | np.asarray([*rows, *padding])
 
     def __iter__(self) -> Iterator[functional.Sampled]:
         model, programs = self.model, self.model.programs
         static = {"config": model.config, "logprobs": self.inputs.logprobs}
-        arguments = self.inputs.arguments(self.capacity)
-        chunk = 64 if self.inputs.lengths.sum() <= 256 else functional.CHUNK
+        arguments = self.inputs.arguments(self.capacity, self.capacity)
+        chunk = 64 if self.inputs.tokens <= 256 else functional.CHUNK
         start = programs.get(functional.start, *arguments, donate=(1,), chunk=chunk, **static)
         begin = time.perf_counter()
         cache, state, sampled = start(*arguments)
         pending = jax.device_get(sampled)
-        model.count("prefill", int(self.inputs.lengths.sum()), time.perf_counter() - begin)
+        model.count("prefill", self.inputs.tokens, time.perf_counter() - begin)
         model.count("decode", made(pending), 0.0)
         params, *_, sampling, key = arguments
         limit = 1
@@ -210,14 +210,15 @@ def bucket(size: int) -> int:
     return power * 3 // 4 if size <= power * 3 // 4 and power > 16 else power
 
 
-def padded(prompts: list[list[int]], width: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """int32 [B, width], right-padded with 0, and lengths int32 [B]; rows that are padding have length 0.
+def power_of_two(count: int) -> int:
+    """The next power of two: how many rows a batch is padded to."""
+    return 1 << (count - 1).bit_length()
 
-    B is a power of two; width, unless given, a bucket.
-    """
-    rows = 1 << (len(prompts) - 1).bit_length()
-    tokens = np.zeros((rows, width or bucket(max(map(len, prompts)))), np.int32)
-    lengths = np.zeros(rows, np.int32)
+
+def padded(prompts: list[list[int]], width: int) -> tuple[np.ndarray, np.ndarray]:
+    """int32 [B, width], right-padded with 0, and lengths int32 [B]; B is a power of two, rows of padding have length 0."""
+    tokens = np.zeros((power_of_two(len(prompts)), width), np.int32)
+    lengths = np.zeros(len(tokens), np.int32)
     for row, ids in enumerate(prompts):
         tokens[row, : len(ids)] = ids
         lengths[row] = len(ids)

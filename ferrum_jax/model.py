@@ -8,6 +8,7 @@ while the next one runs. Both give the same tokens.
 from __future__ import annotations
 
 import dataclasses
+import operator
 import time
 from collections.abc import Iterator, Sequence
 
@@ -68,7 +69,9 @@ class Model(Runtime):
         """An iterator of (text piece, token ids): the same tokens as `generate`, as they are made."""
         return Stream(self, self._encode(prompt), params)
 
-    def chat(self, messages: list[dict], params: SamplingParams = SamplingParams(), tools=None, **template_kwargs):
+    def chat(
+        self, messages: list[dict], params: SamplingParams = SamplingParams(), tools=None, **template_kwargs
+    ) -> Completion:
         """The answer to a conversation, rendered by the model's chat template: one `Completion`."""
         return self.generate([self.encode_chat(messages, tools, **template_kwargs)], params)[0]
 
@@ -98,8 +101,9 @@ class Model(Runtime):
         """Teacher-forced float32 logits [length, vocab_size] of each list of token ids, on the host."""
         if not batch:
             return []
-        results = [np.empty((len(ids), self.config.vocab_size), np.float32) for ids in self._checked(batch)]
-        for row, position, hidden in self._hidden(batch):
+        checked = self._checked(batch)
+        results = [np.empty((len(ids), self.config.vocab_size), np.float32) for ids in checked]
+        for row, position, hidden in self._hidden(checked):
             for first in range(0, hidden.shape[0], functional.ROWS):
                 block = hidden[first : first + functional.ROWS]
                 logits = np.asarray(self.programs.run(functional.unembed, self.params, block, config=self.config))
@@ -145,7 +149,7 @@ class Model(Runtime):
         if isinstance(prompt, str):
             ids = self.tokenizer.encode(prompt, add_special=True, parse_special=True) if prompt else []
         else:
-            ids = prompt if isinstance(prompt, list) else list(prompt)
+            ids = list(prompt)
         (ids,) = self._checked([ids])
         if len(ids) >= self.max_seq_len:
             raise ValueError(f"the prompt has {len(ids)} tokens and leaves no room in a context of {self.max_seq_len}")
@@ -153,7 +157,10 @@ class Model(Runtime):
 
     def _checked(self, batch: Sequence[Sequence[int]]) -> list[list[int]]:
         """The batch as lists of int; ValueError for an empty one, one beyond the context or an id out of range."""
-        lists = [[int(i) for i in ids] for ids in batch]
+        try:
+            lists = [[operator.index(i) for i in ids] for ids in batch]
+        except TypeError:
+            raise ValueError("token ids must be integers") from None
         for ids in lists:
             if not ids:
                 raise ValueError("an empty prompt: at least one token is needed")
@@ -166,12 +173,13 @@ class Model(Runtime):
 
     def _groups(self, encoded: list[list[int]], params: list[SamplingParams]) -> Iterator[list[int]]:
         """Indices of the prompts that one program takes: same number of logprobs, rows within the limits."""
+        per_token = self.memory()["kv_bytes_per_token"]
         for k in sorted({p.logprobs for p in params}, key=lambda k: -1 if k is None else k):
             group: list[int] = []
             longest = 0
             for i in (i for i, p in enumerate(params) if p.logprobs == k):
                 need = max(longest, len(encoded[i]) + min(params[i].max_tokens, self.max_seq_len - len(encoded[i])))
-                rows = max(1, min(_ROWS, _CACHE_BYTES // (bucket(need) * self.memory()["kv_bytes_per_token"])))
+                rows = max(1, min(_ROWS, _CACHE_BYTES // (bucket(need) * per_token)))
                 if len(group) + 1 > rows and group:
                     yield group
                     group, longest = [], 0
@@ -202,21 +210,21 @@ class Model(Runtime):
 
     def _generate(self, inputs: Inputs) -> functional.Sampled:
         """Prefill and all tokens in one program."""
-        max_tokens = bucket(inputs.max_tokens)
-        arguments = inputs.arguments(inputs.prompts.shape[1] + max_tokens)
+        width, max_tokens = bucket(inputs.longest_prompt), bucket(inputs.max_tokens)
+        arguments = inputs.arguments(width, width + max_tokens)
         static = {"config": self.config, "max_tokens": max_tokens, "logprobs": inputs.logprobs}
         program = self.programs.get(_generate, *arguments, donate=(1,), **static)
         begin = time.perf_counter()
         _, result = program(*arguments)
         sampled = jax.device_get(result)
-        self.count("prefill", int(inputs.lengths.sum()), 0.0)
+        self.count("prefill", inputs.tokens, 0.0)
         self.count("decode", made(sampled), time.perf_counter() - begin)
         return sampled
 
-    def _hidden(self, batch: Sequence[Sequence[int]]) -> Iterator[tuple[np.ndarray, np.ndarray, jax.Array]]:
+    def _hidden(self, batch: list[list[int]]) -> Iterator[tuple[np.ndarray, np.ndarray, jax.Array]]:
         """Final hidden states of all tokens, chunk by chunk: (row of each token, its position, hidden [chunk, size]);
         hidden may have more rows than there are tokens."""
-        prompts, lengths = padded([list(ids) for ids in batch])
+        prompts, lengths = padded(batch, bucket(max(map(len, batch))))
         rows, longest = prompts.shape
         chunk = min(functional.CHUNK, rows * longest)
         cache = self.new_cache(rows * -(-longest // PAGE))

@@ -120,6 +120,7 @@ def test_generation_ends_with_the_context(model):
         ([""], "empty prompt"),
         ([[1], [64]], "token id 64 is out of range"),
         ([[-1]], "out of range"),
+        ([[1.5]], "must be integers"),
         ([[3] * 96], "leaves no room in a context of 96"),
         ("abc", r"write \[prompt\]"),
     ],
