@@ -41,8 +41,8 @@ def plan(tables, page_size: int, window: int) -> Plan:
     tokens = tables.positions.shape[0]
     sequences, max_pages = tables.page_table.shape
     size = _query_tile(tokens, sequences)
-    together = _together(size)
-    tiles = math.ceil(min(tokens, tokens // size + sequences) / together) * together
+    tiles = min(tokens, tokens // size + sequences)
+    tiles = math.ceil(tiles / _together(size, tiles)) * _together(size, tiles)
     starts = tables.query_starts
     ends = jnp.cumsum(-(-jnp.diff(starts) // size))
     before = jnp.concatenate([jnp.zeros((1,), ends.dtype), ends[:-1]])
@@ -112,7 +112,7 @@ def attention(q, k_pages, v_pages, layer, plan: Plan, scale: float, *, different
         return out / jnp.where(total == 0.0, 1.0, total)
 
     inputs = (queries, plan.pages, plan.seen_from, plan.seen_until)
-    out = lax.map(walk, tuple(a.reshape(-1, _together(size), *a.shape[1:]) for a in inputs))
+    out = lax.map(walk, tuple(a.reshape(-1, _together(size, tiles), *a.shape[1:]) for a in inputs))
     out = out.reshape(tiles, kv_heads, -1, head_dim)[:, :, : size * group]
     out = out.reshape(tiles, kv_heads, size, group, head_dim).transpose(0, 2, 1, 3, 4).reshape(-1, q_heads, head_dim)
     return jnp.where((plan.place >= 0)[:, None, None], out[jnp.maximum(plan.place, 0)], 0.0)
@@ -124,9 +124,9 @@ def _query_tile(tokens: int, sequences: int) -> int:
     return 1 << (average - 1).bit_length()
 
 
-def _together(size: int) -> int:
+def _together(size: int, tiles: int) -> int:
     """How many query tiles walk over the KV side by side."""
-    return max(1, 16 // size)
+    return min(max(1, 16 // size), tiles)
 
 
 def _pages_a_tile(page_size: int) -> int:
