@@ -65,6 +65,13 @@ def test_rows_do_not_see_each_other(model):
     assert [len(c.token_ids) for c in together] == [4, 5, 6, 7]
 
 
+def test_logits_have_the_same_bits_alone_and_in_a_batch(model):
+    prompts = [list(range(1, n + 1)) for n in (1, 2, 17, 40, 63)]
+    together = model.logits(prompts)
+    for prompt, logits in zip(prompts, together, strict=True):
+        assert (model.logits([prompt])[0].view(np.uint32) == logits.view(np.uint32)).all(), len(prompt)
+
+
 def test_more_prompts_than_one_program_takes(model, monkeypatch):
     prompts = [[i + 1, 7] for i in range(7)]
     expected = tokens_of(model.generate(prompts, GREEDY))
