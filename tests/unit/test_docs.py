@@ -1,0 +1,64 @@
+"""The documentation against the program: README's Python runs, links lead somewhere, the table of formats is the code's."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from tiny_gguf import tiny_vocabulary, write_tiny_llama
+
+from pallas_kernels.blocks import FORMATS
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    """The fenced code blocks of a language, in order."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
+def test_python_of_readme_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The blocks are one program; it runs with a tiny model in place of the real one."""
+    tokens, types = tiny_vocabulary(64)
+    tokens[-2:], types[-2:] = ["I", "N"], [1, 1]
+    metadata = {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": types}
+    path = write_tiny_llama(tmp_path / "tiny.gguf", metadata=metadata)
+    program = "\n".join(blocks(ROOT / "README.md", "python"))
+    assert program.count('"smollm2:135m"') == 1
+    names: dict = {}
+    exec(compile(program.replace('"smollm2:135m"', repr(str(path))), "README.md", "exec"), names)
+    assert capsys.readouterr().out
+    greedy = names["fj"].SamplingParams(max_tokens=names["max_tokens"], temperature=0.0)
+    for ids, count, same in zip(names["tokens"], names["made"], names["model"].generate(names["encoded"], greedy), strict=True):
+        assert ids[:count].tolist() == same.token_ids
+
+
+def test_readme_begins_with_its_two_commands() -> None:
+    """Install and run; test. Other fences are of other languages, so that these stay the only shell blocks."""
+    fences = re.findall(r"^```(\w*)$", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)[::2]
+    assert fences[:2] == ["bash", "bash"] and set(fences[2:]) == {"python", "text"}
+
+
+def test_table_of_formats() -> None:
+    """Name, weights and bytes a block, bits a weight, and what the device stores, for every format and no other."""
+    rows = re.findall(r"^\| ([A-Z0-9_]+) \| (\d+) \| (\d+) \| ([\d.]+) \| (\w+) \|", _page("formats.md"), re.MULTILINE)
+    expected = [
+        (f.name, str(f.block_size), str(f.block_bytes), f"{8 * f.block_bytes / f.block_size:g}", f.storage.name)
+        for f in FORMATS.values()
+    ]
+    assert rows == expected
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    """Links to files, and paths written as code, exist."""
+    text = page.read_text(encoding="utf-8")
+    targets = [page.parent / link for link in re.findall(r"\]\((?!https?://|#)([^)#]+)", text)]
+    targets += [ROOT / path for path in re.findall(r"`((?:ferrum_jax|pallas_kernels|tests|benchmarks|docs)/[\w./-]*)`", text)]
+    assert [str(target) for target in targets if not target.exists()] == []
+
+
+def _page(name: str) -> str:
+    return (ROOT / "docs" / name).read_text(encoding="utf-8")
