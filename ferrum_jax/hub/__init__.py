@@ -122,6 +122,8 @@ def _first(name: str, sources: tuple[Source, ...], progress: Report | None, offl
                     f"{source}: cannot write to {error.filename or cache_root()}: {reason}"
                     " (FERRUM_JAX_CACHE sets another cache directory)"
                 )
+        if source is not sources[-1]:
+            report(0, None, f"{tried[-1]}; trying {sources[sources.index(source) + 1]}")
     for source in sources:
         if not isinstance(source, HubSource) or source.select is not None:
             continue
