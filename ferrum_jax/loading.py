@@ -90,8 +90,8 @@ def check(gguf: GGUFFile) -> tuple[ModelConfig, Parameters, Tokenizer]:
 
 
 def auto_dtype(device: jax.Device) -> str:
-    """The fast arithmetic of a device: float16 on GPUs before compute capability 8.0, bfloat16 on other accelerators,
-    float32 on CPU, where plain XLA gains nothing from less."""
+    """What "auto" means: float16 on GPUs before compute capability 8.0, bfloat16 on other accelerators, and on CPU the
+    exact float32, because only some CPUs multiply bfloat16 faster."""
     if device.platform == "cpu":
         return "float32"
     capability = getattr(device, "compute_capability", None)

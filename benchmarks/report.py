@@ -1,0 +1,229 @@
+"""Writes docs/performance.md from benchmarks/results/*.json, and from nothing else.
+
+python -m benchmarks.report
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PAGE = ROOT / "docs" / "performance.md"
+DISTURBED = 0.3  # cores of others above which no ratio between engines is shown
+
+HEAD = """# Performance
+
+Written by `python -m benchmarks.report` from the files in `benchmarks/results`; do not edit it. Each table comes from
+one run of the program named above it, and each speed stands beside a check of what was computed in that run. Figures
+are medians with the smallest and largest sample. What was expected, and why it came out otherwise, is in the
+[log](performance-log.md).
+"""
+CPU = """## CPU, against llama.cpp
+
+`python -m benchmarks.cpu`. Both engines read the same file, get the same token ids of an English text, and take turns in
+one run. Prefill is the time to the first token after {prompt_len} tokens; decode is the rate of the next {rest}.
+**The llama.cpp is the `xllamacpp` wheel, which is built for AVX2**; a native build of it is about three times as fast at
+decoding on a machine with AVX-512 and AMX. This package computes in plain XLA here, without kernels of its own.
+
+Check: the tokens that were timed, against this package's float32, which the tests hold to transformers. "Equal" counts
+those at the start that are float32's own. At the first other one, "gap" says how far its float32 logit lies below the
+best; "worst" is the largest such distance over all tokens, each after the tokens that the engine itself chose before it.
+llama.cpp quantises activations to int8. "Others" is the largest number of cores that other processes used during
+a sample. Above {disturbed} the row is disturbed: its speeds are lower bounds, and no ratio to llama.cpp is given, because
+llama.cpp's threads wait for each other by spinning and lose far more by company than ours do.
+"""
+COMPILE = """## Compilation
+
+`python -m benchmarks.compile_time`. `functional.generate` (prefill, sampling and loop in one program) for a Qwen3-MoE of
+hidden size 256 and 16 experts that exists only as shapes; the persistent cache is off. Check: the program aliases the
+whole KV cache.
+"""
+STARTS = """## First and second start
+
+The same program. From starting a process to its first token ({model}), with an empty compilation cache and with
+what that left, beside a process that imports jax and runs `x + 1`. {check}
+"""
+MEMORY = """## Memory
+
+`python -m benchmarks.memory`. Peak resident memory (VmHWM, mapped pages included) of a process that loads a file and
+generates 16 tokens after 16; the limit is the parameters + 1.5 GiB. The files hold random weights in the shape of the
+models. Check: log-probabilities are finite and each token is the likeliest.
+"""
+DTYPES = """## Cost of dtypes
+
+`python -m benchmarks.dtypes`. Perplexity of an English text in windows of {window} tokens, on CPU. Check: float32 against
+transformers on the exactly dequantised weights.
+"""
+
+
+def table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    lines = [list(columns), *map(list, rows)]
+    lines.insert(1, ["---"] * len(lines[0]))
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def spread(figure: dict[str, float], digits: int = 1) -> str:
+    """Median (smallest to largest)."""
+    median, low, high = (f"{figure[key]:,.{digits}f}" for key in ("median", "min", "max"))
+    return f"{median} ({low} to {high})"
+
+
+def gib(count: float) -> str:
+    return f"{count / 2**30:.2f}"
+
+
+def measured_on(result: dict[str, Any]) -> str:
+    machine, versions = result["machine"], result["versions"]
+    parts = [machine["cpu"], f"{machine['cores']} cores", f"{machine['memory_gib']} GiB", " ".join(machine["instructions"])]
+    return f"Measured on: {', '.join(parts)}. " + ", ".join(f"{name} {is_}" for name, is_ in versions.items()) + ".\n"
+
+
+def cpu(results: list[dict[str, Any]]) -> list[str]:
+    first = results[0]
+    parts = [CPU.format(prompt_len=first["prompt_len"], rest=first["gen_len"] - 1, disturbed=DISTURBED), measured_on(first)]
+    for result in results:
+        model, peer = result["model"], result["rows"][0]
+        formats = sorted(model["formats"], key=lambda name: -model["formats"][name])
+        shown = ", ".join(name for name in formats if name != "F32")
+        parts.append(
+            f"### {model['name']}\n\n{model['architecture']}, {model['parameter_bytes'] / 1e6:.0f} MB in {shown}; "
+            f"{result['threads']} threads; llama.cpp's build: {result['llama_cpp_build']}.\n"
+        )
+        rows = []
+        for row in result["rows"]:
+            check = row["content_check"]
+            quiet = max(row["other_cores"], peer["other_cores"]) <= DISTURBED
+            ratios = [
+                f"{row[key]['median'] / peer[key]['median']:.2f}" if quiet else "disturbed"
+                for key in ("prefill_tok_s", "decode_tok_s")
+            ]
+            gap = check["gap_at_parting"]
+            rows.append(
+                [
+                    f"{row['engine']}, {row['dtype']}",
+                    str(row["batch"]),
+                    spread(row["prefill_tok_s"], 0),
+                    ratios[0],
+                    spread(row["decode_tok_s"]),
+                    ratios[1],
+                    f"{check['equal_tokens']} of {check['tokens']}",
+                    "-" if gap is None else f"{gap:.3f}",
+                    f"{check['worst_gap']:.3f}",
+                    f"{row['other_cores']:.2f}",
+                ]
+            )
+        columns = [
+            "",
+            "batch",
+            "prefill tok/s",
+            "x llama.cpp",
+            "decode tok/s",
+            "x llama.cpp",
+            "equal",
+            "gap",
+            "worst",
+            "others",
+        ]
+        parts.append(table(columns, rows))
+    return parts
+
+
+def compile_time(results: list[dict[str, Any]]) -> list[str]:
+    [result] = results
+    base = result["programs"][0]["compile_s"]["median"]
+    rows = [
+        [
+            program["program"],
+            str(program["bodies"]),
+            spread(program["tracing_s"], 2),
+            spread(program["xla_s"], 2),
+            spread(program["compile_s"], 2),
+            f"{program['compile_s']['median'] / base:.2f}",
+            f"{program['alias_bytes']:,} of {program['cache_bytes']:,}",
+            f"{program['other_cores']:.2f}",
+        ]
+        for program in result["programs"]
+    ]
+    columns = ["program", "layer bodies", "tracing, s", "XLA, s", "both, s", "x", "cache bytes aliased", "others"]
+    check = result["starts"]["content_check"]
+    equal = f"Check: the first {check['tokens']} tokens are the same in every start" if check["equal"] else "CHECK FAILED"
+    starts = []
+    for row in result["starts"]["rows"]:
+        inner = [spread(row[key], 2) if key in row else "-" for key in ("load_s", "compile_s")]
+        name = "jax alone" if row["start"] == "empty" else row["start"]
+        starts.append([name, spread(row["first_token_s"], 2), *inner])
+    return [
+        COMPILE,
+        measured_on(result),
+        table(columns, rows),
+        STARTS.format(model=result["model"], check=equal + "."),
+        table(["start", "to the first token, s", "loading, s", "compilation, s"], starts),
+    ]
+
+
+def memory(results: list[dict[str, Any]]) -> list[str]:
+    rows = []
+    for result in sorted(results, key=lambda result: result["parameter_bytes"]):
+        check = result["content_check"]
+        good = check["logprobs_finite"] and check["greedy"]
+        rows.append(
+            [
+                result["name"],
+                result["dtype"],
+                gib(result["parameter_bytes"]),
+                gib(result["peak_imported_bytes"]),
+                gib(result["peak_loaded_bytes"]),
+                gib(result["peak_generated_bytes"]),
+                gib(result["limit_bytes"]),
+                f"{result['load_s']:.1f}",
+                f"{result['compile_s']:.1f}",
+                f"{result['decode_tok_s']:.2f}",
+                f"{check['tokens']} tokens, {check['distinct_tokens']} distinct" if good else "FAILED",
+            ]
+        )
+    columns = ["file", "dtype", "parameters, GiB", "peak after import", "after loading", "after generating", "limit"]
+    columns += ["loading, s", "compilation, s", "decode tok/s", "check"]
+    return [MEMORY, measured_on(results[0]), table(columns, rows)]
+
+
+def dtypes(results: list[dict[str, Any]]) -> list[str]:
+    [result] = results
+    rows = []
+    for model in result["models"]:
+        check = model["content_check"]
+        for row in model["rows"]:
+            exact = row["dtype"] == "float32" and check["transformers"] is not None
+            shown = f"{check['transformers']:.5f} ({check['float32_difference_percent']:+.5f} %)" if exact else "-"
+            change = f"{row['change_percent']:+.4f} %"
+            rows.append(
+                [model["model"], row["dtype"], f"{row['perplexity']:.5f}", change, shown, f"{model['scored_tokens']:,}"]
+            )
+    columns = ["model", "dtype", "perplexity", "against float32", "transformers", "scored tokens"]
+    return [DTYPES.format(window=result["window"]), measured_on(result), table(columns, rows)]
+
+
+SECTIONS: dict[str, Callable[[list[dict[str, Any]]], list[str]]] = {
+    "cpu-": cpu,
+    "compile_time": compile_time,
+    "memory-": memory,
+    "dtypes": dtypes,
+}
+
+
+def render(folder: Path = RESULTS) -> str:
+    """The page; a section without results is left out."""
+    parts = [HEAD]
+    for prefix, section in SECTIONS.items():
+        results = [json.loads(path.read_text()) for path in sorted(folder.glob(f"{prefix}*.json"))]
+        if results:
+            parts += section(results)
+    return "\n".join(parts)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(render())
+    print(f"wrote {PAGE.relative_to(ROOT)}")
