@@ -78,6 +78,17 @@ def render(
         raise ModelFileError(f"tokenizer.chat_template: fails on these messages: {error}") from error
 
 
+def check_template(template: str, source: str) -> None:
+    """Compiles a file's template. Raises ModelFileError naming the file where it is not valid jinja2."""
+    import jinja2
+
+    try:
+        _compiled(template)
+    except jinja2.TemplateSyntaxError as error:
+        problem = f"key tokenizer.chat_template: line {error.lineno}: {error.message}"
+        raise ModelFileError(f"{source}: {problem}") from error
+
+
 class _RefusedError(Exception):
     """The template's own `raise_exception`."""
 

@@ -94,6 +94,8 @@ class _Metadata:
             raise self.fail(key, "is missing")
         if hasattr(value, "tolist"):  # one number a layer: the layers must agree
             values = value.tolist()
+            if len(values) != self.metadata.get(self.prefix + "block_count"):
+                raise self.fail(key, f"has {len(values)} values; it must have one for each of the layers")
             if len(set(values)) != 1:
                 raise UnsupportedModelError(
                     f"{self.source}: key {self.prefix + key}: differs from layer to layer, which is not supported"
@@ -143,6 +145,8 @@ def config_from_gguf(gguf) -> ModelConfig:
     if embedding is None:
         raise ModelFileError(f"{source}: tensor token_embd.weight: is missing")
     hidden = meta.integer("embedding_length")
+    if meta.has("vocab_size"):
+        meta.integer("vocab_size")
     if len(embedding.shape) != 2 or embedding.shape[1] != hidden:
         raise ModelFileError(
             f"{source}: tensor token_embd.weight: shape {list(embedding.shape)} does not end in "
@@ -189,20 +193,20 @@ def config_from_gguf(gguf) -> ModelConfig:
 
 
 def _refuse_unsupported(meta: _Metadata) -> None:
-    gating = meta.metadata.get(meta.prefix + "expert_gating_func", 1)
-    if gating not in (0, 1):  # 0: not stated, 1: softmax
+    gating = meta.integer("expert_gating_func", low=0) if meta.has("expert_gating_func") else 0
+    if gating > 1:  # 0: not stated, 1: softmax
         raise UnsupportedModelError(f"{meta.source}: key {meta.prefix}expert_gating_func: only softmax (1) is supported")
     for key, value in meta.metadata.items():
         name = key.removeprefix(meta.prefix)
         if name == key or name in _HARMLESS:
             continue
-        computes = name.startswith(("attention.", "rope.", "expert", "leading_", "ssm.")) or name.endswith("_scale")
-        neutral = (
-            (isinstance(value, int | float | str) and value in _NEUTRAL)
-            or (name.endswith("scale") and value == 1.0)
-            or (name == "attention.causal" and value is True)
-        )
-        if computes and not neutral:
+        if name == "attention.causal":
+            neutral = value is True
+        elif name in ("residual_scale", "embedding_scale", "logit_scale"):
+            neutral = isinstance(value, int | float) and value in (0.0, 1.0)
+        else:
+            neutral = isinstance(value, int | float | str) and value in _NEUTRAL
+        if not neutral:
             raise UnsupportedModelError(f"{meta.source}: key {key}: this feature is not supported")
 
 
@@ -245,19 +249,25 @@ def _expert_scale(meta: _Metadata) -> float:
 
 
 def _rope_scaling(meta: _Metadata) -> RopeScaling | None:
-    kind = meta.metadata.get(meta.prefix + "rope.scaling.type", "none")
+    """Without a type a factor means linear scaling, as the format has it; type "none" means none."""
+    kind = meta.metadata.get(meta.prefix + "rope.scaling.type", "linear")
+    if not isinstance(kind, str) or kind not in ("none", "linear", "yarn"):
+        raise UnsupportedModelError(f"{meta.source}: key {meta.prefix}rope.scaling.type: {kind!r} is not supported")
+    attention = meta.number("rope.scaling.attn_factor") if meta.has("rope.scaling.attn_factor") else 1.0
     if kind == "none":
-        if meta.has("rope.scale_linear") and meta.number("rope.scale_linear") != 1.0:
-            return RopeScaling("linear", meta.number("rope.scale_linear"))
+        if attention != 1.0:
+            raise UnsupportedModelError(f"{meta.source}: key {meta.prefix}rope.scaling.attn_factor: needs a scaling type")
         return None
     if kind == "linear":
-        return RopeScaling("linear", meta.number("rope.scaling.factor"))
-    if kind != "yarn":
-        raise UnsupportedModelError(f"{meta.source}: key {meta.prefix}rope.scaling.type: {kind!r} is not supported")
+        key = next((key for key in ("rope.scaling.factor", "rope.scale_linear") if meta.has(key)), None)
+        factor = meta.number(key, positive=False) if key else 0.0
+        if not factor and meta.has("rope.scaling.type"):
+            raise meta.fail("rope.scaling.factor", "is missing")
+        return RopeScaling("linear", factor or 1.0, attention_factor=attention) if factor or attention != 1.0 else None
+
     factor = meta.number("rope.scaling.factor")
     if meta.has("rope.scaling.yarn_log_multiplier") and meta.number("rope.scaling.yarn_log_multiplier", positive=False):
         raise UnsupportedModelError(f"{meta.source}: key {meta.prefix}rope.scaling.yarn_log_multiplier: not supported")
-    attention = meta.number("rope.scaling.attn_factor") if meta.has("rope.scaling.attn_factor") else 1.0
 
     def beta(key: str, default: float) -> float:
         """YaRN's own constants (section 3.2 of the paper) where the file does not override them."""

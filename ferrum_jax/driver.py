@@ -92,7 +92,10 @@ class Driver:
             advance = programs.get(_advance, *current, donate=(1, 2), steps=_STEPS, **static)
             begin = time.perf_counter()
             cache, state, sampled = advance(*current)
-            yield pending  # used by the caller while the device works
+            try:
+                yield pending  # used by the caller while the device works
+            finally:
+                jax.block_until_ready(sampled)  # nothing is left running when the caller goes away
             pending = jax.device_get(sampled)
             taken = time.perf_counter() - begin
             steps = int((pending.tokens >= 0).sum(axis=1).max())

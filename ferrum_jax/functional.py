@@ -25,6 +25,7 @@ __all__ = [
     "KVCache",
     "RaggedBatch",
     "Sampled",
+    "Sampling",
     "State",
     "advance",
     "forward",
@@ -102,6 +103,8 @@ def generate(
     Returns (tokens int32 [B, max_tokens], -1 behind the end; lengths int32 [B]; cache), and with `logprobs=k` a fourth
     value, `Sampled`, holding the k best alternatives as well. ValueError where the cache is too small.
     """
+    if not isinstance(sampling, Sampling):
+        raise TypeError(f"sampling must be a Sampling, as Sampling.from_params makes it, not {type(sampling).__name__}")
     rows, longest = prompts.shape
     capacity = cache.num_pages // rows * cache.page_size
     if capacity < longest + max_tokens - 1:

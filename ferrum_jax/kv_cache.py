@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 
 import jax
 import jax.numpy as jnp
 from jax import export
+from jax.typing import DTypeLike
 
 from ferrum_jax.config import ModelConfig
 from pallas_kernels.paged_attention import write_pages
@@ -38,8 +40,10 @@ class KVCache:
         return KVCache(write_pages(self.k, layer, slots, k), write_pages(self.v, layer, slots, v))
 
 
-def new_cache(config: ModelConfig, *, num_pages: int, page_size: int = 16, dtype: str = "float32") -> KVCache:
-    """An empty cache of `num_pages` pages of `page_size` tokens; `dtype` is "float32", "bfloat16" or "float16"."""
+def new_cache(config: ModelConfig, *, num_pages: int, page_size: int = 16, dtype: DTypeLike = "float32") -> KVCache:
+    """An empty cache of `num_pages` pages of `page_size` tokens; `dtype` is float32, bfloat16 or float16."""
+    with contextlib.suppress(TypeError):  # what is no dtype is named below
+        dtype = jnp.dtype(dtype).name
     if dtype not in KV_DTYPES:
         raise ValueError(f"kv dtype {dtype!r} is not supported; supported: {', '.join(KV_DTYPES)}")
     if num_pages < 1 or page_size < 1:

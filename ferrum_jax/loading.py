@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 
 from ferrum_jax import hub
+from ferrum_jax.chat import check_template
 from ferrum_jax.config import ModelConfig, config_from_gguf
 from ferrum_jax.errors import ModelFileError, UnsupportedModelError
 from ferrum_jax.kv_cache import KV_DTYPES
@@ -86,6 +87,8 @@ def check(gguf: GGUFFile) -> tuple[ModelConfig, Parameters, Tokenizer]:
             f"{gguf.path}: key tokenizer.ggml.tokens: {tokenizer.vocab_size} tokens, but token_embd.weight has only "
             f"{config.vocab_size} rows"
         )
+    if tokenizer.chat_template:
+        check_template(tokenizer.chat_template, str(gguf.path))
     return config, places, tokenizer
 
 

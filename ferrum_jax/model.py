@@ -51,10 +51,12 @@ class Model(Runtime):
     ) -> list[Completion]:
         """Completions in the order of the prompts, which are texts or lists of token ids, mixed; `params` is one for all
         or one for each. ValueError for an empty prompt, an id out of range or a prompt that fills the context."""
-        if isinstance(prompts, str):
+        if isinstance(prompts, str | bytes) or any(isinstance(prompt, int | np.integer) for prompt in prompts):
             raise ValueError("prompts must be a list of prompts; for one prompt write [prompt]")
         encoded = [self._encode(prompt) for prompt in prompts]
-        each = [params] * len(encoded) if isinstance(params, SamplingParams) else list(params)
+        each = [params] * len(encoded) if isinstance(params, SamplingParams) else list(params or ())
+        if not all(isinstance(p, SamplingParams) for p in each):
+            raise ValueError("params must be SamplingParams, one for all prompts or a list with one for each")
         if len(each) != len(encoded):
             raise ValueError(f"{len(encoded)} prompts and {len(each)} sampling parameters; give one for all or one for each")
         results: list[Completion | None] = [None] * len(encoded)
@@ -77,6 +79,8 @@ class Model(Runtime):
 
     def render_chat(self, messages: list[dict], tools=None, add_generation_prompt: bool = True, **template_kwargs) -> str:
         """The text that the model's chat template makes of messages; UnsupportedModelError where the file has none."""
+        if not messages:
+            raise ValueError("a conversation needs at least one message")
         template = self.tokenizer.chat_template
         if template is None:
             raise UnsupportedModelError("this model has no chat template; give it plain text instead")
@@ -148,6 +152,8 @@ class Model(Runtime):
     def _encode(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):
             ids = self.tokenizer.encode(prompt, add_special=True, parse_special=True) if prompt else []
+        elif isinstance(prompt, bytes) or not hasattr(prompt, "__iter__"):
+            raise ValueError(f"a prompt must be a text or a list of token ids, not {type(prompt).__name__}")
         else:
             ids = list(prompt)
         (ids,) = self._checked([ids])

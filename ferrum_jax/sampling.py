@@ -133,7 +133,7 @@ class Sampling(NamedTuple):
         eos_ids: Sequence[int],
         vocab_limit: int,
         pad_to: int | None = None,
-        default_seeds: Sequence[int],
+        default_seeds: Sequence[int] | None = None,
     ) -> Sampling:
         """Puts the parameters of a batch into NumPy arrays.
 
@@ -142,7 +142,7 @@ class Sampling(NamedTuple):
           eos_ids: the end tokens; padded to a multiple of 8, so that models share compiled shapes.
           vocab_limit: ids from here on (a padded vocabulary) are never sampled; >= 1.
           pad_to: number of rows to give; those beyond `params` are greedy and have max_tokens 0.
-          default_seeds: one a row of `params`, taken modulo 2**32 where the row's own seed is None.
+          default_seeds: one a row of `params`, taken modulo 2**32 where the row's own seed is None; None: 0, 1, ...
 
         Raises:
           ValueError: pad_to below the number of rows, default_seeds of another length, or vocab_limit below 1.
@@ -150,6 +150,7 @@ class Sampling(NamedTuple):
         rows = len(params) if pad_to is None else pad_to
         if rows < len(params):
             raise ValueError(f"pad_to must be at least the number of rows, {len(params)}; got {pad_to}")
+        default_seeds = range(len(params)) if default_seeds is None else default_seeds
         if len(default_seeds) != len(params):
             raise ValueError(f"default_seeds must have one seed a row, {len(params)}; got {len(default_seeds)}")
         if vocab_limit < 1:

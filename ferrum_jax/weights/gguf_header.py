@@ -338,4 +338,9 @@ def _place_tensors(cursor: _Cursor, records: list[_Record], alignment: int) -> d
                 f"tensor {after.name!r} begins at byte {after.offset}, inside tensor {before.name!r} "
                 f"(bytes {before.offset} to {before.offset + before.nbytes}): tensors must not overlap"
             )
+        if before.offset + before.nbytes + alignment <= after.offset:
+            raise cursor.error(
+                f"tensor {before.name!r} ends at byte {before.offset + before.nbytes} and the next, {after.name!r}, begins "
+                f"at byte {after.offset}: tensors follow each other without gaps, so its type or shape is wrong"
+            )
     return tensors

@@ -80,6 +80,8 @@ class _Reader:
         """Fills `place` (a contiguous array of the format's storage) with one tensor."""
         if len(tensor.shape) == 1:
             place[...] = _plain_numbers(self.gguf.read(tensor), tensor.format)
+            if not np.isfinite(place).all() or (path == ("rope_factors",) and (place <= 0).any()):
+                raise ModelFileError(f"{self.gguf.path}: tensor {tensor.name}: holds values that no model can have")
         else:
             self.gguf.read_into(tensor, place.reshape(-1).view(np.uint8))
         if path in _ROTATED and self.config.architecture == "llama":

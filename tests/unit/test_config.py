@@ -1,0 +1,98 @@
+"""Metadata to configuration: what is refused by name, and what each scaling key means."""
+
+import gguf
+import numpy as np
+import pytest
+from tiny_gguf import write_tiny_llama
+
+import ferrum_jax as fj
+from ferrum_jax.config import config_from_gguf
+from ferrum_jax.loading import validate
+from ferrum_jax.weights.gguf import open_gguf
+
+T = gguf.GGUFValueType
+NEEDED = [
+    "general.architecture", "llama.block_count", "llama.context_length", "llama.embedding_length",
+    "llama.feed_forward_length", "llama.attention.head_count", "llama.attention.layer_norm_rms_epsilon",
+    "tokenizer.ggml.model", "tokenizer.ggml.tokens", "tokenizer.ggml.merges",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("key", NEEDED)
+def test_a_missing_key_is_named(key, tmp_path):
+    path = write_tiny_llama(tmp_path / "model.gguf", metadata={key: None})
+    with pytest.raises(fj.ModelFileError, match=key.replace(".", r"\.")) as caught:
+        validate(path)
+    assert "model.gguf" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("llama.attention.causal", (False, T.BOOL)),
+        ("llama.attention.scale", (1.0, T.FLOAT32)),
+        ("llama.final_logit_softcapping", (30.0, T.FLOAT32)),
+        ("llama.use_parallel_residual", (True, T.BOOL)),
+        ("llama.nextn_predict_layers", (1, T.UINT32)),
+        ("llama.logit_scale", (0.5, T.FLOAT32)),
+        ("llama.rope.scaling.type", ("longrope", T.STRING)),
+        ("llama.expert_gating_func", (2, T.UINT32)),
+        ("llama.expert_shared_count", (1, T.UINT32)),
+        ("llama.attention.head_count_kv", (np.array([2, 1], np.uint32), T.ARRAY)),
+        ("llama.attention.value_length", (8, T.UINT32)),
+        ("general.architecture", ("gpt2", T.STRING)),
+    ],
+)
+def test_a_feature_that_is_not_there_is_named(key, value, tmp_path):
+    if isinstance(value[0], np.ndarray):
+        value = (value[0].tolist(), T.ARRAY)
+    path = write_tiny_llama(tmp_path / "model.gguf", metadata={key: value})
+    with pytest.raises(fj.UnsupportedModelError, match=r"model\.gguf: "):
+        validate(path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("llama.attention.layer_norm_rms_epsilon", (float("nan"), T.FLOAT32)),
+        ("llama.attention.head_count", ("four", T.STRING)),
+        ("llama.attention.head_count", (3, T.UINT32)),
+        ("llama.attention.head_count_kv", ([2, 2, 2], T.ARRAY)),
+        ("llama.rope.scaling.type", ([1, 2], T.ARRAY)),
+        ("llama.rope.dimension_count", (7, T.UINT32)),
+        ("llama.vocab_size", ("many", T.STRING)),
+        ("llama.block_count", (3, T.UINT32)),
+        ("tokenizer.chat_template", ("{% for x in", T.STRING)),
+    ],
+    ids=str,
+)
+def test_a_value_that_cannot_be_is_named(key, value, tmp_path):
+    path = write_tiny_llama(tmp_path / "model.gguf", metadata={key: value})
+    with pytest.raises(fj.ModelFileError, match=r"model\.gguf"):
+        validate(path)
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ({}, None),
+        ({"factor": 4.0}, ("linear", 4.0, 1.0)),
+        ({"type": "linear", "factor": 4.0, "attn_factor": 2.0}, ("linear", 4.0, 2.0)),
+        ({"type": "none", "factor": 4.0}, None),
+        ({"attn_factor": 2.0}, ("linear", 1.0, 2.0)),
+    ],
+    ids=str,
+)
+def test_rope_scaling(keys, expected, tmp_path):
+    kinds = {str: T.STRING, float: T.FLOAT32}
+    metadata = {f"llama.rope.scaling.{key}": (value, kinds[type(value)]) for key, value in keys.items()}
+    with open_gguf(write_tiny_llama(tmp_path / "model.gguf", metadata=metadata)) as file:
+        scaling = config_from_gguf(file).rope_scaling
+    assert (None if scaling is None else (scaling.kind, scaling.factor, scaling.attention_factor)) == expected
+
+
+def test_vectors_that_no_model_has_are_refused(tmp_path):
+    for name, values in (("output_norm.weight", np.full(64, np.nan)), ("rope_freqs.weight", np.zeros(8))):
+        path = write_tiny_llama(tmp_path / "model.gguf", tensors={name: values.astype(np.float32)})
+        with pytest.raises(fj.ModelFileError, match=f"model.gguf: tensor {name}"):
+            fj.load(path)
