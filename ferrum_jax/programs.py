@@ -17,7 +17,7 @@ import jax
 
 # LLVM's third level promotes the layer index to an argument that the loops then reload for each weight, and the unpacking
 # of most formats is no longer vectorised: the second level runs it up to twice as fast and compiles faster.
-_OPTIONS: dict[str, dict[str, Any]] = {"cpu": {"xla_backend_optimization_level": 2}}
+COMPILER_OPTIONS: dict[str, dict[str, Any]] = {"cpu": {"xla_backend_optimization_level": 2}}
 
 
 class Programs:
@@ -41,7 +41,7 @@ class Programs:
             begin = time.perf_counter()
             with jax.default_device(self.device):
                 jitted = jax.jit(functools.partial(function, **static), donate_argnums=donate)
-                self._compiled[key] = jitted.lower(*args).compile(_OPTIONS.get(self.device.platform))
+                self._compiled[key] = jitted.lower(*args).compile(COMPILER_OPTIONS.get(self.device.platform))
             self.compile_s += time.perf_counter() - begin
         return self._compiled[key]
 
