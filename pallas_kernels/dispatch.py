@@ -1,8 +1,11 @@
-"""Which backend serves an operation, and the record of what was chosen.
+"""Which backend serves an operation on the device at hand, and the record of what was chosen.
 
 Each operation lists its backends in order of preference. A backend says for the case at hand either None ("I can") or
 why it cannot; the first that can is taken. The choice is made while a program is traced, and whoever wants to see it
 traces inside `record()`: that is what `ferrum-jax doctor` prints, so it cannot differ from what runs.
+
+What is traced for is a `Target`: the default device's, or inside `on(...)` one that need not be there (see aot.py). JAX
+does not know of that context, so a function that JAX caches takes the target as a static argument.
 """
 
 from __future__ import annotations
@@ -13,15 +16,74 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import jax
+
+_TPU_GENERATIONS = {"v5 lite": "v5e", "v5e": "v5e", "v5p": "v5p", "v5": "v5p", "v6 lite": "v6e", "v6e": "v6e"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """A kind of device: platform "cpu", "gpu" or "tpu", and its model: the compute capability of a GPU ("9.0"), the
+    generation of a TPU ("v5e"), "" of a CPU."""
+
+    platform: str
+    model: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.platform} {self.model}".rstrip()
+
+    @property
+    def capability(self) -> tuple[int, int]:
+        """CUDA compute capability, (0, 0) where there is none."""
+        major, _, minor = self.model.partition(".")
+        return (int(major), int(minor)) if self.platform == "gpu" and major.isdigit() and minor.isdigit() else (0, 0)
+
+
+def target_of(device: jax.Device) -> Target:
+    """The kind of a device that is there."""
+    if device.platform == "gpu":
+        return Target("gpu", str(getattr(device, "compute_capability", "")))
+    if device.platform == "tpu":
+        kind = device.device_kind.removeprefix("TPU ")
+        return Target("tpu", _TPU_GENERATIONS.get(kind, kind))
+    return Target(device.platform)
+
+
+_chosen: contextvars.ContextVar[Target | None] = contextvars.ContextVar("target", default=None)
+
+
+def target() -> Target:
+    """What is being traced for."""
+    if (chosen := _chosen.get()) is not None:
+        return chosen
+    config: Any = jax.config
+    device = config.jax_default_device
+    if isinstance(device, str):
+        device = jax.devices(device)[0]
+    return target_of(device or jax.devices()[0])
+
+
+@contextlib.contextmanager
+def on(chosen: Target) -> Iterator[None]:
+    """Traces inside the block are for `chosen`, whatever devices there are."""
+    token = _chosen.set(chosen)
+    try:
+        yield
+    finally:
+        _chosen.reset(token)
+
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """What a backend needs to know to decide: platform ("cpu", "gpu", "tpu"), block format or KV dtype, compute dtype."""
+    """What a backend needs to know to decide: the target, the block format or KV dtype, the dtype of the arithmetic, the
+    layout of the weights on the device, and the sizes that the operation's contract names."""
 
     operation: str
-    platform: str
+    target: Target
     format: str
     dtype: str
+    layout: str = "ggml"
+    shape: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,8 +100,9 @@ class Choice:
     """One decision. `reason` says why the backends before the chosen one were passed over."""
 
     operation: str
-    platform: str
+    target: str
     format: str
+    layout: str
     backend: str
     reason: str
 
@@ -64,7 +127,8 @@ def choose(case: Case, backends: Sequence[Backend]) -> Any:
     for backend in backends:
         refusal = backend.refuses(case)
         if refusal is None:
-            choice = Choice(case.operation, case.platform, case.format, backend.name, "; ".join(passed) or "first choice")
+            reason = "; ".join(passed) or "first choice"
+            choice = Choice(case.operation, str(case.target), case.format, case.layout, backend.name, reason)
             for choices in _records.get():
                 if choice not in choices:
                     choices.append(choice)

@@ -1,0 +1,58 @@
+"""The only file that touches names of Pallas and JAX that change between versions (0.10.2 to 0.12).
+
+Triton kernels are written against the few functions here: a version of jax without the Triton lowering costs this file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as pltriton
+
+triton_load = pltriton.load
+triton_store = pltriton.store
+
+
+def triton_call(
+    kernel: Callable,
+    *,
+    name: str,
+    grid: tuple[int, ...],
+    out_shape: Any,
+    num_warps: int = 4,
+    num_stages: int = 2,
+    interpret: bool = False,
+    **options,
+) -> Callable:
+    """A `pallas_call` that Triton lowers, over whole arrays. Keywords as `pallas_call`'s."""
+    return pl.pallas_call(
+        kernel,
+        out_shape=out_shape,
+        grid=grid,
+        name=name,
+        interpret=interpret,
+        compiler_params=pltriton.CompilerParams(num_warps=num_warps, num_stages=num_stages),
+        **options,
+    )
+
+
+def triton_asm(body: str, *, args: Sequence[jax.Array], constraints: str, pack: int, result: jax.ShapeDtypeStruct) -> jax.Array:
+    """Inline PTX on `pack` elements at a time (16-bit ones share a register) of arrays of one shape; one result."""
+    return pltriton.elementwise_inline_asm(body, args=args, constraints=constraints, pack=pack, result_shape_dtypes=[result])[0]
+
+
+def abstract_mesh(mesh: jax.sharding.Mesh) -> contextlib.AbstractContextManager[Any]:
+    """Tracing for the devices of `mesh`, which need not be there: helpers that ask for the device kind find it."""
+    return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
+
+
+def ragged_paged_attention(*args, precision: str, **options) -> jax.Array:
+    """jax's TPU kernel; `precision` is that of its products, as `jax.default_matmul_precision` names it."""
+    from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ragged_paged_attention
+
+    with jax.default_matmul_precision(precision):
+        return ragged_paged_attention(*args, **options)
