@@ -74,7 +74,7 @@ def shapes(config: ModelConfig, format_of: FormatOf) -> dict[str, Any]:
     def tensor(format: str, *shape: int) -> QuantizedTensor:
         known = FORMATS[format]
         stored = (*shape[:-1], known.stored_width(shape[-1]))
-        return QuantizedTensor(jax.ShapeDtypeStruct(stored, known.storage), format)
+        return QuantizedTensor.of(jax.ShapeDtypeStruct(stored, known.storage), format)
 
     def stack(name: str, *shape: int, format: str | None = None) -> LayerStack:
         layout = tuple(format or format_of(name, layer) for layer in range(config.num_layers))

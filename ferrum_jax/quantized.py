@@ -9,37 +9,52 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 from jax import export
 
 from pallas_kernels.blocks import FORMATS
-from pallas_kernels.grouped_matmul import grouped_matmul
-from pallas_kernels.quantized_matmul import quantized_matmul
+from pallas_kernels.blocks.layouts import LAYOUTS, gather_rows
+from pallas_kernels.blocks.matrix import Matrix
+from pallas_kernels.grouped_matmul import expert_ffn, grouped_matmul
+from pallas_kernels.quantized_matmul import quantized_matmul, quantized_matmuls, swiglu
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class QuantizedTensor:
-    """Matrices [*stack, rows, columns] in blocks of `format` along the columns.
+    """Matrices [*stack, rows, columns], or vectors [*stack, columns], in blocks of `format` along the columns.
 
-    `stored` [*stack, rows, stored width], of the dtype `FORMATS[format].storage`.
+    planes: the arrays that `layout` keeps them in (pallas_kernels.blocks.layouts); `matrix`: (rows, columns) or (columns,).
     """
 
-    stored: jax.Array
+    planes: tuple[jax.Array, ...]
     format: str = dataclasses.field(metadata={"static": True})
+    layout: str = dataclasses.field(metadata={"static": True})
+    matrix: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+
+    @classmethod
+    def of(cls, stored: jax.Array, format: str, *, vectors: bool = False) -> QuantizedTensor:
+        """From blocks in file order, [*stack, rows, stored width] of the dtype `FORMATS[format].storage`."""
+        known = FORMATS[format]
+        columns = stored.shape[-1] * known.storage.itemsize // known.block_bytes * known.block_size
+        return cls((stored,), format, "ggml", (columns,) if vectors else (stored.shape[-2], columns))
 
     @property
     def shape(self) -> tuple[int, ...]:
         """[*stack, rows, columns], in weights."""
-        form = FORMATS[self.format]
-        blocks = self.stored.shape[-1] * form.storage.itemsize // form.block_bytes
-        return (*self.stored.shape[:-1], blocks * form.block_size)
+        plane = LAYOUTS[self.layout].plane_shapes(self.format, *(1, *self.matrix)[-2:])[0]
+        axes = len(self.matrix) if self.layout == "ggml" else len(plane.shape)
+        return (*self.planes[0].shape[: self.planes[0].ndim - axes], *self.matrix)
 
-    def rows(self, ids: jax.Array) -> jax.Array:
+    def operand(self, *index: jax.Array | int) -> Matrix:
+        """The matrix at `index` of the stack, for the kernels."""
+        return Matrix(self.planes, (), self.format, self.layout, *self.matrix).at(*index)
+
+    def gather(self, ids: jax.Array) -> jax.Array:
         """The rows `ids` [tokens] of a matrix without stack axes, unpacked: float32 [tokens, columns]."""
-        return FORMATS[self.format].decode(self.stored[ids])
+        return gather_rows(self.operand(), ids)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,39 +93,64 @@ class LayerStack:
             place = place + layer.step * self.layout[layer.first : layer.first + layer.period].count(format)
         return self.stacks[format], place
 
-    def vector(self, layer: Layer) -> jax.Array:
-        """The layer's parameter as float32, for one stored as plain numbers (norms, biases): [columns]."""
+    def located(self, layer: Layer) -> tuple[jax.Array, jax.Array | int]:
+        """For a parameter stored as plain numbers (norms, biases): float32 [n, columns] and the layer's place in it."""
         tensor, place = self.select(layer)
-        return FORMATS[tensor.format].decode(tensor.stored[place])
+        return FORMATS[tensor.format].decode(tensor.planes[0]), place
+
+    def vector(self, layer: Layer) -> jax.Array:
+        """The layer's parameter as float32, for one stored as plain numbers: [columns]."""
+        values, place = self.located(layer)
+        return values[place]
 
 
-def linear(x: jax.Array, stack: LayerStack | QuantizedTensor, layer: Layer | None = None) -> jax.Array:
+Stack = LayerStack | QuantizedTensor
+
+
+def linear(x: jax.Array, stack: Stack, layer: Layer | None = None) -> jax.Array:
     """x [tokens, columns] times the transposed matrix (of one layer): float32 [tokens, rows].
 
     The dtype of x is the arithmetic (see pallas_kernels.quantized_matmul). Differentiable with respect to x.
     """
-    tensor, index = _locate(stack, layer)
-    return quantized_matmul(x, tensor.stored, index, tensor.format)
+    return quantized_matmul(x, operand(stack, layer))
 
 
-def grouped_linear(
-    x: jax.Array, group_sizes: jax.Array, stack: LayerStack | QuantizedTensor, layer: Layer | None = None
-) -> jax.Array:
+def linears(x: jax.Array, stacks: Sequence[Stack], layer: Layer | None = None) -> list[jax.Array]:
+    """`linear` with several matrices that share x, in one launch where the device can."""
+    return quantized_matmuls(x, [operand(stack, layer) for stack in stacks])
+
+
+def gated_linear(x: jax.Array, gate: Stack, up: Stack, layer: Layer | None = None) -> jax.Array:
+    """silu(gate x) * up x: [tokens, rows] in the dtype of x. Differentiable with respect to x."""
+    return swiglu(x, operand(gate, layer), operand(up, layer))
+
+
+def grouped_linear(x: jax.Array, group_sizes: jax.Array, stack: Stack, layer: Layer | None = None) -> jax.Array:
     """Rows of x [m, columns], sorted by expert, times the transposed matrix of their expert: float32 [m, rows].
 
     `group_sizes` int32 [experts]; rows beyond their sum give zero. Differentiable with respect to x.
     """
-    tensor, index = _locate(stack, layer)
-    return grouped_matmul(x, group_sizes, tensor.stored, index, tensor.format)
+    return grouped_matmul(x, group_sizes, operand(stack, layer))
 
 
-def _locate(stack: LayerStack | QuantizedTensor, layer: Layer | None):
+def mixture(
+    x: jax.Array, experts: jax.Array, weights: jax.Array, gate: Stack, up: Stack, down: Stack, layer: Layer | None = None
+) -> jax.Array:
+    """The weighted sum of each token's experts, each down(silu(gate x) * up x): float32 [tokens, columns].
+
+    x [tokens, columns]; experts int32 and weights float32 [tokens, top_k], the id `num_experts` is nobody's.
+    """
+    return expert_ffn(x, experts, weights, *(operand(stack, layer) for stack in (gate, up, down)))
+
+
+def operand(stack: Stack, layer: Layer | None) -> Matrix:
+    """The matrix (or the experts) of one layer, where it lies."""
     if isinstance(stack, QuantizedTensor):
-        return stack, ()
+        return stack.operand()
     if layer is None:
         raise ValueError("linear: a stack of layers needs a layer")
     tensor, place = stack.select(layer)
-    return tensor, (jnp.asarray(place, jnp.int32),)
+    return tensor.operand(place)
 
 
 def _from_json(data: bytes):

@@ -16,11 +16,12 @@ from jax import lax
 
 from ferrum_jax.config import ModelConfig
 from ferrum_jax.kv_cache import KVCache
-from ferrum_jax.models.layers import Block, rms_norm
+from ferrum_jax.models.layers import Block
 from ferrum_jax.models.rope import rope_angles
 from ferrum_jax.models.segments import Segment, segments
 from ferrum_jax.quantized import Layer, LayerStack, QuantizedTensor, linear
 from pallas_kernels.paged_attention import Tables, make_plan
+from pallas_kernels.reductions import rms_norm
 
 
 class RaggedBatch(NamedTuple):
@@ -49,10 +50,10 @@ class Decoder(nn.Module):
     def hidden(self, cache: KVCache, batch: RaggedBatch) -> tuple[jax.Array, KVCache]:
         """The last layer's output, normed: float32 [T, hidden_size], and the cache with this batch written."""
         with jax.named_scope("embedding"):
-            x: jax.Array = self.get_variable("params", "embedding").rows(batch.tokens)
+            x: jax.Array = self.get_variable("params", "embedding").gather(batch.tokens)
         rope = rope_angles(self.config, batch.positions, self.get_variable("params", "rope_factors"))
         tables = Tables(batch.positions, batch.query_starts, batch.kv_lengths, batch.page_table)
-        plan = make_plan(tables, cache.k, self.config.sliding_window)
+        plan = make_plan(tables, cache, self.config.num_heads, self.config.sliding_window)
         layers, block = self.variables["params"]["layers"], Block(self.config, parent=None)
         for segment in layer_segments(self.variables["params"]):
 

@@ -6,8 +6,10 @@ memory that the arrays then own; elsewhere each tensor is sent to the device and
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +21,8 @@ from ferrum_jax.quantized import LayerStack, QuantizedTensor
 from ferrum_jax.weights.gguf import GGUFFile, TensorInfo
 from ferrum_jax.weights.names import Parameters, Path, kept_format
 from pallas_kernels.blocks import FORMATS
+from pallas_kernels.blocks.layouts import LAYOUTS, choose
+from pallas_kernels.dispatch import Target, target_of
 
 Progress = Callable[[int, int | None, str], None]
 _ALIGNMENT = 64  # bytes; what the CPU backend asks for to take over a buffer as it is
@@ -33,20 +37,34 @@ def read_parameters(
     for tensor in (*parameters.whole.values(), *(t for ts in parameters.stacked.values() for t in ts if t)):
         if len(tensor.shape) == 1 and tensor.format not in ("F32", "F16", "BF16"):
             raise ModelFileError(f"{gguf.path}: tensor {tensor.name}: {tensor.format} where plain numbers are expected")
-    reader = _Reader(gguf, config, device, progress)
+    return _tree(parameters, _Reader(gguf, config, device, progress).fill, target_of(device))
+
+
+def abstract_parameters(parameters: Parameters, target: Target) -> dict:
+    """The tree of `read_parameters` for a device of the kind `target`, as `jax.ShapeDtypeStruct`s: nothing is read."""
+    return _tree(parameters, lambda path, tensors, stack: stack, target)
+
+
+Maker = Callable[[Path, Sequence[TensorInfo], QuantizedTensor], QuantizedTensor]
+
+
+def _tree(parameters: Parameters, make: Maker, target: Target) -> dict:
+    """Every parameter, made by `make(path, tensors of one format, their stack as shapes)`."""
     tree: dict = {}
     for path, tensor in parameters.whole.items():
-        whole = reader.stack(path, [tensor])
-        if len(tensor.shape) == 1:
-            tree[path[0]] = whole.stored[0]
-        else:
-            tree[path[0]] = QuantizedTensor(whole.stored.reshape(whole.stored.shape[1:]), whole.format)
+        looked_up = path == ("embedding",) and ("unembedding",) in parameters.whole
+        whole = make(path, [tensor], _stack(path, [tensor], target, kernels=not looked_up))
+        planes = tuple(_without_first_axis(plane) for plane in whole.planes)
+        tree[path[0]] = planes[0] if len(tensor.shape) == 1 else dataclasses.replace(whole, planes=planes)
     layers: dict = {}
     for path, tensors in parameters.stacked.items():
         by_format: dict[str, list[TensorInfo]] = {}
         for tensor in filter(None, tensors):
             by_format.setdefault(kept_format(tensor), []).append(tensor)
-        stacks = {format: reader.stack(path, members) for format, members in sorted(by_format.items())}
+        stacks = {
+            format: make(path, members, _stack(path, members, target, kernels=True))
+            for format, members in sorted(by_format.items())
+        }
         node = layers
         for name in path[:-1]:
             node = node.setdefault(name, {})
@@ -55,26 +73,48 @@ def read_parameters(
     return tree
 
 
+def _stack(path: Path, tensors: Sequence[TensorInfo], target: Target, *, kernels: bool) -> QuantizedTensor:
+    """Tensors of one shape and format, stacked, in the layout that the kernels of the target read: shapes alone."""
+    format, shape = kept_format(tensors[0]), tensors[0].shape
+    if len(shape) == 1:
+        plane: Any = jax.ShapeDtypeStruct((len(tensors), *shape), FORMATS[format].storage)
+        return QuantizedTensor((plane,), format, "ggml", shape)
+    *experts, rows, columns = shape
+    layout = choose(format, rows, columns, target) if kernels else "ggml"
+    planes: Any = (
+        jax.ShapeDtypeStruct((len(tensors), *experts, *plane.shape), plane.dtype)
+        for plane in LAYOUTS[layout].plane_shapes(format, rows, columns)
+    )
+    return QuantizedTensor(tuple(planes), format, layout, (rows, columns))
+
+
+def _without_first_axis(plane: Any) -> Any:
+    if isinstance(plane, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(plane.shape[1:], plane.dtype)
+    return plane.reshape(plane.shape[1:])
+
+
 class _Reader:
     def __init__(self, gguf: GGUFFile, config: ModelConfig, device: jax.Device, progress: Progress | None):
         self.gguf, self.config, self.device, self.progress = gguf, config, device, progress
         self.done = 0
 
-    def stack(self, path: Path, tensors: Sequence[TensorInfo]) -> QuantizedTensor:
-        """Tensors of one shape and format on the device: stored [len(tensors), *rows, width]."""
-        format = FORMATS[kept_format(tensors[0])]
-        shape = (len(tensors), *tensors[0].shape[:-1], format.stored_width(tensors[0].shape[-1]))
+    def fill(self, path: Path, tensors: Sequence[TensorInfo], stack: QuantizedTensor) -> QuantizedTensor:
+        """The stack with the tensors' contents, on the device."""
+        format = FORMATS[stack.format]
+        shape = (*tensors[0].shape[:-1], format.stored_width(tensors[0].shape[-1]))
         if self.device.platform == "cpu":
-            buffer = _aligned_empty(shape, format.storage)
+            buffer = _aligned_empty((len(tensors), *shape), format.storage)
             for place, tensor in zip(buffer, tensors, strict=True):
                 self._read(path, tensor, place)
-            return QuantizedTensor(jax.device_put(buffer, self.device), format.name)
-        stacked = jax.device_put(jnp.zeros(shape, format.storage), self.device)
+            return dataclasses.replace(stack, planes=(jax.device_put(buffer, self.device),))
+        with jax.default_device(self.device):
+            planes = tuple(jnp.zeros(plane.shape, plane.dtype) for plane in stack.planes)
         for i, tensor in enumerate(tensors):
-            place = np.empty(shape[1:], format.storage)
+            place = np.empty(shape, format.storage)
             self._read(path, tensor, place)
-            stacked = _put(stacked, jax.device_put(place, self.device), i)
-        return QuantizedTensor(stacked, format.name)
+            planes = _put(planes, jax.device_put(place, self.device), i, stack.format, stack.layout)
+        return dataclasses.replace(stack, planes=planes)
 
     def _read(self, path: Path, tensor: TensorInfo, place: np.ndarray) -> None:
         """Fills `place` (a contiguous array of the format's storage) with one tensor."""
@@ -91,9 +131,14 @@ class _Reader:
             self.progress(self.done, self.gguf.tensor_bytes, "loading")
 
 
-@functools.partial(jax.jit, donate_argnums=0)
-def _put(stack: jax.Array, value: jax.Array, i: int) -> jax.Array:
-    return jax.lax.dynamic_update_index_in_dim(stack, value, i, 0)
+@functools.partial(jax.jit, donate_argnums=0, static_argnums=(3, 4))
+def _put(planes: tuple[jax.Array, ...], stored: jax.Array, i: int, format: str, layout: str) -> tuple[jax.Array, ...]:
+    """Packs one tensor's blocks [*experts, rows, width] into place i of its stack."""
+    pack = functools.partial(LAYOUTS[layout].pack, format=format)
+    for _ in stored.shape[:-2]:  # experts
+        pack = jax.vmap(pack)
+    parts = pack(stored)
+    return tuple(jax.lax.dynamic_update_index_in_dim(a, b, i, 0) for a, b in zip(planes, parts, strict=True))
 
 
 def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -121,6 +166,6 @@ def bytes_by_format(params: dict) -> dict[str, int]:
     """Bytes on the device of the parameters, by block format; plain vectors count as F32."""
     sizes: dict[str, int] = {}
     for leaf in jax.tree.leaves(params, is_leaf=lambda node: isinstance(node, QuantizedTensor)):
-        array, format = (leaf.stored, leaf.format) if isinstance(leaf, QuantizedTensor) else (leaf, "F32")
-        sizes[format] = sizes.get(format, 0) + array.nbytes
+        arrays, format = (leaf.planes, leaf.format) if isinstance(leaf, QuantizedTensor) else ((leaf,), "F32")
+        sizes[format] = sizes.get(format, 0) + sum(array.nbytes for array in arrays)
     return dict(sorted(sizes.items(), key=lambda item: -item[1]))

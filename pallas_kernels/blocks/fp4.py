@@ -17,13 +17,13 @@ from jax import lax
 from .format import BlockFormat, join, split, take, to_float
 
 
-def _value(q: jax.Array) -> jax.Array:
+def value_of(q: jax.Array) -> jax.Array:
     """Twice the E2M1 number with bits q (0..15), int32: magnitudes are the nibbles of one constant."""
     magnitude = ((jnp.uint32(0xC8643210) >> (4 * (q & 7)).astype(jnp.uint32)) & 15).astype(jnp.int32)
     return jnp.where(q > 7, -magnitude, magnitude)
 
 
-def _times_power(value: jax.Array, exponent: jax.Array) -> jax.Array:
+def times_power(value: jax.Array, exponent: jax.Array) -> jax.Array:
     """value * 2^(exponent - 128), exponent in 0..255, also where scale or result is below the normal float32 range.
 
     Backends flush subnormal operands and results of float arithmetic to zero, so exponents 0 and 1 take integers: the
@@ -41,7 +41,7 @@ def _times_power(value: jax.Array, exponent: jax.Array) -> jax.Array:
 def _decode_mxfp4(stored: jax.Array) -> jax.Array:
     blocks = split(stored, 17)
     exponent, q = take(blocks, 0), take(blocks, 1, 16)
-    return join([_times_power(_value(q & 15), exponent), _times_power(_value(q >> 4), exponent)])
+    return join([times_power(value_of(q & 15), exponent), times_power(value_of(q >> 4), exponent)])
 
 
 def _half_ue4m3(bits: jax.Array) -> jax.Array:
@@ -56,7 +56,7 @@ def _decode_nvfp4(stored: jax.Array) -> jax.Array:
     blocks = split(stored, 36)
     scale = _half_ue4m3(take(blocks, 0, 4))[..., None]
     q = take(blocks, 4, 32).reshape(*scale.shape[:-1], 8)
-    return join([scale * to_float(_value(q & 15)), scale * to_float(_value(q >> 4))], axes=3)
+    return join([scale * to_float(value_of(q & 15)), scale * to_float(value_of(q >> 4))], axes=3)
 
 
 MXFP4 = BlockFormat("MXFP4", 39, 32, 17, _decode_mxfp4)

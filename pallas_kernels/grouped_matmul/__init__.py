@@ -1,13 +1,21 @@
 """Ragged grouped matmul over compressed experts: each run of rows is multiplied by its own expert's matrix.
 
-Contract of `grouped_matmul(x, group_sizes, stored, index, format)`:
+Contract of `grouped_matmul(x, group_sizes, experts)`:
 
 * `x` [m, k], rows sorted by expert; its dtype is the arithmetic, as in quantized_matmul.
 * `group_sizes` int32 [E]: how many rows each expert has. Rows beyond their sum belong to nobody: their results are zero.
-* `stored` [*stack, E, n, width]; `index` holds one int32 scalar for each axis of the stack.
+* `experts`: a `Matrix` [n, k] with one stack axis, the experts, left without an index.
 * result [m, n] float32. An expert without rows is neither unpacked nor multiplied: what its blocks hold cannot matter,
   and time and temporaries do not grow with the number of experts. Row i depends on row i of x and its expert alone.
 * derivative: with respect to x.
+
+Contract of `expert_ffn(x, experts, weights, gate, up, down)`, a whole mixture-of-experts feed-forward:
+
+* `x` [tokens, k]; `experts` int32 [tokens, top_k], the id E stands for nobody; `weights` float32 [tokens, top_k].
+* gate, up: experts [n, k]; down: experts [k, n].
+* result float32 [tokens, k]: for each token the sum over its slots, in slot order, of weight * down(silu(gate x) * up x).
+  Rows are brought together by expert on the device, stably.
+* derivative: with respect to x and weights.
 """
 
 from __future__ import annotations
@@ -18,45 +26,88 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch
-from pallas_kernels.blocks import FORMATS
-from pallas_kernels.grouped_matmul import xla
-from pallas_kernels.quantized_matmul import Index
+from pallas_kernels.blocks.layouts import open_axes
+from pallas_kernels.blocks.matrix import Matrix
+from pallas_kernels.grouped_matmul import mosaic_tpu, triton, xla
+from pallas_kernels.grouped_matmul.grouping import group
+from pallas_kernels.quantized_matmul import backend_for
 
-BACKENDS = (dispatch.Backend("xla", lambda case: None, xla),)
+BACKENDS = (
+    dispatch.Backend("triton", triton.refuses, triton),
+    dispatch.Backend("mosaic_tpu", mosaic_tpu.refuses, mosaic_tpu),
+    dispatch.Backend("xla", lambda case: None, xla),
+)
 
 
-def grouped_matmul(x: jax.Array, group_sizes: jax.Array, stored: jax.Array, index: Index, format: str) -> jax.Array:
+def grouped_matmul(x: jax.Array, group_sizes: jax.Array, experts: Matrix) -> jax.Array:
     """Row r of x [m, k] times its expert's matrix, transposed; float32 [m, n]. See the module's contract."""
-    width = FORMATS[format].stored_width(x.shape[-1])
-    if x.ndim != 2 or stored.ndim != 3 + len(index) or stored.shape[-1] != width:
-        raise ValueError(
-            f"grouped_matmul: x {x.shape} and {format} experts {stored.shape} with {len(index)} indices do not fit: "
-            f"rows of {x.shape[-1]} weights take {width} stored values"
-        )
-    if group_sizes.shape != stored.shape[-3:-2]:
-        raise ValueError(f"grouped_matmul: group_sizes {group_sizes.shape} for {stored.shape[-3]} experts")
-    return _grouped(x, group_sizes, stored, tuple(jnp.asarray(i, jnp.int32) for i in index), format)
+    _check("grouped_matmul", x, experts, group_sizes.shape[0])
+    return _grouped(x, group_sizes, experts, dispatch.target())
 
 
-def _backend(x: jax.Array, format: str):
-    case = dispatch.Case("grouped_matmul", jax.default_backend(), format, x.dtype.name)
-    return dispatch.choose(case, BACKENDS)
+def expert_ffn(x: jax.Array, experts: jax.Array, weights: jax.Array, gate: Matrix, up: Matrix, down: Matrix) -> jax.Array:
+    """float32 [tokens, k]. See the module's contract."""
+    (count,) = open_axes(gate)
+    for matrix in (gate, up):
+        _check("expert_ffn", x, matrix, count)
+    if (gate.rows, down.rows) != (up.rows, x.shape[1]) or (down.columns, open_axes(down)) != (gate.rows, (count,)):
+        raise ValueError(f"expert_ffn: gate {gate}, up {up} and down {down} do not fit")
+    if experts.shape != weights.shape or experts.shape[:1] != x.shape[:1]:
+        raise ValueError(f"expert_ffn: x {x.shape}, experts {experts.shape} and weights {weights.shape} do not fit")
+    return _expert_ffn(x, experts, weights, gate, up, down, dispatch.target())
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _grouped(x, group_sizes, stored, index, format):
-    return _backend(x, format).grouped(x, group_sizes, stored, index, FORMATS[format], transposed=False)
+def _check(operation: str, x: jax.Array, matrix: Matrix, experts: int) -> None:
+    if x.ndim != 2 or x.shape[1] != matrix.columns or open_axes(matrix) != (experts,):
+        raise ValueError(f"{operation}: x {x.shape} and {open_axes(matrix)} {matrix} do not fit for {experts} experts")
 
 
-def _forward(x, group_sizes, stored, index, format):
-    return _grouped(x, group_sizes, stored, index, format), (jnp.zeros((), x.dtype), group_sizes, stored, index)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _grouped(x, group_sizes, experts, target):
+    backend = backend_for("grouped_matmul", x, (experts,), target, BACKENDS)
+    return backend.grouped(x, group_sizes, experts, target)
 
 
-def _backward(format, residuals, dy):
-    like, group_sizes, stored, index = residuals
-    backend = _backend(like, format)
-    dx = backend.grouped(dy.astype(like.dtype), group_sizes, stored, index, FORMATS[format], transposed=True)
-    return dx.astype(like.dtype), None, None, None
+def _grouped_forward(x, group_sizes, experts, target):
+    return _grouped(x, group_sizes, experts, target), (x[:0], group_sizes, experts)
 
 
-_grouped.defvjp(_forward, _backward)
+def _grouped_backward(target, residuals, dy):
+    like, group_sizes, experts = residuals
+    dx = xla.grouped(dy.astype(like.dtype), group_sizes, experts, target, transposed=True)
+    return dx.astype(like.dtype), None, None
+
+
+_grouped.defvjp(_grouped_forward, _grouped_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
+def _expert_ffn(x, experts, weights, gate, up, down, target):
+    backend = backend_for("expert_ffn", x, (gate, up, down), target, BACKENDS)
+    function = getattr(backend, "expert_ffn", _composed_ffn)
+    return function(x, experts, weights, gate, up, down, target)
+
+
+def _composed_ffn(x, experts, weights, gate, up, down, target):
+    """One grouped product after the other, each by the backend that takes it."""
+    tokens, top_k = experts.shape
+    groups = group(experts.reshape(-1), open_axes(gate)[0], tile_rows=16)
+    rows = x[groups.order // top_k]
+    gated, linear = (_grouped(rows, groups.sizes, matrix, target) for matrix in (gate, up))
+    hidden = (jax.nn.silu(gated) * linear).astype(x.dtype)
+    y = _grouped(hidden, groups.sizes, down, target)[groups.place].reshape(tokens, top_k, -1)
+    return functools.reduce(jnp.add, (y[:, slot] * weights[:, slot, None] for slot in range(top_k)))
+
+
+def _ffn_forward(x, experts, weights, gate, up, down, target):
+    return _expert_ffn(x, experts, weights, gate, up, down, target), (x, experts, weights, gate, up, down)
+
+
+def _ffn_backward(target, residuals, dy):
+    x, experts, weights, gate, up, down = residuals
+    _, back = jax.vjp(lambda x, weights: _composed_ffn(x, experts, weights, gate, up, down, target), x, weights)
+    dx, dweights = back(dy)
+    return dx, None, dweights, None, None, None
+
+
+_expert_ffn.defvjp(_ffn_forward, _ffn_backward)

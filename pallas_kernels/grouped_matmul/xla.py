@@ -11,24 +11,16 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.blocks import BlockFormat
+from pallas_kernels.blocks.matrix import Matrix
+from pallas_kernels.dispatch import Target
 from pallas_kernels.quantized_matmul import xla as dense
 
 
-def grouped(
-    x: jax.Array,
-    group_sizes: jax.Array,
-    stored: jax.Array,
-    index: tuple[jax.Array, ...],
-    format: BlockFormat,
-    *,
-    transposed: bool,
-) -> jax.Array:
+def grouped(x: jax.Array, group_sizes: jax.Array, matrices: Matrix, target: Target, *, transposed: bool = False) -> jax.Array:
     """[m, k] -> float32 [m, n] (or [m, n] -> [m, k] when transposed), rows sorted by expert."""
     m, experts = x.shape[0], group_sizes.shape[0]
     multiply = dense.matmul_transposed if transposed else dense.matmul
-    width_out = stored.shape[-1] * format.storage.itemsize // format.block_bytes * format.block_size
-    width_out = width_out if transposed else stored.shape[-2]
+    width_out = matrices.columns if transposed else matrices.rows
 
     rows = _tile_rows(m, experts)
     ends = jnp.cumsum(group_sizes)
@@ -37,11 +29,11 @@ def grouped(
     padded = jnp.pad(x, ((0, rows), (0, 0)))
 
     def body(i, y):
-        expert = jnp.searchsorted(tile_ends, i, side="right").astype(jnp.int32)
+        expert = jnp.sum(tile_ends <= i, dtype=jnp.int32)
         first = tile_ends[expert] - tiles[expert]
         start = ends[expert] - group_sizes[expert] + (i - first) * rows
         part = lax.dynamic_slice(padded, (start, 0), (rows, x.shape[1]))
-        return lax.dynamic_update_slice(y, multiply(part, stored, (*index, expert), format), (start, 0))
+        return lax.dynamic_update_slice(y, multiply(part, matrices.at(expert), target), (start, 0))
 
     y = lax.fori_loop(0, tile_ends[-1], body, jnp.zeros((m + rows, width_out), jnp.float32))[:m]
     return jnp.where(jnp.arange(m)[:, None] < ends[-1], y, 0.0)

@@ -1,62 +1,114 @@
 """Compressed matmul: y = x · Wᵀ with W kept in ggml blocks.
 
-Contract of `quantized_matmul(x, stored, index, format)`:
+Contract of `quantized_matmul(x, matrix)`:
 
 * `x` [m, k] float32, bfloat16 or float16: its dtype is the arithmetic. float32 means float32 (`Precision.HIGHEST`).
-* `stored` [*stack, n, width]: `BlockFormat.storage` values of the format, width = `stored_width(k)`. Leading axes are
-  stacks (layers, experts); `index` holds one int32 scalar for each, so that no slice is made into a copy.
-* result [m, n] float32. Row i depends on row i of x alone, bit for bit, whatever m is.
+* `matrix`: a `Matrix` [n, k] in any layout; its stack is never sliced into a copy.
+* result [m, n] float32. Row i depends on row i of x alone; on CPU bit for bit, whatever m is.
 * derivative: with respect to x, through the compressed weights; the weights have none.
 
-`quantized_matmul_transposed(dy, stored, index, format)` is that derivative: [m, n] -> float32 [m, k].
-Raises ValueError when widths do not fit.
+`quantized_matmuls(x, matrices)` is the same for several matrices that share x, in one launch where the backend can.
+`swiglu(x, gate, up)` is silu(x · gateᵀ) * (x · upᵀ) in the dtype of x, without the two products in memory where the
+backend can (arXiv 2002.05202). Raise ValueError when shapes do not fit.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 
 from pallas_kernels import dispatch
-from pallas_kernels.blocks import FORMATS
-from pallas_kernels.quantized_matmul import xla
+from pallas_kernels.blocks.layouts import open_axes
+from pallas_kernels.blocks.matrix import Matrix
+from pallas_kernels.quantized_matmul import mosaic_tpu, triton, xla
 
-BACKENDS = (dispatch.Backend("xla", lambda case: None, xla),)
+BACKENDS = (
+    dispatch.Backend("triton", triton.refuses, triton),
+    dispatch.Backend("mosaic_tpu", mosaic_tpu.refuses, mosaic_tpu),
+    dispatch.Backend("xla", lambda case: None, xla),
+)
 
-Index = tuple[jax.Array | int, ...]
+
+def quantized_matmul(x: jax.Array, matrix: Matrix) -> jax.Array:
+    """x [m, k] times the transposed matrix [n, k]; float32 [m, n]. See the module's contract."""
+    return quantized_matmuls(x, (matrix,))[0]
 
 
-def quantized_matmul(x: jax.Array, stored: jax.Array, index: Index, format: str) -> jax.Array:
-    """x [m, k] times the transposed matrix `stored[index]` [n, k]; float32 [m, n]. See the module's contract."""
-    width = FORMATS[format].stored_width(x.shape[-1])
-    if x.ndim != 2 or stored.ndim != 2 + len(index) or stored.shape[-1] != width:
-        raise ValueError(
-            f"quantized_matmul: x {x.shape} and {format} weights {stored.shape} with {len(index)} indices do not fit: "
-            f"rows of {x.shape[-1]} weights take {width} stored values"
+def quantized_matmuls(x: jax.Array, matrices: Sequence[Matrix]) -> list[jax.Array]:
+    """x [m, k] times each transposed matrix [n_i, k]: float32 [m, n_i]."""
+    _check("quantized_matmul", x, *matrices)
+    return list(_matmuls(x, tuple(matrices), dispatch.target()))
+
+
+def swiglu(x: jax.Array, gate: Matrix, up: Matrix) -> jax.Array:
+    """silu(x · gateᵀ) * (x · upᵀ) of x [m, k] and matrices [n, k]: [m, n] in the dtype of x."""
+    _check("swiglu", x, gate, up)
+    if gate.rows != up.rows:
+        raise ValueError(f"swiglu: gate {gate} and up {up} do not fit")
+    return _swiglu(x, gate, up, dispatch.target())
+
+
+def _check(operation: str, x: jax.Array, *matrices: Matrix) -> None:
+    for matrix in matrices:
+        if x.ndim != 2 or x.shape[1] != matrix.columns or matrix.planes[0].ndim < len(matrix.index) or open_axes(matrix):
+            raise ValueError(
+                f"{operation}: x {x.shape} and {matrix} with planes {matrix.planes[0].shape} and {len(matrix.index)} indices "
+                "do not fit"
+            )
+
+
+def backend_for(operation: str, x: jax.Array, matrices: Sequence[Matrix], target: dispatch.Target, backends):
+    """The functions of the backend that serves all the matrices in one call, or None where no one backend does."""
+    found = [
+        dispatch.choose(
+            dispatch.Case(operation, target, m.format, x.dtype.name, m.layout, (x.shape[0], m.rows, m.columns)), backends
         )
-    return _matmul(x, stored, tuple(jnp.asarray(i, jnp.int32) for i in index), format)
+        for m in matrices
+    ]
+    return found[0] if all(one is found[0] for one in found) else None
 
 
-def _backend(x: jax.Array, format: str):
-    case = dispatch.Case("quantized_matmul", jax.default_backend(), format, x.dtype.name)
-    return dispatch.choose(case, BACKENDS)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _matmuls(x, matrices, target):
+    together = backend_for("quantized_matmul", x, matrices, target, BACKENDS)
+    if together is not None:
+        return tuple(together.matmuls(x, matrices, target))
+    return tuple(_matmuls(x, (matrix,), target)[0] for matrix in matrices)
+
+
+def _matmuls_forward(x, matrices, target):
+    return _matmuls(x, matrices, target), (x[:0], matrices)
+
+
+def _matmuls_backward(target, residuals, dys):
+    like, matrices = residuals
+    parts = [xla.matmul_transposed(dy.astype(like.dtype), matrix, target) for dy, matrix in zip(dys, matrices, strict=True)]
+    return functools.reduce(jax.numpy.add, parts).astype(like.dtype), None
+
+
+_matmuls.defvjp(_matmuls_forward, _matmuls_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _matmul(x, stored, index, format):
-    return _backend(x, format).matmul(x, stored, index, FORMATS[format])
+def _swiglu(x, gate, up, target):
+    together = backend_for("swiglu", x, (gate, up), target, BACKENDS)
+    return _composed_swiglu(x, gate, up, target) if together is None else together.swiglu(x, gate, up, target)
 
 
-def _forward(x, stored, index, format):
-    return _matmul(x, stored, index, format), (jnp.zeros((), x.dtype), stored, index)
+def _composed_swiglu(x, gate, up, target):
+    gated, linear = _matmuls(x, (gate, up), target)
+    return (jax.nn.silu(gated) * linear).astype(x.dtype)
 
 
-def _backward(format, residuals, dy):
-    like, stored, index = residuals
-    dx = _backend(like, format).matmul_transposed(dy.astype(like.dtype), stored, index, FORMATS[format])
-    return dx.astype(like.dtype), None, None
+def _swiglu_forward(x, gate, up, target):
+    return _swiglu(x, gate, up, target), (x, gate, up)
 
 
-_matmul.defvjp(_forward, _backward)
+def _swiglu_backward(target, residuals, dy):
+    x, gate, up = residuals
+    return (*jax.vjp(lambda x: _composed_swiglu(x, gate, up, target), x)[1](dy), None, None)
+
+
+_swiglu.defvjp(_swiglu_forward, _swiglu_backward)

@@ -10,27 +10,39 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.blocks import BlockFormat
+from pallas_kernels.blocks.layouts import unpack_rows
+from pallas_kernels.blocks.matrix import Matrix
+from pallas_kernels.dispatch import Target
 
 TILE_BYTES = 8 << 20
 _LIBRARY_ROWS = 2
 
 
-@functools.partial(jax.jit, static_argnames="format", inline=True)
-def matmul(x: jax.Array, stored: jax.Array, index: tuple[jax.Array, ...], format: BlockFormat) -> jax.Array:
+def matmuls(x: jax.Array, matrices: Sequence[Matrix], target: Target) -> list[jax.Array]:
+    """[m, k] · [n_i, k]ᵀ -> float32 [m, n_i], one after the other."""
+    return [matmul(x, matrix, target) for matrix in matrices]
+
+
+def swiglu(x: jax.Array, gate: Matrix, up: Matrix, target: Target) -> jax.Array:
+    """silu(x · gateᵀ) * (x · upᵀ): [m, n] in the dtype of x."""
+    return (jax.nn.silu(matmul(x, gate, target)) * matmul(x, up, target)).astype(x.dtype)
+
+
+@functools.partial(jax.jit, static_argnames="target", inline=True)
+def matmul(x: jax.Array, matrix: Matrix, target: Target) -> jax.Array:
     """[m, k] · [n, k]ᵀ -> float32 [m, n]."""
-    m, k = x.shape
-    n = stored.shape[-2]
-    x, dtype = _library_operand(x)
+    (m, k), n = x.shape, matrix.rows
+    x, dtype = _library_operand(x, target)
     rows, tiles = _tiling(n, k)
 
     def tile(start):
-        return _dot(x, _unpack(stored, index, start, rows, format, dtype), contract=1)
+        return _dot(x, unpack_rows(matrix, start, rows).astype(dtype), contract=1)
 
     if tiles == 1:
         return tile(0)[:m]
@@ -42,19 +54,18 @@ def matmul(x: jax.Array, stored: jax.Array, index: tuple[jax.Array, ...], format
     return lax.fori_loop(0, tiles, body, jnp.zeros((x.shape[0], n), jnp.float32))[:m]
 
 
-@functools.partial(jax.jit, static_argnames="format", inline=True)
-def matmul_transposed(dy: jax.Array, stored: jax.Array, index: tuple[jax.Array, ...], format: BlockFormat) -> jax.Array:
+@functools.partial(jax.jit, static_argnames="target", inline=True)
+def matmul_transposed(dy: jax.Array, matrix: Matrix, target: Target) -> jax.Array:
     """[m, n] · [n, k] -> float32 [m, k]: tiles of rows of the matrix are summed in order."""
-    m, n = dy.shape
-    k = stored.shape[-1] * format.storage.itemsize // format.block_bytes * format.block_size
-    dy, dtype = _library_operand(dy)
+    (m, n), k = dy.shape, matrix.columns
+    dy, dtype = _library_operand(dy, target)
     rows, tiles = _tiling(n, k)
 
     def body(i, dx):
         start = jnp.minimum(i * rows, n - rows)
         fresh = start + jnp.arange(rows) >= i * rows  # rows that the tile before has not had
         part = jnp.where(fresh, lax.dynamic_slice(dy, (0, start), (dy.shape[0], rows)), 0)
-        return dx + _dot(part, _unpack(stored, index, start, rows, format, dtype), contract=0)
+        return dx + _dot(part, unpack_rows(matrix, start, rows).astype(dtype), contract=0)
 
     return lax.fori_loop(0, tiles, body, jnp.zeros((dy.shape[0], k), jnp.float32))[:m]
 
@@ -65,20 +76,14 @@ def _tiling(n: int, k: int) -> tuple[int, int]:
     return rows, math.ceil(n / rows)
 
 
-def _library_operand(x: jax.Array) -> tuple[jax.Array, jnp.dtype]:
-    """x with at least two rows, in the dtype of the product. Half precision has no fast product on CPU."""
-    if x.dtype == jnp.float16 and jax.default_backend() == "cpu":
+def _library_operand(x: jax.Array, target: Target) -> tuple[jax.Array, jnp.dtype]:
+    """x in the dtype of the product: half precision has no fast one on CPU, and one row has other bits there than two."""
+    if target.platform != "cpu":
+        return x, x.dtype
+    if x.dtype == jnp.float16:
         x = x.astype(jnp.float32)
     missing = max(0, _LIBRARY_ROWS - x.shape[0])
     return jnp.pad(x, ((0, missing), (0, 0))), x.dtype
-
-
-def _unpack(stored, index, start, rows, format: BlockFormat, dtype) -> jax.Array:
-    """Rows [start, start + rows) of the matrix at `index`, unpacked: [rows, k] in `dtype`."""
-    zero = jnp.zeros((), jnp.int32)
-    sizes = (1,) * len(index) + (rows, stored.shape[-1])
-    raw = lax.dynamic_slice(stored, (*index, jnp.asarray(start, jnp.int32), zero), sizes)
-    return format.decode(raw.reshape(sizes[-2:])).astype(dtype)
 
 
 def _dot(x: jax.Array, w: jax.Array, contract: int) -> jax.Array:

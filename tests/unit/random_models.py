@@ -51,14 +51,16 @@ def tiny_params(config: ModelConfig, format_of: Callable[[str, int], str] = lamb
     def matrix(name: str, *shape: int) -> LayerStack:
         layout = tuple(format_of(name, layer) for layer in range(config.num_layers))
         stacks = {
-            format: QuantizedTensor(jnp.asarray(stored(format, (layout.count(format), *shape), rng, shape[-1] ** -0.5)), format)
+            format: QuantizedTensor.of(
+                jnp.asarray(stored(format, (layout.count(format), *shape), rng, shape[-1] ** -0.5)), format
+            )
             for format in sorted(set(layout))
         }
         return LayerStack(stacks, layout)
 
     def norm(size: int) -> LayerStack:
         values = rng.uniform(0.5, 1.5, (config.num_layers, size)).astype(np.float32)
-        return LayerStack({"F32": QuantizedTensor(jnp.asarray(values), "F32")}, ("F32",) * config.num_layers)
+        return LayerStack({"F32": QuantizedTensor.of(jnp.asarray(values), "F32", vectors=True)}, ("F32",) * config.num_layers)
 
     if experts:
         inner = config.expert_intermediate_size
@@ -84,7 +86,7 @@ def tiny_params(config: ModelConfig, format_of: Callable[[str, int], str] = lamb
     }
     embedding = stored("F32", (config.vocab_size, hidden), rng, 0.3)
     return {
-        "embedding": QuantizedTensor(jnp.asarray(embedding), "F32"),
+        "embedding": QuantizedTensor.of(jnp.asarray(embedding), "F32"),
         "final_norm": jnp.asarray(rng.uniform(0.5, 1.5, hidden).astype(np.float32)),
         "layers": {
             "attention_norm": norm(hidden),

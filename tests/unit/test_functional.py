@@ -137,7 +137,7 @@ def test_generate_stops_when_every_row_has_stopped():
     """With all rows ended early the loop body must not run on: the cache beyond stays untouched."""
     _, lengths, cache = generated("dense", [4], max_tokens=40)
     assert lengths.tolist() == [9]
-    written = np.abs(np.asarray(cache.k)).sum(axis=(0, 3, 4)).reshape(-1) > 0
+    written = np.abs(np.asarray(cache.pages)).sum(axis=(0, 3, 4)).reshape(-1) > 0
     assert written.sum() == 4 + 9 - 1
 
 
@@ -148,7 +148,7 @@ def test_programs_alias_the_whole_cache(name):
     tokens, lengths = prompts_of([40, 3])
     args = (params, cache, tokens, lengths, sampling_of(2), jax.random.key(0))
     program = jax.jit(functools.partial(F.generate, config=config, max_tokens=9), donate_argnums=1).lower(*args).compile()
-    assert program.memory_analysis().alias_size_in_bytes == cache.k.nbytes + cache.v.nbytes
+    assert program.memory_analysis().alias_size_in_bytes == cache.pages.nbytes
     assert program.memory_analysis().temp_size_in_bytes < 8 << 20, "no copy of the cache, no unpacked stack of layers"
 
 
@@ -175,7 +175,7 @@ def test_padding_neither_writes_nor_disturbs():
     a, _ = read(params, clean, tokens, lengths, 0, chunk=32, config=config)
     b, after = read(params, dirty, tokens, lengths, 0, chunk=32, config=config)
     assert same_bits(np.asarray(a)[:20], np.asarray(b)[:20])
-    assert np.isnan(np.asarray(after.k)[:, 1, 8:]).all()
+    assert np.isnan(np.asarray(after.pages)[:, 1, 8:]).all()
 
 
 def test_experts_that_no_token_chose_are_not_touched():
@@ -189,7 +189,7 @@ def test_experts_that_no_token_chose_are_not_touched():
         for expert in range(config.num_experts):
             trial = jax.tree.map(np.array, poisoned)
             for name in ("expert_gate", "expert_up", "expert_down"):
-                trial["layers"]["feed_forward"][name].stacks["F32"].stored[layer, expert] = np.nan
+                trial["layers"]["feed_forward"][name].stacks["F32"].planes[0][layer, expert] = np.nan
             cache = F.new_cache(config, num_pages=1)
             out, _ = read(trial, cache, tokens, lengths, 0, chunk=2, config=config)
             if np.isfinite(np.asarray(out)).all():
@@ -237,7 +237,7 @@ def test_half_precision_stays_near_float32(name, dtype):
     CONFIGS[dtype] = dataclasses.replace(CONFIGS[name], dtype=dtype)
     tokens, lengths = prompts_of([50])
     cache = F.new_cache(CONFIGS[dtype], num_pages=4, dtype=dtype)
-    assert cache.k.dtype.itemsize == 2
+    assert cache.pages.dtype.itemsize == 2
     logits, _ = read(params_of(name), cache, tokens, lengths, 0, chunk=50, config=CONFIGS.pop(dtype))
     error = np.asarray(logits) - exact
     ulp = {"bfloat16": 2.0**-8, "float16": 2.0**-11}[dtype]
@@ -254,7 +254,7 @@ step = export.deserialize(bytearray(blob))
 args = t.decode_arguments()
 run = jax.jit(step.call, donate_argnums=1)
 compiled = run.lower(*args).compile()
-assert compiled.memory_analysis().alias_size_in_bytes == args[1].k.nbytes + args[1].v.nbytes, "the cache must alias"
+assert compiled.memory_analysis().alias_size_in_bytes == args[1].pages.nbytes, "the cache must alias"
 logits, cache = compiled(*args)
 print(np.asarray(logits).tobytes().hex())
 """

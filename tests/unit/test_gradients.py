@@ -40,7 +40,7 @@ def test_gradients_equal_torch(name, tmp_path):
         layers = model.params["layers"]
         for norm, values in norms.items():
             if norm in NORMS:
-                stack = LayerStack({"F32": QuantizedTensor(values, "F32")}, ("F32",) * model.config.num_layers)
+                stack = LayerStack({"F32": QuantizedTensor.of(values, "F32", vectors=True)}, ("F32",) * model.config.num_layers)
                 layers = replaced(layers, NORMS[norm], stack)
         params = {**model.params, "layers": layers, "final_norm": norms["output_norm"]}
         length = ids.shape[1]
@@ -65,5 +65,5 @@ def start(model, golden) -> dict:
             node = model.params["layers"]
             for part in path:
                 node = node[part]
-            norms[norm] = node.stacks["F32"].stored
+            norms[norm] = node.stacks["F32"].planes[0]
     return norms

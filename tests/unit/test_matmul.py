@@ -8,6 +8,7 @@ from random_models import stored
 
 from pallas_kernels import dispatch
 from pallas_kernels.blocks import FORMATS
+from pallas_kernels.blocks.matrix import Matrix
 from pallas_kernels.grouped_matmul import grouped_matmul
 from pallas_kernels.quantized_matmul import quantized_matmul, xla
 from pallas_kernels.reductions import row_sum
@@ -35,7 +36,7 @@ def bound(k: int, dtype: str) -> float:
 def test_every_format_multiplies(format):
     weights, exact = matrices(format, 2, 24, 256)
     x = rows(3, 256)
-    y = jax.jit(lambda x, w: quantized_matmul(x, w, (1,), format))(x, weights)
+    y = jax.jit(lambda x, w: quantized_matmul(x, Matrix.of(w, format, (1,))))(x, weights)
     assert y.dtype == jnp.float32
     assert np.abs(np.asarray(y) - np.asarray(x, np.float64) @ exact[1].T).max() <= bound(256, "float32")
 
@@ -45,7 +46,7 @@ def test_every_format_multiplies(format):
 def test_odd_shapes_and_dtypes(m, n, k, dtype):
     weights, exact = matrices("Q8_0", n, k)
     x = rows(m, k, dtype)
-    y = quantized_matmul(x, weights, (), "Q8_0")
+    y = quantized_matmul(x, Matrix.of(weights, "Q8_0"))
     assert y.shape == (m, n)
     assert np.abs(np.asarray(y) - np.asarray(x, np.float64) @ exact.T).max() <= bound(k, dtype)
 
@@ -56,7 +57,7 @@ def test_a_matrix_of_many_tiles(monkeypatch):
     x, dy = rows(4, 64), rows(4, 203)
 
     def both(x, dy):
-        y, back = jax.vjp(lambda x: quantized_matmul(x, weights, (1,), "Q5_0"), x)
+        y, back = jax.vjp(lambda x: quantized_matmul(x, Matrix.of(weights, "Q5_0", (1,))), x)
         return y, back(dy)[0]
 
     whole = jax.jit(both)(x, dy)
@@ -72,7 +73,7 @@ def test_a_matrix_of_many_tiles(monkeypatch):
 def test_rows_keep_their_bits_in_any_batch():
     weights, _ = matrices("Q4_K", 300, 512)
     x = rows(512, 512)
-    product = jax.jit(lambda x: quantized_matmul(x, weights, (), "Q4_K"))
+    product = jax.jit(lambda x: quantized_matmul(x, Matrix.of(weights, "Q4_K")))
     whole = np.asarray(product(x))
     for m in (1, 2, 3, 16, 100):
         assert (np.asarray(product(x[:m])) == whole[:m]).all(), m
@@ -104,7 +105,7 @@ def test_groups(sizes):
     """Empty experts, single rows, groups of many tiles, rows of nobody at the end."""
     weights, exact = matrices("Q8_0", 3, 4, 40, 64)
     x = rows(sum(sizes) + 5, 64)
-    y = jax.jit(lambda x, s: grouped_matmul(x, s, weights, (2,), "Q8_0"))(x, jnp.asarray(sizes, jnp.int32))
+    y = jax.jit(lambda x, s: grouped_matmul(x, s, Matrix.of(weights, "Q8_0", (2,))))(x, jnp.asarray(sizes, jnp.int32))
     assert np.abs(np.asarray(y) - expected_groups(x, sizes, exact[2])).max() <= bound(64, "float32")
     assert (np.asarray(y)[sum(sizes) :] == 0).all()
 
@@ -115,7 +116,7 @@ def test_one_of_128_experts():
     poisoned = jnp.full_like(weights, jnp.nan).at[77].set(weights[77])
     sizes = jnp.zeros(128, jnp.int32).at[77].set(9)
     x = rows(9, 32)
-    y = np.asarray(grouped_matmul(x, sizes, poisoned, (), "F32"))
+    y = np.asarray(grouped_matmul(x, sizes, Matrix.of(poisoned, "F32")))
     assert np.abs(y - np.asarray(x, np.float64) @ exact[77].T).max() <= bound(32, "float32")
 
 
@@ -123,7 +124,7 @@ def test_temporaries_do_not_grow_with_the_experts():
     def temporaries(experts):
         shapes = (((8, 256), jnp.float32), ((experts,), jnp.int32), ((experts, 64, 144), jnp.uint8))
         arguments = [jax.ShapeDtypeStruct(*shape) for shape in shapes]
-        program = jax.jit(lambda x, s, w: grouped_matmul(x, s, w, (), "Q4_K")).lower(*arguments).compile()
+        program = jax.jit(lambda x, s, w: grouped_matmul(x, s, Matrix.of(w, "Q4_K"))).lower(*arguments).compile()
         return program.memory_analysis().temp_size_in_bytes
 
     assert temporaries(256) <= temporaries(16) + 64 * 256
@@ -133,7 +134,7 @@ def test_derivative_of_groups():
     weights, exact = matrices("Q4_0", 4, 40, 64)
     sizes = [3, 0, 17, 2]
     x, dy = rows(24, 64), rows(24, 40)
-    _, back = jax.vjp(lambda x: grouped_matmul(x, jnp.asarray(sizes, jnp.int32), weights, (), "Q4_0"), x)
+    _, back = jax.vjp(lambda x: grouped_matmul(x, jnp.asarray(sizes, jnp.int32), Matrix.of(weights, "Q4_0")), x)
     dx = np.asarray(back(dy)[0])
     expected = expected_groups(dy, sizes, exact.transpose(0, 2, 1))
     assert np.abs(dx - expected).max() <= 4 * bound(40, "float32") and (dx[22:] == 0).all()
@@ -141,17 +142,17 @@ def test_derivative_of_groups():
 
 def test_what_does_not_fit_is_refused():
     weights, _ = matrices("Q4_0", 2, 8, 64)
-    with pytest.raises(ValueError, match="Q4_0 weights"):
-        quantized_matmul(rows(2, 32), weights, (0,), "Q4_0")
+    with pytest.raises(ValueError, match=r"Q4_0 .* do not fit"):
+        quantized_matmul(rows(2, 32), Matrix.of(weights, "Q4_0", (0,)))
     with pytest.raises(ValueError, match="0 indices do not fit"):
-        quantized_matmul(rows(2, 64), weights, (), "Q4_0")
-    with pytest.raises(ValueError, match="group_sizes"):
-        grouped_matmul(rows(2, 64), jnp.zeros(3, jnp.int32), weights, (), "Q4_0")
+        quantized_matmul(rows(2, 64), Matrix.of(weights, "Q4_0"))
+    with pytest.raises(ValueError, match="for 3 experts"):
+        grouped_matmul(rows(2, 64), jnp.zeros(3, jnp.int32), Matrix.of(weights, "Q4_0"))
 
 
 def test_the_record_says_what_was_chosen():
     weights, _ = matrices("Q4_0", 8, 64)
     with dispatch.record() as choices:
-        quantized_matmul(rows(2, 64), weights, (), "Q4_0")
-        quantized_matmul(rows(3, 64), weights, (), "Q4_0")
+        quantized_matmul(rows(2, 64), Matrix.of(weights, "Q4_0"))
+        quantized_matmul(rows(3, 64), Matrix.of(weights, "Q4_0"))
     assert [(c.operation, c.format, c.backend) for c in choices] == [("quantized_matmul", "Q4_0", "xla")]

@@ -1,0 +1,47 @@
+"""Layout "ggml": blocks as the file has them, one array [*stack, rows, stored width]. What CPUs read, and what every
+format has."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from . import FORMATS
+
+NAME = "ggml"
+
+
+def fits(format: str, n: int, k: int) -> str | None:
+    """Always None: every matrix of a file is in this layout."""
+    return None
+
+
+def plane_shapes(format: str, n: int, k: int) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """Shape and dtype of the one plane of a matrix [n, k]."""
+    known = FORMATS[format]
+    return (jax.ShapeDtypeStruct((n, known.stored_width(k)), known.storage),)
+
+
+def pack(stored: jax.Array, format: str) -> tuple[jax.Array, ...]:
+    """The blocks as they are."""
+    return (stored,)
+
+
+def decode(planes: tuple[jax.Array, ...], format: str, n: int, k: int) -> jax.Array:
+    """float32 [n, k]."""
+    return FORMATS[format].decode(planes[0])
+
+
+def rows(planes: tuple[jax.Array, ...], index: tuple[jax.Array, ...], start, count: int) -> tuple[jax.Array, ...]:
+    """The planes of rows start .. start + count - 1 of the matrix at `index`."""
+    (stored,) = planes
+    sizes = (1,) * len(index) + (count, stored.shape[-1])
+    part = lax.dynamic_slice(stored, (*index, jnp.asarray(start, jnp.int32), jnp.zeros((), jnp.int32)), sizes)
+    return (part.reshape(sizes[-2:]),)
+
+
+def gather(planes: tuple[jax.Array, ...], ids: jax.Array) -> tuple[jax.Array, ...]:
+    """The planes of the rows `ids` [t] of one matrix."""
+    # Two at least: XLA on TPU would copy the whole array into another layout to take one row of it.
+    return (planes[0][jnp.pad(ids, (0, 1))][:-1],) if ids.shape[0] == 1 else (planes[0][ids],)

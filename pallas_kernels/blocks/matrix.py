@@ -1,0 +1,48 @@
+"""The operand of every weight operation: a compressed matrix where it lies.
+
+Matrices of many layers (and experts) share stacked arrays, and nobody slices one out: a `Matrix` is those whole arrays
+and the index of the one meant, and only the operation that reads its blocks combines the two.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from . import FORMATS
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Matrix:
+    """W [rows, columns], or one for each expert where one more stack axis remains than `index` has scalars.
+
+    planes: arrays [*stack, *plane]: what a plane holds is the layout's business (see layouts.py); in layout "ggml" it is
+    one array of the format's `storage`, [*stack, rows, stored_width(columns)]. index: int32 scalars for the leading axes
+    of the stack. rows, columns: in weights.
+    """
+
+    planes: tuple[jax.Array, ...]
+    index: tuple[jax.Array, ...]
+    format: str = dataclasses.field(metadata={"static": True})
+    layout: str = dataclasses.field(metadata={"static": True})
+    rows: int = dataclasses.field(metadata={"static": True})
+    columns: int = dataclasses.field(metadata={"static": True})
+
+    @classmethod
+    def of(cls, stored: jax.Array, format: str, index: Sequence[ArrayLike] = ()) -> Matrix:
+        """From blocks in file order: `stored` [*stack, rows, stored_width(columns)] of `FORMATS[format].storage`."""
+        known = FORMATS[format]
+        columns = stored.shape[-1] * known.storage.itemsize // known.block_bytes * known.block_size
+        return cls((stored,), (), format, "ggml", stored.shape[-2], columns).at(*index)
+
+    def at(self, *index: ArrayLike) -> Matrix:
+        """The matrix at `index` of the leading stack axes that are left."""
+        return dataclasses.replace(self, index=(*self.index, *(jnp.asarray(i, jnp.int32) for i in index)))
+
+    def __str__(self) -> str:
+        return f"{self.format} [{self.rows}, {self.columns}]"

@@ -1,0 +1,134 @@
+"""Grouped matmul and expert feed-forward on NVIDIA GPUs: the dense body, with the expert of each tile of rows loaded.
+
+Rows are sorted by expert into tiles (grouping.py); a program takes one tile of rows and some rows of its expert's
+matrices. The grid is the worst case, and programs beyond the last tile do nothing, so an expert that nobody chose is
+never read. The feed-forward is two launches: gate, up and SwiGLU of rows picked by their token, then down, whose results
+go back to the places of their tokens; XLA adds these in slot order.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from pallas_kernels import compat
+from pallas_kernels.blocks import gpu
+from pallas_kernels.blocks.layouts import open_axes
+from pallas_kernels.blocks.matrix import Matrix
+from pallas_kernels.dispatch import Target
+from pallas_kernels.grouped_matmul import grouping, triton_grouping
+from pallas_kernels.grouped_matmul.grouping import Tiles
+from pallas_kernels.quantized_matmul import triton as dense
+from pallas_kernels.quantized_matmul.gpu_tiles import products
+
+refuses = dense.refuses
+
+
+def grouped(x: jax.Array, group_sizes: jax.Array, experts: Matrix, target: Target, interpret: bool = False) -> jax.Array:
+    """Row r of x [m, k], sorted by expert, times its expert's matrix, transposed: float32 [m, n]; 0 beyond the groups."""
+    m = x.shape[0]
+    shape = _tile(m, group_sizes.shape[0], (experts,), target)
+    work = grouping.tiles(group_sizes, m, shape.batch)
+    place = jnp.arange(m, dtype=jnp.int32)
+    y = _launch("grouped_matmul", gpu.ordered(x), (experts,), jnp.float32, shape, interpret, place, work)
+    return jnp.where(place[:, None] < jnp.sum(group_sizes), y, 0.0)
+
+
+def expert_ffn(
+    x: jax.Array,
+    experts: jax.Array,
+    weights: jax.Array,
+    gate: Matrix,
+    up: Matrix,
+    down: Matrix,
+    target: Target,
+    interpret: bool = False,
+) -> jax.Array:
+    """float32 [tokens, k]: the weighted sum of every token's experts, in slot order. The package says more."""
+    tokens, top_k = experts.shape
+    (count,), chosen = open_axes(gate), tokens * top_k
+    shape = _tile(chosen, count, (gate, up), target)
+    flat, order, work = experts.reshape(-1), None, None
+    if tokens > 1 and chosen <= triton_grouping.MOST:
+        order, work = triton_grouping.group(flat, count, shape.batch, interpret)
+    elif tokens > 1:
+        order, _, _, expert, start, length, total = grouping.group(flat, count, shape.batch)
+        work = Tiles(expert, start, length, total)
+    launch = functools.partial(_launch, experts=flat, work=work, order=order, interpret=interpret)
+    hidden = launch("expert_gate_up", gpu.ordered(x), matrices=(gate, up), dtype=x.dtype, shape=shape, pick=top_k)
+    shape = _tile(chosen, count, (down,), target, shape.batch)
+    y = launch("expert_down", hidden, matrices=(down,), dtype=jnp.float32, shape=shape).reshape(tokens, top_k, -1)
+    terms = (jnp.where(experts[:, i, None] < count, y[:, i] * weights[:, i, None], 0.0) for i in range(top_k))
+    return functools.reduce(jnp.add, terms)
+
+
+def _tile(rows: int, experts: int, matrices: Sequence[Matrix], target: Target, batch: int | None = None) -> dense.Tile:
+    """Tiles of about twice the rows that an expert gets on average, so that most experts are read once."""
+    batch = batch or max(8, min(64, 1 << (2 * rows // experts - 1).bit_length()))
+    return dense.tile(batch, matrices, min(rows, experts) * matrices[0].rows, target)
+
+
+def _launch(
+    name: str,
+    x: jax.Array,
+    matrices: Sequence[Matrix],
+    dtype,
+    shape: dense.Tile,
+    interpret: bool,
+    experts: jax.Array,
+    work: Tiles | None,
+    order: jax.Array | None = None,
+    pick: int = 0,
+) -> jax.Array:
+    """`silu_product` of rows times the matrices of their experts: [rows, n] of `dtype`.
+
+    experts: int32 [rows], in which each row is a tile of its own where there is no `work`; else only its length counts.
+    Without `order`, places are rows. With it place i takes part in row order[i] of the assignments: with `pick`, it is
+    multiplied as row order[i] // pick of x, and its result stays at place i, in the order of the planes, to be multiplied
+    again; without `pick`, it is row i of x, and its result goes to row order[i].
+    """
+    n, rows = matrices[0].rows, experts.shape[0]
+    tables = [experts] if work is None else [*work[:3], work.num_tiles.reshape(1)]
+    tables += [] if order is None else [order]
+    (count,) = open_axes(matrices[0])
+
+    def kernel(x_ref, count_ref, *refs):
+        table, inputs, output = refs[: len(tables)], refs[len(tables) : -1], refs[-1]
+        row = pl.program_id(0) * shape.rows + lax.iota(jnp.int32, shape.rows)
+        index = pl.program_id(1)
+        used = table[0][index] < count if work is None else index < table[3][0]
+
+        @pl.when(used)
+        def _():
+            lane = lax.iota(jnp.int32, shape.batch)
+            start, length = (index, 1) if work is None else (table[1][index], table[2][index])
+            valid, place = lane < length, start + lane
+            assignment = place
+            if order is not None:
+                assignment = compat.triton_load(table[-1].at[place], mask=valid, other=rows)
+            source, target = (assignment // pick, place) if pick else (place, assignment)
+            operands = dense.unflatten(matrices, inputs, dense.counting(count_ref), (table[0][index],))
+
+            def load_x(first, width):
+                at = (source[:, None], (first + lax.iota(jnp.int32, width))[None])
+                return compat.triton_load(x_ref.at[at], mask=valid[:, None], other=0)
+
+            totals = products(operands, jnp.minimum(row, n - 1), load_x, shape.batch, x.dtype, interpret)
+            column = gpu.place_of(row, n) if pick else row
+            mask = valid[:, None] & (row < n)[None]
+            compat.triton_store(output.at[target[:, None], column[None]], dense.silu_product(totals).astype(dtype).T, mask=mask)
+
+    return compat.triton_call(
+        kernel,
+        name=name,
+        grid=(-(-n // shape.rows), tables[0].shape[0]),
+        out_shape=jax.ShapeDtypeStruct((rows, n), dtype),
+        num_warps=shape.warps,
+        num_stages=shape.stages,
+        interpret=interpret,
+    )(x, dense.COUNT, *tables, *dense.flatten(matrices))

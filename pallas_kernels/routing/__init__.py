@@ -1,0 +1,49 @@
+"""Which experts a token goes to: the top_k of a router's softmax and their weights.
+
+Contract of `route(logits, live, top_k, normalise, scale)`:
+
+* `logits` float32 [tokens, E]; `live` bool [tokens], False for padding.
+* result: experts int32 [tokens, top_k] by falling probability, ties to the smaller id, the id E (nobody's) where the
+  token is padding; weights float32 [tokens, top_k]: `scale` times the probabilities, with `normalise` divided by their
+  sum over the chosen ones (equal weights where that sum is zero).
+* derivative: of the weights with respect to the logits.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+
+from pallas_kernels import dispatch
+from pallas_kernels.routing import triton, xla
+
+BACKENDS = (dispatch.Backend("triton", triton.refuses, triton), dispatch.Backend("xla", lambda case: None, xla))
+
+
+def route(
+    logits: jax.Array, live: jax.Array, top_k: int, *, normalise: bool = True, scale: float = 1.0
+) -> tuple[jax.Array, jax.Array]:
+    """(experts int32, weights float32), both [tokens, top_k]. See the module's contract."""
+    if logits.ndim != 2 or live.shape != logits.shape[:1] or not 0 < top_k <= logits.shape[1]:
+        raise ValueError(f"route: logits {logits.shape}, live {live.shape} and top_k {top_k} do not fit")
+    return _route(logits, live, top_k, normalise, scale, dispatch.target())
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
+def _route(logits, live, top_k, normalise, scale, target):
+    case = dispatch.Case("route", target, "F32", logits.dtype.name, shape=(*logits.shape, top_k))
+    return dispatch.choose(case, BACKENDS).route(logits, live, top_k, normalise, scale)
+
+
+def _forward(logits, live, top_k, normalise, scale, target):
+    return _route(logits, live, top_k, normalise, scale, target), (logits, live)
+
+
+def _backward(top_k, normalise, scale, target, residuals, cotangents):
+    logits, live = residuals
+    _, back = jax.vjp(lambda logits: xla.route(logits, live, top_k, normalise, scale)[1], logits)
+    return back(cotangents[1])[0], None
+
+
+_route.defvjp(_forward, _backward)

@@ -1,0 +1,56 @@
+"""Routing as one GPU kernel: a program a token takes the largest probability top_k times."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from pallas_kernels import compat
+from pallas_kernels.dispatch import Case
+
+
+def refuses(case: Case) -> str | None:
+    """None where the kernel serves the case."""
+    if case.target.platform != "gpu" or case.target.capability < (8, 0):
+        return f"needs a GPU of compute capability 8.0 or more, not {case.target}"
+    return None if case.shape[1] <= 1024 else f"{case.shape[1]} experts; 1,024 at most"
+
+
+@functools.partial(jax.jit, static_argnames=("top_k", "normalise", "scale", "interpret"), inline=True)
+def route(
+    logits: jax.Array, live: jax.Array, top_k: int, normalise: bool, scale: float, interpret: bool = False
+) -> tuple[jax.Array, jax.Array]:
+    """experts int32 and weights float32 [tokens, top_k]."""
+    tokens, experts = logits.shape
+    lanes, slots = pl.next_power_of_2(experts), pl.next_power_of_2(top_k)
+
+    def kernel(logits, live, ids_out, weights_out):
+        token = pl.program_id(0)
+        lane, slot = jnp.arange(lanes), jnp.arange(slots)
+        values = compat.triton_load(logits.at[token, lane], mask=lane < experts, other=-jnp.inf)
+        odds = jnp.exp(values - jnp.max(values))
+        left = jnp.where(lane < experts, odds / jnp.sum(odds), -1.0)
+        ids, weights = jnp.zeros(slots, jnp.int32), jnp.zeros(slots, jnp.float32)
+        for i in range(top_k):
+            best = jnp.max(left)
+            expert = jnp.min(jnp.where(left == best, lane, lanes))  # ties: the smaller id
+            ids, weights = jnp.where(slot == i, expert, ids), jnp.where(slot == i, best, weights)
+            left = jnp.where(lane == expert, -1.0, left)
+        if normalise:
+            total = jnp.sum(weights)
+            weights = jnp.where(total > 0, weights / jnp.where(total > 0, total, 1.0), 1.0 / top_k)
+        ids = jnp.where(live[token] != 0, ids, experts)
+        compat.triton_store(ids_out.at[token, slot], ids, mask=slot < top_k)
+        compat.triton_store(weights_out.at[token, slot], weights * scale, mask=slot < top_k)
+
+    return compat.triton_call(
+        kernel,
+        name="route",
+        grid=(tokens,),
+        out_shape=[jax.ShapeDtypeStruct((tokens, top_k), dtype) for dtype in (jnp.int32, jnp.float32)],
+        num_warps=1,
+        interpret=interpret,
+    )(logits, live.astype(jnp.int32))
