@@ -1,61 +1,47 @@
-"""The device side of the KV cache: pages of keys and values as one donated value."""
+"""The KV cache of a model: pages of keys and values as one donated value."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 
-import jax
 import jax.numpy as jnp
 from jax import export
 from jax.typing import DTypeLike
 
 from ferrum_jax.config import ModelConfig
-from pallas_kernels.paged_attention import write_pages
+from pallas_kernels import paged_attention
+from pallas_kernels.paged_attention import KV_DTYPES, KVCache
 
-KV_DTYPES = ("float32", "bfloat16", "float16")
+__all__ = ["KV_DTYPES", "KVCache", "bytes_per_token", "kv_dtype", "new_cache"]
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class KVCache:
-    """Keys (rotated) and values of every layer: [layers, pages, page_size, kv_heads, head_dim].
+def kv_dtype(dtype: DTypeLike) -> str:
+    """The name of a KV dtype, one of KV_DTYPES; "fp8" is float8_e4m3fn. ValueError for anything else."""
+    name = str(dtype)
+    with contextlib.suppress(TypeError):  # what is no dtype is named below
+        name = "float8_e4m3fn" if dtype == "fp8" else jnp.dtype(dtype).name
+    if name not in KV_DTYPES:
+        raise ValueError(f"kv dtype {dtype!r} is not supported; supported: {', '.join(KV_DTYPES)} (fp8)")
+    return name
 
-    bfloat16 is kept as its bits in uint16: XLA on CPU would rewrite a whole bfloat16 array at every update.
-    """
 
-    k: jax.Array
-    v: jax.Array
-
-    @property
-    def num_pages(self) -> int:
-        return self.k.shape[1]
-
-    @property
-    def page_size(self) -> int:
-        return self.k.shape[2]
-
-    def write(self, layer: jax.Array | int, slots: jax.Array, k: jax.Array, v: jax.Array) -> KVCache:
-        """Puts k and v [tokens, kv_heads, head_dim] at `slots` int32 [tokens] of a layer; slot -1 writes nowhere."""
-        return KVCache(write_pages(self.k, layer, slots, k), write_pages(self.v, layer, slots, v))
+def bytes_per_token(config: ModelConfig, dtype: DTypeLike) -> int:
+    """Bytes of one token's keys and values in all layers, scales included."""
+    return config.num_layers * paged_attention.bytes_per_token(kv_dtype(dtype), config.num_kv_heads, config.head_dim)
 
 
 def new_cache(config: ModelConfig, *, num_pages: int, page_size: int = 16, dtype: DTypeLike = "float32") -> KVCache:
-    """An empty cache of `num_pages` pages of `page_size` tokens; `dtype` is float32, bfloat16 or float16."""
-    with contextlib.suppress(TypeError):  # what is no dtype is named below
-        dtype = jnp.dtype(dtype).name
-    if dtype not in KV_DTYPES:
-        raise ValueError(f"kv dtype {dtype!r} is not supported; supported: {', '.join(KV_DTYPES)}")
+    """An empty cache of `num_pages` pages of `page_size` tokens. `dtype`: float32, bfloat16, float16, int8 (one scale a
+    token and head) or float8_e4m3fn ("fp8")."""
+    dtype = kv_dtype(dtype)
     if num_pages < 1 or page_size < 1:
         raise ValueError(f"a cache needs at least one page and one token a page, not {num_pages} and {page_size}")
-    shape = (config.num_layers, num_pages, page_size, config.num_kv_heads, config.head_dim)
-    stored = jnp.uint16 if dtype == "bfloat16" else jnp.dtype(dtype)
-    return KVCache(jnp.zeros(shape, stored), jnp.zeros(shape, stored))
+    return KVCache.empty(config.num_layers, num_pages, page_size, config.num_kv_heads, config.head_dim, dtype)
 
 
 export.register_pytree_node_serialization(
     KVCache,
     serialized_name="ferrum_jax.KVCache",
-    serialize_auxdata=lambda static: b"",
-    deserialize_auxdata=lambda data: (),
+    serialize_auxdata=lambda static: static[0].encode(),
+    deserialize_auxdata=lambda data: (data.decode(),),
 )

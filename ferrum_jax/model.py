@@ -19,6 +19,7 @@ import numpy as np
 from ferrum_jax import chat, functional
 from ferrum_jax.driver import Driver, Inputs, Stream, Watcher, bucket, made, padded
 from ferrum_jax.errors import UnsupportedModelError
+from ferrum_jax.kv_cache import bytes_per_token
 from ferrum_jax.runtime import PAGE, Runtime
 from ferrum_jax.sampling import SamplingParams
 from ferrum_jax.weights.stream import bytes_by_format
@@ -110,7 +111,7 @@ class Model(Runtime):
         for row, position, hidden in self._hidden(checked):
             for first in range(0, hidden.shape[0], functional.ROWS):
                 block = hidden[first : first + functional.ROWS]
-                logits = np.asarray(self.programs.run(functional.unembed, self.params, block, config=self.config))
+                logits = self.programs.fetch(self.programs.run(functional.unembed, self.params, block, config=self.config))
                 for source in range(first, min(first + functional.ROWS, len(row))):
                     results[row[source]][position[source]] = logits[source - first]
         return results
@@ -136,7 +137,7 @@ class Model(Runtime):
                 targets = np.zeros(hidden.shape[0], np.int32)
                 targets[: len(row)][scored] = [part[r][p + 1] for r, p in zip(row[scored], position[scored], strict=True)]
                 logprobs = self.programs.run(functional.logprobs_of, self.params, hidden, targets, config=self.config)
-                total += np.asarray(logprobs, np.float64)[: len(row)][scored].sum()
+                total += np.asarray(self.programs.fetch(logprobs), np.float64)[: len(row)][scored].sum()
         return float(np.exp(-total / (len(windows) * (size - 1))))
 
     # Facts
@@ -144,7 +145,7 @@ class Model(Runtime):
     def memory(self) -> dict:
         """Bytes: parameters by block format and in all, KV cache a token."""
         formats = bytes_by_format(self.params)
-        per_token = self.config.kv_bytes_per_token(4 if self.kv_dtype == "float32" else 2)
+        per_token = bytes_per_token(self.config, self.kv_dtype)
         return {"parameters": formats, "parameters_total": sum(formats.values()), "kv_bytes_per_token": per_token}
 
     # Inside
@@ -222,7 +223,7 @@ class Model(Runtime):
         program = self.programs.get(_generate, *arguments, donate=(1,), **static)
         begin = time.perf_counter()
         _, result = program(*arguments)
-        sampled = jax.device_get(result)
+        sampled = self.programs.fetch(result)
         self.count("prefill", inputs.tokens, 0.0)
         self.count("decode", made(sampled), time.perf_counter() - begin)
         return sampled

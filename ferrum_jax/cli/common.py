@@ -15,11 +15,12 @@ from typing import Any
 import click
 
 import ferrum_jax as fj
+from ferrum_jax.units import readable_bytes as readable_bytes
 
 Progress = Callable[[int, int | None, str], None]
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-KV_DTYPES = ("float32", "bfloat16", "float16")
+KV_DTYPES = ("float32", "bfloat16", "float16", "int8", "fp8")
 
 model_argument = click.argument("model")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
@@ -152,15 +153,6 @@ def harmless(text: str) -> str:
 
 def print_json(value: Any) -> None:
     click.echo(json.dumps(value))
-
-
-def readable_bytes(count: float) -> str:
-    """1536 -> '1.5 KiB'."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} TiB"
 
 
 def figure(value: float | None, digits: int = 1) -> str:

@@ -8,20 +8,14 @@ from __future__ import annotations
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
-from jax import lax
 
 from ferrum_jax.config import ModelConfig
 from ferrum_jax.kv_cache import KVCache
-from ferrum_jax.models.rope import rotate
-from ferrum_jax.quantized import Layer, LayerStack, grouped_linear, linear
+from ferrum_jax.quantized import Layer, LayerStack, gated_linear, linear, linears, mixture
+from pallas_kernels.append import Norm, append
 from pallas_kernels.paged_attention import paged_attention
-from pallas_kernels.reductions import row_sum
-
-
-def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
-    """x / sqrt(mean(x^2) + eps) * weight over the last axis, in float32 (arXiv 1910.07467)."""
-    return x * lax.rsqrt(row_sum(x * x) / x.shape[-1] + eps) * weight
+from pallas_kernels.reductions import rms_norm
+from pallas_kernels.routing import route
 
 
 class LayerModule(nn.Module):
@@ -32,11 +26,11 @@ class LayerModule(nn.Module):
     def stack(self, name: str) -> LayerStack:
         return self.get_variable("params", name)
 
-    def project(self, x: jax.Array, name: str, layer: Layer) -> jax.Array:
-        """x [tokens, in] through the matrix `name` and its bias, if the file has one: float32 [tokens, out]."""
-        y = linear(x.astype(self.config.dtype), self.stack(name), layer)
-        bias = self.stack(name + "_bias")
-        return y if bias is None else y + bias.vector(layer)
+    def project(self, x: jax.Array, layer: Layer, *names: str) -> list[jax.Array]:
+        """x [tokens, in] through each named matrix and its bias, if the file has one: float32 [tokens, out]."""
+        ys = linears(x.astype(self.config.dtype), [self.stack(name) for name in names], layer)
+        biases = [self.stack(name + "_bias") for name in names]
+        return [y if bias is None else y + bias.vector(layer) for y, bias in zip(ys, biases, strict=True)]
 
 
 class Attention(LayerModule):
@@ -45,61 +39,45 @@ class Attention(LayerModule):
     def __call__(self, x, cache: KVCache, layer: Layer, slots, plan, rope) -> tuple[jax.Array, KVCache]:
         config, tokens = self.config, x.shape[0]
 
-        def heads(name: str, count: int) -> jax.Array:
-            return self.project(x, name, layer).reshape(tokens, count, config.head_dim)
-
-        def normed(x: jax.Array, name: str) -> jax.Array:
-            norm = self.stack(name)
-            return x if norm is None else rms_norm(x, norm.vector(layer), config.rms_norm_eps)
+        def norm(name: str) -> Norm:
+            stack = self.stack(name)
+            return None if stack is None else stack.located(layer)
 
         with jax.named_scope("qkv"):
-            q = rotate(normed(heads("query", config.num_heads), "query_norm"), *rope)
-            k = rotate(normed(heads("key", config.num_kv_heads), "key_norm"), *rope)
-            v = heads("value", config.num_kv_heads)
-        with jax.named_scope("cache_write"):
-            cache = cache.write(layer.number, slots, k, v)
+            q, k, v = (y.reshape(tokens, -1, config.head_dim) for y in self.project(x, layer, "query", "key", "value"))
+        with jax.named_scope("append"):
+            norms = norm("query_norm"), norm("key_norm")
+            q, cache = append(q, k, v, cache, layer.number, slots, rope, *norms, config.rms_norm_eps)
         with jax.named_scope("paged_attention"):
-            y = paged_attention(q, cache.k, cache.v, layer.number, plan, config.head_dim**-0.5)
+            y = paged_attention(q, cache, layer.number, plan, config.head_dim**-0.5)
         with jax.named_scope("attention_output"):
-            return self.project(y.reshape(tokens, -1), "output", layer), cache
+            return self.project(y.reshape(tokens, -1), layer, "output")[0], cache
 
 
 class FeedForward(LayerModule):
     """SwiGLU: down(silu(gate x) * up x) (arXiv 2002.05202)."""
 
     def __call__(self, x, layer: Layer, slots) -> jax.Array:
-        hidden = jax.nn.silu(self.project(x, "gate", layer)) * self.project(x, "up", layer)
-        return self.project(hidden, "down", layer)
+        if self.stack("gate_bias") is None and self.stack("up_bias") is None:
+            hidden = gated_linear(x.astype(self.config.dtype), self.stack("gate"), self.stack("up"), layer)
+        else:
+            gate, up = self.project(x, layer, "gate", "up")
+            hidden = jax.nn.silu(gate) * up
+        return self.project(hidden, layer, "down")[0]
 
 
 class MixtureOfExperts(LayerModule):
     """The top_k experts of each token by router probability, each a SwiGLU, summed with their weights in slot order."""
 
     def __call__(self, x, layer: Layer, slots) -> jax.Array:
-        config, tokens, top_k = self.config, x.shape[0], self.config.experts_per_token
+        config = self.config
         with jax.named_scope("router"):
             logits = linear(x, self.stack("router"), layer)
-            odds = jnp.exp(logits - logits.max(axis=-1, keepdims=True))
-            weights, experts = lax.top_k(odds / row_sum(odds), top_k)  # [tokens, top_k]; ties: the smaller index
-            if config.norm_topk_prob:
-                total = row_sum(weights)
-                weights = jnp.where(total > 0, weights / jnp.where(total > 0, total, 1.0), 1.0 / top_k)
-            weights = weights * config.expert_weights_scale
-        with jax.named_scope("group_by_expert"):
-            # Rows sorted by expert, stably; padding goes behind the last expert, where nothing is computed.
-            experts = jnp.where(slots[:, None] < 0, config.num_experts, experts).reshape(-1)
-            order = jnp.argsort(experts, stable=True)
-            starts = jnp.searchsorted(experts[order], jnp.arange(config.num_experts + 1))
-            group_sizes = jnp.diff(starts).astype(jnp.int32)
-            rows = x.astype(config.dtype)[order // top_k]
+            normalise, scale = config.norm_topk_prob, config.expert_weights_scale
+            experts, weights = route(logits, slots >= 0, config.experts_per_token, normalise=normalise, scale=scale)
         with jax.named_scope("experts"):
-            gate = grouped_linear(rows, group_sizes, self.stack("expert_gate"), layer)
-            up = grouped_linear(rows, group_sizes, self.stack("expert_up"), layer)
-            hidden = (jax.nn.silu(gate) * up).astype(config.dtype)
-            y = grouped_linear(hidden, group_sizes, self.stack("expert_down"), layer)
-        with jax.named_scope("combine"):
-            y = y[jnp.argsort(order)].reshape(tokens, top_k, -1)
-            return sum((y[:, slot] * weights[:, slot, None] for slot in range(1, top_k)), y[:, 0] * weights[:, :1])
+            gate, up, down = (self.stack(f"expert_{name}") for name in ("gate", "up", "down"))
+            return mixture(x.astype(config.dtype), experts, weights, gate, up, down, layer)
 
 
 class Block(LayerModule):

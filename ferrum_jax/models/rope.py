@@ -49,10 +49,3 @@ def rope_angles(config: ModelConfig, positions: jax.Array, factors: jax.Array | 
     angles = positions.astype(jnp.float32)[:, None, None] * frequencies
     scale = config.rope_scaling.attention_factor if config.rope_scaling else 1.0
     return jnp.cos(angles) * scale, jnp.sin(angles) * scale
-
-
-def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """x float32 [tokens, heads, head_dim] with its first rope_dim values rotated."""
-    half = cos.shape[-1]
-    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)

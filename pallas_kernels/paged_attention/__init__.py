@@ -1,37 +1,57 @@
-"""Attention of a ragged batch of queries over a paged KV cache, and the write of new keys and values into it.
+"""Attention of a ragged batch of queries over a paged KV cache.
 
-Contract of `paged_attention(q, k_pages, v_pages, layer, plan, scale)`:
+Contract of `paged_attention(q, cache, layer, plan, scale)`:
 
 * `q` [tokens, q_heads, head_dim] float32: the queries of all sequences, one after the other.
-* `k_pages`, `v_pages` [layers, pages, page_size, kv_heads, head_dim], float32 or float16, or bfloat16 bits as uint16
-  (XLA on CPU rewrites a whole bfloat16 array at each update). q_heads is a multiple of kv_heads.
+* `cache`: a `KVCache` with kv_heads heads, this step's keys and values written; q_heads is a multiple of kv_heads.
 * `layer`: int32 scalar. `plan`: what `make_plan(tables, ...)` gives, once a step for all its layers.
 * Query t of sequence s sees positions max(0, p - window + 1) .. p of its sequence, p = positions[t]; window 0 sees all.
-* result [tokens, q_heads, head_dim] float32; rows of no sequence are zero.
+* result [tokens, q_heads, head_dim] float32; rows of no sequence, or of one with kv_length 0, are zero.
+* derivatives: with respect to q, and to the cache where it holds floats.
 
-Sums run over fixed ranges of positions in order, so a row's bits depend on that row, its sequence and its length alone.
-Pages beyond a sequence's length are never read into a result, whatever they hold.
+Sums run over fixed ranges of positions in order, so a row depends on that row, its sequence and its length alone; on CPU
+bit for bit. Pages beyond a sequence's length are never read into a result, whatever they hold, and their entries in the
+page table may be any number. There is no limit to a length.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch
-from pallas_kernels.paged_attention import xla
+from pallas_kernels.paged_attention import mosaic_tpu, triton, xla
+from pallas_kernels.paged_attention.cache import KV_DTYPES, KVCache, bytes_per_token, storage_dtype
 
-BACKENDS = (dispatch.Backend("xla", lambda case: None, xla),)
+__all__ = [
+    "BACKENDS",
+    "KV_DTYPES",
+    "KVCache",
+    "Plan",
+    "Tables",
+    "bytes_per_token",
+    "make_plan",
+    "paged_attention",
+    "storage_dtype",
+]
+
+BACKENDS = (
+    dispatch.Backend("triton", triton.refuses, triton),
+    dispatch.Backend("mosaic_tpu", mosaic_tpu.refuses, mosaic_tpu),
+    dispatch.Backend("xla", lambda case: None, xla),
+)
 
 
 class Tables(NamedTuple):
     """Which query belongs to which sequence and where that sequence's pages are. All int32.
 
-    positions [tokens]; query_starts [sequences + 1]: queries of s are query_starts[s] .. query_starts[s + 1] - 1;
-    kv_lengths [sequences]: cached tokens, this step's included; page_table [sequences, max_pages].
+    positions [tokens]; query_starts [sequences + 1]: queries of s are query_starts[s] .. query_starts[s + 1] - 1, and
+    they are its last ones: the last of them has position kv_lengths[s] - 1; kv_lengths [sequences]: cached tokens, this
+    step's included (0: the sequence is not there); page_table [sequences, max_pages].
     """
 
     positions: jax.Array
@@ -40,53 +60,53 @@ class Tables(NamedTuple):
     page_table: jax.Array
 
 
-def write_pages(pages: jax.Array, layer: jax.Array | int, slots: jax.Array, values: jax.Array) -> jax.Array:
-    """Puts values [tokens, kv_heads, head_dim] at slots int32 [tokens] (page * page_size + offset; -1: nowhere)."""
-    layers, count, page_size, heads, head_dim = pages.shape
-    flat = pages.reshape(layers, count * page_size, heads, head_dim)
-    values = jax.lax.bitcast_convert_type(values.astype(jnp.bfloat16), jnp.uint16) if pages.dtype == jnp.uint16 else values
-    slots = jnp.where(slots < 0, count * page_size, slots)
-    return flat.at[layer, slots].set(values.astype(pages.dtype), mode="drop").reshape(pages.shape)
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A step's tables and what its backend made of them; the choice of backend is part of it."""
+
+    tables: Tables
+    work: Any
+    window: int = dataclasses.field(metadata={"static": True})
+    target: dispatch.Target = dataclasses.field(metadata={"static": True})
+    backend: Any = dataclasses.field(metadata={"static": True})
 
 
-def make_plan(tables: Tables, pages: jax.Array, window: int = 0):
-    """The step's tables in the form that the backend for these `pages` (k or v) works from; an opaque pytree.
+def make_plan(tables: Tables, cache: KVCache, q_heads: int, window: int = 0) -> Plan:
+    """Chooses the backend for batches of these shapes and has it prepare the tables: once a step, for all its layers.
 
     window: positions a query sees, itself included; 0 for all.
     """
-    return _backend(pages).plan(tables, pages.shape[2], window)
+    target = dispatch.target()
+    shape = (*tables.positions.shape, *tables.page_table.shape, q_heads, cache.kv_heads, cache.head_dim, cache.page_size)
+    backend = dispatch.choose(dispatch.Case("paged_attention", target, cache.dtype, "float32", shape=shape), BACKENDS)
+    return Plan(tables, backend.plan(tables, cache, q_heads, window), window, target, backend)
 
 
-def paged_attention(
-    q: jax.Array, k_pages: jax.Array, v_pages: jax.Array, layer: jax.Array | int, plan, scale: float
-) -> jax.Array:
+def paged_attention(q: jax.Array, cache: KVCache, layer: jax.Array | int, plan: Plan, scale: float) -> jax.Array:
     """float32 [tokens, q_heads, head_dim]. See the module's contract."""
-    if k_pages.shape != v_pages.shape or q.shape[-1] != k_pages.shape[-1] or q.shape[-2] % k_pages.shape[-2]:
-        raise ValueError(f"paged_attention: q {q.shape}, k {k_pages.shape} and v {v_pages.shape} do not fit")
-    return _attention(q, k_pages, v_pages, jnp.asarray(layer, jnp.int32), plan, scale)
+    if q.shape[-1] != cache.head_dim or q.shape[-2] % cache.kv_heads:
+        raise ValueError(f"paged_attention: q {q.shape} and a cache {cache.pages.shape} do not fit")
+    return _attention(q, cache, jnp.asarray(layer, jnp.int32), plan, scale)
 
 
-def _backend(pages: jax.Array):
-    format = "bfloat16" if pages.dtype == jnp.uint16 else pages.dtype.name
-    return dispatch.choose(dispatch.Case("paged_attention", jax.default_backend(), format, "float32"), BACKENDS)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _attention(q, cache, layer, plan, scale):
+    return plan.backend.attention(q, cache, layer, plan, scale)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _attention(q, k_pages, v_pages, layer, plan, scale):
-    return _backend(k_pages).attention(q, k_pages, v_pages, layer, plan, scale)
-
-
-def _forward(q, k_pages, v_pages, layer, plan, scale):
-    return _attention(q, k_pages, v_pages, layer, plan, scale), (q, k_pages, v_pages, layer, plan)
+def _forward(q, cache, layer, plan, scale):
+    return _attention(q, cache, layer, plan, scale), (q, cache, layer, plan)
 
 
 def _backward(scale, residuals, dy):
-    q, k_pages, v_pages, layer, plan = residuals
+    q, cache, layer, plan = residuals
+    plan = dataclasses.replace(plan, work=xla.plan(plan.tables, cache, q.shape[1], plan.window))
 
-    def static_loops(q, k_pages, v_pages):
-        return _backend(k_pages).attention(q, k_pages, v_pages, layer, plan, scale, differentiable=True)
+    def static_loops(q, cache):
+        return xla.attention(q, cache, layer, plan, scale, differentiable=True)
 
-    return (*jax.vjp(static_loops, q, k_pages, v_pages)[1](dy), None, None)
+    return (*jax.vjp(static_loops, q, cache)[1](dy), None, None)
 
 
 _attention.defvjp(_forward, _backward)

@@ -21,8 +21,8 @@ KV_TILE = 128
 _MASKED = -1e30  # finite, so that a row that has seen nothing yet never computes inf - inf
 
 
-class Plan(NamedTuple):
-    """Which queries share a tile, what each sees and where results go. Made once a step, for all layers.
+class Work(NamedTuple):
+    """Which queries share a tile, what each sees and where results go.
 
     rows [tiles, size]: the token of each place of each tile; seen_from, seen_until [tiles, size]: the positions it sees
     (none in a place without a query); pages [tiles, ...]: the page table of the tile's sequence, in whole KV tiles;
@@ -36,8 +36,8 @@ class Plan(NamedTuple):
     place: jax.Array
 
 
-def plan(tables, page_size: int, window: int) -> Plan:
-    """Cuts the queries into tiles. `tables`: see the package; `window` as in the contract."""
+def plan(tables, cache, q_heads: int, window: int) -> Work:
+    """Cuts the queries into tiles. The arguments are `make_plan`'s."""
     tokens = tables.positions.shape[0]
     sequences, max_pages = tables.page_table.shape
     size = _query_tile(tokens, sequences)
@@ -55,27 +55,28 @@ def plan(tables, page_size: int, window: int) -> Plan:
     seen_until = jnp.where(live, jnp.minimum(tables.positions[rows] + 1, tables.kv_lengths[owner][:, None]), 0)
     seen_from = jnp.maximum(tables.positions[rows] + 1 - window, 0) if window else jnp.zeros_like(seen_until)
     seen_from = jnp.where(live, seen_from, jnp.iinfo(jnp.int32).max)
-    pages = jnp.pad(tables.page_table, ((0, 0), (0, -max_pages % _pages_a_tile(page_size))))[owner]
+    pages = jnp.pad(tables.page_table, ((0, 0), (0, -max_pages % _pages_a_tile(cache.page_size))))[owner]
 
     token = jnp.arange(tokens)
     sequence = jnp.clip(jnp.searchsorted(starts, token, side="right") - 1, 0, sequences - 1)
     offset = token - starts[sequence]
     place = (before[sequence] + offset // size) * size + offset % size
-    return Plan(rows, seen_from, seen_until, pages, jnp.where(token < starts[-1], place, -1))
+    return Work(rows, seen_from, seen_until, pages, jnp.where(token < starts[-1], place, -1))
 
 
 @functools.partial(jax.jit, static_argnames=("scale", "differentiable"), inline=True)
-def attention(q, k_pages, v_pages, layer, plan: Plan, scale: float, *, differentiable: bool = False) -> jax.Array:
+def attention(q, cache, layer, plan, scale: float, *, differentiable: bool = False) -> jax.Array:
     """float32 [tokens, q_heads, head_dim]. `differentiable`: loops of static length over every KV tile of the table."""
     _, q_heads, head_dim = q.shape
-    page_size, kv_heads = k_pages.shape[2:4]
+    page_size, kv_heads = cache.page_size, cache.kv_heads
     group = q_heads // kv_heads
-    tiles, size = plan.rows.shape
+    work: Work = plan.work
+    tiles, size = work.rows.shape
     pages_a_tile = _pages_a_tile(page_size)
     span = pages_a_tile * page_size
-    kv_tiles = plan.pages.shape[1] // pages_a_tile
+    kv_tiles = work.pages.shape[1] // pages_a_tile
 
-    queries = (q.astype(jnp.float32) * scale)[plan.rows].reshape(tiles, size, kv_heads, group, head_dim)
+    queries = (q.astype(jnp.float32) * scale)[work.rows].reshape(tiles, size, kv_heads, group, head_dim)
     queries = queries.transpose(0, 2, 1, 3, 4).reshape(tiles, kv_heads, size * group, head_dim)
     if size * group == 1:  # one-row products have other bits
         queries = jnp.pad(queries, ((0, 0), (0, 0), (0, 1), (0, 0)))
@@ -85,15 +86,15 @@ def attention(q, k_pages, v_pages, layer, plan: Plan, scale: float, *, different
         r = query.shape[2]
         low, high = (jnp.repeat(bound, group, axis=1) for bound in (low, high))
         low, high = (jnp.pad(b, ((0, 0), (0, r - size * group)), mode="edge")[:, None, :, None] for b in (low, high))
-        longest = high.max(axis=(1, 2, 3))[:, None, None, None]
+        nearest, longest = low.min(axis=(1, 2, 3))[:, None], high.max(axis=(1, 2, 3))[:, None]
 
         def step(i, carry):
             best, total, out = carry
             ids = lax.dynamic_slice_in_dim(pages_of, i * pages_a_tile, pages_a_tile, axis=1)
             position = i * span + jnp.arange(span)
-            # [w, span, kv_heads, head_dim]
-            k, v = (_values(pages[layer, ids]).reshape(-1, span, kv_heads, head_dim) for pages in (k_pages, v_pages))
-            v = jnp.where(position[:, None, None] < longest, v, 0.0)
+            kv = cache.read(layer, ids).reshape(-1, span, kv_heads, 2, head_dim)
+            kv = jnp.where(((position >= nearest) & (position < longest))[..., None, None, None], kv, 0.0)
+            k, v = kv[..., 0, :], kv[..., 1, :]  # [w, span, kv_heads, head_dim]
             visible = (position >= low) & (position < high)
             scores = jnp.einsum("whrd,wphd->whrp", query, k, precision=lax.Precision.HIGHEST)
             scores = jnp.where(visible, scores, _MASKED)
@@ -111,11 +112,11 @@ def attention(q, k_pages, v_pages, layer, plan: Plan, scale: float, *, different
         _, total, out = lax.fori_loop(first, last, step, (column + _MASKED, column, jnp.zeros_like(query)))
         return out / jnp.where(total == 0.0, 1.0, total)
 
-    inputs = (queries, plan.pages, plan.seen_from, plan.seen_until)
+    inputs = (queries, work.pages, work.seen_from, work.seen_until)
     out = lax.map(walk, tuple(a.reshape(-1, _together(size, tiles), *a.shape[1:]) for a in inputs))
     out = out.reshape(tiles, kv_heads, -1, head_dim)[:, :, : size * group]
     out = out.reshape(tiles, kv_heads, size, group, head_dim).transpose(0, 2, 1, 3, 4).reshape(-1, q_heads, head_dim)
-    return jnp.where((plan.place >= 0)[:, None, None], out[jnp.maximum(plan.place, 0)], 0.0)
+    return jnp.where((work.place >= 0)[:, None, None], out[jnp.maximum(work.place, 0)], 0.0)
 
 
 def _query_tile(tokens: int, sequences: int) -> int:
@@ -131,10 +132,3 @@ def _together(size: int, tiles: int) -> int:
 
 def _pages_a_tile(page_size: int) -> int:
     return max(1, KV_TILE // page_size)
-
-
-def _values(pages: jax.Array) -> jax.Array:
-    """What the pages hold, as float32."""
-    if pages.dtype == jnp.uint16:
-        pages = lax.bitcast_convert_type(pages, jnp.bfloat16)
-    return pages.astype(jnp.float32)

@@ -1,62 +1,32 @@
-"""Contract of paged attention, on every backend: numbers against float64, ragged shapes, pages that hold garbage."""
+"""Contract of paged attention in plain XLA: numbers against float64, ragged shapes, pages that hold garbage; the cache."""
 
 import functools
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from attention_cases import LAYER, case, expected, rounded
 
-from pallas_kernels.paged_attention import Tables, make_plan, paged_attention, write_pages
+from pallas_kernels import dispatch
+from pallas_kernels.paged_attention import KV_DTYPES, KVCache, Tables, bytes_per_token, make_plan, paged_attention
 
-RNG = np.random.default_rng(3)
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-
-def case(queries, contexts, *, heads=(4, 2), head_dim=48, page_size=16, dtype="float32", extra_pages=3):
-    """A ragged batch: `queries[s]` new tokens at the end of a sequence of `contexts[s]`; pages in random order."""
-    q_heads, kv_heads = heads
-    needed = [-(-context // page_size) for context in contexts]
-    pool = sum(needed) + extra_pages
-    order = RNG.permutation(pool)
-    table = np.full((len(contexts), max(needed) + 1), pool - 1, np.int32)
-    for s, count in enumerate(needed):
-        table[s, :count], order = order[:count], order[count:]
-    k, v = (RNG.standard_normal((sum(contexts), kv_heads, head_dim)).astype(np.float32) for _ in "kv")
-    stored = jnp.uint16 if dtype == "bfloat16" else dtype
-    pages = [
-        jnp.full((2, pool, page_size, kv_heads, head_dim), 0x7FC0 if dtype == "bfloat16" else np.nan, stored) for _ in "kv"
-    ]
-    slots = np.concatenate(
-        [table[s][np.arange(c) // page_size] * page_size + np.arange(c) % page_size for s, c in enumerate(contexts)]
-    ).astype(np.int32)
-    pages = [write_pages(page, 1, slots, jnp.asarray(values)) for page, values in zip(pages, (k, v), strict=True)]
-    q = RNG.standard_normal((sum(queries), q_heads, head_dim)).astype(np.float32)
-    positions = np.concatenate([np.arange(c - n, c) for n, c in zip(queries, contexts, strict=True)]).astype(np.int32)
-    starts = np.concatenate([[0], np.cumsum(queries)]).astype(np.int32)
-    tables = Tables(positions, starts, np.asarray(contexts, np.int32), table)
-    return q, pages, Tables(*map(jnp.asarray, tables)), (k, v)
+from benchmarks import kv_table
 
 
 @functools.partial(jax.jit, static_argnames="window")
-def attend(q, pages, tables, window=0):
-    plan = make_plan(tables, pages[0], window)
-    return paged_attention(q, *pages, 1, plan, q.shape[-1] ** -0.5)
+def attend(q, cache, tables, window=0):
+    return paged_attention(q, cache, LAYER, make_plan(tables, cache, q.shape[1], window), q.shape[-1] ** -0.5)
 
 
-def expected(q, queries, contexts, keys, values, window=0):
-    out, token, start = np.zeros(q.shape), 0, 0
-    group = q.shape[1] // keys.shape[1]
-    for n, context in zip(queries, contexts, strict=True):
-        k = np.repeat(keys[start : start + context].astype(np.float64), group, axis=1)
-        v = np.repeat(values[start : start + context].astype(np.float64), group, axis=1)
-        for position in range(context - n, context):
-            low = max(0, position - window + 1) if window else 0
-            scores = np.einsum("hd,phd->hp", q[token].astype(np.float64), k[low : position + 1]) * q.shape[-1] ** -0.5
-            weights = np.exp(scores - scores.max(-1, keepdims=True))
-            out[token] = np.einsum("hp,phd->hd", weights / weights.sum(-1, keepdims=True), v[low : position + 1])
-            token += 1
-        start += context
-    return out
+def check(queries, contexts, window=0, **options):
+    q, cache, tables, k, v = case(queries, contexts, **options)
+    y, bound = expected(q, queries, contexts, k, v, window)
+    assert (np.abs(np.asarray(attend(q, cache, tables, window=window)) - y) <= bound).all()
 
 
 RAGGED = [
@@ -73,63 +43,115 @@ RAGGED = [
 @pytest.mark.parametrize("window", [0, 21])
 @pytest.mark.parametrize(("queries", "contexts"), RAGGED, ids=str)
 def test_ragged_batches(queries, contexts, window):
-    q, pages, tables, (k, v) = case(queries, contexts)
-    y = np.asarray(attend(q, pages, tables, window=window))
-    assert np.abs(y - expected(q, queries, contexts, k, v, window)).max() <= 2e-6
+    check(queries, contexts, window)
 
 
 @pytest.mark.parametrize("heads", [(1, 1), (8, 1), (6, 3)], ids=str)
 @pytest.mark.parametrize("page_size", [1, 4, 256])
 def test_heads_and_page_sizes(heads, page_size):
-    queries, contexts = [1, 20], [40, 20]
-    q, pages, tables, (k, v) = case(queries, contexts, heads=heads, head_dim=32, page_size=page_size)
-    assert np.abs(np.asarray(attend(q, pages, tables)) - expected(q, queries, contexts, k, v)).max() <= 2e-6
+    check([1, 20], [40, 20], heads=heads, head_dim=32, page_size=page_size)
 
 
-@pytest.mark.parametrize(("dtype", "ulp"), [("float16", 2.0**-11), ("bfloat16", 2.0**-8)])
-def test_half_precision_pages(dtype, ulp):
-    queries, contexts = [1, 9], [200, 9]
-    q, pages, tables, (k, v) = case(queries, contexts, dtype=dtype)
-    assert np.abs(np.asarray(attend(q, pages, tables)) - expected(q, queries, contexts, k, v)).max() <= 4 * ulp
+@pytest.mark.parametrize("dtype", KV_DTYPES)
+def test_every_dtype_is_read_exactly(dtype):
+    """Only what the cache holds is rounded, not the arithmetic."""
+    check([1, 9], [200, 9], dtype=dtype)
 
 
 def test_rows_of_no_sequence_are_zero():
-    queries, contexts = [3, 2], [3, 40]
-    q, pages, tables, _ = case(queries, contexts)
-    padded = jnp.concatenate([q, jnp.full((4, *q.shape[1:]), jnp.nan)])
-    tables = tables._replace(positions=jnp.concatenate([tables.positions, jnp.zeros(4, jnp.int32)]))
-    y = np.asarray(attend(padded, pages, tables))
+    q, cache, tables, _, _ = case([3, 2], [3, 40], padding=4)
+    y = np.asarray(attend(q, cache, tables))
     assert np.isfinite(y).all() and (y[5:] == 0).all()
 
 
 def test_a_long_context():
     """No ceiling: 30,000 positions."""
-    q, pages, tables, (k, v) = case([1], [30_000], heads=(2, 1), head_dim=16)
-    assert np.abs(np.asarray(attend(q, pages, tables)) - expected(q, [1], [30_000], k, v)).max() <= 2e-6
+    check([1], [30_000], heads=(2, 1), head_dim=16)
 
 
 def test_temporaries_do_not_grow_with_the_context():
     def temporaries(pages):
         f32, i32 = jnp.float32, jnp.int32
-        shapes = [((64, 4, 64), f32), ((1, pages, 16, 2, 64), f32)]
         tables = Tables(*(jax.ShapeDtypeStruct(s, i32) for s in ((64,), (2,), (1,), (1, pages))))
-        q, pool = (jax.ShapeDtypeStruct(*shape) for shape in shapes)
-
-        def run(q, pool, tables):
-            return paged_attention(q, pool, pool, 0, make_plan(tables, pool), 1.0)
-
-        return jax.jit(run).lower(q, pool, tables).compile().memory_analysis().temp_size_in_bytes
+        cache = jax.eval_shape(lambda: KVCache.empty(1, pages, 16, 2, 64, "float32"))
+        compiled = jax.jit(attend).lower(jax.ShapeDtypeStruct((64, 4, 64), f32), cache, tables).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
 
     assert temporaries(2048) <= temporaries(64) + 64 * 2048
 
 
 def test_slots_of_minus_one_write_nowhere():
-    pages = jnp.zeros((1, 2, 4, 1, 2))
-    written = write_pages(pages, 0, jnp.asarray([-1, 5, -1]), jnp.ones((3, 1, 2)))
-    assert float(written.sum()) == 2.0 and (np.asarray(written)[0, 1, 1] == 1).all()
+    cache = KVCache.empty(1, 2, 4, 1, 2, "float32")
+    ones = jnp.ones((3, 1, 2))
+    written = np.asarray(cache.write(0, jnp.asarray([-1, 5, -1]), ones, 2 * ones).pages)
+    assert written.sum() == 6.0 and (written[0, 1, 1] == [[1, 1], [2, 2]]).all()
+
+
+@pytest.mark.parametrize("dtype", KV_DTYPES)
+def test_what_is_written_is_read(dtype):
+    """K of head i at 2i and V at 2i + 1, rounded to the dtype; the largest finite numbers stay finite, NaN stays NaN."""
+    rng = np.random.default_rng(5)
+    k, v = (rng.standard_normal((2, 3, 2, 8)) * 10.0 ** rng.integers(-4, 4, (2, 3, 2, 1))).astype(np.float32)
+    k[0, 0], v[1, 1, 3] = 0.0, np.nan
+    largest = float(jnp.finfo(dtype).max) if dtype != "int8" else 1e30
+    k[2, 0, 0] = largest * (1 if dtype == "float32" else 1.0001)
+    cache = KVCache.empty(2, 2, 2, 2, 8, dtype).write(1, jnp.asarray([2, -1, 1], jnp.int32), jnp.asarray(k), jnp.asarray(v))
+    held = np.asarray(cache.read(1, jnp.arange(2))).reshape(4, 2, 2, 8)
+    clipped = np.clip(k, -largest, largest) if dtype == "float8_e4m3fn" else k
+    for slot, token in ((2, 0), (1, 2)):
+        for i, values in enumerate((clipped, v)):
+            assert np.allclose(held[slot, :, i], rounded(values[token], dtype), rtol=1e-7, atol=0, equal_nan=True)
+    assert (held[[0, 3]] == 0).all() and (np.asarray(cache.read(0, jnp.arange(2))) == 0).all()
+
+
+def test_nan_is_written_as_nan():
+    for dtype in KV_DTYPES:
+        nan = jnp.full((1, 1, 4), jnp.nan)
+        cache = KVCache.empty(1, 1, 1, 1, 4, dtype).write(0, jnp.zeros(1, jnp.int32), nan, nan)
+        assert np.isnan(np.asarray(cache.read(0, jnp.zeros(1, jnp.int32)))).all(), dtype
+
+
+@pytest.mark.parametrize("dtype", KV_DTYPES)
+def test_a_write_touches_no_more_than_it_writes(dtype):
+    """No conversion of the whole array on the way, which is why some dtypes are kept as bits on CPU."""
+    cache = jax.eval_shape(lambda: KVCache.empty(4, 256, 16, 2, 64, dtype))
+    nbytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
+    assert nbytes == 4 * 256 * 16 * bytes_per_token(dtype, 2, 64)
+    new, slots = jax.ShapeDtypeStruct((8, 2, 64), jnp.float32), jax.ShapeDtypeStruct((8,), jnp.int32)
+
+    def write(cache, slots, k, v):
+        return jax.lax.scan(lambda c, layer: (c.write(layer, slots, k, v), None), cache, jnp.arange(4))[0]
+
+    memory = jax.jit(write, donate_argnums=0).lower(cache, slots, new, new).compile().memory_analysis()
+    assert memory.alias_size_in_bytes == nbytes
+    assert memory.temp_size_in_bytes <= 32 * 8 * 2 * 2 * 64
+
+
+def test_the_backend_is_chosen_for_the_target():
+    """And every KV dtype has one everywhere."""
+    tables = Tables(*(jnp.zeros(shape, jnp.int32) for shape in ((2,), (3,), (2,), (2, 4))))
+    chosen = {}
+    for target in (
+        dispatch.Target("cpu"),
+        dispatch.Target("gpu", "7.5"),
+        dispatch.Target("gpu", "9.0"),
+        dispatch.Target("tpu", "v5e"),
+    ):
+        for dtype in KV_DTYPES:
+            with dispatch.on(target), dispatch.record() as choices:
+                make_plan(tables, KVCache.empty(1, 4, 16, 2, 128, dtype), 4)
+            chosen[str(target), dtype] = choices[0].backend
+    assert {chosen["cpu", dtype] for dtype in KV_DTYPES} == {chosen["gpu 7.5", dtype] for dtype in KV_DTYPES} == {"xla"}
+    assert {chosen["gpu 9.0", dtype] for dtype in KV_DTYPES} == {"triton"}
+    assert chosen["tpu v5e", "bfloat16"] == "mosaic_tpu" and chosen["tpu v5e", "float16"] == "xla"
 
 
 def test_shapes_that_do_not_fit_are_refused():
-    q, pages, tables, _ = case([1], [1])
+    q, cache, tables, _, _ = case([1], [1])
     with pytest.raises(ValueError, match="do not fit"):
-        attend(q[:, :3], pages, tables)
+        attend(q[:, :3], cache, tables)
+
+
+def test_the_table_of_what_reads_what_is_current():
+    page = kv_table.PAGE.read_text(encoding="utf-8")
+    assert kv_table.written(page) == page, "run python -m benchmarks.kv_table --write"

@@ -1,0 +1,68 @@
+"""What comes between the projections of a layer and its attention: heads normed and rotated, keys and values cached.
+
+Contract of `append(q, k, v, cache, layer, slots, rope, q_norm, k_norm, eps)`:
+
+* `q` [tokens, q_heads, head_dim], `k`, `v` [tokens, kv_heads, head_dim], float32, as projected.
+* `rope`: cos and sin, float32 [tokens, 1, rope_dim / 2]: value i of a head turns with value i + rope_dim / 2, values from
+  rope_dim on stay (half-split layout; arXiv 2104.09864).
+* `q_norm`, `k_norm`: None, or (weights float32 [n, head_dim], int32 scalar place): RMSNorm over each head before rotation
+  with the vector at that place, `eps` inside the root (arXiv 1910.07467).
+* `cache`, `layer`, `slots`: as `KVCache.write`; the cache is updated in place where it was donated.
+* result: q normed and rotated, float32, and the cache with k (normed, rotated) and v written.
+* derivatives: with respect to q, k, v, the norms and, where it holds floats, the cache.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+
+from pallas_kernels import dispatch
+from pallas_kernels.append import triton, xla
+from pallas_kernels.append.xla import rotate
+from pallas_kernels.paged_attention import KVCache
+
+__all__ = ["BACKENDS", "Norm", "append", "rotate"]
+
+BACKENDS = (dispatch.Backend("triton", triton.refuses, triton), dispatch.Backend("xla", lambda case: None, xla))
+
+Norm = tuple[jax.Array, Any] | None
+
+
+def append(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    cache: KVCache,
+    layer: jax.Array | int,
+    slots: jax.Array,
+    rope: tuple[jax.Array, jax.Array],
+    q_norm: Norm = None,
+    k_norm: Norm = None,
+    eps: float = 1e-6,
+) -> tuple[jax.Array, KVCache]:
+    """(q float32 [tokens, q_heads, head_dim], cache). See the module's contract."""
+    kv = (q.shape[0], cache.kv_heads, cache.head_dim)
+    if k.shape != kv or v.shape != kv or q.shape[-1] != cache.head_dim or slots.shape != q.shape[:1]:
+        raise ValueError(f"append: q {q.shape}, k {k.shape}, v {v.shape} and a cache {cache.pages.shape} do not fit")
+    return _append(q, k, v, cache, layer, slots, rope, q_norm, k_norm, eps, dispatch.target())
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(9, 10))
+def _append(q, k, v, cache, layer, slots, rope, q_norm, k_norm, eps, target):
+    case = dispatch.Case("append", target, cache.dtype, "float32", shape=(*q.shape, cache.kv_heads))
+    return dispatch.choose(case, BACKENDS).append(q, k, v, cache, layer, slots, rope, q_norm, k_norm, eps)
+
+
+def _forward(q, k, v, cache, layer, slots, rope, q_norm, k_norm, eps, target):
+    arguments = (q, k, v, cache, layer, slots, rope, q_norm, k_norm)
+    return _append(*arguments, eps, target), arguments
+
+
+def _backward(eps, target, arguments, cotangents):
+    return jax.vjp(functools.partial(xla.append, eps=eps), *arguments)[1](cotangents)
+
+
+_append.defvjp(_forward, _backward)

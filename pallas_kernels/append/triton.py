@@ -1,0 +1,86 @@
+"""Norm, rotation and cache write as one GPU kernel: a program a token and head, keys and values stored where they stay."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from pallas_kernels import compat
+from pallas_kernels.dispatch import Case
+from pallas_kernels.paged_attention import KVCache
+
+
+def refuses(case: Case) -> str | None:
+    """None where the kernel serves the case."""
+    if case.target.platform != "gpu" or case.target.capability < (8, 0):
+        return f"needs a GPU of compute capability 8.0 or more, not {case.target}"
+    return None if case.format in ("float32", "bfloat16", "float16") else f"a {case.format} cache is written by XLA"
+
+
+def append(
+    q, k, v, cache: KVCache, layer, slots, rope, q_norm, k_norm, eps: float, interpret: bool = False
+) -> tuple[jax.Array, KVCache]:
+    """As the package's contract says."""
+    tokens, q_heads, head_dim = q.shape
+    kv_heads, count = cache.kv_heads, cache.num_pages * cache.page_size
+    half = rope[0].shape[-1]
+    lanes, rest = pl.next_power_of_2(half), head_dim - 2 * half
+    tail = pl.next_power_of_2(max(1, rest))
+    pages = cache.pages.reshape(-1, 2 * kv_heads, head_dim)
+    flat_rope = [angle.reshape(tokens, half) for angle in rope]
+    norms = [(norm[0], jnp.asarray(norm[1], jnp.int32).reshape(1)) for norm in (q_norm, k_norm) if norm is not None]
+
+    def kernel(q, k, v, cos, sin, slots, layer, *refs):
+        *norm_refs, _before, out, pages = refs
+        token, head = pl.program_id(0), pl.program_id(1)
+        lane, end = lax.iota(jnp.int32, lanes), lax.iota(jnp.int32, tail)
+        parts = [(lane, lane < half), (lane + half, lane < half)]
+        parts += [(end + 2 * half, end < rest)] if rest else []
+        slot = slots[token]
+        row = layer[0] * count + slot
+
+        def rotated(ref, index, norm):
+            values = [compat.triton_load(ref.at[token, index, at], mask=mask, other=0.0) for at, mask in parts]
+            if norm is not None:
+                weights, place = norm
+                scale = lax.rsqrt(sum(jnp.sum(x * x) for x in values) / head_dim + eps)
+                vector = [compat.triton_load(weights.at[place[0], at], mask=mask, other=0.0) for at, mask in parts]
+                values = [x * scale * w for x, w in zip(values, vector, strict=True)]
+            c, s = (compat.triton_load(angle.at[token, lane], mask=lane < half, other=0.0) for angle in (cos, sin))
+            first, second, *unturned = values
+            return [first * c - second * s, second * c + first * s, *unturned]
+
+        def store(ref, index, values):
+            for x, (at, mask) in zip(values, parts, strict=True):
+                compat.triton_store(ref.at[(*index, at)], x.astype(ref.dtype), mask=mask)
+
+        given = iter((norm_refs[i], norm_refs[i + 1]) for i in range(0, len(norm_refs), 2))
+        norm_of = [None if norm is None else next(given) for norm in (q_norm, k_norm)]
+
+        @pl.when(head < q_heads)
+        def _():
+            store(out, (token, head), rotated(q, head, norm_of[0]))
+
+        @pl.when((head >= q_heads) & (head < q_heads + kv_heads) & (slot >= 0))
+        def _():
+            store(pages, (row, 2 * (head - q_heads)), rotated(k, head - q_heads, norm_of[1]))
+
+        @pl.when((head >= q_heads + kv_heads) & (slot >= 0))
+        def _():
+            index = head - q_heads - kv_heads
+            values = [compat.triton_load(v.at[token, index, at], mask=mask, other=0.0) for at, mask in parts]
+            store(pages, (row, 2 * index + 1), values)
+
+    operands = (q, k, v, *flat_rope, slots, jnp.asarray(layer, jnp.int32).reshape(1), *(part for n in norms for part in n))
+    out, pages = compat.triton_call(
+        kernel,
+        name="append",
+        grid=(tokens, q_heads + 2 * kv_heads),
+        out_shape=[jax.ShapeDtypeStruct(q.shape, jnp.float32), jax.ShapeDtypeStruct(pages.shape, pages.dtype)],
+        input_output_aliases={len(operands): 1},
+        num_warps=1,
+        interpret=interpret,
+    )(*operands, pages)
+    return out, KVCache(pages.reshape(cache.pages.shape), cache.scales, cache.dtype)

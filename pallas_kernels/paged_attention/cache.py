@@ -1,0 +1,106 @@
+"""The paged KV cache: keys and values of all layers in one donated array.
+
+A token's row holds K of head i at 2i and V at 2i + 1, so that a step is one scatter and a page is one run of bytes. What
+the elements are is the KV dtype; how they are kept may differ: where XLA would rewrite the whole array at an update of
+part of it (16-bit and 8-bit floats on CPU) their bits are kept as integers, and 8-bit floats are bits on a GPU as well.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels import dispatch
+
+KV_DTYPES = ("float32", "bfloat16", "float16", "int8", "float8_e4m3fn")
+_BITS = {("bfloat16", "cpu"): "uint16", ("float8_e4m3fn", "cpu"): "uint8", ("float8_e4m3fn", "gpu"): "uint8"}
+_E4M3_MAX = 448.0
+
+
+def storage_dtype(dtype: str, target: dispatch.Target) -> jnp.dtype:
+    """How elements of a KV dtype are kept on the target."""
+    return jnp.dtype(_BITS.get((dtype, target.platform), dtype))
+
+
+def bytes_per_token(dtype: str, kv_heads: int, head_dim: int) -> int:
+    """Bytes of one token's keys and values in one layer, scales included."""
+    return 2 * kv_heads * (head_dim * jnp.dtype(dtype).itemsize + (4 if dtype == "int8" else 0))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KVCache:
+    """`pages` [layers, pages, page_size, 2 * kv_heads, head_dim]: rotated keys and values. `scales` float32 [layers,
+    pages, page_size * 2 * kv_heads] where `dtype` is int8, else None: an element is its integer times its row's scale.
+    (A page's scales are one row because TPUs fill rows up to 128.)"""
+
+    pages: jax.Array
+    scales: jax.Array | None
+    dtype: str = dataclasses.field(metadata={"static": True})
+
+    @staticmethod
+    def empty(layers: int, pages: int, page_size: int, kv_heads: int, head_dim: int, dtype: str) -> KVCache:
+        """Zeros, kept as the target being traced for wants them. `dtype` is one of KV_DTYPES."""
+        shape = (layers, pages, page_size, 2 * kv_heads)
+        stored = jnp.zeros((*shape, head_dim), storage_dtype(dtype, dispatch.target()))
+        scales = jnp.zeros((layers, pages, page_size * 2 * kv_heads), jnp.float32)
+        return KVCache(stored, scales if dtype == "int8" else None, dtype)
+
+    @property
+    def num_pages(self) -> int:
+        return self.pages.shape[1]
+
+    @property
+    def page_size(self) -> int:
+        return self.pages.shape[2]
+
+    @property
+    def kv_heads(self) -> int:
+        return self.pages.shape[3] // 2
+
+    @property
+    def head_dim(self) -> int:
+        return self.pages.shape[4]
+
+    def write(self, layer: jax.Array | int, slots: jax.Array, k: jax.Array, v: jax.Array) -> KVCache:
+        """Puts k and v [tokens, kv_heads, head_dim] at `slots` int32 [tokens] (page * page_size + offset) of a layer; slot
+        -1 writes nowhere. No slot may come twice. int8 is rounded by the largest of its row, fp8 saturates."""
+        page, place = layer * self.num_pages + slots // self.page_size, slots % self.page_size
+        # Rows that go nowhere get pages of their own beyond the end, so that all indices differ.
+        nowhere = self.pages.shape[0] * self.num_pages + jnp.arange(slots.shape[0], dtype=jnp.int32)
+        page = jnp.where(slots < 0, nowhere, page)
+
+        def put(array: jax.Array, index: tuple, values: jax.Array) -> jax.Array:
+            flat = array.reshape(-1, *array.shape[2:])
+            return flat.at[index].set(values.astype(array.dtype), mode="drop", unique_indices=True).reshape(array.shape)
+
+        values = jnp.stack([k, v], axis=2).reshape(-1, 2 * self.kv_heads, self.head_dim)
+        if self.scales is not None:
+            values = values.astype(jnp.float32)
+            scales = jnp.abs(values).max(axis=-1) / 127
+            values = jnp.round(values / jnp.where(scales == 0, 1.0, scales)[..., None])
+            columns = place[:, None] * (2 * self.kv_heads) + jnp.arange(2 * self.kv_heads, dtype=jnp.int32)
+            pages, scales = put(self.pages, (page, place), values), put(self.scales, (page[:, None], columns), scales)
+            return KVCache(pages, scales, self.dtype)
+        if self.dtype == "float8_e4m3fn":
+            values = jnp.clip(values, -_E4M3_MAX, _E4M3_MAX)
+        if self.pages.dtype != self.dtype:
+            values = lax.bitcast_convert_type(values.astype(self.dtype), self.pages.dtype)
+        return KVCache(put(self.pages, (page, place), values), None, self.dtype)
+
+    def read(self, layer: jax.Array | int, ids: jax.Array) -> jax.Array:
+        """What pages `ids` [...] of a layer hold, exactly: float32 [..., page_size, 2 * kv_heads, head_dim]."""
+        ids = layer * self.num_pages + jnp.clip(ids, 0, self.num_pages - 1)
+
+        def get(array: jax.Array) -> jax.Array:
+            return array.reshape(-1, *array.shape[2:]).at[ids].get(mode="clip")  # one index: two make TPUs copy the array
+
+        stored = get(self.pages)
+        if self.scales is not None:
+            return stored.astype(jnp.float32) * get(self.scales).reshape(stored.shape[:-1])[..., None]
+        if stored.dtype != self.dtype:
+            stored = lax.bitcast_convert_type(stored, jnp.dtype(self.dtype))
+        return stored.astype(jnp.float32)
