@@ -19,6 +19,7 @@ _HOMES = {
     "ModelConfig": "config",
     "ModelFileError": "errors",
     "ModelNotFoundError": "errors",
+    "OutOfMemoryError": "errors",
     "SamplingParams": "sampling",
     "Tokenizer": "tokenizer",
     "UnsupportedModelError": "errors",
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from ferrum_jax.errors import FerrumError as FerrumError
     from ferrum_jax.errors import ModelFileError as ModelFileError
     from ferrum_jax.errors import ModelNotFoundError as ModelNotFoundError
+    from ferrum_jax.errors import OutOfMemoryError as OutOfMemoryError
     from ferrum_jax.errors import UnsupportedModelError as UnsupportedModelError
     from ferrum_jax.loading import load as load
     from ferrum_jax.model import Completion as Completion

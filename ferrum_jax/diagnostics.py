@@ -2,38 +2,64 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch
+from pallas_kernels.append import append
 from pallas_kernels.blocks import FORMATS
-from pallas_kernels.grouped_matmul import grouped_matmul
-from pallas_kernels.paged_attention import Tables, make_plan, paged_attention
+from pallas_kernels.blocks.layouts import LAYOUTS, choose
+from pallas_kernels.blocks.matrix import Matrix
+from pallas_kernels.grouped_matmul import expert_ffn
+from pallas_kernels.paged_attention import KV_DTYPES, KVCache, Tables, make_plan, paged_attention
 from pallas_kernels.quantized_matmul import quantized_matmul
+from pallas_kernels.routing import route
 
-_WIDTH = 256  # a multiple of every format's block
+_SIZE = 256  # rows and columns: a multiple of every format's block and of every kernel's tile
+_TOKENS, _HEADS, _KV_HEADS, _HEAD_DIM = 4, 4, 2, 128
 
 
 def trial(dtype: str = "float32") -> list[dispatch.Choice]:
-    """Compiles each operation once, for every block format, in activations of `dtype`: the dispatcher's own record."""
-    array = jax.ShapeDtypeStruct
-    x, index, layer = array((4, _WIDTH), jnp.dtype(dtype)), array((), jnp.int32), array((), jnp.int32)
+    """Traces the operations of a step for every block format and KV dtype, in activations of `dtype`, with weights in the
+    layout they would be loaded in, and compiles them: the dispatcher's own record."""
+    x, index, ids = _array((_TOKENS, _SIZE), dtype), _array((), "int32"), _array((_TOKENS,), "int32")
     with dispatch.record() as choices:
-        for name, format in FORMATS.items():
-            width = format.stored_width(_WIDTH)
-            weights = array((1, 8, width), format.storage)
-            experts = array((1, 2, 8, width), format.storage)
-            _compile(lambda x, w, i, name=name: quantized_matmul(x, w, (i,), name), x, weights, index)
-            sizes = array((2,), jnp.int32)
-            _compile(lambda x, s, w, i, name=name: grouped_matmul(x, s, w, (i,), name), x, sizes, experts, index)
-        pages = array((1, 2, 16, 2, 64), jnp.float32)
-        positions, starts, lengths, table = (array(shape, jnp.int32) for shape in ((4,), (3,), (2,), (2, 1)))
+        for name in FORMATS:
+            layout = choose(name, _SIZE, _SIZE, dispatch.target())
+            shapes = LAYOUTS[layout].plane_shapes(name, _SIZE, _SIZE)
+            one, experts = (tuple(_array((*lead, *p.shape), p.dtype) for p in shapes) for lead in ((1,), (1, 2)))
 
-        def attend(q, pages, layer, tables):
-            return paged_attention(q, pages, pages, layer, make_plan(Tables(*tables), pages), 1.0)
+            def matrix(planes, index, name=name, layout=layout):
+                return Matrix(planes, (), name, layout, _SIZE, _SIZE).at(index)
 
-        _compile(attend, array((4, 4, 64), jnp.float32), pages, layer, (positions, starts, lengths, table))
+            def mixture(x, planes, index, chosen, weights, matrix=matrix):
+                return expert_ffn(x, chosen, weights, *[matrix(planes, index)] * 3)
+
+            _compile(lambda x, planes, index, matrix=matrix: quantized_matmul(x, matrix(planes, index)), x, one, index)
+            lowered = jax.jit(mixture).lower(x, experts, index, _array((_TOKENS, 2), "int32"), _array((_TOKENS, 2), "float32"))
+            if name == "Q4_K":  # the others are chosen alike, and a minute is long
+                lowered.compile()
+        _compile(lambda x: route(x, x[:, 0] > 0, 2), _array((_TOKENS, _SIZE), "float32"))
+
+        q, kv = (_array((_TOKENS, heads, _HEAD_DIM), "float32") for heads in (_HEADS, _KV_HEADS))
+        angles = _array((_TOKENS, 1, _HEAD_DIM // 2), "float32")
+        tables = Tables(ids, _array((3,), "int32"), _array((2,), "int32"), _array((2, 1), "int32"))
+
+        def attend(q, k, v, cache, layer, slots, rope, tables):
+            q, cache = append(q, k, v, cache, layer, slots, rope)
+            return paged_attention(q, cache, layer, make_plan(tables, cache, _HEADS), 1.0)
+
+        for name in KV_DTYPES:
+            cache = jax.eval_shape(functools.partial(KVCache.empty, 1, 2, 16, _KV_HEADS, _HEAD_DIM, name))
+            _compile(attend, q, kv, kv, cache, index, ids, (angles, angles), tables)
     return choices
+
+
+def _array(shape: tuple[int, ...], dtype) -> Any:
+    return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
 
 
 def _compile(function, *arguments) -> None:

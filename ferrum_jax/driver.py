@@ -12,7 +12,6 @@ import secrets
 import time
 from collections.abc import Generator, Iterator, Sequence
 
-import jax
 import numpy as np
 
 from ferrum_jax import functional
@@ -82,7 +81,7 @@ class Driver:
         start = programs.get(functional.start, *arguments, donate=(1,), chunk=chunk, **static)
         begin = time.perf_counter()
         cache, state, sampled = start(*arguments)
-        pending = jax.device_get(sampled)
+        pending = programs.fetch(sampled)
         model.count("prefill", self.inputs.tokens, time.perf_counter() - begin)
         model.count("decode", made(pending), 0.0)
         params, *_, sampling, key = arguments
@@ -95,8 +94,7 @@ class Driver:
             try:
                 yield pending  # used by the caller while the device works
             finally:
-                jax.block_until_ready(sampled)  # nothing is left running when the caller goes away
-            pending = jax.device_get(sampled)
+                pending = programs.fetch(sampled)  # nothing is left running when the caller goes away
             taken = time.perf_counter() - begin
             steps = int((pending.tokens >= 0).sum(axis=1).max())
             if not steps:

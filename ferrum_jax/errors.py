@@ -15,3 +15,8 @@ class UnsupportedModelError(ModelFileError):
 
 class ModelNotFoundError(FerrumError):
     """No source has the model. The message lists what was tried and why each attempt failed."""
+
+
+class OutOfMemoryError(FerrumError, MemoryError):
+    """A device has not the memory for what was asked. The message counts what is needed and what there is, and says what
+    would help."""

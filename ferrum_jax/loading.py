@@ -9,17 +9,20 @@ from pathlib import Path
 
 import jax
 
-from ferrum_jax import hub
+from ferrum_jax import hub, memory
 from ferrum_jax.chat import check_template
 from ferrum_jax.config import ModelConfig, config_from_gguf
 from ferrum_jax.errors import ModelFileError, UnsupportedModelError
 from ferrum_jax.kv_cache import KV_DTYPES
 from ferrum_jax.model import Model
 from ferrum_jax.programs import enable_compilation_cache
+from ferrum_jax.runtime import PAGE
 from ferrum_jax.tokenizer import Tokenizer
+from ferrum_jax.units import readable_bytes
 from ferrum_jax.weights.gguf import GGUFFile, open_gguf
 from ferrum_jax.weights.names import Parameters, parameters
-from ferrum_jax.weights.stream import read_parameters
+from ferrum_jax.weights.stream import abstract_parameters, read_parameters
+from pallas_kernels.dispatch import Target, target_of
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -41,7 +44,8 @@ def load(
     kv_dtype: of the KV cache; None follows dtype. max_seq_len: tokens of context, at most (and by default) the model's.
     progress: called with (bytes done, bytes in all or None, what is going on).
 
-    Raises ModelNotFoundError, ModelFileError, UnsupportedModelError; ValueError for an argument.
+    Raises ModelNotFoundError, ModelFileError, UnsupportedModelError; OutOfMemoryError, before a byte of weights is read,
+    where they cannot fit the device; ValueError for an argument.
     """
     begin = time.perf_counter()
     if mesh is not None:
@@ -49,8 +53,8 @@ def load(
     if device is not None and not isinstance(device, jax.Device):
         raise ValueError(f"device must be a jax.Device, as in jax.devices(), not {device!r}")
     device = device or jax.devices()[0]
-    dtype = auto_dtype(device) if dtype == "auto" else dtype
-    kv_dtype = kv_dtype or dtype
+    dtype = auto_dtype(target_of(device)) if dtype == "auto" else dtype
+    kv_dtype = "float8_e4m3fn" if kv_dtype == "fp8" else kv_dtype or dtype
     for name, value, known in (("dtype", dtype, DTYPES), ("kv_dtype", kv_dtype, KV_DTYPES)):
         if value not in known:
             raise ValueError(f"{name} {value!r} is not supported; supported: {', '.join(known)}")
@@ -64,9 +68,17 @@ def load(
         config = dataclasses.replace(config, dtype=dtype)
         if max_seq_len is not None and max_seq_len > config.context_length:
             raise ValueError(f"max_seq_len {max_seq_len} is beyond the model's context of {config.context_length} tokens")
-        with jax.default_device(device):
+        max_seq_len = max_seq_len or config.context_length
+        weights = memory.nbytes(abstract_parameters(places, target_of(device)))
+        cache = memory.abstract_cache(config, -(-max_seq_len // PAGE), PAGE, kv_dtype, target_of(device))
+        count = (
+            f"{path}: weights {readable_bytes(weights)}, KV cache {readable_bytes(memory.nbytes(cache))} for one row of "
+            f"{max_seq_len:,} tokens ({kv_dtype})"
+        )
+        memory.require(weights, device, f"the weights do not fit: {count}")
+        with jax.default_device(device), memory.explained(device, lambda: f"loading {count}"):
             params = read_parameters(gguf, places, config, device, progress)
-    model = Model(config, params, tokenizer, device, kv_dtype, max_seq_len or config.context_length)
+    model = Model(config, params, tokenizer, device, kv_dtype, max_seq_len)
     model.load_s = time.perf_counter() - begin
     return model
 
@@ -92,13 +104,12 @@ def check(gguf: GGUFFile) -> tuple[ModelConfig, Parameters, Tokenizer]:
     return config, places, tokenizer
 
 
-def auto_dtype(device: jax.Device) -> str:
+def auto_dtype(target: Target) -> str:
     """What "auto" means: float16 on GPUs before compute capability 8.0, bfloat16 on other accelerators, and on CPU the
     exact float32, because only some CPUs multiply bfloat16 faster."""
-    if device.platform == "cpu":
+    if target.platform == "cpu":
         return "float32"
-    capability = getattr(device, "compute_capability", None)
-    return "float16" if capability is not None and float(capability) < 8.0 else "bfloat16"
+    return "float16" if (0, 0) < target.capability < (8, 0) else "bfloat16"
 
 
 def _open(path: Path) -> GGUFFile:

@@ -1,7 +1,8 @@
 """Ahead-of-time compiled programs, one for each function, static choice and shape.
 
 A `Compiled` object cannot retrace: a shape that nobody foresaw is an error and not a silent compilation. Compile time is
-counted apart from run time, and XLA's persistent cache is on from the first program, small ones included.
+counted apart from run time, and XLA's persistent cache is on from the first program, small ones included. Where memory
+runs out, in compiling, running or reading results, the error counts what the program takes.
 """
 
 from __future__ import annotations
@@ -15,35 +16,85 @@ from typing import Any
 
 import jax
 
+from ferrum_jax import memory
+from ferrum_jax.kv_cache import KVCache
+from ferrum_jax.units import readable_bytes
+
 # LLVM's third level promotes the layer index to an argument that the loops then reload for each weight, and the unpacking
 # of most formats is no longer vectorised: the second level runs it up to twice as fast and compiles faster.
 COMPILER_OPTIONS: dict[str, dict[str, Any]] = {"cpu": {"xla_backend_optimization_level": 2}}
 
 
 class Programs:
-    """Compiles on first use and keeps. `compile_s`: seconds spent in tracing and compilation so far."""
+    """Compiles on first use and keeps. `compile_s`: seconds spent in tracing and compilation so far.
+
+    Raises OutOfMemoryError where the device has not the memory.
+    """
 
     def __init__(self, platform_device: jax.Device):
         self.device = platform_device
         self.compile_s = 0.0
-        self._compiled: dict[Any, Any] = {}
+        self._compiled: dict[Any, Program] = {}
+        self._newest: Program | None = None
 
     def run(self, function: Callable, *args, donate: tuple[int, ...] = (), **static):
         """function(*args, **static) as one program; `donate` are positions of arguments that are given up."""
         return self.get(function, *args, donate=donate, **static)(*args)
 
-    def get(self, function: Callable, *args, donate: tuple[int, ...] = (), **static):
+    def get(self, function: Callable, *args, donate: tuple[int, ...] = (), **static) -> Program:
         """The compiled program for arguments of these shapes (arrays or `jax.ShapeDtypeStruct`s)."""
         leaves, structure = jax.tree.flatten(args)
         shapes = tuple((jax.numpy.shape(leaf), jax.dtypes.result_type(leaf)) for leaf in leaves)
         key = (function, tuple(sorted(static.items())), structure, shapes)
         if key not in self._compiled:
             begin = time.perf_counter()
-            with jax.default_device(self.device):
+            with (
+                jax.default_device(self.device),
+                memory.explained(self.device, lambda: _count(jax.eval_shape(lambda *args: args, *args))),
+            ):
                 jitted = jax.jit(functools.partial(function, **static), donate_argnums=donate)
-                self._compiled[key] = jitted.lower(*args).compile(COMPILER_OPTIONS.get(self.device.platform))
+                compiled = jitted.lower(*args).compile(COMPILER_OPTIONS.get(self.device.platform))
+            self._compiled[key] = Program(compiled, self.device)
             self.compile_s += time.perf_counter() - begin
-        return self._compiled[key]
+        self._newest = self._compiled[key]
+        return self._newest
+
+    def fetch(self, results: Any) -> Any:
+        """The results of a program on the host; here errors appear that an accelerator met while it computed."""
+        with memory.explained(self.device, lambda: self._newest.count() if self._newest else "reading results"):
+            return jax.device_get(results)
+
+
+class Program:
+    """A compiled program, called with its arguments."""
+
+    def __init__(self, compiled: Any, device: jax.Device):
+        self.compiled, self.device = compiled, device
+
+    def __call__(self, *args):
+        with memory.explained(self.device, self.count):
+            return self.compiled(*args)
+
+    def count(self) -> str:
+        """What the program takes, in words."""
+        args, _ = self.compiled.in_avals
+        return _count(args, self.compiled.memory_analysis())
+
+
+def _count(args: Any, analysis: Any = None) -> str:
+    """The bytes of a program's arguments, and of its temporaries and results where the compiler has said them."""
+    caches = [leaf for leaf in jax.tree.leaves(args, is_leaf=_is_cache) if _is_cache(leaf)]
+    cache = memory.nbytes(caches)
+    parts = {"weights and inputs": memory.nbytes(args) - cache, "KV cache": cache}
+    if analysis is not None:
+        parts["temporaries"] = analysis.temp_size_in_bytes
+        parts["results"] = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+    sizes = ", ".join(f"{name} {readable_bytes(size)}" for name, size in parts.items() if size > 0)
+    return f"the program takes {sizes}"
+
+
+def _is_cache(node: Any) -> bool:
+    return isinstance(node, KVCache)
 
 
 def enable_compilation_cache() -> Path:

@@ -6,10 +6,13 @@ from typing import Any
 
 import jax
 
+from ferrum_jax import memory
 from ferrum_jax.config import ModelConfig
 from ferrum_jax.kv_cache import KVCache, new_cache
 from ferrum_jax.programs import Programs
 from ferrum_jax.tokenizer import Tokenizer
+from ferrum_jax.units import readable_bytes
+from pallas_kernels.dispatch import target_of
 
 PAGE = 16  # tokens
 
@@ -33,8 +36,12 @@ class Runtime:
         self._counters: dict[str, float] = {f"{kind}_{unit}": 0 for kind in ("prefill", "decode") for unit in ("tokens", "s")}
 
     def new_cache(self, num_pages: int) -> KVCache:
-        """An empty cache of `num_pages` pages of 16 tokens on the model's device."""
-        with jax.default_device(self.device):
+        """An empty cache of `num_pages` pages of 16 tokens on the model's device; OutOfMemoryError where it does not fit."""
+        tokens = num_pages * PAGE
+        cache = memory.abstract_cache(self.config, num_pages, PAGE, self.kv_dtype, target_of(self.device))
+        count = f"the KV cache for {tokens:,} tokens ({self.kv_dtype}) takes {readable_bytes(memory.nbytes(cache))}"
+        memory.require(memory.nbytes(cache), self.device, count)
+        with jax.default_device(self.device), memory.explained(self.device, lambda: count):
             return new_cache(self.config, num_pages=num_pages, page_size=PAGE, dtype=self.kv_dtype)
 
     def count(self, kind: str, tokens: int, seconds: float) -> None:

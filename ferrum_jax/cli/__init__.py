@@ -20,6 +20,7 @@ from ferrum_jax.cli.bench import bench_command
 from ferrum_jax.cli.doctor import doctor_command
 from ferrum_jax.cli.inspect import info_command, list_command, pull_command
 from ferrum_jax.cli.perplexity import perplexity_command
+from ferrum_jax.cli.plan import plan_command
 from ferrum_jax.cli.run import run_command
 from ferrum_jax.errors import FerrumError
 
@@ -57,7 +58,7 @@ def verbs(context: click.Context) -> None:
 
 
 for _verb in (
-    run_command, bench_command, info_command, pull_command, list_command, doctor_command, perplexity_command
+    run_command, bench_command, info_command, plan_command, pull_command, list_command, doctor_command, perplexity_command
 ):  # fmt: skip
     verbs.add_command(_verb)
     _verb.params.append(_DEBUG)

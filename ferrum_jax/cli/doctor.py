@@ -22,29 +22,24 @@ def _folder(path: Path, *parts: str) -> dict[str, Any]:
 
 
 def _devices() -> list[dict[str, Any]]:
+    """Devices and the memory that JAX may use of each, counted as loading counts it."""
     import jax
+
+    from ferrum_jax.memory import device_limit
 
     rows = []
     for device in jax.devices():
-        memory = device.memory_stats() or {}
+        limit = device_limit(device)
         rows.append(
             {
                 "platform": device.platform,
                 "kind": device.device_kind,
-                "memory_bytes": memory.get("bytes_limit") or (_host_memory() if device.platform == "cpu" else None),
-                "in_use_bytes": memory.get("bytes_in_use"),
+                "memory_bytes": limit and limit.total,
+                "in_use_bytes": limit and limit.in_use,
+                "counted": limit and limit.counted,
             }
         )
     return rows
-
-
-def _host_memory() -> int | None:
-    import os
-
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (ValueError, OSError, AttributeError):  # not every platform knows the names
-        return None
 
 
 def examine() -> dict[str, Any]:
@@ -62,14 +57,15 @@ def examine() -> dict[str, Any]:
         from ferrum_jax import diagnostics
 
         keys = ("operation", "format", "backend", "reason")
-        return [{key: str(getattr(choice, key)) for key in keys} for choice in diagnostics.trial()]
+        return [{key: str(getattr(choice, key)) for key in keys} for choice in diagnostics.trial(report["auto_dtype"])]
 
     def auto_dtype() -> str:
         import jax
 
         from ferrum_jax.loading import auto_dtype
+        from pallas_kernels.dispatch import target_of
 
-        return auto_dtype(jax.devices()[0])
+        return auto_dtype(target_of(jax.devices()[0]))
 
     def compilation_cache() -> dict[str, Any]:
         from ferrum_jax.programs import enable_compilation_cache
@@ -93,10 +89,10 @@ def examine() -> dict[str, Any]:
 def _print_report(report: dict[str, Any]) -> None:
     facts = list((report["versions"] or {}).items())
     for device in report["devices"] or ():
-        memory = device["memory_bytes"]
-        used = f", {readable_bytes(device['in_use_bytes'])} in use" if device["in_use_bytes"] is not None else ""
-        size = f", {readable_bytes(memory)}{used}" if memory else ""
-        facts.append(("device", f"{device['platform']}: {device['kind']}{size}"))
+        facts.append(("device", f"{device['platform']}: {device['kind']}"))
+        if device["memory_bytes"]:
+            sizes = f"{readable_bytes(device['memory_bytes'])}, {readable_bytes(device['in_use_bytes'])} in use"
+            facts.append(("memory for JAX", f"{sizes} ({device['counted']})"))
     facts.append(('dtype "auto"', report["auto_dtype"] or "-"))
     for name in ("compilation_cache", "model_cache"):
         folder = report[name]

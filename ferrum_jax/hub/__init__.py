@@ -8,6 +8,7 @@ import difflib
 import os
 import re
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +26,7 @@ __all__ = [
     "Source",
     "WheelSource",
     "cache_root",
+    "fetch_heads",
     "list_cached",
     "pull",
     "resolve",
@@ -45,7 +47,7 @@ def resolve(source: str | os.PathLike[str], *, progress: Report | None = None, o
     """
     offline = is_offline() if offline is None else offline
     if isinstance(source, str):
-        name = source.strip().lower().removesuffix(":latest")
+        name = _alias_key(source)
         if alias := ALIASES.get(name):
             if not alias.checked:
                 _remark(f"the alias {name} ({alias.sources[0]}) was never checked by ferrum_jax", progress)
@@ -57,18 +59,51 @@ def resolve(source: str | os.PathLike[str], *, progress: Report | None = None, o
     except (OSError, ValueError) as error:  # a name too long or with a NUL, a directory that may not be read
         raise ModelNotFoundError(f"{os.fspath(source)!r}: {error}") from None
     text = os.fspath(source)
-    hub_name = _HUB_PREFIX.sub("", text, count=1)
-    match = _HUB_NAME.fullmatch(hub_name)
-    if isinstance(source, str) and match and not (match["select"] is None and _looks_like_path(hub_name)):
-        return _first(text, (HubSource(match["repo"], match["select"]),), progress, offline)
+    if isinstance(source, str) and (found := _on_hub(text)):
+        return _first(text, (found,), progress, offline)
     if _looks_like_path(text):
         raise ModelNotFoundError(f"{text}: there is no such file or directory (a file on the hub is owner/repo:file)")
     raise ModelNotFoundError(_unknown(text))
 
 
+def fetch_heads(source: str, directory: Path, whole: Callable[[Path], object]) -> Path | None:
+    """Only the beginnings of the files that a name means on the hub, put into `directory`: the path of the first part, or
+    None for a name that means nothing on the hub. `whole(path)` raises ModelFileError while more of them is needed.
+
+    Raises ModelNotFoundError with every source that was tried and why it failed.
+    """
+    alias, named = ALIASES.get(_alias_key(source)), _on_hub(source)
+    sources = [s for s in (alias.sources if alias else (named,)) if isinstance(s, HubSource)]
+    tried = []
+    for wanted in sources:
+        if is_offline():
+            tried.append(f"{wanted}: not asked, offline (HF_HUB_OFFLINE=1)")
+            continue
+        try:
+            return huggingface.fetch_heads(wanted, directory, whole)
+        except SourceError as error:
+            tried.append(f"{wanted}: {error}")
+    if not tried:
+        return None
+    raise ModelNotFoundError("\n  ".join([f"{source} is not at hand, and its header was not to be had. Tried:", *tried]))
+
+
 def pull(source: str | os.PathLike[str], progress: Report | None = None) -> Path:
     """`resolve` under the name users know it by: have the model here, and say where."""
     return resolve(source, progress=progress)
+
+
+def _alias_key(text: str) -> str:
+    return text.strip().lower().removesuffix(":latest")
+
+
+def _on_hub(text: str) -> HubSource | None:
+    """What a text means as owner/repo[:file or quantisation]."""
+    name = _HUB_PREFIX.sub("", text, count=1)
+    match = _HUB_NAME.fullmatch(name)
+    if match is None or (match["select"] is None and _looks_like_path(name)):
+        return None
+    return HubSource(match["repo"], match["select"])
 
 
 def _looks_like_path(text: str) -> bool:

@@ -10,11 +10,13 @@ import json
 import re
 import time
 import urllib.parse
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from http.client import HTTPResponse
 from pathlib import Path, PurePosixPath
 
+from ..errors import ModelFileError
 from . import web
 from .aliases import HubSource
 from .cache import (
@@ -141,6 +143,8 @@ def cached(source: HubSource, *, any_quant: bool = False) -> Path | None:
 
 # ---- fetching
 
+_HEADS = (4 << 20, 24 << 20, 64 << 20)  # bytes: what most headers need, what the largest vocabularies need, the limit
+
 
 @dataclass(frozen=True)
 class _Remote:
@@ -187,6 +191,33 @@ def fetch(source: HubSource, report: Report) -> Path:
             before += remote.size
     report(total, total, f"{source.repo}/{first.name} is in the cache")
     return directory / relative
+
+
+def fetch_heads(source: HubSource, directory: Path, whole: Callable[[Path], object]) -> Path:
+    """Puts only the beginning of what `source` selects into `directory`, and returns the path of its first part.
+
+    `whole(path)` raises ModelFileError while that is too little; then more is read, up to what a header may have.
+    Raises SourceError as `fetch` does, or what `whole` raises at last.
+    """
+    try:
+        remotes = _describe(source)
+        paths = [directory / PurePosixPath(remote.name).name for remote in remotes]
+        with ExitStack() as stack:
+            bodies = [stack.enter_context(web.open_url(remote.url)) for remote in remotes]
+            files = [stack.enter_context(path.open("wb", buffering=0)) for path in paths]
+            for size in _HEADS:
+                for body, file in zip(bodies, files, strict=True):
+                    while file.tell() < size and (chunk := web.read(body, size - file.tell())):
+                        file.write(chunk)
+                try:
+                    whole(paths[0])
+                    break
+                except ModelFileError:
+                    if size == _HEADS[-1]:
+                        raise
+    except web.HubRefusal as error:
+        raise _explained(error, source) from None
+    return paths[0]
 
 
 def _describe(source: HubSource) -> list[_Remote]:

@@ -55,7 +55,8 @@ class GGUFFile:
     def read_into(self, info: TensorInfo, out: np.ndarray, start: int = 0) -> None:
         """Fills the contiguous uint8 array `out` with the bytes [start, start + out.nbytes) of the tensor.
 
-        Raises ModelFileError when the file has become shorter, ValueError for an unfit array or range or a closed file.
+        Raises ModelFileError when the file has become shorter or is a header alone, ValueError for an unfit array or
+        range or a closed file.
         """
         if out.dtype != np.uint8 or not out.flags.c_contiguous or not out.flags.writeable:
             raise ValueError(f"read_into needs a writeable contiguous uint8 array, got {out.dtype} {out.shape}")
@@ -64,6 +65,8 @@ class GGUFFile:
                 f"bytes [{start}, {start + out.nbytes}) are not within the {info.nbytes} bytes of tensor {info.name!r}"
             )
         view = out.reshape(-1).data
+        if info.path not in self._files:
+            raise ModelFileError(f"{info.path}: only the header is here, not tensor {info.name!r}")
         fd = self._files[info.path].fileno()
         done = 0
         while done < len(view):
@@ -93,8 +96,10 @@ class GGUFFile:
         self.close()
 
 
-def open_gguf(path: str | Path) -> GGUFFile:
+def open_gguf(path: str | Path, *, header_only: bool = False) -> GGUFFile:
     """Opens a GGUF file, or all parts of a split one, and checks everything but the tensor data.
+
+    header_only: files cut off behind their headers are taken too; reading a tensor of one raises ModelFileError.
 
     Raises ModelNotFoundError when `path` does not exist, ModelFileError for whatever is damaged, missing or
     inconsistent, UnsupportedModelError for a tensor type that weights cannot have.
@@ -102,10 +107,10 @@ def open_gguf(path: str | Path) -> GGUFFile:
     named = Path(path)
     with ExitStack() as stack:
         try:
-            first = _open_part(named, stack)
+            first = _open_part(named, stack, header_only)
         except FileNotFoundError:
             raise ModelNotFoundError(f"{named}: no such file") from None
-        parts = _open_siblings(first, stack)
+        parts = _open_siblings(first, stack, header_only)
         tensors: dict[str, TensorInfo] = {}
         for part in parts:
             for name, info in part.header.tensors.items():
@@ -133,7 +138,7 @@ class _Part:
     header: Header
 
 
-def _open_part(path: Path, stack: ExitStack) -> _Part:
+def _open_part(path: Path, stack: ExitStack, header_only: bool) -> _Part:
     """Opens and parses one file. FileNotFoundError passes through: the caller knows what the file was wanted for."""
     try:
         # Without O_NONBLOCK a named pipe would hang the open.
@@ -148,11 +153,11 @@ def _open_part(path: Path, stack: ExitStack) -> _Part:
     status = os.fstat(file.fileno())
     if not stat.S_ISREG(status.st_mode):
         raise ModelFileError(f"{path}: this is not a regular file; name a .gguf file")
-    header = parse_header(path, file.fileno(), status.st_size)
+    header = parse_header(path, file.fileno(), status.st_size, header_only=header_only)
     return _Part(path, file, (status.st_dev, status.st_ino), header)
 
 
-def _open_siblings(named: _Part, stack: ExitStack) -> list[_Part]:
+def _open_siblings(named: _Part, stack: ExitStack, header_only: bool) -> list[_Part]:
     """All parts of the model that `named` is one of, in order."""
     match = _PART_NAME.fullmatch(named.path.name)
     number, name_count = (int(match["number"]), int(match["count"])) if match else (1, 1)
@@ -171,7 +176,7 @@ def _open_siblings(named: _Part, stack: ExitStack) -> list[_Part]:
     for index in range(count):
         path = named.path.with_name(f"{match['stem']}-{index + 1:05d}-of-{count:05d}.gguf")
         try:
-            part = named if index + 1 == number else _open_part(path, stack)
+            part = named if index + 1 == number else _open_part(path, stack, header_only)
         except FileNotFoundError:
             raise ModelFileError(
                 f"{path}: part {index + 1} of {count} is missing; all parts must lie in one directory"

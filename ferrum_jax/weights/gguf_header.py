@@ -81,8 +81,9 @@ class Header:
     tensors: dict[str, TensorInfo]
 
 
-def parse_header(path: Path, fd: int, file_size: int) -> Header:
-    """Reads the header of the open file `fd` and checks all of it; tensor data are not touched.
+def parse_header(path: Path, fd: int, file_size: int, *, header_only: bool = False) -> Header:
+    """Reads the header of the open file `fd` and checks all of it; tensor data are not touched, and need not be there
+    with `header_only`.
 
     Raises ModelFileError for anything damaged, UnsupportedModelError for a known tensor type that weights cannot have.
     """
@@ -97,7 +98,7 @@ def parse_header(path: Path, fd: int, file_size: int) -> Header:
         metadata[key] = _read_value(cursor, f"metadata key {key!r}")
     records = [_read_tensor_record(cursor, index, num_tensors) for index in range(num_tensors)]
     alignment = _alignment(cursor, metadata)
-    return Header(metadata, _place_tensors(cursor, records, alignment))
+    return Header(metadata, _place_tensors(cursor, records, alignment, header_only))
 
 
 class _Cursor:
@@ -313,7 +314,7 @@ def _alignment(cursor: _Cursor, metadata: dict[str, object]) -> int:
     return value
 
 
-def _place_tensors(cursor: _Cursor, records: list[_Record], alignment: int) -> dict[str, TensorInfo]:
+def _place_tensors(cursor: _Cursor, records: list[_Record], alignment: int, header_only: bool) -> dict[str, TensorInfo]:
     data_start = -(-cursor.position // alignment) * alignment
     tensors: dict[str, TensorInfo] = {}
     for record in records:
@@ -324,7 +325,7 @@ def _place_tensors(cursor: _Cursor, records: list[_Record], alignment: int) -> d
             raise cursor.error(f"{where} lies at offset {record.offset}, not a multiple of the alignment {alignment}")
         nbytes = math.prod(record.dims) // record.type.block_size * record.type.block_bytes
         offset = data_start + record.offset
-        if offset + nbytes > cursor.file_size:
+        if offset + nbytes > cursor.file_size and not header_only:
             raise cursor.error(
                 f"{where} ({record.type.name}, {nbytes} bytes at byte {offset}) ends beyond the file's "
                 f"{cursor.file_size} bytes: the file is truncated or damaged; download it again"

@@ -810,7 +810,7 @@ def test_pull(hub, monkeypatch, capsys):
 def diagnostics(monkeypatch):
     """A trial compile that chose one backend."""
     choice = types.SimpleNamespace(operation="quantized_matmul", format="Q4_K", backend="xla", reason="the only one")
-    module = types.SimpleNamespace(trial=lambda: [choice], choice=vars(choice))
+    module = types.SimpleNamespace(trial=lambda dtype: [choice], choice=vars(choice))
     monkeypatch.setitem(sys.modules, "ferrum_jax.diagnostics", module)
     monkeypatch.setattr(fj, "diagnostics", module, raising=False)
     return module
@@ -829,7 +829,7 @@ def test_doctor(diagnostics, capsys):
 
 
 def test_doctor_names_what_is_broken(diagnostics, capsys):
-    def fail():
+    def fail(dtype):
         raise RuntimeError("no kernel")
 
     diagnostics.trial = fail

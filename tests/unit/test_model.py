@@ -11,6 +11,7 @@ import ferrum_jax as fj
 from ferrum_jax import driver
 from ferrum_jax.loading import auto_dtype
 from ferrum_jax.weights.gguf import open_gguf
+from pallas_kernels.dispatch import Target
 
 GREEDY = fj.SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)
 NOISY = dataclasses.replace(GREEDY, temperature=1.5, top_k=30, top_p=0.9, min_p=0.01, repetition_penalty=1.1, seed=5)
@@ -200,14 +201,9 @@ def test_half_precision_models_load_and_answer(path):
 
 
 def test_auto_takes_what_the_device_is_fast_at():
-    class Device:
-        platform = "gpu"
-
-        def __init__(self, capability):
-            self.compute_capability = capability
-
-    assert auto_dtype(jax.devices("cpu")[0]) == "float32"
-    assert auto_dtype(Device("7.5")) == "float16" and auto_dtype(Device("9.0")) == "bfloat16"
+    kinds = {("cpu", ""): "float32", ("gpu", "7.5"): "float16", ("gpu", "9.0"): "bfloat16", ("tpu", "v5e"): "bfloat16"}
+    assert {kind: auto_dtype(Target(*kind)) for kind in kinds} == kinds
+    assert auto_dtype(Target("gpu")) == "bfloat16"
 
 
 def test_progress_counts_the_bytes(path):

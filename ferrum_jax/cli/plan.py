@@ -1,0 +1,122 @@
+"""`ferrum-jax plan`: does a model fit a device that is not here, and what bounds its speed there."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ferrum_jax.cli import common
+from ferrum_jax.cli.common import figure, readable_bytes
+
+if TYPE_CHECKING:
+    from ferrum_jax.plan import Plan
+
+DEFAULT_CONTEXT = 4096
+
+
+def _targets(given: tuple[str, ...]) -> list[str]:
+    """The targets named, each once. A mistake of the user's for none, an unknown one or one that cannot be compiled for."""
+    from pallas_kernels import aot
+
+    names = list(dict.fromkeys(name.strip().lower() for text in given for name in text.split(",") if name.strip()))
+    if not names:
+        raise click.UsageError(f"--target is needed: one or more of {', '.join(aot.TARGETS)}")
+    for name in names:
+        if name not in aot.TARGETS:
+            raise click.UsageError(f"--target {name} is not known; known: {', '.join(aot.TARGETS)}")
+        if missing := aot.missing(name):
+            raise click.UsageError(f"compiling for {name} needs {missing}")
+    return names
+
+
+def _json(plan: Plan) -> dict[str, Any]:
+    """The fields of a plan, those in bytes named so."""
+    sizes = ("memory", "limit", "weights", "kv", "temporaries", "total")
+    return {f"{key}_bytes" if key in sizes else key: value for key, value in dataclasses.asdict(plan).items()}
+
+
+def _print_plan(plan: Plan) -> None:
+    click.echo(f"{plan.target}: {plan.device}, {plan.dtype}, KV cache {plan.kv_dtype}")
+    if plan.error:
+        click.echo(f"  {plan.error}")
+        return
+
+    def size(count: int | None) -> str:
+        return "-" if count is None else readable_bytes(count)
+
+    used = sum(part or 0 for part in (plan.weights, plan.kv, plan.temporaries))
+    loading = "; more while it is loaded" if (plan.total or 0) > used else ""
+    touched = "" if plan.experts_touched is None else f", {plan.experts_touched:.0f} experts of each layer among them"
+    rows = {
+        "fits": ("yes" if plan.fits else "no") + (f"; {plan.help}" if plan.help else ""),
+        "needs": f"{size(plan.total)}: weights {size(plan.weights)}, KV cache {size(plan.kv)}, "
+        f"temporaries {size(plan.temporaries)}{loading}",
+        "may use": f"{size(plan.limit)}: {plan.limit_counted}",
+        "largest batch": f"{plan.largest_batch:,}",
+        "largest context": f"{plan.largest_context:,}",
+        "compiled in": ", ".join(f"{name} {seconds:.0f} s" for name, seconds in plan.compile_s.items()),
+        "at most": f"{figure(plan.tokens_per_s, 0)} tokens/s in all: a step reads {size(plan.read_bytes)}{touched}",
+    }
+    common.print_table((f"  {name}", text) for name, text in rows.items())
+    formats: dict[tuple[str, str, str], list[str]] = {}
+    for row in plan.backends:
+        formats.setdefault((row["operation"], row["backend"], row["reason"]), []).append(row["format"])
+    table = [("  " + operation, *rest, " ".join(served)) for (operation, *rest), served in formats.items()]
+    common.print_table(table, ("  operation", "backend", "reason", "formats"))
+
+
+@click.command("plan", short_help="Whether a model fits a GPU or TPU that is not here.")
+@common.model_argument
+@click.option("--target", "targets", multiple=True, metavar="NAME", help="l4, h200, v5e, ...; several by commas or again.")
+@click.option("--context", type=click.IntRange(min=1), help="Tokens of a row, prompt and output (default: 4096).")
+@click.option("--batch", type=click.IntRange(1, 1 << 16), default=1, show_default=True, help="Rows at a time.")
+@common.dtype_option
+@click.option("--kv-dtype", type=click.Choice(common.KV_DTYPES), help="Of the KV cache; follows --dtype.")
+@click.option("--timeout", type=click.FloatRange(min=1), default=1800, show_default=True, help="Seconds for each target.")
+@common.json_option
+@click.pass_context
+def plan_command(
+    ctx: click.Context,
+    model: str,
+    targets: tuple[str, ...],
+    context: int | None,
+    batch: int,
+    dtype: str,
+    kv_dtype: str | None,
+    timeout: float,
+    as_json: bool,
+) -> None:
+    """Compile MODEL for each target, one device of it, and say whether it fits and what bounds its speed.
+
+    The header of MODEL is enough: a file may be cut off behind it, and of a model on the hub only the header is fetched.
+    Exit code 1 if a compiler failed, which is then said; "does not fit" is an answer.
+    """
+    names = _targets(targets)
+    from ferrum_jax import plan
+    from ferrum_jax.config import config_from_gguf
+    from ferrum_jax.weights.names import parameters
+
+    with common.progress_bar() as progress, common.users_mistake():
+        for name in names:
+            plan.usable(name)
+        header = plan.find_header(model, progress)
+    config = config_from_gguf(header)
+    parameters(header, config)  # what is wrong with the model is said once
+    context = context or min(DEFAULT_CONTEXT, config.context_length)
+    if context > config.context_length:
+        raise click.UsageError(f"--context {context} is beyond the model's context of {config.context_length} tokens")
+    plans = []
+    for name in names:
+        with common.progress_bar() as progress:
+            progress(0, 1, f"compiling for {name}")
+            plans.append(plan.plan_for(header, plan.Request(name, context, batch, dtype, kv_dtype), timeout))
+        if not as_json:
+            click.echo("" if len(plans) > 1 else f"{header.path}: {batch:,} rows of {context:,} tokens\n")
+            _print_plan(plans[-1])
+    if as_json:
+        head = {"model": str(header.path), "name": header.metadata.get("general.name"), "context": context, "batch": batch}
+        common.print_json(head | {"versions": common.versions(), "targets": [_json(p) for p in plans]})
+    if any(p.error for p in plans):
+        ctx.exit(1)

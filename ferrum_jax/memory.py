@@ -1,0 +1,163 @@
+"""What a model takes of a device's memory, and how much of it JAX may use: one count for loading, `plan`, `doctor` and
+the error that says that memory ran out.
+
+On an accelerator the limit is that of JAX's allocator, which on a GPU takes a part of the device and leaves the rest
+alone. On a CPU it is what the machine and the control groups around this process still give, counted so that nothing is
+refused that would have worked: swap and whatever the system can reclaim are there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import os
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from ferrum_jax.config import ModelConfig
+from ferrum_jax.errors import OutOfMemoryError
+from ferrum_jax.kv_cache import KVCache, new_cache
+from ferrum_jax.units import readable_bytes
+from pallas_kernels import dispatch
+
+HELP = (
+    "What helps: a smaller quantisation of the model, a shorter context (--max-seq-len), fewer rows at a time, or a "
+    "narrower KV cache (--kv-dtype); `ferrum-jax plan` counts all of it for a device beforehand"
+)
+_DEFAULT_FRACTION = 0.75  # of a GPU's memory; what XLA takes without a setting
+
+
+@dataclasses.dataclass(frozen=True)
+class Limit:
+    """Bytes that JAX may use in all, those that are in use already, and what sets the limit, in words."""
+
+    total: int
+    in_use: int
+    counted: str
+
+    @property
+    def free(self) -> int:
+        return max(0, self.total - self.in_use)
+
+    def __str__(self) -> str:
+        return f"{readable_bytes(self.free)} free of {readable_bytes(self.total)} ({self.counted})"
+
+
+def nbytes(tree: Any) -> int:
+    """Bytes of the arrays of a pytree, or of `jax.ShapeDtypeStruct`s in their place."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def abstract_cache(config: ModelConfig, num_pages: int, page_size: int, dtype: str, target: dispatch.Target) -> KVCache:
+    """The KV cache that a device of the kind `target` would hold, as `jax.ShapeDtypeStruct`s."""
+    make = functools.partial(new_cache, config, num_pages=num_pages, page_size=page_size, dtype=dtype)
+    with dispatch.on(target):
+        return jax.eval_shape(make)
+
+
+# Limits
+
+
+def gpu_fraction() -> tuple[float, str]:
+    """The part of a GPU's memory that JAX takes for itself, and what says so. ValueError for a setting JAX would refuse."""
+    for name in ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"):
+        if text := os.environ.get(name):
+            try:
+                fraction = float(text)
+            except ValueError:
+                fraction = 0.0
+            if not 0 < fraction <= 1:
+                raise ValueError(f"{name} is {text!r}; it must be a number above 0 and at most 1")
+            return fraction, name
+    return _DEFAULT_FRACTION, "JAX's default; XLA_CLIENT_MEM_FRACTION sets another"
+
+
+def device_limit(device: jax.Device) -> Limit | None:
+    """The memory of a device that is there; None where nobody can say."""
+    if device.platform == "cpu":
+        return host_limit()
+    stats = device.memory_stats() or {}
+    if not stats.get("bytes_limit"):
+        return None
+    counted = f"what JAX allocates from on {device.device_kind}"
+    if device.platform == "gpu":
+        counted += f"; XLA_CLIENT_MEM_FRACTION sets its part of the device's memory, {gpu_fraction()[0]} now"
+    return Limit(stats["bytes_limit"], stats.get("bytes_in_use", 0), counted)
+
+
+def host_limit(root: Path = Path("/")) -> Limit | None:
+    """Memory and swap of this machine (its /proc and /sys under `root`), or of a control group that allows less; in use
+    is what cannot be reclaimed. None on systems without /proc."""
+    machine = _numbers(root / "proc/meminfo")
+    if not machine.keys() >= {"MemTotal", "MemAvailable"}:
+        return None
+    swap, swap_free = machine.get("SwapTotal", 0) * 1024, machine.get("SwapFree", 0) * 1024
+    total, available = machine["MemTotal"] * 1024 + swap, machine["MemAvailable"] * 1024 + swap_free
+    limits = [Limit(total, total - available, "memory and swap of this machine")]
+    for group in _control_groups(root):
+        used = _numbers(group / "memory.stat")
+        most = next((n for n in (_number(group / name) for name in ("memory.max", "memory.limit_in_bytes")) if n), None)
+        if most is not None and most < machine["MemTotal"] * 1024:
+            held = used.get("anon", used.get("total_rss", 0)) + used.get("shmem", used.get("total_shmem", 0))
+            limits.append(Limit(most + swap, held + swap - swap_free, "the control group's limit, and swap"))
+    return min(limits, key=lambda limit: limit.free)
+
+
+def _control_groups(root: Path) -> Iterator[Path]:
+    """The directories of the groups that this process is in and of those around them, for memory."""
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers not in ("", "memory"):
+            continue
+        for mount in [root / "sys/fs/cgroup" / controllers, *([root / "sys/fs/cgroup/unified"] if not controllers else [])]:
+            group = mount / path.lstrip("/")
+            yield from (folder for folder in (group, *group.parents) if folder.is_relative_to(mount) and folder.is_dir())
+
+
+def _numbers(path: Path) -> dict[str, int]:
+    try:
+        return {name: int(value) for name, value in re.findall(r"^(\w+):? +(\d+)", path.read_text(), re.MULTILINE)}
+    except OSError:
+        return {}
+
+
+def _number(path: Path) -> int | None:
+    try:
+        text = path.read_text().strip()
+    except OSError:
+        return None
+    return int(text) if text.isdecimal() else None  # "max" is no limit
+
+
+# Errors
+
+
+def require(needed: int, device: jax.Device, what: str) -> None:
+    """Raises OutOfMemoryError, which counts `what`, if so many bytes more are not free on the device."""
+    limit = device_limit(device)
+    if limit is not None and needed > limit.free:
+        raise OutOfMemoryError(f"{what}; {device} has {limit}. {HELP}")
+
+
+@contextlib.contextmanager
+def explained(device: jax.Device, count: Callable[[], str]) -> Iterator[None]:
+    """An allocation inside the block that fails raises OutOfMemoryError with `count()`, the original chained."""
+    try:
+        yield
+    except OutOfMemoryError:
+        raise
+    except (jax.errors.JaxRuntimeError, MemoryError) as error:
+        if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        limit = device_limit(device)
+        there = f"{device} has {limit}" if limit else f"the limit of {device} is not known"
+        raise OutOfMemoryError(f"out of memory: {count()}; {there}. {HELP}") from error

@@ -1,0 +1,370 @@
+"""Whether a model fits a device that is not there, and what would bound its speed there.
+
+The steps of generation are compiled for the device by its real compiler, from the shapes that a header gives: so the
+temporaries are the compiler's own, and the backends those that would run. Each target is compiled in a process of its
+own: one that dies or never ends costs its own answer only. What the numbers mean is said at `Plan`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ferrum_jax import functional, headers, hub, memory
+from ferrum_jax.config import ModelConfig, config_from_gguf
+from ferrum_jax.errors import ModelNotFoundError
+from ferrum_jax.loading import auto_dtype
+from ferrum_jax.programs import COMPILER_OPTIONS
+from ferrum_jax.runtime import PAGE
+from ferrum_jax.sampling import Sampling, SamplingParams
+from ferrum_jax.weights.gguf import GGUFFile, open_gguf
+from ferrum_jax.weights.names import parameters
+from ferrum_jax.weights.stream import abstract_parameters
+from pallas_kernels import aot, dispatch
+
+_CHILD = "from ferrum_jax.plan import main; main()"
+_STEPS = 16  # tokens of a decode dispatch
+_GROWTH = 0.05  # of the room: temporaries that are guessed to grow by more are compiled again
+_TRIES = 4  # compilations in search of something smaller that fits
+_UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What to plan for: a key of `aot.TARGETS`, tokens a row (prompt and output), rows, dtypes as `load` takes them."""
+
+    target: str
+    context: int
+    batch: int
+    dtype: str = "auto"
+    kv_dtype: str | None = None
+
+
+@dataclasses.dataclass
+class Plan:
+    """The answer for one target. Sizes in bytes; None where it could not be found out.
+
+    limit: what JAX may use of the device's memory; weights, kv: parameters and KV cache as the device keeps them;
+    temporaries: what the hungrier of the two steps needs beside them; total: all three, or what loading needs at its
+    peak (the weights and twice the largest tensor) if that is more. largest_batch, largest_context: at the context and
+    at the batch asked for, temporaries growing in proportion where that is more than what was compiled.
+    compile_s: of each step, on this machine. tokens_per_s: the decode step's rows over the time to read read_bytes
+    once: weights, the experts that independent routing touches, and keys and values of full rows; no program is faster.
+    backends: what the dispatcher took, see `pallas_kernels.dispatch.Choice`. error: why there is no answer.
+    """
+
+    target: str
+    device: str
+    dtype: str
+    kv_dtype: str
+    fits: bool | None = None
+    memory: int | None = None
+    limit: int | None = None
+    limit_counted: str = ""
+    weights: int | None = None
+    kv: int | None = None
+    temporaries: int | None = None
+    total: int | None = None
+    largest_batch: int | None = None
+    largest_context: int | None = None
+    compile_s: dict[str, float] = dataclasses.field(default_factory=dict)
+    read_bytes: int | None = None
+    experts_touched: float | None = None
+    tokens_per_s: float | None = None
+    backends: list[dict[str, str]] = dataclasses.field(default_factory=list)
+    help: str = ""
+    error: str = ""
+
+
+# The header
+
+
+def find_header(model: str, progress: Callable[[int, int | None, str], None] | None = None) -> GGUFFile:
+    """The header of a model: of a file at hand (which may end behind its header), one that comes with the package, or the
+    beginning of the hub's file. Raises ModelNotFoundError, ModelFileError, UnsupportedModelError."""
+    report = progress or (lambda done, total, text: None)
+    try:
+        return _read(hub.resolve(model, progress=lambda *remark: None, offline=True))
+    except ModelNotFoundError as error:
+        missing = error
+    if (header := headers.bundled(model)) is not None:
+        report(0, None, f"{model} is not at hand; planning with the header that comes with ferrum_jax")
+        return header
+    report(0, None, f"{model} is not at hand; only its header is fetched")
+    with tempfile.TemporaryDirectory(prefix="ferrum-jax-plan-") as directory:
+        path = hub.fetch_heads(model, Path(directory), _read)
+        if path is None:
+            raise missing
+        return headers.from_json(headers.to_json(_read(path)), Path(path.name))
+
+
+def _read(path: Path) -> GGUFFile:
+    with open_gguf(path, header_only=True) as gguf:
+        return gguf
+
+
+# In the process of one target
+
+
+class _Model:
+    """A model on a target, as shapes, and its steps compiled there."""
+
+    def __init__(self, header: GGUFFile, request: Request):
+        self.name, self.target = request.target, aot.TARGETS[request.target].target
+        self.config, self.kv_dtype = configure(header, request)
+        self.params = abstract_parameters(parameters(header, self.config), self.target)
+        self.weights = memory.nbytes(self.params)
+        self.compile_s: dict[str, float] = {}
+
+    def cache(self, batch: int, context: int) -> functional.KVCache:
+        pages = batch * -(-context // PAGE)
+        return memory.abstract_cache(self.config, pages, PAGE, self.kv_dtype, self.target)
+
+    def kv_bytes(self, batch: int, context: int) -> int:
+        return memory.nbytes(self.cache(batch, context))
+
+    def row_bytes(self, batch: int, context: int) -> int:
+        """What grows with rows and context alone: the KV cache and the prompts."""
+        return self.kv_bytes(batch, context) + 4 * batch * context
+
+    def prefill(self, batch: int, context: int) -> int:
+        """Temporaries of the step that reads prompts, chunk by chunk, and samples: functional.start."""
+        ids = jax.ShapeDtypeStruct((batch, context), jnp.int32), jax.ShapeDtypeStruct((batch,), jnp.int32)
+        return self._temporaries("prefill", functional.start, (1,), batch, context, *ids, *self._sampling(batch))
+
+    def decode(self, batch: int, context: int) -> int:
+        """Temporaries of the step that makes the next tokens of every row: functional.advance."""
+        number: Any = jax.ShapeDtypeStruct((batch,), jnp.int32)
+        flag: Any = jax.ShapeDtypeStruct((batch,), jnp.bool_)
+        seen: Any = jax.ShapeDtypeStruct((batch, self.config.vocab_size), jnp.bool_)
+        state = functional.State(number, number, number, flag, seen)
+        limit = jax.ShapeDtypeStruct((), jnp.int32)
+        advance = functools.partial(functional.advance, steps=_STEPS)
+        return self._temporaries("decode", advance, (1, 2), batch, context, state, *self._sampling(batch), limit)
+
+    def _sampling(self, batch: int) -> tuple[Sampling, jax.ShapeDtypeStruct]:
+        rows = [SamplingParams(seed=0)] * batch
+        sampling = Sampling.from_params(rows, eos_ids=[0], vocab_limit=self.config.vocab_size)
+        return sampling, jax.ShapeDtypeStruct((2,), jnp.uint32)
+
+    def _temporaries(self, name: str, function, donate: tuple[int, ...], batch: int, context: int, *args) -> int:
+        """Bytes that a step needs beside weights and KV cache: temporaries, inputs, and results that alias nothing."""
+        cache = self.cache(batch, context)
+        ours = self.weights + memory.nbytes(cache)
+        begin = time.perf_counter()
+        options = COMPILER_OPTIONS.get(self.target.platform)
+        step = functools.partial(function, config=self.config)
+        try:
+            compiled = aot.compile_for(
+                self.name, step, self.params, cache, *args, donate_argnums=donate, compiler_options=options
+            )
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            return max(0, _refused(str(error), usable(self.name)[0]) - ours)
+        finally:
+            self.compile_s.setdefault(name, round(time.perf_counter() - begin, 1))
+        sizes = compiled.memory_analysis()
+        inputs, results = sizes.argument_size_in_bytes, sizes.output_size_in_bytes - sizes.alias_size_in_bytes
+        return sizes.temp_size_in_bytes + max(0, inputs - ours) + max(0, results)
+
+
+@dataclasses.dataclass
+class _Axis:
+    """Rows or context, x, while all else stays: exact(x) is counted, temporaries(x) compiles, `known` is what was compiled.
+
+    Between two known x temporaries are taken to lie on a line, above all of them to grow in proportion: rather too many.
+    """
+
+    exact: Callable[[int], int]
+    temporaries: Callable[[int], int]
+    known: dict[int, int]
+
+    def largest(self, room: int, most: int) -> int:
+        """The largest x up to `most` that fits into `room`; 0 for none. Compiles smaller ones where the x that was asked
+        for does not fit, and a larger one where temporaries are guessed to grow much."""
+        [(asked, first)] = self.known.items()
+
+        def last(most: int) -> int:
+            return _last(lambda x: self.exact(x) + self._guess(x) <= room, most)
+
+        x = asked
+        while self.exact(x) + self.known[x] > room:
+            x = last(x - 1) * 15 // 16  # a little less, so that a rising constant part does not make it too many again
+            if not x or len(self.known) > _TRIES:
+                return 0
+            self.known[x] = self.temporaries(x)
+        found = last(most if x == asked else asked)
+        if found > asked and self._guess(found) - first > _GROWTH * room:
+            self.known[found] = self.temporaries(found)
+            found = last(most)
+        return found
+
+    def _guess(self, x: int) -> float:
+        below = sorted(k for k in self.known if k <= x)
+        above = sorted(k for k in self.known if k > x)
+        if not above:
+            return self.known[below[-1]] * x / below[-1]
+        low, high = (below[-1], above[0]) if below else (above[0], above[1]) if len(above) > 1 else (0, above[0])
+        start = self.known.get(low, 0)
+        return max(0.0, start + (self.known[high] - start) * (x - low) / (high - low))
+
+
+def _last(holds: Callable[[int], bool], most: int) -> int:
+    """The largest x from 1 to `most` for which `holds`, which holds up to some x and not beyond; 0 for none."""
+    low, high = 0, 1
+    while high <= most and holds(high):
+        low, high = high, 2 * high
+    high = min(high, most + 1)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if holds(middle) else (low, middle)
+    return low
+
+
+def _refused(message: str, limit: int) -> int:
+    """The bytes that a compiler says a program would need (for TPUs it refuses what is too large): above the limit."""
+    needed = re.search(r"(?:\(|Used )(\d+\.\d+)([KMGT])", message)
+    return max(limit + 1, int((float(needed[1]) + 0.005) * _UNITS[needed[2]]) if needed else 0)
+
+
+def configure(header: GGUFFile, request: Request) -> tuple[ModelConfig, str]:
+    """The configuration in the dtype for the target, and the KV dtype."""
+    target = aot.TARGETS[request.target].target
+    dtype = auto_dtype(target) if request.dtype == "auto" else request.dtype
+    return dataclasses.replace(config_from_gguf(header), dtype=dtype), request.kv_dtype or dtype
+
+
+def compute(header: GGUFFile, request: Request) -> Plan:
+    """The plan for one target, compiled in this process. Whatever goes wrong in compiling is raised."""
+    hardware, model = aot.TARGETS[request.target], _Model(header, request)
+    config, batch, context = model.config, request.batch, request.context
+    device = hardware.name if isinstance(hardware, aot.Gpu) else f"TPU {hardware.generation}"
+    plan = Plan(request.target, device, config.dtype, model.kv_dtype, memory=hardware.memory, weights=model.weights)
+    plan.limit, plan.limit_counted = usable(request.target)
+    plan.kv = model.kv_bytes(batch, context)
+    with dispatch.record() as choices:
+        decode, prefill = model.decode(batch, context), model.prefill(batch, context)
+    plan.compile_s = dict(model.compile_s)
+    plan.backends = [dataclasses.asdict(choice) for choice in choices]
+    plan.temporaries = max(decode, prefill)
+    loading = model.weights + 2 * max(tensor.nbytes for tensor in header.tensors.values())  # one as it came and packed
+    plan.total = max(model.weights + plan.kv + plan.temporaries, loading)
+    plan.fits = plan.total <= plan.limit
+    if loading > plan.limit:
+        plan.largest_batch = plan.largest_context = 0
+    else:
+        # Beside prompts and cache, what prefill needs more than decoding does not grow: its chunk is fixed.
+        room = plan.limit - model.weights - max(0, prefill - 4 * batch * context - decode)
+        pages, most = -(-context // PAGE), -(-config.context_length // PAGE)
+        batches = _Axis(lambda n: model.row_bytes(n, context), lambda n: model.decode(n, context), {batch: decode})
+        contexts = _Axis(lambda n: model.row_bytes(batch, n * PAGE), lambda n: model.decode(batch, n * PAGE), {pages: decode})
+        plan.largest_batch = batches.largest(room, 1 << 20)
+        plan.largest_context = min(contexts.largest(room, most) * PAGE, config.context_length)
+    share, plan.experts_touched = experts_read(config, batch)
+    seen = min(context, config.sliding_window or context)
+    plan.read_bytes = weights_read(model.params, config, batch, share) + model.kv_bytes(batch, seen)
+    plan.tokens_per_s = batch * hardware.memory_bandwidth / plan.read_bytes
+    plan.help = _help(plan)
+    return plan
+
+
+def usable(name: str) -> tuple[int, str]:
+    """Bytes of a target's memory that JAX may use, and how that is counted."""
+    hardware = aot.TARGETS[name]
+    if isinstance(hardware, aot.Tpu):
+        return hardware.memory, "the HBM that its compiler allows"
+    fraction, source = memory.gpu_fraction()
+    return int(hardware.memory * fraction), f"{fraction:g} of the device's memory ({source})"
+
+
+def _help(plan: Plan) -> str:
+    assert plan.total and plan.limit and plan.memory
+    if plan.fits or plan.target not in aot.GPUS or plan.total > 0.95 * plan.memory:
+        return ""
+    fraction = -(-100 * plan.total // plan.memory) / 100
+    return f"it would fit with XLA_CLIENT_MEM_FRACTION={fraction:g}"
+
+
+# The bound by bandwidth
+
+
+def experts_read(config: ModelConfig, batch: int) -> tuple[float, float | None]:
+    """The share of a layer's experts, and how many of them, that a step of `batch` rows is expected to touch where each
+    row chooses its own, all equally likely."""
+    if not config.num_experts:
+        return 1.0, None
+    share = 1 - (1 - config.experts_per_token / config.num_experts) ** batch
+    return share, config.num_experts * share
+
+
+def weights_read(params: dict, config: ModelConfig, batch: int, experts: float) -> int:
+    """Bytes of weights that a decode step reads: all of every matrix but `experts` of the experts', and of an embedding
+    that is not the output matrix as well a row for each token."""
+    total = 0.0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        names = [getattr(key, "key", "") for key in path]
+        part = 1.0
+        if any(str(name).startswith("expert_") for name in names):
+            part = experts
+        elif names[0] == "embedding" and "unembedding" in params:
+            part = min(1.0, batch / config.vocab_size)
+        total += part * memory.nbytes(leaf)
+    return int(total)
+
+
+# In the caller's process
+
+
+def plan_for(header: GGUFFile, request: Request, timeout: float | None = None) -> Plan:
+    """The plan for one target, computed in a process of its own; `error` says why there is none."""
+    task = json.dumps({"header": headers.to_json(header), "path": str(header.path), "request": dataclasses.asdict(request)})
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false"}
+    config, kv_dtype = configure(header, request)
+    failed = Plan(request.target, request.target, config.dtype, kv_dtype)
+    try:
+        ended = subprocess.run(
+            [sys.executable, "-c", _CHILD], input=task, env=environment, capture_output=True, text=True, timeout=timeout
+        )
+    except subprocess.TimeoutExpired:
+        failed.error = f"the compiler gave no answer within {timeout:g} s"
+        return failed
+    if ended.returncode == 0:
+        return Plan(**json.loads(ended.stdout))
+    lines = [line.strip() for line in ended.stderr.splitlines() if line.strip()] or ["it said nothing"]
+    how = f"exit code {ended.returncode}"
+    if ended.returncode < 0:
+        how = signal.Signals(-ended.returncode).name
+    failed.error = f"the compiler's process ended with {how}: {lines[-1][:300]}"
+    return failed
+
+
+def main() -> None:
+    """The process of one target: a task on standard input, a plan as JSON on standard output, where nothing else may go."""
+    answer = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    task = json.load(sys.stdin)
+    request = Request(**task["request"])
+    header = headers.from_json(task["header"], Path(task["path"]))
+    try:
+        result = compute(header, request)
+    except Exception as error:
+        result = Plan(request.target, request.target, request.dtype, request.kv_dtype or request.dtype)
+        first = next(iter(str(error).splitlines()), "")
+        result.error = f"{type(error).__name__}: {first[:300]}"
+    with answer:
+        json.dump(dataclasses.asdict(result), answer)

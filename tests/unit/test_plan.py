@@ -1,0 +1,487 @@
+"""Planning and the count of memory: headers without weights, the arithmetic, limits, errors that say what is missing.
+
+No compiler for a device runs here: it is replaced by one whose temporaries are known. tests/aot has the real ones.
+"""
+
+import json
+import math
+import random
+import sys
+import types
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from hub_server import serve
+from random_models import DENSE
+from tiny_gguf import write_tiny_llama
+
+import ferrum_jax as fj
+from ferrum_jax import headers, loading, memory, plan
+from ferrum_jax.cli import main
+from ferrum_jax.config import config_from_gguf
+from ferrum_jax.errors import ModelFileError, ModelNotFoundError, OutOfMemoryError
+from ferrum_jax.hub import huggingface
+from ferrum_jax.kv_cache import new_cache
+from ferrum_jax.programs import Programs
+from ferrum_jax.weights.gguf import open_gguf
+from ferrum_jax.weights.names import parameters
+from ferrum_jax.weights.stream import abstract_parameters
+from pallas_kernels import aot
+from pallas_kernels.dispatch import Target
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from benchmarks.make_synthetic import SHAPES, list_tensors
+
+GIB = 1 << 30
+QWEN = "qwen3:30b-a3b"
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    return write_tiny_llama(tmp_path_factory.mktemp("model") / "tiny.gguf", context=4096)
+
+
+@pytest.fixture(scope="module")
+def cut(path):
+    """The same file, cut off behind its header."""
+    with open_gguf(path) as file:
+        end = min(tensor.offset for tensor in file.tensors.values())
+    short = path.with_name("cut.gguf")
+    short.write_bytes(path.read_bytes()[:end])
+    return short
+
+
+@pytest.fixture(autouse=True)
+def settings(monkeypatch, tmp_path):
+    for name in ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION", "HF_HUB_OFFLINE", "HF_HUB_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("FERRUM_JAX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(aot, "missing", lambda name: None)
+
+
+# Headers
+
+
+def test_a_file_without_weights_opens_for_its_header_only(path, cut):
+    with open_gguf(path) as whole, open_gguf(cut, header_only=True) as short:
+        assert short.metadata.keys() == whole.metadata.keys()
+        places = [[(t.name, t.format, t.shape, t.offset, t.nbytes) for t in file.tensors.values()] for file in (whole, short)]
+        assert places[0] == places[1]
+        with pytest.raises(ModelFileError, match=r"ends inside tensor 'token_embd\.weight'"):
+            short.read(short.tensors["token_embd.weight"])
+    for refused in (lambda: open_gguf(cut), lambda: loading.load(cut), lambda: loading.validate(cut)):
+        with pytest.raises(ModelFileError, match="truncated"):
+            refused()
+
+
+def test_a_file_cut_off_inside_its_header_is_refused(cut, tmp_path, capsys):
+    inside = tmp_path / "inside.gguf"
+    inside.write_bytes(cut.read_bytes()[:-200])
+    with pytest.raises(ModelFileError, match="truncated"):
+        open_gguf(inside, header_only=True)
+    assert main(["plan", str(inside), "--target", "l4"]) == 2
+    assert "truncated" in capsys.readouterr().err
+
+
+def test_a_header_survives_json(path):
+    with open_gguf(path) as file:
+        read = headers.from_json(headers.to_json(file), Path("elsewhere.gguf"))
+        config = config_from_gguf(file)
+        assert config_from_gguf(read) == config
+        cpu = Target("cpu")
+        trees = [abstract_parameters(parameters(header, config), cpu) for header in (file, read)]
+        assert jax.tree.leaves(trees[0]) == jax.tree.leaves(trees[1])
+        assert jax.tree.structure(trees[0]) == jax.tree.structure(trees[1])
+    with pytest.raises(ModelFileError, match=r"elsewhere\.gguf: only the header is here"):
+        read.read(read.tensors["token_embd.weight"])
+
+
+def test_bundled_header_is_that_of_a_full_file():
+    """Types and shapes as the benchmark's own recipe has them; llama.cpp said those of the header."""
+    header = headers.bundled(QWEN)
+    tensors = list_tensors(SHAPES["qwen3-30b-a3b"], "q4_k_m")
+    expected = {tensor.name: (tensor.format, tensor.shape, tensor.nbytes) for tensor in tensors}
+    assert {t.name: (t.format, t.shape, t.nbytes) for t in header.tensors.values()} == expected
+    config = config_from_gguf(header)
+    parameters(header, config)
+    assert (config.num_layers, config.hidden_size, config.num_heads, config.num_kv_heads) == (48, 2048, 32, 4)
+    assert (config.num_experts, config.experts_per_token, config.expert_intermediate_size) == (128, 8, 768)
+    assert (config.head_dim, config.vocab_size, config.context_length) == (128, 151_936, 40_960)
+    assert config.rope_theta == 1e6 and config.rms_norm_eps == pytest.approx(1e-6)
+    assert sum(math.prod(t.shape) for t in header.tensors.values()) == 30_532_122_624
+    assert headers.bundled("Qwen3:30B") is not None and headers.bundled("qwen3:8b") is None
+
+
+def test_header_of_a_file_at_hand_or_of_the_package(cut):
+    remarks = []
+    assert plan.find_header(str(cut)).path == cut
+    assert plan.find_header(QWEN, lambda *remark: remarks.append(remark[2])).path.suffix == ".json"
+    assert "comes with ferrum_jax" in remarks[0]
+    with pytest.raises(ModelNotFoundError, match="no file, no directory and no alias"):
+        plan.find_header("nonsense")
+
+
+def test_only_the_header_is_fetched_from_the_hub(path, monkeypatch, tmp_path):
+    with serve() as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        monkeypatch.setattr(huggingface, "_HEADS", (1000, 1 << 20))  # the first is too little
+        hub.repos["someone/Tiny-GGUF"] = {"tiny.Q8_0.gguf": path.read_bytes() + bytes(32 << 20)}
+        hub.drop_after = [2 << 20]
+        header = plan.find_header("someone/Tiny-GGUF")
+        assert header.path == Path("tiny.Q8_0.gguf") and len(hub.bodies()) == 1
+        assert config_from_gguf(header) == config_from_gguf(plan.find_header(str(path)))
+        assert not (tmp_path / "cache").exists()
+        hub.repos["someone/Tiny-GGUF"] = {"tiny.Q8_0.gguf": path.read_bytes()[:1500]}
+        with pytest.raises(ModelFileError, match="remain in the file"):
+            plan.find_header("someone/Tiny-GGUF")
+        with pytest.raises(ModelNotFoundError, match="no repository"):
+            plan.find_header("someone/else")
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+        with pytest.raises(ModelNotFoundError, match="offline"):
+            plan.find_header("someone/Tiny-GGUF")
+
+
+# The arithmetic
+
+
+def compiler(temporaries, *, refuses=None):
+    """A stand-in of aot.compile_for: a step takes temporaries(rows, tokens of the cache) bytes beside what goes in and out;
+    what needs more than `refuses` bytes is refused as the TPU compiler does."""
+
+    def compile_for(name, function, params, cache, first, *rest, donate_argnums, compiler_options):
+        arguments = memory.nbytes((params, cache, first, *rest))
+        batch = jax.tree.leaves(first)[0].shape[0]
+        temp = int(temporaries(batch, cache.num_pages * cache.page_size))
+        if refuses is not None and arguments + temp > refuses:
+            needed = (arguments + temp) / GIB
+            raise jax.errors.JaxRuntimeError(
+                "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO "
+                f"temporaries ({needed:.2f}G) exceeds available HBM ({refuses / GIB:.2f}G). HLO module: jit__lambda."
+            )
+        donated = memory.nbytes([(params, cache, first)[i] for i in donate_argnums])
+        sizes = types.SimpleNamespace(
+            temp_size_in_bytes=temp,
+            argument_size_in_bytes=arguments,
+            output_size_in_bytes=donated,
+            alias_size_in_bytes=donated,
+        )
+        return types.SimpleNamespace(memory_analysis=lambda: sizes)
+
+    return compile_for
+
+
+def test_count_of_qwen3_30b_on_h200(monkeypatch):
+    monkeypatch.setattr(aot, "compile_for", compiler(lambda batch, tokens: 100 << 20))
+    header = headers.bundled(QWEN)
+    found = plan.compute(header, plan.Request("h200", 8192, 8))
+    file = sum(tensor.nbytes for tensor in header.tensors.values())
+    assert file <= found.weights <= 1.05 * file
+    assert found.kv == 8 * 8192 * 96 * 1024 and found.dtype == found.kv_dtype == "bfloat16"
+    assert 100 << 20 <= found.temporaries <= 102 << 20  # and the inputs of the step
+    assert found.total == found.weights + found.kv + found.temporaries and found.fits
+    assert found.limit == int(0.75 * 139 * GIB) and "XLA_CLIENT_MEM_FRACTION" in found.limit_counted
+    row = 8192 * 96 * 1024
+    expected = (found.limit - found.weights - found.temporaries) / row
+    assert expected - 2 <= found.largest_batch <= expected
+    assert found.largest_context == 40_960 == header.metadata["qwen3moe.context_length"]
+    assert set(found.compile_s) == {"prefill", "decode"} and not found.error and not found.help
+
+
+def test_what_a_decode_step_reads():
+    """The arithmetic of the headline: 1.85 GB at one row, 110 of 128 experts at 32 rows; against the file's own table."""
+    header = headers.bundled(QWEN)
+    config = config_from_gguf(header)
+    params = abstract_parameters(parameters(header, config), Target("cpu"))
+    experts = sum(t.nbytes for t in header.tensors.values() if "_exps." in t.name)
+    embedding = header.tensors["token_embd.weight"].nbytes
+    others = sum(t.nbytes for t in header.tensors.values()) - experts - embedding
+    for batch, touched in ((1, 8.0), (32, 111.77), (4096, 128.0)):
+        share, count = plan.experts_read(config, batch)
+        assert count == pytest.approx(touched, abs=0.01)
+        read = plan.weights_read(params, config, batch, share)
+        assert read == pytest.approx(others + experts * share + embedding * batch / config.vocab_size, abs=2)
+    share, _ = plan.experts_read(config, 1)
+    assert 1.80e9 <= plan.weights_read(params, config, 1, share) <= 1.95e9
+    tied = {name: leaf for name, leaf in params.items() if name != "unembedding"}
+    assert plan.weights_read(tied, config, 1, 0.0) >= embedding
+    assert plan.experts_read(DENSE, 5) == (1.0, None)
+
+
+def test_bound_in_tokens_per_second(monkeypatch):
+    monkeypatch.setattr(aot, "compile_for", compiler(lambda batch, tokens: 0))
+    found = plan.compute(headers.bundled(QWEN), plan.Request("h200", 1024, 1))
+    assert 2300 <= found.tokens_per_s <= 2500
+    assert found.tokens_per_s == pytest.approx(4.8e12 / found.read_bytes)
+
+
+def test_largest_batch_and_context_fit_and_one_more_does_not(path, monkeypatch):
+    """Against plans for the answer itself and for a tenth more, whatever temporaries grow with."""
+    header = plan.find_header(str(path))
+    for fixed, a_row, a_token in ((0, 0, 0), (8 << 20, 1 << 18, 0), (1 << 20, 0, 512), (0, 1 << 20, 3000)):
+        monkeypatch.setattr(aot, "compile_for", compiler(lambda b, t, f=fixed, r=a_row, k=a_token: f + r * b + k * t))
+        for target, batch in (("t4", 4), ("v5e", 1), ("t4", 60_000)):
+            found = plan.compute(header, plan.Request(target, 4096, batch))
+            assert found.fits == (found.largest_batch >= batch) == (found.largest_context >= 4096)
+            best = found.largest_batch
+            assert best > 0 and plan.compute(header, plan.Request(target, 4096, best)).fits
+            assert not plan.compute(header, plan.Request(target, 4096, best + best // 10 + 1)).fits
+            if not found.fits and found.largest_context:
+                assert plan.compute(header, plan.Request(target, found.largest_context, batch)).fits
+
+
+def test_refusal_of_the_compiler_is_an_answer(path, monkeypatch):
+    limit = aot.TPUS["v5e"].memory
+    monkeypatch.setattr(aot, "compile_for", compiler(lambda batch, tokens: tokens * 2000, refuses=limit))
+    header = plan.find_header(str(path))
+    found = plan.compute(header, plan.Request("v5e", 4096, 4000))
+    assert not found.fits and not found.error and found.limit == limit
+    assert found.total == pytest.approx(found.weights + found.kv + 4000 * 4096 * 2000, rel=0.01)
+    assert 0 < found.largest_batch < 4000
+    assert plan.compute(header, plan.Request("v5e", 4096, found.largest_batch)).fits
+    other = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 17.50G of 15.48G hbm."
+    assert plan._refused(other, 1) == int(17.505 * GIB) and plan._refused("RESOURCE_EXHAUSTED", 5) == 6
+
+
+def test_weights_that_do_not_fit_leave_no_batch(monkeypatch):
+    monkeypatch.setattr(aot, "compile_for", compiler(lambda batch, tokens: 1))
+    found = plan.compute(headers.bundled(QWEN), plan.Request("l4", 1024, 1))
+    assert not found.fits and found.largest_batch == found.largest_context == 0
+    assert "XLA_CLIENT_MEM_FRACTION=0." in found.help
+    monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", "0.95")
+    assert plan.compute(headers.bundled(QWEN), plan.Request("l4", 1024, 1)).fits
+    assert plan.compute(headers.bundled(QWEN), plan.Request("t4", 1024, 1)).help == ""
+
+
+def test_dtypes_of_a_target():
+    header = headers.bundled(QWEN)
+    expected = {"t4": "float16", "a100-40g": "bfloat16", "v5e": "bfloat16"}
+    for target, dtype in expected.items():
+        config, kv_dtype = plan.configure(header, plan.Request(target, 16, 1))
+        assert (config.dtype, kv_dtype) == (dtype, dtype)
+    config, kv_dtype = plan.configure(header, plan.Request("t4", 16, 1, "float32", "fp8"))
+    assert (config.dtype, kv_dtype) == ("float32", "fp8")
+
+
+@pytest.mark.parametrize("kv_dtype", ["float32", "bfloat16", "int8", "fp8"])
+def test_kv_bytes_are_those_of_the_cache(kv_dtype):
+    cache = new_cache(DENSE, num_pages=7, dtype=kv_dtype)
+    for kind in ("cpu", "gpu", "tpu"):
+        assert memory.nbytes(memory.abstract_cache(DENSE, 7, 16, kv_dtype, Target(kind))) == memory.nbytes(cache)
+
+
+def test_last():
+    rng = random.Random(0)
+    for _ in range(200):
+        most, last = rng.randrange(1, 3000), rng.randrange(0, 3000)
+        assert plan._last(lambda x, last=last: x <= last, most) == min(most, last)
+
+
+# Processes
+
+
+def request_of(path, child, monkeypatch, timeout=60.0):
+    monkeypatch.setattr(plan, "_CHILD", child)
+    return plan.plan_for(plan.find_header(str(path)), plan.Request("t4", 64, 1), timeout)
+
+
+def test_a_compiler_that_dies_or_hangs_is_named(path, monkeypatch):
+    died = request_of(path, "import os, sys; print('LLVM ERROR: no', file=sys.stderr, flush=True); os.abort()", monkeypatch)
+    assert "SIGABRT" in died.error and "LLVM ERROR: no" in died.error and died.fits is None and died.dtype == "float16"
+    hung = request_of(path, "import time; time.sleep(60)", monkeypatch, timeout=1.0)
+    assert "1 s" in hung.error
+    assert "exit code 3" in request_of(path, "raise SystemExit(3)", monkeypatch).error
+
+
+def test_what_is_raised_in_the_process_comes_back(path, monkeypatch):
+    child = (
+        "from pallas_kernels import aot\nfrom ferrum_jax import plan\n"
+        "def fail(*args, **options):\n    print('noise')\n    raise NotImplementedError('no lowering\\nmore')\n"
+        "aot.compile_for = fail\nplan.main()"
+    )
+    assert request_of(path, child, monkeypatch).error == "NotImplementedError: no lowering"
+
+
+# The command line
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """Plans are computed in this process by the stand-in; t4 dies."""
+    monkeypatch.setattr(aot, "compile_for", compiler(lambda batch, tokens: 5 << 20))
+
+    def plan_for(header, request, timeout):
+        if request.target == "t4":
+            return plan.Plan("t4", "t4", "float16", "float16", error="the compiler's process ended with SIGABRT: no")
+        return plan.compute(header, request)
+
+    monkeypatch.setattr(plan, "plan_for", plan_for)
+
+
+def test_plan_command(cut, compiled, capsys):
+    assert main(["plan", str(cut), "--target", "l4,V5E", "--target", "l4", "--context", "256", "--batch", "3", "--json"]) == 0
+    out, err = capsys.readouterr()
+    report = json.loads(out)
+    assert err == "" and [t["target"] for t in report["targets"]] == ["l4", "v5e"]
+    assert report["context"] == 256 and report["batch"] == 3 and "jax" in report["versions"]
+    for row in report["targets"]:
+        assert row["fits"] and row["total_bytes"] <= row["limit_bytes"] <= row["memory_bytes"]
+        assert row["total_bytes"] >= row["weights_bytes"] + row["kv_bytes"] + row["temporaries_bytes"]
+        assert row["tokens_per_s"] > 0 and row["largest_batch"] >= 3 and row["largest_context"] == 4096
+    assert main(["plan", str(cut), "--target", "l4"]) == 0
+    text = capsys.readouterr().out
+    for part in ("NVIDIA L4", "fits", "yes", "weights", "KV cache", "temporaries", "16.5 GiB", "tokens/s", "4,096"):
+        assert part in text
+
+
+def test_a_failed_compiler_does_not_end_the_command(cut, compiled, capsys):
+    assert main(["plan", str(cut), "--target", "t4,l4"]) == 1
+    out, err = capsys.readouterr()
+    assert "SIGABRT" in out and "NVIDIA L4" in out and err == ""
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--target", "l5"], "t4, a100-40g, l4, h100, h200, v5e, v6e, v5p"),
+        ([], "--target is needed"),
+        (["--target", "l4", "--context", "4097"], "4096"),
+        (["--target", "l4", "--context", "0"], "--context"),
+        (["--target", "l4", "--batch", "0"], "--batch"),
+        (["--target", "l4", "--dtype", "fp8"], "--dtype"),
+    ],
+)
+def test_mistakes_of_the_user(flags, said, cut, compiled, capsys):
+    assert main(["plan", str(cut), *flags]) == 2
+    out, err = capsys.readouterr()
+    assert said in err and err.count("\n") == 1 and out == ""
+
+
+def test_missing_wheels_and_a_wrong_setting(cut, compiled, monkeypatch, capsys):
+    monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", "75%")
+    assert main(["plan", str(cut), "--target", "l4"]) == 2
+    assert "XLA_CLIENT_MEM_FRACTION is '75%'" in capsys.readouterr().err
+    monkeypatch.setattr(aot, "missing", lambda name: "libtpu (pip install 'ferrum-jax[aot]')")
+    assert main(["plan", str(cut), "--target", "v5e"]) == 2
+    err = capsys.readouterr().err
+    assert "pip install 'ferrum-jax[aot]'" in err and err.count("\n") == 1
+
+
+# Limits and errors
+
+
+def fake_system(root, *, meminfo, cgroup="", files=None):
+    files = {"proc/meminfo": meminfo, "proc/self/cgroup": cgroup} | (files or {})
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    return memory.host_limit(root)
+
+
+MEMINFO = "MemTotal:  8388608 kB\nMemAvailable:  4194304 kB\nSwapTotal:  1048576 kB\nSwapFree:  524288 kB\n"
+
+
+def test_limit_of_the_machine(tmp_path):
+    assert memory.host_limit(tmp_path) is None
+    limit = fake_system(tmp_path, meminfo=MEMINFO)
+    assert (limit.total, limit.free) == (9 * GIB, int(4.5 * GIB)) and "machine" in limit.counted
+
+
+@pytest.mark.parametrize(
+    ("cgroup", "files"),
+    [
+        ("0::/jobs/one\n", {"memory.max": "{limit}\n", "memory.stat": "anon {used}\nfile 99999999999\nshmem 0\n"}),
+        ("4:memory:/jobs/one\n", {"memory.limit_in_bytes": "{limit}\n", "memory.stat": "total_rss {used}\ntotal_cache 9\n"}),
+    ],
+)
+def test_limit_of_a_control_group_around_this_one(tmp_path, cgroup, files):
+    base = "sys/fs/cgroup/" + ("" if cgroup.startswith("0") else "memory/")
+    outer = {f"{base}jobs/{name}": text.format(limit=3 * GIB, used=GIB) for name, text in files.items()}
+    inner = {f"{base}jobs/one/memory.max": "max\n", f"{base}jobs/one/memory.limit_in_bytes": f"{2**63 - 4096}\n"}
+    limit = fake_system(tmp_path, meminfo=MEMINFO, cgroup=cgroup, files=outer | inner)
+    assert limit.free == int(2.5 * GIB) and "control group" in limit.counted  # caches can be dropped, swap is there
+
+
+def test_this_machine_has_a_limit():
+    limit = memory.device_limit(jax.devices("cpu")[0])
+    assert 0 < limit.free <= limit.total
+
+
+def test_limit_of_an_accelerator(monkeypatch):
+    def device(platform, stats):
+        return types.SimpleNamespace(platform=platform, device_kind="NVIDIA L4", memory_stats=lambda: stats)
+
+    limit = memory.device_limit(device("gpu", {"bytes_limit": 1000, "bytes_in_use": 300}))
+    assert (limit.total, limit.free) == (1000, 700) and "0.75" in limit.counted
+    assert memory.device_limit(device("gpu", None)) is None
+    assert "FRACTION" not in memory.device_limit(device("tpu", {"bytes_limit": 5})).counted
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")
+    assert memory.gpu_fraction()[0] == 0.5
+    for wrong in ("0", "nan", "2"):
+        monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", wrong)
+        with pytest.raises(ValueError, match="XLA_PYTHON_CLIENT_MEM_FRACTION"):
+            memory.gpu_fraction()
+
+
+def test_load_refuses_before_it_allocates(path, monkeypatch, capsys):
+    def never(*args):
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr(memory, "device_limit", lambda device: memory.Limit(300_000, 250_000, "a small device"))
+    monkeypatch.setattr(loading, "read_parameters", never)
+    with pytest.raises(OutOfMemoryError) as caught:
+        fj.load(path, max_seq_len=1024, kv_dtype="float16")
+    text = str(caught.value)
+    for part in ("weights ", "KV cache 256.0 KiB for one row of 1,024 tokens (float16)", "48.8 KiB free of 293.0 KiB"):
+        assert part in text
+    assert "--kv-dtype" in text and "ferrum-jax plan" in text and "quantisation" in text
+    assert isinstance(caught.value, fj.FerrumError) and isinstance(caught.value, MemoryError)
+    assert main(["run", str(path), "--prompt", "a"]) == 2
+    err = capsys.readouterr().err
+    assert "the weights do not fit" in err and err.count("\n") == 1
+
+
+def test_load_refuses_nothing_that_fits(path, monkeypatch):
+    with open_gguf(path) as file:
+        need = memory.nbytes(abstract_parameters(parameters(file, config_from_gguf(file)), Target("cpu")))
+    for limit in (memory.Limit(need, 0, "just enough"), None):
+        monkeypatch.setattr(memory, "device_limit", lambda device, limit=limit: limit)
+        assert fj.load(path).memory()["parameters_total"] == need
+
+
+def test_a_cache_that_does_not_fit_is_refused_with_its_count(path, monkeypatch):
+    model = fj.load(path)
+    monkeypatch.setattr(memory, "device_limit", lambda device: memory.Limit(50_000, 0, "a small device"))
+    with pytest.raises(OutOfMemoryError, match=r"the KV cache for 2,064 tokens \(float32\) takes .* MiB; .*a small device"):
+        model.generate(["abc"], fj.SamplingParams(max_tokens=2000, temperature=0.0))
+
+
+def test_out_of_memory_in_a_program_says_the_count_first():
+    def greedy(x, cache):
+        return jnp.sort(jnp.broadcast_to(x, (1 << 50,))) * 2, cache
+
+    programs, cache = Programs(jax.devices("cpu")[0]), new_cache(DENSE, num_pages=4)
+    with pytest.raises(
+        OutOfMemoryError, match=r"^out of memory: the program takes .*KV cache 144.0 KiB.*GiB free of"
+    ) as caught:
+        programs.run(greedy, jnp.float32(1), cache, donate=(1,))
+    assert isinstance(caught.value.__cause__, jax.errors.JaxRuntimeError)
+    with pytest.raises(OutOfMemoryError) as caught:
+        programs.fetch(_Late("RESOURCE_EXHAUSTED: Out of memory allocating 5 bytes."))
+    assert "KV cache 144.0 KiB" in str(caught.value)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+        programs.fetch(_Late("INTERNAL: something else"))
+
+
+class _Late:
+    """A result whose computation failed."""
+
+    def __init__(self, message):
+        self.message = message
+
+    def __array__(self, *_, **__):
+        raise jax.errors.JaxRuntimeError(self.message)
