@@ -58,6 +58,17 @@ DTYPES = """## Cost of dtypes
 `python -m benchmarks.dtypes`. Perplexity of an English text in windows of {window} tokens, on CPU. Check: float32 against
 transformers on the exactly dequantised weights.
 """
+GPU = """## {device}
+
+`python -m benchmarks.gpu`. Qwen3-30B-A3B's shapes, random Q4_K_M weights made on the device; decoding starts at {context}
+tokens of context, {steps} tokens a dispatch. A share is that of the bytes a kernel must read, over a device-to-device
+copy measured in the same run. {checks} checks of kernels, attention and logits against float64 or float32 were made in
+that run; {wrong}.
+"""
+PEERS = """### Other engines on it
+
+`python -m benchmarks.gpu_peers`. The same shapes; transformers in bfloat16, which reads 3.6 times the bytes.
+"""
 
 
 def table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
@@ -206,11 +217,48 @@ def dtypes(results: list[dict[str, Any]]) -> list[str]:
     return [DTYPES.format(window=result["window"]), measured_on(result), table(columns, rows)]
 
 
+def gpu(results: list[dict[str, Any]]) -> list[str]:
+    parts: list[str] = []
+    for result in (one for one in results if one["benchmark"] == "gpu"):
+        device = result["device"]["name"]
+        peers = [one for one in results if one["benchmark"] == "gpu-peers" and one["device"]["name"] == device]
+        rows = [row for section in result["sections"].values() for row in section["rows"]]
+        decode = next((row for row in rows if "context" in row), {"context": "-"})
+        checked = [row for row in rows if "ok" in row.get("check", row)]
+        wrong = [row["name"] for row in checked if not row.get("check", row)["ok"]]
+        failed = [f"{one['step']} ({one['error']})" for part in result["sections"].values() for one in part["failures"]]
+        bad = {"wrong": wrong, "failed": failed}
+        said = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in bad.items() if names) or "all held"
+        facts = {"device": device, "context": decode["context"], "steps": result["steps"]}
+        parts += [GPU.format(checks=len(checked), wrong=said, **facts), measured_on(result)]
+        figures = [row for row in rows if "value" in row]
+        columns = ["", "measured", "", "floor", "must", "aim", "check"]
+        parts.append(table(columns, [gpu_figure(row) for row in sorted(figures, key=lambda row: "must" not in row)]))
+        profiles = [[row["name"].removeprefix("profile of "), *gpu_profile(row)] for row in rows if row.get("launches")]
+        parts.append(table(["a step of", "launches", "in kernels, ms", "idle, ms", "most of it"], profiles))
+        for peer in peers:
+            lines = [[row["name"], f"{row['value']:,.1f}" if "value" in row else row["not_measured"]] for row in peer["rows"]]
+            parts += [PEERS, table(["", "tokens/s"], lines)]
+    return parts
+
+
+def gpu_figure(row: dict[str, Any]) -> list[str]:
+    goals = ["-" if row.get(name) is None else f"{row[name]:,g}" for name in ("floor", "must", "aim")]
+    check = row.get("check", {}).get("ok")
+    return [row["name"], f"{row['value']:,.4g}", row["unit"], *goals, {True: "held", False: "FAILED", None: "-"}[check]]
+
+
+def gpu_profile(row: dict[str, Any]) -> list[str]:
+    top = ", ".join(f"{kernel['kernel']} {kernel['ms']:.3f} ms" for kernel in row["top"][:4])
+    return [f"{row['launches']:,g}", f"{row['kernel_ms']:.3f}", f"{row['idle_ms']:.3f}", top]
+
+
 SECTIONS: dict[str, Callable[[list[dict[str, Any]]], list[str]]] = {
     "cpu-": cpu,
     "compile_time": compile_time,
     "memory-": memory,
     "dtypes": dtypes,
+    "gpu-": gpu,
 }
 
 
