@@ -1,0 +1,85 @@
+"""What a GPU kernel compiled to, measured without a GPU: registers, spills, shared memory and the length of its loop.
+
+XLA writes the PTX of a deviceless compilation to a folder; the ptxas of the nvidia-cuda-nvcc wheel assembles it again,
+verbosely; the machine code is read from the ELF file: instructions of 16 bytes, the longest jump backwards is the loop.
+From jax 0.12 on XLA does not write the PTX of Triton kernels: `measure` then finds no kernels and returns none.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import pathlib
+import re
+import struct
+import subprocess
+import tempfile
+from collections.abc import Callable
+
+from pallas_kernels import aot
+
+_BRANCH = 0x947
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """registers a thread; spill: bytes stored and loaded; loop: instructions of the longest loop, 0 where there is none."""
+
+    name: str
+    registers: int
+    spill: int
+    instructions: int
+    loop: int
+
+
+def measure(target: str, function: Callable, *args) -> tuple[dict[str, Kernel], int]:
+    """The kernels of `function` compiled for a GPU of `aot.GPUS`, by name, and the bytes of its temporaries."""
+    with tempfile.TemporaryDirectory() as folder:
+        compiled = aot.compile_for(target, function, *args, compiler_options={"xla_dump_to": folder})
+        kernels = [kernel for file in pathlib.Path(folder).glob("*.ptx") for kernel in _assemble(file, target)]
+    return {kernel.name: kernel for kernel in kernels}, compiled.memory_analysis().temp_size_in_bytes
+
+
+def _assemble(ptx: pathlib.Path, target: str) -> list[Kernel]:
+    if ".entry" not in ptx.read_text():
+        return []
+    major, minor = aot.GPUS[target].compute_capability
+    architecture, binary = f"sm_{major}{minor}{'a' * (major == 9)}", ptx.with_suffix(".cubin")
+    command = [_ptxas(), "-v", f"-arch={architecture}", str(ptx), "-o", str(binary)]
+    report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    kernels = []
+    for name, code in _sections(binary.read_bytes()).items():
+        if name.startswith(".text."):
+            entry = name.removeprefix(".text.")
+            properties = report.split(f"Function properties for {entry}\n", 1)[1]
+            spill = sum(int(n) for n in re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", properties).groups())
+            registers = int(re.search(r"Used (\d+) registers", properties).group(1))
+            kernels.append(Kernel(entry, registers, spill, len(code) // 16, _longest_loop(code, hopper=major >= 9)))
+    return kernels
+
+
+def _ptxas() -> str:
+    (package,) = importlib.util.find_spec("nvidia").submodule_search_locations
+    return str(next(pathlib.Path(package).glob("cu*/bin/ptxas")))
+
+
+def _sections(elf: bytes) -> dict[str, bytes]:
+    """The sections of a 64-bit little-endian ELF file by name."""
+    (table,) = struct.unpack_from("<Q", elf, 0x28)
+    size, count, names_at = struct.unpack_from("<HHH", elf, 0x3A)
+    headers = [struct.unpack_from("<IIQQQQ", elf, table + i * size) for i in range(count)]  # name, .., .., .., offset, length
+    names = elf[headers[names_at][4] :]
+    return {names[h[0] : names.index(b"\0", h[0])].decode(): elf[h[4] : h[4] + h[5]] for h in headers}
+
+
+def _longest_loop(code: bytes, hopper: bool) -> int:
+    """Instructions between a branch and where it jumps back to, the most there are."""
+    longest = 0
+    for low, high in struct.iter_unpack("<QQ", code):
+        if low & 0xFFF == _BRANCH:
+            words = ((low >> 34) | (high << 30)) & ((1 << 48) - 1)  # of four bytes, from the next instruction on
+            words -= (words >> 47) << 48
+            if hopper:
+                words = (words << 8) | ((low >> 16) & 0xFF)
+            longest = max(longest, -words // 4)
+    return longest if longest > 1 else 0  # the end of a kernel jumps to itself

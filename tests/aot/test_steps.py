@@ -1,0 +1,81 @@
+"""The whole decode and prefill steps of Qwen3-30B-A3B, compiled for every target: what they take beside the weights."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import functools
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pallas_kernels import aot
+
+pytestmark = pytest.mark.timeout(1800)  # the first test waits for compilers
+
+KERNELS = {"gpu": "triton", "tpu": "mosaic_tpu"}
+TARGETS = ("t4", "a100-40g", "l4", "h200", "v5e", "v6e", "v5p")
+
+
+@functools.cache
+def compilations() -> dict[str, concurrent.futures.Future]:
+    """steps.py at work for every target, two at a time."""
+    pool = concurrent.futures.ThreadPoolExecutor(2)
+    return {target: pool.submit(compile_steps, target) for target in TARGETS}
+
+
+def compile_steps(target: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, Path(__file__).with_name("steps.py"), target]
+    return subprocess.run(command, capture_output=True, text=True, timeout=1500, check=False)
+
+
+@functools.cache
+def report(target: str) -> dict:
+    """What steps.py says."""
+    done = compilations()[target].result()
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+def bound(report: dict, step: dict) -> int:
+    """Temporaries a step may have, from its shapes: the activations of one layer, the logits, and two tiles of 8 MiB.
+
+    Any of what must not be there is larger than the difference: the experts of a layer as they are stored (325 MiB), or
+    unpacked (2.3 GiB); every row times every expert (decode of 8: 12 MiB a product); a slice of q (4.5 MiB).
+    """
+    rows = step["tokens"] * report["top_k"]
+    activations = step["tokens"] * (6 * report["hidden"] + 4 * report["q_width"])
+    activations += rows * (report["hidden"] + 2 * report["width"])
+    partials = step["tokens"] * report["q_width"] * (4096 // 256 + 1) if step["tokens"] <= 16 else 0
+    return 4 * (activations + partials + 3 * step["sequences"] * report["vocab"]) + (2 << 20)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_steps_compile_alias_the_cache_and_copy_no_weights(target):
+    result = report(target)
+    for name, step in result["steps"].items():
+        assert step["alias_bytes"] >= step["cache_bytes"], name
+        fallback = (24 << 20) if target == "t4" else 0  # unpacked tiles of plain XLA
+        assert step["temp_bytes"] <= bound(result, step) + fallback, (name, step["temp_bytes"] / 2**20)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_kernels_are_taken(target):
+    kind = aot.TARGETS[target].target
+    for name, step in report(target)["steps"].items():
+        taken = {(c["operation"], c["format"]): c["backend"] for c in step["choices"]}
+        expected = "xla" if target == "t4" else KERNELS[kind.platform]
+        for operation in ("quantized_matmul", "expert_ffn"):
+            for format in ("Q4_K", "Q6_K"):
+                assert taken[operation, format] == expected, (name, operation, format)
+        assert taken["paged_attention", "float16" if target == "t4" else "bfloat16"] == expected, name
+
+
+@pytest.mark.parametrize("target", ["a100-40g", "l4", "h200"])
+def test_launches_of_a_layer(target):
+    """The loops over layers have the bodies B, B and A A B. Ceilings are what was counted, so that a lost fusion shows."""
+    for name, one, three in (("decode of 1", 21, 57), ("decode of 8", 25, 62)):
+        *_, first, last, middle = report(target)["steps"][name]["launches"]
+        assert max(first, last) <= one and middle <= three, (name, first, middle, last)
