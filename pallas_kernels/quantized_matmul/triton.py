@@ -83,11 +83,12 @@ def tile(batch: int, matrices: Sequence[Matrix], rows: int, target: Target) -> T
 
 def parts_of(batch: int, rows: int, columns: int) -> int:
     """Into how many runs of k a product is cut, to be summed by whoever reads it: small matrices have too few rows to
-    keep every scheduler of a large GPU busy. The same for all numbers of rows of x that decoding has."""
+    keep every scheduler of a large GPU busy, and the sum is free where it joins the residual (the attention output); q, k
+    and v would pay a launch each for it. The same for all numbers of rows of x that decoding has."""
     if batch > DECODING:
         return 1
     units = columns // (64 * gpu.groups_of(columns))
-    return max(n for n in (1, 2, 4) if n == 1 or (rows * n <= 12288 and units % n == 0 and units >= 4 * n))
+    return max(n for n in (1, 2, 4) if n == 1 or (rows * n <= 8192 and units % n == 0 and units >= 4 * n))
 
 
 def silu_product(totals: Sequence[jax.Array]) -> jax.Array:

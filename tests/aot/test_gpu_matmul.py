@@ -103,7 +103,14 @@ def test_projections_of_mixed_formats_are_one_launch(target, m):
     assert temporaries <= room(m, 5120, HIDDEN)
     if SEEN:
         assert [name for name in kernels if name.startswith("matmul")] == ["matmul"]
-        lean(kernels["matmul"], dense.tile(m, parts[:1], 5120 * dense.parts_of(m, 5120, HIDDEN), on), ["Q6_K"], m <= 16, HIDDEN)
+        lean(
+            kernels["matmul"],
+            dense.tile(m, parts[:1], 5120 * dense.parts_of(m, 5120, HIDDEN), on),
+            ["Q6_K"],
+            m <= 16,
+            HIDDEN,
+            dense.parts_of(m, 5120, HIDDEN),
+        )
 
 
 @pytest.mark.parametrize("target", TARGETS)

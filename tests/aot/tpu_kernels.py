@@ -2,7 +2,7 @@
 
     python tpu_kernels.py v5e
 
-For each case: bytes of temporaries, and of each kernel the bundles of its final program (one is issued a cycle; loops and
+For each case: bytes of temporaries, launches of kernels, and of each kernel the bundles of its final program (one is issued a cycle; loops and
 both sides of branches count once) and the vector registers spilled in it, from libtpu's own dump. A process of its own,
 because libtpu reads the wish for a dump when it is loaded.
 """
@@ -96,10 +96,11 @@ def measure(function, *args) -> dict:
     for old in pathlib.Path(DUMP.name).iterdir():
         old.unlink()
     compiled = aot.compile_for(TARGET, function, *args)
-    found = {"temp_bytes": compiled.memory_analysis().temp_size_in_bytes, "kernels": {}}
+    found: dict = {"temp_bytes": compiled.memory_analysis().temp_size_in_bytes, "launches": 0, "kernels": {}}
     for file in pathlib.Path(DUMP.name).glob("*final_hlo-static-per-bundle-utilization.txt"):
         name = re.match(r"\d+-(.*)-\d+-final_hlo", file.name)[1].split(".")[0]
         if name.startswith(("few_rows", "many_rows", "grouped", "expert_ffn", "group_few")):
+            found["launches"] += 1
             bundles = [line.split() for line in file.read_text().splitlines() if re.fullmatch(r"(\d+\s*){11}", line.strip())]
             found["kernels"][name] = {"bundles": len(bundles), "spills": sum(int(b[SPILL]) for b in bundles)}
     return found

@@ -31,6 +31,14 @@ CODES_AT = {"Q4_1": 4, "Q5_1": 4, "Q4_K": 16, "Q5_K": 16}  # where the codes of 
 BY_32 = [format for format in tpu.PACKINGS if FORMATS[format].block_size == 32]
 
 
+@pytest.fixture(autouse=True)
+def compiled_quickly():
+    """Each program runs once: XLA need not make it fast."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 def decoded(blocks, format):
     return np.asarray(FORMATS[format].decode(jnp.asarray(blocks)), np.float64)
 
