@@ -135,8 +135,8 @@ class _Reader:
 def _put(planes: tuple[jax.Array, ...], stored: jax.Array, i: int, format: str, layout: str) -> tuple[jax.Array, ...]:
     """Packs one tensor's blocks [*experts, rows, width] into place i of its stack."""
     pack = functools.partial(LAYOUTS[layout].pack, format=format)
-    for _ in stored.shape[:-2]:  # experts
-        pack = jax.vmap(pack)
+    for _ in stored.shape[:-2]:  # experts one after the other: a tenth of the time to compile, and no temporaries
+        pack = functools.partial(jax.lax.map, pack)
     parts = pack(stored)
     return tuple(jax.lax.dynamic_update_index_in_dim(a, b, i, 0) for a, b in zip(planes, parts, strict=True))
 

@@ -73,9 +73,18 @@ def test_the_kernels_are_taken(target):
         assert taken["paged_attention", "float16" if target == "t4" else "bfloat16"] == expected, name
 
 
-@pytest.mark.parametrize("target", ["a100-40g", "l4", "h200"])
+# Launches of one pass of the loops over layers with one body (B) and with three (A A B), as counted. XLA cuts its own small
+# products otherwise on an L4.
+LAUNCHES = {
+    "h200": {"decode of 1": (18, 48), "decode of 8": (22, 53)},
+    "a100-40g": {"decode of 1": (21, 57), "decode of 8": (25, 62)},
+    "l4": {"decode of 1": (22, 62), "decode of 8": (38, 80)},
+}
+
+
+@pytest.mark.parametrize("target", LAUNCHES)
 def test_launches_of_a_layer(target):
-    """The loops over layers have the bodies B, B and A A B. Ceilings are what was counted, so that a lost fusion shows."""
-    for name, one, three in (("decode of 1", 21, 57), ("decode of 8", 25, 62)):
+    """What was counted is the ceiling, so that a lost fusion shows."""
+    for name, (one, three) in LAUNCHES[target].items():
         *_, first, last, middle = report(target)["steps"][name]["launches"]
         assert max(first, last) <= one and middle <= three, (name, first, middle, last)

@@ -2,9 +2,9 @@
 
     python tpu_kernels.py v5e
 
-For each case: bytes of temporaries, launches of kernels, and of each kernel the bundles of its final program (one is issued a cycle; loops and
-both sides of branches count once) and the vector registers spilled in it, from libtpu's own dump. A process of its own,
-because libtpu reads the wish for a dump when it is loaded.
+For each case: bytes of temporaries, launches of kernels, and of each kernel the bundles of its final program (one is
+issued a cycle; loops and both sides of branches count once) and the vector registers spilled in it, from libtpu's own
+dump. A process of its own, because libtpu reads the wish for a dump when it is loaded.
 """
 
 from __future__ import annotations
