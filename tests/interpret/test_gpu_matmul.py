@@ -23,7 +23,7 @@ from pallas_kernels.grouped_matmul import triton as grouped
 from pallas_kernels.quantized_matmul import triton as dense
 
 HOPPER = Target("gpu", "9.0")
-ROUNDING = {"bfloat16": (2.0**-9, 0.0), "float16": (2.0**-11, 2.0**-25)}
+ROUNDING = {"bfloat16": (2.0**-8, 0.0), "float16": (2.0**-11, 2.0**-25)}
 SUM = 2.0**-24
 
 pack = jax.jit(gpu.pack, static_argnums=1)
