@@ -219,8 +219,10 @@ def rehearse(only: list[str]) -> int:
     at a time as there are cores."""
     os.environ["JAX_PLATFORMS"] = "cpu"
     chosen = [section for section in SECTIONS if not only or section.module in only]
-    jobs = [(section, "compile") for section in chosen if not section.environment] + [(s, "rehearse") for s in chosen]
-    jobs.sort(key=lambda job: -job[0].seconds)
+    compiled = [(section, "compile") for section in chosen if not section.environment]
+    # Long ones first; "starts" at the very end, so that it finds what "model" has compiled.
+    jobs = sorted(compiled, key=lambda job: -job[0].seconds)
+    jobs += sorted([(section, "rehearse") for section in chosen], key=lambda job: job[0].module == "starts")
 
     def work(job: tuple[Section, str]) -> int:
         section, mode = job
