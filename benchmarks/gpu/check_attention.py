@@ -115,3 +115,6 @@ def append_exactly(q, k, v, slots, rope, norms, *, dtype: str) -> tuple[jax.Arra
 def without_kernels() -> dispatch.Target:
     """The target being traced for, as if it were too old for kernels: everything is plain XLA."""
     return dispatch.Target("gpu", "7.5") if dispatch.target().platform == "gpu" else dispatch.target()
+
+
+COMPILED_ONCE = (attend_exactly, append_exactly)  # plain XLA: one KV dtype is enough for a rehearsal

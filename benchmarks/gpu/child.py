@@ -49,8 +49,8 @@ def main(section: str, mode: str, skip: frozenset[str]) -> int:
         emit("hello", about(lab))
         if getattr(module, "AHEAD", False) and mode == "measure":
             lab.ahead(lambda scout: run_all(module.steps(scout), skip))
-    elsewhere = getattr(module, "COMPILED_ELSEWHERE", ())
-    done: set[Any] = set()
+    done: set[Any] = set(getattr(module, "COMPILED_ELSEWHERE", ()))
+    once = getattr(module, "COMPILED_ONCE", ())
     for name, step in module.steps(lab):
         if name in skip:
             continue
@@ -63,7 +63,7 @@ def main(section: str, mode: str, skip: frozenset[str]) -> int:
             if not lab.collecting and not alive():
                 return DEAD
         if lab.collecting:
-            compile_new(lab, done, elsewhere)
+            compile_new(lab, done, once)
     return 0
 
 
@@ -88,12 +88,13 @@ def alive() -> bool:
         return False
 
 
-def compile_new(lab: Lab, done: set[Any], elsewhere: Collection[Callable]) -> None:
-    """Compiles what was collected since the last time, but for functions that another section compiles."""
+def compile_new(lab: Lab, done: set[Any], once: Collection[Callable]) -> None:
+    """Compiles what was collected and is not done: done are programs and whole functions. Of those in `once` one program
+    is enough."""
     for key, (program, _) in lab.collected.items():
-        if key in done or program.function in elsewhere:
+        if key in done or program.function in done:
             continue
-        done.add(key)
+        done.add(program.function if program.function in once else key)
         begin = time.perf_counter()
         try:
             memory = program.compile_for(TARGET).memory_analysis()

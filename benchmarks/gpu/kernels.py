@@ -293,3 +293,4 @@ EXACT = {
     dense_calls: last_call(last_dense),
     attention_calls: last_call(last_attention),
 }
+COMPILED_ONCE = tuple(EXACT.values())  # plain XLA: one size of each is enough for a rehearsal

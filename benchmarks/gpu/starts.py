@@ -60,8 +60,8 @@ def compile_all(lab: Lab, name: str) -> Iterator[dict]:
 def programs(lab: Lab) -> Iterator[tuple[str, Callable, tuple, dict[str, Any]]]:
     """(label, function, arguments with shapes for what is large, static arguments) of each program."""
     sizes, config = lab.sizes, lab.sizes.config
-    if lab.rehearsal and lab.collecting:  # two kinds of layer instead of five: all of them compile elsewhere
-        config = dataclasses.replace(config, num_layers=3)
+    if lab.rehearsal and lab.collecting:  # one kind of layer instead of five: all of them compile elsewhere
+        config = dataclasses.replace(config, num_layers=1)
     file: Any = SimpleNamespace(path="synthetic", tensors={tensor.name: tensor for tensor in weights.tensors(config)})
     params = abstract_parameters(names.parameters(file, config), lab.target)
 

@@ -23,7 +23,7 @@ def steps(lab: Lab) -> Iterator[tuple[str, Callable[[], Iterator[dict]]]]:
     absent = lab.rehearsal and lab.collecting
     made: dict[str, object] = {}
     # What differs from the section "model" in options or dtype alone need not compile with all its layers again.
-    whole_model = dataclasses.replace(lab.sizes.config, num_layers=3) if absent else lab.sizes.config
+    whole_model = dataclasses.replace(lab.sizes.config, num_layers=1) if absent else lab.sizes.config
 
     def params():
         if not made:
@@ -40,7 +40,7 @@ def steps(lab: Lab) -> Iterator[tuple[str, Callable[[], Iterator[dict]]]]:
         if not absent:
             yield f"package, {batch}", lambda batch=batch: measure("as the package compiles", batch)
         for name, types in COMMAND_BUFFERS.items():
-            if (batch == 1 or name != "none") and not (absent and (batch, name) != (1, "whole loops")):
+            if (batch == 1 or name != "none") and not (lab.rehearsal and (batch, name) != (1, "whole loops")):
                 option = {"xla_gpu_enable_command_buffer": types}
                 yield f"graphs of {name}, {batch}", lambda b=batch, n=name, o=option: measure(f"CUDA graphs: {n}", b, **o)
         if batch == 1 or not absent:
