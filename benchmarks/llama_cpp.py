@@ -12,16 +12,18 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 import urllib.request
 from pathlib import Path
 from typing import Any
 
 
 class LlamaCpp:
-    """A server process. `pid`; `build`: what the library says about its instruction sets."""
+    """A server process. `context`: tokens of a slot; `slots`: requests that it serves at once. `pid`; `build`: what the
+    library says about its instruction sets."""
 
-    def __init__(self, path: Path, *, threads: int, context: int):
-        command = [sys.executable, "-m", "benchmarks.llama_cpp", str(path), str(threads), str(context)]
+    def __init__(self, path: Path, *, threads: int, context: int, slots: int = 1):
+        command = [sys.executable, "-m", "benchmarks.llama_cpp", *map(str, (path, threads, context, slots))]
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True)
         self.pid = self.process.pid
@@ -42,6 +44,10 @@ class LlamaCpp:
 
     def generate(self, prompt: list[int], tokens: int) -> list[int]:
         """`tokens` greedy token ids after `prompt`, nothing of which is kept from earlier requests."""
+        return self.timed(prompt, tokens)[0]
+
+    def timed(self, prompt: list[int], tokens: int) -> tuple[list[int], float]:
+        """`generate`, and when the first token had come, on the clock of time.perf_counter."""
         request = {
             "prompt": prompt,
             "n_predict": tokens,
@@ -49,23 +55,29 @@ class LlamaCpp:
             "ignore_eos": True,
             "cache_prompt": False,
             "return_tokens": True,
+            "stream": True,
         }
         headers = {"Content-Type": "application/json"}
         call = urllib.request.Request(f"{self.address}/completion", json.dumps(request).encode(), headers)
+        first, lines = 0.0, []
         with urllib.request.urlopen(call) as reply:
-            made = json.load(reply)["tokens"]
+            for line in reply:
+                if line.startswith(b"data: "):
+                    first = first or time.perf_counter()
+                    lines.append(line)
+        made = [token for line in lines for token in json.loads(line[6:]).get("tokens", [])]
         if len(made) != tokens:
             raise RuntimeError(f"llama.cpp was asked for {tokens} tokens and gave {len(made)}")
-        return made
+        return made, first
 
 
-def serve(path: str, threads: int, context: int) -> None:
+def serve(path: str, threads: int, context: int, slots: int) -> None:
     import xllamacpp
 
     params = xllamacpp.CommonParams()
     params.model.path = path
-    params.n_ctx = context
-    params.n_parallel = 1
+    params.n_ctx = context * slots
+    params.n_parallel = slots
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
     params.verbosity = 0
     server = xllamacpp.Server(params)
@@ -75,4 +87,4 @@ def serve(path: str, threads: int, context: int) -> None:
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+    serve(sys.argv[1], *map(int, sys.argv[2:]))

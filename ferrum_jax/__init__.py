@@ -13,13 +13,16 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOMES = {
-    "Completion": "model",
+    "Completion": "completion",
+    "Engine": "engine",
+    "EngineConfig": "engine",
     "FerrumError": "errors",
     "Model": "model",
     "ModelConfig": "config",
     "ModelFileError": "errors",
     "ModelNotFoundError": "errors",
     "OutOfMemoryError": "errors",
+    "Request": "engine",
     "SamplingParams": "sampling",
     "Tokenizer": "tokenizer",
     "UnsupportedModelError": "errors",
@@ -29,14 +32,17 @@ _HOMES = {
 
 if TYPE_CHECKING:
     from ferrum_jax import functional as functional
+    from ferrum_jax.completion import Completion as Completion
     from ferrum_jax.config import ModelConfig as ModelConfig
+    from ferrum_jax.engine import Engine as Engine
+    from ferrum_jax.engine import EngineConfig as EngineConfig
+    from ferrum_jax.engine import Request as Request
     from ferrum_jax.errors import FerrumError as FerrumError
     from ferrum_jax.errors import ModelFileError as ModelFileError
     from ferrum_jax.errors import ModelNotFoundError as ModelNotFoundError
     from ferrum_jax.errors import OutOfMemoryError as OutOfMemoryError
     from ferrum_jax.errors import UnsupportedModelError as UnsupportedModelError
     from ferrum_jax.loading import load as load
-    from ferrum_jax.model import Completion as Completion
     from ferrum_jax.model import Model as Model
     from ferrum_jax.sampling import SamplingParams as SamplingParams
     from ferrum_jax.tokenizer import Tokenizer as Tokenizer

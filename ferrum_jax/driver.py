@@ -2,7 +2,7 @@
 
 A program is compiled for each shape, so shapes come from short lists. `Driver` steps a batch a few tokens a dispatch and
 reads each dispatch's results while the next one runs; `Watcher` turns one row's tokens into text and sees its end;
-`Stream` is both for a single prompt.
+`stream` is both for a single prompt.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import dataclasses
 import secrets
 import time
 from collections.abc import Generator, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -124,25 +125,34 @@ class Watcher:
         self.finish_reason: str | None = None
         self._ends: frozenset[int] = frozenset() if params.ignore_eos else tokenizer.eos_ids
         self._decoder, self._stops = TextStream(tokenizer), StopMatcher(params.stop)
+        self._min_tokens = params.min_tokens
 
     def push(self, sampled: functional.Sampled, row: int) -> tuple[str, list[int]]:
         """Takes what a dispatch sampled for the row: the new text that is safe to show, and the new token ids."""
+        tokens = [token for token in sampled.tokens[row].tolist() if token >= 0]
+        logprobs = [] if self.logprobs is None else listed(sampled.ids[row], sampled.logprobs[row], len(tokens))
+        return self.take(tokens, logprobs)
+
+    def take(self, tokens: list[int], logprobs: list[list[tuple[int, float]]]) -> tuple[str, list[int]]:
+        """Takes the row's next tokens, and their log-probabilities where they are wanted: the new text that is safe to
+        show, and those of the tokens that still belong to the row."""
         before = len(self.token_ids)
         pieces = []
-        for i, token in enumerate(sampled.tokens[row].tolist()):
-            if token < 0 or self.finish_reason is not None:
+        for i, token in enumerate(tokens):
+            if self.finish_reason is not None:
                 break
             self.token_ids.append(token)
             if self.logprobs is not None:
-                pairs = zip(sampled.ids[row, i].tolist(), sampled.logprobs[row, i].tolist(), strict=True)
-                self.logprobs.append(list(pairs))
+                self.logprobs.append(logprobs[i])
             if token in self._ends:
                 self.finish_reason = "stop"
                 break
-            text, stopped = self._stops.push(self._decoder.push(token))
+            text = self._decoder.push(token)
+            if len(self.token_ids) > self._min_tokens:
+                text, stopped = self._stops.push(text)
+                if stopped:
+                    self.finish_reason = "stop"
             pieces.append(text)
-            if stopped:
-                self.finish_reason = "stop"
         piece = "".join(pieces)
         self.text += piece
         return piece, self.token_ids[before:]
@@ -159,13 +169,16 @@ class Watcher:
         return piece
 
 
+def listed(ids: Any, logprobs: Any, count: int) -> list[list[tuple[int, float]]]:
+    """(id, logprob) pairs of the first `count` of ids and logprobs [N, k]."""
+    return [list(zip(*row, strict=True)) for row in zip(ids[:count].tolist(), logprobs[:count].tolist(), strict=True)]
+
+
 class Stream:
     """Iterator of (text piece, token ids). After its end: `finish_reason`, `token_ids`, `text`, `logprobs`."""
 
-    def __init__(self, model: Runtime, prompt: list[int], params: SamplingParams):
-        self.prompt_token_ids = prompt
-        self._watcher = Watcher(model.tokenizer, params)
-        self._pieces: Generator[tuple[str, list[int]], None, None] = self._run(Driver(model, [prompt], [params]))
+    def __init__(self, prompt: list[int], watcher: Watcher, pieces: Generator[tuple[str, list[int]], None, None]):
+        self.prompt_token_ids, self._watcher, self._pieces = prompt, watcher, pieces
 
     def __iter__(self) -> Stream:
         return self
@@ -193,16 +206,23 @@ class Stream:
     def logprobs(self) -> list[list[tuple[int, float]]] | None:
         return self._watcher.logprobs
 
-    def _run(self, driver: Driver) -> Generator[tuple[str, list[int]], None, None]:
-        for sampled in driver:
-            piece, ids = self._watcher.push(sampled, 0)
+
+def stream(model: Runtime, prompt: list[int], params: SamplingParams) -> Stream:
+    """A `Stream` that steps the model for one prompt."""
+    watcher = Watcher(model.tokenizer, params)
+
+    def pieces() -> Generator[tuple[str, list[int]], None, None]:
+        for sampled in Driver(model, [prompt], [params]):
+            piece, ids = watcher.push(sampled, 0)
             if ids:
                 yield piece, ids
-            if self.finish_reason is not None:
+            if watcher.finish_reason is not None:
                 break
-        rest = self._watcher.flush()
+        rest = watcher.flush()
         if rest:
             yield rest, []
+
+    return Stream(prompt, watcher, pieces())
 
 
 def bucket(size: int) -> int:

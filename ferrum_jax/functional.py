@@ -19,7 +19,7 @@ from ferrum_jax.config import ModelConfig
 from ferrum_jax.kv_cache import KVCache, new_cache
 from ferrum_jax.models.decoder import Decoder, RaggedBatch
 from ferrum_jax.quantized import grouped_linear, linear
-from ferrum_jax.sampling import Sampling, is_end, sample, token_logprobs
+from ferrum_jax.sampling import Sampling, is_end, occurred, sample, token_logprobs
 
 __all__ = [
     "KVCache",
@@ -31,6 +31,7 @@ __all__ = [
     "forward",
     "generate",
     "grouped_linear",
+    "hidden",
     "hidden_chunk",
     "linear",
     "logprobs_of",
@@ -54,8 +55,8 @@ class Sampled(NamedTuple):
 
 class State(NamedTuple):
     """Where each row of a generation stands. token int32 [B]: sampled, not yet in the cache; position int32 [B]: its
-    place in the sequence; generated int32 [B]: tokens made; done bool [B]; seen bool [B, vocab]: ids of prompt and
-    output."""
+    place in the sequence; generated int32 [B]: tokens made; done bool [B]; seen int32 [B, vocab]: what `sample`
+    counts of prompt and output."""
 
     token: jax.Array
     position: jax.Array
@@ -75,6 +76,11 @@ def forward(params, cache: KVCache, batch: RaggedBatch, *, config: ModelConfig) 
 
 def _apply(params, config: ModelConfig, *args, method: str = "__call__") -> Any:
     return Decoder(config).apply({"params": params}, *args, method=method)
+
+
+def hidden(params, cache: KVCache, batch: RaggedBatch, *, config: ModelConfig) -> tuple[jax.Array, KVCache]:
+    """`forward` without the output matrix: final hidden states float32 [T, hidden_size], and the new cache."""
+    return _apply(params, config, cache, batch, method="hidden")
 
 
 def unembed(params, hidden: jax.Array, *, config: ModelConfig) -> jax.Array:
@@ -152,7 +158,7 @@ def start(
         cache, last = lax.fori_loop(0, -(-ends[-1] // chunk), read, (cache, last))
     column = jnp.arange(longest) < prompt_lengths[:, None]
     ids = jnp.where(column, prompts, config.vocab_size)
-    seen = jnp.zeros((rows, config.vocab_size), bool).at[jnp.arange(rows)[:, None], ids].set(True, mode="drop")
+    seen = jnp.zeros((rows, config.vocab_size), jnp.int32).at[jnp.arange(rows)[:, None], ids].set(1, mode="drop")
     zero = jnp.zeros((rows,), jnp.int32)
     idle = (prompt_lengths == 0) | (sampling.max_tokens <= 0)
     state = State(zero, prompt_lengths - 1, zero, idle, seen)
@@ -220,7 +226,7 @@ def _sample(params, hidden, state: State, sampling: Sampling, key, config, logpr
         else:
             ids, values = token_logprobs(logits, token, logprobs)
         count = state.generated + active
-        seen = state.seen.at[jnp.arange(rows), jnp.where(active, token, config.vocab_size)].set(True, mode="drop")
+        seen = occurred(state.seen, jnp.arange(rows), jnp.where(active, token, config.vocab_size))
         done = state.done | is_end(token, sampling) | (count >= sampling.max_tokens)
     state = State(jnp.where(active, token, state.token), jnp.where(active, position, state.position), count, done, seen)
     return state, Sampled(jnp.where(active, token, -1)[:, None], ids[:, None], values[:, None])

@@ -2,22 +2,24 @@
 
 `generate` runs prefill and the whole loop as one compiled program. `stream`, `chat` in the terminal and requests with
 stop strings use the stepping driver: the same `start` and `advance`, a few tokens a dispatch, each dispatch's results read
-while the next one runs. Both give the same tokens.
+while the next one runs. More prompts than one program takes, and parameters that need a state of their own, go through an
+engine. All give the same tokens.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import operator
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from ferrum_jax import chat, functional
-from ferrum_jax.driver import Driver, Inputs, Stream, Watcher, bucket, made, padded
+from ferrum_jax.completion import Completion
+from ferrum_jax.driver import Driver, Inputs, Stream, Watcher, bucket, made, padded, power_of_two, stream
+from ferrum_jax.engine import Engine, EngineConfig, Request
 from ferrum_jax.errors import UnsupportedModelError
 from ferrum_jax.kv_cache import bytes_per_token
 from ferrum_jax.runtime import PAGE, Runtime
@@ -27,19 +29,10 @@ from ferrum_jax.weights.stream import bytes_by_format
 _ROWS = 32  # rows of one program at most
 _CACHE_BYTES = 2 << 30  # KV cache of one program at most, where more than one row asks for it
 
+# Parameters that only the engine's slots keep a state for.
+_ENGINE_FIELDS = ("logit_bias", "min_tokens", "bad_words", "n", "prompt_logprobs")
+
 Prompt = str | Sequence[int]
-
-
-@dataclasses.dataclass(frozen=True)
-class Completion:
-    """What was generated for one prompt. `token_ids` includes the end token, `text` does not; finish_reason is "stop"
-    (end token or stop string) or "length"; logprobs: per token a list of (id, logprob), the chosen token first."""
-
-    text: str
-    token_ids: list[int]
-    finish_reason: str
-    logprobs: list[list[tuple[int, float]]] | None
-    prompt_token_ids: list[int]
 
 
 class Model(Runtime):
@@ -51,26 +44,33 @@ class Model(Runtime):
         self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] = SamplingParams()
     ) -> list[Completion]:
         """Completions in the order of the prompts, which are texts or lists of token ids, mixed; `params` is one for all
-        or one for each. ValueError for an empty prompt, an id out of range or a prompt that fills the context."""
+        or one for each; with n > 1 a prompt has so many completions, one after the other. ValueError for an empty prompt,
+        an id out of range or a prompt that fills the context."""
         if isinstance(prompts, str | bytes) or any(isinstance(prompt, int | np.integer) for prompt in prompts):
             raise ValueError("prompts must be a list of prompts; for one prompt write [prompt]")
-        encoded = [self._encode(prompt) for prompt in prompts]
+        encoded = [self.encode(prompt) for prompt in prompts]
         each = [params] * len(encoded) if isinstance(params, SamplingParams) else list(params or ())
         if not all(isinstance(p, SamplingParams) for p in each):
             raise ValueError("params must be SamplingParams, one for all prompts or a list with one for each")
         if len(each) != len(encoded):
             raise ValueError(f"{len(encoded)} prompts and {len(each)} sampling parameters; give one for all or one for each")
-        results: list[Completion | None] = [None] * len(encoded)
-        for group in self._groups(encoded, each):
-            rows = [encoded[i] for i in group]
-            completions = self._complete(rows, [each[i] for i in group])
-            for i, completion in zip(group, completions, strict=True):
-                results[i] = completion
-        return [completion for completion in results if completion is not None]
+        if not encoded:
+            return []
+        if any(map(_needs_engine, each)) or len({p.logprobs for p in each}) > 1 or not self._fit_one_program(encoded, each):
+            return self._complete_in_engine(encoded, each)
+        return self._complete(encoded, each)
 
     def stream(self, prompt: Prompt, params: SamplingParams = SamplingParams()) -> Stream:
-        """An iterator of (text piece, token ids): the same tokens as `generate`, as they are made."""
-        return Stream(self, self._encode(prompt), params)
+        """An iterator of (text piece, token ids): the same tokens as `generate`, as they are made. ValueError for
+        parameters that a stream cannot meet (n > 1, prompt_logprobs)."""
+        if params.n > 1 or params.prompt_logprobs is not None:
+            raise ValueError("SamplingParams.n and prompt_logprobs: a stream is of one completion's output; use generate")
+        ids = self.encode(prompt)
+        if not _needs_engine(params):
+            return stream(self, ids, params)
+        engine = self._engine([ids], [params])
+        request = engine.submit(ids, params)
+        return Stream(ids, request._watcher, _pieces(engine, request))
 
     def chat(
         self, messages: list[dict], params: SamplingParams = SamplingParams(), tools=None, **template_kwargs
@@ -96,7 +96,7 @@ class Model(Runtime):
     def encode_chat(self, messages: list[dict], tools=None, **template_kwargs) -> list[int]:
         """Token ids of a conversation ready to be answered, with one beginning-of-text token where both the template and
         the tokenizer would put it."""
-        ids = self._encode(self.render_chat(messages, tools, **template_kwargs))
+        ids = self.encode(self.render_chat(messages, tools, **template_kwargs))
         doubled = len(ids) > 1 and ids[0] == ids[1] == self.tokenizer.bos_id
         return ids[1:] if doubled else ids
 
@@ -150,7 +150,7 @@ class Model(Runtime):
 
     # Inside
 
-    def _encode(self, prompt: Prompt) -> list[int]:
+    def encode(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):
             ids = self.tokenizer.encode(prompt, add_special=True, parse_special=True) if prompt else []
         elif isinstance(prompt, bytes) or not hasattr(prompt, "__iter__"):
@@ -178,22 +178,33 @@ class Model(Runtime):
                 raise ValueError(f"token id {wrong} is out of range: the vocabulary has {self.config.vocab_size} ids")
         return lists
 
-    def _groups(self, encoded: list[list[int]], params: list[SamplingParams]) -> Iterator[list[int]]:
-        """Indices of the prompts that one program takes: same number of logprobs, rows within the limits."""
-        per_token = self.memory()["kv_bytes_per_token"]
-        for k in sorted({p.logprobs for p in params}, key=lambda k: -1 if k is None else k):
-            group: list[int] = []
-            longest = 0
-            for i in (i for i, p in enumerate(params) if p.logprobs == k):
-                need = max(longest, len(encoded[i]) + min(params[i].max_tokens, self.max_seq_len - len(encoded[i])))
-                rows = max(1, min(_ROWS, _CACHE_BYTES // (bucket(need) * per_token)))
-                if len(group) + 1 > rows and group:
-                    yield group
-                    group, longest = [], 0
-                group.append(i)
-                longest = max(longest, need)
-            if group:
-                yield group
+    def _fit_one_program(self, encoded: list[list[int]], params: list[SamplingParams]) -> bool:
+        """Whether one program's rows and cache hold all prompts."""
+        longest = max(len(ids) + min(p.max_tokens, self.max_seq_len - len(ids)) for ids, p in zip(encoded, params, strict=True))
+        size = power_of_two(len(encoded)) * bucket(longest) * self.memory()["kv_bytes_per_token"]
+        return len(encoded) == 1 or (len(encoded) <= _ROWS and size <= _CACHE_BYTES)
+
+    def _complete_in_engine(self, prompts: list[list[int]], params: list[SamplingParams]) -> list[Completion]:
+        """Completions of any number of prompts; n a prompt."""
+        engine = self._engine(prompts, params)
+        requests = [engine.submit(ids, p) for ids, p in zip(prompts, params, strict=True)]
+        results = [completion for request in requests for completion in request.results()]
+        failed = next((request.error for request in requests if request.error), "")
+        if failed:
+            raise RuntimeError(f"generation failed: {failed}")
+        metrics = engine.metrics()
+        self.count("prefill", int(metrics["prompt_tokens"]), 0.0)
+        self.count("decode", int(metrics["generated_tokens"]), metrics["device_seconds"])
+        return results
+
+    def _engine(self, prompts: list[list[int]], params: list[SamplingParams]) -> Engine:
+        """An engine for some prompts, with as many rows as the cache of one program holds."""
+        longest = max(min(len(ids) + p.max_tokens, self.max_seq_len) for ids, p in zip(prompts, params, strict=True))
+        pages = -(-bucket(longest) // PAGE)
+        rows = min(_ROWS, power_of_two(sum(p.n for p in params)))
+        fitting = max(1, _CACHE_BYTES // (pages * PAGE * self.memory()["kv_bytes_per_token"]))
+        rows = min(rows, 1 << (fitting.bit_length() - 1))
+        return Engine(self, EngineConfig(num_pages=rows * pages, max_seqs=rows))
 
     def _complete(self, prompts: list[list[int]], params: list[SamplingParams]) -> list[Completion]:
         """Completions of one program's rows: one dispatch, or the stepping driver where stop strings are watched."""
@@ -241,6 +252,20 @@ class Model(Runtime):
             inputs = (self.params, cache, prompts, lengths, np.int32(i))
             hidden, cache = self.programs.run(functional.hidden_chunk, *inputs, donate=(1,), chunk=chunk, config=self.config)
             yield row[i * chunk : (i + 1) * chunk], position[i * chunk : (i + 1) * chunk], hidden
+
+
+def _pieces(engine: Engine, request: Request) -> Generator[tuple[str, list[int]], None, None]:
+    """The outputs of a request, which is aborted when nobody wants any more."""
+    try:
+        yield from request
+    finally:
+        engine.abort(request)
+
+
+def _needs_engine(params: SamplingParams) -> bool:
+    """Whether parameters need what only the engine's slots have."""
+    plain = SamplingParams()
+    return any(getattr(params, field) != getattr(plain, field) for field in _ENGINE_FIELDS)
 
 
 def _generate(params, cache, prompts, lengths, sampling, key, *, config, max_tokens, logprobs):

@@ -150,7 +150,7 @@ class _Model:
         """Temporaries of the step that makes the next tokens of every row: functional.advance."""
         number: Any = jax.ShapeDtypeStruct((batch,), jnp.int32)
         flag: Any = jax.ShapeDtypeStruct((batch,), jnp.bool_)
-        seen: Any = jax.ShapeDtypeStruct((batch, self.config.vocab_size), jnp.bool_)
+        seen: Any = jax.ShapeDtypeStruct((batch, self.config.vocab_size), jnp.int32)
         state = functional.State(number, number, number, flag, seen)
         limit = jax.ShapeDtypeStruct((), jnp.int32)
         advance = functools.partial(functional.advance, steps=_STEPS)

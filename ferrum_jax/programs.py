@@ -37,6 +37,11 @@ class Programs:
         self._compiled: dict[Any, Program] = {}
         self._newest: Program | None = None
 
+    @property
+    def compiled(self) -> int:
+        """How many programs there are."""
+        return len(self._compiled)
+
     def run(self, function: Callable, *args, donate: tuple[int, ...] = (), **static):
         """function(*args, **static) as one program; `donate` are positions of arguments that are given up."""
         return self.get(function, *args, donate=donate, **static)(*args)

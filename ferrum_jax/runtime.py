@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 import jax
+import numpy as np
 
 from ferrum_jax import memory
 from ferrum_jax.config import ModelConfig
@@ -43,6 +45,14 @@ class Runtime:
         memory.require(memory.nbytes(cache), self.device, count)
         with jax.default_device(self.device), memory.explained(self.device, lambda: count):
             return new_cache(self.config, num_pages=num_pages, page_size=PAGE, dtype=self.kv_dtype)
+
+    def fingerprint(self) -> str:
+        """A few words that differ between models: architecture, dtype, and a digest of their shapes and of some weights."""
+        digest = hashlib.blake2b(repr(self.config).encode(), digest_size=16)
+        for leaf in jax.tree.leaves(self.params):
+            digest.update(f"{leaf.shape} {leaf.dtype}".encode())
+            digest.update(np.asarray(leaf[(0,) * (leaf.ndim - 1)][:64] if leaf.ndim else leaf).tobytes())
+        return f"{self.config.architecture} {self.config.dtype} {digest.hexdigest()}"
 
     def count(self, kind: str, tokens: int, seconds: float) -> None:
         """Adds to `timings`: kind is "prefill" or "decode"."""

@@ -4,17 +4,15 @@ The one idea: every filter (min-p, top-k, top-p) keeps a prefix of the stable de
 outcome is two numbers, the smallest logit kept and the largest id kept among those equal to it. They are found without
 sorting, by bisection on the logit. The number of passes over the vocabulary depends on the row's own logits alone.
 
-Order, as in vLLM: repetition penalty, temperature, min-p, top-k, top-p, then Gumbel-max. All is float32 and pure, and
-works inside jit, loops and vmap. The result for a row depends neither on the other rows nor on how many there are.
+Order, as in vLLM: repetition, frequency and presence penalty, temperature, min-p, top-k, top-p, then Gumbel-max. All is
+float32 and pure, and works inside jit, loops and vmap. The result for a row depends neither on the other rows nor on how
+many there are.
 """
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 import jax
@@ -22,7 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-MAX_LOGPROBS = 64
+from ferrum_jax.sampling_params import MAX_LOGPROBS, SamplingParams
+
+__all__ = ["MAX_LOGPROBS", "Sampling", "SamplingParams", "filtered_logits", "is_end", "occurred", "sample", "token_logprobs"]
 
 # Rows are padded to whole blocks: each then starts at the same place in a vector register, whatever the batch.
 _BLOCK = 128
@@ -41,76 +41,6 @@ _Search = tuple[jax.Array, jax.Array, jax.Array, jax.Array]  # step, low, high, 
 _Weigh = Callable[[jax.Array], jax.Array]
 
 
-@dataclass(frozen=True)
-class SamplingParams:
-    """How to continue one prompt.
-
-    Attributes:
-      max_tokens: tokens to generate at most, the end token included; >= 1.
-      temperature: >= 0; 0 takes the likeliest token and ignores top_k, top_p, min_p and seed.
-      top_k: keep the k likeliest tokens; 0 or -1 (stored as 0) keeps all.
-      top_p: keep the fewest likeliest tokens whose probability together reaches it, at least one; in (0, 1].
-      min_p: keep the tokens with at least min_p times the probability of the likeliest; in [0, 1].
-      repetition_penalty: > 0; the logit of an id in prompt or output is divided by it where positive and multiplied
-        where negative, once however often the id occurs.
-      seed: of this request's noise. Any integer, stored modulo 2**32; None lets the caller choose.
-      stop: a text or a sequence of texts that end the generation, stored as a tuple.
-      ignore_eos: go on after an end token.
-      logprobs: None, or how many of the best tokens to report beside the chosen one; at most 64.
-
-    Raises:
-      ValueError: naming the field and what would be right, for a wrong type or value.
-    """
-
-    max_tokens: int = 16
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    seed: int | None = None
-    stop: str | Sequence[str] = ()
-    ignore_eos: bool = False
-    logprobs: int | None = None
-
-    def __post_init__(self) -> None:
-        self._integer("max_tokens", lambda v: v >= 1, "an integer >= 1")
-        self._number("temperature", lambda v: v >= 0, "a finite number >= 0 (0 is greedy)")
-        self._integer("top_k", lambda v: v >= -1, "an integer >= 1, or 0 or -1 for no limit")
-        self._number("top_p", lambda v: 0 < v <= 1, "a number in (0, 1] (1 keeps every token)")
-        self._number("min_p", lambda v: 0 <= v <= 1, "a number in [0, 1] (0 keeps every token)")
-        self._number("repetition_penalty", lambda v: v > 0, "a finite number > 0 (1 is no penalty)")
-        if self.seed is not None:
-            self._integer("seed", lambda v: True, "None or an integer")
-            object.__setattr__(self, "seed", self.seed % 2**32)
-        if self.logprobs is not None:
-            self._integer("logprobs", lambda v: 0 <= v <= MAX_LOGPROBS, f"None or an integer in [0, {MAX_LOGPROBS}]")
-        object.__setattr__(self, "top_k", max(self.top_k, 0))
-        if not isinstance(self.ignore_eos, bool | np.bool_):
-            raise self._error("ignore_eos", "True or False")
-        object.__setattr__(self, "ignore_eos", bool(self.ignore_eos))
-        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
-        if not isinstance(stop, Sequence) or not all(isinstance(text, str) and text for text in stop):
-            raise self._error("stop", "a non-empty text or a sequence of non-empty texts")
-        object.__setattr__(self, "stop", tuple(stop))
-
-    def _error(self, field: str, right: str) -> ValueError:
-        return ValueError(f"SamplingParams.{field} must be {right}; got {getattr(self, field)!r}")
-
-    def _integer(self, field: str, valid: Callable[[int], bool], right: str) -> None:
-        value = getattr(self, field)
-        if isinstance(value, bool) or not isinstance(value, Integral) or not valid(int(value)):
-            raise self._error(field, right)
-        object.__setattr__(self, field, int(value))
-
-    def _number(self, field: str, valid: Callable[[float], bool], right: str) -> None:
-        value = getattr(self, field)
-        number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-        if not number or not valid(float(value)):
-            raise self._error(field, right)
-        object.__setattr__(self, field, float(value))
-
-
 class Sampling(NamedTuple):
     """The parameters of a batch of B rows as arrays: a pytree that goes into a compiled step."""
 
@@ -119,6 +49,8 @@ class Sampling(NamedTuple):
     top_p: jax.Array  # float32 [B]; 1 is off
     min_p: jax.Array  # float32 [B]; 0 is off
     repetition_penalty: jax.Array  # float32 [B]; 1 is off
+    presence_penalty: jax.Array  # float32 [B]; 0 is off
+    frequency_penalty: jax.Array  # float32 [B]; 0 is off
     seed: jax.Array  # uint32 [B]
     max_tokens: jax.Array  # int32 [B]; 0 in padding rows
     ignore_eos: jax.Array  # bool [B]
@@ -175,12 +107,21 @@ class Sampling(NamedTuple):
             top_p=column([finite(p.top_p) for p in params], 1.0, np.float32),
             min_p=column([p.min_p for p in params], 0.0, np.float32),
             repetition_penalty=column([finite(p.repetition_penalty) for p in params], 1.0, np.float32),
+            presence_penalty=column([p.presence_penalty for p in params], 0.0, np.float32),
+            frequency_penalty=column([p.frequency_penalty for p in params], 0.0, np.float32),
             seed=column([seed % 2**32 for seed in seeds], 0, np.uint32),
             max_tokens=column([min(p.max_tokens, _INT32_MAX) for p in params], 0, np.int32),
             ignore_eos=column([p.ignore_eos for p in params], False, np.bool_),
             vocab_limit=limit,
             eos=ends,
         )
+
+    def take(self, rows: jax.Array) -> Sampling:
+        """The parameters of rows int32 [R] of these; an index out of range gives any row's."""
+        return self._replace(**{name: jnp.asarray(getattr(self, name)).at[rows].get(mode="clip") for name in PER_ROW})
+
+
+PER_ROW = tuple(name for name in Sampling._fields if name not in ("vocab_limit", "eos"))
 
 
 def sample(logits: jax.Array, sampling: Sampling, seen: jax.Array, positions: jax.Array, key: jax.Array) -> jax.Array:
@@ -193,7 +134,8 @@ def sample(logits: jax.Array, sampling: Sampling, seen: jax.Array, positions: ja
     Args:
       logits: float32 [B, V].
       sampling: the parameters of the B rows.
-      seen: bool [B, V], the ids that occur in the row's prompt or output so far.
+      seen: int32 [B, V], twice the times that an id occurs in the row's output so far, plus 1 where it occurs in the
+        prompt (`occurred` counts on). bool where no row has a presence or frequency penalty.
       positions: int32 [B], the index in its sequence of the token being sampled.
       key: a JAX random key, typed or raw.
 
@@ -208,6 +150,11 @@ def sample(logits: jax.Array, sampling: Sampling, seen: jax.Array, positions: ja
             lambda: _draw(x, sampling, jnp.asarray(positions), key),
             lambda: _argmax(x),
         )
+
+
+def occurred(seen: jax.Array, rows: jax.Array, tokens: jax.Array) -> jax.Array:
+    """`seen` after int32 tokens[R] were sampled in rows int32 [R]; nothing happens in a row out of range."""
+    return seen.at[rows, tokens].add(2, mode="drop")
 
 
 def filtered_logits(logits: jax.Array, sampling: Sampling, seen: jax.Array) -> jax.Array:
@@ -312,9 +259,16 @@ def _penalised(logits: jax.Array, sampling: Sampling, seen: jax.Array) -> jax.Ar
 
     def penalise(x: jax.Array) -> jax.Array:
         scaled = jnp.clip(jnp.where(x > 0, x / penalty, x * penalty), -_MAX, _MAX)
-        return jnp.where(seen & (x > -jnp.inf) & (penalty != 1), scaled, x)
+        return jnp.where((seen != 0) & (x > -jnp.inf) & (penalty != 1), scaled, x)
 
+    def subtract(x: jax.Array) -> jax.Array:
+        count = seen.astype(jnp.int32) >> 1
+        less = x - sampling.frequency_penalty[:, None] * count - jnp.where(count > 0, sampling.presence_penalty[:, None], 0)
+        return jnp.where((count > 0) & (x > -jnp.inf), jnp.clip(less, -_MAX, _MAX), x)
+
+    counted = (sampling.presence_penalty != 0) | (sampling.frequency_penalty != 0)
     x = lax.cond(jnp.any(penalty != 1), penalise, lambda x: x, x)
+    x = lax.cond(jnp.any(counted), subtract, lambda x: x, x)
     x = jnp.where(jnp.abs(x) < _TINY, 0.0, x)
     return _pad(jnp.where(lax.iota(jnp.int32, x.shape[1]) < sampling.vocab_limit, x, -jnp.inf), -jnp.inf)
 

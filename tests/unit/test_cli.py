@@ -167,7 +167,8 @@ def failing_load(error):
 
 def child(*arguments, code="", fake=True, **options):
     """Run the command line in another process, with the fake model unless told otherwise."""
-    lines = ["import sys", f"sys.path.insert(0, {str(Path(__file__).parent)!r})"]
+    lines = ["import signal, sys", f"sys.path.insert(0, {str(Path(__file__).parent)!r})"]
+    lines += ["signal.signal(signal.SIGINT, signal.default_int_handler)"]  # ignored where the tests run in the background
     if fake:
         lines += ["import test_cli", "test_cli.install_fake()", textwrap.dedent(code)]
     lines += ["from ferrum_jax.cli import main", "sys.exit(main())"]

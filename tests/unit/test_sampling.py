@@ -90,21 +90,52 @@ def test_parameters_are_normalised():
     assert SamplingParams(stop=["a", "b"]).stop == ("a", "b") and SamplingParams(seed=-1).seed == 2**32 - 1
     assert SamplingParams(logprobs=0).logprobs == 0 and SamplingParams(logprobs=64).logprobs == 64
     assert hash(SamplingParams(stop=["a"])) == hash(SamplingParams(stop=("a",)))
-    with pytest.raises(TypeError, match="presence_penalty"):
-        SamplingParams(presence_penalty=1.0)
+    with pytest.raises(TypeError, match="best_of"):
+        SamplingParams(best_of=2)
     with pytest.raises(dataclasses.FrozenInstanceError):
         SamplingParams().top_k = 1
     assert dataclasses.asdict(SamplingParams()) == {
         "max_tokens": 16, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0,
-        "seed": None, "stop": (), "ignore_eos": False, "logprobs": None,
+        "seed": None, "stop": (), "ignore_eos": False, "logprobs": None, "presence_penalty": 0.0, "frequency_penalty": 0.0,
+        "logit_bias": None, "min_tokens": 0, "bad_words": (), "n": 1, "prompt_logprobs": None,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("presence_penalty", 2.5), ("frequency_penalty", -3), ("frequency_penalty", float("nan")), ("min_tokens", -1),
+        ("min_tokens", 17), ("n", 0), ("n", True), ("bad_words", [""]), ("bad_words", 3), ("logit_bias", {-1: 1.0}),
+        ("logit_bias", {5: float("inf")}), ("logit_bias", {5: float("nan")}), ("logit_bias", {1.5: 1.0}),
+        ("logit_bias", dict.fromkeys(range(1025), 1.0)), ("prompt_logprobs", 65),
+    ],
+)  # fmt: skip
+def test_fields_of_the_engine_are_refused_by_name(field, value):
+    with pytest.raises(ValueError, match=rf"SamplingParams\.{field} must be"):
+        SamplingParams(**{field: value})
+
+
+def test_logit_bias_is_stored_as_pairs_and_survives_a_copy():
+    p = SamplingParams(logit_bias={9: 1, np.int64(3): -np.inf})
+    assert p.logit_bias == ((3, -np.inf), (9, 1.0)) and dataclasses.replace(p, seed=1).logit_bias == p.logit_bias
+
+
+def test_presence_and_frequency_count_the_output_alone():
+    logits = np.array([[2.0, -1.0, 0.5, 3.0, -np.inf, 1.0]], np.float32)
+    seen = np.array([[1, 2, 7, 0, 4, 0]], np.int32)  # in the prompt; once, thrice and twice in the output
+    p = SamplingParams(presence_penalty=0.5, frequency_penalty=0.25, temperature=0)
+    result = np.asarray(run_filter(logits, batch([p], 6), seen))
+    assert result[0].tolist() == [2.0, -1.75, 0.5 - 1.25, 3.0, -np.inf, 1.0]
+    p = dataclasses.replace(p, repetition_penalty=2.0)  # first, and of the prompt too
+    result = np.asarray(run_filter(logits, batch([p], 6), seen))
+    assert result[0].tolist() == [1.0, -2.75, 0.25 - 1.25, 3.0, -np.inf, 1.0]
 
 
 def test_arrays_of_a_batch():
     params = [SamplingParams(temperature=0.5, top_k=2**40, seed=9, ignore_eos=True), SamplingParams(max_tokens=2**40)]
     s = Sampling.from_params(params, eos_ids=[5, 2, 5], vocab_limit=10, pad_to=4, default_seeds=[1, 2**32 + 3])
     assert [a.dtype.name for a in s] == [
-        "float32", "int32", "float32", "float32", "float32", "uint32", "int32", "bool", "int32", "int32",
+        "float32", "int32", "float32", "float32", "float32", "float32", "float32", "uint32", "int32", "bool", "int32", "int32",
     ]  # fmt: skip
     assert all(isinstance(a, np.ndarray) for a in s) and s.vocab_limit.shape == ()
     assert s.temperature.tolist() == [0.5, 1, 0, 0] and s.top_k.tolist() == [2**31 - 1, 0, 0, 0]

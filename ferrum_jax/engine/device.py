@@ -1,0 +1,221 @@
+"""The engine's half on the device: KV cache and slots as donated values, the compiled steps, and what goes up and down.
+
+Programs are few (`Device.buckets`), compiled before they are needed where there is time, and kept by the model. A dispatch
+is started and its results are fetched later, one dispatch behind, so that the device does not wait for the host.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ferrum_jax import memory
+from ferrum_jax.engine import steps
+from ferrum_jax.engine.config import EngineConfig, at_least
+from ferrum_jax.engine.sequence import Dispatch, Extras, Sequence
+from ferrum_jax.kv_cache import KVCache, bytes_per_token, new_cache
+from ferrum_jax.runtime import Runtime
+from ferrum_jax.sampling import Sampling
+from ferrum_jax.sampling_params import MAX_BIAS, SamplingParams
+from ferrum_jax.units import readable_bytes
+from pallas_kernels.dispatch import target_of
+
+_COPIES = 8  # pages of one copy
+_HOST_CACHE_BYTES = 1 << 30  # KV cache on a CPU at most, where the user does not say
+_FREE_FRACTION = 0.9  # of an accelerator's free memory
+
+
+class Bucket(NamedTuple):
+    """Shapes of one program: `tokens` on the ragged axis, 0 for decoding alone, and rows."""
+
+    tokens: int
+    rows: int
+
+    def __str__(self) -> str:
+        return f"{self.tokens} tokens of {self.rows} rows" if self.tokens else f"decoding {self.rows} rows"
+
+
+class Device:
+    """`context`: tokens of a sequence at most."""
+
+    def __init__(self, model: Runtime, config: EngineConfig, num_pages: int, context: int):
+        self.model, self.config, self.num_pages = model, config, num_pages
+        self.kv_dtype = config.kv_dtype or model.kv_dtype
+        self.pages_a_sequence = -(-context // config.page_size)
+        self.compiles = 0
+        self._locks: dict[Any, threading.Lock] = {}
+        self._programs: dict[Any, Callable] = {}
+        self._guard = threading.Lock()
+        self.reset()
+
+    def reset(self) -> None:
+        """Empties the cache and all slots; compiled programs stay. OutOfMemoryError where the cache does not fit."""
+        self.cache: Any = None
+        self.slots: Any = None
+        abstract = self._abstract_cache()
+        size, device = memory.nbytes(abstract), self.model.device
+        tokens = self.num_pages * self.config.page_size
+        count = f"a KV cache of {self.num_pages:,} pages ({tokens:,} tokens, {self.kv_dtype}) takes {readable_bytes(size)}"
+        memory.require(size, device, count)
+        with jax.default_device(device), memory.explained(device, lambda: count):
+            self.cache = self._new_cache()
+            self.slots = jax.jit(self._new_slots)()
+
+    # What the engine calls
+
+    def buckets(self) -> list[Bucket]:
+        """All shapes that can occur, those first that are met first."""
+        mixed = [Bucket(tokens, rows) for rows in self.config.mixed_rows() for tokens in self.config.mixed_tokens()]
+        decoding = [Bucket(0, rows) for rows in self.config.decode_rows()]
+        return sorted(mixed + decoding, key=lambda bucket: bucket.rows)
+
+    def compile(self, bucket: Bucket | str) -> Callable:
+        """The program of a bucket, or "admit" or "copy", compiled where it is not yet; safe in any thread."""
+        with self._guard:
+            lock = self._locks.setdefault(bucket, threading.Lock())
+        with lock:
+            if bucket not in self._programs:
+                before = self.model.programs.compiled
+                self._programs[bucket] = self._compile(bucket)
+                self.compiles += self.model.programs.compiled > before
+        return self._programs[bucket]
+
+    def admit(self, sequence: Sequence, params: SamplingParams, seed: int, extras: Extras) -> None:
+        """Fills a sequence's slot."""
+        asked = self._asked(sequence, params, seed, extras)
+        self.slots = self.compile("admit")(self.slots, asked)
+
+    def launch(self, dispatch: Dispatch) -> steps.Results:
+        """Starts a dispatch; its results are still on the device, row by row as the dispatch has them."""
+        for first in range(0, len(dispatch.copies), _COPIES):
+            pairs = np.full((2, _COPIES), self.num_pages, np.int32)
+            part = dispatch.copies[first : first + _COPIES]
+            pairs[:, : len(part)] = np.asarray(part, np.int32).T
+            self.cache = self.compile("copy")(self.cache, *pairs)
+        bucket = self._bucket(dispatch)
+        rows = np.full(bucket.rows, -1, np.int32)
+        table = np.zeros((bucket.rows, self.pages_a_sequence), np.int32)
+        for i, row in enumerate(dispatch.rows):
+            rows[i] = row.sequence.slot
+            table[i] = row.sequence.table
+        run = partial(self.compile(bucket), self.model.params, self.cache, self.slots, rows, table)
+        if bucket.tokens:
+            starts = np.full(bucket.rows, -1, np.int32)
+            counts = np.zeros(bucket.rows + 1, np.int32)
+            samples = np.zeros(bucket.rows, bool)
+            for i, row in enumerate(dispatch.rows):
+                starts[i], counts[i + 1], samples[i] = row.start, row.length, row.samples
+            self.cache, self.slots, results = run(starts, counts.cumsum(dtype=np.int32), samples)
+        else:
+            ends = np.zeros(bucket.rows, np.int32)
+            ends[: len(dispatch.rows)] = [row.sequence.limit for row in dispatch.rows]
+            self.cache, self.slots, results = run(ends, np.int32(dispatch.steps))
+        return results
+
+    def fetch(self, results: steps.Results, scored: bool, scored_prompt: bool) -> steps.Results:
+        """Results on the host, as soon as they are there; log-probabilities only where they are wanted."""
+        nothing = results._replace(ids=None, logprobs=None) if not scored else results
+        return self.model.programs.fetch(nothing if scored_prompt else nothing._replace(prompt_ids=None, prompt_logprobs=None))
+
+    def read_pages(self, pages: list[int]) -> KVCache:
+        """What some pages hold, on the host."""
+        read = self.model.programs.get(steps.read_pages, self._abstract_cache(), np.zeros(len(pages), np.int32))
+        return self.model.programs.fetch(read(self.cache, np.asarray(pages, np.int32)))
+
+    def write_pages(self, pages: list[int], content: KVCache) -> None:
+        """Puts what `read_pages` gave into some pages."""
+        arguments = self.cache, np.asarray(pages, np.int32), content
+        self.cache = self.model.programs.get(steps.write_pages, *arguments, donate=(0,))(*arguments)
+
+    # Inside
+
+    def _bucket(self, dispatch: Dispatch) -> Bucket:
+        if dispatch.steps:
+            return Bucket(0, at_least(self.config.decode_rows(), len(dispatch.rows)))
+        tokens = at_least(self.config.mixed_tokens(), sum(row.length for row in dispatch.rows))
+        return Bucket(tokens, at_least(self.config.mixed_rows(), len(dispatch.rows)))
+
+    def _compile(self, bucket: Bucket | str) -> Callable:
+        programs, config = self.model.programs, self.model.config
+        cache, slots = self._abstract_cache(), jax.eval_shape(self._new_slots)
+        if bucket == "admit":
+            return programs.get(steps.admit, slots, jax.eval_shape(self._example), donate=(0,))
+        if bucket == "copy":
+            return programs.get(steps.copy_pages, cache, *(np.zeros(_COPIES, np.int32),) * 2, donate=(0,))
+        assert isinstance(bucket, Bucket)
+        number = np.zeros(bucket.rows, np.int32)
+        rows = number, np.zeros((bucket.rows, self.pages_a_sequence), np.int32), number
+        if bucket.tokens:
+            arguments = *rows, np.zeros(bucket.rows + 1, np.int32), np.zeros(bucket.rows, bool)
+            static = {"tokens": bucket.tokens, "config": config}
+            return programs.get(steps.mixed, self.model.params, cache, slots, *arguments, donate=(1, 2), **static)
+        static = {"steps": self.config.steps, "speculation": self.config.speculation, "config": config}
+        return programs.get(steps.decode, self.model.params, cache, slots, *rows, np.int32(0), donate=(1, 2), **static)
+
+    def _new_cache(self) -> KVCache:
+        return new_cache(self.model.config, num_pages=self.num_pages, page_size=self.config.page_size, dtype=self.kv_dtype)
+
+    def _abstract_cache(self) -> KVCache:
+        size = self.config.page_size
+        return memory.abstract_cache(self.model.config, self.num_pages, size, self.kv_dtype, target_of(self.model.device))
+
+    def _sampling(self, params: list[SamplingParams], rows: int) -> Sampling:
+        tokenizer = self.model.tokenizer
+        return Sampling.from_params(
+            params,
+            eos_ids=sorted(tokenizer.eos_ids),
+            vocab_limit=min(tokenizer.vocab_size, self.model.config.vocab_size),
+            pad_to=rows,
+        )
+
+    def _new_slots(self) -> steps.Slots:
+        slots, capacity = self.config.max_seqs, self.pages_a_sequence * self.config.page_size
+        sampling = self._sampling([], slots)
+        return steps.new_slots(sampling, slots=slots, capacity=capacity, vocab=self.model.config.vocab_size)
+
+    def _example(self) -> steps.Asked:
+        return jax.tree.map(jnp.asarray, self._asked(Sequence(0, [0], 1, 2), SamplingParams(), 0, Extras([], [])))
+
+    def _asked(self, sequence: Sequence, params: SamplingParams, seed: int, extras: Extras) -> steps.Asked:
+        text = np.zeros(self.pages_a_sequence * self.config.page_size, np.int32)
+        text[: len(sequence.tokens)] = sequence.tokens
+        ids = np.full(MAX_BIAS, self.model.config.vocab_size, np.int32)
+        bias = np.zeros(MAX_BIAS, np.float32)
+        ids[: len(extras.bias)] = [id for id, _ in extras.bias]
+        bias[: len(extras.bias)] = [value for _, value in extras.bias]
+        banned = np.full((steps.BAD_WORDS, steps.BAD_WORD_TOKENS), -1, np.int32)
+        for row, word in zip(banned, extras.banned, strict=False):
+            row[-len(word) :] = word
+        room = sequence.limit - sequence.prompt_length  # of what it wants, what the context leaves
+        params = dataclasses.replace(params, seed=seed, max_tokens=room, min_tokens=min(params.min_tokens, room))
+        return steps.Asked(
+            slot=np.int32(max(sequence.slot, 0)),
+            text=text,
+            length=np.int32(len(sequence.tokens)),
+            prompt_length=np.int32(sequence.prompt_length),
+            bias_ids=ids,
+            bias=bias,
+            banned=banned,
+            min_tokens=np.int32(params.min_tokens),
+            scored=np.bool_(params.logprobs is not None),
+            scored_prompt=np.bool_(params.prompt_logprobs is not None),
+            sampling=self._sampling([params], 1),
+        )
+
+
+def choose_num_pages(model: Runtime, config: EngineConfig) -> int:
+    """Pages for `max_seqs` sequences of the longest context, or as many as there is memory for; at least one sequence's."""
+    size = config.page_size * bytes_per_token(model.config, config.kv_dtype or model.kv_dtype)
+    context = -(-model.max_seq_len // config.page_size)
+    limit = memory.device_limit(model.device)
+    most = _HOST_CACHE_BYTES
+    if model.device.platform != "cpu" and limit is not None:
+        most = int(limit.free * _FREE_FRACTION)
+    return max(1, min(config.max_seqs * context, max(most // size, min(context, 64))))

@@ -1,0 +1,130 @@
+"""Who holds which page of the KV cache, and which pages hold text that another request may want: all on the host.
+
+A page is free, held by one or more sequences (counted), or cached: held by nobody, but full of known tokens and found
+again by their hash until the page is needed. Only full pages are registered, and a full page is never written again, so
+sharing needs no copy. Of cached pages the one unused for longest goes first; a sequence gives its pages back last page
+first, so the end of a text goes before its beginning, without which it could not be found.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Entry(NamedTuple):
+    """What a registered page holds: its digest, that of the page before it, and its token ids as bytes."""
+
+    digest: bytes
+    parent: bytes
+    tokens: bytes
+
+
+class PagePool:
+    """Pages 0 .. num_pages - 1 of `page_size` tokens. `salt` names what else the contents depend on: model and adapter.
+
+    Counts: `hits` pages found, `evictions` cached pages given to somebody else.
+    """
+
+    def __init__(self, num_pages: int, page_size: int, salt: bytes = b""):
+        self.num_pages, self.page_size = num_pages, page_size
+        self.root = hashlib.blake2b(salt, digest_size=16).digest()  # the parent of every first page
+        self.evictions = 0
+        self._free = list(range(num_pages - 1, -1, -1))
+        self._holders = [0] * num_pages
+        self._entries: dict[int, Entry] = {}
+        self._pages: dict[bytes, int] = {}
+        self._cached: OrderedDict[int, None] = OrderedDict()  # registered, held by nobody; unused for longest first
+
+    @property
+    def free(self) -> int:
+        """Pages that hold nothing."""
+        return len(self._free)
+
+    @property
+    def cached(self) -> int:
+        """Registered pages that nobody holds."""
+        return len(self._cached)
+
+    @property
+    def available(self) -> int:
+        """Pages that `take` can give."""
+        return len(self._free) + len(self._cached)
+
+    def holders(self, page: int) -> int:
+        return self._holders[page]
+
+    def take(self) -> int:
+        """A page for one holder: a free one, else the cached one unused for longest. Call only with `available` > 0."""
+        if self._free:
+            page = self._free.pop()
+        else:
+            page, _ = self._cached.popitem(last=False)
+            self._forget(page)
+            self.evictions += 1
+        self._holders[page] = 1
+        return page
+
+    def share(self, page: int) -> None:
+        """Counts one holder more of a page that is held or cached."""
+        if not self._holders[page]:
+            del self._cached[page]
+        self._holders[page] += 1
+
+    def give_back(self, page: int) -> None:
+        """Counts one holder less; without any, a registered page is cached and another one is free."""
+        if not self._holders[page]:
+            raise RuntimeError(f"page {page} was given back more often than it was taken")
+        self._holders[page] -= 1
+        if not self._holders[page]:
+            if page in self._entries:
+                self._cached[page] = None
+            else:
+                self._free.append(page)
+
+    def register(self, page: int, parent: bytes, tokens: Sequence[int]) -> bytes:
+        """Says that a held page is full of `tokens`, after the page with digest `parent`; returns its digest. A page whose
+        text is registered already stays as it is: the first one serves. Page -1 is none."""
+        entry = self._entry(parent, tokens)
+        if page >= 0 and entry.digest not in self._pages and page not in self._entries:
+            self._entries[page], self._pages[entry.digest] = entry, page
+        return entry.digest
+
+    def find(self, parent: bytes, tokens: Sequence[int]) -> tuple[int, bytes] | None:
+        """The page that holds `tokens` after `parent`, and its digest. Contents are compared, not digests alone."""
+        entry = self._entry(parent, tokens)
+        page = self._pages.get(entry.digest)
+        return None if page is None or self._entries[page] != entry else (page, entry.digest)
+
+    def find_prefix(self, tokens: Sequence[int]) -> tuple[list[int], list[bytes]]:
+        """Pages that hold the longest cached beginning of `tokens`, in order, and their digests. The last token is always
+        left out: its logits have to be computed, in a page that nobody shares."""
+        pages: list[int] = []
+        digests: list[bytes] = []
+        parent = self.root
+        for start in range(0, len(tokens) - self.page_size, self.page_size):
+            found = self.find(parent, tokens[start : start + self.page_size])
+            if found is None:
+                break
+            page, parent = found
+            pages.append(page)
+            digests.append(parent)
+        return pages, digests
+
+    def reset(self) -> None:
+        """Forgets all registered text; pages that are held stay held."""
+        self._free.extend(self._cached)
+        self._cached.clear()
+        self._entries.clear()
+        self._pages.clear()
+
+    def _entry(self, parent: bytes, tokens: Sequence[int]) -> Entry:
+        data = np.asarray(tokens, np.int32).tobytes()
+        return Entry(hashlib.blake2b(parent + data, digest_size=16).digest(), parent, data)
+
+    def _forget(self, page: int) -> None:
+        del self._pages[self._entries.pop(page).digest]

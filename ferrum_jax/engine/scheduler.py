@@ -1,0 +1,248 @@
+"""Which sequences take part in the next dispatch, and which pages they write to: pure host logic, no arrays of a device.
+
+Decodes come first, oldest sequence first, then prompts in order of arrival, cut to what is left of the token budget.
+Pages are taken as sequences grow. When none is left the youngest sequence is preempted: it gives everything back, waits
+in its old place and is computed again, from its cached pages where they are still there. So the oldest always gets on,
+and everybody is the oldest one day: nobody starves.
+
+The device may be behind: what was promised to it counts as done here (`prefilled`, `pending`), and the order in which it
+runs dispatches makes it safe to give a page away that an earlier dispatch still uses.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Iterator
+
+import numpy as np
+
+from ferrum_jax.engine.config import EngineConfig
+from ferrum_jax.engine.pages import PagePool
+from ferrum_jax.engine.sequence import Dispatch, Row, Sequence
+
+
+class Scheduler:
+    """`context`: tokens of a sequence at most; `window`: positions a query sees, 0 for all.
+
+    Counts: `preemptions`, `lookups` (prefixes looked for), `hit_pages`, `saved_tokens` (prompt tokens not computed).
+    """
+
+    def __init__(self, config: EngineConfig, pool: PagePool, context: int, window: int = 0):
+        self.config, self.pool, self.window = config, pool, window
+        self.pages_a_sequence = -(-context // pool.page_size)
+        self.waiting: list[Sequence] = []  # both in order of arrival
+        self.running: list[Sequence] = []
+        self.preemptions = self.lookups = self.hit_pages = self.saved_tokens = 0
+        self._slots = list(range(config.max_seqs - 1, -1, -1))
+
+    def pages_needed(self, tokens: int) -> int:
+        """Pages that a sequence alone needs at once to grow to so many tokens; the last one is never written."""
+        pages = self._pages(tokens - 1)
+        if not self.window:
+            return pages
+        return min(pages, self._pages(self.window + max(self.config.mixed_tokens())) + 2)
+
+    def add(self, sequence: Sequence) -> None:
+        """Lets a sequence wait in its place."""
+        sequence.state = "waiting"
+        bisect.insort(self.waiting, sequence, key=_number)
+
+    def finish(self, sequence: Sequence) -> None:
+        """Ends a sequence in any state; what it holds is given back once, however often this is called."""
+        if sequence.state == "waiting":
+            self.waiting.remove(sequence)
+        elif sequence.state == "running":
+            self._give_up(sequence)
+        sequence.state = "finished"
+
+    def preempt(self, sequence: Sequence) -> None:
+        """Takes a running sequence's pages and slot and lets it wait."""
+        self._give_up(sequence)
+        self.preemptions += 1
+        self.add(sequence)
+
+    def next(self, steps: int) -> Dispatch | None:
+        """The next dispatch, or None where there is nothing to do until results arrive. `steps`: decode steps to make at
+        once where nothing waits and nobody reads a prompt."""
+        before = self.preemptions
+        copies: list[tuple[int, int]] = []
+        admitted: list[Sequence] = []
+        width = 1
+        if self.waiting or any(not sequence.decoding for sequence in self.running):
+            steps = 1
+        else:
+            width += self.config.speculation
+            growing = [sequence for sequence in self.running if _growing(sequence)]
+            steps = min(steps, max((s.limit - len(s.tokens) - s.pending for s in growing), default=0))
+            missing = sum(self._missing(sequence, _decoded(sequence, steps * width)) for sequence in growing)
+            if missing > self.pool.available:
+                steps = 1
+        rows = [
+            Row(sequence, sequence.epoch, -1, 1, True)
+            for sequence in self._running()
+            if sequence.decoding and _growing(sequence) and self._grow(sequence, _decoded(sequence, steps * width))
+        ]
+        prompts = list(self._prompts(max(1, self.config.token_budget - len(rows)), admitted, copies, before))
+        rows = [row for row in rows if row.valid] + [row for row in prompts if row.valid]
+        if not rows:
+            return None
+        mixed = any(row.start >= 0 for row in rows)
+        dispatch = Dispatch(rows, 0 if mixed else steps, admitted, copies, 1 if mixed else width)
+        for row in rows:
+            self._promise(row, dispatch.promised)
+        return dispatch
+
+    def received(self, row: Row, tokens: list[int], promised: int) -> None:
+        """Says what a row of a dispatch has brought: its tokens are known now."""
+        if row.samples:
+            row.sequence.pending -= promised
+        row.sequence.tokens.extend(tokens)
+        self._settle(row.sequence)
+
+    # Inside
+
+    def _pages(self, tokens: int) -> int:
+        return -(-tokens // self.pool.page_size)
+
+    def _running(self) -> Iterator[Sequence]:
+        """Running sequences, oldest first, while some of them may be preempted."""
+        for sequence in list(self.running):
+            if sequence.state == "running":
+                yield sequence
+
+    def _prompts(self, budget: int, admitted: list[Sequence], copies: list, preemptions: int) -> Iterator[Row]:
+        """Rows with prompt tokens: of running sequences, then of those that are admitted."""
+        for sequence in self._running():
+            if budget and not sequence.decoding:
+                count = min(budget, sequence.target - sequence.prefilled)
+                if self._grow(sequence, sequence.prefilled + count):
+                    budget -= count
+                    yield _prompt_row(sequence, count)
+        for sequence in list(self.waiting):
+            if not budget or not self._slots or self.preemptions > preemptions:
+                return
+            origin = sequence.origin
+            if origin is not None and origin.state != "finished" and not origin.decoding:
+                continue  # its prompt is computed there first
+            if not self._admit(sequence, copies):
+                return
+            admitted.append(sequence)
+            count = min(budget, sequence.target - sequence.prefilled)
+            self._grow(sequence, sequence.prefilled + count)
+            budget -= count
+            yield _prompt_row(sequence, count)
+
+    def _admit(self, sequence: Sequence, copies: list[tuple[int, int]]) -> bool:
+        """Gives a waiting sequence a slot and what is there already of its pages, if enough are left for the rest."""
+        pages, digests, copied = self._found(sequence)
+        for page in pages:
+            if page >= 0:
+                self.pool.share(page)
+        watermark = max(1, self.pool.num_pages // 100) if self.running else 0
+        missing = self.pages_needed(len(sequence.tokens) + 1) - sum(page >= 0 for page in pages)
+        if self.pool.available < missing + watermark:
+            for page in reversed(pages):
+                if page >= 0:
+                    self.pool.give_back(page)
+            return False
+        self.waiting.remove(sequence)
+        bisect.insort(self.running, sequence, key=_number)
+        sequence.state, sequence.slot, sequence.origin = "running", self._slots.pop(), None
+        sequence.table = np.zeros(self.pages_a_sequence, np.int32)
+        sequence.pages, sequence.digests, sequence.pending = [], digests, 0
+        sequence.target, sequence.prefilled = len(sequence.tokens), len(pages) * self.pool.page_size
+        for page in pages:
+            self._append(sequence, page)
+        if copied >= 0:
+            self._append(sequence, self.pool.take())
+            copies.append((copied, sequence.pages[-1]))
+            sequence.prefilled = sequence.target - 1
+        self.hit_pages += len(pages)
+        self.saved_tokens += sequence.prefilled
+        return True
+
+    def _found(self, sequence: Sequence) -> tuple[list[int], list[bytes], int]:
+        """Full pages that hold the beginning of a sequence, the digests of registered ones, and the page to copy whose
+        beginning holds the rest of it (-1: none). The last token is computed again in any case."""
+        origin, last = sequence.origin, len(sequence.tokens) - 1
+        full = last // self.pool.page_size
+        if origin is not None and origin.decoding and origin.written >= last and self._visible(origin, last):
+            copied = origin.pages[full] if last % self.pool.page_size else -1
+            return origin.pages[:full], origin.digests[:full], copied
+        if not (self.config.prefix_cache and sequence.cacheable):
+            return [], [], -1
+        self.lookups += 1
+        return *self.pool.find_prefix(sequence.tokens), -1
+
+    def _grow(self, sequence: Sequence, tokens: int) -> bool:
+        """Gives a running sequence pages for so many tokens, preempting the youngest where there are none; False where
+        that was the sequence itself."""
+        while len(sequence.pages) < self._pages(tokens):
+            while not self.pool.available:
+                victim = self.running[-1]
+                self.preempt(victim)
+                if victim is sequence:
+                    return False
+            self._append(sequence, self.pool.take())
+        return True
+
+    def _visible(self, origin: Sequence, last: int) -> bool:
+        """Whether a branch of `origin` that goes on with position `last` finds all pages that it looks at."""
+        return not self.window or origin.behind <= max(0, last + 1 - self.window) // self.pool.page_size
+
+    def _append(self, sequence: Sequence, page: int) -> None:
+        sequence.table[len(sequence.pages)] = max(page, 0)
+        sequence.pages.append(page)
+
+    def _missing(self, sequence: Sequence, tokens: int) -> int:
+        return max(0, self._pages(tokens) - len(sequence.pages))
+
+    def _promise(self, row: Row, tokens: int) -> None:
+        sequence = row.sequence
+        if row.start >= 0:
+            sequence.prefilled += row.length
+        if row.samples:
+            sequence.pending += tokens
+        self._settle(sequence)
+
+    def _settle(self, sequence: Sequence) -> None:
+        """Registers the pages that are now full of known tokens, and gives back those that nobody will look at again."""
+        size, written = self.pool.page_size, sequence.written
+        while self.config.prefix_cache and (len(sequence.digests) + 1) * size <= written:
+            number = len(sequence.digests)
+            parent = sequence.digests[-1] if number else self.pool.root
+            tokens = sequence.tokens[number * size : (number + 1) * size]
+            sequence.digests.append(self.pool.register(sequence.pages[number], parent, tokens))
+        while self.window and (sequence.behind + 1) * size <= written + 1 - self.window:
+            if sequence.pages[sequence.behind] >= 0:
+                self.pool.give_back(sequence.pages[sequence.behind])
+                sequence.pages[sequence.behind] = -1
+            sequence.behind += 1
+
+    def _give_up(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        for page in reversed(sequence.pages):
+            if page >= 0:
+                self.pool.give_back(page)
+        self._slots.append(sequence.slot)
+        sequence.slot, sequence.pages, sequence.digests = -1, [], []
+        sequence.target = sequence.prefilled = sequence.pending = sequence.behind = 0
+        sequence.epoch += 1
+
+
+def _number(sequence: Sequence) -> int:
+    return sequence.number
+
+
+def _growing(sequence: Sequence) -> bool:
+    """Whether there are tokens left to ask for."""
+    return len(sequence.tokens) + sequence.pending < sequence.limit
+
+
+def _decoded(sequence: Sequence, tokens: int) -> int:
+    """How many tokens of a decoding sequence are in pages at most once so many more were made."""
+    return min(len(sequence.tokens) - 1 + sequence.pending + tokens, sequence.limit - 1)
+
+
+def _prompt_row(sequence: Sequence, count: int) -> Row:
+    return Row(sequence, sequence.epoch, sequence.prefilled, count, sequence.prefilled + count == sequence.target)

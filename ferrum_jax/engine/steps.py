@@ -1,0 +1,343 @@
+"""What the engine compiles: pure functions of parameters, the KV cache and the state of all slots, both donated.
+
+A slot is a place for a running sequence. The device keeps its text (`history`), its counts and its parameters, so that a
+step needs no more from the host than who takes part and where the pages are, and a sampled token feeds the next step
+without a way over the host. `mixed` runs prompt tokens and single decodes on one ragged axis, `decode` several steps of
+decodes alone; both end in the same sampling. A row that has ended, or whose slot is -1, writes nothing and reads nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from ferrum_jax import functional
+from ferrum_jax.config import ModelConfig
+from ferrum_jax.engine.draft import draft, learn
+from ferrum_jax.kv_cache import KVCache
+from ferrum_jax.models.decoder import RaggedBatch
+from ferrum_jax.sampling import MAX_LOGPROBS, PER_ROW, Sampling, is_end, occurred, sample, token_logprobs
+
+NOT_FINITE = -2  # in the place of a token: the row's logits hold NaN
+BAD_WORDS, BAD_WORD_TOKENS = 64, 16  # words of several tokens that a request may ban, and their length, at most
+
+
+class Slots(NamedTuple):
+    """The state of S slots. A slot's next token has the position `length`; the newest one, at `length` - 1, is not in the
+    KV cache yet."""
+
+    history: jax.Array  # int32 [S, C]: the text, and beyond its length drafts or nothing
+    length: jax.Array  # int32 [S]
+    generated: jax.Array  # int32 [S]: tokens of output
+    done: jax.Array  # bool [S]: ended
+    seen: jax.Array  # int32 [S, V]: what `sample` counts
+    bias: jax.Array  # float32 [S, V]: added to the logits
+    banned: jax.Array  # int32 [S, BAD_WORDS, BAD_WORD_TOKENS]: words, right-aligned, -1 in front; the last token is banned
+    min_tokens: jax.Array  # int32 [S]
+    adjusted: jax.Array  # bool [S]: whether bias, banned or min_tokens say anything
+    scored: jax.Array  # bool [S]: whether logprobs are wanted
+    scored_prompt: jax.Array  # bool [S]: whether those of the prompt are wanted
+    prompt_length: jax.Array  # int32 [S]
+    misses: jax.Array  # int32 [S]: drafts in a row of which no token was right
+    pause: jax.Array  # int32 [S]: steps without a draft that are left
+    sampling: Sampling  # of S rows
+
+
+class Asked(NamedTuple):
+    """What fills a slot: its text int32 [C], its lengths, and its parameters; `sampling` has one row."""
+
+    slot: Any
+    text: Any
+    length: Any
+    prompt_length: Any
+    bias_ids: Any  # int32 [MAX_BIAS], vocab_size behind the last
+    bias: Any  # float32 [MAX_BIAS]
+    banned: Any
+    min_tokens: Any
+    scored: Any
+    scored_prompt: Any
+    sampling: Sampling
+
+
+class Results(NamedTuple):
+    """tokens int32 [R, N], -1 where there is none, NOT_FINITE where the logits were not; ids and logprobs [R, N, k + 1] as
+    `token_logprobs` gives them, of rows that want them; the same of prompt tokens [T, k + 1] (None without any)."""
+
+    tokens: Any
+    ids: Any
+    logprobs: Any
+    prompt_ids: Any = None
+    prompt_logprobs: Any = None
+
+
+def new_slots(sampling: Sampling, *, slots: int, capacity: int, vocab: int) -> Slots:
+    """Empty slots for texts of up to `capacity` tokens. sampling: of `slots` rows, all padding."""
+
+    def zeros(*shape: int, dtype: Any = jnp.int32) -> jax.Array:
+        return jnp.zeros((slots, *shape), dtype)
+
+    flag = zeros(dtype=bool)
+    return Slots(
+        history=zeros(capacity),
+        length=zeros() + 1,
+        generated=zeros(),
+        done=~flag,
+        seen=zeros(vocab),
+        bias=zeros(vocab, dtype=jnp.float32),
+        banned=zeros(BAD_WORDS, BAD_WORD_TOKENS) - 1,
+        min_tokens=zeros(),
+        adjusted=flag,
+        scored=flag,
+        scored_prompt=flag,
+        prompt_length=zeros(),
+        misses=zeros(),
+        pause=zeros(),
+        sampling=jax.tree.map(jnp.asarray, sampling),
+    )
+
+
+def admit(slots: Slots, asked: Asked) -> Slots:
+    """Puts a sequence into a slot; what it made already (it was preempted) counts as output."""
+    capacity, vocab = slots.history.shape[1], slots.seen.shape[1]
+    place = jnp.arange(capacity)
+    prompt = jnp.where(place < asked.prompt_length, asked.text, vocab)
+    output = jnp.where((place >= asked.prompt_length) & (place < asked.length), asked.text, vocab)
+    seen = jnp.zeros((vocab,), jnp.int32).at[prompt].set(1, mode="drop").at[output].add(2, mode="drop")
+    bias = jnp.zeros((vocab,), jnp.float32).at[asked.bias_ids].add(asked.bias, mode="drop")
+    words = (asked.banned[:, -1] >= 0).any()
+    adjusted = words | (asked.min_tokens > 0) | (asked.bias_ids < vocab).any()
+    values = {
+        "history": asked.text,
+        "length": asked.length,
+        "generated": asked.length - asked.prompt_length,
+        "done": False,
+        "seen": seen,
+        "bias": bias,
+        "banned": asked.banned,
+        "min_tokens": asked.min_tokens,
+        "adjusted": adjusted,
+        "scored": asked.scored,
+        "scored_prompt": asked.scored_prompt,
+        "prompt_length": asked.prompt_length,
+        "misses": 0,
+        "pause": 0,
+    }
+
+    def put(array: jax.Array, value: Any) -> jax.Array:
+        return array.at[asked.slot].set(value)
+
+    sampling = slots.sampling._replace(
+        **{name: put(getattr(slots.sampling, name), getattr(asked.sampling, name)[0]) for name in PER_ROW}
+    )
+    return Slots(**{name: put(getattr(slots, name), value) for name, value in values.items()}, sampling=sampling)
+
+
+def mixed(
+    params, cache: KVCache, slots: Slots, rows, table, starts, query_starts, samples, *, config: ModelConfig, tokens: int
+) -> tuple[KVCache, Slots, Results]:
+    """One step over `tokens` tokens of R rows.
+
+    rows int32 [R]: the slot of each, -1 for none; table int32 [R, P]: their pages; starts int32 [R]: the position of a
+    row's first token, -1 for its newest token alone; query_starts int32 [R + 1]; samples bool [R]: rows that choose their
+    next token.
+    """
+    live = (rows >= 0) & ((starts >= 0) | ~slots.done[rows])
+    first = jnp.where(starts >= 0, starts, slots.length[rows] - 1)
+    hidden, cache = _hidden(params, cache, slots, rows, table, first, query_starts, live, tokens, config)
+    last = jnp.clip(query_starts[1:] - 1, 0, tokens - 1)
+    logits = functional.unembed(params, hidden[last], config=config)
+    scores = _prompt_scores(params, hidden, slots, rows, first, query_starts, config)
+    slots, token, ids, logprobs = _choose(logits, slots, rows, live & samples)
+    return cache, slots, Results(token[:, None], ids[:, None], logprobs[:, None], *scores)
+
+
+def decode(
+    params, cache: KVCache, slots: Slots, rows, table, ends, limit, *, config: ModelConfig, steps: int, speculation: int
+) -> tuple[KVCache, Slots, Results]:
+    """Up to min(limit, steps) steps of rows that each go on from their newest token.
+
+    rows, table: as in `mixed`; ends int32 [R]: the tokens that a row has at most in the end (drafts stay below).
+    Results hold steps * (speculation + 1) tokens a row, those that were made in front.
+    """
+    count, width = rows.shape[0], speculation + 1
+    begin = slots.generated[rows]
+    wanted = ((rows >= 0) & slots.scored[rows]).any()
+    columns, best = steps * width, _best(config.vocab_size) + 1
+    results = Results(
+        jnp.full((count, columns), -1, jnp.int32),
+        jnp.zeros((count, columns, best), jnp.int32),
+        jnp.zeros((count, columns, best), jnp.float32),
+    )
+
+    def choose(logits, slots: Slots, alive, results: Results):
+        column = jnp.where(alive, slots.generated[rows] - begin, columns)
+        slots, token, ids, logprobs = _choose(logits, slots, rows, alive)
+        results = results._replace(tokens=results.tokens.at[jnp.arange(count), column].set(token, mode="drop"))
+
+        def keep(results: Results) -> Results:
+            place = jnp.arange(count), column
+            return results._replace(
+                ids=results.ids.at[place].set(ids, mode="drop"),
+                logprobs=results.logprobs.at[place].set(logprobs, mode="drop"),
+            )
+
+        return slots, token, lax.cond(wanted, keep, lambda results: results, results)
+
+    def single(cache, slots, results, alive, drafted):
+        starts = jnp.arange(count + 1, dtype=jnp.int32)
+        first = slots.length[rows] - 1
+        hidden, cache = _hidden(params, cache, slots, rows, table, first, starts, alive, count, config)
+        slots, _, results = choose(functional.unembed(params, hidden, config=config), slots, alive, results)
+        return cache, slots, results
+
+    def verify(cache, slots, results, alive, drafted):
+        """The newest token and the draft after it as one prompt; then tokens are chosen while they are those drafted."""
+        first, lengths = slots.length[rows] - 1, jnp.where(alive, drafted + 1, 0)
+        starts = jnp.concatenate([jnp.zeros((1,), jnp.int32), jnp.cumsum(lengths)])
+        hidden, cache = _hidden(params, cache, slots, rows, table, first, starts, alive, count * width, config)
+        place = jnp.clip(starts[:-1, None] + jnp.arange(width), 0, count * width - 1)
+        logits = functional.unembed(params, hidden[place].reshape(count * width, -1), config=config)
+        logits = logits.reshape(count, width, -1)
+        text = slots.history[rows[:, None], jnp.clip(first[:, None] + jnp.arange(1, width + 1), 0, slots.history.shape[1] - 1)]
+
+        def one(j, carry):
+            slots, results, going = carry
+            slots, token, results = choose(logits[:, j], slots, going, results)
+            going = going & (j < drafted) & (token == text[:, j]) & ~slots.done[rows]
+            return slots, results, going
+
+        slots, results, _ = lax.fori_loop(0, width, one, (slots, results, alive))
+        return cache, learn(slots, rows, alive & (drafted > 0), slots.length[rows] - first - 2), results
+
+    def step(carry):
+        i, cache, slots, results = carry
+        alive = (rows >= 0) & ~slots.done[rows]
+        if not speculation:
+            return i + 1, *single(cache, slots, results, alive, None)
+        slots, drafted = draft(slots, rows, alive, ends, speculation)
+        return i + 1, *lax.cond((drafted > 0).any(), verify, single, cache, slots, results, alive, drafted)
+
+    def going(carry):
+        i, _, slots, _ = carry
+        return (i < jnp.minimum(limit, steps)) & ((rows >= 0) & ~slots.done[rows]).any()
+
+    with jax.named_scope("decode"):
+        carry = (jnp.zeros((), jnp.int32), cache, slots, results)
+        return lax.while_loop(going, step, carry)[1:]
+
+
+def copy_pages(cache: KVCache, source, target) -> KVCache:
+    """Copies pages int32 [N] to pages int32 [N] of all layers; a target of num_pages copies nothing."""
+
+    def copy(array: jax.Array) -> jax.Array:
+        return array.at[:, target].set(array.at[:, source].get(mode="clip"), mode="drop")
+
+    return jax.tree.map(copy, cache)
+
+
+def read_pages(cache: KVCache, pages) -> KVCache:
+    """What pages int32 [N] hold, as a cache of N pages."""
+    return jax.tree.map(lambda array: array[:, pages], cache)
+
+
+def write_pages(cache: KVCache, pages, content: KVCache) -> KVCache:
+    """Puts a cache of N pages into pages int32 [N]; nothing where a page is num_pages."""
+    return jax.tree.map(lambda array, new: array.at[:, pages].set(new, mode="drop"), cache, content)
+
+
+def _hidden(params, cache: KVCache, slots: Slots, rows, table, first, query_starts, live, tokens: int, config):
+    """Final hidden states [tokens, hidden_size] of the texts of rows from position `first` on, and the cache."""
+    place = jnp.arange(tokens, dtype=jnp.int32)
+    row = jnp.clip(jnp.searchsorted(query_starts, place, side="right") - 1, 0, rows.shape[0] - 1).astype(jnp.int32)
+    there = (place < query_starts[-1]) & live[row]
+    position = jnp.where(there, first[row] + place - query_starts[row], 0)
+    page = table[row, position // cache.page_size]
+    lengths = jnp.diff(query_starts)
+    batch = RaggedBatch(
+        tokens=slots.history[rows[row], position],
+        positions=position,
+        slots=jnp.where(there, page * cache.page_size + position % cache.page_size, -1),
+        query_starts=query_starts,
+        kv_lengths=jnp.where(live & (lengths > 0), first + lengths, 0),
+        page_table=table,
+        logits_rows=jnp.zeros((0,), jnp.int32),
+    )
+    return functional.hidden(params, cache, batch, config=config)
+
+
+def _choose(logits, slots: Slots, rows, alive):
+    """Chooses the next token of the rows that are alive: slots, token int32 [R] (-1 in other rows), ids and logprobs."""
+    slot = jnp.where(alive, rows, slots.length.shape[0])  # out of range: nothing is written
+    with jax.named_scope("sampling"):
+        sampling = slots.sampling.take(rows)
+        position = slots.length[rows]
+        adjusted = lax.cond((alive & slots.adjusted[rows]).any(), _adjust, lambda x, *_: x, logits, slots, rows)
+        token = sample(adjusted, sampling, slots.seen[rows], position, jnp.zeros((2,), jnp.uint32))
+        finite = ~jnp.isnan(logits.max(axis=1))
+
+        def scores():
+            return token_logprobs(logits, token, _best(logits.shape[1]))
+
+        ids, logprobs = _where_wanted((alive & slots.scored[rows]).any(), scores)
+    generated = slots.generated[rows] + 1
+    done = is_end(token, sampling) | (generated >= sampling.max_tokens) | ~finite
+    slots = slots._replace(
+        history=slots.history.at[slot, position].set(token, mode="drop"),
+        length=slots.length.at[slot].add(1, mode="drop"),
+        generated=slots.generated.at[slot].set(generated, mode="drop"),
+        done=slots.done.at[slot].set(done, mode="drop"),
+        seen=occurred(slots.seen, slot, token),
+    )
+    token = jnp.where(finite, token, NOT_FINITE)
+    return slots, jnp.where(alive, token, -1), ids, logprobs
+
+
+def _adjust(logits, slots: Slots, rows):
+    """The logits with biases, words that are banned, and end tokens that come too early."""
+    count, vocab = logits.shape
+    row = jnp.arange(count)[:, None]
+    words, index = slots.banned[rows], slots.length[rows][:, None] + jnp.arange(1 - BAD_WORD_TOKENS, 0)
+    is_output = index >= slots.prompt_length[rows][:, None]
+    recent = jnp.where(is_output, slots.history[rows[:, None], jnp.maximum(index, 0)], -2)
+    begun = ((words[..., :-1] < 0) | (words[..., :-1] == recent[:, None])).all(axis=-1) & (words[..., -1] >= 0)
+    early = (slots.generated[rows] < slots.min_tokens[rows])[:, None] & (slots.sampling.eos >= 0)
+    x = logits + slots.bias[rows]
+    x = x.at[row, jnp.where(begun, words[..., -1], vocab)].set(-jnp.inf, mode="drop")
+    return x.at[row, jnp.where(early, slots.sampling.eos, vocab)].set(-jnp.inf, mode="drop")
+
+
+def _prompt_scores(params, hidden, slots: Slots, rows, first, query_starts, config):
+    """Log-probabilities of the token after each of a step's, where its row wants those of its prompt: ids and logprobs
+    [tokens, k + 1]."""
+    tokens = hidden.shape[0]
+    place = jnp.arange(tokens)
+    row = jnp.clip(jnp.searchsorted(query_starts, place, side="right") - 1, 0, rows.shape[0] - 1)
+    following = jnp.clip(first[row] + place - query_starts[row] + 1, 0, slots.history.shape[1] - 1)
+    target = slots.history[rows[row], following]
+
+    def scores():
+        block = min(functional.ROWS, tokens)
+        padding = -tokens % block
+        blocks = jnp.pad(hidden, ((0, padding), (0, 0))).reshape(-1, block, hidden.shape[1])
+
+        def score(inputs):
+            logits = functional.unembed(params, inputs[0], config=config)
+            return token_logprobs(logits, inputs[1], _best(config.vocab_size))
+
+        found = lax.map(score, (blocks, jnp.pad(target, (0, padding)).reshape(-1, block)))
+        return tuple(array.reshape(-1, array.shape[-1])[:tokens] for array in found)
+
+    return _where_wanted(((rows >= 0) & slots.scored_prompt[rows]).any(), scores)
+
+
+def _best(vocab: int) -> int:
+    """How many of the best tokens are reported."""
+    return min(MAX_LOGPROBS, vocab)
+
+
+def _where_wanted(wanted, scores):
+    """ids and logprobs of `scores()`, or zeros."""
+    return lax.cond(wanted, scores, lambda: jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(scores)))

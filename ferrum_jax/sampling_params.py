@@ -1,0 +1,122 @@
+"""What a user may ask of one generation, checked when it is made."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Integral, Real
+
+import numpy as np
+
+MAX_LOGPROBS = 64
+MAX_BIAS = 1024  # ids that one request may bias or ban
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to continue one prompt.
+
+    Attributes:
+      max_tokens: tokens to generate at most, the end token included; >= 1.
+      temperature: >= 0; 0 takes the likeliest token and ignores top_k, top_p, min_p and seed.
+      top_k: keep the k likeliest tokens; 0 or -1 (stored as 0) keeps all.
+      top_p: keep the fewest likeliest tokens whose probability together reaches it, at least one; in (0, 1].
+      min_p: keep the tokens with at least min_p times the probability of the likeliest; in [0, 1].
+      repetition_penalty: > 0; the logit of an id in prompt or output is divided by it where positive and multiplied
+        where negative, once however often the id occurs.
+      seed: of this request's noise. Any integer, stored modulo 2**32; None lets the caller choose.
+      stop: a text or a sequence of texts that end the generation, stored as a tuple.
+      ignore_eos: go on after an end token.
+      logprobs: None, or how many of the best tokens to report beside the chosen one; at most 64.
+      presence_penalty: in [-2, 2]; taken from the logit of every id that occurs in the output.
+      frequency_penalty: in [-2, 2]; taken from a logit once for every time that the id occurs in the output.
+      logit_bias: None, or numbers to add to the logits of some ids, -inf to ban one: a mapping from id, stored as pairs.
+      min_tokens: end tokens are not sampled before so many tokens were; in [0, max_tokens].
+      bad_words: a text or a sequence of texts whose tokens are never completed, stored as a tuple.
+      n: how many completions of the prompt to make; each has noise of its own (seed, seed + 1, ...).
+      prompt_logprobs: as logprobs, for the tokens of the prompt.
+
+    Raises:
+      ValueError: naming the field and what would be right, for a wrong type or value.
+    """
+
+    max_tokens: int = 16
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    stop: str | Sequence[str] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] | None = None
+    min_tokens: int = 0
+    bad_words: str | Sequence[str] = ()
+    n: int = 1
+    prompt_logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        self._integer("max_tokens", lambda v: v >= 1, "an integer >= 1")
+        self._number("temperature", lambda v: v >= 0, "a finite number >= 0 (0 is greedy)")
+        self._integer("top_k", lambda v: v >= -1, "an integer >= 1, or 0 or -1 for no limit")
+        self._number("top_p", lambda v: 0 < v <= 1, "a number in (0, 1] (1 keeps every token)")
+        self._number("min_p", lambda v: 0 <= v <= 1, "a number in [0, 1] (0 keeps every token)")
+        self._number("repetition_penalty", lambda v: v > 0, "a finite number > 0 (1 is no penalty)")
+        if self.seed is not None:
+            self._integer("seed", lambda v: True, "None or an integer")
+            object.__setattr__(self, "seed", self.seed % 2**32)
+        for field in ("logprobs", "prompt_logprobs"):
+            if getattr(self, field) is not None:
+                self._integer(field, lambda v: 0 <= v <= MAX_LOGPROBS, f"None or an integer in [0, {MAX_LOGPROBS}]")
+        for field in ("presence_penalty", "frequency_penalty"):
+            self._number(field, lambda v: -2 <= v <= 2, "a number in [-2, 2] (0 is no penalty)")
+        self._integer("min_tokens", lambda v: 0 <= v <= self.max_tokens, "an integer in [0, max_tokens]")
+        self._integer("n", lambda v: v >= 1, "an integer >= 1")
+        object.__setattr__(self, "top_k", max(self.top_k, 0))
+        if not isinstance(self.ignore_eos, bool | np.bool_):
+            raise self._error("ignore_eos", "True or False")
+        object.__setattr__(self, "ignore_eos", bool(self.ignore_eos))
+        self._texts("stop")
+        self._texts("bad_words")
+        object.__setattr__(self, "logit_bias", self._pairs())
+
+    def _error(self, field: str, right: str) -> ValueError:
+        return ValueError(f"SamplingParams.{field} must be {right}; got {getattr(self, field)!r}")
+
+    def _texts(self, field: str) -> None:
+        texts = getattr(self, field)
+        texts = (texts,) if isinstance(texts, str) else texts
+        if not isinstance(texts, Sequence) or not all(isinstance(text, str) and text for text in texts):
+            raise self._error(field, "a non-empty text or a sequence of non-empty texts")
+        object.__setattr__(self, field, tuple(texts))
+
+    def _pairs(self) -> tuple[tuple[int, float], ...] | None:
+        """`logit_bias` in the order of ids. A stored value is taken as it is, so that copies of the parameters work."""
+        if self.logit_bias is None:
+            return None
+        try:
+            pairs = sorted((operator.index(id), float(value)) for id, value in dict(self.logit_bias).items())
+        except (TypeError, ValueError):
+            pairs = [(-1, 0.0)]
+        if len(pairs) > MAX_BIAS or any(id < 0 or not value < math.inf for id, value in pairs):
+            right = f"None or a mapping of at most {MAX_BIAS} token ids to numbers (-inf bans a token)"
+            raise self._error("logit_bias", right)
+        return tuple(pairs)
+
+    def _integer(self, field: str, valid: Callable[[int], bool], right: str) -> None:
+        value = getattr(self, field)
+        if isinstance(value, bool) or not isinstance(value, Integral) or not valid(int(value)):
+            raise self._error(field, right)
+        object.__setattr__(self, field, int(value))
+
+    def _number(self, field: str, valid: Callable[[float], bool], right: str) -> None:
+        value = getattr(self, field)
+        number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+        if not number or not valid(float(value)):
+            raise self._error(field, right)
+        object.__setattr__(self, field, float(value))
