@@ -29,9 +29,6 @@ from ferrum_jax.weights.stream import bytes_by_format
 _ROWS = 32  # rows of one program at most
 _CACHE_BYTES = 2 << 30  # KV cache of one program at most, where more than one row asks for it
 
-# Parameters that only the engine's slots keep a state for.
-_ENGINE_FIELDS = ("logit_bias", "min_tokens", "bad_words", "n", "prompt_logprobs")
-
 Prompt = str | Sequence[int]
 
 
@@ -56,7 +53,7 @@ class Model(Runtime):
             raise ValueError(f"{len(encoded)} prompts and {len(each)} sampling parameters; give one for all or one for each")
         if not encoded:
             return []
-        if any(map(_needs_engine, each)) or len({p.logprobs for p in each}) > 1 or not self._fit_one_program(encoded, each):
+        if any(p.of_an_engine for p in each) or len({p.logprobs for p in each}) > 1 or not self._fit_one_program(encoded, each):
             return self._complete_in_engine(encoded, each)
         return self._complete(encoded, each)
 
@@ -66,7 +63,7 @@ class Model(Runtime):
         if params.n > 1 or params.prompt_logprobs is not None:
             raise ValueError("SamplingParams.n and prompt_logprobs: a stream is of one completion's output; use generate")
         ids = self.encode(prompt)
-        if not _needs_engine(params):
+        if not params.of_an_engine:
             return stream(self, ids, params)
         engine = self._engine([ids], [params])
         request = engine.submit(ids, params)
@@ -260,12 +257,6 @@ def _pieces(engine: Engine, request: Request) -> Generator[tuple[str, list[int]]
         yield from request
     finally:
         engine.abort(request)
-
-
-def _needs_engine(params: SamplingParams) -> bool:
-    """Whether parameters need what only the engine's slots have."""
-    plain = SamplingParams()
-    return any(getattr(params, field) != getattr(plain, field) for field in _ENGINE_FIELDS)
 
 
 def _generate(params, cache, prompts, lengths, sampling, key, *, config, max_tokens, logprobs):

@@ -77,7 +77,8 @@ class Sampling(NamedTuple):
           default_seeds: one a row of `params`, taken modulo 2**32 where the row's own seed is None; None: 0, 1, ...
 
         Raises:
-          ValueError: pad_to below the number of rows, default_seeds of another length, or vocab_limit below 1.
+          ValueError: pad_to below the number of rows, default_seeds of another length, vocab_limit below 1, or a field
+            that only an engine can meet.
         """
         rows = len(params) if pad_to is None else pad_to
         if rows < len(params):
@@ -85,6 +86,8 @@ class Sampling(NamedTuple):
         default_seeds = range(len(params)) if default_seeds is None else default_seeds
         if len(default_seeds) != len(params):
             raise ValueError(f"default_seeds must have one seed a row, {len(params)}; got {len(default_seeds)}")
+        for field in (field for p in params for field in p.of_an_engine):
+            raise ValueError(f"SamplingParams.{field} needs an engine: use fj.Engine or Model.generate")
         if vocab_limit < 1:
             raise ValueError(f"vocab_limit must be at least 1; got {vocab_limit}")
 

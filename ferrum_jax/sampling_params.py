@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Integral, Real
+from typing import Any
 
 import numpy as np
 
 MAX_LOGPROBS = 64
 MAX_BIAS = 1024  # ids that one request may bias or ban
+_OF_AN_ENGINE: dict[str, Any] = {"logit_bias": None, "min_tokens": 0, "bad_words": (), "n": 1, "prompt_logprobs": None}
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,15 @@ class SamplingParams:
         self._texts("stop")
         self._texts("bad_words")
         object.__setattr__(self, "logit_bias", self._pairs())
+
+    @property
+    def of_an_engine(self) -> list[str]:
+        """The fields in use that only an engine can meet, because they need more than a row of numbers each step."""
+        return [field for field, plain in _OF_AN_ENGINE.items() if getattr(self, field) != plain]
+
+    def row(self, seed: int, max_tokens: int) -> SamplingParams:
+        """What remains for the sampler once an engine has met its fields."""
+        return replace(self, **_OF_AN_ENGINE, seed=seed, max_tokens=max_tokens)
 
     def _error(self, field: str, right: str) -> ValueError:
         return ValueError(f"SamplingParams.{field} must be {right}; got {getattr(self, field)!r}")

@@ -6,7 +6,6 @@ is started and its results are fetched later, one dispatch behind, so that the d
 
 from __future__ import annotations
 
-import dataclasses
 import threading
 from collections.abc import Callable
 from functools import partial
@@ -88,9 +87,10 @@ class Device:
         return self._programs[bucket]
 
     def admit(self, sequence: Sequence, params: SamplingParams, seed: int, extras: Extras) -> None:
-        """Fills a sequence's slot."""
+        """Fills a sequence's slot; nothing where it was aborted since it got one."""
         asked = self._asked(sequence, params, seed, extras)
-        self.slots = self.compile("admit")(self.slots, asked)
+        if asked.slot >= 0:
+            self.slots = self.compile("admit")(self.slots, asked)
 
     def launch(self, dispatch: Dispatch) -> steps.Results:
         """Starts a dispatch; its results are still on the device, row by row as the dispatch has them."""
@@ -194,9 +194,8 @@ class Device:
         for row, word in zip(banned, extras.banned, strict=False):
             row[-len(word) :] = word
         room = sequence.limit - sequence.prompt_length  # of what it wants, what the context leaves
-        params = dataclasses.replace(params, seed=seed, max_tokens=room, min_tokens=min(params.min_tokens, room))
         return steps.Asked(
-            slot=np.int32(max(sequence.slot, 0)),
+            slot=np.int32(sequence.slot),
             text=text,
             length=np.int32(len(sequence.tokens)),
             prompt_length=np.int32(sequence.prompt_length),
@@ -206,7 +205,7 @@ class Device:
             min_tokens=np.int32(params.min_tokens),
             scored=np.bool_(params.logprobs is not None),
             scored_prompt=np.bool_(params.prompt_logprobs is not None),
-            sampling=self._sampling([params], 1),
+            sampling=self._sampling([params.row(seed, room)], 1),
         )
 
 

@@ -317,19 +317,19 @@ class Engine:
         with self._lock:
             dispatch = self._scheduler.next(self._steps_at_once)
         before, flight = self._flight, None
-        try:
-            if dispatch is not None:
+        if dispatch is not None:
+            try:
                 flight = self._launch(dispatch)
-            host = time.perf_counter() - begin
-            if before is not None:
-                results = self._device.fetch(before.results, before.scored, before.scored_prompt)
-        except Exception as error:  # whatever it is, it must not take the engine along
-            at_fault = [before.dispatch] if before is not None and (dispatch is None or flight is not None) else []
-            self._fail(error, *at_fault, *([dispatch] if dispatch is not None else []))
-            return
-        self._flight = flight
+            except Exception as error:  # whatever it is, it must not take the engine along
+                return self._fail(error, dispatch)
+        host = time.perf_counter() - begin
         if before is not None:
+            try:
+                results = self._device.fetch(before.results, before.scored, before.scored_prompt)
+            except Exception as error:
+                return self._fail(error, before.dispatch)
             host += self._take_in(before, results)
+        self._flight = flight
         with self._lock:
             self._seconds["host_seconds"] += host
 
@@ -399,14 +399,12 @@ class Engine:
                 ids, values = (array[place + i, : best + 1].tolist() for array in (results.prompt_ids, results.prompt_logprobs))
                 found.append(list(zip(ids, values, strict=True)))
 
-    def _fail(self, error: Exception, *dispatches: Dispatch) -> None:
-        """Ends the requests of dispatches that could not be run; all others are computed again in a new cache."""
+    def _fail(self, error: Exception, dispatch: Dispatch) -> None:
+        """Ends the requests of a dispatch that could not be run; all others are computed again in a new cache."""
         with self._lock:
-            reason = f"{type(error).__name__}: {error}"
-            for dispatch in dispatches:
-                for row in dispatch.rows:
-                    if row.valid:
-                        self._end(row.sequence.owner, "error", reason)
+            for row in dispatch.rows:
+                if row.valid:
+                    self._end(row.sequence.owner, "error", f"{type(error).__name__}: {error}")
             self._start_over()
 
     def _start_over(self) -> None:

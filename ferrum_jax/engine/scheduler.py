@@ -67,11 +67,10 @@ class Scheduler:
         before = self.preemptions
         copies: list[tuple[int, int]] = []
         admitted: list[Sequence] = []
-        width = 1
+        width = 1 + self.config.speculation
         if self.waiting or any(not sequence.decoding for sequence in self.running):
             steps = 1
         else:
-            width += self.config.speculation
             growing = [sequence for sequence in self.running if _growing(sequence)]
             steps = min(steps, max((s.limit - len(s.tokens) - s.pending for s in growing), default=0))
             missing = sum(self._missing(sequence, _decoded(sequence, steps * width)) for sequence in growing)

@@ -115,6 +115,13 @@ def test_fields_of_the_engine_are_refused_by_name(field, value):
         SamplingParams(**{field: value})
 
 
+@pytest.mark.parametrize("field", ["logit_bias", "min_tokens", "bad_words", "n", "prompt_logprobs"])
+def test_what_only_an_engine_can_meet_is_refused_elsewhere(field):
+    value = {"logit_bias": {1: 1.0}, "bad_words": "no"}.get(field, 3)
+    with pytest.raises(ValueError, match=f"SamplingParams.{field} needs an engine"):
+        batch([SamplingParams(**{field: value})], 6)
+
+
 def test_logit_bias_is_stored_as_pairs_and_survives_a_copy():
     p = SamplingParams(logit_bias={9: 1, np.int64(3): -np.inf})
     assert p.logit_bias == ((3, -np.inf), (9, 1.0)) and dataclasses.replace(p, seed=1).logit_bias == p.logit_bias
