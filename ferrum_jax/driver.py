@@ -125,7 +125,7 @@ class Watcher:
         self.finish_reason: str | None = None
         self._ends: frozenset[int] = frozenset() if params.ignore_eos else tokenizer.eos_ids
         self._decoder, self._stops = TextStream(tokenizer), StopMatcher(params.stop)
-        self._min_tokens = params.min_tokens
+        self._has_stops, self._min_tokens = bool(params.stop), params.min_tokens
 
     def push(self, sampled: functional.Sampled, row: int) -> tuple[str, list[int]]:
         """Takes what a dispatch sampled for the row: the new text that is safe to show, and the new token ids."""
@@ -148,7 +148,7 @@ class Watcher:
                 self.finish_reason = "stop"
                 break
             text = self._decoder.push(token)
-            if len(self.token_ids) > self._min_tokens:
+            if self._has_stops and len(self.token_ids) > self._min_tokens:
                 text, stopped = self._stops.push(text)
                 if stopped:
                     self.finish_reason = "stop"

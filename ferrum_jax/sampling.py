@@ -192,14 +192,26 @@ def token_logprobs(logits: jax.Array, chosen: jax.Array, k: int) -> tuple[jax.Ar
         x = logits.astype(jnp.float32)
         x = jnp.where(x == 0, 0.0, x)  # -0 and +0 are equal, but not to top_k
         top = jnp.maximum(jnp.max(x, axis=1, keepdims=True), -_MAX)
-        log_total = jnp.log(_sum(jnp.exp(_pad(x, -jnp.inf) - top)))[:, None]
+        padded = _pad(x, -jnp.inf)
+        log_total = jnp.log(_sum(jnp.exp(padded - top)))[:, None]
         ids = chosen.astype(jnp.int32)[:, None]
         values = jnp.take_along_axis(x, ids, axis=1, mode="clip")
         if k:
-            best_values, best_ids = lax.top_k(x, k)
-            ids = jnp.concatenate([ids, best_ids.astype(jnp.int32)], axis=1)
+            best_values, best_ids = _best(padded, k)
+            ids = jnp.concatenate([ids, best_ids], axis=1)
             values = jnp.concatenate([values, best_values], axis=1)
         return ids, (values - top) - log_total
+
+
+def _best(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    """The k greatest of each row of float32 [B, whole blocks] and their ids: they lie in the k blocks with the greatest
+    maxima, so nothing as long as the vocabulary is sorted."""
+    blocks = x.reshape(x.shape[0], -1, _BLOCK)
+    _, found = lax.top_k(jnp.max(blocks, axis=2), min(k, blocks.shape[1]))
+    found = jnp.sort(found.astype(jnp.int32), axis=1)  # of equal logits the smaller id is first
+    among = jax.vmap(operator.getitem)(blocks, found).reshape(x.shape[0], -1)
+    values, places = lax.top_k(among, k)
+    return values, jnp.take_along_axis(found, places // _BLOCK, axis=1) * _BLOCK + places.astype(jnp.int32) % _BLOCK
 
 
 def is_end(tokens: jax.Array, sampling: Sampling) -> jax.Array:

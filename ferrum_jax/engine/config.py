@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from typing import NamedTuple
 
 from ferrum_jax.kv_cache import kv_dtype
 
@@ -47,29 +49,43 @@ class EngineConfig:
         """Decode steps of one dispatch at most."""
         return self.steps_per_dispatch or MAX_STEPS
 
-    def decode_rows(self) -> list[int]:
-        """Numbers of rows that decoding is compiled for: 1, 4, 16, ... and max_seqs."""
-        return _ladder(1, self.max_seqs)
+    @property
+    def longest(self) -> int:
+        """Tokens of a mixed step at most."""
+        return max(self.token_budget, self.max_seqs + 1)
 
-    def mixed_rows(self) -> list[int]:
-        """Numbers of rows that steps with prompt tokens are compiled for."""
-        return sorted({min(4, self.max_seqs), self.max_seqs})
+    @functools.cached_property
+    def buckets(self) -> list[Bucket]:
+        """All shapes that are compiled, smaller ones first. Decoding: 1, 4, 16, ... and `max_seqs` rows. Steps with prompt
+        tokens: 16 tokens (the end of a cached prompt) and `longest` (a long prompt) for a few rows, and 64, 128, 256, ...
+        for all, because a step costs what its shape costs."""
+        few = min(4, self.max_seqs)
+        tokens = [size for size in (16, *_ladder(64, self.longest, 2)) if size < self.longest] + [self.longest]
+        mixed = {Bucket(size, self.max_seqs) for size in tokens[1:]} | {Bucket(tokens[0], few), Bucket(self.longest, few)}
+        if len(tokens) == 1:
+            mixed.add(Bucket(self.longest, self.max_seqs))
+        return sorted({Bucket(0, rows) for rows in _ladder(1, self.max_seqs, 4)} | mixed)
 
-    def mixed_tokens(self) -> list[int]:
-        """Numbers of tokens that steps with prompt tokens are compiled for."""
-        longest = max(self.token_budget, self.max_seqs + 1)
-        return sorted({min(64, longest), longest})
+    def bucket(self, tokens: int, rows: int) -> Bucket:
+        """The smallest shape that holds so many tokens (0: decoding alone) and rows."""
+        fitting = (b for b in self.buckets if bool(b.tokens) == bool(tokens) and b.tokens >= tokens and b.rows >= rows)
+        return next(fitting)
 
 
-def _ladder(first: int, last: int) -> list[int]:
-    """first, 4 * first, ... below last, and last."""
+class Bucket(NamedTuple):
+    """Shapes of one program: `tokens` on the ragged axis, 0 for decoding alone, and rows."""
+
+    tokens: int
+    rows: int
+
+    def __str__(self) -> str:
+        return f"{self.tokens} tokens of {self.rows} rows" if self.tokens else f"decoding {self.rows} rows"
+
+
+def _ladder(first: int, last: int, factor: int) -> list[int]:
+    """first, first * factor, ... below last, and last."""
     sizes = []
     while first < last:
         sizes.append(first)
-        first *= 4
+        first *= factor
     return [*sizes, last]
-
-
-def at_least(sizes: list[int], wanted: int) -> int:
-    """The smallest of the sizes that is not below `wanted`."""
-    return next(size for size in sizes if size >= wanted)

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +16,7 @@ import numpy as np
 
 from ferrum_jax import memory
 from ferrum_jax.engine import steps
-from ferrum_jax.engine.config import EngineConfig, at_least
+from ferrum_jax.engine.config import Bucket, EngineConfig
 from ferrum_jax.engine.sequence import Dispatch, Extras, Sequence
 from ferrum_jax.kv_cache import KVCache, bytes_per_token, new_cache
 from ferrum_jax.runtime import Runtime
@@ -29,16 +28,6 @@ from pallas_kernels.dispatch import target_of
 _COPIES = 8  # pages of one copy
 _HOST_CACHE_BYTES = 1 << 30  # KV cache on a CPU at most, where the user does not say
 _FREE_FRACTION = 0.9  # of an accelerator's free memory
-
-
-class Bucket(NamedTuple):
-    """Shapes of one program: `tokens` on the ragged axis, 0 for decoding alone, and rows."""
-
-    tokens: int
-    rows: int
-
-    def __str__(self) -> str:
-        return f"{self.tokens} tokens of {self.rows} rows" if self.tokens else f"decoding {self.rows} rows"
 
 
 class Device:
@@ -56,6 +45,7 @@ class Device:
 
     def reset(self) -> None:
         """Empties the cache and all slots; compiled programs stay. OutOfMemoryError where the cache does not fit."""
+        self._placed_key: Any = None
         self.cache: Any = None
         self.slots: Any = None
         abstract = self._abstract_cache()
@@ -71,9 +61,7 @@ class Device:
 
     def buckets(self) -> list[Bucket]:
         """All shapes that can occur, those first that are met first."""
-        mixed = [Bucket(tokens, rows) for rows in self.config.mixed_rows() for tokens in self.config.mixed_tokens()]
-        decoding = [Bucket(0, rows) for rows in self.config.decode_rows()]
-        return sorted(mixed + decoding, key=lambda bucket: bucket.rows)
+        return sorted(self.config.buckets, key=lambda bucket: bucket.rows)
 
     def compile(self, bucket: Bucket | str) -> Callable:
         """The program of a bucket, or "admit" or "copy", compiled where it is not yet; safe in any thread."""
@@ -99,24 +87,19 @@ class Device:
             part = dispatch.copies[first : first + _COPIES]
             pairs[:, : len(part)] = np.asarray(part, np.int32).T
             self.cache = self.compile("copy")(self.cache, *pairs)
-        bucket = self._bucket(dispatch)
-        rows = np.full(bucket.rows, -1, np.int32)
-        table = np.zeros((bucket.rows, self.pages_a_sequence), np.int32)
-        for i, row in enumerate(dispatch.rows):
-            rows[i] = row.sequence.slot
-            table[i] = row.sequence.table
-        run = partial(self.compile(bucket), self.model.params, self.cache, self.slots, rows, table)
+        tokens = 0 if dispatch.steps else sum(row.length for row in dispatch.rows)
+        bucket = self.config.bucket(tokens, len(dispatch.rows))
+        program = self.compile(bucket)
+        rows, table, ends = self._placed(dispatch, bucket.rows)
+        last: tuple[Any, ...] = ends, np.int32(dispatch.steps)
         if bucket.tokens:
             starts = np.full(bucket.rows, -1, np.int32)
             counts = np.zeros(bucket.rows + 1, np.int32)
             samples = np.zeros(bucket.rows, bool)
             for i, row in enumerate(dispatch.rows):
                 starts[i], counts[i + 1], samples[i] = row.start, row.length, row.samples
-            self.cache, self.slots, results = run(starts, counts.cumsum(dtype=np.int32), samples)
-        else:
-            ends = np.zeros(bucket.rows, np.int32)
-            ends[: len(dispatch.rows)] = [row.sequence.limit for row in dispatch.rows]
-            self.cache, self.slots, results = run(ends, np.int32(dispatch.steps))
+            last = starts, counts.cumsum(dtype=np.int32), samples
+        self.cache, self.slots, results = program(self.model.params, self.cache, self.slots, rows, table, *last)
         return results
 
     def fetch(self, results: steps.Results, scored: bool, scored_prompt: bool) -> steps.Results:
@@ -136,11 +119,18 @@ class Device:
 
     # Inside
 
-    def _bucket(self, dispatch: Dispatch) -> Bucket:
-        if dispatch.steps:
-            return Bucket(0, at_least(self.config.decode_rows(), len(dispatch.rows)))
-        tokens = at_least(self.config.mixed_tokens(), sum(row.length for row in dispatch.rows))
-        return Bucket(tokens, at_least(self.config.mixed_rows(), len(dispatch.rows)))
+    def _placed(self, dispatch: Dispatch, count: int) -> tuple:
+        """Slots, pages and limits of a dispatch's rows on the device; the same arrays as long as nothing has changed."""
+        sequences = [row.sequence for row in dispatch.rows]
+        key = count, *[(s.number, s.epoch, s.slot, len(s.pages)) for s in sequences]
+        if key != self._placed_key:
+            rows = np.full(count, -1, np.int32)
+            table = np.zeros((count, self.pages_a_sequence), np.int32)
+            ends = np.zeros(count, np.int32)
+            for i, sequence in enumerate(sequences):
+                rows[i], table[i], ends[i] = sequence.slot, sequence.table, sequence.limit
+            self._placed_key, self._arrays = key, jax.device_put((rows, table, ends), self.model.device)
+        return self._arrays
 
     def _compile(self, bucket: Bucket | str) -> Callable:
         programs, config = self.model.programs, self.model.config

@@ -85,6 +85,7 @@ class Engine:
         with self._lock:
             for choice in request.choices:
                 self._end(choice, "abort")
+            self._lock.notify_all()
 
     def reset(self) -> None:
         """Forgets the prefix cache; running requests go on."""
@@ -152,6 +153,7 @@ class Engine:
         with self._lock:
             for sequence in [*self._scheduler.waiting, *self._scheduler.running]:
                 self._end(sequence.owner, "abort")
+            self._lock.notify_all()
         self.run()
 
     # Facts
@@ -161,7 +163,13 @@ class Engine:
         return [str(bucket) for bucket in self._device.buckets()]
 
     def metrics(self) -> dict[str, float]:
-        """Counts since the engine was made, and how things stand: the names are those of the documentation."""
+        """Counts since the engine was made, and how things stand.
+
+        compiles; steps of the model (each of a dispatch of N counts); prompt_tokens that were computed; generated_tokens;
+        prefix_lookups, prefix_hit_pages, prefix_saved_tokens, prefix_evictions; preemptions; pages_free, pages_cached (what
+        is left is held); requests_waiting, requests_running; host_seconds: processor time of the driving threads, deciding,
+        launching and taking in; device_seconds: wall time from a launch, or the results before, to its results.
+        """
         with self._lock:
             scheduler, pool = self._scheduler, self._scheduler.pool
             return {
@@ -244,7 +252,7 @@ class Engine:
         return Extras(sorted(bias.items()), banned)
 
     def _end(self, request: Request, reason: str, error: str = "") -> None:
-        """Ends a request that is not finished; the lock is held."""
+        """Ends a request that is not finished. The lock is held; whoever waits is told by the caller."""
         if request.state == "finished":
             return
         rest, request.error = request._watcher.flush(), error
@@ -259,7 +267,6 @@ class Engine:
         for wake in request._wake:
             wake()
         request._wake.clear()
-        self._lock.notify_all()
 
     # Inside: waiting
 
@@ -313,7 +320,7 @@ class Engine:
     # Inside: a dispatch
 
     def _step(self) -> None:
-        begin = time.perf_counter()
+        begin = time.thread_time()  # of this thread alone: neither waiting for the device nor for a core is the host's work
         with self._lock:
             dispatch = self._scheduler.next(self._steps_at_once)
         before, flight = self._flight, None
@@ -322,16 +329,15 @@ class Engine:
                 flight = self._launch(dispatch)
             except Exception as error:  # whatever it is, it must not take the engine along
                 return self._fail(error, dispatch)
-        host = time.perf_counter() - begin
         if before is not None:
             try:
                 results = self._device.fetch(before.results, before.scored, before.scored_prompt)
             except Exception as error:
                 return self._fail(error, before.dispatch)
-            host += self._take_in(before, results)
+            self._take_in(before, results)
         self._flight = flight
         with self._lock:
-            self._seconds["host_seconds"] += host
+            self._seconds["host_seconds"] += time.thread_time() - begin
 
     def _launch(self, dispatch: Dispatch) -> _Flight:
         for sequence in dispatch.admitted:
@@ -343,8 +349,8 @@ class Engine:
         scored = any(p.logprobs is not None for p in params)
         return _Flight(dispatch, results, scored, any(p.prompt_logprobs is not None for p in params), begin)
 
-    def _take_in(self, flight: _Flight, results: steps.Results) -> float:
-        """Gives every row what it has got. Returns the seconds that this took."""
+    def _take_in(self, flight: _Flight, results: steps.Results) -> None:
+        """Gives every row what it has got."""
         begin = time.perf_counter()
         dispatch = flight.dispatch
         tokens = results.tokens.tolist()
@@ -361,12 +367,12 @@ class Engine:
                     made += self._take_row(row, i, tokens[i], results, dispatch.promised)
                 place += row.length
                 self._counts["prompt_tokens"] += row.length if row.start >= 0 else 0
+            self._lock.notify_all()
             self._counts["generated_tokens"] += made
             self._counts["steps"] += max(1, dispatch.steps)
             if dispatch.steps and self.config.steps_per_dispatch is None:
                 aim = _DISPATCH_SECONDS / (taken / dispatch.steps) if taken > 0 else self.config.steps
                 self._steps_at_once = int(min(max(aim, 1), self.config.steps))
-        return time.perf_counter() - begin
 
     def _take_row(self, row: Row, i: int, tokens: list[int], results: steps.Results, promised: int) -> int:
         """Takes in the tokens of one row; how many there were."""
@@ -406,6 +412,7 @@ class Engine:
                 if row.valid:
                     self._end(row.sequence.owner, "error", f"{type(error).__name__}: {error}")
             self._start_over()
+            self._lock.notify_all()
 
     def _start_over(self) -> None:
         """Gives up what is on its way and on the device; running requests are computed again. The lock is held."""

@@ -40,7 +40,8 @@ class Scheduler:
         pages = self._pages(tokens - 1)
         if not self.window:
             return pages
-        return min(pages, self._pages(self.window + max(self.config.mixed_tokens())) + 2)
+        at_once = max(self.config.longest, 1 + self.config.speculation)
+        return min(pages, self._pages(self.window + at_once) + 2)
 
     def add(self, sequence: Sequence) -> None:
         """Lets a sequence wait in its place."""
@@ -161,8 +162,9 @@ class Scheduler:
         return True
 
     def _found(self, sequence: Sequence) -> tuple[list[int], list[bytes], int]:
-        """Full pages that hold the beginning of a sequence, the digests of registered ones, and the page to copy whose
-        beginning holds the rest of it (-1: none). The last token is computed again in any case."""
+        """Full pages that hold the beginning of a sequence (-1 for those behind the window), the digests of registered ones,
+        and the page to copy whose beginning holds the rest of it (-1: none). The last token is computed again in any
+        case."""
         origin, last = sequence.origin, len(sequence.tokens) - 1
         full = last // self.pool.page_size
         if origin is not None and origin.decoding and origin.written >= last and self._visible(origin, last):
@@ -171,14 +173,21 @@ class Scheduler:
         if not (self.config.prefix_cache and sequence.cacheable):
             return [], [], -1
         self.lookups += 1
-        return *self.pool.find_prefix(sequence.tokens), -1
+        pages, digests = self.pool.find_prefix(sequence.tokens)
+        if self.window:
+            behind = self._behind(len(pages) * self.pool.page_size)
+            pages[:behind] = [-1] * behind
+        return pages, digests, -1
 
     def _grow(self, sequence: Sequence, tokens: int) -> bool:
-        """Gives a running sequence pages for so many tokens, preempting the youngest where there are none; False where
-        that was the sequence itself."""
-        while len(sequence.pages) < self._pages(tokens):
+        """Gives a running sequence pages for so many tokens, preempting the youngest where there are none. False where that
+        is the sequence itself, which first waits for what is on its way: it may end with it."""
+        needed = self._pages(tokens)
+        while len(sequence.pages) < needed:
             while not self.pool.available:
                 victim = self.running[-1]
+                if victim is sequence and sequence.pending:
+                    return False
                 self.preempt(victim)
                 if victim is sequence:
                     return False
@@ -187,7 +196,11 @@ class Scheduler:
 
     def _visible(self, origin: Sequence, last: int) -> bool:
         """Whether a branch of `origin` that goes on with position `last` finds all pages that it looks at."""
-        return not self.window or origin.behind <= max(0, last + 1 - self.window) // self.pool.page_size
+        return not self.window or origin.behind <= self._behind(last)
+
+    def _behind(self, position: int) -> int:
+        """How many pages nobody looks at from this position on."""
+        return max(0, position + 1 - self.window) // self.pool.page_size
 
     def _append(self, sequence: Sequence, page: int) -> None:
         sequence.table[len(sequence.pages)] = max(page, 0)
@@ -197,22 +210,23 @@ class Scheduler:
         return max(0, self._pages(tokens) - len(sequence.pages))
 
     def _promise(self, row: Row, tokens: int) -> None:
-        sequence = row.sequence
-        if row.start >= 0:
-            sequence.prefilled += row.length
         if row.samples:
-            sequence.pending += tokens
-        self._settle(sequence)
+            row.sequence.pending += tokens
+        if row.start >= 0:
+            row.sequence.prefilled += row.length
+            self._settle(row.sequence)
 
     def _settle(self, sequence: Sequence) -> None:
         """Registers the pages that are now full of known tokens, and gives back those that nobody will look at again."""
         size, written = self.pool.page_size, sequence.written
+        if written < (len(sequence.digests) + 1) * size and not self.window:
+            return
         while self.config.prefix_cache and (len(sequence.digests) + 1) * size <= written:
             number = len(sequence.digests)
             parent = sequence.digests[-1] if number else self.pool.root
             tokens = sequence.tokens[number * size : (number + 1) * size]
             sequence.digests.append(self.pool.register(sequence.pages[number], parent, tokens))
-        while self.window and (sequence.behind + 1) * size <= written + 1 - self.window:
+        while self.window and sequence.behind < self._behind(written):
             if sequence.pages[sequence.behind] >= 0:
                 self.pool.give_back(sequence.pages[sequence.behind])
                 sequence.pages[sequence.behind] = -1

@@ -186,7 +186,7 @@ def decode(
 
         return slots, token, lax.cond(wanted, keep, lambda results: results, results)
 
-    def single(cache, slots, results, alive, drafted):
+    def single(cache, slots, results, alive):
         starts = jnp.arange(count + 1, dtype=jnp.int32)
         first = slots.length[rows] - 1
         hidden, cache = _hidden(params, cache, slots, rows, table, first, starts, alive, count, config)
@@ -216,9 +216,13 @@ def decode(
         i, cache, slots, results = carry
         alive = (rows >= 0) & ~slots.done[rows]
         if not speculation:
-            return i + 1, *single(cache, slots, results, alive, None)
+            return i + 1, *single(cache, slots, results, alive)
         slots, drafted = draft(slots, rows, alive, ends, speculation)
-        return i + 1, *lax.cond((drafted > 0).any(), verify, single, cache, slots, results, alive, drafted)
+        # Loops of one round or none: around a conditional XLA copies the whole cache.
+        guessed = (drafted > 0).any().astype(jnp.int32)
+        state: Any = cache, slots, results
+        state = lax.fori_loop(0, guessed, lambda _, state: verify(*state, alive, drafted), state)
+        return i + 1, *lax.fori_loop(0, 1 - guessed, lambda _, state: single(*state, alive), state)
 
     def going(carry):
         i, _, slots, _ = carry

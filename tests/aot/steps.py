@@ -20,8 +20,10 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 from ferrum_jax import functional as F
 from ferrum_jax import headers
 from ferrum_jax.config import config_from_gguf
+from ferrum_jax.engine import steps as engine
 from ferrum_jax.loading import auto_dtype
 from ferrum_jax.programs import COMPILER_OPTIONS
+from ferrum_jax.sampling import Sampling
 from ferrum_jax.weights.names import parameters
 from ferrum_jax.weights.stream import abstract_parameters
 from pallas_kernels import aot, dispatch
@@ -32,6 +34,7 @@ import jax.numpy as jnp  # isort: skip
 CONTEXT = 4096
 # name: tokens of the step, sequences
 STEPS = {"decode of 1": (1, 1), "decode of 8": (8, 8), "prefill of 512": (512, 1)}
+ENGINES = ("t4", "h200", "v5e")  # for which the engine's steps are compiled
 SHORTER = {"v5e": 36}  # layers, where 48 do not fit
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all"}
 _CONTROL = {"while", "conditional", "call"}
@@ -73,7 +76,34 @@ def main(target: str) -> None:
             "choices": [dataclasses.asdict(choice) for choice in choices],
             "launches": launches(compiled.as_text()) if target in aot.GPUS else None,
         }
+    if target in ENGINES:
+        shorten(header, 4)
+        report["engine"] = dict(engine_steps(target, config_from_gguf(header), header))
     json.dump(report, sys.stdout)
+
+
+def engine_steps(target: str, config, header):
+    """What the engine's steps take, with four layers: (name, bytes)."""
+    kind = aot.TARGETS[target].target
+    config = dataclasses.replace(config, dtype=auto_dtype(kind))
+    params = abstract_parameters(parameters(header, config), kind)
+    slots, pages, rows = 32, 128, 8
+    with dispatch.on(kind):
+        cache = jax.eval_shape(functools.partial(F.new_cache, config, num_pages=slots * pages, dtype=config.dtype))
+    sampling = Sampling.from_params([], eos_ids=[1], vocab_limit=config.vocab_size, pad_to=slots, default_seeds=[])
+    state = jax.eval_shape(lambda: engine.new_slots(sampling, slots=slots, capacity=pages * 16, vocab=config.vocab_size))
+    i32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
+    common = params, cache, state, i32((rows,)), i32((rows, pages)), i32((rows,))
+    flags = jax.ShapeDtypeStruct((rows,), bool)
+    programs = {
+        "decode": (functools.partial(engine.decode, config=config, steps=16, speculation=0), *common, i32(())),
+        "speculate": (functools.partial(engine.decode, config=config, steps=4, speculation=4), *common, i32(())),
+        "mixed": (functools.partial(engine.mixed, config=config, tokens=512), *common, i32((rows + 1,)), flags),
+    }
+    for name, (function, *arguments) in programs.items():
+        memory = aot.compile_for(target, function, *arguments, donate_argnums=(1, 2)).memory_analysis()
+        donated = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((cache, state)))
+        yield name, {"donated": donated, "alias": memory.alias_size_in_bytes, "temp": memory.temp_size_in_bytes}
 
 
 def shorten(header, layers: int) -> None:

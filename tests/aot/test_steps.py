@@ -61,6 +61,16 @@ def test_the_steps_compile_alias_the_cache_and_copy_no_weights(target):
         assert step["temp_bytes"] <= bound(result, step) + fallback, (name, step["temp_bytes"] / 2**20)
 
 
+@pytest.mark.parametrize("target", ("t4", "h200", "v5e"))
+def test_the_steps_of_the_engine_alias_cache_and_slots(target):
+    """The sampler's temporaries are rows of the vocabulary; a TPU may lay 8 of them out as 128."""
+    result = report(target)
+    row = 4 * result["vocab"] * (128 if target.startswith("v") else 8)
+    for name, step in result["engine"].items():
+        assert step["alias"] >= step["donated"], name
+        assert step["temp"] <= 8 * row + (96 << 20), (name, step["temp"] / 2**20)
+
+
 @pytest.mark.parametrize("target", TARGETS)
 def test_the_kernels_are_taken(target):
     kind = aot.TARGETS[target].target
