@@ -44,10 +44,20 @@ class LlamaCpp:
 
     def generate(self, prompt: list[int], tokens: int) -> list[int]:
         """`tokens` greedy token ids after `prompt`, nothing of which is kept from earlier requests."""
-        return self.timed(prompt, tokens)[0]
+        with self._ask(prompt, tokens, stream=False) as reply:
+            return self._whole(json.load(reply)["tokens"], tokens)
 
-    def timed(self, prompt: list[int], tokens: int) -> tuple[list[int], float]:
-        """`generate`, and when the first token had come, on the clock of time.perf_counter."""
+    def stream(self, prompt: list[int], tokens: int) -> tuple[list[int], float]:
+        """The same, and when the first token had come, on the clock of time.perf_counter."""
+        times, made = [], []
+        with self._ask(prompt, tokens, stream=True) as reply:
+            for line in reply:
+                if line.startswith(b"data: "):
+                    times.append(time.perf_counter())
+                    made += json.loads(line[6:]).get("tokens", [])
+        return self._whole(made, tokens), times[0]
+
+    def _ask(self, prompt: list[int], tokens: int, stream: bool) -> Any:
         request = {
             "prompt": prompt,
             "n_predict": tokens,
@@ -55,20 +65,16 @@ class LlamaCpp:
             "ignore_eos": True,
             "cache_prompt": False,
             "return_tokens": True,
-            "stream": True,
+            "stream": stream,
         }
         headers = {"Content-Type": "application/json"}
         call = urllib.request.Request(f"{self.address}/completion", json.dumps(request).encode(), headers)
-        first, lines = 0.0, []
-        with urllib.request.urlopen(call) as reply:
-            for line in reply:
-                if line.startswith(b"data: "):
-                    first = first or time.perf_counter()
-                    lines.append(line)
-        made = [token for line in lines for token in json.loads(line[6:]).get("tokens", [])]
+        return urllib.request.urlopen(call)
+
+    def _whole(self, made: list[int], tokens: int) -> list[int]:
         if len(made) != tokens:
             raise RuntimeError(f"llama.cpp was asked for {tokens} tokens and gave {len(made)}")
-        return made, first
+        return made
 
 
 def serve(path: str, threads: int, context: int, slots: int) -> None:

@@ -58,6 +58,38 @@ DTYPES = """## Cost of dtypes
 `python -m benchmarks.dtypes`. Perplexity of an English text in windows of {window} tokens, on CPU. Check: float32 against
 transformers on the exactly dequantised weights.
 """
+ENGINE = """## The engine
+
+`python -m benchmarks.engine`. {name}, {threads} threads; {requests} requests that come at once, with prompts and outputs of
+mixed lengths, {prompt_tokens:,} and {output_tokens:,} tokens in all, generated greedily: one after the other, through {slots}
+slots of the engine, and through as many of llama.cpp's server, in turns. "x one by one" compares medians of one dtype.
+Times to the first token count from the moment at which all requests were there; the median and the worst of the
+requests.
+
+Check: "equal" counts the requests whose tokens are all those of float32 `generate`, called for each alone; "worst" is how
+far any token's float32 logit lies below the best one, each after the tokens before it.
+"""
+ENGINE_HOST = """### The host's part of a step
+
+Decode steps of so many rows, one step a dispatch. The host decides, starts and takes in while the device computes: here on
+the same cores, so that part of the host's time is waiting for one of them. "CPU" is what its thread computed, by stage.
+"""
+ENGINE_PREFIX = """### A prompt that comes again
+
+Time to the first token of a prompt of {prompt_len:,} tokens: first {first} s, repeated {repeated} s, {share:.1f} % of it,
+with {saved_tokens:,} tokens found in the prefix cache. Others: {other_cores:.2f}. {check}
+"""
+ENGINE_SPECULATION = """### Speculation
+
+Decoding in float32 with drafts from the sequence's own text (`speculation={count}`) and without. Repetitive: a paragraph,
+once more, and its beginning, copied on greedily; other: English at temperature 1. Check: the tokens with and without.
+"""
+ENGINE_KV = """### Cost of KV dtypes
+
+Perplexity of an English text in windows of {window} tokens, in float32, teacher-forced through decode steps of one token a
+row, so that every key and value is read back from its page. Check: float32 against prefill, {prefill:.5f}
+({difference:+.5f} %). {scored:,} tokens are scored.
+"""
 GPU = """## {device}
 
 `python -m benchmarks.gpu`. Qwen3-30B-A3B's shapes, random Q4_K_M weights made on the device; decoding starts at {context}
@@ -217,6 +249,65 @@ def dtypes(results: list[dict[str, Any]]) -> list[str]:
     return [DTYPES.format(window=result["window"]), measured_on(result), table(columns, rows)]
 
 
+def engine(results: list[dict[str, Any]]) -> list[str]:
+    [result] = results
+    load, prefix, kv = result["throughput"], result["prefix_cache"], result["kv_dtypes"]
+    slots = max(row["slots"] for row in load["rows"])
+    facts = {"name": result["model"]["name"], "threads": result["threads"], "slots": slots}
+    parts = [ENGINE.format(**load, **facts), measured_on(result)]
+    rows = []
+    for row in load["rows"]:
+        check, times = row["content_check"], row["times_one_by_one"]
+        rows.append(
+            [
+                f"{row['engine']}, {row['dtype']}",
+                "one by one" if row["slots"] == 1 else str(row["slots"]),
+                spread(row["output_tok_s"]),
+                "-" if times is None else f"{times:.2f}",
+                spread(row["seconds"]),
+                spread(row["first_token_s"]),
+                spread(row["worst_first_token_s"]),
+                f"{check['equal_requests']} of {check['requests']}",
+                f"{check['worst_gap']:.3f}",
+                f"{row['other_cores']:.2f}",
+            ]
+        )
+    columns = ["", "slots", "tok/s", "x one by one", "seconds", "first token, s", "worst first token, s"]
+    parts.append(table([*columns, "equal", "worst", "others"], rows))
+    hosts = []
+    for row in result["host"]:
+        stages = ", ".join(f"{name} {cpu:,}" for name, (_, cpu) in row["stages_us"].items())
+        head = [row["dtype"], str(row["rows"]), spread(row["step_ms"]), spread(row["host_us"], 0)]
+        hosts.append([*head, f"{row['share_percent']:.2f} %", stages, f"{row['other_cores']:.2f}"])
+    columns = ["", "rows", "step, ms", "host, us", "of the step", "CPU, us", "others"]
+    parts += [ENGINE_HOST, table(columns, hosts)]
+    equal = "Check: the same tokens." if prefix["content_check"]["equal"] else "CHECK FAILED."
+    figures = {"first": spread(prefix["first_s"], 3), "repeated": spread(prefix["repeated_s"], 3), "check": equal}
+    parts.append(ENGINE_PREFIX.format(**prefix, **figures, share=100 * prefix["repeated_of_first"]))
+    drafts = [
+        [
+            row["text"],
+            str(row["rows"]),
+            spread(row["without_s"], 2),
+            spread(row["with_s"], 2),
+            f"{row['faster']:.2f}",
+            "equal" if row["content_check"]["equal"] else "FAILED",
+            f"{row['other_cores']:.2f}",
+        ]
+        for row in result["speculation"]["rows"]
+    ]
+    columns = ["text", "rows", "without, s", "with, s", "x", "check", "others"]
+    parts += [ENGINE_SPECULATION.format(count=result["speculation"]["drafted"]), table(columns, drafts)]
+    check = kv["content_check"]
+    said = {"prefill": check["float32_prefill"], "difference": check["difference_percent"], "scored": kv["scored_tokens"]}
+    costs = [
+        [row["dtype"], f"{row['bytes_per_token']:,g}", f"{row['perplexity']:.5f}", f"{row['change_percent']:+.4f} %"]
+        for row in kv["rows"]
+    ]
+    columns = ["KV dtype", "bytes a token", "perplexity", "against float32"]
+    return [*parts, ENGINE_KV.format(window=kv["window"], **said), table(columns, costs)]
+
+
 def gpu(results: list[dict[str, Any]]) -> list[str]:
     parts: list[str] = []
     for result in (one for one in results if one["benchmark"] == "gpu"):
@@ -255,6 +346,7 @@ def gpu_profile(row: dict[str, Any]) -> list[str]:
 
 SECTIONS: dict[str, Callable[[list[dict[str, Any]]], list[str]]] = {
     "cpu-": cpu,
+    "engine": engine,
     "compile_time": compile_time,
     "memory-": memory,
     "dtypes": dtypes,

@@ -220,9 +220,8 @@ def decode(
         slots, drafted = draft(slots, rows, alive, ends, speculation)
         # Loops of one round or none: around a conditional XLA copies the whole cache.
         guessed = (drafted > 0).any().astype(jnp.int32)
-        state: Any = cache, slots, results
-        state = lax.fori_loop(0, guessed, lambda _, state: verify(*state, alive, drafted), state)
-        return i + 1, *lax.fori_loop(0, 1 - guessed, lambda _, state: single(*state, alive), state)
+        state = lax.fori_loop(0, guessed, lambda _, s: verify(*s, alive, drafted), (cache, slots, results))  # type: ignore
+        return i + 1, *lax.fori_loop(0, 1 - guessed, lambda _, s: single(*s, alive), state)  # type: ignore
 
     def going(carry):
         i, _, slots, _ = carry
