@@ -21,6 +21,7 @@ import numpy as np
 from jax import lax
 
 from ferrum_jax.sampling_params import MAX_LOGPROBS, SamplingParams
+from pallas_kernels import dispatch
 
 __all__ = ["MAX_LOGPROBS", "Sampling", "SamplingParams", "filtered_logits", "is_end", "occurred", "sample", "token_logprobs"]
 
@@ -244,10 +245,13 @@ def _pad(x: jax.Array, value: float) -> jax.Array:
 
 
 def _sum(x: jax.Array) -> jax.Array:
-    """float32 [B] from [B, whole blocks]: down the chunks, then by halves, in an order that XLA cannot change."""
-    whole = x.shape[1] // _CHUNK * _CHUNK
-    rest = jnp.pad(x[:, whole:], ((0, 0), (0, whole + _CHUNK - x.shape[1])))
-    total = jnp.sum(x[:, :whole].reshape(x.shape[0], -1, _CHUNK), axis=1) + rest
+    """float32 [B] from [B, whole blocks]: chunk after chunk, then by halves. Written out for CPUs, where XLA picks the order
+    of a reduction by the number of rows."""
+    if dispatch.target().platform != "cpu":
+        return jnp.sum(x, axis=1)
+    count = -(-x.shape[1] // _CHUNK)
+    chunks = jnp.pad(x, ((0, 0), (0, count * _CHUNK - x.shape[1]))).reshape(x.shape[0], count, _CHUNK)
+    total = lax.fori_loop(0, count, lambda i, total: total + chunks[:, i], jnp.zeros((x.shape[0], _CHUNK)))
     while total.shape[1] > 1:
         half = total.shape[1] // 2
         total = total[:, :half] + total[:, half:]

@@ -74,11 +74,10 @@ class Device:
                 self.compiles += self.model.programs.compiled > before
         return self._programs[bucket]
 
-    def admit(self, sequence: Sequence, params: SamplingParams, seed: int, extras: Extras) -> None:
-        """Fills a sequence's slot; nothing where it was aborted since it got one."""
-        asked = self._asked(sequence, params, seed, extras)
-        if asked.slot >= 0:
-            self.slots = self.compile("admit")(self.slots, asked)
+    def admit(self, sequence: Sequence, slot: int, params: SamplingParams, seed: int, extras: Extras) -> None:
+        """Fills a slot for a sequence."""
+        asked = self._asked(sequence, slot, params, seed, extras)
+        self.slots = self.compile("admit")(self.slots, asked)
 
     def launch(self, dispatch: Dispatch) -> steps.Results:
         """Starts a dispatch; its results are still on the device, row by row as the dispatch has them."""
@@ -121,14 +120,13 @@ class Device:
 
     def _placed(self, dispatch: Dispatch, count: int) -> tuple:
         """Slots, pages and limits of a dispatch's rows on the device; the same arrays as long as nothing has changed."""
-        sequences = [row.sequence for row in dispatch.rows]
-        key = count, *[(s.number, s.epoch, s.slot, len(s.pages)) for s in sequences]
+        key = count, *[(row.sequence.number, row.epoch, row.slot, len(row.sequence.pages)) for row in dispatch.rows]
         if key != self._placed_key:
             rows = np.full(count, -1, np.int32)
             table = np.zeros((count, self.pages_a_sequence), np.int32)
             ends = np.zeros(count, np.int32)
-            for i, sequence in enumerate(sequences):
-                rows[i], table[i], ends[i] = sequence.slot, sequence.table, sequence.limit
+            for i, row in enumerate(dispatch.rows):
+                rows[i], table[i], ends[i] = row.slot, row.sequence.table, row.sequence.limit
             self._placed_key, self._arrays = key, jax.device_put((rows, table, ends), self.model.device)
         return self._arrays
 
@@ -171,9 +169,9 @@ class Device:
         return steps.new_slots(sampling, slots=slots, capacity=capacity, vocab=self.model.config.vocab_size)
 
     def _example(self) -> steps.Asked:
-        return jax.tree.map(jnp.asarray, self._asked(Sequence(0, [0], 1, 2), SamplingParams(), 0, Extras([], [])))
+        return jax.tree.map(jnp.asarray, self._asked(Sequence(0, [0], 1, 2), 0, SamplingParams(), 0, Extras([], [])))
 
-    def _asked(self, sequence: Sequence, params: SamplingParams, seed: int, extras: Extras) -> steps.Asked:
+    def _asked(self, sequence: Sequence, slot: int, params: SamplingParams, seed: int, extras: Extras) -> steps.Asked:
         text = np.zeros(self.pages_a_sequence * self.config.page_size, np.int32)
         text[: len(sequence.tokens)] = sequence.tokens
         ids = np.full(MAX_BIAS, self.model.config.vocab_size, np.int32)
@@ -185,7 +183,7 @@ class Device:
             row[-len(word) :] = word
         room = sequence.limit - sequence.prompt_length  # of what it wants, what the context leaves
         return steps.Asked(
-            slot=np.int32(sequence.slot),
+            slot=np.int32(slot),
             text=text,
             length=np.int32(len(sequence.tokens)),
             prompt_length=np.int32(sequence.prompt_length),

@@ -7,6 +7,7 @@ never held while the device is waited for or a program is compiled; submitting a
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 import threading
 import time
@@ -198,7 +199,9 @@ class Engine:
             for i in range(params.n):
                 sequence = Sequence(self._take_number(), list(tokens), len(tokens), limit, origin=origin)
                 sequence.owner = request = Request(self, sequence, params, (seed + i) % 2**32, extras)
-                sequence.cacheable = params.prompt_logprobs is None
+                sequence.cacheable = params.prompt_logprobs is None or i > 0
+                if i > 0:
+                    request.prompt_logprobs = choices[0].prompt_logprobs  # computed once
                 origin = origin or sequence
                 choices.append(request)
                 self._scheduler.add(sequence)
@@ -265,7 +268,8 @@ class Engine:
         if output is not None:
             request._outputs.append(output)
         for wake in request._wake:
-            wake()
+            with contextlib.suppress(RuntimeError):  # an event loop that is closed: nobody is left to be woken
+                wake()
         request._wake.clear()
 
     # Inside: waiting
@@ -278,6 +282,12 @@ class Engine:
             if request.state != "finished":
                 request._wake.append(wake)
             return None, request.state == "finished"
+
+    def _unpoll(self, request: Request, wake: Callable[[], object]) -> None:
+        """Takes back a `wake` that was not called: its reader is gone."""
+        with self._lock:
+            if wake in request._wake:
+                request._wake.remove(wake)
 
     def _next_output(self, request: Request) -> Output | None:
         """The next output, None after the last."""
@@ -305,7 +315,13 @@ class Engine:
                     self._lock.wait()
                 if not self.serving:
                     return
-            self.step()
+            try:
+                self.step()
+            except Exception as error:  # nothing can be run any more, a new cache does not fit: nobody may wait for ever
+                with self._lock:
+                    for sequence in [*self._scheduler.waiting, *self._scheduler.running]:
+                        self._end(sequence.owner, "error", f"{type(error).__name__}: {error}")
+                    self._lock.notify_all()
 
     def _warm_up_quietly(self) -> None:
         names: list[Any] = ["admit", "copy", *self._device.buckets()]
@@ -340,9 +356,9 @@ class Engine:
             self._seconds["host_seconds"] += time.thread_time() - begin
 
     def _launch(self, dispatch: Dispatch) -> _Flight:
-        for sequence in dispatch.admitted:
+        for sequence, slot in dispatch.admitted:
             request = sequence.owner
-            self._device.admit(sequence, request.params, request._seed, request._extras)
+            self._device.admit(sequence, slot, request.params, request._seed, request._extras)
         begin = time.perf_counter()
         results = self._device.launch(dispatch)
         params = [row.sequence.owner.params for row in dispatch.rows]

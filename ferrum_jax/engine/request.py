@@ -78,13 +78,17 @@ class Request:
         loop = asyncio.get_running_loop()
         while True:
             ready = asyncio.Event()
-            output, finished = self._engine._poll(self, partial(loop.call_soon_threadsafe, ready.set))
+            wake = partial(loop.call_soon_threadsafe, ready.set)
+            output, finished = self._engine._poll(self, wake)
             if output is not None:
                 yield output
             elif finished:
                 return
             elif self._engine.serving:
-                await ready.wait()
+                try:
+                    await ready.wait()
+                finally:
+                    self._engine._unpoll(self, wake)
             else:
                 await asyncio.to_thread(self._engine.step)
 

@@ -67,7 +67,7 @@ class Scheduler:
         once where nothing waits and nobody reads a prompt."""
         before = self.preemptions
         copies: list[tuple[int, int]] = []
-        admitted: list[Sequence] = []
+        admitted: list[tuple[Sequence, int]] = []
         width = 1 + self.config.speculation
         if self.waiting or any(not sequence.decoding for sequence in self.running):
             steps = 1
@@ -78,7 +78,7 @@ class Scheduler:
             if missing > self.pool.available:
                 steps = 1
         rows = [
-            Row(sequence, sequence.epoch, -1, 1, True)
+            Row(sequence, sequence.epoch, -1, 1, True, sequence.slot)
             for sequence in self._running()
             if sequence.decoding and _growing(sequence) and self._grow(sequence, _decoded(sequence, steps * width))
         ]
@@ -110,7 +110,7 @@ class Scheduler:
             if sequence.state == "running":
                 yield sequence
 
-    def _prompts(self, budget: int, admitted: list[Sequence], copies: list, preemptions: int) -> Iterator[Row]:
+    def _prompts(self, budget: int, admitted: list[tuple[Sequence, int]], copies: list, preemptions: int) -> Iterator[Row]:
         """Rows with prompt tokens: of running sequences, then of those that are admitted."""
         for sequence in self._running():
             if budget and not sequence.decoding:
@@ -126,7 +126,7 @@ class Scheduler:
                 continue  # its prompt is computed there first
             if not self._admit(sequence, copies):
                 return
-            admitted.append(sequence)
+            admitted.append((sequence, sequence.slot))
             count = min(budget, sequence.target - sequence.prefilled)
             self._grow(sequence, sequence.prefilled + count)
             budget -= count
@@ -157,6 +157,7 @@ class Scheduler:
             self._append(sequence, self.pool.take())
             copies.append((copied, sequence.pages[-1]))
             sequence.prefilled = sequence.target - 1
+        self.lookups += sequence.cacheable and self.config.prefix_cache
         self.hit_pages += len(pages)
         self.saved_tokens += sequence.prefilled
         return True
@@ -167,12 +168,13 @@ class Scheduler:
         case."""
         origin, last = sequence.origin, len(sequence.tokens) - 1
         full = last // self.pool.page_size
+        if not sequence.cacheable:
+            return [], [], -1
         if origin is not None and origin.decoding and origin.written >= last and self._visible(origin, last):
             copied = origin.pages[full] if last % self.pool.page_size else -1
             return origin.pages[:full], origin.digests[:full], copied
-        if not (self.config.prefix_cache and sequence.cacheable):
+        if not self.config.prefix_cache:
             return [], [], -1
-        self.lookups += 1
         pages, digests = self.pool.find_prefix(sequence.tokens)
         if self.window:
             behind = self._behind(len(pages) * self.pool.page_size)
@@ -258,4 +260,5 @@ def _decoded(sequence: Sequence, tokens: int) -> int:
 
 
 def _prompt_row(sequence: Sequence, count: int) -> Row:
-    return Row(sequence, sequence.epoch, sequence.prefilled, count, sequence.prefilled + count == sequence.target)
+    samples = sequence.prefilled + count == sequence.target
+    return Row(sequence, sequence.epoch, sequence.prefilled, count, samples, sequence.slot)

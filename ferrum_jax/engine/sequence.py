@@ -59,13 +59,14 @@ class Extras(NamedTuple):
 
 class Row(NamedTuple):
     """A sequence's part in a dispatch: `length` known tokens from `start` on; start -1: its newest token, from the device.
-    `samples`: whether the next token is chosen."""
+    `samples`: whether the next token is chosen. `slot`: where it runs, whatever becomes of it before the launch."""
 
     sequence: Sequence
     epoch: int
     start: int
     length: int
     samples: bool
+    slot: int
 
     @property
     def valid(self) -> bool:
@@ -74,12 +75,12 @@ class Row(NamedTuple):
 
 
 class Dispatch(NamedTuple):
-    """What the device is to do next: fill the slots of `admitted`, copy pages, then one step over `rows`, or where `steps`
-    is not 0 so many decode steps. `width`: tokens that a row may make in a step."""
+    """What the device is to do next: fill the slots of `admitted` (sequence, slot), copy pages, then one step over `rows`,
+    or where `steps` is not 0 so many decode steps. `width`: tokens that a row may make in a step."""
 
     rows: list[Row]
     steps: int
-    admitted: list[Sequence]
+    admitted: list[tuple[Sequence, int]]
     copies: list[tuple[int, int]]
     width: int = 1
 
