@@ -1,0 +1,44 @@
+"""A known fault as a change of our own source, in force for the duration of a test.
+
+The source of one function has a snippet replaced and is compiled, and the code object is put in the function's place:
+whoever holds the function meets the fault, callers of methods and of imported names alike. A snippet that does not occur
+exactly once is an error, so that no fault outlives the code that it is a fault of.
+"""
+
+from __future__ import annotations
+import __future__
+
+import contextlib
+import inspect
+import textwrap
+from collections.abc import Callable, Iterator
+from types import CodeType
+from typing import Any, NamedTuple
+
+
+class Fault(NamedTuple):
+    """In the source of `function` the text `ours` becomes `theirs`; `guard`, called without arguments, must notice."""
+
+    what: str
+    function: Callable
+    ours: str
+    theirs: str
+    guard: Callable[[], Any]
+
+
+@contextlib.contextmanager
+def applied(fault: Fault) -> Iterator[None]:
+    """The fault, while the block runs. LookupError where our source has changed under it."""
+    function: Any = inspect.unwrap(getattr(fault.function, "__func__", fault.function))
+    source = textwrap.dedent(inspect.getsource(function))
+    if source.count(fault.ours) != 1:
+        raise LookupError(f"{function.__qualname__}: {source.count(fault.ours)} times in its source: {fault.ours!r}")
+    flags = __future__.annotations.compiler_flag  # annotations may name what only type checkers import
+    before = function.__code__
+    module = compile(source.replace(fault.ours, fault.theirs), before.co_filename, "exec", flags, dont_inherit=True)
+    changed = next(code for code in module.co_consts if isinstance(code, CodeType) and code.co_name == before.co_name)
+    function.__code__ = changed
+    try:
+        yield
+    finally:
+        function.__code__ = before

@@ -1,0 +1,337 @@
+"""A device in NumPy whose KV pages hold tokens and positions instead of keys and values, so that every read can be checked.
+
+`use` puts it under a real `Engine`. The next token is a hash of the text and the seed: what a request must give is known
+without any schedule (`expected`). What an engine must never do raises `Violation`, which no `except Exception` swallows.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+
+from ferrum_jax.completion import Completion
+from ferrum_jax.engine import Engine, EngineConfig, engine, steps
+from ferrum_jax.engine.sequence import Dispatch, Row, Sequence
+from ferrum_jax.sampling_params import SamplingParams
+
+VOCAB, END = 6, 0  # ids 1 .. 5 are the letters a .. e
+_COPIES = 8  # pages that the device copies at once: all are read before any is written
+
+
+class Violation(BaseException):
+    """The engine has broken a rule of the device."""
+
+
+class Injected(RuntimeError):
+    """A failure that a test asked for."""
+
+
+def require(holds: bool, what: str) -> None:
+    if not holds:
+        raise Violation(what)
+
+
+def next_token(text: list[int], seed: int) -> int:
+    value = zlib.crc32(bytes(text), seed) * 2654435761 % 2**32 >> 8
+    return END if value % 12 == 0 else 1 + value // 12 % (VOCAB - 1)
+
+
+class Tokenizer:
+    """Letters, and an end token that is no text."""
+
+    eos_ids = frozenset({END})
+    vocab_size = VOCAB
+    adds_space_prefix = False
+
+    def is_control(self, token: int) -> bool:
+        return token == END
+
+    def token_bytes(self, token: int) -> bytes:
+        return b"" if token == END else bytes([96 + token])
+
+
+class Config(NamedTuple):
+    sliding_window: int = 0
+    vocab_size: int = VOCAB
+
+
+class Model:
+    """What `Engine` asks of a model."""
+
+    kv_dtype = "float32"
+
+    def __init__(self, max_seq_len: int = 48, window: int = 0):
+        self.max_seq_len, self.config, self.tokenizer = max_seq_len, Config(window), Tokenizer()
+
+    def fingerprint(self) -> str:
+        return "stand-in"
+
+    def encode(self, prompt: list[int]) -> list[int]:
+        return list(prompt)
+
+
+def expected(prompt: list[int], params: SamplingParams, seed: int, context: int) -> Completion:
+    """The completion that a request gives whatever happens around it."""
+    text, shown, reason = list(prompt), "", "length"
+    while len(text) < min(len(prompt) + params.max_tokens, context):
+        text.append(next_token(text, seed))
+        shown += "" if text[-1] == END else chr(96 + text[-1])
+        if text[-1] == END and not params.ignore_eos:
+            reason = "stop"
+            break
+        stops = [stop for stop in params.stop if shown.endswith(stop)]
+        if stops:
+            shown, reason = shown.removesuffix(max(stops, key=len)), "stop"
+            break
+    return Completion(shown, text[len(prompt) :], reason, None, list(prompt))
+
+
+class _Slot(NamedTuple):
+    sequence: Sequence
+    text: list[int]
+    prompt_length: int
+    params: SamplingParams
+    seed: int
+
+    @property
+    def done(self) -> bool:
+        ended = len(self.text) > self.prompt_length and self.text[-1] == END and not self.params.ignore_eos
+        return ended or len(self.text) >= self.sequence.limit
+
+
+class _Pending(NamedTuple):
+    """What a dispatch gives, before it was fetched."""
+
+    dispatch: Dispatch
+    tokens: np.ndarray
+
+
+class Device:
+    """`ferrum_jax.engine.device.Device` as far as the engine can tell. `fault`: where to fail next ("admit", "launch" or
+    "fetch"); `struck`: sequences of the dispatches that failed so."""
+
+    def __init__(self, model: Model, config: EngineConfig, num_pages: int, context: int):
+        self.model, self.config, self.num_pages = model, config, num_pages
+        self.kv_dtype, self.compiles = model.kv_dtype, 0
+        self.capacity = -(-context // config.page_size) * config.page_size
+        self.fault = ""
+        self.struck: list[Sequence] = []
+        self.launches = 0
+        self.between: Callable[[], object] = lambda: None
+        self.pool: Any = None
+        self.registered: dict[int, Any] = {}  # pages with known text before the scheduler chose the newest dispatch
+        self.reset()
+
+    def reset(self) -> None:
+        self.pages = np.full((self.num_pages, self.config.page_size, 2), -1, np.int32)
+        self.slots: dict[int, _Slot] = {}
+        self.broken = False
+
+    def buckets(self) -> list[str]:
+        return []
+
+    def compile(self, bucket: str) -> None:
+        pass
+
+    def watch(self, scheduler: Any) -> None:
+        """Notes which pages are registered before the scheduler decides, and so must not be written any more. `between` is
+        called once between a decision and its launch, where another thread may come in."""
+        self.pool, choose = scheduler.pool, scheduler.next
+
+        def next(steps: int) -> Dispatch | None:
+            self.registered = dict(self.pool._entries)
+            self.coming = choose(steps)
+            between, self.between = self.between, lambda: None
+            between()
+            return self.coming
+
+        scheduler.next = next
+
+    def admit(self, sequence: Sequence, slot: int, params: SamplingParams, seed: int, extras: Any) -> None:
+        self._strike("admit", self.coming)
+        require(0 <= slot < self.config.max_seqs, f"admitted into slot {slot}")
+        require(len(sequence.tokens) <= self.capacity, "a text that is longer than a slot")
+        self.slots[slot] = _Slot(sequence, list(sequence.tokens), sequence.prompt_length, params, seed)
+
+    def launch(self, dispatch: Dispatch) -> _Pending:
+        self._strike("launch", dispatch)
+        require(not self.broken, "a failed device goes on without a reset")
+        self.launches += 1
+        for first in range(0, len(dispatch.copies), _COPIES):
+            source, target = np.asarray(dispatch.copies[first : first + _COPIES]).T
+            for page in target.tolist():
+                self._writable(page)
+            self.pages[target] = self.pages[source]
+        slots = [row.slot for row in dispatch.rows]
+        require(len(set(slots)) == len(slots) <= self.config.max_seqs, f"slots of a dispatch: {slots}")
+        for row in dispatch.rows:
+            require(row.length > 0, "a row of no tokens")
+            require(self.slots[row.slot].sequence is row.sequence, "a row without its slot")
+        made = self._decode(dispatch) if dispatch.steps else self._mixed(dispatch)
+        tokens = np.full((len(made), max(map(len, made), default=0) + 1), -1, np.int32)
+        for i, row in enumerate(made):
+            tokens[i, : len(row)] = row
+        return _Pending(dispatch, tokens)
+
+    def fetch(self, pending: _Pending, scored: bool, scored_prompt: bool) -> steps.Results:
+        self._strike("fetch", pending.dispatch)
+        return steps.Results(pending.tokens, None, None)
+
+    # Inside
+
+    def _strike(self, where: str, dispatch: Dispatch) -> None:
+        if self.fault == where:
+            self.fault, self.broken = "", True
+            self.struck += [row.sequence for row in dispatch.rows if row.valid]
+            raise Injected(where)
+
+    def _mixed(self, dispatch: Dispatch) -> list[list[int]]:
+        longest = max(self.config.token_budget, self.config.max_seqs + 1)
+        require(sum(row.length for row in dispatch.rows) <= longest, "more tokens than a step is compiled for")
+        live = []
+        for row in dispatch.rows:
+            slot = self.slots[row.slot]
+            first = len(slot.text) - 1 if row.start < 0 else row.start
+            if row.start >= 0 or not slot.done:
+                self._write(row, first, slot.text[first : first + row.length])
+                live.append((row, first))
+        for row, first in live:
+            self._read(row, first, row.length)
+        made: list[list[int]] = [[] for _ in dispatch.rows]
+        for i, row in enumerate(dispatch.rows):
+            if row.samples and any(row is other for other, _ in live):
+                made[i].append(self._choose(row))
+        return made
+
+    def _decode(self, dispatch: Dispatch) -> list[list[int]]:
+        """Steps of single tokens or, with speculation, of drafts that are partly right; the program drafts in any case."""
+        made: list[list[int]] = [[] for _ in dispatch.rows]
+        for _ in range(min(dispatch.steps, self.config.steps)):
+            live = [(i, row) for i, row in enumerate(dispatch.rows) if not self.slots[row.slot].done]
+            counts = {}
+            for i, row in live:
+                slot = self.slots[row.slot]
+                first, drafted = len(slot.text) - 1, self._drafted(row, slot)
+                right = zlib.crc32(bytes([self.launches % 256, first])) % (drafted + 1)
+                text, draft = list(slot.text), [slot.text[-1]]
+                for place in range(drafted):
+                    text.append(next_token(text, slot.seed))
+                    draft.append(text[-1] if place < right else VOCAB)  # what is not right is never read
+                self._write(row, first, draft)
+                counts[i] = right + 1
+            for i, row in live:
+                self._read(row, len(self.slots[row.slot].text) - 1, 1)
+                for _ in range(counts[i]):
+                    made[i].append(self._choose(row))
+                    if self.slots[row.slot].done:
+                        break
+        return made
+
+    def _drafted(self, row: Row, slot: _Slot) -> int:
+        room = max(0, row.sequence.limit - len(slot.text) - 1)
+        return zlib.crc32(bytes([len(slot.text), self.launches % 256])) % (min(self.config.speculation, room) + 1)
+
+    def _choose(self, row: Row) -> int:
+        slot = self.slots[row.slot]
+        slot.text.append(next_token(slot.text, slot.seed))
+        return slot.text[-1]
+
+    def _page(self, row: Row, position: int) -> int:
+        """The page of a position. One behind the window may have been given back when this dispatch was chosen: nobody
+        else can have it yet."""
+        sequence, number = row.sequence, position // self.config.page_size
+        if not row.valid:  # aborted between: what it had alone is nobody's before the next dispatch
+            return int(sequence.table[number])
+        require(number < len(sequence.pages), f"position {position} has no page")
+        page, given_back = int(sequence.table[number]), number < sequence.behind
+        require(given_back or sequence.pages[number] == page, f"position {position}: the table and the pages differ")
+        require(self.pool.holders(page) > 0 or given_back, f"position {position}: nobody holds page {page}")
+        return page
+
+    def _writable(self, page: int, valid: bool = True) -> None:
+        require(self.pool.holders(page) <= valid, f"page {page} is written and has {self.pool.holders(page)} holders")
+        known = self.registered.get(page)
+        require(known is None or self.pool._entries.get(page) is not known, f"page {page} is written and registered")
+
+    def _write(self, row: Row, first: int, tokens: list[int]) -> None:
+        for position, token in enumerate(tokens, first):
+            page = self._page(row, position)
+            self._writable(page, row.valid)
+            self.pages[page, position % self.config.page_size] = token, position
+
+    def _read(self, row: Row, first: int, length: int) -> None:
+        """Everything that the queries from `first` on look at is the text of the row."""
+        text, window = self.slots[row.slot].text, self.model.config.sliding_window
+        for position in range(max(0, first + 1 - window) if window else 0, first + length):
+            page = self._page(row, position)
+            held = tuple(self.pages[page, position % self.config.page_size].tolist())
+            require(held == (text[position], position), f"page {page} holds {held}, not {(text[position], position)}")
+
+
+def use(model: Model, config: EngineConfig) -> Engine:
+    """An engine whose device is the stand-in: `engine._device`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "Device", Device)
+        made = Engine(model, config)  # type: ignore[arg-type]
+    made._device.watch(made._scheduler)  # type: ignore[attr-defined]
+    return made
+
+
+def step(engine: Engine) -> bool:
+    """A step, and whether anything is left to do. AssertionError for whatever goes wrong."""
+    try:
+        more = engine.step()
+    except (Exception, Violation) as error:
+        raise AssertionError(f"a step raised {error!r}") from error
+    check(engine)
+    return more
+
+
+def drive(engine: Engine, steps: int = 1000) -> None:
+    """Steps until nothing is left to do."""
+    for _ in range(steps):
+        if not step(engine):
+            return
+    raise AssertionError(f"{steps} steps were not enough: {engine.metrics()}")
+
+
+def check(engine: Engine) -> None:
+    """Every page is free, cached or held, by exactly those who say so; registered pages hold what they are said to hold;
+    slots are free or in use."""
+    scheduler, pool, device = engine._scheduler, engine._scheduler.pool, engine._device
+    held = [0] * pool.num_pages
+    for sequence in scheduler.running:
+        for number, page in enumerate(sequence.pages):
+            if page >= 0:
+                held[page] += 1
+                assert sequence.table[number] == page, "the table is not that of the pages"
+    assert held == [pool.holders(page) for page in range(pool.num_pages)], "holders are not those of the sequences"
+    parts = [*pool._free, *pool._cached, *(page for page, count in enumerate(held) if count)]
+    assert sorted(parts) == list(range(pool.num_pages)), f"pages lost or doubled: {sorted(parts)}"
+    assert all(page in pool._entries for page in pool._cached), "a cached page without text"
+    assert not any(page in pool._entries for page in pool._free), "a free page with text"
+    assert {e.digest: page for page, e in pool._entries.items()} == pool._pages, "a page and its digest differ"
+    assert engine.config.prefix_cache or not pool._entries, "text is registered without a prefix cache"
+    for page, entry in pool._entries.items():
+        content = device.pages[page]  # type: ignore[attr-defined]
+        tokens = np.frombuffer(entry.tokens, np.int32)
+        first = content[0, 1]
+        positions = np.arange(first, first + pool.page_size)
+        right = first % pool.page_size == 0 and (content[:, 0] == tokens).all() and (content[:, 1] == positions).all()
+        assert bool(right), f"page {page} does not hold the text that it is registered with"
+        if entry.parent in pool._pages:
+            parent = device.pages[pool._pages[entry.parent]]  # type: ignore[attr-defined]
+            assert parent[0, 1] == first - pool.page_size, "a page does not follow its parent"
+        assert (entry.parent == pool.root) == (first == 0), "a page at the beginning has another parent"
+    used = [sequence.slot for sequence in scheduler.running]
+    assert sorted([*used, *scheduler._slots]) == list(range(engine.config.max_seqs)), "slots lost or doubled"
+    for sequence in scheduler.waiting:
+        assert sequence.state == "waiting" and not sequence.pages and sequence.slot < 0, "a waiting sequence holds something"
+    assert all(sequence.state == "running" for sequence in scheduler.running), "a sequence runs in another state"
+    for sequences in (scheduler.waiting, scheduler.running):
+        numbers = [sequence.number for sequence in sequences]
+        assert numbers == sorted(numbers), "the order of arrival is lost"
