@@ -34,7 +34,8 @@ class ModelConfig:
 
     `rope_dim` of each head's `head_dim` values are rotated, in the half-split layout. `sliding_window` is the number of
     positions a query sees, itself included (0: all). `dtype` is the arithmetic of matrix products: "float32",
-    "bfloat16" or "float16"; norms, softmax, router, residual stream and logits are float32 always.
+    "bfloat16", "float16" or "int8" (float32 that a product may quantise in blocks); norms, softmax, router, residual
+    stream and logits are float32 always.
     """
 
     architecture: str
@@ -57,6 +58,11 @@ class ModelConfig:
     norm_topk_prob: bool = False
     expert_weights_scale: float = 1.0
     dtype: str = "float32"
+
+    @property
+    def activations(self) -> str:
+        """The dtype in which activations reach matrix products."""
+        return "float32" if self.dtype == "int8" else self.dtype
 
     def kv_bytes_per_token(self, itemsize: int) -> int:
         """Bytes of keys and values of one token in all layers, with elements of `itemsize` bytes."""

@@ -25,7 +25,8 @@ _TOKENS, _HEADS, _KV_HEADS, _HEAD_DIM = 4, 4, 2, 128
 def trial(dtype: str = "float32") -> list[dispatch.Choice]:
     """Traces the operations of a step for every block format and KV dtype, in activations of `dtype`, with weights in the
     layout they would be loaded in, and compiles them: the dispatcher's own record."""
-    x, index, ids = _array((_TOKENS, _SIZE), dtype), _array((), "int32"), _array((_TOKENS,), "int32")
+    x = _array((_TOKENS, _SIZE), "float32" if dtype == "int8" else dtype)
+    index, ids = _array((), "int32"), _array((_TOKENS,), "int32")
     with dispatch.record() as choices:
         for name in FORMATS:
             layout = choose(name, _SIZE, _SIZE, dispatch.target())
@@ -36,9 +37,13 @@ def trial(dtype: str = "float32") -> list[dispatch.Choice]:
                 return Matrix(planes, (), name, layout, _SIZE, _SIZE).at(index)
 
             def mixture(x, planes, index, chosen, weights, matrix=matrix):
-                return expert_ffn(x, chosen, weights, *[matrix(planes, index)] * 3)
+                experts = matrix(planes, index)
+                return expert_ffn(x, chosen, weights, experts, experts, experts, dtype)
 
-            _compile(lambda x, planes, index, matrix=matrix: quantized_matmul(x, matrix(planes, index)), x, one, index)
+            def product(x, planes, index, matrix=matrix):
+                return quantized_matmul(x, matrix(planes, index), dtype)
+
+            _compile(product, x, one, index)
             lowered = jax.jit(mixture).lower(x, experts, index, _array((_TOKENS, 2), "int32"), _array((_TOKENS, 2), "float32"))
             if name == "Q4_K":  # the others are chosen alike, and a minute is long
                 lowered.compile()

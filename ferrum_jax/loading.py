@@ -22,9 +22,10 @@ from ferrum_jax.units import readable_bytes
 from ferrum_jax.weights.gguf import GGUFFile, open_gguf
 from ferrum_jax.weights.names import Parameters, parameters
 from ferrum_jax.weights.stream import abstract_parameters, read_parameters
+from pallas_kernels import native
 from pallas_kernels.dispatch import Target, target_of
 
-DTYPES = ("float32", "bfloat16", "float16")
+DTYPES = ("float32", "bfloat16", "float16", "int8")
 
 
 def load(
@@ -40,8 +41,9 @@ def load(
     """Loads a model, its weights compressed as they are in the file.
 
     source: path of a .gguf (any part of a split file), an alias ("smollm2:135m"), or "owner/repo[:file or quant]".
-    dtype: arithmetic of activations, "float32" (exact), "bfloat16", "float16"; "auto" takes the fast one of the device.
-    kv_dtype: of the KV cache; None follows dtype. max_seq_len: tokens of context, at most (and by default) the model's.
+    dtype: arithmetic of activations, "float32" (exact), "bfloat16", "float16", "int8" (CPU: quantised in blocks inside
+    products); "auto" takes the fast one of the device. kv_dtype: of the KV cache; None follows dtype (int8: float16).
+    max_seq_len: tokens of context, at most (and by default) the model's.
     progress: called with (bytes done, bytes in all or None, what is going on).
 
     Raises ModelNotFoundError, ModelFileError, UnsupportedModelError; OutOfMemoryError, before a byte of weights is read,
@@ -54,10 +56,12 @@ def load(
         raise ValueError(f"device must be a jax.Device, as in jax.devices(), not {device!r}")
     device = device or jax.devices()[0]
     dtype = auto_dtype(target_of(device)) if dtype == "auto" else dtype
-    kv_dtype = "float8_e4m3fn" if kv_dtype == "fp8" else kv_dtype or dtype
+    kv_dtype = "float8_e4m3fn" if kv_dtype == "fp8" else kv_dtype or ("float16" if dtype == "int8" else dtype)
     for name, value, known in (("dtype", dtype, DTYPES), ("kv_dtype", kv_dtype, KV_DTYPES)):
         if value not in known:
             raise ValueError(f"{name} {value!r} is not supported; supported: {', '.join(known)}")
+    if dtype == "int8" and device.platform != "cpu":
+        raise ValueError(f'dtype "int8" is for CPUs, not {device.platform}')
     if max_seq_len is not None and (isinstance(max_seq_len, bool) or not isinstance(max_seq_len, int) or max_seq_len < 2):
         raise ValueError(f"max_seq_len must be an integer of at least 2, not {max_seq_len!r}")
 
@@ -105,10 +109,10 @@ def check(gguf: GGUFFile) -> tuple[ModelConfig, Parameters, Tokenizer]:
 
 
 def auto_dtype(target: Target) -> str:
-    """What "auto" means: float16 on GPUs before compute capability 8.0, bfloat16 on other accelerators, and on CPU the
-    exact float32, because only some CPUs multiply bfloat16 faster."""
+    """What "auto" means: float16 on GPUs before compute capability 8.0, bfloat16 on other accelerators; on CPU int8 where
+    the kernels can be had, else the exact float32, because only some CPUs multiply bfloat16 faster."""
     if target.platform == "cpu":
-        return "float32"
+        return "int8" if native.refusal() is None else "float32"
     return "float16" if (0, 0) < target.capability < (8, 0) else "bfloat16"
 
 

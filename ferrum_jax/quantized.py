@@ -107,22 +107,22 @@ class LayerStack:
 Stack = LayerStack | QuantizedTensor
 
 
-def linear(x: jax.Array, stack: Stack, layer: Layer | None = None) -> jax.Array:
+def linear(x: jax.Array, stack: Stack, layer: Layer | None = None, arithmetic: str = "") -> jax.Array:
     """x [tokens, columns] times the transposed matrix (of one layer): float32 [tokens, rows].
 
-    The dtype of x is the arithmetic (see pallas_kernels.quantized_matmul). Differentiable with respect to x.
+    The dtype of x is the arithmetic, but for "int8" (see pallas_kernels.quantized_matmul). Differentiable with respect to x.
     """
-    return quantized_matmul(x, operand(stack, layer))
+    return quantized_matmul(x, operand(stack, layer), arithmetic)
 
 
-def linears(x: jax.Array, stacks: Sequence[Stack], layer: Layer | None = None) -> list[jax.Array]:
+def linears(x: jax.Array, stacks: Sequence[Stack], layer: Layer | None = None, arithmetic: str = "") -> list[jax.Array]:
     """`linear` with several matrices that share x, in one launch where the device can."""
-    return quantized_matmuls(x, [operand(stack, layer) for stack in stacks])
+    return quantized_matmuls(x, [operand(stack, layer) for stack in stacks], arithmetic)
 
 
-def gated_linear(x: jax.Array, gate: Stack, up: Stack, layer: Layer | None = None) -> jax.Array:
+def gated_linear(x: jax.Array, gate: Stack, up: Stack, layer: Layer | None = None, arithmetic: str = "") -> jax.Array:
     """silu(gate x) * up x: [tokens, rows] in the dtype of x. Differentiable with respect to x."""
-    return swiglu(x, operand(gate, layer), operand(up, layer))
+    return swiglu(x, operand(gate, layer), operand(up, layer), arithmetic)
 
 
 def grouped_linear(x: jax.Array, group_sizes: jax.Array, stack: Stack, layer: Layer | None = None) -> jax.Array:
@@ -134,13 +134,21 @@ def grouped_linear(x: jax.Array, group_sizes: jax.Array, stack: Stack, layer: La
 
 
 def mixture(
-    x: jax.Array, experts: jax.Array, weights: jax.Array, gate: Stack, up: Stack, down: Stack, layer: Layer | None = None
+    x: jax.Array,
+    experts: jax.Array,
+    weights: jax.Array,
+    gate: Stack,
+    up: Stack,
+    down: Stack,
+    layer: Layer | None = None,
+    arithmetic: str = "",
 ) -> jax.Array:
     """The weighted sum of each token's experts, each down(silu(gate x) * up x): float32 [tokens, columns].
 
     x [tokens, columns]; experts int32 and weights float32 [tokens, top_k], the id `num_experts` is nobody's.
     """
-    return expert_ffn(x, experts, weights, *(operand(stack, layer) for stack in (gate, up, down)))
+    gates, ups, downs = (operand(stack, layer) for stack in (gate, up, down))
+    return expert_ffn(x, experts, weights, gates, ups, downs, arithmetic)
 
 
 def operand(stack: Stack, layer: Layer | None) -> Matrix:

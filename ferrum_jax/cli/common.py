@@ -19,7 +19,7 @@ from ferrum_jax.units import readable_bytes as readable_bytes
 
 Progress = Callable[[int, int | None, str], None]
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+DTYPES = ("auto", "float32", "bfloat16", "float16", "int8")
 KV_DTYPES = ("float32", "bfloat16", "float16", "int8", "fp8")
 
 model_argument = click.argument("model")

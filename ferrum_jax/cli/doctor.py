@@ -67,6 +67,11 @@ def examine() -> dict[str, Any]:
 
         return auto_dtype(target_of(jax.devices()[0]))
 
+    def cpu_kernels() -> str:
+        from pallas_kernels import native
+
+        return native.refusal() or native.isa()
+
     def compilation_cache() -> dict[str, Any]:
         from ferrum_jax.programs import enable_compilation_cache
 
@@ -80,6 +85,7 @@ def examine() -> dict[str, Any]:
     part("versions", common.versions)
     part("devices", _devices)
     part("auto_dtype", auto_dtype)
+    part("cpu_kernels", cpu_kernels)
     part("backends", backends)
     part("compilation_cache", compilation_cache)
     part("model_cache", model_cache)
@@ -94,6 +100,7 @@ def _print_report(report: dict[str, Any]) -> None:
             sizes = f"{readable_bytes(device['memory_bytes'])}, {readable_bytes(device['in_use_bytes'])} in use"
             facts.append(("memory for JAX", f"{sizes} ({device['counted']})"))
     facts.append(('dtype "auto"', report["auto_dtype"] or "-"))
+    facts.append(("kernels for CPU", report["cpu_kernels"] or "-"))
     for name in ("compilation_cache", "model_cache"):
         folder = report[name]
         if folder:

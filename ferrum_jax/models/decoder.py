@@ -73,7 +73,7 @@ class Decoder(nn.Module):
         """hidden [R, hidden_size] -> float32 [R, vocab_size]."""
         matrix: QuantizedTensor = self.get_variable("params", "unembedding") or self.get_variable("params", "embedding")
         with jax.named_scope("unembedding"):
-            return linear(hidden.astype(self.config.dtype), matrix)
+            return linear(hidden.astype(self.config.activations), matrix, arithmetic=self.config.dtype)
 
     def __call__(self, cache: KVCache, batch: RaggedBatch) -> tuple[jax.Array, KVCache]:
         hidden, cache = self.hidden(cache, batch)

@@ -28,7 +28,8 @@ class LayerModule(nn.Module):
 
     def project(self, x: jax.Array, layer: Layer, *names: str) -> list[jax.Array]:
         """x [tokens, in] through each named matrix and its bias, if the file has one: float32 [tokens, out]."""
-        ys = linears(x.astype(self.config.dtype), [self.stack(name) for name in names], layer)
+        stacks = [self.stack(name) for name in names]
+        ys = linears(x.astype(self.config.activations), stacks, layer, self.config.dtype)
         biases = [self.stack(name + "_bias") for name in names]
         return [y if bias is None else y + bias.vector(layer) for y, bias in zip(ys, biases, strict=True)]
 
@@ -59,7 +60,8 @@ class FeedForward(LayerModule):
 
     def __call__(self, x, layer: Layer, slots) -> jax.Array:
         if self.stack("gate_bias") is None and self.stack("up_bias") is None:
-            hidden = gated_linear(x.astype(self.config.dtype), self.stack("gate"), self.stack("up"), layer)
+            x = x.astype(self.config.activations)
+            hidden = gated_linear(x, self.stack("gate"), self.stack("up"), layer, self.config.dtype)
         else:
             gate, up = self.project(x, layer, "gate", "up")
             hidden = jax.nn.silu(gate) * up
@@ -77,7 +79,7 @@ class MixtureOfExperts(LayerModule):
             experts, weights = route(logits, slots >= 0, config.experts_per_token, normalise=normalise, scale=scale)
         with jax.named_scope("experts"):
             gate, up, down = (self.stack(f"expert_{name}") for name in ("gate", "up", "down"))
-            return mixture(x.astype(config.dtype), experts, weights, gate, up, down, layer)
+            return mixture(x.astype(config.activations), experts, weights, gate, up, down, layer, config.dtype)
 
 
 class Block(LayerModule):

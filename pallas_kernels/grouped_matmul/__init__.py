@@ -25,7 +25,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import dispatch
+from pallas_kernels import dispatch, native
 from pallas_kernels.blocks.layouts import open_axes
 from pallas_kernels.blocks.matrix import Matrix
 from pallas_kernels.grouped_matmul import mosaic_tpu, triton, xla
@@ -33,19 +33,22 @@ from pallas_kernels.grouped_matmul.grouping import group
 from pallas_kernels.quantized_matmul import backend_for
 
 BACKENDS = (
+    dispatch.Backend("native", native.refuses, native),
     dispatch.Backend("triton", triton.refuses, triton),
     dispatch.Backend("mosaic_tpu", mosaic_tpu.refuses, mosaic_tpu),
     dispatch.Backend("xla", lambda case: None, xla),
 )
 
 
-def grouped_matmul(x: jax.Array, group_sizes: jax.Array, experts: Matrix) -> jax.Array:
+def grouped_matmul(x: jax.Array, group_sizes: jax.Array, experts: Matrix, arithmetic: str = "") -> jax.Array:
     """Row r of x [m, k] times its expert's matrix, transposed; float32 [m, n]. See the module's contract."""
     _check("grouped_matmul", x, experts, group_sizes.shape[0])
-    return _grouped(x, group_sizes, experts, dispatch.target())
+    return _grouped(x, group_sizes, experts, dispatch.target(), arithmetic or x.dtype.name)
 
 
-def expert_ffn(x: jax.Array, experts: jax.Array, weights: jax.Array, gate: Matrix, up: Matrix, down: Matrix) -> jax.Array:
+def expert_ffn(
+    x: jax.Array, experts: jax.Array, weights: jax.Array, gate: Matrix, up: Matrix, down: Matrix, arithmetic: str = ""
+) -> jax.Array:
     """float32 [tokens, k]. See the module's contract."""
     (count,) = open_axes(gate)
     for matrix in (gate, up):
@@ -54,7 +57,7 @@ def expert_ffn(x: jax.Array, experts: jax.Array, weights: jax.Array, gate: Matri
         raise ValueError(f"expert_ffn: gate {gate}, up {up} and down {down} do not fit")
     if experts.shape != weights.shape or experts.shape[:1] != x.shape[:1]:
         raise ValueError(f"expert_ffn: x {x.shape}, experts {experts.shape} and weights {weights.shape} do not fit")
-    return _expert_ffn(x, experts, weights, gate, up, down, dispatch.target())
+    return _expert_ffn(x, experts, weights, gate, up, down, dispatch.target(), arithmetic or x.dtype.name)
 
 
 def _check(operation: str, x: jax.Array, matrix: Matrix, experts: int) -> None:
@@ -62,17 +65,17 @@ def _check(operation: str, x: jax.Array, matrix: Matrix, experts: int) -> None:
         raise ValueError(f"{operation}: x {x.shape} and {open_axes(matrix)} {matrix} do not fit for {experts} experts")
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _grouped(x, group_sizes, experts, target):
-    backend = backend_for("grouped_matmul", x, (experts,), target, BACKENDS)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _grouped(x, group_sizes, experts, target, arithmetic):
+    backend = backend_for("grouped_matmul", x, (experts,), target, arithmetic, BACKENDS)
     return backend.grouped(x, group_sizes, experts, target)
 
 
-def _grouped_forward(x, group_sizes, experts, target):
-    return _grouped(x, group_sizes, experts, target), (x[:0], group_sizes, experts)
+def _grouped_forward(x, group_sizes, experts, target, arithmetic):
+    return _grouped(x, group_sizes, experts, target, arithmetic), (x[:0], group_sizes, experts)
 
 
-def _grouped_backward(target, residuals, dy):
+def _grouped_backward(target, arithmetic, residuals, dy):
     like, group_sizes, experts = residuals
     dx = xla.grouped(dy.astype(like.dtype), group_sizes, experts, target, transposed=True)
     return dx.astype(like.dtype), None, None
@@ -81,32 +84,35 @@ def _grouped_backward(target, residuals, dy):
 _grouped.defvjp(_grouped_forward, _grouped_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
-def _expert_ffn(x, experts, weights, gate, up, down, target):
-    backend = backend_for("expert_ffn", x, (gate, up, down), target, BACKENDS)
-    function = getattr(backend, "expert_ffn", _composed_ffn)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
+def _expert_ffn(x, experts, weights, gate, up, down, target, arithmetic):
+    backend = backend_for("expert_ffn", x, (gate, up, down), target, arithmetic, BACKENDS)
+    function = getattr(backend, "expert_ffn", functools.partial(_composed_ffn, arithmetic=arithmetic))
     return function(x, experts, weights, gate, up, down, target)
 
 
-def _composed_ffn(x, experts, weights, gate, up, down, target):
+def _composed_ffn(x, experts, weights, gate, up, down, target, arithmetic):
     """One grouped product after the other, each by the backend that takes it."""
     tokens, top_k = experts.shape
     groups = group(experts.reshape(-1), open_axes(gate)[0], tile_rows=16)
     rows = x[groups.order // top_k]
-    gated, linear = (_grouped(rows, groups.sizes, matrix, target) for matrix in (gate, up))
+    gated, linear = (_grouped(rows, groups.sizes, matrix, target, arithmetic) for matrix in (gate, up))
     hidden = (jax.nn.silu(gated) * linear).astype(x.dtype)
-    y = _grouped(hidden, groups.sizes, down, target)[groups.place].reshape(tokens, top_k, -1)
+    y = _grouped(hidden, groups.sizes, down, target, arithmetic)[groups.place].reshape(tokens, top_k, -1)
     return functools.reduce(jnp.add, (y[:, slot] * weights[:, slot, None] for slot in range(top_k)))
 
 
-def _ffn_forward(x, experts, weights, gate, up, down, target):
-    return _expert_ffn(x, experts, weights, gate, up, down, target), (x, experts, weights, gate, up, down)
+def _ffn_forward(x, experts, weights, gate, up, down, target, arithmetic):
+    return _expert_ffn(x, experts, weights, gate, up, down, target, arithmetic), (x, experts, weights, gate, up, down)
 
 
-def _ffn_backward(target, residuals, dy):
+def _ffn_backward(target, arithmetic, residuals, dy):
     x, experts, weights, gate, up, down = residuals
-    _, back = jax.vjp(lambda x, weights: _composed_ffn(x, experts, weights, gate, up, down, target), x, weights)
-    dx, dweights = back(dy)
+
+    def composed(x, weights):
+        return _composed_ffn(x, experts, weights, gate, up, down, target, arithmetic)
+
+    dx, dweights = jax.vjp(composed, x, weights)[1](dy)
     return dx, None, dweights, None, None, None
 
 

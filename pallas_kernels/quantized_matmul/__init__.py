@@ -3,6 +3,7 @@
 Contract of `quantized_matmul(x, matrix)`:
 
 * `x` [m, k] float32, bfloat16 or float16: its dtype is the arithmetic. float32 means float32 (`Precision.HIGHEST`).
+  With `arithmetic` "int8" x is float32 and a backend may quantise it in blocks inside the product; others stay exact.
 * `matrix`: a `Matrix` [n, k] in any layout; its stack is never sliced into a copy.
 * result [m, n] float32. Row i depends on row i of x alone; on CPU bit for bit, whatever m is.
 * derivative: with respect to x, through the compressed weights; the weights have none.
@@ -19,35 +20,36 @@ from collections.abc import Sequence
 
 import jax
 
-from pallas_kernels import dispatch
+from pallas_kernels import dispatch, native
 from pallas_kernels.blocks.layouts import open_axes
 from pallas_kernels.blocks.matrix import Matrix
 from pallas_kernels.quantized_matmul import mosaic_tpu, triton, xla
 
 BACKENDS = (
+    dispatch.Backend("native", native.refuses, native),
     dispatch.Backend("triton", triton.refuses, triton),
     dispatch.Backend("mosaic_tpu", mosaic_tpu.refuses, mosaic_tpu),
     dispatch.Backend("xla", lambda case: None, xla),
 )
 
 
-def quantized_matmul(x: jax.Array, matrix: Matrix) -> jax.Array:
+def quantized_matmul(x: jax.Array, matrix: Matrix, arithmetic: str = "") -> jax.Array:
     """x [m, k] times the transposed matrix [n, k]; float32 [m, n]. See the module's contract."""
-    return quantized_matmuls(x, (matrix,))[0]
+    return quantized_matmuls(x, (matrix,), arithmetic)[0]
 
 
-def quantized_matmuls(x: jax.Array, matrices: Sequence[Matrix]) -> list[jax.Array]:
+def quantized_matmuls(x: jax.Array, matrices: Sequence[Matrix], arithmetic: str = "") -> list[jax.Array]:
     """x [m, k] times each transposed matrix [n_i, k]: float32 [m, n_i]."""
     _check("quantized_matmul", x, *matrices)
-    return list(_matmuls(x, tuple(matrices), dispatch.target()))
+    return list(_matmuls(x, tuple(matrices), dispatch.target(), arithmetic or x.dtype.name))
 
 
-def swiglu(x: jax.Array, gate: Matrix, up: Matrix) -> jax.Array:
+def swiglu(x: jax.Array, gate: Matrix, up: Matrix, arithmetic: str = "") -> jax.Array:
     """silu(x · gateᵀ) * (x · upᵀ) of x [m, k] and matrices [n, k]: [m, n] in the dtype of x."""
     _check("swiglu", x, gate, up)
     if gate.rows != up.rows:
         raise ValueError(f"swiglu: gate {gate} and up {up} do not fit")
-    return _swiglu(x, gate, up, dispatch.target())
+    return _swiglu(x, gate, up, dispatch.target(), arithmetic or x.dtype.name)
 
 
 def _check(operation: str, x: jax.Array, *matrices: Matrix) -> None:
@@ -59,30 +61,30 @@ def _check(operation: str, x: jax.Array, *matrices: Matrix) -> None:
             )
 
 
-def backend_for(operation: str, x: jax.Array, matrices: Sequence[Matrix], target: dispatch.Target, backends):
+def backend_for(operation: str, x: jax.Array, matrices: Sequence[Matrix], target: dispatch.Target, arithmetic: str, backends):
     """The functions of the backend that serves all the matrices in one call, or None where no one backend does."""
     found = [
         dispatch.choose(
-            dispatch.Case(operation, target, m.format, x.dtype.name, m.layout, (x.shape[0], m.rows, m.columns)), backends
+            dispatch.Case(operation, target, m.format, arithmetic, m.layout, (x.shape[0], m.rows, m.columns)), backends
         )
         for m in matrices
     ]
     return found[0] if all(one is found[0] for one in found) else None
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _matmuls(x, matrices, target):
-    together = backend_for("quantized_matmul", x, matrices, target, BACKENDS)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _matmuls(x, matrices, target, arithmetic):
+    together = backend_for("quantized_matmul", x, matrices, target, arithmetic, BACKENDS)
     if together is not None:
         return tuple(together.matmuls(x, matrices, target))
-    return tuple(_matmuls(x, (matrix,), target)[0] for matrix in matrices)
+    return tuple(_matmuls(x, (matrix,), target, arithmetic)[0] for matrix in matrices)
 
 
-def _matmuls_forward(x, matrices, target):
-    return _matmuls(x, matrices, target), (x[:0], matrices)
+def _matmuls_forward(x, matrices, target, arithmetic):
+    return _matmuls(x, matrices, target, arithmetic), (x[:0], matrices)
 
 
-def _matmuls_backward(target, residuals, dys):
+def _matmuls_backward(target, arithmetic, residuals, dys):
     like, matrices = residuals
     parts = [xla.matmul_transposed(dy.astype(like.dtype), matrix, target) for dy, matrix in zip(dys, matrices, strict=True)]
     return functools.reduce(jax.numpy.add, parts).astype(like.dtype), None
@@ -91,24 +93,24 @@ def _matmuls_backward(target, residuals, dys):
 _matmuls.defvjp(_matmuls_forward, _matmuls_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _swiglu(x, gate, up, target):
-    together = backend_for("swiglu", x, (gate, up), target, BACKENDS)
-    return _composed_swiglu(x, gate, up, target) if together is None else together.swiglu(x, gate, up, target)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _swiglu(x, gate, up, target, arithmetic):
+    together = backend_for("swiglu", x, (gate, up), target, arithmetic, BACKENDS)
+    return (together.swiglu if together else functools.partial(_composed_swiglu, arithmetic=arithmetic))(x, gate, up, target)
 
 
-def _composed_swiglu(x, gate, up, target):
-    gated, linear = _matmuls(x, (gate, up), target)
+def _composed_swiglu(x, gate, up, target, arithmetic):
+    gated, linear = _matmuls(x, (gate, up), target, arithmetic)
     return (jax.nn.silu(gated) * linear).astype(x.dtype)
 
 
-def _swiglu_forward(x, gate, up, target):
-    return _swiglu(x, gate, up, target), (x, gate, up)
+def _swiglu_forward(x, gate, up, target, arithmetic):
+    return _swiglu(x, gate, up, target, arithmetic), (x, gate, up)
 
 
-def _swiglu_backward(target, residuals, dy):
+def _swiglu_backward(target, arithmetic, residuals, dy):
     x, gate, up = residuals
-    return (*jax.vjp(lambda x: _composed_swiglu(x, gate, up, target), x)[1](dy), None, None)
+    return (*jax.vjp(lambda x: _composed_swiglu(x, gate, up, target, arithmetic), x)[1](dy), None, None)
 
 
 _swiglu.defvjp(_swiglu_forward, _swiglu_backward)

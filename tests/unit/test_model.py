@@ -11,6 +11,7 @@ import ferrum_jax as fj
 from ferrum_jax import driver
 from ferrum_jax.loading import auto_dtype
 from ferrum_jax.weights.gguf import open_gguf
+from pallas_kernels import native
 from pallas_kernels.dispatch import Target
 
 GREEDY = fj.SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)
@@ -201,9 +202,18 @@ def test_half_precision_models_load_and_answer(path):
 
 
 def test_auto_takes_what_the_device_is_fast_at():
-    kinds = {("cpu", ""): "float32", ("gpu", "7.5"): "float16", ("gpu", "9.0"): "bfloat16", ("tpu", "v5e"): "bfloat16"}
+    on_cpu = "int8" if native.refusal() is None else "float32"
+    kinds = {("cpu", ""): on_cpu, ("gpu", "7.5"): "float16", ("gpu", "9.0"): "bfloat16", ("tpu", "v5e"): "bfloat16"}
     assert {kind: auto_dtype(Target(*kind)) for kind in kinds} == kinds
     assert auto_dtype(Target("gpu")) == "bfloat16"
+
+
+def test_int8_is_for_cpus_and_keeps_its_cache_in_16_bits(path):
+    model = fj.load(path, dtype="int8")
+    assert model.kv_dtype == "float16" and model.config.activations == "float32"
+    prompts = [[5, 6, 7], [8, 9, 10, 11, 12], [5] * 20]
+    together = model.generate(prompts, NOISY)
+    assert tokens_of(together) == [model.generate([prompt], NOISY)[0].token_ids for prompt in prompts]
 
 
 def test_progress_counts_the_bytes(path):

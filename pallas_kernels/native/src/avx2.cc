@@ -1,0 +1,52 @@
+// AVX2: the plain kernels, vectorised for it.
+#if defined(__x86_64__)
+#include <cmath>
+#include <cstring>
+#include <immintrin.h>
+
+#include "isa.h"
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,bmi2"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c,bmi2")
+#endif
+
+#include "scalar.h"
+
+namespace ferrum {
+namespace {
+
+void dots(const Rows& w, const Group* const* x, int64_t m, Output y) {
+  switch (w.format->type) {
+    FERRUM_QUANTISED(dots_of, w, x, m, y)
+    default: break;
+  }
+}
+
+void float_dots(const Rows& w, const float* const* x, int64_t m, Output y) {
+  switch (w.format->type) {
+    FERRUM_QUANTISED(float_dots_of, w, x, m, y)
+    FERRUM_CASE(F16, float_dots_of, w, x, m, y)
+    FERRUM_CASE(BF16, float_dots_of, w, x, m, y)
+  }
+}
+
+}  // namespace
+
+const Isa avx2 = {"avx2", quantise_row, pack_panel, dots, nullptr, float_dots, gated_product, add_scaled_row};
+
+bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2") &&
+         __builtin_cpu_supports("f16c");
+}
+
+}  // namespace ferrum
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif

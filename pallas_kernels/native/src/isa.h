@@ -1,0 +1,88 @@
+// What an instruction set provides, and the forms in which it gets activations.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "kernels.h"
+
+namespace ferrum {
+
+// Weights and activations are handled in groups of 256: eight blocks of 32 (absent blocks at the end of a row are zero).
+// Inside a group, block b lies at place 2 (b % 4) + b / 4, so that two 256-bit halves of one 512-bit register hold
+// blocks b and b + 4: adding four such registers crosswise then leaves the eight dot products in order.
+constexpr int kGroup = 256;
+constexpr int kBlocks = 8;
+inline constexpr int place(int block) { return 2 * (block & 3) + (block >> 2); }
+inline int64_t groups_of(int64_t k) { return (k + kGroup - 1) / kGroup; }
+
+// A group of one quantised row. half_sum is of 16 values each: half h of block b at 8 (b / 4) + 4 h + b % 4.
+struct alignas(64) Group {
+  int8_t q[kGroup];
+  float scale[kBlocks];
+  float scaled_sum[kBlocks];
+  int32_t sum[kBlocks];
+  int32_t half_sum[2 * kBlocks];
+};
+
+// The same group of 16 rows, for many rows at once: row r in lane r, four neighbouring values in each 32-bit word.
+constexpr int kPanel = 16;
+struct alignas(64) PanelGroup {
+  int8_t q[kGroup / 4][kPanel][4];
+  float scale[kBlocks][kPanel];
+  float scaled_sum[kBlocks][kPanel];
+  int32_t sum[kBlocks][kPanel];
+  int32_t half_sum[2 * kBlocks][kPanel];
+};
+
+// Where the results of some rows go: row r of x, row i of the matrix at at(r)[i].
+struct Output {
+  float* y;
+  int64_t stride;
+  float* at(int64_t r) const { return y + r * stride; }
+};
+
+// A few consecutive rows of a matrix.
+struct Rows {
+  const Format* format;
+  const uint8_t* blocks;
+  int64_t stride, count, k;
+};
+
+inline Rows rows_of(const Matrix& matrix, int64_t first, int64_t count) {
+  return {matrix.format, matrix.row(first), matrix.format->row_bytes(matrix.k), count, matrix.k};
+}
+
+struct Isa {
+  const char* name;
+  // k floats to groups_of(k) groups.
+  void (*quantise)(const float* x, int64_t k, Group* out);
+  // 16 rows as a panel; rows from `count` on are zero.
+  void (*pack)(const Group* const* rows, int64_t count, int64_t groups, PanelGroup* out);
+  // The matrix's rows times m rows of quantised activations.
+  void (*dots)(const Rows& w, const Group* const* x, int64_t m, Output y);
+  // The same for the first m rows of panels, `x + p * groups` each. nullptr: dots serves.
+  void (*panels)(const Rows& w, const PanelGroup* x, int64_t m, Output y);
+  // The matrix's rows times m rows of float32 activations, each a whole number of groups long, zeros behind k.
+  void (*float_dots)(const Rows& w, const float* const* x, int64_t m, Output y);
+  // out = silu(gate) * up, element by element.
+  void (*gated)(const float* gate, const float* up, int64_t count, float* out);
+  // sum = fma(weight, x, sum), element by element.
+  void (*add_scaled)(float weight, const float* x, int64_t count, float* sum);
+};
+
+extern const Isa portable;
+#if defined(__x86_64__)
+extern const Isa avx2;
+extern const Isa avx512_vnni;
+const Isa& amx();
+bool has_avx2();
+bool has_avx512_vnni();
+bool has_amx();  // asks the kernel for the tile registers too
+#endif
+
+// Memory of the calling thread, one block a slot, at least `bytes` long, kept and grown. New memory is zero.
+enum Slot { kActivations, kInner, kHidden, kLists, kParts, kDecoded, kSlots };
+void* scratch(Slot slot, size_t bytes);
+
+}  // namespace ferrum

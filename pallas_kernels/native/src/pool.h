@@ -1,0 +1,115 @@
+// A parallel region over somebody else's thread pool: the caller works too, the helpers come when they come.
+//
+// A helper is scheduled once a region and stays for all its loops. Indices of a loop are handed out by one atomic
+// counter that also names the loop, so that a helper that comes late, even after the region has ended, finds nothing to
+// take; the state is therefore counted and freed by whoever leaves last.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+
+#include "kernels.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace ferrum {
+
+class Region {
+ public:
+  static constexpr int kLoops = 16;
+
+  // The loops of one region, the work of a helper: take indices until the region ends.
+  void help() {
+    for (;;) {
+      const uint64_t ticket = ticket_.load(std::memory_order_acquire);
+      if (ticket == kEnded) break;
+      if (!take(ticket)) pause();
+    }
+    leave();
+  }
+
+  // By the caller: runs a loop and waits for it.
+  void run(int64_t count, void (*fn)(void*, int64_t), void* arg) {
+    const uint64_t loop = ++loops_;
+    Loop& slot = slots_[loop % kLoops];
+    slot = {count, fn, arg};
+    done_.store(0, std::memory_order_relaxed);
+    ticket_.store(loop << 32, std::memory_order_release);
+    while (take(ticket_.load(std::memory_order_acquire))) {
+    }
+    while (done_.load(std::memory_order_acquire) < count) pause();
+  }
+
+  void end() {
+    ticket_.store(kEnded, std::memory_order_release);
+    leave();
+  }
+
+  void enter(int helpers) { users_.store(1 + helpers, std::memory_order_relaxed); }
+
+ private:
+  static constexpr uint64_t kEnded = ~uint64_t{0};
+  struct Loop {
+    int64_t count = 0;
+    void (*fn)(void*, int64_t) = nullptr;
+    void* arg = nullptr;
+  };
+
+  // Takes one index of the loop that `ticket` names and runs it; false where none is left.
+  bool take(uint64_t ticket) {
+    const Loop& loop = slots_[(ticket >> 32) % kLoops];
+    if (int64_t(ticket & 0xffffffff) >= loop.count) return false;
+    if (!ticket_.compare_exchange_weak(ticket, ticket + 1, std::memory_order_acq_rel)) return true;
+    loop.fn(loop.arg, int64_t(ticket & 0xffffffff));
+    done_.fetch_add(1, std::memory_order_acq_rel);
+    return true;
+  }
+
+  void leave() {
+    if (users_.fetch_sub(1, std::memory_order_acq_rel) == 1) delete this;
+  }
+
+  static void pause() {
+#if defined(__x86_64__)
+    _mm_pause();
+#endif
+  }
+
+  std::atomic<uint64_t> ticket_{0};
+  alignas(64) std::atomic<int64_t> done_{0};
+  std::atomic<int> users_{1};
+  uint64_t loops_ = 0;
+  Loop slots_[kLoops];
+};
+
+// A Pool over anything with `schedule(callable)`; regions start with the first loop.
+template <typename Schedule>
+class HelpedPool final : public Pool {
+ public:
+  HelpedPool(int threads, Schedule schedule) : threads_(threads), schedule_(schedule) {}
+  ~HelpedPool() override {
+    if (region_) region_->end();
+  }
+  int threads() const override { return threads_; }
+  void parallel_for(int64_t count, void (*fn)(void*, int64_t), void* arg) override {
+    if (threads_ < 2 || count < 2) {
+      for (int64_t i = 0; i < count; ++i) fn(arg, i);
+      return;
+    }
+    if (!region_) {
+      region_ = new Region;
+      region_->enter(threads_ - 1);
+      for (int i = 1; i < threads_; ++i) schedule_([region = region_] { region->help(); });
+    }
+    region_->run(count, fn, arg);
+  }
+
+ private:
+  int threads_;
+  Schedule schedule_;
+  Region* region_ = nullptr;
+};
+
+}  // namespace ferrum

@@ -1,0 +1,26 @@
+// The kernels for any machine.
+#include "scalar.h"
+
+namespace ferrum {
+namespace {
+
+void dots(const Rows& w, const Group* const* x, int64_t m, Output y) {
+  switch (w.format->type) {
+    FERRUM_QUANTISED(dots_of, w, x, m, y)
+    default: break;
+  }
+}
+
+void float_dots(const Rows& w, const float* const* x, int64_t m, Output y) {
+  switch (w.format->type) {
+    FERRUM_QUANTISED(float_dots_of, w, x, m, y)
+    FERRUM_CASE(F16, float_dots_of, w, x, m, y)
+    FERRUM_CASE(BF16, float_dots_of, w, x, m, y)
+  }
+}
+
+}  // namespace
+
+const Isa portable = {"portable", quantise_row, pack_panel, dots, nullptr, float_dots, gated_product, add_scaled_row};
+
+}  // namespace ferrum
