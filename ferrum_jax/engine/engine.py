@@ -361,9 +361,9 @@ class Engine:
             self._device.admit(sequence, slot, request.params, request._seed, request._extras)
         begin = time.perf_counter()
         results = self._device.launch(dispatch)
-        params = [row.sequence.owner.params for row in dispatch.rows]
-        scored = any(p.logprobs is not None for p in params)
-        return _Flight(dispatch, results, scored, any(p.prompt_logprobs is not None for p in params), begin)
+        scored = any(row.sequence.owner.logprobs is not None for row in dispatch.rows)
+        prompts = any(row.start >= 0 and row.sequence.owner.prompt_logprobs is not None for row in dispatch.rows)
+        return _Flight(dispatch, results, scored, prompts, begin)
 
     def _take_in(self, flight: _Flight, results: steps.Results) -> None:
         """Gives every row what it has got."""

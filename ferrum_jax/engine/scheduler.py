@@ -69,9 +69,9 @@ class Scheduler:
         copies: list[tuple[int, int]] = []
         admitted: list[tuple[Sequence, int]] = []
         width = 1 + self.config.speculation
-        if self.waiting or any(not sequence.decoding for sequence in self.running):
+        if self.waiting or any(sequence.prefilled != sequence.target for sequence in self.running):
             steps = 1
-        else:
+        elif steps > 1:
             growing = [sequence for sequence in self.running if _growing(sequence)]
             steps = min(steps, max((s.limit - len(s.tokens) - s.pending for s in growing), default=0))
             missing = sum(self._missing(sequence, _decoded(sequence, steps * width)) for sequence in growing)
@@ -80,16 +80,26 @@ class Scheduler:
         rows = [
             Row(sequence, sequence.epoch, -1, 1, True, sequence.slot)
             for sequence in self._running()
-            if sequence.decoding and _growing(sequence) and self._grow(sequence, _decoded(sequence, steps * width))
+            if sequence.prefilled == sequence.target
+            and _growing(sequence)
+            and self._grow(sequence, _decoded(sequence, steps * width))
         ]
         prompts = list(self._prompts(max(1, self.config.token_budget - len(rows)), admitted, copies, before))
-        rows = [row for row in rows if row.valid] + [row for row in prompts if row.valid]
+        mixed = bool(prompts)
+        rows += prompts
+        if self.preemptions > before:
+            rows = [row for row in rows if row.valid]
+            mixed = any(row.start >= 0 for row in rows)
         if not rows:
             return None
-        mixed = any(row.start >= 0 for row in rows)
         dispatch = Dispatch(rows, 0 if mixed else steps, admitted, copies, 1 if mixed else width)
+        promised = dispatch.promised
         for row in rows:
-            self._promise(row, dispatch.promised)
+            if row.samples:
+                row.sequence.pending += promised
+            if row.start >= 0:
+                row.sequence.prefilled += row.length
+                self._settle(row.sequence)
         return dispatch
 
     def received(self, row: Row, tokens: list[int], promised: int) -> None:
@@ -113,7 +123,7 @@ class Scheduler:
     def _prompts(self, budget: int, admitted: list[tuple[Sequence, int]], copies: list, preemptions: int) -> Iterator[Row]:
         """Rows with prompt tokens: of running sequences, then of those that are admitted."""
         for sequence in self._running():
-            if budget and not sequence.decoding:
+            if budget and sequence.prefilled != sequence.target:
                 count = min(budget, sequence.target - sequence.prefilled)
                 if self._grow(sequence, sequence.prefilled + count):
                     budget -= count
@@ -211,18 +221,12 @@ class Scheduler:
     def _missing(self, sequence: Sequence, tokens: int) -> int:
         return max(0, self._pages(tokens) - len(sequence.pages))
 
-    def _promise(self, row: Row, tokens: int) -> None:
-        if row.samples:
-            row.sequence.pending += tokens
-        if row.start >= 0:
-            row.sequence.prefilled += row.length
-            self._settle(row.sequence)
-
     def _settle(self, sequence: Sequence) -> None:
         """Registers the pages that are now full of known tokens, and gives back those that nobody will look at again."""
-        size, written = self.pool.page_size, sequence.written
-        if written < (len(sequence.digests) + 1) * size and not self.window:
+        size = self.pool.page_size
+        if len(sequence.tokens) < (len(sequence.digests) + 1) * size and not self.window:
             return
+        written = sequence.written
         while self.config.prefix_cache and (len(sequence.digests) + 1) * size <= written:
             number = len(sequence.digests)
             parent = sequence.digests[-1] if number else self.pool.root

@@ -88,8 +88,8 @@ FAULTS = {
     "5-generated": Fault(
         "only pages of the prompt are cached",
         Scheduler._settle,
-        "size, written = self.pool.page_size, sequence.written",
-        "size, written = self.pool.page_size, min(sequence.written, sequence.prompt_length)",
+        "written = sequence.written",
+        "written = min(sequence.written, sequence.prompt_length)",
         pages.test_generated_pages_are_found_too,
     ),
     "5-mixed": Fault(
