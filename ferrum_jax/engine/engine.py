@@ -8,6 +8,7 @@ never held while the device is waited for or a program is compiled; submitting a
 from __future__ import annotations
 
 import contextlib
+import logging
 import secrets
 import threading
 import time
@@ -31,6 +32,13 @@ if TYPE_CHECKING:
 _DISPATCH_SECONDS = 0.05  # what a dispatch of several decode steps aims at
 
 
+_LOG = logging.getLogger(__name__)
+
+
+class _Stopped(Exception):
+    """The engine was closed while it compiled."""
+
+
 class _Flight(NamedTuple):
     """A dispatch that was started."""
 
@@ -45,7 +53,8 @@ class Engine:
     """Runs requests of one model together. Errors: ValueError for a request that can never be run, OutOfMemoryError where
     the KV cache does not fit.
 
-    `with Engine(model) as engine:` compiles and serves in the background. Without, whoever waits for a request drives the
+    `with Engine(model) as engine:` compiles and serves in the background, and logs its shapes and how far it has compiled
+    (logger "ferrum_jax.engine.engine", level INFO). Without, whoever waits for a request drives the
     engine, or calls `step` or `run`. All methods may be called from any thread.
     """
 
@@ -324,14 +333,20 @@ class Engine:
                     self._lock.notify_all()
 
     def _warm_up_quietly(self) -> None:
-        names: list[Any] = ["admit", "copy", *self._device.buckets()]
-        for name in names:
+        """Compiles in the background, in the order in which programs are met; the log says how far it is."""
+
+        def progress(ready: int, programs: int, following: str) -> None:
+            _LOG.info("%d of %d programs, now: %s", ready, programs, following)
             if not self.serving:
-                return
-            try:
-                self._device.compile(name)
-            except Exception:  # whoever needs the program meets the error
-                return
+                raise _Stopped
+
+        _LOG.info("%d pages of %d tokens; shapes: %s", self.num_pages, self.config.page_size, ", ".join(self.buckets()))
+        try:
+            self.warm_up(progress)
+        except _Stopped:
+            return
+        except Exception:  # whoever needs the program meets the error
+            _LOG.exception("compiling in the background failed")
 
     # Inside: a dispatch
 
