@@ -26,10 +26,11 @@ class LayerModule(nn.Module):
     def stack(self, name: str) -> LayerStack:
         return self.get_variable("params", name)
 
-    def project(self, x: jax.Array, layer: Layer, *names: str) -> list[jax.Array]:
-        """x [tokens, in] through each named matrix and its bias, if the file has one: float32 [tokens, out]."""
+    def project(self, x: jax.Array, layer: Layer, *names: str, arithmetic: str = "") -> list[jax.Array]:
+        """x [tokens, in] through each named matrix and its bias, if the file has one: float32 [tokens, out]. arithmetic:
+        of the products, where it is not `config.dtype`."""
         stacks = [self.stack(name) for name in names]
-        ys = linears(x.astype(self.config.activations), stacks, layer, self.config.dtype)
+        ys = linears(x.astype(self.config.activations), stacks, layer, arithmetic or self.config.dtype)
         biases = [self.stack(name + "_bias") for name in names]
         return [y if bias is None else y + bias.vector(layer) for y, bias in zip(ys, biases, strict=True)]
 
@@ -45,7 +46,10 @@ class Attention(LayerModule):
             return None if stack is None else stack.located(layer)
 
         with jax.named_scope("qkv"):
-            q, k, v = (y.reshape(tokens, -1, config.head_dim) for y in self.project(x, layer, "query", "key", "value"))
+            # Here int8 would cost most: the scores are exponents, and these are small matrices.
+            arithmetic = "int8x2" if config.dtype == "int8" else config.dtype
+            ys = self.project(x, layer, "query", "key", "value", arithmetic=arithmetic)
+            q, k, v = (y.reshape(tokens, -1, config.head_dim) for y in ys)
         with jax.named_scope("append"):
             norms = norm("query_norm"), norm("key_norm")
             q, cache = append(q, k, v, cache, layer.number, slots, rope, *norms, config.rms_norm_eps)

@@ -16,7 +16,7 @@ from pallas_kernels.blocks.matrix import Matrix
 from pallas_kernels.native import build
 from pallas_kernels.native.build import isa, refusal
 
-__all__ = ["FORMATS", "expert_ffn", "isa", "matmuls", "refusal", "refuses", "swiglu"]
+__all__ = ["FORMATS", "expert_ffn", "isa", "matmuls", "matmuls_twice", "refusal", "refuses", "swiglu"]
 
 FORMATS = (
     "Q4_K", "Q5_K", "Q6_K", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "IQ4_NL", "IQ4_XS", "MXFP4", "F16", "BF16",
@@ -27,12 +27,14 @@ def refuses(case: dispatch.Case) -> str | None:
     """Why the kernels do not serve a case; None where they do."""
     if case.target.platform != "cpu":
         return "is for CPUs"
-    if case.dtype != "int8":
+    if case.dtype not in ("int8", "int8x2"):
         return f"is for int8 arithmetic, not {case.dtype}"
     if case.format not in FORMATS:
         return f"has no kernel for {case.format}"
     if case.layout != "ggml":
         return f"reads blocks as files have them, not layout {case.layout}"
+    if case.dtype == "int8x2" and case.operation != "quantized_matmul":
+        return "has int8x2 for single products alone"
     if case.operation == "grouped_matmul":
         return "serves whole mixtures of experts"
     return build.refusal()
@@ -40,25 +42,32 @@ def refuses(case: dispatch.Case) -> str | None:
 
 def matmuls(x: jax.Array, matrices: Sequence[Matrix], target: dispatch.Target) -> list[jax.Array]:
     """x float32 [m, k] times each transposed matrix [n_i, k]: float32 [m, n_i]."""
-    return _call("ferrum_matmuls", [matrix.rows for matrix in matrices], matrices, x)
+    return _call("ferrum_matmuls", [matrix.rows for matrix in matrices], matrices, "int8", x)
+
+
+def matmuls_twice(x: jax.Array, matrices: Sequence[Matrix], target: dispatch.Target) -> list[jax.Array]:
+    """`matmuls` with what the quantisation of x leaves out quantised and multiplied as well: "int8x2"."""
+    return _call("ferrum_matmuls", [matrix.rows for matrix in matrices], matrices, "int8x2", x)
 
 
 def swiglu(x: jax.Array, gate: Matrix, up: Matrix, target: dispatch.Target) -> jax.Array:
     """silu(x · gateᵀ) * (x · upᵀ): float32 [m, n]."""
-    return _call("ferrum_swiglu", [gate.rows], (gate, up), x)[0]
+    return _call("ferrum_swiglu", [gate.rows], (gate, up), "int8", x)[0]
 
 
 def expert_ffn(x, experts, weights, gate: Matrix, up: Matrix, down: Matrix, target: dispatch.Target) -> jax.Array:
     """The mixture of experts of grouped_matmul: float32 [tokens, k]."""
-    return _call("ferrum_experts", [down.rows], (gate, up, down), x, experts, weights)[0]
+    return _call("ferrum_experts", [down.rows], (gate, up, down), "int8", x, experts, weights)[0]
 
 
-def _call(name: str, widths: list[int], matrices: Sequence[Matrix], x: jax.Array, *more: jax.Array) -> list[jax.Array]:
+def _call(
+    name: str, widths: list[int], matrices: Sequence[Matrix], arithmetic: str, x: jax.Array, *more: jax.Array
+) -> list[jax.Array]:
     """One call of a kernel: results float32 [rows of x, width]."""
     results = [jax.ShapeDtypeStruct((x.shape[0], width), jnp.float32) for width in widths]
     operands = [part for matrix in matrices for part in (_place(matrix), matrix.planes[0])]
     formats = ",".join(matrix.format for matrix in matrices)
-    return list(jax.ffi.ffi_call(name, results)(x, *more, *operands, formats=formats, arithmetic="int8"))
+    return list(jax.ffi.ffi_call(name, results)(x, *more, *operands, formats=formats, arithmetic=arithmetic))
 
 
 def _place(matrix: Matrix) -> jax.Array:

@@ -3,7 +3,8 @@
 Contract of `quantized_matmul(x, matrix)`:
 
 * `x` [m, k] float32, bfloat16 or float16: its dtype is the arithmetic. float32 means float32 (`Precision.HIGHEST`).
-  With `arithmetic` "int8" x is float32 and a backend may quantise it in blocks inside the product; others stay exact.
+  With `arithmetic` "int8" x is float32 and a backend may quantise it in blocks inside the product, with "int8x2" twice,
+  the rest of the first time as well; others stay exact.
 * `matrix`: a `Matrix` [n, k] in any layout; its stack is never sliced into a copy.
 * result [m, n] float32. Row i depends on row i of x alone; on CPU bit for bit, whatever m is.
 * derivative: with respect to x, through the compressed weights; the weights have none.
@@ -76,7 +77,8 @@ def backend_for(operation: str, x: jax.Array, matrices: Sequence[Matrix], target
 def _matmuls(x, matrices, target, arithmetic):
     together = backend_for("quantized_matmul", x, matrices, target, arithmetic, BACKENDS)
     if together is not None:
-        return tuple(together.matmuls(x, matrices, target))
+        twice = getattr(together, "matmuls_twice", together.matmuls)
+        return tuple((twice if arithmetic == "int8x2" else together.matmuls)(x, matrices, target))
     return tuple(_matmuls(x, (matrix,), target, arithmetic)[0] for matrix in matrices)
 
 

@@ -64,6 +64,22 @@ def test_products_lie_within_the_rounding_of_the_activations(format, m):
     assert (np.abs(np.asarray(y) - want) <= rounding(x, exact[1])).all()
 
 
+@pytest.mark.parametrize("format", native.FORMATS)
+def test_int8x2_keeps_what_the_first_rounding_leaves_out(format):
+    stored, exact = blocks_of(format, 2, 37, K)
+    matrix, x = Matrix.of(stored, format).at(1), rows_of(17) * np.linspace(0.01, 30, K, dtype=np.float32)
+    with dispatch.record() as choices:
+        y = np.asarray(quantized_matmul(x, matrix, "int8x2"))
+    assert [choice.backend for choice in choices] == ["native"]
+    float32 = K * 2.0**-23 * np.abs(x) @ np.abs(exact[1]).T
+    assert (np.abs(y - x.astype(np.float64) @ exact[1].T) <= rounding(x, exact[1]) / 120 + float32).all()
+    alone = np.asarray(quantized_matmul(x[3:4], matrix, "int8x2"))
+    assert (alone.view(np.uint32) == y[3:4].view(np.uint32)).all()
+    x[5, 7] = np.nan
+    broken = np.asarray(quantized_matmul(x, matrix, "int8x2"))
+    assert np.isnan(broken[5]).all() and (np.delete(broken, 5, 0) == np.delete(y, 5, 0)).all()
+
+
 @pytest.mark.parametrize("format", ["Q4_K", "Q6_K", "Q4_1", "BF16"])
 def test_a_row_has_the_same_bits_whatever_else_is_there(format):
     matrix = Matrix.of(blocks_of(format, 2, 70, 512)[0], format)

@@ -31,8 +31,10 @@ class Checker {
   ffi::Error error() const { return wrong(words_); }
 
   ferrum::Arithmetic arithmetic(std::string_view name) {
-    require(name == "int8" || name == "float32", "arithmetic must be int8 or float32");
-    return name == "float32" ? ferrum::Arithmetic::float32 : ferrum::Arithmetic::int8;
+    require(name == "int8" || name == "int8x2" || name == "float32", "arithmetic must be int8, int8x2 or float32");
+    return name == "float32" ? ferrum::Arithmetic::float32
+           : name == "int8x2" ? ferrum::Arithmetic::int8x2
+                              : ferrum::Arithmetic::int8;
   }
 
   // Format number `which` of a comma-separated list.

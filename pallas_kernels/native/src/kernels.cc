@@ -149,6 +149,23 @@ Activations forms(const Isa& isa, Arithmetic arithmetic, int64_t k, const Matrix
   return Activations(isa, k, groups, floats);
 }
 
+// x and, as m rows more, what its quantisation leaves out.
+const float* with_rest(const Isa& isa, const float* x, int64_t m, int64_t k) {
+  auto* both = static_cast<float*>(scratch(kHidden, size_t(2 * m * k) * sizeof(float)));
+  auto* groups = static_cast<Group*>(scratch(kInner, size_t(groups_of(k)) * sizeof(Group)));
+  std::memcpy(both, x, size_t(m * k) * sizeof(float));
+  for (int64_t r = 0; r < m; ++r) {
+    isa.quantise(x + r * k, k, groups);
+    float* rest = both + (m + r) * k;
+    for (int64_t i = 0; i < k; ++i) {
+      const Group& group = groups[i / kGroup];
+      const int block = int(i % kGroup / 32);
+      rest[i] = __builtin_fmaf(-group.scale[block], group.q[32 * place(block) + i % 32], x[r * k + i]);
+    }
+  }
+  return both;
+}
+
 }  // namespace
 
 const Format* find_format(const char* name, size_t length) {
@@ -199,14 +216,25 @@ void matmuls(Pool& pool, Arithmetic arithmetic, const float* x, int64_t m, int64
     starts[i + 1] = starts[i] + ceil_div(matrices[i].n, rows[i]);
     bytes += matrices[i].n * matrices[i].format->row_bytes(k);
   }
-  const bool alone = serial(bytes, m) || pool.threads() < 2;
-  const Operand operand = prepare(pool, isa, forms(isa, arithmetic, k, matrices, count), x, m, k, alone);
+  const int64_t total = arithmetic == Arithmetic::int8x2 ? 2 * m : m;
+  if (total > m) x = with_rest(isa, x, m, k);
+  const bool alone = serial(bytes, total) || pool.threads() < 2;
+  const Operand operand = prepare(pool, isa, forms(isa, arithmetic, k, matrices, count), x, total, k, alone);
   maybe_parallel(!alone, pool, starts[count], [&](int64_t chunk) {
     int i = 0;
     while (chunk >= starts[i + 1]) ++i;
-    const int64_t first = (chunk - starts[i]) * rows[i], left = matrices[i].n - first;
+    const int64_t first = (chunk - starts[i]) * rows[i], n = matrices[i].n, left = n - first;
     const Rows w = rows_of(matrices[i], first, left < rows[i] ? left : rows[i]);
-    multiply(isa, wants_floats(arithmetic, matrices[i]), w, operand, {y[i] + first, matrices[i].n});
+    const bool floats = wants_floats(arithmetic, matrices[i]);
+    if (total == m || floats) {
+      Operand own = operand;
+      own.m = m;
+      return multiply(isa, floats, w, own, {y[i] + first, n});
+    }
+    auto* part = static_cast<float*>(scratch(kParts, size_t(total * w.count) * sizeof(float)));
+    multiply(isa, floats, w, operand, {part, w.count});
+    for (int64_t r = 0; r < m; ++r)
+      for (int64_t j = 0; j < w.count; ++j) y[i][r * n + first + j] = part[r * w.count + j] + part[(m + r) * w.count + j];
   });
 }
 

@@ -46,7 +46,9 @@ class Pool {
   virtual void parallel_for(int64_t count, void (*fn)(void*, int64_t), void* arg) = 0;
 };
 
-enum class Arithmetic { int8, float32 };
+// int8x2 is for matmuls alone: what the quantisation of a row leaves out is quantised as a second row, and the two results
+// are added, so activations keep about 15 bits.
+enum class Arithmetic { int8, int8x2, float32 };
 
 // y[i] [m, n_i] = x [m, k] times matrix i, transposed.
 void matmuls(Pool& pool, Arithmetic arithmetic, const float* x, int64_t m, int64_t k, const Matrix* matrices, int count,
