@@ -25,7 +25,7 @@ from benchmarks import common, make_synthetic
 from benchmarks.llama_cpp import LlamaCpp
 from ferrum_jax import hub
 
-DTYPES = ("float32", "bfloat16")
+DTYPES = ("float32", "bfloat16", "int8")
 Run = Callable[[list[list[int]], int], list[list[int]]]
 
 

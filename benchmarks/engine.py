@@ -32,7 +32,7 @@ from ferrum_jax import functional, hub
 from ferrum_jax.kv_cache import KV_DTYPES, bytes_per_token
 from ferrum_jax.models.decoder import RaggedBatch
 
-DTYPES = ("float32", "bfloat16")
+DTYPES = ("float32", "int8")
 SLOTS = 16
 PAGE = 16
 SPECULATION = 4
@@ -416,11 +416,12 @@ def main() -> None:
     parser.add_argument("model", nargs="?", default="smollm2:135m", help="a path, or anything that `load` takes")
     parser.add_argument("--name", help="what the model is called in the result; default: the model")
     parser.add_argument("--quick", action="store_true", help="a few minutes: one round of short requests, nothing is written")
+    parser.add_argument("--rounds", type=int, default=Sizes().rounds, help="how often everything is repeated")
     parser.add_argument("--patience", type=float, default=60.0, help="seconds to spend on waiting for a quiet machine")
     options = parser.parse_args()
     common.Patience.left = options.patience
     name = options.name or options.model.replace(":", "-")
-    result = measure(hub.resolve(options.model), name, QUICK if options.quick else Sizes())
+    result = measure(hub.resolve(options.model), name, QUICK if options.quick else Sizes(rounds=options.rounds))
     if not options.quick:
         common.write("engine", result, "xllamacpp")
 

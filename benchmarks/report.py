@@ -27,7 +27,7 @@ CPU = """## CPU, against llama.cpp
 `python -m benchmarks.cpu`. Both engines read the same file, get the same token ids of an English text, and take turns in
 one run. Prefill is the time to the first token after {prompt_len} tokens; decode is the rate of the next {rest}.
 **The llama.cpp is the `xllamacpp` wheel, which is built for AVX2**; a native build of it is about three times as fast at
-decoding on a machine with AVX-512 and AMX. This package computes in plain XLA here, without kernels of its own.
+decoding on a machine with AVX-512 and AMX. With int8, compressed products are this package's C++ kernels; all else is XLA.
 
 Check: the tokens that were timed, against this package's float32, which the tests hold to transformers. "Equal" counts
 those at the start that are float32's own. At the first other one, "gap" says how far its float32 logit lies below the

@@ -161,6 +161,22 @@ FERRUM_INLINE void scales(const uint8_t* p, const uint8_t* q, F& scale, F& offse
   }
 }
 
+// The group at p, where it lies if all of it is before `end`: what follows a row that ends inside the group is read, but
+// never used (see `mask_absent`). Else a copy.
+template <Type T>
+FERRUM_INLINE const uint8_t* readable(const uint8_t* p, int64_t weights, const uint8_t* end, uint8_t* room) {
+  return p + group_bytes(T) <= end ? p : whole<T>(p, weights, room);
+}
+
+// Scales and offsets of two groups of which only `weights` weights are there: none for the absent blocks.
+template <Type T>
+FERRUM_INLINE void mask_absent(int64_t weights, F& scale, F& offset) {
+  if (block_weights(T) == kGroup || weights >= kGroup) return;
+  const auto mask = __mmask16(((1u << (weights / 32)) - 1) * 0x101u);
+  scale = _mm512_maskz_mov_ps(mask, scale);
+  if constexpr (has_offset(T)) offset = _mm512_maskz_mov_ps(mask, offset);
+}
+
 // Q6_K: the 16 integer scales of a group in the order of Group::half_sum.
 FERRUM_INLINE F part_scales(const uint8_t* p) {
   const __m128i order = _mm_set_epi8(15, 13, 11, 9, 14, 12, 10, 8, 7, 5, 3, 1, 6, 4, 2, 0);

@@ -19,12 +19,13 @@ struct alignas(64) Decoded {  // a group of 16 rows
 template <Type T>
 FERRUM_INLINE void decode_rows(const Rows& w, int64_t groups, Decoded* out) {
   alignas(64) uint8_t room[2][kWidest];
+  const uint8_t* end = w.blocks + w.count * w.stride;
   for (int64_t i = 0; i < w.count; i += 2) {
     const uint8_t* p = w.blocks + i * w.stride;
     const uint8_t* q = i + 1 < w.count ? p + w.stride : p;
     for (int64_t g = 0; g < groups; ++g, p += group_bytes(T), q += group_bytes(T)) {
-      const uint8_t* a = whole<T>(p, w.k - g * kGroup, room[0]);
-      const uint8_t* b = whole<T>(q, w.k - g * kGroup, room[1]);
+      const uint8_t* a = readable<T>(p, w.k - g * kGroup, end, room[0]);
+      const uint8_t* b = readable<T>(q, w.k - g * kGroup, end, room[1]);
       ask_ahead<T>(p);
       ask_ahead<T>(q);
       V u[4], v[4];
@@ -32,6 +33,7 @@ FERRUM_INLINE void decode_rows(const Rows& w, int64_t groups, Decoded* out) {
       registers<T>(a, u);
       registers<T>(b, v);
       scales<T>(a, b, scale, offset);
+      mask_absent<T>(w.k - g * kGroup, scale, offset);
       Decoded& o = out[g];
       for (int j = 0; j < 4; ++j) {
         _mm512_store_si512(o.q[i] + 64 * j, u[j]);

@@ -74,14 +74,15 @@ template <Type T, int M>
 void few(const Rows& w, const Group* const* x, Output y) {
   const int64_t groups = groups_of(w.k);
   alignas(64) uint8_t room[2][kWidest];
+  const uint8_t* end = w.blocks + w.count * w.stride;
   for (int64_t i = 0; i < w.count; i += 2) {
     const uint8_t* p = w.blocks + i * w.stride;
     const uint8_t* q = i + 1 < w.count ? p + w.stride : p;
     F lanes[M];
     for (int r = 0; r < M; ++r) lanes[r] = _mm512_setzero_ps();
     for (int64_t g = 0; g < groups; ++g, p += group_bytes(T), q += group_bytes(T)) {
-      const uint8_t* a = whole<T>(p, w.k - g * kGroup, room[0]);
-      const uint8_t* b = whole<T>(q, w.k - g * kGroup, room[1]);
+      const uint8_t* a = readable<T>(p, w.k - g * kGroup, end, room[0]);
+      const uint8_t* b = readable<T>(q, w.k - g * kGroup, end, room[1]);
       ask_ahead<T>(p);
       ask_ahead<T>(q);
       V u[4], v[4];
@@ -89,6 +90,7 @@ void few(const Rows& w, const Group* const* x, Output y) {
       registers<T>(a, u);
       registers<T>(b, v);
       scales<T>(a, b, scale, offset);
+      mask_absent<T>(w.k - g * kGroup, scale, offset);
       for (int r = 0; r < M; ++r) {
         const Group& o = x[r][g];
         const V zero = _mm512_setzero_si512();

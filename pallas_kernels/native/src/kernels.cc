@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <new>
+#include <type_traits>
 
 #include "isa.h"
 
@@ -45,7 +46,7 @@ void maybe_parallel(bool wanted, Pool& pool, int64_t count, F&& fn) {
 }
 
 // Below so many bytes of weights (times a factor for many rows) waking another thread costs more than it saves.
-constexpr int64_t kSerialBytes = 64 << 10;
+constexpr int64_t kSerialBytes = 64 << 10;  // for one row of x
 constexpr int64_t kChunkBytes = 48 << 10;
 constexpr int64_t kMaxMatrices = 16;
 

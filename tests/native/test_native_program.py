@@ -1,0 +1,39 @@
+"""The C++ kernels under sanitizers: builds tests/native/program.cc with them, without XLA, and runs it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from pallas_kernels.native import build
+
+SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+
+
+def test_kernels_agree_with_double_precision_and_bit_for_bit_under_sanitizers(tmp_path: Path) -> None:
+    names = (os.environ.get("CXX"), "c++", "g++", "clang++")
+    compiler = next((path for name in names if name and (path := shutil.which(name))), None)
+    assert compiler is not None, "the kernels cannot be tested without a C++ compiler"
+    units = [unit for unit in sorted(build.SOURCES.glob("*.cc")) if unit.name != "ffi.cc"]
+    units.append(Path(__file__).parent / "program.cc")
+
+    def compiled(unit: Path) -> str:
+        made = str(tmp_path / f"{unit.stem}.o")
+        run([compiler, "-O1", "-std=c++17", "-Wall", "-Wextra", *SANITIZERS, f"-I{build.SOURCES}", "-c", str(unit), "-o", made])
+        return made
+
+    with ThreadPoolExecutor(2) as pool:
+        objects = list(pool.map(compiled, units))
+    program = tmp_path / "program"
+    run([compiler, *SANITIZERS, *objects, "-o", str(program), "-pthread"])
+    report = run([str(program)])
+    assert "0 failures" in report and "portable" in report
+
+
+def run(command: list[str]) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, f"{command[0]} failed:\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+    return done.stdout
