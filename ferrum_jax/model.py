@@ -8,7 +8,6 @@ engine. All give the same tokens.
 
 from __future__ import annotations
 
-import operator
 import time
 from collections.abc import Generator, Iterator, Sequence
 
@@ -16,23 +15,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ferrum_jax import chat, functional
+from ferrum_jax import functional
 from ferrum_jax.completion import Completion
 from ferrum_jax.driver import Driver, Inputs, Stream, Watcher, bucket, made, padded, power_of_two, stream
 from ferrum_jax.engine import Engine, EngineConfig, Request
-from ferrum_jax.errors import UnsupportedModelError
 from ferrum_jax.kv_cache import bytes_per_token
-from ferrum_jax.runtime import PAGE, Runtime
+from ferrum_jax.prompts import Prompt, Prompts
+from ferrum_jax.runtime import PAGE
 from ferrum_jax.sampling import SamplingParams
 from ferrum_jax.weights.stream import bytes_by_format
 
 _ROWS = 32  # rows of one program at most
 _CACHE_BYTES = 2 << 30  # KV cache of one program at most, where more than one row asks for it
 
-Prompt = str | Sequence[int]
 
-
-class Model(Runtime):
+class Model(Prompts):
     """Made by `ferrum_jax.load`. `params` is a pytree of arrays, every weight once; `config` is static."""
 
     # Text in and out
@@ -75,35 +72,13 @@ class Model(Runtime):
         """The answer to a conversation, rendered by the model's chat template: one `Completion`."""
         return self.generate([self.encode_chat(messages, tools, **template_kwargs)], params)[0]
 
-    def render_chat(self, messages: list[dict], tools=None, add_generation_prompt: bool = True, **template_kwargs) -> str:
-        """The text that the model's chat template makes of messages; UnsupportedModelError where the file has none."""
-        if not messages:
-            raise ValueError("a conversation needs at least one message")
-        template = self.tokenizer.chat_template
-        if template is None:
-            raise UnsupportedModelError("this model has no chat template; give it plain text instead")
-        token = {
-            f"{name}_token": "" if id is None else self.tokenizer.token_bytes(id).decode("utf-8", "replace")
-            for name, id in (("bos", self.tokenizer.bos_id), ("eos", self.tokenizer.eos_id))
-        }
-        return chat.render(
-            template, messages, tools=tools, add_generation_prompt=add_generation_prompt, **token, **template_kwargs
-        )
-
-    def encode_chat(self, messages: list[dict], tools=None, **template_kwargs) -> list[int]:
-        """Token ids of a conversation ready to be answered, with one beginning-of-text token where both the template and
-        the tokenizer would put it."""
-        ids = self.encode(self.render_chat(messages, tools, **template_kwargs))
-        doubled = len(ids) > 1 and ids[0] == ids[1] == self.tokenizer.bos_id
-        return ids[1:] if doubled else ids
-
     # Scores
 
     def logits(self, batch: Sequence[Sequence[int]]) -> list[np.ndarray]:
         """Teacher-forced float32 logits [length, vocab_size] of each list of token ids, on the host."""
         if not batch:
             return []
-        checked = self._checked(batch)
+        checked = self.checked(batch)
         results = [np.empty((len(ids), self.config.vocab_size), np.float32) for ids in checked]
         for row, position, hidden in self._hidden(checked):
             for first in range(0, hidden.shape[0], functional.ROWS):
@@ -128,7 +103,7 @@ class Model(Runtime):
         windows = [list(ids[i : i + size]) for i in range(0, len(ids) - size + 1, size)]
         total, rows = 0.0, max(1, functional.CHUNK // size)
         for first in range(0, len(windows), rows):
-            part = self._checked(windows[first : first + rows])
+            part = self.checked(windows[first : first + rows])
             for row, position, hidden in self._hidden(part):
                 scored = position < size - 1
                 targets = np.zeros(hidden.shape[0], np.int32)
@@ -146,34 +121,6 @@ class Model(Runtime):
         return {"parameters": formats, "parameters_total": sum(formats.values()), "kv_bytes_per_token": per_token}
 
     # Inside
-
-    def encode(self, prompt: Prompt) -> list[int]:
-        if isinstance(prompt, str):
-            ids = self.tokenizer.encode(prompt, add_special=True, parse_special=True) if prompt else []
-        elif isinstance(prompt, bytes) or not hasattr(prompt, "__iter__"):
-            raise ValueError(f"a prompt must be a text or a list of token ids, not {type(prompt).__name__}")
-        else:
-            ids = list(prompt)
-        (ids,) = self._checked([ids])
-        if len(ids) >= self.max_seq_len:
-            raise ValueError(f"the prompt has {len(ids)} tokens and leaves no room in a context of {self.max_seq_len}")
-        return ids
-
-    def _checked(self, batch: Sequence[Sequence[int]]) -> list[list[int]]:
-        """The batch as lists of int; ValueError for an empty one, one beyond the context or an id out of range."""
-        try:
-            lists = [[operator.index(i) for i in ids] for ids in batch]
-        except TypeError:
-            raise ValueError("token ids must be integers") from None
-        for ids in lists:
-            if not ids:
-                raise ValueError("an empty prompt: at least one token is needed")
-            if len(ids) > self.max_seq_len:
-                raise ValueError(f"{len(ids)} tokens do not fit into a context of {self.max_seq_len}")
-            wrong = next((i for i in ids if not 0 <= i < self.config.vocab_size), None)
-            if wrong is not None:
-                raise ValueError(f"token id {wrong} is out of range: the vocabulary has {self.config.vocab_size} ids")
-        return lists
 
     def _fit_one_program(self, encoded: list[list[int]], params: list[SamplingParams]) -> bool:
         """Whether one program's rows and cache hold all prompts."""

@@ -6,13 +6,10 @@ many steps each time. Whether guesses are right changes the speed and nothing el
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import jax
 import jax.numpy as jnp
 
-if TYPE_CHECKING:
-    from ferrum_jax.engine.steps import Slots
+from ferrum_jax.engine.slots import Slots
 
 _GRAMS = (4, 3)  # tokens that have to be the same; the longest that occurs counts
 _MOST_MISSES = 5  # a pause is 2 ** 5 - 1 steps at most

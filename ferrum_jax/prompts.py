@@ -1,0 +1,66 @@
+"""From what a user gives to token ids: texts, lists of ids and conversations, checked against the model."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+
+from ferrum_jax import chat
+from ferrum_jax.errors import UnsupportedModelError
+from ferrum_jax.runtime import Runtime
+
+Prompt = str | Sequence[int]
+
+
+class Prompts(Runtime):
+    """A model that understands prompts."""
+
+    def render_chat(self, messages: list[dict], tools=None, add_generation_prompt: bool = True, **template_kwargs) -> str:
+        """The text that the model's chat template makes of messages; UnsupportedModelError where the file has none."""
+        if not messages:
+            raise ValueError("a conversation needs at least one message")
+        template = self.tokenizer.chat_template
+        if template is None:
+            raise UnsupportedModelError("this model has no chat template; give it plain text instead")
+        token = {
+            f"{name}_token": "" if id is None else self.tokenizer.token_bytes(id).decode("utf-8", "replace")
+            for name, id in (("bos", self.tokenizer.bos_id), ("eos", self.tokenizer.eos_id))
+        }
+        return chat.render(
+            template, messages, tools=tools, add_generation_prompt=add_generation_prompt, **token, **template_kwargs
+        )
+
+    def encode_chat(self, messages: list[dict], tools=None, **template_kwargs) -> list[int]:
+        """Token ids of a conversation ready to be answered, with one beginning-of-text token where both the template and
+        the tokenizer would put it."""
+        ids = self.encode(self.render_chat(messages, tools, **template_kwargs))
+        doubled = len(ids) > 1 and ids[0] == ids[1] == self.tokenizer.bos_id
+        return ids[1:] if doubled else ids
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        if isinstance(prompt, str):
+            ids = self.tokenizer.encode(prompt, add_special=True, parse_special=True) if prompt else []
+        elif isinstance(prompt, bytes) or not hasattr(prompt, "__iter__"):
+            raise ValueError(f"a prompt must be a text or a list of token ids, not {type(prompt).__name__}")
+        else:
+            ids = list(prompt)
+        (ids,) = self.checked([ids])
+        if len(ids) >= self.max_seq_len:
+            raise ValueError(f"the prompt has {len(ids)} tokens and leaves no room in a context of {self.max_seq_len}")
+        return ids
+
+    def checked(self, batch: Sequence[Sequence[int]]) -> list[list[int]]:
+        """The batch as lists of int; ValueError for an empty one, one beyond the context or an id out of range."""
+        try:
+            lists = [[operator.index(i) for i in ids] for ids in batch]
+        except TypeError:
+            raise ValueError("token ids must be integers") from None
+        for ids in lists:
+            if not ids:
+                raise ValueError("an empty prompt: at least one token is needed")
+            if len(ids) > self.max_seq_len:
+                raise ValueError(f"{len(ids)} tokens do not fit into a context of {self.max_seq_len}")
+            wrong = next((i for i in ids if not 0 <= i < self.config.vocab_size), None)
+            if wrong is not None:
+                raise ValueError(f"token id {wrong} is out of range: the vocabulary has {self.config.vocab_size} ids")
+        return lists
