@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import orbax.checkpoint as ocp
 
 from ferrum_jax.errors import ModelFileError
 from ferrum_jax.kv_cache import KVCache
@@ -27,7 +26,7 @@ def save(path: Path, identity: str, facts: dict[str, Any], content: KVCache | No
         tree["pages"] = content.pages
         if content.scales is not None:
             tree["scales"] = content.scales
-    with ocp.PyTreeCheckpointer() as checkpointer:
+    with _checkpointer() as checkpointer:
         checkpointer.save(path, tree)
 
 
@@ -36,7 +35,7 @@ def load(path: Path, identity: str, kv_dtype: str) -> tuple[dict[str, Any], KVCa
     model or engine."""
     path = path.absolute()
     try:
-        with ocp.PyTreeCheckpointer() as checkpointer:
+        with _checkpointer() as checkpointer:
             tree = checkpointer.restore(path)
         facts = json.loads(bytes(np.asarray(tree["facts"], np.uint8)))
         found = facts["identity"], facts["version"]
@@ -48,3 +47,9 @@ def load(path: Path, identity: str, kv_dtype: str) -> tuple[dict[str, Any], KVCa
             f"(version {_VERSION})"
         )
     return facts, KVCache(tree["pages"], tree.get("scales"), kv_dtype) if "pages" in tree else None
+
+
+def _checkpointer() -> Any:
+    import orbax.checkpoint  # takes a second, and most programs never write a snapshot
+
+    return orbax.checkpoint.PyTreeCheckpointer()
