@@ -30,7 +30,7 @@ def state(lab: Lab, batch: int, position: int) -> State:
     vocab = lab.sizes.config.vocab_size
     tokens = np.random.default_rng(5).integers(0, vocab, 256)[:batch].astype(np.int32)
     zeros = np.zeros(batch, np.int32)
-    return lab.put(State(tokens, zeros + position, zeros, zeros.astype(bool), np.zeros((batch, vocab), bool)))
+    return lab.put(State(tokens, zeros + position, zeros, zeros.astype(bool), np.zeros((batch, vocab), np.int32)))
 
 
 def prompt(lab: Lab) -> tuple[np.ndarray, np.ndarray]:
