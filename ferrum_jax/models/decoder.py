@@ -6,6 +6,7 @@ queries and keys (Qwen3), experts. Layers are scanned by index: the stacks stay 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -20,8 +21,12 @@ from ferrum_jax.models.layers import Block
 from ferrum_jax.models.rope import rope_angles
 from ferrum_jax.models.segments import Segment, segments
 from ferrum_jax.quantized import Layer, LayerStack, QuantizedTensor, linear
+from pallas_kernels.decoder_layers import Part, Shape, backend_for
 from pallas_kernels.paged_attention import Tables, make_plan
 from pallas_kernels.reductions import rms_norm
+
+Params = Mapping[str, Any]
+Carry = tuple[jax.Array, KVCache]
 
 
 class RaggedBatch(NamedTuple):
@@ -53,20 +58,7 @@ class Decoder(nn.Module):
             x: jax.Array = self.get_variable("params", "embedding").gather(batch.tokens)
         rope = rope_angles(self.config, batch.positions, self.get_variable("params", "rope_factors"))
         tables = Tables(batch.positions, batch.query_starts, batch.kv_lengths, batch.page_table)
-        plan = make_plan(tables, cache, self.config.num_heads, self.config.sliding_window)
-        layers, block = self.variables["params"]["layers"], Block(self.config, parent=None)
-        for segment in layer_segments(self.variables["params"]):
-
-            def body(carry, step, segment=segment):
-                for offset in range(segment.period):
-                    layer = Layer(segment.start + offset, segment.period, step)
-                    carry = block.apply({"params": layers}, *carry, layer, batch.slots, plan, rope)
-                return carry, None
-
-            if segment.repeats == 1:
-                (x, cache), _ = body((x, cache), 0)
-            else:
-                (x, cache), _ = lax.scan(body, (x, cache), jnp.arange(segment.repeats, dtype=jnp.int32))
+        x, cache = run_layers(self.config, self.variables["params"]["layers"], x, cache, batch.slots, tables, rope)
         return rms_norm(x, self.get_variable("params", "final_norm"), self.config.rms_norm_eps), cache
 
     def logits(self, hidden: jax.Array) -> jax.Array:
@@ -80,7 +72,61 @@ class Decoder(nn.Module):
         return self.logits(hidden[batch.logits_rows]), cache
 
 
-def layer_segments(params: Mapping[str, Any]) -> tuple[Segment, ...]:
-    """How the layers of these parameters are scanned; the sum of the periods is the number of distinct bodies."""
-    stacks = jax.tree.leaves(params["layers"], is_leaf=lambda node: isinstance(node, LayerStack | QuantizedTensor))
+def run_layers(config: ModelConfig, layers: Params, x, cache: KVCache, slots, tables: Tables, rope) -> Carry:
+    """The residual stream x float32 [T, hidden_size] after all layers, and the cache: in one call where a backend has one."""
+    parts = [_parts(layers, number) for number in range(config.num_layers)]
+    scale, normalise = config.expert_weights_scale, config.norm_topk_prob
+    shape = Shape(config.head_dim, config.rms_norm_eps, config.sliding_window, config.experts_per_token, normalise, scale)
+    backend = backend_for(parts, config.hidden_size, shape, config.dtype)
+    if backend is None:
+        return _composed(config, layers, x, cache, slots, tables, rope)
+
+    @jax.custom_vjp
+    def together(layers, x, cache, slots, tables, rope):
+        parts = [_parts(layers, number) for number in range(config.num_layers)]
+        return backend.decoder_layers(x, cache, slots, tables, rope, parts, shape)
+
+    def forward(*arguments):
+        return together(*arguments), arguments
+
+    def backward(arguments, cotangents):
+        return jax.vjp(functools.partial(_composed, config), *arguments)[1](cotangents)
+
+    together.defvjp(forward, backward)
+    with jax.named_scope("layers"):
+        return together(layers, x, cache, slots, tables, rope)
+
+
+def _parts(layers: Params, number: int) -> dict[str, Part]:
+    """What layer `number` has, by the names of pallas_kernels.decoder_layers."""
+    found = {}
+    for path, stack in jax.tree.leaves_with_path(layers, is_leaf=lambda node: isinstance(node, LayerStack)):
+        if stack.has(Layer(number)):
+            tensor, place = stack.select(Layer(number))
+            found[path[-1].key] = Part(tensor.planes[0], place, tensor.format, tensor.layout)
+    return found
+
+
+def _composed(config: ModelConfig, layers: Params, x, cache: KVCache, slots, tables: Tables, rope) -> Carry:
+    """The layers one after the other, each `Block` once a distinct body."""
+    plan = make_plan(tables, cache, config.num_heads, config.sliding_window)
+    block = Block(config, parent=None)
+    for segment in layer_segments(layers):
+
+        def body(carry, step, segment=segment):
+            for offset in range(segment.period):
+                layer = Layer(segment.start + offset, segment.period, step)
+                carry = block.apply({"params": layers}, *carry, layer, slots, plan, rope)
+            return carry, None
+
+        if segment.repeats == 1:
+            (x, cache), _ = body((x, cache), 0)
+        else:
+            (x, cache), _ = lax.scan(body, (x, cache), jnp.arange(segment.repeats, dtype=jnp.int32))
+    return x, cache
+
+
+def layer_segments(layers: Params) -> tuple[Segment, ...]:
+    """How these layers are scanned; the sum of the periods is the number of distinct bodies."""
+    stacks = jax.tree.leaves(layers, is_leaf=lambda node: isinstance(node, LayerStack))
     return segments(list(zip(*(stack.layout for stack in stacks), strict=True)))

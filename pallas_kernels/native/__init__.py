@@ -6,20 +6,38 @@ result depends neither on the other rows nor on the number of threads.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from pallas_kernels import dispatch
+from pallas_kernels import blocks, dispatch
 from pallas_kernels.blocks.matrix import Matrix
 from pallas_kernels.native import build
 from pallas_kernels.native.build import isa, refusal
 
-__all__ = ["FORMATS", "expert_ffn", "isa", "matmuls", "matmuls_twice", "refusal", "refuses", "swiglu"]
+__all__ = [
+    "FORMATS",
+    "ROLES",
+    "decoder_layers",
+    "expert_ffn",
+    "isa",
+    "matmuls",
+    "matmuls_twice",
+    "refusal",
+    "refuses",
+    "swiglu",
+]
 
 FORMATS = (
     "Q4_K", "Q5_K", "Q6_K", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "IQ4_NL", "IQ4_XS", "MXFP4", "F16", "BF16",
+)  # fmt: skip
+ROLES = (
+    "attention_norm", "query", "key", "value", "query_bias", "key_bias", "value_bias", "query_norm", "key_norm", "output",
+    "output_bias", "feed_forward_norm", "gate", "up", "down", "down_bias", "router", "expert_gate", "expert_up", "expert_down",
 )  # fmt: skip
 
 
@@ -37,6 +55,10 @@ def refuses(case: dispatch.Case) -> str | None:
         return "has int8x2 for single products alone"
     if case.operation == "grouped_matmul":
         return "serves whole mixtures of experts"
+    if case.operation == "decoder_layers":
+        hidden, head_dim, unknown = case.shape
+        if hidden % 32 or head_dim % 16 or unknown:
+            return "has whole layers of 32n values with heads of 16n, and no bias of gate and up"
     return build.refusal()
 
 
@@ -58,6 +80,39 @@ def swiglu(x: jax.Array, gate: Matrix, up: Matrix, target: dispatch.Target) -> j
 def expert_ffn(x, experts, weights, gate: Matrix, up: Matrix, down: Matrix, target: dispatch.Target) -> jax.Array:
     """The mixture of experts of grouped_matmul: float32 [tokens, k]."""
     return _call("ferrum_experts", [down.rows], (gate, up, down), "int8", x, experts, weights)[0]
+
+
+def decoder_layers(x, cache, slots, tables, rope, layers, shape) -> tuple[jax.Array, Any]:
+    """As the contract of pallas_kernels.decoder_layers says."""
+    stacks: dict[int, tuple[jax.Array, str]] = {}
+    places = np.full((len(layers), len(ROLES), 2), -1, np.int64)
+    for places_of, layer in zip(places, layers, strict=True):
+        for role, part in layer.items():
+            stacks.setdefault(id(part.array), (part.array, part.format))
+            places_of[ROLES.index(role)] = list(stacks).index(id(part.array)), part.place
+    vectors = {id(part.array) for layer in layers for role, part in layer.items() if role.endswith(("norm", "bias"))}
+    arrays = [blocks.FORMATS[f].decode(array) if number in vectors else array for number, (array, f) in stacks.items()]
+    kept = [cache.pages] if cache.scales is None else [cache.pages, cache.scales]
+    cosine, sine = (part.reshape(x.shape[0], -1) for part in rope)
+    operands = (x, slots, tables.positions, tables.query_starts, tables.kv_lengths, tables.page_table, cosine, sine, *arrays)
+    y, *kept = jax.ffi.ffi_call(
+        "ferrum_layers",
+        [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in (x, *kept)],
+        input_output_aliases={len(operands) + i: 1 + i for i in range(len(kept))},
+    )(
+        *operands,
+        *kept,
+        places=places.reshape(-1),
+        formats=",".join(format for _, format in stacks.values()),
+        kv_dtype=cache.dtype,
+        top_k=np.int64(shape.top_k),
+        window=np.int64(shape.window),
+        eps=np.float32(shape.eps),
+        scale=np.float32(shape.head_dim**-0.5),
+        expert_scale=np.float32(shape.expert_scale),
+        normalise=shape.normalise,
+    )
+    return y, dataclasses.replace(cache, pages=kept[0], scales=kept[1] if len(kept) > 1 else None)
 
 
 def _call(

@@ -20,7 +20,7 @@ import jax
 import jaxlib
 
 SOURCES = Path(__file__).parent / "src"
-TARGETS = ("ferrum_matmuls", "ferrum_swiglu", "ferrum_experts")
+TARGETS = ("ferrum_matmuls", "ferrum_swiglu", "ferrum_experts", "ferrum_layers")
 _SECONDS = 300  # a compiler may take
 
 

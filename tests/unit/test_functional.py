@@ -210,9 +210,9 @@ def test_compiled_bodies_follow_the_formats_not_the_depth():
         return "Q5_0" if more_bits and name in ("value", "expert_down") else "Q8_0"
 
     params = jax.eval_shape(lambda: tiny_params(dataclasses.replace(MOE, num_layers=48), mix))
-    assert layer_segments(params) == ((0, 1, 6), (6, 3, 12), (42, 1, 6))
+    assert layer_segments(params["layers"]) == ((0, 1, 6), (6, 3, 12), (42, 1, 6))
     one = jax.eval_shape(lambda: tiny_params(dataclasses.replace(MOE, num_layers=48)))
-    assert layer_segments(one) == ((0, 1, 48),)
+    assert layer_segments(one["layers"]) == ((0, 1, 48),)
 
 
 def size_of_program(config, params) -> int:

@@ -13,7 +13,8 @@
 #pragma GCC target("avx2,fma,f16c,bmi2")
 #endif
 
-#include "scalar.h"
+#define FERRUM_LANES 256
+#include "attention.h"
 
 namespace ferrum {
 namespace {
@@ -30,12 +31,13 @@ void float_dots(const Rows& w, const float* const* x, int64_t m, Output y) {
     FERRUM_QUANTISED(float_dots_of, w, x, m, y)
     FERRUM_CASE(F16, float_dots_of, w, x, m, y)
     FERRUM_CASE(BF16, float_dots_of, w, x, m, y)
+    FERRUM_CASE(F32, float_dots_of, w, x, m, y)
   }
 }
 
 }  // namespace
 
-const Isa avx2 = {"avx2", quantise_row, pack_panel, dots, nullptr, float_dots, gated_product, add_scaled_row};
+const Isa avx2 = {"avx2", quantise_row, rest_of_row, pack_panel, dots, nullptr, float_dots, FERRUM_BESIDE};
 
 bool has_avx2() {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2") &&

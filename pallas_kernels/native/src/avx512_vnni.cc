@@ -14,7 +14,9 @@
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c,bmi2,prefer-vector-width=512")
 #endif
 
+#define FERRUM_LANES 512
 #include "avx512_panels.h"
+#include "attention.h"
 
 namespace ferrum {
 namespace {
@@ -183,12 +185,13 @@ void float_dots(const Rows& w, const float* const* x, int64_t m, Output y) {
     FERRUM_QUANTISED(float_dots_of, w, x, m, y)
     FERRUM_CASE(F16, float_dots_of, w, x, m, y)
     FERRUM_CASE(BF16, float_dots_of, w, x, m, y)
+    FERRUM_CASE(F32, float_dots_of, w, x, m, y)
   }
 }
 
 }  // namespace
 
-const Isa avx512_vnni = {"avx512_vnni", quantise, pack_panel, dots, panels, float_dots, gated_product, add_scaled_row};
+const Isa avx512_vnni = {"avx512_vnni", quantise, rest_of_row, pack_panel, dots, panels, float_dots, FERRUM_BESIDE};
 
 bool has_avx512_vnni() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&

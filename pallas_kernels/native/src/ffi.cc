@@ -1,7 +1,9 @@
-// XLA's view of the kernels: three FFI handlers that check shapes, and its thread pool as a Pool.
+// XLA's view of the kernels: four FFI handlers that check shapes, and its thread pool as a Pool.
 #include <cstdint>
+#include <cstring>
 #include <string>
 #include <string_view>
+#include <vector>
 
 #include "kernels.h"
 #include "pool.h"
@@ -50,13 +52,12 @@ class Checker {
     return found;
   }
 
-  // Entry `index` of the stack `blocks` [..., experts, n, stored width] as its first matrix; experts 0: no such axis.
-  Matrix matrix(const ferrum::Format* format, ffi::AnyBuffer index, ffi::AnyBuffer blocks, int64_t k, int64_t experts) {
+  // Entry `layer` of the stack `blocks` [..., experts, n, stored width] as its first matrix; experts 0: no such axis.
+  Matrix matrix(const ferrum::Format* format, int64_t layer, ffi::AnyBuffer blocks, int64_t k, int64_t experts) {
     Matrix result{format, nullptr, 0, k};
     const auto dims = blocks.dimensions();
     const size_t axes = experts ? 3 : 2;
     if (!format || !require(dims.size() >= axes, "blocks have too few axes")) return result;
-    if (!require(index.element_type() == ffi::S32 && index.element_count() == 1, "an index must be one int32")) return result;
     const int64_t item = int64_t(ffi::ByteWidth(blocks.element_type()));
     const int64_t n = dims[dims.size() - 2], width = dims.back() * item;
     if (!require(k % format->block_weights == 0 && width == format->row_bytes(k),
@@ -66,12 +67,15 @@ class Checker {
     if (experts && !require(dims[dims.size() - 3] == experts, "stacks of different numbers of experts")) return result;
     int64_t layers = 1;
     for (size_t i = 0; i + axes < dims.size(); ++i) layers *= dims[i];
-    const int64_t layer = *static_cast<const int32_t*>(index.untyped_data());
     if (!require(layer >= 0 && layer < layers, "index " + std::to_string(layer) + " of a stack of " + std::to_string(layers)))
       return result;
     result.n = n;
     result.blocks = static_cast<const uint8_t*>(blocks.untyped_data()) + layer * (experts ? experts : 1) * n * width;
     return result;
+  }
+  Matrix matrix(const ferrum::Format* format, ffi::AnyBuffer index, ffi::AnyBuffer blocks, int64_t k, int64_t experts) {
+    const bool scalar = require(index.element_type() == ffi::S32 && index.element_count() == 1, "an index must be one int32");
+    return matrix(format, scalar ? *static_cast<const int32_t*>(index.untyped_data()) : -1, blocks, k, experts);
   }
 
  private:
@@ -154,7 +158,146 @@ ffi::Error experts(ffi::ThreadPool threads, FloatMatrix x, IntMatrix ids, FloatM
   return ffi::Error::Success();
 }
 
+// The parts of a layer in the order of native.ROLES.
+enum Role {
+  kAttentionNorm, kQuery, kKey, kValue, kQueryBias, kKeyBias, kValueBias, kQueryNorm, kKeyNorm, kOutput, kOutputBias,
+  kFeedForwardNorm, kGate, kUp, kDown, kDownBias, kRouter, kExpertGate, kExpertUp, kExpertDown, kRoles
+};
+
+bool find_kv_type(std::string_view name, ferrum::KvType& type) {
+  const std::string_view names[] = {"float32", "float16", "bfloat16", "int8", "float8_e4m3fn"};
+  for (int i = 0; i < 5; ++i)
+    if (names[i] == name) return type = ferrum::KvType(i), true;
+  return false;
+}
+
+using IntVector = ffi::Buffer<ffi::S32, 1>;
+
+// Of each layer and part: number of the operand among `stacks` (-1: none) and place in its first axis.
+ffi::Error layers(ffi::ThreadPool threads, FloatMatrix x, IntVector slots, IntVector positions, IntVector query_starts,
+                  IntVector kv_lengths, IntMatrix page_table, FloatMatrix cosine, FloatMatrix sine, ffi::RemainingArgs stacks,
+                  ffi::Result<FloatMatrix> y, ffi::RemainingRets cache, ffi::Span<const int64_t> places, std::string_view formats,
+                  std::string_view kv_dtype, int64_t top_k, int64_t window, float eps, float scale, float expert_scale,
+                  bool normalise) {
+  const int64_t tokens = x.dimensions()[0], hidden = x.dimensions()[1];
+  Checker check;
+  ferrum::KvCache store{};
+  check.require(find_kv_type(kv_dtype, store.type), "no kernels for this dtype of the KV cache");
+  auto pages = cache.get<ffi::AnyBuffer>(0);
+  if (!pages.has_value() || (*pages)->dimensions().size() != 5 || places.size() % (2 * kRoles)) return wrong("operands do not fit");
+  const auto dims = (*pages)->dimensions();
+  const int64_t count = int64_t(places.size()) / (2 * kRoles);
+  store = {static_cast<uint8_t*>((*pages)->untyped_data()), nullptr, store.type, dims[1], dims[2], dims[3] / 2, dims[4]};
+  if (store.type == ferrum::KvType::int8) {
+    auto scales = cache.get<ffi::Buffer<ffi::F32, 3>>(1);
+    if (!scales.has_value()) return wrong("an int8 cache needs its scales");
+    store.scales = (*scales)->typed_data();
+  }
+  check.require(int64_t(ffi::ByteWidth((*pages)->element_type())) == store.item_bytes(), "the cache holds other elements");
+  check.require(count <= dims[0] && store.head_dim % 16 == 0 && store.num_pages > 0, "the cache does not fit");
+  ferrum::Batch batch{tokens, page_table.dimensions()[0], page_table.dimensions()[1], slots.typed_data(), positions.typed_data(),
+                      query_starts.typed_data(), kv_lengths.typed_data(), page_table.typed_data(), cosine.typed_data(),
+                      sine.typed_data(), cosine.dimensions()[1]};
+  check.require(slots.dimensions()[0] == tokens && positions.dimensions()[0] == tokens && cosine.dimensions()[0] == tokens &&
+                    sine.dimensions()[0] == tokens && sine.dimensions()[1] == batch.rotated && 2 * batch.rotated <= store.head_dim &&
+                    query_starts.dimensions()[0] == batch.sequences + 1 && kv_lengths.dimensions()[0] == batch.sequences &&
+                    y->dimensions()[0] == tokens && y->dimensions()[1] == hidden && hidden % 32 == 0,
+                "the tables of the batch do not fit");
+  if (check.failed()) return check.error();
+  for (int64_t s = 0; s < batch.sequences; ++s) {
+    const int64_t from = batch.query_starts[s], to = batch.query_starts[s + 1];
+    check.require(from >= 0 && from <= to && to <= tokens, "query_starts must not fall");
+    check.require(batch.kv_lengths[s] <= batch.max_pages * store.page_size, "a sequence is longer than its pages");
+  }
+
+  std::vector<ferrum::Layer> all(static_cast<size_t>(count));
+  std::vector<ferrum::KvCache> caches(static_cast<size_t>(count), store);
+  int64_t heads = 0;
+  for (int64_t l = 0; l < count && !check.failed(); ++l) {
+    ferrum::Layer& layer = all[size_t(l)];
+    const int64_t rows = l * store.num_pages * store.page_size * 2 * store.kv_heads;
+    caches[size_t(l)].pages += rows * store.head_dim * store.item_bytes();
+    if (store.scales) caches[size_t(l)].scales += rows;
+    const int64_t* place = places.begin() + l * 2 * kRoles;
+    const auto at = [&](Role role) { return stacks.get<ffi::AnyBuffer>(size_t(place[2 * role])); };
+    const auto has = [&](Role role) { return place[2 * role] >= 0; };
+    const auto vector = [&](Role role, int64_t n) -> const float* {
+      if (!has(role)) return nullptr;
+      auto stack = at(role);
+      const bool fits = stack.has_value() && stack->element_type() == ffi::F32 && stack->dimensions().size() == 2 &&
+                        stack->dimensions()[1] == n && place[2 * role + 1] < stack->dimensions()[0];
+      if (!check.require(fits, "a norm or bias does not fit")) return nullptr;
+      return static_cast<const float*>(stack->untyped_data()) + place[2 * role + 1] * n;
+    };
+    const auto matrix = [&](Role role, int64_t k, int64_t n, int64_t experts = 0) {
+      auto stack = has(role) ? at(role) : stacks.get<ffi::AnyBuffer>(stacks.size());
+      if (!check.require(stack.has_value(), "a matrix is missing")) return Matrix{};
+      const Matrix found = check.matrix(check.format(formats, size_t(place[2 * role])), place[2 * role + 1], *stack, k, experts);
+      check.require(n == 0 || found.n == n, "a matrix does not fit");
+      return found;
+    };
+    const int64_t keys = store.kv_heads * store.head_dim;
+    layer.attention_norm = vector(kAttentionNorm, hidden);
+    layer.query = matrix(kQuery, hidden, 0);
+    heads = layer.query.n / store.head_dim;
+    if (!check.require(heads % store.kv_heads == 0 && layer.query.n == heads * store.head_dim, "heads do not fit")) break;
+    layer.key = matrix(kKey, hidden, keys);
+    layer.value = matrix(kValue, hidden, keys);
+    layer.query_bias = vector(kQueryBias, layer.query.n);
+    layer.key_bias = vector(kKeyBias, keys);
+    layer.value_bias = vector(kValueBias, keys);
+    layer.query_norm = vector(kQueryNorm, store.head_dim);
+    layer.key_norm = vector(kKeyNorm, store.head_dim);
+    layer.output = matrix(kOutput, layer.query.n, hidden);
+    layer.output_bias = vector(kOutputBias, hidden);
+    layer.feed_forward_norm = vector(kFeedForwardNorm, hidden);
+    check.require(layer.attention_norm && layer.feed_forward_norm, "a layer has no norm");
+    if (has(kRouter)) {
+      layer.router = matrix(kRouter, hidden, 0);
+      layer.experts = layer.router.n;
+      check.require(layer.experts >= top_k && top_k > 0, "there are fewer experts than a token takes");
+      layer.gate = matrix(kExpertGate, hidden, 0, layer.experts);
+      layer.up = matrix(kExpertUp, hidden, layer.gate.n, layer.experts);
+      layer.down = matrix(kExpertDown, layer.gate.n, hidden, layer.experts);
+    } else {
+      layer.gate = matrix(kGate, hidden, 0);
+      layer.up = matrix(kUp, hidden, layer.gate.n);
+      layer.down = matrix(kDown, layer.gate.n, hidden);
+      layer.down_bias = vector(kDownBias, hidden);
+    }
+  }
+  if (check.failed()) return check.error();
+  const ferrum::Shape shape{hidden, heads, window, top_k, eps, scale, expert_scale, normalise};
+  std::memcpy(y->typed_data(), x.typed_data(), size_t(tokens * hidden) * sizeof(float));
+  with_pool(threads, [&](ferrum::Pool& pool) { ferrum::decoder_layers(pool, shape, batch, all.data(), caches.data(), count, y->typed_data()); });
+  return ffi::Error::Success();
+}
+
 }  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(ferrum_layers, layers,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<FloatMatrix>()
+                                  .Arg<IntVector>()
+                                  .Arg<IntVector>()
+                                  .Arg<IntVector>()
+                                  .Arg<IntVector>()
+                                  .Arg<IntMatrix>()
+                                  .Arg<FloatMatrix>()
+                                  .Arg<FloatMatrix>()
+                                  .RemainingArgs()
+                                  .Ret<FloatMatrix>()
+                                  .RemainingRets()
+                                  .Attr<ffi::Span<const int64_t>>("places")
+                                  .Attr<std::string_view>("formats")
+                                  .Attr<std::string_view>("kv_dtype")
+                                  .Attr<int64_t>("top_k")
+                                  .Attr<int64_t>("window")
+                                  .Attr<float>("eps")
+                                  .Attr<float>("scale")
+                                  .Attr<float>("expert_scale")
+                                  .Attr<bool>("normalise"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(ferrum_experts, experts,
                               ffi::Ffi::Bind()

@@ -53,10 +53,20 @@ inline Rows rows_of(const Matrix& matrix, int64_t first, int64_t count) {
   return {matrix.format, matrix.row(first), matrix.format->row_bytes(matrix.k), count, matrix.k};
 }
 
+// A query row of attention: what it sees, low .. high - 1, and its sums so far. out [head_dim] is not yet divided.
+struct Attending {
+  const float* query;
+  float* out;
+  int64_t low, high;
+  float best, total;
+};
+
 struct Isa {
   const char* name;
   // k floats to groups_of(k) groups.
   void (*quantise)(const float* x, int64_t k, Group* out);
+  // What quantisation leaves out of x.
+  void (*rest)(const float* x, int64_t k, const Group* groups, float* out);
   // 16 rows as a panel; rows from `count` on are zero.
   void (*pack)(const Group* const* rows, int64_t count, int64_t groups, PanelGroup* out);
   // The matrix's rows times m rows of quantised activations.
@@ -65,6 +75,19 @@ struct Isa {
   void (*panels)(const Rows& w, const PanelGroup* x, int64_t m, Output y);
   // The matrix's rows times m rows of float32 activations, each a whole number of groups long, zeros behind k.
   void (*float_dots)(const Rows& w, const float* const* x, int64_t m, Output y);
+  // Queries of one head over positions first .. last - 1 of a sequence; sums begin here.
+  void (*attend)(const KvCache& cache, int64_t head, const int32_t* pages, Attending* rows, int64_t count, int64_t first,
+                 int64_t last);
+  // What a later range of positions came to, into what the earlier ones came to.
+  void (*merge)(const Attending& later, int64_t width, Attending& row);
+  // RMSNorm; n is a multiple of 16.
+  void (*rms_norm)(const float* x, const float* weight, int64_t n, float eps, float* out);
+  // Value i of a head turns with value i + half.
+  void (*rotate)(float* x, const float* cosine, const float* sine, int64_t half);
+  // In place; n is a multiple of 16.
+  void (*softmax)(float* x, int64_t n);
+  // A row into the cache.
+  void (*store_kv)(KvType type, const float* x, int64_t n, uint8_t* to, float* scale);
   // out = silu(gate) * up, element by element.
   void (*gated)(const float* gate, const float* up, int64_t count, float* out);
   // sum = fma(weight, x, sum), element by element.
@@ -82,7 +105,7 @@ bool has_amx();  // asks the kernel for the tile registers too
 #endif
 
 // Memory of the calling thread, one block a slot, at least `bytes` long, kept and grown. New memory is zero.
-enum Slot { kActivations, kInner, kHidden, kLists, kParts, kDecoded, kSlots };
+enum Slot { kActivations, kInner, kHidden, kLists, kParts, kDecoded, kKeys, kLayer, kNormed, kRest, kRouting, kMixed, kSlots };
 void* scratch(Slot slot, size_t bytes);
 
 }  // namespace ferrum

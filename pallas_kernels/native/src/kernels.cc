@@ -5,9 +5,8 @@
 #include <cstdlib>
 #include <cstring>
 #include <new>
-#include <type_traits>
 
-#include "isa.h"
+#include "products.h"
 
 namespace ferrum {
 namespace {
@@ -17,7 +16,7 @@ constexpr Format kFormats[] = {
     {"Q5_1", Type::Q5_1, 32, 24},     {"Q8_0", Type::Q8_0, 32, 34},     {"IQ4_NL", Type::IQ4_NL, 32, 18},
     {"MXFP4", Type::MXFP4, 32, 17},   {"Q4_K", Type::Q4_K, 256, 144},   {"Q5_K", Type::Q5_K, 256, 176},
     {"Q6_K", Type::Q6_K, 256, 210},   {"IQ4_XS", Type::IQ4_XS, 256, 136}, {"F16", Type::F16, 1, 2},
-    {"BF16", Type::BF16, 1, 2},
+    {"BF16", Type::BF16, 1, 2},       {"F32", Type::F32, 1, 4},
 };
 
 const Isa* best() {
@@ -32,139 +31,6 @@ const Isa* best() {
 std::atomic<const Isa*>& chosen() {
   static std::atomic<const Isa*> isa{best()};
   return isa;
-}
-
-template <typename F>
-void parallel(Pool& pool, int64_t count, F&& fn) {
-  pool.parallel_for(count, [](void* arg, int64_t i) { (*static_cast<std::remove_reference_t<F>*>(arg))(i); }, &fn);
-}
-
-template <typename F>
-void maybe_parallel(bool wanted, Pool& pool, int64_t count, F&& fn) {
-  if (wanted) return parallel(pool, count, fn);
-  for (int64_t i = 0; i < count; ++i) fn(i);
-}
-
-// Below so many bytes of weights (times a factor for many rows) waking another thread costs more than it saves.
-constexpr int64_t kSerialBytes = 64 << 10;  // for one row of x
-constexpr int64_t kChunkBytes = 48 << 10;
-constexpr int64_t kMaxMatrices = 16;
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// Rows of a matrix that make a chunk: whole panels, enough bytes to be worth an atomic increment.
-int64_t chunk_rows(const Matrix& matrix) {
-  const int64_t bytes = matrix.format->row_bytes(matrix.k);
-  return bytes == 0 ? matrix.n : kPanel * (1 + kChunkBytes / (kPanel * bytes));
-}
-
-bool serial(int64_t weight_bytes, int64_t m) { return weight_bytes * (3 + m) < 4 * kSerialBytes; }
-
-// Rows of activations in the forms that the matrices at hand want, and the products with them.
-class Activations {
- public:
-  Activations(const Isa& isa, int64_t k, bool groups, bool floats)
-      : isa_(isa), k_(k), groups_(groups ? groups_of(k) : 0), floats_(floats ? groups_of(k) * kGroup : 0) {}
-
-  size_t row_bytes() const { return size_t(groups_) * sizeof(Group) + size_t(floats_) * sizeof(float); }
-  int64_t groups() const { return groups_; }
-
-  // Writes one row's forms to `to`, row_bytes() long.
-  void convert(const float* x, uint8_t* to) const {
-    if (groups_) isa_.quantise(x, k_, reinterpret_cast<Group*>(to));
-    if (floats_) {
-      float* out = reinterpret_cast<float*>(to + size_t(groups_) * sizeof(Group));
-      bool finite = true;
-      for (int64_t i = 0; i < k_; ++i) finite &= (x[i] - x[i]) == 0;
-      if (finite) {
-        std::memcpy(out, x, size_t(k_) * sizeof(float));
-        std::memset(out + k_, 0, size_t(floats_ - k_) * sizeof(float));
-      } else {
-        for (int64_t i = 0; i < floats_; ++i) out[i] = __builtin_nanf("");
-      }
-    }
-  }
-
-  const Group* as_groups(const uint8_t* row) const { return reinterpret_cast<const Group*>(row); }
-  const float* as_floats(const uint8_t* row) const {
-    return reinterpret_cast<const float*>(row + size_t(groups_) * sizeof(Group));
-  }
-
- private:
-  const Isa& isa_;
-  int64_t k_, groups_, floats_;
-};
-
-// Some rows to be multiplied by one matrix: pointers to their forms, and panels of the first `panel_rows` of them.
-struct Operand {
-  const Group* const* groups;
-  const float* const* floats;
-  const PanelGroup* panels;
-  int64_t m, panel_rows;
-};
-
-// How many of m rows go through panels: a panel costs about as much as eight rows one by one.
-int64_t rows_in_panels(const Isa& isa, int64_t m) {
-  if (!isa.panels) return 0;
-  const int64_t rest = m % kPanel;
-  return rest >= 8 ? m : m - rest;
-}
-
-bool wants_floats(Arithmetic arithmetic, const Matrix& matrix) {
-  return arithmetic == Arithmetic::float32 || matrix.format->plain();
-}
-
-void multiply(const Isa& isa, bool floats, const Rows& w, const Operand& x, Output y) {
-  if (floats) return isa.float_dots(w, x.floats, x.m, y);
-  if (x.panel_rows) isa.panels(w, x.panels, x.panel_rows, y);
-  if (x.m > x.panel_rows) isa.dots(w, x.groups + x.panel_rows, x.m - x.panel_rows, {y.at(x.panel_rows), y.stride});
-}
-
-// All rows of x, converted on the threads of the pool, as an operand that lives in the scratch memory of this thread.
-Operand prepare(Pool& pool, const Isa& isa, const Activations& form, const float* x, int64_t m, int64_t k, bool alone) {
-  const int64_t panel_rows = form.groups() ? rows_in_panels(isa, m) : 0, panels = ceil_div(panel_rows, kPanel);
-  const size_t panel_bytes = size_t(panels * form.groups()) * sizeof(PanelGroup), rows_bytes = size_t(m) * form.row_bytes();
-  auto* memory = static_cast<uint8_t*>(scratch(kActivations, panel_bytes + rows_bytes + size_t(2 * m) * sizeof(void*)));
-  auto* panel = reinterpret_cast<PanelGroup*>(memory);
-  uint8_t* rows = memory + panel_bytes;
-  auto** groups = reinterpret_cast<const Group**>(rows + rows_bytes);
-  auto** floats = reinterpret_cast<const float**>(groups + m);
-  const bool many = !alone && m * k > 1 << 16;
-  maybe_parallel(many, pool, ceil_div(m, kPanel), [&](int64_t p) {
-    const int64_t first = p * kPanel, last = first + kPanel < m ? first + kPanel : m;
-    for (int64_t r = first; r < last; ++r) {
-      uint8_t* row = rows + size_t(r) * form.row_bytes();
-      form.convert(x + r * k, row);
-      groups[r] = form.as_groups(row);
-      floats[r] = form.as_floats(row);
-    }
-    if (first < panel_rows) isa.pack(groups + first, last - first, form.groups(), panel + p * form.groups());
-  });
-  return {groups, floats, panel, m, panel_rows};
-}
-
-// The forms that some matrices want of the same rows.
-Activations forms(const Isa& isa, Arithmetic arithmetic, int64_t k, const Matrix* matrices, int count) {
-  bool groups = false, floats = false;
-  for (int i = 0; i < count; ++i) (wants_floats(arithmetic, matrices[i]) ? floats : groups) = true;
-  return Activations(isa, k, groups, floats);
-}
-
-// x and, as m rows more, what its quantisation leaves out.
-const float* with_rest(const Isa& isa, const float* x, int64_t m, int64_t k) {
-  auto* both = static_cast<float*>(scratch(kHidden, size_t(2 * m * k) * sizeof(float)));
-  auto* groups = static_cast<Group*>(scratch(kInner, size_t(groups_of(k)) * sizeof(Group)));
-  std::memcpy(both, x, size_t(m * k) * sizeof(float));
-  for (int64_t r = 0; r < m; ++r) {
-    isa.quantise(x + r * k, k, groups);
-    float* rest = both + (m + r) * k;
-    for (int64_t i = 0; i < k; ++i) {
-      const Group& group = groups[i / kGroup];
-      const int block = int(i % kGroup / 32);
-      rest[i] = __builtin_fmaf(-group.scale[block], group.q[32 * place(block) + i % 32], x[r * k + i]);
-    }
-  }
-  return both;
 }
 
 }  // namespace
@@ -207,64 +73,29 @@ void* scratch(Slot slot, size_t bytes) {
   return block.at;
 }
 
+const Isa& current_isa() { return *chosen().load(); }
+
 void matmuls(Pool& pool, Arithmetic arithmetic, const float* x, int64_t m, int64_t k, const Matrix* matrices, int count,
              float* const* y) {
   if (m == 0 || count == 0) return;
-  const Isa& isa = *chosen().load();
-  int64_t starts[kMaxMatrices + 1] = {0}, rows[kMaxMatrices], bytes = 0;
-  for (int i = 0; i < count; ++i) {
-    rows[i] = chunk_rows(matrices[i]);
-    starts[i + 1] = starts[i] + ceil_div(matrices[i].n, rows[i]);
-    bytes += matrices[i].n * matrices[i].format->row_bytes(k);
-  }
-  const int64_t total = arithmetic == Arithmetic::int8x2 ? 2 * m : m;
-  if (total > m) x = with_rest(isa, x, m, k);
-  const bool alone = serial(bytes, total) || pool.threads() < 2;
-  const Operand operand = prepare(pool, isa, forms(isa, arithmetic, k, matrices, count), x, total, k, alone);
-  maybe_parallel(!alone, pool, starts[count], [&](int64_t chunk) {
-    int i = 0;
-    while (chunk >= starts[i + 1]) ++i;
-    const int64_t first = (chunk - starts[i]) * rows[i], n = matrices[i].n, left = n - first;
-    const Rows w = rows_of(matrices[i], first, left < rows[i] ? left : rows[i]);
-    const bool floats = wants_floats(arithmetic, matrices[i]);
-    if (total == m || floats) {
-      Operand own = operand;
-      own.m = m;
-      return multiply(isa, floats, w, own, {y[i] + first, n});
-    }
-    auto* part = static_cast<float*>(scratch(kParts, size_t(total * w.count) * sizeof(float)));
-    multiply(isa, floats, w, operand, {part, w.count});
+  const Isa& isa = current_isa();
+  const bool twice = arithmetic == Arithmetic::int8x2, alone = pool.threads() < 2 || serial(matrices, count, twice ? 2 * m : m);
+  const Activations form = forms(isa, arithmetic, k, matrices, count);
+  const Operand operand = prepare(pool, isa, form, m, twice, alone, [&](int64_t r) { return x + r * k; });
+  products(pool, isa, arithmetic, operand, m, matrices, count, alone, [&](int i, int64_t first, int64_t width, const float* part) {
     for (int64_t r = 0; r < m; ++r)
-      for (int64_t j = 0; j < w.count; ++j) y[i][r * n + first + j] = part[r * w.count + j] + part[(m + r) * w.count + j];
+      std::memcpy(y[i] + r * matrices[i].n + first, part + r * width, size_t(width) * sizeof(float));
   });
 }
-
-namespace {
-
-// Rows first .. first + count - 1 of silu(x gateT) * (x upT).
-void gated_rows(const Isa& isa, Arithmetic arithmetic, const Matrix& gate, const Matrix& up, int64_t first, int64_t count,
-                const Operand& x, Output y) {
-  auto* part = static_cast<float*>(scratch(kParts, size_t(2 * x.m * count) * sizeof(float)));
-  float* other = part + x.m * count;
-  multiply(isa, wants_floats(arithmetic, gate), rows_of(gate, first, count), x, {part, count});
-  multiply(isa, wants_floats(arithmetic, up), rows_of(up, first, count), x, {other, count});
-  for (int64_t r = 0; r < x.m; ++r) isa.gated(part + r * count, other + r * count, count, y.at(r) + first);
-}
-
-}  // namespace
 
 void swiglu(Pool& pool, Arithmetic arithmetic, const float* x, int64_t m, int64_t k, const Matrix& gate, const Matrix& up,
             float* y) {
   if (m == 0) return;
-  const Isa& isa = *chosen().load();
+  const Isa& isa = current_isa();
   const Matrix both[] = {gate, up};
-  const int64_t rows = chunk_rows(gate), n = gate.n;
-  const bool alone = serial(n * (gate.format->row_bytes(k) + up.format->row_bytes(k)), m) || pool.threads() < 2;
-  const Operand operand = prepare(pool, isa, forms(isa, arithmetic, k, both, 2), x, m, k, alone);
-  maybe_parallel(!alone, pool, ceil_div(n, rows), [&](int64_t chunk) {
-    const int64_t first = chunk * rows;
-    gated_rows(isa, arithmetic, gate, up, first, n - first < rows ? n - first : rows, operand, {y, n});
-  });
+  const bool alone = pool.threads() < 2 || serial(both, 2, m);
+  const Activations form = forms(isa, arithmetic, k, both, 2);
+  gated(pool, isa, arithmetic, prepare(pool, isa, form, m, false, alone, [&](int64_t r) { return x + r * k; }), gate, up, alone, y);
 }
 
 namespace {
@@ -362,7 +193,7 @@ void experts(Pool& pool, Arithmetic arithmetic, const float* x, int64_t tokens, 
              const float* weights, int64_t top_k, int64_t num_experts, const Matrix& gate, const Matrix& up,
              const Matrix& down, float* y) {
   if (tokens == 0) return;
-  const Isa& isa = *chosen().load();
+  const Isa& isa = current_isa();
   const int64_t n = gate.n, bytes = n * (gate.format->row_bytes(k) + up.format->row_bytes(k)) + k * down.format->row_bytes(n);
   const Routing routing = route(ids, tokens * top_k, num_experts);
   const bool alone = pool.threads() < 2 || serial(routing.active * bytes, 1);
@@ -387,7 +218,7 @@ void experts(Pool& pool, Arithmetic arithmetic, const float* x, int64_t tokens, 
   maybe_parallel(many, pool, routing.active, [&](int64_t e) { pack_expert(isa, outer, routing, from, e); });
 
   // silu(gate) * up of each expert's rows, in chunks of the expert's rows of weights.
-  const int64_t rows = chunk_rows(gate), chunks = ceil_div(n, rows);
+  const int64_t rows = chunk_rows(gate, 1), chunks = ceil_div(n, rows);
   maybe_parallel(!alone, pool, routing.active * chunks, [&](int64_t task) {
     const int64_t e = task / chunks, first = task % chunks * rows;
     gated_rows(isa, arithmetic, expert_matrix(gate, routing.expert[e]), expert_matrix(up, routing.expert[e]), first,

@@ -16,7 +16,7 @@
 
 namespace ferrum {
 
-enum class Type : uint8_t { Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, IQ4_NL, MXFP4, Q4_K, Q5_K, Q6_K, IQ4_XS, F16, BF16 };
+enum class Type : uint8_t { Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, IQ4_NL, MXFP4, Q4_K, Q5_K, Q6_K, IQ4_XS, F16, BF16, F32 };
 
 // A ggml block format. In a block, w = scale * q - offset.
 struct Format {
@@ -63,6 +63,51 @@ void swiglu(Pool& pool, Arithmetic arithmetic, const float* x, int64_t m, int64_
 void experts(Pool& pool, Arithmetic arithmetic, const float* x, int64_t tokens, int64_t k, const int32_t* ids,
              const float* weights, int64_t top_k, int64_t num_experts, const Matrix& gate, const Matrix& up,
              const Matrix& down, float* y);
+
+// What elements of a KV cache are; int8 has a scale for each row of head_dim elements.
+enum class KvType : uint8_t { float32, float16, bfloat16, int8, float8_e4m3fn };
+
+// One layer of a paged cache: [pages, page_size, 2 kv_heads, head_dim], keys of head h at 2 h, values at 2 h + 1.
+struct KvCache {
+  uint8_t* pages;
+  float* scales;  // of int8
+  KvType type;
+  int64_t num_pages, page_size, kv_heads, head_dim;
+  int64_t item_bytes() const { return type == KvType::float32 ? 4 : type == KvType::float16 || type == KvType::bfloat16 ? 2 : 1; }
+  // The row of the keys of a head at a position of the sequence with these pages.
+  int64_t row(const int32_t* pages_of, int64_t position, int64_t head) const {
+    const int64_t page = pages_of[position / page_size], known = page < 0 ? 0 : page < num_pages ? page : num_pages - 1;
+    return (known * page_size + position % page_size) * 2 * kv_heads + 2 * head;
+  }
+};
+
+// A step of a decoder: `tokens` rows of `sequences` sequences, as in paged_attention; slots are places in the cache or -1.
+struct Batch {
+  int64_t tokens, sequences, max_pages;
+  const int32_t *slots, *positions, *query_starts, *kv_lengths, *page_table;
+  const float *cosine, *sine;  // [tokens, rotated]
+  int64_t rotated;
+};
+
+// What all layers of a decoder have in common. window 0: none.
+struct Shape {
+  int64_t hidden, heads, window, top_k;
+  float eps, scale, expert_scale;
+  bool normalise;
+};
+
+// The weights of one layer; what it does not have is nullptr, or a matrix without blocks. With a router the feed-forward
+// is a mixture of `experts`, and gate, up and down are those of the first expert.
+struct Layer {
+  const float *attention_norm, *feed_forward_norm, *query_norm, *key_norm;
+  const float *query_bias, *key_bias, *value_bias, *output_bias, *down_bias;
+  Matrix query, key, value, output, gate, up, down, router;
+  int64_t experts;
+};
+
+// x [tokens, hidden] through some layers, in place; layer i reads and writes caches[i].
+void decoder_layers(Pool& pool, const Shape& shape, const Batch& batch, const Layer* layers, const KvCache* caches,
+                    int64_t count, float* x);
 
 // The instruction set in use: "portable", "avx2", "avx512_vnni" or "amx". set_isa says whether this machine has it.
 const char* isa();

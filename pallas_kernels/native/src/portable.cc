@@ -1,5 +1,6 @@
 // The kernels for any machine.
-#include "scalar.h"
+#define FERRUM_LANES 0
+#include "attention.h"
 
 namespace ferrum {
 namespace {
@@ -16,11 +17,12 @@ void float_dots(const Rows& w, const float* const* x, int64_t m, Output y) {
     FERRUM_QUANTISED(float_dots_of, w, x, m, y)
     FERRUM_CASE(F16, float_dots_of, w, x, m, y)
     FERRUM_CASE(BF16, float_dots_of, w, x, m, y)
+    FERRUM_CASE(F32, float_dots_of, w, x, m, y)
   }
 }
 
 }  // namespace
 
-const Isa portable = {"portable", quantise_row, pack_panel, dots, nullptr, float_dots, gated_product, add_scaled_row};
+const Isa portable = {"portable", quantise_row, rest_of_row, pack_panel, dots, nullptr, float_dots, FERRUM_BESIDE};
 
 }  // namespace ferrum

@@ -40,6 +40,40 @@ inline float half_to_float(uint16_t h) {
   return float_of(sign | ((magnitude << 13) + (magnitude >= 0x7c00 ? 224u << 23 : 112u << 23)));
 }
 
+// To the nearest, ties to even.
+inline uint16_t float_to_half(float x) {
+  const uint32_t bits = bits_of(x), sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
+  if (magnitude > 0x7f800000) return uint16_t(sign | 0x7e00);
+  if (magnitude >= 0x477ff000) return uint16_t(sign | 0x7c00);
+  if (magnitude < 0x38800000)  // below 2^-14: the sum's last bit is worth 2^-24
+    return uint16_t(sign | (bits_of(float_of(magnitude) + 0.5f) - bits_of(0.5f)));
+  return uint16_t(sign | (((magnitude + 0xfff + (magnitude >> 13 & 1)) >> 13) - (112u << 10)));
+}
+
+inline uint16_t float_to_bfloat(float x) {
+  const uint32_t bits = bits_of(x);
+  if ((bits & 0x7fffffff) > 0x7f800000) return uint16_t(bits >> 16 | 0x40);
+  return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+// Four bits of exponent, three of fraction, no infinity; what is larger than 448 becomes it.
+inline uint8_t float_to_e4m3(float x) {
+  const uint32_t bits = bits_of(x), sign = bits >> 24 & 0x80;
+  uint32_t magnitude = bits & 0x7fffffff;
+  if (magnitude > 0x7f800000) return uint8_t(sign | 0x7f);
+  if (magnitude > 0x43e00000) magnitude = 0x43e00000;
+  if (magnitude < 0x3c800000)  // below 2^-6: the sum's last bit is worth 2^-9
+    return uint8_t(sign | (bits_of(float_of(magnitude) + 16384.0f) - bits_of(16384.0f)));
+  return uint8_t(sign | (((magnitude + 0x7ffff + (magnitude >> 20 & 1)) >> 20) - (120u << 3)));
+}
+
+inline float e4m3_to_float(uint8_t e) {
+  const uint32_t sign = uint32_t(e & 0x80) << 24, magnitude = e & 0x7f;
+  if (magnitude == 0x7f) return float_of(sign | 0x7fc00000);
+  if (magnitude < 8) return float_of(sign | bits_of(float(magnitude) * 0x1p-9f));
+  return float_of(sign | ((magnitude << 20) + (120u << 23)));
+}
+
 inline float half_at(const uint8_t* p) { return half_to_float(load16(p)); }
 
 constexpr int8_t kLevels[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
@@ -71,7 +105,7 @@ constexpr bool has_offset(Type t) { return t == Type::Q4_1 || t == Type::Q5_1 ||
 constexpr bool has_parts(Type t) { return t == Type::Q6_K; }
 
 constexpr int block_weights(Type t) {
-  return t == Type::F16 || t == Type::BF16 ? 1 : t >= Type::Q4_K ? 256 : 32;
+  return t >= Type::F16 ? 1 : t >= Type::Q4_K ? 256 : 32;
 }
 
 constexpr int block_bytes(Type t) {
@@ -86,6 +120,7 @@ constexpr int block_bytes(Type t) {
     case Type::Q5_K: return 176;
     case Type::Q6_K: return 210;
     case Type::IQ4_XS: return 136;
+    case Type::F32: return 4;
     default: return 2;
   }
 }
@@ -227,6 +262,15 @@ inline void quantise_row(const float* x, int64_t k, Group* out) {
   if (!finite) poison(out, groups);
 }
 
+inline void rest_of_row(const float* x, int64_t k, const Group* groups, float* out) {
+  for (int64_t first = 0; first < k; first += 32) {
+    const Group& group = groups[first / kGroup];
+    const int block = int(first % kGroup / 32);
+    const int8_t* q = group.q + 32 * place(block);
+    for (int j = 0; j < 32; ++j) out[first + j] = __builtin_fmaf(-group.scale[block], float(q[j]), x[first + j]);
+  }
+}
+
 inline void pack_panel(const Group* const* rows, int64_t count, int64_t groups, PanelGroup* out) {
   std::memset(out, 0, size_t(groups) * sizeof(PanelGroup));
   for (int64_t g = 0; g < groups; ++g)
@@ -241,31 +285,6 @@ inline void pack_panel(const Group* const* rows, int64_t count, int64_t groups, 
       }
       for (int i = 0; i < 2 * kBlocks; ++i) to.half_sum[i][r] = from.half_sum[i];
     }
-}
-
-// exp(-x) by x = n ln 2 + r: 2^n times a polynomial (Cephes' for expf). n is read off the bits of a sum that rounds to it.
-inline float exp_minus(float x) {
-  x = x > 88.0f ? -88.0f : x < -88.0f ? 88.0f : -x;
-  constexpr float kMagic = 12582912.0f;
-  const float t = __builtin_fmaf(x, 1.44269504f, kMagic), n = t - kMagic;
-  float r = __builtin_fmaf(n, -0.693359375f, x);
-  r = __builtin_fmaf(n, 2.12194440e-4f, r);
-  float p = 1.9875691500e-4f;
-  p = __builtin_fmaf(p, r, 1.3981999507e-3f);
-  p = __builtin_fmaf(p, r, 8.3334519073e-3f);
-  p = __builtin_fmaf(p, r, 4.1665795894e-2f);
-  p = __builtin_fmaf(p, r, 1.6666665459e-1f);
-  p = __builtin_fmaf(p, r, 5.0000001201e-1f);
-  p = __builtin_fmaf(__builtin_fmaf(p, r, 1.0f), r, 1.0f);
-  return p * float_of((bits_of(t) << 23) + (127u << 23));
-}
-
-inline void gated_product(const float* gate, const float* up, int64_t count, float* out) {
-  for (int64_t i = 0; i < count; ++i) out[i] = gate[i] / __builtin_fmaf(exp_minus(gate[i]), 1.0f, 1.0f) * up[i];
-}
-
-inline void add_scaled_row(float weight, const float* x, int64_t count, float* sum) {
-  for (int64_t i = 0; i < count; ++i) sum[i] = __builtin_fmaf(weight, x[i], sum[i]);
 }
 
 template <Type T>
@@ -309,8 +328,10 @@ template <Type T>
 inline void decode_floats(const uint8_t* p, int64_t weights, float* out) {
   if constexpr (block_weights(T) == 1) {
     const int64_t count = weights < kGroup ? weights : kGroup;
-    for (int64_t j = 0; j < count; ++j)
-      out[j] = T == Type::F16 ? half_at(p + 2 * j) : float_of(uint32_t(load16(p + 2 * j)) << 16);
+    if (T == Type::F32) std::memcpy(out, p, size_t(count) * sizeof(float));
+    else
+      for (int64_t j = 0; j < count; ++j)
+        out[j] = T == Type::F16 ? half_at(p + 2 * j) : float_of(uint32_t(load16(p + 2 * j)) << 16);
     for (int64_t j = count; j < kGroup; ++j) out[j] = 0;
   } else {
     uint8_t room[kWidest];

@@ -1,0 +1,66 @@
+"""All layers of a decoder in one call, where a backend has such a call: nothing between the products goes through memory
+and a step is one launch. Where none has, `backend_for` is None and the layers are the composition of the other operations.
+
+Contract of `backend.decoder_layers(x, cache, slots, tables, rope, layers, shape)`:
+
+* `x` float32 [tokens, hidden]: the residual stream. `cache`, `slots`: as `KVCache.write`; `tables`: as paged_attention's;
+  `rope`: as append's.
+* `layers`: for each layer a mapping from `ROLES` to the `Part` that the layer has. A layer with a router is a mixture of
+  experts, any other has gate, up and down.
+* result: x after the last layer, float32 [tokens, hidden], and the cache with this step's keys and values; the cache is
+  updated in place where it was donated.
+* what is computed is what the composition computes, with dtype "int8": queries, keys and values in "int8x2", the router
+  in float32. Row t depends on its sequence alone, bit for bit. There is no derivative: see ferrum_jax.models.decoder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+
+from pallas_kernels import dispatch, native
+
+__all__ = ["BACKENDS", "ROLES", "Part", "Shape", "backend_for"]
+
+ROLES = native.ROLES
+
+
+class Part(NamedTuple):
+    """A parameter of one layer: `array` is its stack in the layout of `format`, layers first, `place` its place there."""
+
+    array: jax.Array
+    place: int
+    format: str
+    layout: str
+
+
+class Shape(NamedTuple):
+    """What all layers share. window, scales and normalise: as in paged_attention and routing."""
+
+    head_dim: int
+    eps: float
+    window: int = 0
+    top_k: int = 0
+    normalise: bool = True
+    expert_scale: float = 1.0
+
+
+BACKENDS = (
+    dispatch.Backend("native", native.refuses, native),
+    dispatch.Backend("composed", lambda case: None, None),
+)
+
+
+def backend_for(layers: Sequence[Mapping[str, Part]], hidden: int, shape: Shape, dtype: str) -> Any:
+    """The functions of the backend that takes all these layers in one call, or None."""
+    unknown = {role for layer in layers for role in layer} - set(ROLES)
+    kinds = {(part.format, part.layout) for layer in layers for role, part in layer.items() if role in _MATRICES}
+    sizes = (hidden, shape.head_dim, len(unknown))
+    cases = [dispatch.Case("decoder_layers", dispatch.target(), *kind[:1], dtype, kind[1], sizes) for kind in sorted(kinds)]
+    found = [dispatch.choose(case, BACKENDS) for case in cases]
+    return found[0] if found and all(one is found[0] for one in found) else None
+
+
+_MATRICES = {role for role in ROLES if not role.endswith(("norm", "bias"))} - {"router"}

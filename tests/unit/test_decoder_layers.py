@@ -1,0 +1,168 @@
+"""All layers in one C++ call against the composition of the operations, and rows that depend on their sequence alone."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from random_models import DENSE, MOE, tiny_params
+
+from ferrum_jax import functional as F
+from ferrum_jax.models import decoder
+from ferrum_jax.quantized import LayerStack, QuantizedTensor
+from pallas_kernels import dispatch
+from pallas_kernels.native import build
+from pallas_kernels.paged_attention import KV_DTYPES
+
+pytestmark = pytest.mark.skipif(build._compiler() is None, reason="there is no C++ compiler here; plain XLA serves")
+PAGE = 4
+VARIANTS = {
+    "dense": DENSE,
+    "moe": MOE,
+    "window": dataclasses.replace(DENSE, sliding_window=9),
+    "partly rotated": dataclasses.replace(DENSE, rope_dim=32, num_heads=2, head_dim=80),
+    "one head of keys": dataclasses.replace(DENSE, num_heads=6, num_kv_heads=1, head_dim=16, rope_dim=16),
+    "moe, sums kept": dataclasses.replace(MOE, norm_topk_prob=False, expert_weights_scale=2.5, num_experts=9),
+}
+
+
+def vectors(rng, config, size):
+    values = jnp.asarray(rng.normal(0, 0.5, (config.num_layers, size)).astype(np.float32))
+    return LayerStack({"F32": QuantizedTensor.of(values, "F32", vectors=True)}, ("F32",) * config.num_layers)
+
+
+@functools.cache
+def model(name):
+    config = dataclasses.replace(VARIANTS[name], dtype="int8")
+
+    def format_of(matrix, layer):
+        if matrix == "router":
+            return "F32"
+        return ("Q8_0", "Q4_0", "Q5_1")[layer] if matrix in ("value", "down", "expert_down") else "Q8_0"
+
+    params = tiny_params(config, format_of)
+    if name == "dense":  # as Qwen2 has them
+        rng, attention = np.random.default_rng(3), params["layers"]["attention"]
+        keys = config.num_kv_heads * config.head_dim
+        for matrix, size in (("query", config.num_heads * config.head_dim), ("key", keys), ("value", keys), ("output", 128)):
+            attention[f"{matrix}_bias"] = vectors(rng, config, size)
+        params["layers"]["feed_forward"]["down_bias"] = vectors(rng, config, 128)
+        del attention["query_norm"], attention["key_norm"]
+    return config, params
+
+
+@functools.partial(jax.jit, static_argnames=("config", "fused"), donate_argnums=1)
+def forward(params, cache, batch, config, fused):
+    if fused:
+        return F.forward(params, cache, batch, config=config)
+    backends = decoder.backend_for
+    decoder.backend_for = lambda *_: None
+    try:
+        return F.forward(params, cache, batch, config=config)
+    finally:
+        decoder.backend_for = backends
+
+
+def read(name, texts, cuts=(), kv="float32", fused=True, params=None):
+    """Logits of every token of every text, read in steps up to each cut in turn with two rows of padding: [length, vocab].
+    Pages are taken in a shuffled order and what lies behind a sequence in its table is no page."""
+    config, known = model(name)
+    pages = [-(-len(text) // PAGE) for text in texts]
+    ids = np.random.default_rng(7).permutation(sum(pages) + 3)
+    cache = F.new_cache(config, num_pages=len(ids), page_size=PAGE, dtype=kv)
+    table = np.full((len(texts), max(pages) + 1), 10**6, np.int32)
+    for row, count, first in zip(table, pages, np.cumsum([0, *pages]), strict=False):
+        row[:count] = ids[first : first + count]
+    out = [[] for _ in texts]
+    done = np.zeros(len(texts), int)
+    for cut in (*cuts, max(map(len, texts))):
+        until = np.minimum([len(text) for text in texts], cut)
+        owner = np.repeat(np.arange(len(texts)), until - done)
+        positions = np.concatenate([np.arange(a, b) for a, b in zip(done, until, strict=True)])
+        tokens = np.concatenate([text[a:b] for text, a, b in zip(texts, done, until, strict=True)])
+        slots = table[owner, positions // PAGE] * PAGE + positions % PAGE
+        starts = np.concatenate([[0], np.cumsum(until - done)])
+        fields = ([*tokens, 0, 0], [*positions, 0, 0], [*slots, -1, -1], starts, until, table, np.arange(len(tokens)))
+        batch = F.RaggedBatch(*(np.asarray(field, np.int32) for field in fields))
+        logits, cache = forward(params or known, cache, batch, config, fused)
+        for s, part in enumerate(np.split(np.asarray(logits), starts[1:-1])):
+            out[s].append(part)
+        done = until
+    return [np.concatenate(parts) for parts in out]
+
+
+def texts_of(*lengths):
+    return [np.random.default_rng(50 + s).integers(0, 320, length) for s, length in enumerate(lengths)]
+
+
+def same_bits(a, b):
+    return a.shape == b.shape and bool((a.view(np.uint32) == b.view(np.uint32)).all())
+
+
+@pytest.mark.parametrize("name, kv", [*((name, "float16") for name in VARIANTS), *(("dense", kv) for kv in KV_DTYPES)])
+def test_one_call_gives_what_the_composition_gives(name, kv):
+    texts = texts_of(5, 1, 70, 17)
+    for mine, theirs in zip(read(name, texts, (3, 40), kv), read(name, texts, (3, 40), kv, fused=False), strict=True):
+        # Both round activations to int8; where float sums differ in their last bit, a value may round the other way.
+        assert np.abs(mine - theirs).max() <= 0.02 * np.abs(theirs).max()
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_row_depends_on_its_sequence_alone(name):
+    texts = texts_of(40, 1, 130, 17)
+    together = read(name, texts, (20, 39, 100))
+    for text, rows in zip(texts, together, strict=True):
+        assert same_bits(read(name, [text])[0], rows)
+
+
+def test_a_text_that_is_not_finite_spoils_no_other():
+    _, params = model("moe")
+    texts = [text % 300 for text in texts_of(30, 20, 25)]
+    clean = read("moe", texts, (15,), params=params)
+    texts[1][9] = 319
+    embedding = params["embedding"].planes[0].at[319].set(np.nan)
+    spoilt = dict(params, embedding=dataclasses.replace(params["embedding"], planes=(embedding,)))
+    rows = read("moe", texts, (15,), params=spoilt)
+    clean, rows = ([logits[:, :319] for logits in read] for read in (clean, rows))  # the last is that embedding's own
+    assert same_bits(rows[0], clean[0]) and same_bits(rows[2], clean[2]) and same_bits(rows[1][:9], clean[1][:9])
+    assert np.isnan(rows[1][9:]).all()
+
+
+def test_the_cache_is_updated_in_place_and_the_step_has_a_derivative():
+    config, params = model("dense")
+    text = texts_of(9)[0].astype(np.int32)
+    cache = F.new_cache(config, num_pages=64, page_size=PAGE, dtype="float32")
+    step = jax.jit(functools.partial(F.hidden_chunk, chunk=9, config=config), donate_argnums=1)
+    memory = step.lower(params, cache, text[None], np.asarray([9], np.int32), 0).compile().memory_analysis()
+    assert memory.alias_size_in_bytes >= cache.pages.nbytes and memory.temp_size_in_bytes < cache.pages.nbytes / 4
+
+    def loss(norm):
+        changed = dict(params, layers=dict(params["layers"], attention_norm=norm))
+        return F.hidden_chunk(changed, cache, text[None], np.asarray([9], np.int32), 0, chunk=9, config=config)[0].sum()
+
+    with dispatch.record() as choices:
+        gradient = jax.jit(jax.grad(loss, allow_int=True))(params["layers"]["attention_norm"]).stacks["F32"].planes[0]
+    assert ("decoder_layers", "native") in {(choice.operation, choice.backend) for choice in choices}
+    assert np.isfinite(gradient).all() and np.abs(gradient).min(axis=1).max() > 0
+
+
+@pytest.mark.parametrize("change", ["gate_bias", "format", "head_dim"])
+def test_what_the_call_cannot_do_is_composed(change):
+    config, params = model("dense")
+    if change == "head_dim":
+        config = dataclasses.replace(config, head_dim=40, rope_dim=40)
+        params = tiny_params(config)
+    elif change == "format":
+        params = tiny_params(config, lambda name, layer: "Q2_K" if name == "down" else "Q8_0")
+    else:
+        layers = params["layers"]
+        bias = vectors(np.random.default_rng(0), config, 256)
+        params = dict(params, layers=dict(layers, feed_forward=dict(layers["feed_forward"], gate_bias=bias, up_bias=bias)))
+    with dispatch.record() as choices:
+        cache = F.new_cache(config, num_pages=4, dtype="float32")
+        out, _ = F.hidden_chunk(params, cache, np.zeros((1, 3), np.int32), np.asarray([3], np.int32), 0, chunk=3, config=config)
+    assert np.isfinite(out).all()
+    chosen = {choice.backend for choice in choices if choice.operation == "decoder_layers"}
+    assert "composed" in chosen and {c.operation for c in choices} >= {"paged_attention", "append"}
