@@ -4,14 +4,19 @@
     python -m benchmarks.cpu MODEL.gguf --name qwen2.5-coder-0.5b
     python -m benchmarks.cpu --synthetic qwen3-moe-600m
 
+    python -m benchmarks.cpu --llama-bench BUILD/bin/llama-bench   # and against that build of llama.cpp
+
 For every engine the same clock around the same requests: one token after the prompt is prefill; what `--generate` tokens
-take beyond that is decoding. The tokens that were timed are then checked against this package's float32, teacher-forced.
+take beyond that is decoding. A build that was named is measured by its own llama-bench, and by the llama-batched-bench
+beside it where there is one. The tokens that were timed are then checked against this package's float32, teacher-forced.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import subprocess
 import tempfile
 from collections.abc import Callable
 from functools import partial
@@ -62,14 +67,55 @@ def check(exact: Any, prompt: list[int], tokens: list[int], reference: list[int]
     return found | {"worst_gap": round(float(gaps.max()), 4)}
 
 
-def measure(path: Path, name: str, *, rounds: int, prompt_len: int, gen_len: int, batch: int) -> dict[str, Any]:
+class Native:
+    """A llama-bench that somebody built, and what it said in each round: tokens a second by (test, batch)."""
+
+    def __init__(self, program: Path, path: Path, threads: int, prompt_len: int, gen_len: int, batches: list[int]):
+        self.sizes = prompt_len, gen_len, batches
+        self.common = ["-m", str(path), "-t", str(threads)]
+        self.program, self.batched = program, program.with_name("llama-batched-bench")
+        self.rates: dict[tuple[str, int], list[float]] = {}
+
+    def round(self) -> None:
+        prompt, tokens, batches = self.sizes
+        command = [str(self.program), *self.common, "-p", str(prompt), "-n", str(tokens), "-r", "1", "-o", "json"]
+        for row in json.loads(self._say(command)):
+            self._keep("decode" if row["n_gen"] else "prefill", 1, row["avg_ts"])
+        if self.batched.exists() and batches:
+            size = ["-c", str(max(batches) * (16 + tokens) + 256), "-npp", "16", "-ntg", str(tokens)]
+            parallel = ["-npl", ",".join(map(str, batches)), "--output-format", "jsonl"]
+            for line in self._say([str(self.batched), *self.common, *size, *parallel]).splitlines():
+                if line.startswith("{"):
+                    row = json.loads(line)
+                    self._keep("decode", row["pl"], row["speed_tg"])
+
+    def _say(self, command: list[str]) -> str:
+        common.wait_for_quiet()
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    def _keep(self, test: str, batch: int, rate: float) -> None:
+        self.rates.setdefault((test, batch), []).append(rate)
+
+    def rows(self) -> list[dict[str, Any]]:
+        rows = []
+        for batch in sorted({batch for _, batch in self.rates}):
+            found = {f"{test}_tok_s": common.summary(self.rates[test, batch], 2) for test, at in self.rates if at == batch}
+            rows.append({"batch": batch} | found)
+        return rows
+
+
+def measure(
+    path: Path, name: str, *, rounds: int, prompt_len: int, gen_len: int, batches: list[int], llama_bench: Path | None
+) -> dict[str, Any]:
     threads = len(os.sched_getaffinity(0))
     models = {dtype: fj.load(path, dtype=dtype) for dtype in DTYPES}
     exact = models["float32"]
-    prompts = make_prompts(exact.tokenizer, batch, prompt_len)
+    prompts = make_prompts(exact.tokenizer, max(batches, default=1), prompt_len)
+    native = Native(llama_bench, path, threads, prompt_len, gen_len, batches) if llama_bench else None
     with LlamaCpp(path, threads=threads, context=prompt_len + gen_len + 16) as peer:
         cases: list[tuple[str, str, int, Run]] = [("llama.cpp", "int8 blocks", 1, lambda p, n: [peer.generate(p[0], n)])]
-        cases += [("ferrum_jax", dtype, rows, ours(models[dtype])) for rows in (1, batch) for dtype in DTYPES]
+        cases += [("ferrum_jax", dtype, 1, ours(models[dtype])) for dtype in DTYPES]
+        cases += [("ferrum_jax", "int8", rows, ours(models["int8"])) for rows in batches]
         times: dict[tuple, list[tuple[float, float]]] = {case: [] for case in cases}
         answers: dict[tuple, list[list[int]]] = {}
         loads: dict[tuple, list[float]] = {case: [] for case in cases}
@@ -77,6 +123,8 @@ def measure(path: Path, name: str, *, rounds: int, prompt_len: int, gen_len: int
             for tokens in (1, gen_len) if engine == "ferrum_jax" else (1,):  # compiles
                 run(prompts[:count], tokens)
         for number in range(rounds):
+            if native:
+                native.round()
             for case in cases:
                 run, asked = case[3], prompts[: case[2]]
                 first, others, _ = common.sample(partial(run, asked, 1), [peer.pid])
@@ -113,6 +161,7 @@ def measure(path: Path, name: str, *, rounds: int, prompt_len: int, gen_len: int
         "threads": threads,
         "llama_cpp_build": build,
         "rows": rows,
+        "native": native.rows() if native else [],
     }
 
 
@@ -124,7 +173,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--prompt-len", type=int, default=512)
     parser.add_argument("--generate", type=int, default=64)
-    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--batch", type=int, nargs="*", default=[4, 16])
+    parser.add_argument("--llama-bench", type=Path, help="of a build of llama.cpp to measure as well")
     parser.add_argument("--patience", type=float, default=60.0, help="seconds to spend on waiting for a quiet machine")
     options = parser.parse_args()
     common.Patience.left = options.patience
@@ -135,8 +185,8 @@ def main() -> None:
         else:
             path = hub.resolve(options.model)
         name = options.name or options.synthetic or options.model.replace(":", "-")
-        sizes = {"prompt_len": options.prompt_len, "gen_len": options.generate, "batch": options.batch}
-        result = measure(path, name, rounds=options.rounds, **sizes)
+        sizes = {"prompt_len": options.prompt_len, "gen_len": options.generate, "batches": options.batch}
+        result = measure(path, name, rounds=options.rounds, llama_bench=options.llama_bench, **sizes)
     common.write(f"cpu-{name}", result, "xllamacpp")
 
 

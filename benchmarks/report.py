@@ -27,7 +27,8 @@ CPU = """## CPU, against llama.cpp
 `python -m benchmarks.cpu`. Both engines read the same file, get the same token ids of an English text, and take turns in
 one run. Prefill is the time to the first token after {prompt_len} tokens; decode is the rate of the next {rest}.
 **The llama.cpp is the `xllamacpp` wheel, which is built for AVX2**; a native build of it is about three times as fast at
-decoding on a machine with AVX-512 and AMX. With int8, compressed products are this package's C++ kernels; all else is XLA.
+decoding on a machine with AVX-512 and AMX. Where such a build was at hand, its own `llama-bench` was run in the same rounds
+and stands in a table of its own. With int8, the layers and the output matrix are this package's C++ kernels.
 
 Check: the tokens that were timed, against this package's float32, which the tests hold to transformers. "Equal" counts
 those at the start that are float32's own. At the first other one, "gap" says how far its float32 logit lies below the
@@ -125,6 +126,21 @@ def measured_on(result: dict[str, Any]) -> str:
     return f"Measured on: {', '.join(parts)}. " + ", ".join(f"{name} {is_}" for name, is_ in versions.items()) + ".\n"
 
 
+def native(result: dict[str, Any]) -> str:
+    """The native build of llama.cpp and what int8 is beside it."""
+    ours = {row["batch"]: row for row in result["rows"] if (row["engine"], row["dtype"]) == ("ferrum_jax", "int8")}
+    rows = []
+    for row in result["native"]:
+        line = [str(row["batch"])]
+        for key in ("prefill_tok_s", "decode_tok_s"):
+            rate = row.get(key)
+            mine = ours[row["batch"]][key]["median"]
+            line += [spread(rate), f"{mine / rate['median']:.2f}"] if rate else ["-", "-"]
+        rows.append(line)
+    columns = ["batch", "llama.cpp, native build: prefill tok/s", "int8, x that", "decode tok/s", "int8, x that"]
+    return table(columns, rows)
+
+
 def cpu(results: list[dict[str, Any]]) -> list[str]:
     first = results[0]
     parts = [CPU.format(prompt_len=first["prompt_len"], rest=first["gen_len"] - 1, disturbed=DISTURBED), measured_on(first)]
@@ -172,6 +188,8 @@ def cpu(results: list[dict[str, Any]]) -> list[str]:
             "others",
         ]
         parts.append(table(columns, rows))
+        if result.get("native"):
+            parts.append(native(result))
     return parts
 
 

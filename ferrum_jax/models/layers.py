@@ -60,9 +60,13 @@ class Attention(LayerModule):
 
 
 class FeedForward(LayerModule):
-    """SwiGLU: down(silu(gate x) * up x) (arXiv 2002.05202)."""
+    """SwiGLU, down(silu(gate x) * up x) (arXiv 2002.05202), or in layers that have a router a mixture of them."""
 
     def __call__(self, x, layer: Layer, slots) -> jax.Array:
+        router = self.stack("router")
+        return self.mixture(x, layer, slots) if router is not None and router.has(layer) else self.dense(x, layer)
+
+    def dense(self, x, layer: Layer) -> jax.Array:
         if self.stack("gate_bias") is None and self.stack("up_bias") is None:
             x = x.astype(self.config.activations)
             hidden = gated_linear(x, self.stack("gate"), self.stack("up"), layer, self.config.dtype)
@@ -71,11 +75,8 @@ class FeedForward(LayerModule):
             hidden = jax.nn.silu(gate) * up
         return self.project(hidden, layer, "down")[0]
 
-
-class MixtureOfExperts(LayerModule):
-    """The top_k experts of each token by router probability, each a SwiGLU, summed with their weights in slot order."""
-
-    def __call__(self, x, layer: Layer, slots) -> jax.Array:
+    def mixture(self, x, layer: Layer, slots) -> jax.Array:
+        """The top_k experts of each token by router probability, each a SwiGLU, summed with their weights in slot order."""
         config = self.config
         with jax.named_scope("router"):
             logits = linear(x, self.stack("router"), layer)
@@ -91,7 +92,7 @@ class Block(LayerModule):
 
     def setup(self) -> None:
         self.attention = Attention(self.config)
-        self.feed_forward = (MixtureOfExperts if self.config.num_experts else FeedForward)(self.config)
+        self.feed_forward = FeedForward(self.config)
 
     def __call__(self, x, cache: KVCache, layer: Layer, slots, plan, rope) -> tuple[jax.Array, KVCache]:
         def norm(name: str) -> jax.Array:

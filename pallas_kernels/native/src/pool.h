@@ -7,6 +7,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <thread>
 
 #include "kernels.h"
 
@@ -22,10 +23,11 @@ class Region {
 
   // The loops of one region, the work of a helper: take indices until the region ends.
   void help() {
-    for (;;) {
+    for (Wait wait;;) {
       const uint64_t ticket = ticket_.load(std::memory_order_acquire);
       if (ticket == kEnded) break;
-      if (!take(ticket)) pause();
+      if (take(ticket)) wait = Wait();
+      else wait.once();
     }
     leave();
   }
@@ -39,7 +41,7 @@ class Region {
     ticket_.store(loop << 32, std::memory_order_release);
     while (take(ticket_.load(std::memory_order_acquire))) {
     }
-    while (done_.load(std::memory_order_acquire) < count) pause();
+    for (Wait wait; done_.load(std::memory_order_acquire) < count;) wait.once();
   }
 
   void end() {
@@ -71,11 +73,19 @@ class Region {
     if (users_.fetch_sub(1, std::memory_order_acq_rel) == 1) delete this;
   }
 
-  static void pause() {
+  // Waiting for another thread: by spinning, and when that lasts, because other work has the processor, by giving way.
+  class Wait {
+   public:
+    void once() {
+      if (++times_ > 2000) return std::this_thread::yield();
 #if defined(__x86_64__)
-    _mm_pause();
+      _mm_pause();
 #endif
-  }
+    }
+
+   private:
+    int times_ = 0;
+  };
 
   std::atomic<uint64_t> ticket_{0};
   alignas(64) std::atomic<int64_t> done_{0};
