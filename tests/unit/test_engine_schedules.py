@@ -9,7 +9,9 @@ import contextlib
 import dataclasses
 import os
 import random
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 from engine_stand_in import VOCAB, Injected, Model, check, expected, step, use
@@ -21,6 +23,10 @@ from tiny_gguf import write_tiny_llama
 import ferrum_jax as fj
 from ferrum_jax.engine import EngineConfig
 from ferrum_jax.engine.pages import PagePool
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "goldens" / "models"))
+import golden_cases
+import tiny_models
 
 SCHEDULES = int(os.environ.get("ENGINE_SCHEDULES", "0"))
 RULES = 50  # of one schedule
@@ -310,18 +316,22 @@ async def leave(request):
 
 REFERENCE = {"max_tokens": 16, "logprobs": 2}  # of one shape, so that one program gives all references
 PLAIN = EngineConfig(page_size=4, num_pages=9, max_seqs=3, token_budget=8, steps_per_dispatch=4)
-PLANS = {"plain": (0, PLAIN), "window and drafts": (7, dataclasses.replace(PLAIN, speculation=2))}
+DRAFTED = dataclasses.replace(PLAIN, speculation=2)
+PLANS = {"plain": (0, PLAIN), "window and drafts": (7, DRAFTED), "experts in int8": ("int8", DRAFTED)}
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """Models with 25 tokens of context by their window: some requests end with the context, in the first place of a page."""
+    """Models with 25 tokens of context by their window: some requests end with the context, in the first place of a page.
+    "int8": a mixture in a Q4_K_M mix, whose layers are one C++ call where there is a compiler."""
     made = {}
     for window in (0, 7):
         path = tmp_path_factory.mktemp("model") / "tiny.gguf"
         write_tiny_llama(path, metadata={"llama.attention.sliding_window": window} if window else {})
         made[window] = fj.load(path, dtype="float32", max_seq_len=25)
-    return made
+    path = tmp_path_factory.mktemp("model") / "mixture.gguf"
+    tiny_models.write(next(case.spec for case in golden_cases.CASES if case.name == "qwen3moe-q4_k_m"), path)
+    return made | {"int8": fj.load(path, dtype="int8", max_seq_len=25)}
 
 
 def sampled(dice: random.Random) -> fj.SamplingParams:
@@ -351,8 +361,8 @@ def alone(model, prompt, params, seed):
 
 @pytest.mark.parametrize("plan", PLANS)
 def test_compiled_steps_give_the_bits_of_each_request_alone(models, plan, monkeypatch):
-    window, config = PLANS[plan]
-    model, found = models[window], {"preemptions": 0, "hits": 0, "failed": 0, "finished": 0}
+    which, config = PLANS[plan]
+    model, found = models[which], {"preemptions": 0, "hits": 0, "failed": 0, "finished": 0}
     for seed in range(25):
         dice = random.Random(f"{plan} {seed}")
         engine = fj.Engine(model, dataclasses.replace(config, prefix_cache=dice.random() < 0.8))
