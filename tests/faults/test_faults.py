@@ -19,7 +19,7 @@ from ferrum_jax.engine import Engine, steps
 from ferrum_jax.engine.device import Device
 from ferrum_jax.engine.pages import PagePool
 from ferrum_jax.engine.scheduler import Scheduler
-from ferrum_jax.models.decoder import Decoder
+from ferrum_jax.models import decoder
 from ferrum_jax.models.rope import rope_angles, rope_frequencies
 from ferrum_jax.tokenizer import StopMatcher, TextStream
 
@@ -171,9 +171,9 @@ FAULTS = {
     ),
     "12-window": Fault(
         "the sliding window is ignored when paged",
-        Decoder.hidden,
-        "self.config.num_heads, self.config.sliding_window)",
-        "self.config.num_heads, 0)",
+        decoder._composed,
+        "config.num_heads, config.sliding_window)",
+        "config.num_heads, 0)",
         guards.a_window_is_all_that_a_query_sees,
     ),
     "12-pages": Fault(

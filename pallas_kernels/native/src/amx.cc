@@ -21,12 +21,13 @@
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c,bmi2,prefer-vector-width=512")
 #endif
 
+#define FERRUM_LANES 512
 #include "avx512_panels.h"
 
 namespace ferrum {
 namespace {
 
-// Tiles 0 and 1 hold results, 2 and 4 weights, 3 and 5 activations, so that neighbouring blocks do not wait for each other.
+// Tiles 0, 1 and 6 hold results, 2 and 4 weights, 3 and 5 activations.
 struct alignas(64) TileShapes {
   uint8_t palette, start;
   uint8_t reserved[14];
@@ -35,7 +36,7 @@ struct alignas(64) TileShapes {
 };
 constexpr TileShapes shapes(uint16_t bytes) {  // of `bytes` weights at a time
   const uint8_t words = uint8_t(bytes / 4);
-  return {1, 0, {}, {64, 64, bytes, 64, bytes, 64}, {16, 16, 16, words, 16, words}};
+  return {1, 0, {}, {64, 64, bytes, 64, bytes, 64, 64}, {16, 16, 16, words, 16, words, 16}};
 }
 constexpr TileShapes kWhole = shapes(32), kHalf = shapes(16);
 
@@ -45,53 +46,68 @@ FERRUM_INLINE void tile_product(const void* a, int64_t a_stride, const void* b, 
       "tilezero %%tmm%c4\n\t"
       "tileloadd (%0,%1,1), %%tmm%c5\n\t"
       "tileloadd (%2,%7,1), %%tmm%c6\n\t"
-      "tdpbusd %%tmm%c6, %%tmm%c5, %%tmm%c4\n\t"
+      "tdpbssd %%tmm%c6, %%tmm%c5, %%tmm%c4\n\t"
       "tilestored %%tmm%c4, (%3,%7,1)"
       :
       : "r"(a), "r"(a_stride), "r"(b), "r"(out), "i"(R), "i"(A), "i"(B), "r"(int64_t{64})
       : "memory");
 }
 
+// The float lanes of the arithmetic one after the other: a lane's sums of 16 rows stay in registers over all groups, while
+// the tile unit makes the integers of the next group.
 template <Type T>
 struct Tiles {
-  static void run(const Decoded* w, int count, int64_t groups, const PanelGroup* x, float (*out)[kPanel]) {
-    constexpr int parts = has_parts(T) ? 2 : 1, together = 2 / parts;  // groups whose integers wait in the cache
-    alignas(64) int32_t dots[together][kBlocks * parts][kPanel][kPanel];
-    alignas(64) float lanes[kPanel][kBlocks][kPanel];
+  static constexpr bool is_signed = true;
+  static constexpr int parts = has_parts(T) ? 2 : 1;
+  using Dots = int32_t[parts][kPanel][kPanel];
+
+  template <int Even>  // neighbouring groups take tiles of their own, so that they do not wait for each other
+  FERRUM_INLINE static void multiply(const Decoded& w, const PanelGroup& x, int b, Dots& dots) {
+    const uint8_t* a = w.q[b][0];
+    tile_product<Even, 2 + 2 * Even, 3 + 2 * Even>(a, 32, x.q[8 * place(b)], dots[0]);
+    if constexpr (parts == 2) tile_product<6, 2 + 2 * Even, 3 + 2 * Even>(a + 16, 32, x.q[8 * place(b) + 4], dots[1]);
+  }
+
+  FERRUM_INLINE static void add(const Decoded& w, const PanelGroup& x, int b, const Dots& dots, F* sum) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kPanel; ++i) {
+      V dot[parts];
+      for (int part = 0; part < parts; ++part) dot[part] = _mm512_load_si512(dots[part][i]);
+      add_block<T, 0>(w, x, i, b, dot, sum[i]);
+    }
+  }
+
+  FERRUM_INLINE static void lane(const Decoded* w, int64_t groups, const PanelGroup* x, int b, F* sum) {
+    alignas(64) Dots dots[2];
+    for (int i = 0; i < kPanel; ++i) sum[i] = _mm512_setzero_ps();
+    multiply<0>(w[0], x[0], b, dots[0]);
+    for (int64_t g = 0; g < groups; g += 2) {
+      if (g + 1 < groups) multiply<1>(w[g + 1], x[g + 1], b, dots[1]);
+      add(w[g], x[g], b, dots[0], sum);
+      if (g + 1 == groups) break;
+      if (g + 2 < groups) multiply<0>(w[g + 2], x[g + 2], b, dots[0]);
+      add(w[g + 1], x[g + 1], b, dots[1], sum);
+    }
+  }
+
+  // Two lanes' sums into `sum`.
+  FERRUM_INLINE static void lanes(const Decoded* w, int64_t groups, const PanelGroup* x, int b, float (*sum)[kPanel]) {
+    F first[kPanel], second[kPanel];
+    lane(w, groups, x, b, first);
+    for (int i = 0; i < kPanel; ++i) _mm512_store_ps(sum[i], first[i]);
+    lane(w, groups, x, b + 4, second);
+    for (int i = 0; i < kPanel; ++i) _mm512_store_ps(sum[i], _mm512_add_ps(_mm512_load_ps(sum[i]), second[i]));
+  }
+
+  static void run(const Decoded* w, int /*count*/, int64_t groups, const PanelGroup* x, float (*out)[kPanel]) {
+    alignas(64) float sums[kBlocks / 2][kPanel][kPanel];
     asm volatile("ldtilecfg %0" ::"m"(parts == 2 ? kHalf : kWhole));
-    for (int64_t first = 0; first < groups; first += together) {
-      const int some = groups - first < together ? int(groups - first) : together;
-      for (int g = 0; g < some; ++g)
-        for (int b = 0; b < kBlocks; ++b) {
-          const uint8_t* a = w[first + g].q[0] + 32 * place(b);
-          const void* p = x[first + g].q[8 * place(b)];
-          if constexpr (parts == 1) {
-            if (b % 2 == 0) tile_product<0, 2, 3>(a, kGroup, p, dots[g][b]);
-            else tile_product<1, 4, 5>(a, kGroup, p, dots[g][b]);
-          } else {
-            tile_product<0, 2, 3>(a, kGroup, p, dots[g][2 * b]);
-            tile_product<1, 4, 5>(a + 16, kGroup, x[first + g].q[8 * place(b) + 4], dots[g][2 * b + 1]);
-          }
-        }
-      for (int i = 0; i < count; i += 2) {
-        F lane[2][kBlocks];
-        for (int b = 0; b < kBlocks; ++b)
-          for (int r = 0; r < 2; ++r) lane[r][b] = first ? _mm512_load_ps(lanes[i + r][b]) : _mm512_setzero_ps();
-        for (int g = 0; g < some; ++g)
-#pragma GCC unroll 8
-          for (int b = 0; b < kBlocks; ++b)
-            for (int r = 0; r < 2; ++r) {
-              V dot[2];
-              for (int part = 0; part < parts; ++part) dot[part] = _mm512_load_si512(dots[g][b * parts + part][i + r]);
-              add_block<T>(w[first + g], x[first + g], i + r, b, dot, lane[r][b]);
-            }
-        for (int r = 0; r < 2; ++r) {
-          if (first + some < groups)
-            for (int b = 0; b < kBlocks; ++b) _mm512_store_ps(lanes[i + r][b], lane[r][b]);
-          else
-            _mm512_store_ps(out[i + r], fold_lanes(lane[r]));
-        }
-      }
+#pragma GCC unroll 1
+    for (int b = 0; b < kBlocks / 2; ++b) lanes(w, groups, x, b, sums[b]);
+    for (int i = 0; i < kPanel; ++i) {
+      const F even = _mm512_add_ps(_mm512_load_ps(sums[0][i]), _mm512_load_ps(sums[2][i]));
+      const F odd = _mm512_add_ps(_mm512_load_ps(sums[1][i]), _mm512_load_ps(sums[3][i]));
+      _mm512_store_ps(out[i], _mm512_add_ps(even, odd));
     }
   }
 };

@@ -5,18 +5,26 @@
 #pragma once
 
 #include "avx512.h"
+#include "lanes.h"
 
 namespace ferrum {
 namespace {
 
 struct alignas(64) Decoded {  // a group of 16 rows
-  uint8_t q[kPanel][kGroup];
+  uint8_t q[kBlocks][kPanel][32];
   float scale[kPanel][kBlocks];
   float offset[kPanel][kBlocks];
   float part[kPanel][2 * kBlocks];
 };
 
-template <Type T>
+// The halves of register j of row `row`, blocks j and j + 4.
+FERRUM_INLINE void put(V q, int j, int64_t row, Decoded& out) {
+  _mm256_store_si256(reinterpret_cast<__m256i*>(out.q[j][row]), _mm512_castsi512_si256(q));
+  _mm256_store_si256(reinterpret_cast<__m256i*>(out.q[j + 4][row]), _mm512_extracti64x4_epi64(q, 1));
+}
+
+// Without their bias where Signed.
+template <Type T, bool Signed>
 FERRUM_INLINE void decode_rows(const Rows& w, int64_t groups, Decoded* out) {
   alignas(64) uint8_t room[2][kWidest];
   const uint8_t* end = w.blocks + w.count * w.stride;
@@ -35,9 +43,10 @@ FERRUM_INLINE void decode_rows(const Rows& w, int64_t groups, Decoded* out) {
       scales<T>(a, b, scale, offset);
       mask_absent<T>(w.k - g * kGroup, scale, offset);
       Decoded& o = out[g];
+      const V bias = bytes(Signed && bias_shift(T) ? 1 << bias_shift(T) : 0);
       for (int j = 0; j < 4; ++j) {
-        _mm512_store_si512(o.q[i] + 64 * j, u[j]);
-        _mm512_store_si512(o.q[i + 1] + 64 * j, v[j]);
+        put(_mm512_sub_epi8(u[j], bias), j, i, o);
+        put(_mm512_sub_epi8(v[j], bias), j, i + 1, o);
       }
       _mm512_store_ps(o.scale[i], scale);
       if constexpr (has_offset(T)) _mm512_store_ps(o.offset[i], offset);
@@ -49,46 +58,46 @@ FERRUM_INLINE void decode_rows(const Rows& w, int64_t groups, Decoded* out) {
   }
 }
 
-// One block's integers (two where the format has parts) into its lane.
-template <Type T>
+// One block's integers (two where the format has parts) into its lane; `shift` is that of the bias that is still in them.
+template <Type T, int shift>
 FERRUM_INLINE void add_block(const Decoded& w, const PanelGroup& x, int row, int block, const V* dots, F& lane) {
-  constexpr int shift = bias_shift(T);
+  const auto unbiased = [](V dot, const int32_t* sum) {
+    return shift ? _mm512_sub_epi32(dot, _mm512_slli_epi32(_mm512_load_si512(sum), shift)) : dot;
+  };
   F dot;
   if constexpr (has_parts(T)) {
     const int low = 8 * (block / 4) + block % 4, high = low + 4;
-    const V first = _mm512_sub_epi32(dots[0], _mm512_slli_epi32(_mm512_load_si512(x.half_sum[low]), shift));
-    const V second = _mm512_sub_epi32(dots[1], _mm512_slli_epi32(_mm512_load_si512(x.half_sum[high]), shift));
-    dot = _mm512_mul_ps(_mm512_cvtepi32_ps(first), _mm512_set1_ps(w.part[row][low]));
-    dot = _mm512_fmadd_ps(_mm512_cvtepi32_ps(second), _mm512_set1_ps(w.part[row][high]), dot);  // exact
+    dot = _mm512_mul_ps(_mm512_cvtepi32_ps(unbiased(dots[0], x.half_sum[low])), _mm512_set1_ps(w.part[row][low]));
+    dot = _mm512_fmadd_ps(_mm512_cvtepi32_ps(unbiased(dots[1], x.half_sum[high])), _mm512_set1_ps(w.part[row][high]), dot);  // exact
   } else {
-    V sum = dots[0];
-    if constexpr (shift != 0) sum = _mm512_sub_epi32(sum, _mm512_slli_epi32(_mm512_load_si512(x.sum[block]), shift));
-    dot = _mm512_cvtepi32_ps(sum);
+    dot = _mm512_cvtepi32_ps(unbiased(dots[0], x.sum[block]));
   }
   lane = _mm512_fmadd_ps(_mm512_mul_ps(dot, _mm512_load_ps(x.scale[block])), _mm512_set1_ps(w.scale[row][block]), lane);
   if constexpr (has_offset(T))
     lane = _mm512_fnmadd_ps(_mm512_load_ps(x.scaled_sum[block]), _mm512_set1_ps(w.offset[row][block]), lane);
 }
 
-FERRUM_INLINE F fold_lanes(const F lanes[kBlocks]) {
-  const F even = _mm512_add_ps(_mm512_add_ps(lanes[0], lanes[4]), _mm512_add_ps(lanes[2], lanes[6]));
-  const F odd = _mm512_add_ps(_mm512_add_ps(lanes[1], lanes[5]), _mm512_add_ps(lanes[3], lanes[7]));
-  return _mm512_add_ps(even, odd);
-}
-
-// Multiply<T>::run(decoded rows, count, groups, panel, results [row][lane]) makes a tile of 16 x 16 results.
+// Multiply<T>::run(decoded rows, count, groups, panel, results [row][lane]) makes a tile of 16 x 16 results of weights that
+// are signed or have their bias, as Multiply<T>::is_signed says.
 template <Type T, template <Type> class Multiply>
 void panels_of_type(Rows w, const PanelGroup* x, int64_t m, Output y) {
   const int64_t groups = groups_of(w.k), all = w.count;
   auto* decoded = static_cast<Decoded*>(scratch(kDecoded, size_t(groups) * sizeof(Decoded)));
-  alignas(64) float tile[kPanel][kPanel];
-  for (int64_t done = 0; done < all; done += kPanel, w.blocks += kPanel * w.stride) {
-    w.count = all - done < kPanel ? all - done : kPanel;
-    decode_rows<T>(w, groups, decoded);
-    for (int64_t r = 0; r < m; r += kPanel) {
-      Multiply<T>::run(decoded, int(w.count), groups, x + r / kPanel * groups, tile);
-      for (int64_t lane = 0; lane < kPanel && r + lane < m; ++lane)
-        for (int64_t i = 0; i < w.count; ++i) y.at(r + lane)[done + i] = tile[i][lane];
+  // So many panels at a time that they stay in the second-level cache while the rows of the matrix go by.
+  const int64_t some = kPanel * (1 + (768 << 10) / (groups * int64_t(sizeof(PanelGroup))));
+  for (int64_t first = 0; first < m; first += some) {
+    Rows left = w;
+    for (int64_t done = 0; done < all; done += kPanel, left.blocks += kPanel * left.stride) {
+      left.count = all - done < kPanel ? all - done : kPanel;
+      decode_rows<T, Multiply<T>::is_signed>(left, groups, decoded);
+      for (int64_t r = first; r < m && r < first + some; r += kPanel) {
+        alignas(64) Lanes tile[kPanel];
+        Multiply<T>::run(decoded, int(left.count), groups, x + r / kPanel * groups, reinterpret_cast<float(*)[kPanel]>(tile));
+        transpose(tile);
+        const auto inside = __mmask16((1u << left.count) - 1);
+        for (int64_t lane = 0; lane < kPanel && r + lane < m; ++lane)
+          _mm512_mask_storeu_ps(y.at(r + lane) + done, inside, tile[lane].v);
+      }
     }
   }
 }

@@ -139,8 +139,15 @@ void dots(const Rows& w, const Group* const* x, int64_t m, Output y) {
   }
 }
 
+FERRUM_INLINE F fold_lanes(const F lanes[kBlocks]) {
+  const F even = _mm512_add_ps(_mm512_add_ps(lanes[0], lanes[4]), _mm512_add_ps(lanes[2], lanes[6]));
+  const F odd = _mm512_add_ps(_mm512_add_ps(lanes[1], lanes[5]), _mm512_add_ps(lanes[3], lanes[7]));
+  return _mm512_add_ps(even, odd);
+}
+
 template <Type T>
 struct Broadcast {  // each word of four weights against the 16 rows of a panel
+  static constexpr bool is_signed = false;
   static void run(const Decoded* w, int count, int64_t groups, const PanelGroup* x, float (*out)[kPanel]) {
     constexpr int steps = has_parts(T) ? 4 : 8;
     for (int i = 0; i < count; i += 2) {
@@ -150,7 +157,7 @@ struct Broadcast {  // each word of four weights against the 16 rows of a panel
 #pragma GCC unroll 8
         for (int b = 0; b < kBlocks; ++b) {
           V dots[2][2];
-          const uint8_t *p = w[g].q[i] + 32 * place(b), *q = w[g].q[i + 1] + 32 * place(b);
+          const uint8_t *p = w[g].q[b][i], *q = w[g].q[b][i + 1];
           for (int part = 0; part < 8 / steps; ++part) {
             dots[0][part] = dots[1][part] = _mm512_setzero_si512();
             for (int s = steps * part; s < steps * (part + 1); ++s) {
@@ -159,8 +166,8 @@ struct Broadcast {  // each word of four weights against the 16 rows of a panel
               dots[1][part] = dpbusd(dots[1][part], _mm512_set1_epi32(int(load32(q + 4 * s))), xs);
             }
           }
-          add_block<T>(w[g], x[g], i, b, dots[0], lanes[0][b]);
-          add_block<T>(w[g], x[g], i + 1, b, dots[1], lanes[1][b]);
+          add_block<T, bias_shift(T)>(w[g], x[g], i, b, dots[0], lanes[0][b]);
+          add_block<T, bias_shift(T)>(w[g], x[g], i + 1, b, dots[1], lanes[1][b]);
         }
       _mm512_store_ps(out[i], fold_lanes(lanes[0]));
       _mm512_store_ps(out[i + 1], fold_lanes(lanes[1]));

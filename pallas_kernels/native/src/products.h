@@ -26,8 +26,10 @@ constexpr int64_t kMaxMatrices = 16;
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Rows of a matrix that make a chunk for m rows of x: whole panels, enough work to be worth an atomic increment.
+// Rows of a matrix that make a chunk for m rows of x: whole panels, enough work to be worth an atomic increment; with many
+// rows of x several panels, which share what of x is in the cache.
 inline int64_t chunk_rows(const Matrix& matrix, int64_t m) {
+  if (m > 4 * kPanel) return 4 * kPanel;
   const int64_t bytes = matrix.format->row_bytes(matrix.k) * ceil_div(m, kPanel);
   return bytes == 0 ? matrix.n : kPanel * (1 + kChunkBytes / (kPanel * bytes));
 }
