@@ -185,3 +185,39 @@ def test_a_compiler_that_fails_is_quoted(monkeypatch, tmp_path):
         assert "failed" in build.refusal()
     finally:
         build.library.cache_clear()
+
+
+def call(name, results, *operands, **attributes):
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in results]
+    return jax.block_until_ready(jax.ffi.ffi_call(name, shapes)(*operands, **attributes))
+
+
+MISTAKES = {
+    "index 2 of a stack of 2": {"index": 2},
+    "no kernels for the block format 'Q9_K'": {"formats": "Q9_K"},
+    "there are fewer formats than matrices": {"formats": "Q8_0", "count": 2},
+    "arithmetic must be int8, int8x2 or float32": {"arithmetic": "int7"},
+    "rows of 272 bytes do not hold 128 weights": {"columns": 128},
+    "a result does not fit its matrix": {"rows": 4},
+}
+
+
+@pytest.mark.parametrize("words", MISTAKES)
+def test_a_call_that_does_not_fit_says_so(words):
+    case = {"index": 0, "formats": "Q8_0,Q8_0", "arithmetic": "int8", "columns": K, "count": 1, "rows": 5} | MISTAKES[words]
+    assert native.refusal() is None
+    stored, _ = blocks_of("Q8_0", 2, 5, K)
+    pair = (np.int32(case["index"]), stored)
+    with pytest.raises(jax.errors.JaxRuntimeError, match=words):
+        x = jnp.ones((3, case["columns"]), jnp.float32)
+        attributes = {name: case[name] for name in ("formats", "arithmetic")}
+        call("ferrum_matmuls", [(3, case["rows"])] * case["count"], x, *pair * case["count"], **attributes)
+
+
+def test_an_expert_that_is_not_there_is_refused():
+    assert native.refusal() is None
+    stored, _ = blocks_of("Q8_0", 2, K, K)
+    experts = [np.int32(0), stored] * 3
+    with pytest.raises(jax.errors.JaxRuntimeError, match="expert 7 of 2"):
+        ids, weights = np.asarray([[0, 7]], np.int32), np.ones((1, 2), np.float32)
+        call("ferrum_experts", [(1, K)], rows_of(1), ids, weights, *experts, formats="Q8_0,Q8_0,Q8_0", arithmetic="int8")

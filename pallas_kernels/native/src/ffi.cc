@@ -1,6 +1,7 @@
 // XLA's view of the kernels: four FFI handlers that check shapes, and its thread pool as a Pool.
 #include <cstdint>
 #include <cstring>
+#include <new>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -83,10 +84,15 @@ class Checker {
 };
 
 template <typename F>
-void with_pool(ffi::ThreadPool& threads, F&& run) {
+ffi::Error with_pool(ffi::ThreadPool& threads, F&& run) {
   auto schedule = [&](auto task) { threads.Schedule(std::move(task)); };
   ferrum::HelpedPool<decltype(schedule)> pool(int(threads.num_threads()), schedule);
-  run(pool);
+  try {
+    run(pool);
+  } catch (const std::bad_alloc&) {
+    return ffi::Error(ffi::ErrorCode::kResourceExhausted, "ferrum: out of memory for the rows of a step");
+  }
+  return ffi::Error::Success();
 }
 
 ffi::Error matmuls(ffi::ThreadPool threads, FloatMatrix x, ffi::RemainingArgs args, ffi::RemainingRets results,
@@ -111,8 +117,7 @@ ffi::Error matmuls(ffi::ThreadPool threads, FloatMatrix x, ffi::RemainingArgs ar
     if (!check.require(dims[0] == m && dims[1] == matrices[i].n, "a result does not fit its matrix")) return check.error();
     y[i] = (*result)->typed_data();
   }
-  with_pool(threads, [&](ferrum::Pool& pool) { ferrum::matmuls(pool, how, x.typed_data(), m, k, matrices, int(count), y); });
-  return ffi::Error::Success();
+  return with_pool(threads, [&](ferrum::Pool& pool) { ferrum::matmuls(pool, how, x.typed_data(), m, k, matrices, int(count), y); });
 }
 
 ffi::Error swiglu(ffi::ThreadPool threads, FloatMatrix x, ffi::AnyBuffer gate_index, ffi::AnyBuffer gate_blocks,
@@ -125,8 +130,7 @@ ffi::Error swiglu(ffi::ThreadPool threads, FloatMatrix x, ffi::AnyBuffer gate_in
   const Matrix up = check.matrix(check.format(formats, 1), up_index, up_blocks, k, 0);
   if (check.failed()) return check.error();
   if (gate.n != up.n || y->dimensions()[0] != m || y->dimensions()[1] != gate.n) return wrong("gate, up and y do not fit");
-  with_pool(threads, [&](ferrum::Pool& pool) { ferrum::swiglu(pool, how, x.typed_data(), m, k, gate, up, y->typed_data()); });
-  return ffi::Error::Success();
+  return with_pool(threads, [&](ferrum::Pool& pool) { ferrum::swiglu(pool, how, x.typed_data(), m, k, gate, up, y->typed_data()); });
 }
 
 ffi::Error experts(ffi::ThreadPool threads, FloatMatrix x, IntMatrix ids, FloatMatrix weights, ffi::AnyBuffer gate_index,
@@ -151,11 +155,10 @@ ffi::Error experts(ffi::ThreadPool threads, FloatMatrix x, IntMatrix ids, FloatM
   for (int64_t i = 0; i < tokens * top_k; ++i)
     if (id[i] < 0 || id[i] > num_experts)
       return wrong("expert " + std::to_string(id[i]) + " of " + std::to_string(num_experts));
-  with_pool(threads, [&](ferrum::Pool& pool) {
+  return with_pool(threads, [&](ferrum::Pool& pool) {
     ferrum::experts(pool, how, x.typed_data(), tokens, k, id, weights.typed_data(), top_k, num_experts, gate, up, down,
                     y->typed_data());
   });
-  return ffi::Error::Success();
 }
 
 // The parts of a layer in the order of native.ROLES.
@@ -269,8 +272,7 @@ ffi::Error layers(ffi::ThreadPool threads, FloatMatrix x, IntVector slots, IntVe
   if (check.failed()) return check.error();
   const ferrum::Shape shape{hidden, heads, window, top_k, eps, scale, expert_scale, normalise};
   std::memcpy(y->typed_data(), x.typed_data(), size_t(tokens * hidden) * sizeof(float));
-  with_pool(threads, [&](ferrum::Pool& pool) { ferrum::decoder_layers(pool, shape, batch, all.data(), caches.data(), count, y->typed_data()); });
-  return ffi::Error::Success();
+  return with_pool(threads, [&](ferrum::Pool& pool) { ferrum::decoder_layers(pool, shape, batch, all.data(), caches.data(), count, y->typed_data()); });
 }
 
 }  // namespace
