@@ -13,6 +13,7 @@ from pallas_kernels.append import append
 from pallas_kernels.blocks import FORMATS
 from pallas_kernels.blocks.layouts import LAYOUTS, choose
 from pallas_kernels.blocks.matrix import Matrix
+from pallas_kernels.decoder_layers import Part, Shape, backend_for
 from pallas_kernels.grouped_matmul import expert_ffn
 from pallas_kernels.paged_attention import KV_DTYPES, KVCache, Tables, make_plan, paged_attention
 from pallas_kernels.quantized_matmul import quantized_matmul
@@ -24,7 +25,7 @@ _TOKENS, _HEADS, _KV_HEADS, _HEAD_DIM = 4, 4, 2, 128
 
 def trial(dtype: str = "float32") -> list[dispatch.Choice]:
     """Traces the operations of a step for every block format and KV dtype, in activations of `dtype`, with weights in the
-    layout they would be loaded in, and compiles them: the dispatcher's own record."""
+    layout they would be loaded in, and compiles them (of whole layers only the choice is made): the dispatcher's own record."""
     x = _array((_TOKENS, _SIZE), "float32" if dtype == "int8" else dtype)
     index, ids = _array((), "int32"), _array((_TOKENS,), "int32")
     with dispatch.record() as choices:
@@ -43,6 +44,7 @@ def trial(dtype: str = "float32") -> list[dispatch.Choice]:
             def product(x, planes, index, matrix=matrix):
                 return quantized_matmul(x, matrix(planes, index), dtype)
 
+            backend_for([{"query": Part(one[0], 0, name, layout)}], _SIZE, Shape(_HEAD_DIM, 1e-6), dtype)
             _compile(product, x, one, index)
             lowered = jax.jit(mixture).lower(x, experts, index, _array((_TOKENS, 2), "int32"), _array((_TOKENS, 2), "float32"))
             if name == "Q4_K":  # the others are chosen alike, and a minute is long
