@@ -15,6 +15,7 @@
 
 #define FERRUM_LANES 256
 #include "attention.h"
+#include "floats.h"
 
 namespace ferrum {
 namespace {

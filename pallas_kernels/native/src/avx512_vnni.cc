@@ -17,6 +17,7 @@
 #define FERRUM_LANES 512
 #include "avx512_panels.h"
 #include "attention.h"
+#include "floats.h"
 
 namespace ferrum {
 namespace {

@@ -1,6 +1,7 @@
 // The kernels for any machine.
 #define FERRUM_LANES 0
 #include "attention.h"
+#include "floats.h"
 
 namespace ferrum {
 namespace {

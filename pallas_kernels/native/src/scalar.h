@@ -323,52 +323,6 @@ inline void dots_of(const Rows& w, const Group* const* x, int64_t m, Output y) {
   }
 }
 
-// A group of weights as float32 in their order; `weights` of them, zeros behind.
-template <Type T>
-inline void decode_floats(const uint8_t* p, int64_t weights, float* out) {
-  if constexpr (block_weights(T) == 1) {
-    const int64_t count = weights < kGroup ? weights : kGroup;
-    if (T == Type::F32) std::memcpy(out, p, size_t(count) * sizeof(float));
-    else
-      for (int64_t j = 0; j < count; ++j)
-        out[j] = T == Type::F16 ? half_at(p + 2 * j) : float_of(uint32_t(load16(p + 2 * j)) << 16);
-    for (int64_t j = count; j < kGroup; ++j) out[j] = 0;
-  } else {
-    uint8_t room[kWidest];
-    Weights w;
-    decode<T>(whole<T>(p, weights, room), w);
-    for (int b = 0; b < kBlocks; ++b)
-      for (int j = 0; j < 32; ++j) {
-        const float scale = has_parts(T) ? w.scale[b] * float(w.part[2 * b + j / 16]) : w.scale[b];
-        const float q = float(w.q[32 * place(b) + j]);
-        out[32 * b + j] = has_offset(T) ? __builtin_fmaf(scale, q, -w.offset[b]) : scale * q;
-      }
-  }
-}
-
-template <Type T>
-inline void float_dots_of(const Rows& w, const float* const* x, int64_t m, Output y) {
-  const int64_t groups = groups_of(w.k);
-  constexpr int64_t kRows = 4;
-  float weights[kGroup];
-  for (int64_t first = 0; first < m; first += kRows) {
-    const int64_t rows = m - first < kRows ? m - first : kRows;
-    for (int64_t i = 0; i < w.count; ++i) {
-      float lanes[kRows][16] = {};
-      const uint8_t* p = w.blocks + i * w.stride;
-      for (int64_t g = 0; g < groups; ++g, p += group_bytes(T)) {
-        decode_floats<T>(p, w.k - g * kGroup, weights);
-        for (int64_t r = 0; r < rows; ++r) {
-          const float* a = x[first + r] + g * kGroup;
-          for (int j = 0; j < kGroup; j += 16)
-            for (int l = 0; l < 16; ++l) lanes[r][l] = __builtin_fmaf(a[j + l], weights[j + l], lanes[r][l]);
-        }
-      }
-      for (int64_t r = 0; r < rows; ++r) y.at(first + r)[i] = fold(lanes[r], 16);
-    }
-  }
-}
-
 }  // namespace
 }  // namespace ferrum
 
