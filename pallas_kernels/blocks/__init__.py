@@ -1,7 +1,8 @@
-"""The block formats of ggml: what the bytes of a compressed matrix mean, and their exact unpacking in jnp.
+"""The block formats: what the bytes of a compressed matrix mean, and their exact unpacking in jnp.
 
-One file a family of formats describes its layout and decodes it; `FORMATS` is the table of all of them. Unpacking is
-bit-exact (see format.py) and plain elementwise jnp, so it fuses into whatever jitted step it is called from.
+One file a family of formats describes its layout and decodes it; `FORMATS` is the table of ggml's, `GROUPS` of those that
+other checkpoints are repacked into, `format_of` finds either. Unpacking is bit-exact (see format.py) and plain elementwise
+jnp, so it fuses into whatever jitted step it is called from.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from jax import lax
 
 from .format import BlockFormat, half_to_float32, split
 from .fp4 import MXFP4, NVFP4
+from .groups import GROUPS
 from .iq1 import IQ1_M, IQ1_S
 from .iq2 import IQ2_S, IQ2_XS, IQ2_XXS
 from .iq3 import IQ3_S, IQ3_XXS
@@ -30,7 +32,7 @@ from .q6_k import Q6_K
 from .q8 import Q8_0
 from .tq import TQ1_0, TQ2_0
 
-__all__ = ["BY_TYPE_ID", "FORMATS", "BlockFormat", "half_to_float32", "unpack"]
+__all__ = ["BY_TYPE_ID", "FORMATS", "GROUPS", "BlockFormat", "format_of", "half_to_float32", "unpack"]
 
 # fmt: off
 _ALL = (
@@ -42,9 +44,17 @@ FORMATS: dict[str, BlockFormat] = {known.name: known for known in _ALL}
 BY_TYPE_ID: dict[int, BlockFormat] = {known.type_id: known for known in _ALL}
 
 
+def format_of(name: str) -> BlockFormat:
+    """The format of that name, a key of `FORMATS` or of `GROUPS`; ValueError where there is none."""
+    known = FORMATS.get(name) or GROUPS.get(name)
+    if known is None:
+        raise ValueError(f"unknown block format {name!r}; known are {', '.join((*FORMATS, *GROUPS))}")
+    return known
+
+
 @partial(jax.jit, static_argnames="name", inline=True)
 def _unpack(raw: jax.Array, name: str) -> jax.Array:
-    known = FORMATS[name]
+    known = format_of(name)
     width = known.storage.itemsize
     if width > 1:
         raw = lax.bitcast_convert_type(split(raw, width), known.storage)
@@ -55,12 +65,10 @@ def unpack(raw: jax.Array | np.ndarray, format: str) -> jax.Array:
     """The weights of compressed rows, exactly as ggml defines them.
 
     raw: uint8 [..., bytes], whole blocks in file order, for every format (F32, F16 and BF16 too: little-endian).
-    format: ggml's name, a key of `FORMATS`. Returns float32 [..., weights]. May be traced.
+    format: a key of `FORMATS` (ggml's name) or of `GROUPS`. Returns float32 [..., weights]. May be traced.
     ValueError: unknown format, another dtype, or bytes that are no whole number of blocks.
     """
-    known = FORMATS.get(format)
-    if known is None:
-        raise ValueError(f"unknown block format {format!r}; known are {', '.join(FORMATS)}")
+    known = format_of(format)
     if raw.dtype != jnp.uint8:
         raise ValueError(f"{format}: unpack takes the bytes of the blocks as uint8, not {raw.dtype}")
     if raw.ndim == 0 or raw.shape[-1] % known.block_bytes:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from . import FORMATS
+from . import format_of
 
 NAME = "ggml"
 
@@ -19,7 +19,7 @@ def fits(format: str, n: int, k: int) -> str | None:
 
 def plane_shapes(format: str, n: int, k: int) -> tuple[jax.ShapeDtypeStruct, ...]:
     """Shape and dtype of the one plane of a matrix [n, k]."""
-    known = FORMATS[format]
+    known = format_of(format)
     return (jax.ShapeDtypeStruct((n, known.stored_width(k)), known.storage),)
 
 
@@ -30,7 +30,7 @@ def pack(stored: jax.Array, format: str) -> tuple[jax.Array, ...]:
 
 def decode(planes: tuple[jax.Array, ...], format: str, n: int, k: int) -> jax.Array:
     """float32 [n, k]."""
-    return FORMATS[format].decode(planes[0])
+    return format_of(format).decode(planes[0])
 
 
 def rows(planes: tuple[jax.Array, ...], index: tuple[jax.Array, ...], start, count: int) -> tuple[jax.Array, ...]:

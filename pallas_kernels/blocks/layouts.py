@@ -7,14 +7,18 @@ reads all of them, through `unpack_rows`.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 
 from pallas_kernels.dispatch import Target
 
 from . import ggml, gpu, tpu
 from .matrix import Matrix
+from .ordered import SUFFIX, Ordered
 
-LAYOUTS = {module.NAME: module for module in (ggml, gpu, tpu)}
+_PLAIN = {module.NAME: module for module in (ggml, gpu, tpu)}
+LAYOUTS: dict[str, Any] = _PLAIN | {name + SUFFIX: Ordered(module) for name, module in _PLAIN.items()}
 
 
 def choose(format: str, rows: int, columns: int, target: Target) -> str:

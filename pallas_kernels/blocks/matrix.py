@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from . import FORMATS
+from . import format_of
 
 
 @jax.tree_util.register_dataclass
@@ -35,8 +35,8 @@ class Matrix:
 
     @classmethod
     def of(cls, stored: jax.Array, format: str, index: Sequence[ArrayLike] = ()) -> Matrix:
-        """From blocks in file order: `stored` [*stack, rows, stored_width(columns)] of `FORMATS[format].storage`."""
-        known = FORMATS[format]
+        """From blocks in file order: `stored` [*stack, rows, stored_width(columns)] of `format_of(format).storage`."""
+        known = format_of(format)
         columns = stored.shape[-1] * known.storage.itemsize // known.block_bytes * known.block_size
         return cls((stored,), (), format, "ggml", stored.shape[-2], columns).at(*index)
 

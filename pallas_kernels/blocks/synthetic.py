@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from . import FORMATS
+from . import GROUPS, format_of
 
 # Root mean square of the weights for a scale of 1 and random bytes elsewhere (the centring offset included), and the
 # byte where the half-precision scale lies.
@@ -51,14 +51,14 @@ def random_blocks(format: str, rows: int, weights: int, rng: np.random.Generator
     std: their standard deviation, within a factor of 2 (coarser where a format's scale cannot be that small).
     ValueError: unknown format, or a width that is no whole number of blocks.
     """
-    if format not in FORMATS:
-        raise ValueError(f"unknown block format {format!r}; known are {', '.join(FORMATS)}")
-    known = FORMATS[format]
+    known = format_of(format)
     shape = (rows, known.row_bytes(weights))
     if known.block_size == 1:
         return _plain(format, rng, rows * weights, std).view(np.uint8).reshape(shape)
     blocks = _random_bytes(rng, rows * shape[1]).reshape(-1, known.block_bytes)
-    if format in _HALF_SCALE:
+    if format in GROUPS:
+        _put_group(blocks, format, std)
+    elif format in _HALF_SCALE:
         unit, at = _HALF_SCALE[format]
         sign = blocks[:, at + 1] & 0x80
         _put_half(blocks, at, std / unit, sign)
@@ -85,6 +85,19 @@ def _put_half(blocks: np.ndarray, at: int, value: float, sign: np.ndarray) -> No
     low, high = np.array([value], "<f2").view(np.uint8)
     blocks[:, at] = low
     blocks[:, at + 1] = high ^ sign
+
+
+def _put_group(blocks: np.ndarray, format: str, std: float) -> None:
+    """The scale of groups whose codes and zero points are random; zero points stay within those that there are."""
+    bits, scale = int(format[1]), format.rpartition("_")[2]
+    value = np.array([std / np.sqrt((4**bits - 1) / 6)], np.float32)
+    stored = value.astype(np.float16) if scale == "F16" else value
+    parts = stored.view(np.uint8)[2 if scale == "BF16" else 0 :]
+    blocks[:, : parts.size] = parts
+    if bits == 4:
+        blocks[:, parts.size] &= 15
+    else:
+        blocks[:, parts.size + 1] = 0
 
 
 def _plain(format: str, rng: np.random.Generator, count: int, std: float) -> np.ndarray:

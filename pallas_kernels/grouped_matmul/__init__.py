@@ -28,6 +28,7 @@ import jax.numpy as jnp
 from pallas_kernels import dispatch, native
 from pallas_kernels.blocks.layouts import open_axes
 from pallas_kernels.blocks.matrix import Matrix
+from pallas_kernels.blocks.ordered import is_ordered, natural_rows
 from pallas_kernels.grouped_matmul import mosaic_tpu, triton, xla
 from pallas_kernels.grouped_matmul.grouping import group
 from pallas_kernels.quantized_matmul import backend_for
@@ -43,6 +44,7 @@ BACKENDS = (
 def grouped_matmul(x: jax.Array, group_sizes: jax.Array, experts: Matrix, arithmetic: str = "") -> jax.Array:
     """Row r of x [m, k] times its expert's matrix, transposed; float32 [m, n]. See the module's contract."""
     _check("grouped_matmul", x, experts, group_sizes.shape[0])
+    x, experts = natural_rows(x, group_sizes, experts)
     return _grouped(x, group_sizes, experts, dispatch.target(), arithmetic or x.dtype.name)
 
 
@@ -57,6 +59,8 @@ def expert_ffn(
         raise ValueError(f"expert_ffn: gate {gate}, up {up} and down {down} do not fit")
     if experts.shape != weights.shape or experts.shape[:1] != x.shape[:1]:
         raise ValueError(f"expert_ffn: x {x.shape}, experts {experts.shape} and weights {weights.shape} do not fit")
+    if any(map(is_ordered, (gate, up, down))):
+        return _composed_ffn(x, experts, weights, gate, up, down, dispatch.target(), arithmetic or x.dtype.name)
     return _expert_ffn(x, experts, weights, gate, up, down, dispatch.target(), arithmetic or x.dtype.name)
 
 
@@ -95,10 +99,14 @@ def _composed_ffn(x, experts, weights, gate, up, down, target, arithmetic):
     """One grouped product after the other, each by the backend that takes it."""
     tokens, top_k = experts.shape
     groups = group(experts.reshape(-1), open_axes(gate)[0], tile_rows=16)
+
+    def product(rows, matrix):
+        rows, matrix = natural_rows(rows, groups.sizes, matrix)
+        return _grouped(rows, groups.sizes, matrix, target, arithmetic)
+
     rows = x[groups.order // top_k]
-    gated, linear = (_grouped(rows, groups.sizes, matrix, target, arithmetic) for matrix in (gate, up))
-    hidden = (jax.nn.silu(gated) * linear).astype(x.dtype)
-    y = _grouped(hidden, groups.sizes, down, target, arithmetic)[groups.place].reshape(tokens, top_k, -1)
+    hidden = (jax.nn.silu(product(rows, gate)) * product(rows, up)).astype(x.dtype)
+    y = product(hidden, down)[groups.place].reshape(tokens, top_k, -1)
     return functools.reduce(jnp.add, (y[:, slot] * weights[:, slot, None] for slot in range(top_k)))
 
 

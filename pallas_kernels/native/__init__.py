@@ -34,6 +34,7 @@ __all__ = [
 
 FORMATS = (
     "Q4_K", "Q5_K", "Q6_K", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "IQ4_NL", "IQ4_XS", "MXFP4", "F16", "BF16",
+    "U4_32_F16", "U4_64_F16", "U4_128_F16",
 )  # fmt: skip
 ROLES = (
     "attention_norm", "query", "key", "value", "query_bias", "key_bias", "value_bias", "query_norm", "key_norm", "output",

@@ -24,6 +24,7 @@ import jax
 from pallas_kernels import dispatch, native
 from pallas_kernels.blocks.layouts import open_axes
 from pallas_kernels.blocks.matrix import Matrix
+from pallas_kernels.blocks.ordered import is_ordered, natural
 from pallas_kernels.quantized_matmul import mosaic_tpu, triton, xla
 
 BACKENDS = (
@@ -42,6 +43,9 @@ def quantized_matmul(x: jax.Array, matrix: Matrix, arithmetic: str = "") -> jax.
 def quantized_matmuls(x: jax.Array, matrices: Sequence[Matrix], arithmetic: str = "") -> list[jax.Array]:
     """x [m, k] times each transposed matrix [n_i, k]: float32 [m, n_i]."""
     _check("quantized_matmul", x, *matrices)
+    if any(map(is_ordered, matrices)):
+        one_by_one = (natural(x, matrix) for matrix in matrices)
+        return [quantized_matmuls(columns, (stored,), arithmetic)[0] for columns, stored in one_by_one]
     return list(_matmuls(x, tuple(matrices), dispatch.target(), arithmetic or x.dtype.name))
 
 
@@ -50,6 +54,9 @@ def swiglu(x: jax.Array, gate: Matrix, up: Matrix, arithmetic: str = "") -> jax.
     _check("swiglu", x, gate, up)
     if gate.rows != up.rows:
         raise ValueError(f"swiglu: gate {gate} and up {up} do not fit")
+    if is_ordered(gate) or is_ordered(up):
+        gated, linear = quantized_matmuls(x, (gate, up), arithmetic)
+        return (jax.nn.silu(gated) * linear).astype(x.dtype)
     return _swiglu(x, gate, up, dispatch.target(), arithmetic or x.dtype.name)
 
 

@@ -85,7 +85,8 @@ void with_threads(int threads, F&& run) {
 // ---- formats -----------------------------------------------------------------------------------------------------
 
 const std::vector<std::string> kNames = {"Q4_0", "Q4_1", "Q5_0",   "Q5_1", "Q8_0", "IQ4_NL", "MXFP4",
-                                         "Q4_K", "Q5_K", "Q6_K", "IQ4_XS", "F16",  "BF16"};
+                                         "Q4_K", "Q5_K", "Q6_K", "IQ4_XS", "F16",  "BF16",
+                                         "U4_32_F16", "U4_64_F16", "U4_128_F16"};
 
 double half(const uint8_t* p) {
   const int bits = p[0] | p[1] << 8, exponent = bits >> 10 & 31, fraction = bits & 1023;
@@ -126,6 +127,10 @@ Weight weight(const std::string& f, const uint8_t* p, int j) {
   if (f == "IQ4_NL") return {half(p) * level(nibble(2)), 0};
   if (f == "MXFP4") return {std::ldexp(fp4(nibble(1)), p[0] - 128), 0};
   const int group = j / 32, lane = j % 32;
+  if (f[0] == 'U') {
+    const int q = p[3 + 16 * group + lane % 16] >> (4 * (lane / 16)) & 15;
+    return {half(p) * q, -half(p) * p[2]};
+  }
   if (f == "IQ4_XS") {
     const int low = p[4 + group / 2] >> (4 * (group % 2)) & 15, high = p[2 + group / 4] >> (2 * (group % 4)) & 3;
     const int q = p[8 + 16 * group + lane % 16] >> (4 * (lane / 16)) & 15;
@@ -165,6 +170,7 @@ std::vector<uint8_t> random_blocks(const Format& format, int64_t count) {
     else if (f == "BF16") p[1] = uint8_t((p[1] & 0x80) | 0x3c);
     else if (f == "Q6_K") put_half(p + 208);
     else put_half(p);
+    if (f[0] == 'U') p[2] = uint8_t(rng() % 17);
     if (f == "Q4_1" || f == "Q5_1" || f == "Q4_K" || f == "Q5_K") put_half(p + 2);
   }
   return blocks;
@@ -619,7 +625,7 @@ int main() {
   for (const std::string& name : kNames) {
     const int block = find_format(name.c_str(), name.size())->block_weights;
     for (const auto& [n, k] : {std::pair{1, 32}, std::pair{5, 96}, std::pair{33, 288}, std::pair{130, 32}})
-      test_products(name, n, block == 256 ? k == 32 ? 256 : 512 : k);
+      test_products(name, n, block == 256 ? k == 32 ? 256 : 512 : (k + block - 1) / block * block);
     if (block == 1) test_products(name, 5, 7);
   }
   test_threads();
@@ -631,7 +637,7 @@ int main() {
     test_layers(type, 6, 2, 32, 0, 0, 90);
   test_layers(KvType::float16, 4, 4, 80, 5, 0, 75);
   test_layers(KvType::float16, 4, 1, 16, 0, 37, 90);
-  test_layers(KvType::float16, 2, 1, 16, 0, 0, 1040);  // two ranges of positions
+  test_layers(KvType::float16, 2, 1, 16, 0, 0, 1040);  // five ranges of positions
   for (const std::string& isa : isas) std::printf("%s ", isa.c_str());
   std::printf("%s: %d failures\n", "tested", failures);
   return failures != 0;

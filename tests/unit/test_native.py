@@ -11,7 +11,7 @@ import pytest
 
 from ferrum_jax import loading
 from pallas_kernels import dispatch, native
-from pallas_kernels.blocks import FORMATS
+from pallas_kernels.blocks import format_of
 from pallas_kernels.blocks.matrix import Matrix
 from pallas_kernels.blocks.synthetic import random_blocks
 from pallas_kernels.grouped_matmul import expert_ffn
@@ -26,8 +26,8 @@ def blocks_of(format, *shape, seed=0):
     """Random stored blocks [*shape[:-1], width] and their exact weights, float64."""
     rng = np.random.default_rng(seed)
     raw = random_blocks(format, int(np.prod(shape[:-1])), shape[-1], rng, shape[-1] ** -0.5)
-    stored = raw.view(FORMATS[format].storage).reshape(*shape[:-1], -1)
-    exact = np.asarray(FORMATS[format].decode(jnp.asarray(stored)), np.float64)
+    stored = raw.view(format_of(format).storage).reshape(*shape[:-1], -1)
+    exact = np.asarray(format_of(format).decode(jnp.asarray(stored)), np.float64)
     return jnp.asarray(stored), exact.reshape(shape)
 
 
@@ -80,7 +80,7 @@ def test_int8x2_keeps_what_the_first_rounding_leaves_out(format):
     assert np.isnan(broken[5]).all() and (np.delete(broken, 5, 0) == np.delete(y, 5, 0)).all()
 
 
-@pytest.mark.parametrize("format", ["Q4_K", "Q6_K", "Q4_1", "BF16"])
+@pytest.mark.parametrize("format", ["Q4_K", "Q6_K", "Q4_1", "U4_128_F16", "BF16"])
 def test_a_row_has_the_same_bits_whatever_else_is_there(format):
     matrix = Matrix.of(blocks_of(format, 2, 70, 512)[0], format)
     x = rows_of(130, 512)

@@ -67,12 +67,16 @@ template <KvType T>
 inline void load_tile(const KvCache& cache, int64_t head, const int32_t* pages, int64_t start, int64_t low, int64_t high,
                       float* keys, float* values) {
   const int64_t width = cache.head_dim, bytes = width * cache.item_bytes();
+  int64_t rows[kTile];
+  for (int64_t p = low, page = (start + low) / cache.page_size, place = (start + low) % cache.page_size; p < high; ++p) {
+    rows[p] = cache.row(pages[page], place, head);
+    if (++place == cache.page_size) place = 0, ++page;
+  }
   for (int64_t group = low / kLanes * kLanes; group < high; group += kLanes) {
     const uint8_t* at[kLanes];
     float scales[2][kLanes];
     for (int i = 0; i < kLanes; ++i) {  // places outside repeat the nearest inside: read, never used
-      const int64_t p = group + i < low ? low : group + i < high ? group + i : high - 1;
-      const int64_t row = cache.row(pages, start + p, head);
+      const int64_t row = rows[group + i < low ? low : group + i < high ? group + i : high - 1];
       at[i] = cache.pages + row * bytes;
       if (T == KvType::int8) scales[0][i] = cache.scales[row], scales[1][i] = cache.scales[row + 1];
     }

@@ -82,6 +82,8 @@ FERRUM_INLINE void registers(const uint8_t* p, V w[4]) {
     w[3] = join(_mm512_and_si512(_mm512_srli_epi16(odd, 4), low_bits), _mm512_srli_epi16(high, 2));
   } else if constexpr (T == Type::IQ4_XS) {
     for (int i = 0; i < 4; ++i) w[i] = look_up(kLevels, 128, nibbles(p + 8 + 16 * i, p + 8 + 16 * (i + 4)));
+  } else if constexpr (has_zero_point(T)) {
+    for (int i = 0; i < 4; ++i) w[i] = nibbles(p + nibbles_of<T>(i), p + nibbles_of<T>(i + 4));
   } else {
     constexpr int size = block_bytes(T);
     for (int i = 0; i < 4; ++i) {
@@ -141,6 +143,14 @@ FERRUM_INLINE void scales(const uint8_t* p, const uint8_t* q, F& scale, F& offse
     const V s = _mm512_cvtepu8_epi32(_mm_set_epi64x(int64_t(xs_scale_word(q)), int64_t(xs_scale_word(p))));
     scale = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(s, _mm512_set1_epi32(32))),
                           two(_cvtsh_ss(load16(p)), _cvtsh_ss(load16(q))));
+  } else if constexpr (has_zero_point(T)) {
+    const __m256i at = _mm256_set_epi32(block_of<T>(7), block_of<T>(6), block_of<T>(5), block_of<T>(4), block_of<T>(3),
+                                        block_of<T>(2), block_of<T>(1), 0);
+    const V words = halves(_mm256_i32gather_epi32(reinterpret_cast<const int*>(p), at, 1),
+                           _mm256_i32gather_epi32(reinterpret_cast<const int*>(q), at, 1));
+    scale = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(words));
+    const V zero = _mm512_and_si512(_mm512_srli_epi32(words, 16), _mm512_set1_epi32(255));
+    offset = _mm512_mul_ps(scale, _mm512_cvtepi32_ps(zero));
   } else {
     constexpr int size = block_bytes(T);
     const __m256i at = _mm256_mullo_epi32(_mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0), _mm256_set1_epi32(size));

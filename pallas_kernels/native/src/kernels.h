@@ -16,9 +16,11 @@
 
 namespace ferrum {
 
-enum class Type : uint8_t { Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, IQ4_NL, MXFP4, Q4_K, Q5_K, Q6_K, IQ4_XS, F16, BF16, F32 };
+enum class Type : uint8_t {
+  Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, IQ4_NL, MXFP4, U4_32, U4_64, U4_128, Q4_K, Q5_K, Q6_K, IQ4_XS, F16, BF16, F32
+};
 
-// A ggml block format. In a block, w = scale * q - offset.
+// A block format, of ggml or of pallas_kernels.blocks.groups. In a block, w = scale * q - offset.
 struct Format {
   const char* name;
   Type type;
@@ -74,10 +76,10 @@ struct KvCache {
   KvType type;
   int64_t num_pages, page_size, kv_heads, head_dim;
   int64_t item_bytes() const { return type == KvType::float32 ? 4 : type == KvType::float16 || type == KvType::bfloat16 ? 2 : 1; }
-  // The row of the keys of a head at a position of the sequence with these pages.
-  int64_t row(const int32_t* pages_of, int64_t position, int64_t head) const {
-    const int64_t page = pages_of[position / page_size], known = page < 0 ? 0 : page < num_pages ? page : num_pages - 1;
-    return (known * page_size + position % page_size) * 2 * kv_heads + 2 * head;
+  // The row of the keys of a head at a place of a page.
+  int64_t row(int64_t page, int64_t place, int64_t head) const {
+    const int64_t known = page < 0 ? 0 : page < num_pages ? page : num_pages - 1;
+    return (known * page_size + place) * 2 * kv_heads + 2 * head;
   }
 };
 

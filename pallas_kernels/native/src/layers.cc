@@ -11,7 +11,7 @@
 namespace ferrum {
 namespace {
 
-constexpr int64_t kRange = 1024;    // positions of a range
+constexpr int64_t kRange = 256;     // positions of a range
 constexpr int64_t kQueryRows = 64;  // rows of queries that share the tiles of a head
 
 void add(const float* __restrict x, int64_t count, float* __restrict sum) {

@@ -101,11 +101,15 @@ struct Weights {
   int8_t part[2 * kBlocks];
 };
 
-constexpr bool has_offset(Type t) { return t == Type::Q4_1 || t == Type::Q5_1 || t == Type::Q4_K || t == Type::Q5_K; }
+// Half d | zero point z | for every 32 weights 16 bytes as in Q4_0; w = d * (q - z).
+constexpr bool has_zero_point(Type t) { return t == Type::U4_32 || t == Type::U4_64 || t == Type::U4_128; }
+constexpr bool has_offset(Type t) {
+  return t == Type::Q4_1 || t == Type::Q5_1 || t == Type::Q4_K || t == Type::Q5_K || has_zero_point(t);
+}
 constexpr bool has_parts(Type t) { return t == Type::Q6_K; }
 
 constexpr int block_weights(Type t) {
-  return t >= Type::F16 ? 1 : t >= Type::Q4_K ? 256 : 32;
+  return t >= Type::F16 ? 1 : t >= Type::Q4_K ? 256 : t == Type::U4_128 ? 128 : t == Type::U4_64 ? 64 : 32;
 }
 
 constexpr int block_bytes(Type t) {
@@ -116,6 +120,9 @@ constexpr int block_bytes(Type t) {
     case Type::Q5_1: return 24;
     case Type::Q8_0: return 34;
     case Type::MXFP4: return 17;
+    case Type::U4_32: return 19;
+    case Type::U4_64: return 35;
+    case Type::U4_128: return 67;
     case Type::Q4_K: return 144;
     case Type::Q5_K: return 176;
     case Type::Q6_K: return 210;
@@ -128,6 +135,12 @@ constexpr int block_bytes(Type t) {
 // Bytes of a group, and the widest of them: room for a padded one.
 constexpr int group_bytes(Type t) { return kGroup / block_weights(t) * block_bytes(t); }
 constexpr int kWidest = 8 * 34;
+
+// Where 32 weights of a group of a type with zero points have their block, and their 16 bytes in it.
+template <Type T>
+constexpr int block_of(int b) { return b / (block_weights(T) / 32) * block_bytes(T); }
+template <Type T>
+constexpr int nibbles_of(int b) { return block_of<T>(b) + 3 + 16 * (b % (block_weights(T) / 32)); }
 
 template <Type T>
 inline void decode(const uint8_t* p, Weights& w) {
@@ -168,6 +181,14 @@ inline void decode(const uint8_t* p, Weights& w) {
         q[j + 16] = kLevels[p[8 + 16 * b + j] >> 4];
       }
     }
+  } else if constexpr (has_zero_point(T)) {
+    for (int b = 0; b < 8; ++b) {
+      w.scale[b] = half_at(p + block_of<T>(b));
+      w.offset[b] = w.scale[b] * float(p[block_of<T>(b) + 2]);
+      int8_t* q = w.q + 32 * place(b);
+      const uint8_t* low = p + nibbles_of<T>(b);
+      for (int j = 0; j < 16; ++j) q[j] = int8_t(low[j] & 15), q[j + 16] = int8_t(low[j] >> 4);
+    }
   } else {
     for (int b = 0; b < 8; ++b, p += block_bytes(T)) {
       int8_t* q = w.q + 32 * place(b);
@@ -200,7 +221,7 @@ inline void decode(const uint8_t* p, Weights& w) {
 template <Type T>
 inline const uint8_t* whole(const uint8_t* p, int64_t weights, uint8_t* room) {
   if (block_weights(T) == kGroup || weights >= kGroup) return p;
-  const size_t bytes = size_t(weights / 32 * block_bytes(T));
+  const size_t bytes = size_t(weights / block_weights(T) * block_bytes(T));
   std::memcpy(room, p, bytes);
   std::memset(room + bytes, 0, size_t(group_bytes(T)) - bytes);
   return room;
@@ -339,6 +360,9 @@ inline void dots_of(const Rows& w, const Group* const* x, int64_t m, Output y) {
   FERRUM_CASE(Q8_0, CALL, __VA_ARGS__)   \
   FERRUM_CASE(IQ4_NL, CALL, __VA_ARGS__) \
   FERRUM_CASE(MXFP4, CALL, __VA_ARGS__)  \
+  FERRUM_CASE(U4_32, CALL, __VA_ARGS__)  \
+  FERRUM_CASE(U4_64, CALL, __VA_ARGS__)  \
+  FERRUM_CASE(U4_128, CALL, __VA_ARGS__) \
   FERRUM_CASE(Q4_K, CALL, __VA_ARGS__)   \
   FERRUM_CASE(Q5_K, CALL, __VA_ARGS__)   \
   FERRUM_CASE(Q6_K, CALL, __VA_ARGS__)   \
