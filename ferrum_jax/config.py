@@ -1,8 +1,8 @@
 """What a model is, as one frozen value.
 
-`ModelConfig` is hashable and goes into jit as a static argument. It is read from the metadata of a GGUF file and never
-completed with another model's defaults: a key that is needed and missing is an error that names it, and so is a key
-that asks for something the decoder does not do.
+`ModelConfig` is hashable and goes into jit as a static argument. It is read from the metadata of a GGUF file (here) or
+from a config.json (config_json.py) and never completed with another model's defaults: a key that is needed and missing
+is an error that names it, and so is a key that asks for something the decoder does not do.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
+from typing import Any
 
 from ferrum_jax.errors import ModelFileError, UnsupportedModelError
 
@@ -33,7 +34,8 @@ class ModelConfig:
     """Shapes and constants of one decoder.
 
     `rope_dim` of each head's `head_dim` values are rotated, in the half-split layout. `sliding_window` is the number of
-    positions a query sees, itself included (0: all). `dtype` is the arithmetic of matrix products: "float32",
+    positions a query sees, itself included (0: all). `dense_layers` are those of a model of experts that have a dense
+    feed-forward instead. `dtype` is the arithmetic of matrix products: "float32",
     "bfloat16", "float16" or "int8" (float32 that a product may quantise in blocks); norms, softmax, router, residual
     stream and logits are float32 always.
     """
@@ -57,12 +59,22 @@ class ModelConfig:
     expert_intermediate_size: int = 0
     norm_topk_prob: bool = False
     expert_weights_scale: float = 1.0
+    dense_layers: tuple[int, ...] = ()
     dtype: str = "float32"
 
     @property
     def activations(self) -> str:
         """The dtype in which activations reach matrix products."""
         return "float32" if self.dtype == "int8" else self.dtype
+
+    @classmethod
+    def from_fields(cls, fields: Mapping[str, Any]) -> ModelConfig:
+        """From what `dataclasses.asdict` gave, be it by way of JSON."""
+        known = dict(fields)
+        if known.get("rope_scaling") is not None:
+            known["rope_scaling"] = RopeScaling(**known["rope_scaling"])
+        known["dense_layers"] = tuple(known.get("dense_layers", ()))
+        return cls(**known)
 
     def kv_bytes_per_token(self, itemsize: int) -> int:
         """Bytes of keys and values of one token in all layers, with elements of `itemsize` bytes."""
@@ -82,17 +94,18 @@ _HARMLESS = {
 _NEUTRAL: tuple[object, ...] = (0, 0.0, False, "", "none")
 
 
-class _Metadata:
-    """Typed access to the keys `<architecture>.*` of one file; every error names the file and the key."""
+class Keys:
+    """Typed access to the keys of one file that begin with `prefix`; every error names the file and the key. A value None
+    is no value."""
 
-    def __init__(self, metadata: Mapping[str, object], architecture: str, source: str):
-        self.metadata, self.prefix, self.source = metadata, architecture + ".", source
+    def __init__(self, metadata: Mapping[str, object], prefix: str, source: str):
+        self.metadata, self.prefix, self.source = metadata, prefix, source
 
     def fail(self, key: str, text: str) -> ModelFileError:
         return ModelFileError(f"{self.source}: key {self.prefix + key}: {text}")
 
     def has(self, key: str) -> bool:
-        return self.prefix + key in self.metadata
+        return self.metadata.get(self.prefix + key) is not None
 
     def integer(self, key: str, *, low: int = 1, high: int = 2**31 - 1) -> int:
         value = self.metadata.get(self.prefix + key)
@@ -144,7 +157,7 @@ def config_from_gguf(gguf) -> ModelConfig:
         raise UnsupportedModelError(
             f"{source}: architecture {architecture!r} is not supported; supported: {', '.join(ARCHITECTURES)}"
         )
-    meta = _Metadata(gguf.metadata, architecture, source)
+    meta = Keys(gguf.metadata, architecture + ".", source)
     _refuse_unsupported(meta)
 
     embedding = gguf.tensors.get("token_embd.weight")
@@ -198,7 +211,7 @@ def config_from_gguf(gguf) -> ModelConfig:
     )
 
 
-def _refuse_unsupported(meta: _Metadata) -> None:
+def _refuse_unsupported(meta: Keys) -> None:
     gating = meta.integer("expert_gating_func", low=0) if meta.has("expert_gating_func") else 0
     if gating > 1:  # 0: not stated, 1: softmax
         raise UnsupportedModelError(f"{meta.source}: key {meta.prefix}expert_gating_func: only softmax (1) is supported")
@@ -216,7 +229,7 @@ def _refuse_unsupported(meta: _Metadata) -> None:
             raise UnsupportedModelError(f"{meta.source}: key {key}: this feature is not supported")
 
 
-def _head_dim(meta: _Metadata, hidden: int, heads: int) -> int:
+def _head_dim(meta: Keys, hidden: int, heads: int) -> int:
     """The file's key_length; without the key the format defines it as hidden / heads."""
     if not meta.has("attention.key_length"):
         if hidden % heads:
@@ -232,14 +245,14 @@ def _head_dim(meta: _Metadata, hidden: int, heads: int) -> int:
     return head_dim
 
 
-def _rope_theta(meta: _Metadata, architecture: str) -> float:
+def _rope_theta(meta: Keys, architecture: str) -> float:
     """Arch `llama` files of before the key existed mean 10,000; every other architecture states it."""
     if architecture == "llama" and not meta.has("rope.freq_base"):
         return 10_000.0
     return meta.number("rope.freq_base", low=1.0)
 
 
-def _norm_topk(meta: _Metadata, architecture: str) -> bool:
+def _norm_topk(meta: Keys, architecture: str) -> bool:
     """Qwen3-MoE and Mixtral GGUF files are run with renormalised weights whether or not they carry the key."""
     if meta.has("expert_weights_norm") and not meta.boolean("expert_weights_norm"):
         raise UnsupportedModelError(
@@ -248,13 +261,13 @@ def _norm_topk(meta: _Metadata, architecture: str) -> bool:
     return True
 
 
-def _expert_scale(meta: _Metadata) -> float:
+def _expert_scale(meta: Keys) -> float:
     """0 is written by converters for "none"."""
     scale = meta.number("expert_weights_scale", positive=False) if meta.has("expert_weights_scale") else 0.0
     return scale or 1.0
 
 
-def _rope_scaling(meta: _Metadata) -> RopeScaling | None:
+def _rope_scaling(meta: Keys) -> RopeScaling | None:
     """Without a type a factor means linear scaling, as the format has it; type "none" means none."""
     kind = meta.metadata.get(meta.prefix + "rope.scaling.type", "linear")
     if not isinstance(kind, str) or kind not in ("none", "linear", "yarn"):

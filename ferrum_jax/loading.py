@@ -11,16 +11,18 @@ import jax
 
 from ferrum_jax import hub, memory
 from ferrum_jax.chat import check_template
-from ferrum_jax.config import ModelConfig, config_from_gguf
-from ferrum_jax.errors import ModelFileError, UnsupportedModelError
+from ferrum_jax.config import ModelConfig
+from ferrum_jax.errors import ModelFileError
 from ferrum_jax.kv_cache import KV_DTYPES
 from ferrum_jax.model import Model
 from ferrum_jax.programs import enable_compilation_cache
 from ferrum_jax.runtime import PAGE
 from ferrum_jax.tokenizer import Tokenizer
 from ferrum_jax.units import readable_bytes
-from ferrum_jax.weights.gguf import GGUFFile, open_gguf
 from ferrum_jax.weights.names import Parameters, parameters
+from ferrum_jax.weights.opening import open_model
+from ferrum_jax.weights.quantise import checked_format
+from ferrum_jax.weights.source import ModelSource
 from ferrum_jax.weights.stream import abstract_parameters, read_parameters
 from pallas_kernels import native
 from pallas_kernels.dispatch import Target, target_of
@@ -36,14 +38,18 @@ def load(
     device: jax.Device | None = None,
     mesh=None,
     max_seq_len: int | None = None,
+    quantize: str | None = None,
     progress: Callable[[int, int | None, str], None] | None = None,
 ) -> Model:
     """Loads a model, its weights compressed as they are in the file.
 
-    source: path of a .gguf (any part of a split file), an alias ("smollm2:135m"), or "owner/repo[:file or quant]".
+    source: path of a .gguf (any part of a split file) or of a checkpoint directory (config.json and safetensors), an
+    alias ("smollm2:135m"), or "owner/repo[:file or quant]".
     dtype: arithmetic of activations, "float32" (exact), "bfloat16", "float16", "int8" (CPU: quantised in blocks inside
     products); "auto" takes the fast one of the device. kv_dtype: of the KV cache; None follows dtype (int8: float16).
     max_seq_len: tokens of context, at most (and by default) the model's.
+    quantize: a block format ("q4_k"; weights.quantise.QUANTISATIONS) that the matrices of a checkpoint in F32, F16 or BF16
+    get while they are read.
     progress: called with (bytes done, bytes in all or None, what is going on).
 
     Raises ModelNotFoundError, ModelFileError, UnsupportedModelError; OutOfMemoryError, before a byte of weights is read,
@@ -65,10 +71,11 @@ def load(
     if max_seq_len is not None and (isinstance(max_seq_len, bool) or not isinstance(max_seq_len, int) or max_seq_len < 2):
         raise ValueError(f"max_seq_len must be an integer of at least 2, not {max_seq_len!r}")
 
+    checked_format(quantize)
     path = hub.resolve(str(source), progress=progress)
     enable_compilation_cache()
-    with _open(path) as gguf:
-        config, places, tokenizer = check(gguf)
+    with open_model(path, quantize=quantize) as checkpoint:
+        config, places, tokenizer = check(checkpoint)
         config = dataclasses.replace(config, dtype=dtype)
         if max_seq_len is not None and max_seq_len > config.context_length:
             raise ValueError(f"max_seq_len {max_seq_len} is beyond the model's context of {config.context_length} tokens")
@@ -81,30 +88,30 @@ def load(
         )
         memory.require(weights, device, f"the weights do not fit: {count}")
         with jax.default_device(device), memory.explained(device, lambda: f"loading {count}"):
-            params = read_parameters(gguf, places, config, device, progress)
+            params = read_parameters(checkpoint, places, config, device, progress)
     model = Model(config, params, tokenizer, device, kv_dtype, max_seq_len)
     model.load_s = time.perf_counter() - begin
     return model
 
 
 def validate(path: str | Path) -> None:
-    """Checks all of a model file that `load` checks, without reading a weight; raises what `load` would raise."""
-    with _open(Path(path)) as gguf:
-        check(gguf)
+    """Checks all of a checkpoint that `load` checks, without reading a weight; raises what `load` would raise."""
+    with open_model(path) as checkpoint:
+        check(checkpoint)
 
 
-def check(gguf: GGUFFile) -> tuple[ModelConfig, Parameters, Tokenizer]:
+def check(checkpoint: ModelSource) -> tuple[ModelConfig, Parameters, Tokenizer]:
     """The configuration, the place of every tensor and the tokenizer, or the error that says what is wrong."""
-    config = config_from_gguf(gguf)
-    places = parameters(gguf, config)
-    tokenizer = Tokenizer.from_gguf(gguf.metadata, source=str(gguf.path))
+    config = checkpoint.config()
+    places = parameters(checkpoint, config)
+    tokenizer = checkpoint.tokenizer()
     if tokenizer.vocab_size > config.vocab_size:
         raise ModelFileError(
-            f"{gguf.path}: key tokenizer.ggml.tokens: {tokenizer.vocab_size} tokens, but token_embd.weight has only "
-            f"{config.vocab_size} rows"
+            f"{checkpoint.path}: the tokenizer (tokenizer.ggml.tokens, tokenizer.json) has {tokenizer.vocab_size} tokens, but "
+            f"tensor {checkpoint.own_name('token_embd.weight')} has only {config.vocab_size} rows"
         )
     if tokenizer.chat_template:
-        check_template(tokenizer.chat_template, str(gguf.path))
+        check_template(tokenizer.chat_template, str(checkpoint.path))
     return config, places, tokenizer
 
 
@@ -114,9 +121,3 @@ def auto_dtype(target: Target) -> str:
     if target.platform == "cpu":
         return "int8" if native.refusal() is None else "float32"
     return "float16" if (0, 0) < target.capability < (8, 0) else "bfloat16"
-
-
-def _open(path: Path) -> GGUFFile:
-    if path.is_dir():
-        raise UnsupportedModelError(f"{path}: is a directory; a path to a .gguf file is needed")
-    return open_gguf(path)

@@ -25,14 +25,15 @@ import jax
 import jax.numpy as jnp
 
 from ferrum_jax import functional, headers, hub, memory
-from ferrum_jax.config import ModelConfig, config_from_gguf
+from ferrum_jax.config import ModelConfig
 from ferrum_jax.errors import ModelNotFoundError
 from ferrum_jax.loading import auto_dtype
 from ferrum_jax.programs import COMPILER_OPTIONS
 from ferrum_jax.runtime import PAGE
 from ferrum_jax.sampling import Sampling, SamplingParams
-from ferrum_jax.weights.gguf import GGUFFile, open_gguf
 from ferrum_jax.weights.names import parameters
+from ferrum_jax.weights.opening import open_model
+from ferrum_jax.weights.source import ModelSource
 from ferrum_jax.weights.stream import abstract_parameters
 from pallas_kernels import aot, dispatch
 
@@ -93,7 +94,7 @@ class Plan:
 # The header
 
 
-def find_header(model: str, progress: Callable[[int, int | None, str], None] | None = None) -> GGUFFile:
+def find_header(model: str, progress: Callable[[int, int | None, str], None] | None = None) -> ModelSource:
     """The header of a model: of a file at hand (which may end behind its header), one that comes with the package, or the
     beginning of the hub's file. Raises ModelNotFoundError, ModelFileError, UnsupportedModelError."""
     report = progress or (lambda done, total, text: None)
@@ -112,9 +113,9 @@ def find_header(model: str, progress: Callable[[int, int | None, str], None] | N
         return headers.from_json(headers.to_json(_read(path)), Path(path.name))
 
 
-def _read(path: Path) -> GGUFFile:
-    with open_gguf(path, header_only=True) as gguf:
-        return gguf
+def _read(path: Path) -> ModelSource:
+    with open_model(path, header_only=True) as source:
+        return source
 
 
 # In the process of one target
@@ -123,7 +124,7 @@ def _read(path: Path) -> GGUFFile:
 class _Model:
     """A model on a target, as shapes, and its steps compiled there."""
 
-    def __init__(self, header: GGUFFile, request: Request):
+    def __init__(self, header: ModelSource, request: Request):
         self.name, self.target = request.target, aot.TARGETS[request.target].target
         self.config, self.kv_dtype = configure(header, request)
         self.params = abstract_parameters(parameters(header, self.config), self.target)
@@ -242,14 +243,14 @@ def _refused(message: str, limit: int) -> int:
     return max(limit + 1, int((float(needed[1]) + 0.005) * _UNITS[needed[2]]) if needed else 0)
 
 
-def configure(header: GGUFFile, request: Request) -> tuple[ModelConfig, str]:
+def configure(header: ModelSource, request: Request) -> tuple[ModelConfig, str]:
     """The configuration in the dtype for the target, and the KV dtype."""
     target = aot.TARGETS[request.target].target
     dtype = auto_dtype(target) if request.dtype == "auto" else request.dtype
-    return dataclasses.replace(config_from_gguf(header), dtype=dtype), request.kv_dtype or dtype
+    return dataclasses.replace(header.config(), dtype=dtype), request.kv_dtype or dtype
 
 
-def compute(header: GGUFFile, request: Request) -> Plan:
+def compute(header: ModelSource, request: Request) -> Plan:
     """The plan for one target, compiled in this process. Whatever goes wrong in compiling is raised."""
     hardware, model = aot.TARGETS[request.target], _Model(header, request)
     config, batch, context = model.config, request.batch, request.context
@@ -330,7 +331,7 @@ def weights_read(params: dict, config: ModelConfig, batch: int, experts: float) 
 # In the caller's process
 
 
-def plan_for(header: GGUFFile, request: Request, timeout: float | None = None) -> Plan:
+def plan_for(header: ModelSource, request: Request, timeout: float | None = None) -> Plan:
     """The plan for one target, computed in a process of its own; `error` says why there is none."""
     task = json.dumps({"header": headers.to_json(header), "path": str(header.path), "request": dataclasses.asdict(request)})
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false"}

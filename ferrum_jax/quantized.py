@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import jax
 from jax import export
 
-from pallas_kernels.blocks import FORMATS
+from pallas_kernels.blocks import format_of
 from pallas_kernels.blocks.layouts import LAYOUTS, gather_rows
 from pallas_kernels.blocks.matrix import Matrix
 from pallas_kernels.grouped_matmul import expert_ffn, grouped_matmul
@@ -36,8 +36,8 @@ class QuantizedTensor:
 
     @classmethod
     def of(cls, stored: jax.Array, format: str, *, vectors: bool = False) -> QuantizedTensor:
-        """From blocks in file order, [*stack, rows, stored width] of the dtype `FORMATS[format].storage`."""
-        known = FORMATS[format]
+        """From blocks in file order, [*stack, rows, stored width] of the dtype `format_of(format).storage`."""
+        known = format_of(format)
         columns = stored.shape[-1] * known.storage.itemsize // known.block_bytes * known.block_size
         return cls((stored,), format, "ggml", (columns,) if vectors else (stored.shape[-2], columns))
 
@@ -45,7 +45,7 @@ class QuantizedTensor:
     def shape(self) -> tuple[int, ...]:
         """[*stack, rows, columns], in weights."""
         plane = LAYOUTS[self.layout].plane_shapes(self.format, *(1, *self.matrix)[-2:])[0]
-        axes = len(self.matrix) if self.layout == "ggml" else len(plane.shape)
+        axes = len(plane.shape) if len(self.matrix) == 2 else 1
         return (*self.planes[0].shape[: self.planes[0].ndim - axes], *self.matrix)
 
     def operand(self, *index: jax.Array | int) -> Matrix:
@@ -96,7 +96,7 @@ class LayerStack:
     def located(self, layer: Layer) -> tuple[jax.Array, jax.Array | int]:
         """For a parameter stored as plain numbers (norms, biases): float32 [n, columns] and the layer's place in it."""
         tensor, place = self.select(layer)
-        return FORMATS[tensor.format].decode(tensor.planes[0]), place
+        return format_of(tensor.format).decode(tensor.planes[0]), place
 
     def vector(self, layer: Layer) -> jax.Array:
         """The layer's parameter as float32, for one stored as plain numbers: [columns]."""

@@ -13,16 +13,16 @@ from ferrum_jax.cli.common import readable_bytes
 
 if TYPE_CHECKING:
     from ferrum_jax.config import ModelConfig
-    from ferrum_jax.weights.gguf import GGUFFile
+    from ferrum_jax.weights.source import ModelSource
 
 DEFAULT_CONTEXT = 4096
 KV_ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
-def _formats(gguf: GGUFFile) -> list[dict[str, Any]]:
+def _formats(source: ModelSource) -> list[dict[str, Any]]:
     """Tensors, weights and bytes of each block format, the largest first."""
     rows: dict[str, dict[str, Any]] = defaultdict(lambda: {"tensors": 0, "weights": 0, "bytes": 0})
-    for info in gguf.tensors.values():
+    for info in source.tensors.values():
         row = rows[info.format]
         row["tensors"] += 1
         row["weights"] += math.prod(info.shape)
@@ -30,35 +30,34 @@ def _formats(gguf: GGUFFile) -> list[dict[str, Any]]:
     return sorted(({"format": name} | row for name, row in rows.items()), key=lambda row: -row["bytes"])
 
 
-def _working_bytes(gguf: GGUFFile, config: ModelConfig) -> int:
+def _working_bytes(source: ModelSource, config: ModelConfig) -> int:
     """An upper estimate of what a step needs beside weights and KV: the largest matrix of a layer unpacked to float32
     (one expert of a stack), and one row of logits."""
-    layers = [info for name, info in gguf.tensors.items() if name.startswith("blk.") and len(info.shape) >= 2]
+    layers = [info for name, info in source.tensors.items() if name.startswith("blk.") and len(info.shape) >= 2]
     largest = max((math.prod(info.shape[-2:]) for info in layers), default=0)
     return 4 * (largest + config.vocab_size)
 
 
-def describe(gguf: GGUFFile, context: int | None = None) -> dict[str, Any]:
+def describe(source: ModelSource, context: int | None = None) -> dict[str, Any]:
     """The facts `info` prints about an open file; `context` (default 4,096, or less if the model's own is) is the
     number of tokens that memory is estimated for. Raises ModelFileError or UnsupportedModelError as loading would."""
-    from ferrum_jax.config import config_from_gguf
     from ferrum_jax.models.segments import segments
     from ferrum_jax.weights.names import parameters
 
-    config = config_from_gguf(gguf)
-    bodies = sum(segment.period for segment in segments(parameters(gguf, config).layer_formats))
-    metadata = gguf.metadata
+    config = source.config()
+    bodies = sum(segment.period for segment in segments(parameters(source, config).layer_formats))
+    metadata = source.metadata
     context = context or min(DEFAULT_CONTEXT, config.context_length)
     kv = {name: config.kv_bytes_per_token(size) for name, size in KV_ITEM_BYTES.items()}
-    working = _working_bytes(gguf, config)
+    working = _working_bytes(source, config)
     return {
-        "path": str(gguf.path),
-        "parts": len(gguf.parts),
+        "path": str(source.path),
+        "parts": len(source.parts),
         "name": metadata.get("general.name"),
         "licence": metadata.get("general.license"),
-        "file_bytes": sum(part.stat().st_size for part in gguf.parts),
-        "tensor_bytes": gguf.tensor_bytes,
-        "parameters": sum(math.prod(info.shape) for info in gguf.tensors.values()),
+        "file_bytes": sum(part.stat().st_size for part in source.parts),
+        "tensor_bytes": source.tensor_bytes,
+        "parameters": sum(math.prod(info.shape) for info in source.tensors.values()),
         "architecture": config.architecture,
         "num_layers": config.num_layers,
         "layer_bodies": bodies,
@@ -78,13 +77,13 @@ def describe(gguf: GGUFFile, context: int | None = None) -> dict[str, Any]:
         "rms_norm_eps": config.rms_norm_eps,
         "tokenizer": {key: metadata.get(f"tokenizer.ggml.{key}") for key in ("model", "pre")},
         "chat_template": "tokenizer.chat_template" in metadata,
-        "formats": _formats(gguf),
+        "formats": _formats(source),
         "kv_bytes_per_token": kv,
         "memory": {
             "context": context,
             "kv_bytes": {name: size * context for name, size in kv.items()},
             "working_bytes": working,
-            "total_bytes": {name: gguf.tensor_bytes + size * context + working for name, size in kv.items()},
+            "total_bytes": {name: source.tensor_bytes + size * context + working for name, size in kv.items()},
         },
     }
 
@@ -141,12 +140,12 @@ def info_command(model: str, context: int | None, as_json: bool) -> None:
     A model that is not on this machine yet is fetched first.
     """
     from ferrum_jax import hub
-    from ferrum_jax.weights.gguf import open_gguf
+    from ferrum_jax.weights.opening import open_model
 
     with common.progress_bar() as progress:
         path = hub.resolve(model, progress=progress)
-    with open_gguf(path) as gguf:
-        facts = describe(gguf, context)
+    with open_model(path) as source:
+        facts = describe(source, context)
     if context and context > facts["context_length"]:
         click.echo(f"note: the model's own context is {facts['context_length']:,} tokens", err=True)
     if as_json:

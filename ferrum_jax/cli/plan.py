@@ -95,14 +95,13 @@ def plan_command(
     """
     names = _targets(targets)
     from ferrum_jax import plan
-    from ferrum_jax.config import config_from_gguf
     from ferrum_jax.weights.names import parameters
 
     with common.progress_bar() as progress, common.users_mistake():
         for name in names:
             plan.usable(name)
         header = plan.find_header(model, progress)
-    config = config_from_gguf(header)
+    config = header.config()
     parameters(header, config)  # what is wrong with the model is said once
     context = context or min(DEFAULT_CONTEXT, config.context_length)
     if context > config.context_length:

@@ -1,10 +1,12 @@
-"""Headers of GGUF files as JSON, without tokenizer and places of tensors, and those that come with the package.
+"""Headers of checkpoints as JSON, without tokenizer and places of tensors, and those that come with the package.
 
-A header reads as a `GGUFFile` that has no file: configuration and parameter table are made from it as from any other.
+A header reads as a `GGUFFile` that has no file: configuration and parameter table are made from it as from any other. That
+of another kind of checkpoint states its configuration outright.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from importlib import resources
@@ -12,22 +14,29 @@ from pathlib import Path
 
 import numpy as np
 
+from ferrum_jax.config import ModelConfig
 from ferrum_jax.hub import ALIASES
 from ferrum_jax.weights.ggml_types import BY_NAME
-from ferrum_jax.weights.gguf import GGUFFile, TensorInfo
+from ferrum_jax.weights.gguf import GGUFFile
+from ferrum_jax.weights.source import ModelSource, TensorInfo
 
 BUNDLED = {"qwen3:30b-a3b": "qwen3-30b-a3b-q4_k_m.json"}
 """By alias; made by tests/goldens/scripts/make_plan_header.py."""
 
 
-def to_json(gguf: GGUFFile) -> str:
-    """{"metadata": {key: value}, "tensors": [[name, format, shape]]}, shapes with the slowest axis first."""
+def to_json(source: ModelSource) -> str:
+    """{"metadata": {key: value}, "tensors": [[name, format, shape]]}, shapes with the slowest axis first; of a checkpoint
+    that is no GGUF file {"metadata", "config": fields of ModelConfig, "tensors": [[name, format, shape, bytes, whether the
+    columns lie in another order]]}."""
     metadata = {
         key: value.tolist() if isinstance(value, np.ndarray) else value
-        for key, value in gguf.metadata.items()
+        for key, value in source.metadata.items()
         if not key.startswith("tokenizer.")
     }
-    return json.dumps({"metadata": metadata, "tensors": [[t.name, t.format, t.shape] for t in gguf.tensors.values()]})
+    if isinstance(source, GGUFFile) and not isinstance(source, _Configured):
+        return json.dumps({"metadata": metadata, "tensors": [[t.name, t.format, t.shape] for t in source.tensors.values()]})
+    tensors = [[name, t.format, t.shape, t.nbytes, t.order is not None] for name, t in source.tensors.items()]
+    return json.dumps({"metadata": metadata, "config": dataclasses.asdict(source.config()), "tensors": tensors})
 
 
 def from_json(text: str, path: Path) -> GGUFFile:
@@ -38,11 +47,31 @@ def from_json(text: str, path: Path) -> GGUFFile:
         for key, value in header["metadata"].items()
     }
     tensors = {}
-    for name, format, shape in header["tensors"]:
-        kind = BY_NAME[format]
-        nbytes = math.prod(shape) // kind.block_size * kind.block_bytes
-        tensors[name] = TensorInfo(name, format, tuple(shape), path, 0, nbytes)
+    for name, format, shape, *known in header["tensors"]:
+        order = None
+        if known:
+            nbytes, ordered = known
+            if ordered:
+                columns = (*shape[:-2], shape[-1])
+                order = TensorInfo(name, "I32", columns, path, 0, 4 * math.prod(columns))
+        else:
+            kind = BY_NAME[format]
+            nbytes = math.prod(shape) // kind.block_size * kind.block_bytes
+        tensors[name] = TensorInfo(name, format, tuple(shape), path, 0, nbytes, order)
+    if "config" in header:
+        return _Configured((path,), metadata, tensors, {}, ModelConfig.from_fields(header["config"]))
     return GGUFFile((path,), metadata, tensors, {})
+
+
+class _Configured(GGUFFile):
+    """A header whose configuration is known already."""
+
+    def __init__(self, parts, metadata, tensors, files, config: ModelConfig):
+        super().__init__(parts, metadata, tensors, files)
+        self._config = config
+
+    def config(self) -> ModelConfig:
+        return self._config
 
 
 def bundled(model: str) -> GGUFFile | None:

@@ -38,7 +38,8 @@ _HUB_PREFIX = re.compile(r"(https?://)?(hf\.co|huggingface\.co)/|hf://")
 
 
 def resolve(source: str | os.PathLike[str], *, progress: Report | None = None, offline: bool | None = None) -> Path:
-    """The file that a model name means, fetched if need be: the (first part of the) .gguf, or a directory's path.
+    """The file that a model name means, fetched if need be: the (first part of the) .gguf, or a directory's path (a
+    repository without .gguf files is fetched as one).
 
     source: path of a .gguf (any part of a split one) or of a directory, an alias, or owner/repo[:file or quantisation].
     progress(done_bytes, total_bytes or None, text): called while something is fetched, some times a second, and with
@@ -220,6 +221,10 @@ def list_cached() -> list[CachedModel]:
                 kept = f"hub {repo}" + (" (kept by huggingface_hub)" if snapshot.is_relative_to(shared) else "")
                 name = _alias_of(repo, file, parts[0]) or f"{repo}:{file}"
                 found.add(CachedModel(name, parts[0], sum(part.stat().st_size for part in parts), kept))
+            if not huggingface.whole_models(snapshot) and huggingface.whole_directory(snapshot):
+                size = sum(path.stat().st_size for path in snapshot.iterdir() if path.is_file())
+                kept = f"hub {repo}" + (" (kept by huggingface_hub)" if snapshot.is_relative_to(shared) else "")
+                found.add(CachedModel(repo, snapshot, size, kept))
     return sorted(found, key=lambda model: (model.name, str(model.path)))
 
 

@@ -35,7 +35,12 @@ DEFAULT_QUANTS = ("Q4_K_M", "Q4_K_S", "Q5_K_M", "Q8_0", "Q6_K", "Q4_0", "BF16", 
 
 PATIENCE_SECONDS = 20.0  # a download that has begun is given up after this long without a byte
 
+_SMALL = {
+    *("config.json", "generation_config.json", "quantize_config.json", "quant_config.json", "tokenizer.json"),
+    *("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"),
+}
 _SPLIT = re.compile(r"(?P<base>.+)-(?P<part>\d{5})-of-(?P<total>\d{5})\.gguf", re.IGNORECASE | re.DOTALL)
+_OF_TOKENS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 _REPORT_SECONDS = 0.1
 
 
@@ -55,6 +60,23 @@ def model_files(names: Iterable[str]) -> list[str]:
     ggufs = [name for name in names if name.lower().endswith(".gguf")]
     models = [name for name in ggufs if not re.search(r"mmproj|imatrix", PurePosixPath(name).name, re.IGNORECASE)]
     return sorted({parts_of(name)[0] for name in models})
+
+
+def directory_files(names: Iterable[str]) -> list[str]:
+    """The files of a checkpoint directory among `names`, config.json first, weights last; [] where there is none.
+
+    Of weights the numbered parts where there is an index, else model.safetensors, else all; no adapter, and none of the
+    copies in another form that some repositories have beside them."""
+    top = sorted(name for name in names if "/" not in name)
+    weights = [name for name in top if name.endswith(".safetensors") and not name.startswith(("adapter_", "consolidated"))]
+    if "config.json" not in top or not weights:
+        return []
+    if "model.safetensors.index.json" in top:
+        weights = [name for name in weights if re.fullmatch(r"model-\d+-of-\d+\.safetensors", name)] or weights
+    elif "model.safetensors" in weights:
+        weights = ["model.safetensors"]
+    small = [name for name in top if name in _SMALL or name.endswith(".safetensors.index.json")]
+    return sorted(small, key=lambda name: name != "config.json") + weights
 
 
 def choose(names: Iterable[str], select: str | None) -> str:
@@ -124,8 +146,21 @@ def whole_models(snapshot: Path) -> list[str]:
     return [name for name in model_files(there) if set(parts_of(name)) <= set(there)]
 
 
+def whole_directory(snapshot: Path) -> bool:
+    """Whether a directory is a checkpoint of which all files with weights are there."""
+    there = {path.name for path in snapshot.iterdir() if path.is_file()} if snapshot.is_dir() else set()
+    if not directory_files(there):
+        return False
+    indices = [name for name in there if name.endswith(".safetensors.index.json")]
+    try:
+        maps = [json.loads((snapshot / name).read_text("utf-8"))["weight_map"].values() for name in indices]
+        return all(set(named) <= there for named in maps)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
 def cached(source: HubSource, *, any_quant: bool = False) -> Path | None:
-    """The file if a cache has it whole (and as pinned).
+    """The file if a cache has it whole (and as pinned), or the directory of a checkpoint that is no .gguf file.
 
     A source without a selection means the first of DEFAULT_QUANTS here, or with `any_quant` the best there is: only the
     hub knows what else the repository has.
@@ -135,6 +170,8 @@ def cached(source: HubSource, *, any_quant: bool = False) -> Path | None:
         try:
             path = snapshot / choose(whole_models(snapshot), select)
         except SourceError:
+            if source.select is None and not whole_models(snapshot) and whole_directory(snapshot):
+                return snapshot
             continue
         if is_whole(path, source.size, source.sha256):
             return path
@@ -159,7 +196,8 @@ class _Remote:
 
 
 def fetch(source: HubSource, report: Report) -> Path:
-    """Download what `source` selects and return the path of its first part.
+    """Download what `source` selects and return the path of its first part, or of the directory where the repository has
+    no .gguf file but a checkpoint in safetensors.
 
     Raises SourceError (HubUnreachable if there was no answer), OSError if the cache cannot be written.
     """
@@ -171,10 +209,10 @@ def fetch(source: HubSource, report: Report) -> Path:
     first = remotes[0]
     if source.sha256 and (first.size != source.size or first.sha256 not in (None, source.sha256)):
         raise SourceError(f"{first.name} is not the file whose sha256 begins {source.sha256[:12]}; refused")
-    relative = Path(first.commit, first.name)
+    relative = Path(first.commit) if first.name == "config.json" else Path(first.commit, first.name)
     for snapshot in snapshots(source.repo):
         if snapshot.name == first.commit and all(is_whole(snapshot / r.name, r.size, source.sha256) for r in remotes):
-            return snapshot / first.name
+            return snapshot.parent / relative
     repo_key = source.repo.replace("/", "--")
     directory = cache_root() / "hub" / repo_key
     total, before = sum(remote.size for remote in remotes), 0
@@ -189,18 +227,20 @@ def fetch(source: HubSource, report: Report) -> Path:
                 except web.HubRefusal as error:
                     raise _explained(error, source) from None
             before += remote.size
-    report(total, total, f"{source.repo}/{first.name} is in the cache")
+    report(total, total, f"{source.repo}{'' if relative.name == first.commit else f'/{first.name}'} is in the cache")
     return directory / relative
 
 
 def fetch_heads(source: HubSource, directory: Path, whole: Callable[[Path], object]) -> Path:
-    """Puts only the beginning of what `source` selects into `directory`, and returns the path of its first part.
+    """Puts only the beginning of what `source` selects into `directory`, and returns the path of its first part (or
+    `directory` itself, where that is a checkpoint directory).
 
     `whole(path)` raises ModelFileError while that is too little; then more is read, up to what a header may have.
     Raises SourceError as `fetch` does, or what `whole` raises at last.
     """
     try:
-        remotes = _describe(source)
+        remotes = [remote for remote in _describe(source) if remote.name not in _OF_TOKENS]
+        path = directory if remotes[0].name == "config.json" else directory / PurePosixPath(remotes[0].name).name
         paths = [directory / PurePosixPath(remote.name).name for remote in remotes]
         with ExitStack() as stack:
             bodies = [stack.enter_context(web.open_url(remote.url)) for remote in remotes]
@@ -210,18 +250,19 @@ def fetch_heads(source: HubSource, directory: Path, whole: Callable[[Path], obje
                     while file.tell() < size and (chunk := web.read(body, size - file.tell())):
                         file.write(chunk)
                 try:
-                    whole(paths[0])
+                    whole(path)
                     break
                 except ModelFileError:
                     if size == _HEADS[-1]:
                         raise
     except web.HubRefusal as error:
         raise _explained(error, source) from None
-    return paths[0]
+    return path
 
 
 def _describe(source: HubSource) -> list[_Remote]:
-    """The parts of the selected file, of one commit. A file name needs no listing unless it is not there as written."""
+    """The parts of the selected file, of one commit. A file name needs no listing unless it is not there as written.
+    Of a repository without .gguf files those of its checkpoint directory, config.json first."""
     name = source.select if source.select and source.select.lower().endswith(".gguf") else None
     if name is not None:
         try:
@@ -231,9 +272,13 @@ def _describe(source: HubSource) -> list[_Remote]:
                 raise
             name = None
     if name is None:
-        name = choose(_names(source.repo), source.select)
-        first = _head(source.repo, name)
-    remotes = [first, *(_head(source.repo, part) for part in parts_of(name)[1:])]
+        names = _names(source.repo)
+        parts = [] if source.select or model_files(names) else directory_files(names)
+        parts = parts or parts_of(choose(names, source.select))
+        first = _head(source.repo, parts[0])
+    else:
+        parts = parts_of(name)
+    remotes = [first, *(_head(source.repo, part) for part in parts[1:])]
     if len({remote.commit for remote in remotes}) > 1:
         raise SourceError("the repository changed while it was read; try again")
     return remotes

@@ -7,7 +7,9 @@ vocabularies leave out those that their training text did not hold) part their n
 
 import re
 from functools import cache
+from typing import Any
 
+from ferrum_jax.tokenizer.pretokenizers import PreTokenizer
 from ferrum_jax.tokenizer.vocabulary import Vocabulary
 
 
@@ -33,11 +35,23 @@ def _dated(pattern: str) -> str:
     return re.sub(r"\\p\{\w+\}", lambda category: f"[{category[0]}&&[^{_UNICODE_16}]]", pattern)
 
 
+def splitter(pre: PreTokenizer) -> Any:
+    """The library's form of a pre-tokenizer: words, their bytes written as letters."""
+    from tokenizers import Regex, pre_tokenizers
+
+    behaviours = ["merged_with_previous" if pre.glue_first else "isolated"] + ["isolated"] * len(pre.patterns)
+    splits = [
+        pre_tokenizers.Split(Regex(_dated(pattern)), behaviour)
+        for pattern, behaviour in zip(pre.patterns, behaviours, strict=False)
+    ]
+    return pre_tokenizers.Sequence([*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+
+
 class ByteLevelBPE:
     """Encodes text without special tokens; the ids are those of `vocabulary`."""
 
     def __init__(self, vocabulary: Vocabulary) -> None:
-        from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+        from tokenizers import Tokenizer, models
 
         pre = vocabulary.pre
         assert pre is not None
@@ -45,13 +59,7 @@ class ByteLevelBPE:
         self._first_missing = len(vocabulary.tokens) if missing else None
         ids = vocabulary.ids | {letter: len(vocabulary.tokens) + i for i, letter in enumerate(missing)}
         self._tokenizer = Tokenizer(models.BPE(ids, vocabulary.merges, ignore_merges=pre.ignore_merges))
-        behaviours = ["merged_with_previous" if pre.glue_first else "isolated"] + ["isolated"] * len(pre.patterns)
-        splits = [
-            pre_tokenizers.Split(Regex(_dated(pattern)), behaviour)
-            for pattern, behaviour in zip(pre.patterns, behaviours, strict=False)
-        ]
-        bytes_to_letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        self._tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*splits, bytes_to_letters])
+        self._tokenizer.pre_tokenizer = splitter(pre)
 
     def encode(self, text: str) -> list[int]:
         ids = self._tokenizer.encode(text, add_special_tokens=False).ids

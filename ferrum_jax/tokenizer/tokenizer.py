@@ -6,6 +6,7 @@ to the BPE of the file. Nothing is normalised.
 
 from collections.abc import Iterable, Mapping
 from functools import cached_property
+from pathlib import Path
 
 from ferrum_jax.errors import ModelFileError
 from ferrum_jax.tokenizer.bpe import ByteLevelBPE, byte_letters
@@ -16,8 +17,16 @@ _WHITESPACE = " \t\n\v\f\r"
 _SILENT = frozenset({TokenType.CONTROL, TokenType.UNKNOWN})
 
 
+def check_text(text: str) -> None:
+    """Raises ValueError for half of a surrogate pair, which no UTF-8 text can hold."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"text: character {error.start} is an unpaired surrogate") from None
+
+
 class Tokenizer:
-    """Built by `from_gguf`. `eos_ids` are all tokens that end a generation, `eos_id` the file's own."""
+    """Built by `from_gguf` or `from_directory`. `eos_ids` are all tokens that end a generation, `eos_id` the file's own."""
 
     def __init__(self, vocabulary: Vocabulary, chat_template: str | None = None) -> None:
         self._vocabulary = vocabulary
@@ -48,6 +57,18 @@ class Tokenizer:
             raise ModelFileError(f"{source or 'model'}: tokenizer.chat_template must be a string")
         return cls(read_vocabulary(metadata, source), template)
 
+    @classmethod
+    def from_directory(cls, directory: str | Path) -> "Tokenizer":
+        """Builds the tokenizer of a checkpoint directory from tokenizer.json and the files beside it.
+
+        Raises:
+            ModelFileError: a file is missing or inconsistent; the message names it.
+            UnsupportedModelError: the tokenizer is of a kind that is not supported.
+        """
+        from ferrum_jax.tokenizer.huggingface import DirectoryTokenizer
+
+        return DirectoryTokenizer(Path(directory))
+
     def encode(self, text: str, add_special: bool = True, parse_special: bool = False) -> list[int]:
         """Token ids of a text.
 
@@ -59,10 +80,7 @@ class Tokenizer:
         Raises:
             ValueError: the text holds half of a surrogate pair, which no UTF-8 text can.
         """
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(f"text: character {error.start} is an unpaired surrogate") from None
+        check_text(text)
         vocabulary = self._vocabulary
         prefix = " " if vocabulary.add_space_prefix else ""
         out: list[int] = []

@@ -215,6 +215,11 @@ def _correct_types(keys: _Keys, ids: dict[str, int], types: list[int], eos: int 
     return frozenset(ends)
 
 
+def mend_types(ids: dict[str, int], types: list[int], eos: int | None) -> frozenset[int]:
+    """`types` mended and the ids that end a generation, for a vocabulary that states nothing but its own eos."""
+    return _correct_types(_Keys({}, ""), ids, types, eos)
+
+
 def _stripping(name: str, pre: str, ids: dict[str, int], types: list[int]) -> tuple[frozenset[int], frozenset[int]]:
     """The tokens that swallow whitespace on their left and right: llama.cpp knows them by the model's name."""
 

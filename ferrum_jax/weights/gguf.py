@@ -8,30 +8,34 @@ and so on opens as one, whichever of its parts is named. Needs NumPy, not JAX.
 from __future__ import annotations
 
 import io
-import os
 import re
-import stat
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ferrum_jax.errors import ModelFileError, ModelNotFoundError
-from ferrum_jax.weights.gguf_header import Header, TensorInfo, parse_header
+from ferrum_jax.weights.files import checked_range, open_regular, read_range
+from ferrum_jax.weights.gguf_header import Header, parse_header
+from ferrum_jax.weights.source import TensorInfo
+
+if TYPE_CHECKING:
+    from ferrum_jax.config import ModelConfig
+    from ferrum_jax.tokenizer import Tokenizer
 
 __all__ = ["GGUFFile", "TensorInfo", "open_gguf"]
 
-_READ_BYTES = 16 << 20  # of one positioned read
 _PART_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
 
 
 class GGUFFile:
-    """An open model file: `metadata` and `tensors` by name, over all parts; made by `open_gguf`.
+    """An open model file, a `ModelSource`: `metadata` and `tensors` by name, over all parts; made by `open_gguf`.
 
     `metadata` values are int, float, bool, str, list[str], or a 1-D numpy array for arrays of numbers or bools; they
-    are those of the first part. `path` is the first part, `parts` are all of them in order.
+    are those of the first part, and `types` says of each what it is in the file ("uint32", "array string"). `path` is the
+    first part, `parts` are all of them in order.
     """
 
     def __init__(
@@ -40,10 +44,12 @@ class GGUFFile:
         metadata: dict[str, object],
         tensors: dict[str, TensorInfo],
         files: dict[Path, io.FileIO],
+        types: dict[str, str] | None = None,
     ) -> None:
         self.path = parts[0]
         self.parts = parts
         self.metadata = metadata
+        self.types = types or {}
         self.tensors = tensors
         self._files = files
 
@@ -52,31 +58,37 @@ class GGUFFile:
         """Bytes of all tensors, without padding."""
         return sum(info.nbytes for info in self.tensors.values())
 
+    @property
+    def interleaved(self) -> bool:
+        """Whether rows of queries and keys are in the order of interleaved rotation."""
+        return self.metadata.get("general.architecture") == "llama"
+
+    def config(self) -> ModelConfig:
+        """What the model is."""
+        from ferrum_jax.config import config_from_gguf
+
+        return config_from_gguf(self)
+
+    def tokenizer(self) -> Tokenizer:
+        """The file's tokenizer."""
+        from ferrum_jax.tokenizer import Tokenizer
+
+        return Tokenizer.from_gguf(self.metadata, source=str(self.path))
+
+    def own_name(self, name: str) -> str:
+        """The name itself: these are GGUF's."""
+        return name
+
     def read_into(self, info: TensorInfo, out: np.ndarray, start: int = 0) -> None:
         """Fills the contiguous uint8 array `out` with the bytes [start, start + out.nbytes) of the tensor.
 
         Raises ModelFileError when the file has become shorter or is a header alone, ValueError for an unfit array or
         range or a closed file.
         """
-        if out.dtype != np.uint8 or not out.flags.c_contiguous or not out.flags.writeable:
-            raise ValueError(f"read_into needs a writeable contiguous uint8 array, got {out.dtype} {out.shape}")
-        if not 0 <= start <= info.nbytes - out.nbytes:
-            raise ValueError(
-                f"bytes [{start}, {start + out.nbytes}) are not within the {info.nbytes} bytes of tensor {info.name!r}"
-            )
-        view = out.reshape(-1).data
+        checked_range(info, out, start)
         if info.path not in self._files:
             raise ModelFileError(f"{info.path}: only the header is here, not tensor {info.name!r}")
-        fd = self._files[info.path].fileno()
-        done = 0
-        while done < len(view):
-            got = os.preadv(fd, [view[done : done + _READ_BYTES]], info.offset + start + done)
-            if got == 0:
-                raise ModelFileError(
-                    f"{info.path}: the file ends inside tensor {info.name!r}, after {start + done} of its "
-                    f"{info.nbytes} bytes: it changed after it was opened; download it again"
-                )
-            done += got
+        read_range(self._files[info.path], info, out, start)
 
     def read(self, info: TensorInfo) -> np.ndarray:
         """The tensor's bytes, uint8 [nbytes]."""
@@ -92,7 +104,7 @@ class GGUFFile:
     def __enter__(self) -> GGUFFile:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
 
@@ -125,7 +137,7 @@ def open_gguf(path: str | Path, *, header_only: bool = False) -> GGUFFile:
                     f"{len(tensors)} tensors"
                 )
         files = {part.path: part.file for part in parts}
-        model = GGUFFile(tuple(files), parts[0].header.metadata, tensors, files)
+        model = GGUFFile(tuple(files), parts[0].header.metadata, tensors, files, parts[0].header.types)
         stack.pop_all()
         return model
 
@@ -140,19 +152,8 @@ class _Part:
 
 def _open_part(path: Path, stack: ExitStack, header_only: bool) -> _Part:
     """Opens and parses one file. FileNotFoundError passes through: the caller knows what the file was wanted for."""
-    try:
-        # Without O_NONBLOCK a named pipe would hang the open.
-        file = io.FileIO(path, opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
-    except FileNotFoundError:
-        raise
-    except IsADirectoryError:
-        raise ModelFileError(f"{path}: this is a directory; name the .gguf file in it") from None
-    except OSError as error:
-        raise ModelFileError(f"{path}: the file cannot be opened: {error.strerror}") from None
+    file, status = open_regular(path, ".gguf")
     stack.enter_context(file)
-    status = os.fstat(file.fileno())
-    if not stat.S_ISREG(status.st_mode):
-        raise ModelFileError(f"{path}: this is not a regular file; name a .gguf file")
     header = parse_header(path, file.fileno(), status.st_size, header_only=header_only)
     return _Part(path, file, (status.st_dev, status.st_ino), header)
 

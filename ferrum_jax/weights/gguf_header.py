@@ -21,6 +21,7 @@ import numpy as np
 
 from ferrum_jax.errors import ModelFileError, UnsupportedModelError
 from ferrum_jax.weights import ggml_types
+from ferrum_jax.weights.source import TensorInfo
 
 MAX_HEADER_BYTES = 64 << 20  # the largest vocabularies in use need about 20 MiB
 MAX_ENTRIES = 1 << 16
@@ -58,26 +59,11 @@ _OTHER_FORMATS = (
 
 
 @dataclass(frozen=True)
-class TensorInfo:
-    """Where one tensor lies and how to read it.
-
-    `format` is ggml's name ("Q4_K"). `shape` has the slowest axis first, ggml's dimensions reversed: [rows, columns] or
-    [experts, rows, columns], in values, not bytes. `offset` is absolute in the file `path`; `nbytes` has no padding.
-    """
-
-    name: str
-    format: str
-    shape: tuple[int, ...]
-    path: Path
-    offset: int
-    nbytes: int
-
-
-@dataclass(frozen=True)
 class Header:
-    """What one file says: its metadata and its tensors, both in the order of the file."""
+    """What one file says: its metadata, their types ("uint32", "array string") and its tensors, in the order of the file."""
 
     metadata: dict[str, object]
+    types: dict[str, str]
     tensors: dict[str, TensorInfo]
 
 
@@ -90,15 +76,18 @@ def parse_header(path: Path, fd: int, file_size: int, *, header_only: bool = Fal
     cursor = _Cursor(path, fd, file_size)
     num_tensors, num_entries = _read_preamble(cursor)
     metadata: dict[str, object] = {}
+    types: dict[str, str] = {}
     for index in range(num_entries):
         where = f"metadata entry {index + 1} of {num_entries}"
         key = cursor.text(f"the key of {where}", MAX_KEY_BYTES)
         if key in metadata:
             raise cursor.error(f"metadata key {key!r} appears twice; each key must be there once")
+        start = cursor.position
         metadata[key] = _read_value(cursor, f"metadata key {key!r}")
+        types[key] = _type_name(cursor.buffer, start)
     records = [_read_tensor_record(cursor, index, num_tensors) for index in range(num_tensors)]
     alignment = _alignment(cursor, metadata)
-    return Header(metadata, _place_tensors(cursor, records, alignment, header_only))
+    return Header(metadata, types, _place_tensors(cursor, records, alignment, header_only))
 
 
 class _Cursor:
@@ -262,6 +251,12 @@ def _read_array(cursor: _Cursor, where: str) -> list[str] | np.ndarray:
             raise cursor.error(f"{where} is an array of bools with the value {values.max()}; each must be 0 or 1")
         return values.view(np.bool_)
     return values
+
+
+def _type_name(buffer: bytes, start: int) -> str:
+    """The type of the value at `start`, which was read before: "uint32", "array string"."""
+    name = _TYPE_NAMES[_U32.unpack_from(buffer, start)[0]]
+    return name if name != "array" else f"array {_TYPE_NAMES[_U32.unpack_from(buffer, start + 4)[0]]}"
 
 
 def _known_types() -> str:

@@ -1,7 +1,7 @@
-"""One table: which tensor of a GGUF file is which parameter, what shape it has, and which families need it.
+"""One table: which tensor of a checkpoint is which parameter, what shape it has, and which families need it.
 
-`parameters(gguf, config)` holds a file against the table. What comes back names every tensor exactly once; anything
-missing, unknown or of the wrong shape is an error, raised before a byte of weights is read.
+`parameters(source, config)` holds a checkpoint against the table. What comes back names every tensor exactly once;
+anything missing, unknown or of the wrong shape is an error, raised before a byte of weights is read.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import re
 
 from ferrum_jax.config import ModelConfig
 from ferrum_jax.errors import ModelFileError
-from ferrum_jax.weights.gguf import GGUFFile, TensorInfo
+from ferrum_jax.weights.source import ModelSource, TensorInfo
 
 Path = tuple[str, ...]
 
@@ -22,11 +22,11 @@ class Entry:
 
     path: Path
     shape: tuple[str, ...]
-    required: str = "all"  # "all", "dense", "experts", an architecture, or "" (optional)
+    required: str = "all"  # "all", "dense" or "experts" (by layer), an architecture, or "" (optional)
     allowed: tuple[str, ...] = ()  # architectures that may have an optional one; () for all
 
 
-_BIASED = ("llama", "qwen2")
+_BIASED = ("llama", "qwen2", "qwen3", "qwen3moe")
 GLOBAL = {
     "token_embd.weight": Entry(("embedding",), ("vocab", "hidden")),
     "output_norm.weight": Entry(("final_norm",), ("hidden",)),
@@ -62,15 +62,15 @@ _LAYER_NAME = re.compile(r"blk\.(0|[1-9][0-9]{0,3})\.(.+)")
 
 @dataclasses.dataclass(frozen=True)
 class Parameters:
-    """The tensors of a file by parameter path: one each for `whole`, one per layer (or None) for `stacked`."""
+    """The tensors of a checkpoint by parameter path: one each for `whole`, one per layer (or None) for `stacked`."""
 
     whole: dict[Path, TensorInfo]
     stacked: dict[Path, tuple[TensorInfo | None, ...]]
 
     @property
     def layer_formats(self) -> list[tuple[str, ...]]:
-        """The formats of each layer's parameters: layers of equal formats share a compiled body."""
-        return list(zip(*([kept_format(t) if t else "" for t in tensors] for tensors in self.stacked.values()), strict=True))
+        """The kinds of each layer's parameters: layers of equal kinds share a compiled body."""
+        return list(zip(*([kind_of(t) if t else "" for t in tensors] for tensors in self.stacked.values()), strict=True))
 
 
 def kept_format(tensor: TensorInfo) -> str:
@@ -78,42 +78,47 @@ def kept_format(tensor: TensorInfo) -> str:
     return "F32" if len(tensor.shape) == 1 else tensor.format
 
 
-def parameters(gguf: GGUFFile, config: ModelConfig) -> Parameters:
-    """Every tensor of the file in its place. Raises `ModelFileError` naming the tensor that is missing, unknown or
+def kind_of(tensor: TensorInfo) -> str:
+    """What tensors of one stack have in common: the format kept, and whether their columns lie in another order."""
+    return kept_format(tensor) + ("+order" if tensor.order else "")
+
+
+def parameters(source: ModelSource, config: ModelConfig) -> Parameters:
+    """Every tensor of the checkpoint in its place. Raises `ModelFileError` naming the tensor that is missing, unknown or
     misshapen."""
     sizes = _sizes(config)
     whole: dict[Path, TensorInfo] = {}
     layers: dict[Path, list[TensorInfo | None]] = {}
-    for name, tensor in gguf.tensors.items():
+    for name, tensor in source.tensors.items():
         match = _LAYER_NAME.fullmatch(name)
+        layer = int(match[1]) if match else None
         entry = LAYER.get(match[2]) if match else GLOBAL.get(name)
-        if entry is None or not _wanted(entry, config):
-            raise ModelFileError(f"{gguf.path}: tensor {name}: is unknown in a model of architecture {config.architecture}")
+        if layer is not None and layer >= config.num_layers:
+            raise ModelFileError(f"{source.path}: tensor {tensor.name}: the model has only {config.num_layers} layers")
+        if entry is None or not _wanted(entry, config, layer):
+            raise ModelFileError(
+                f"{source.path}: tensor {tensor.name}: is unknown in a model of architecture {config.architecture}"
+            )
         expected = tuple(sizes[dimension] for dimension in entry.shape)
         if tensor.shape != expected:
             raise ModelFileError(
-                f"{gguf.path}: tensor {name}: shape {list(tensor.shape)}; expected {list(expected)} "
-                f"({', '.join(entry.shape)}) by the file's metadata"
+                f"{source.path}: tensor {tensor.name}: shape {list(tensor.shape)}; expected {list(expected)} "
+                f"({', '.join(entry.shape)}) by the model's configuration"
             )
-        if match is None:
+        if layer is None:
             whole[entry.path] = tensor
-        elif int(match[1]) >= config.num_layers:
-            raise ModelFileError(
-                f"{gguf.path}: tensor {name}: the model has {config.num_layers} layers by {config.architecture}.block_count"
-            )
         else:
-            layers.setdefault(entry.path, [None] * config.num_layers)[int(match[1])] = tensor
+            layers.setdefault(entry.path, [None] * config.num_layers)[layer] = tensor
 
     for name, entry in GLOBAL.items():
         if _required(entry, config) and entry.path not in whole:
-            raise ModelFileError(f"{gguf.path}: tensor {name}: is missing")
+            raise ModelFileError(f"{source.path}: tensor {source.own_name(name)}: is missing")
     for name, entry in LAYER.items():
         found = layers.get(entry.path)
-        if found is None and not _required(entry, config):
-            continue
         for number in range(config.num_layers):
-            if found is None or found[number] is None:
-                raise ModelFileError(f"{gguf.path}: tensor blk.{number}.{name}: is missing")
+            needed = _required(entry, config, number) or (found is not None and _wanted(entry, config, number))
+            if needed and (found is None or found[number] is None):
+                raise ModelFileError(f"{source.path}: tensor {source.own_name(f'blk.{number}.{name}')}: is missing")
     return Parameters(whole, {path: tuple(tensors) for path, tensors in layers.items()})
 
 
@@ -131,14 +136,14 @@ def _sizes(config: ModelConfig) -> dict[str, int]:
     }
 
 
-def _required(entry: Entry, config: ModelConfig) -> bool:
-    kind = "experts" if config.num_experts else "dense"
+def _required(entry: Entry, config: ModelConfig, layer: int | None = None) -> bool:
+    kind = "experts" if config.num_experts and layer not in config.dense_layers else "dense"
     return entry.required in ("all", kind, config.architecture) or (
         entry.required == "qwen3" and config.architecture == "qwen3moe"
     )
 
 
-def _wanted(entry: Entry, config: ModelConfig) -> bool:
+def _wanted(entry: Entry, config: ModelConfig, layer: int | None = None) -> bool:
     if entry.allowed:
         return config.architecture in entry.allowed
-    return entry.required in ("all", "") or _required(entry, config)
+    return entry.required in ("all", "") or _required(entry, config, layer)

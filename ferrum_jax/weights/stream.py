@@ -1,4 +1,4 @@
-"""Weights from file to device, one tensor at a time, never twice in memory.
+"""Weights from a checkpoint to the device, one tensor at a time, never twice in memory.
 
 Tensors of one parameter and one format form a stack with the layer axis first. On CPU the file is read straight into the
 memory that the arrays then own; elsewhere each tensor is sent to the device and put into its stack by a donated update.
@@ -18,10 +18,12 @@ import numpy as np
 from ferrum_jax.config import ModelConfig
 from ferrum_jax.errors import ModelFileError
 from ferrum_jax.quantized import LayerStack, QuantizedTensor
-from ferrum_jax.weights.gguf import GGUFFile, TensorInfo
-from ferrum_jax.weights.names import Parameters, Path, kept_format
-from pallas_kernels.blocks import FORMATS
+from ferrum_jax.weights.names import Parameters, Path, kept_format, kind_of
+from ferrum_jax.weights.orbax import OrbaxCheckpoint
+from ferrum_jax.weights.source import ModelSource, TensorInfo
+from pallas_kernels.blocks import format_of
 from pallas_kernels.blocks.layouts import LAYOUTS, choose
+from pallas_kernels.blocks.ordered import SUFFIX
 from pallas_kernels.dispatch import Target, target_of
 
 Progress = Callable[[int, int | None, str], None]
@@ -30,14 +32,14 @@ _ROTATED: tuple[Path, ...] = tuple(("attention", name) for name in ("query", "ke
 
 
 def read_parameters(
-    gguf: GGUFFile, parameters: Parameters, config: ModelConfig, device: jax.Device, progress: Progress | None = None
+    source: ModelSource, parameters: Parameters, config: ModelConfig, device: jax.Device, progress: Progress | None = None
 ) -> dict:
     """The parameter tree of `models.Decoder`, on the device. `progress(done_bytes, total_bytes, text)` is called as it
     goes. Raises `ModelFileError` for a norm or bias that is not plain numbers, or a file that ends early."""
     for tensor in (*parameters.whole.values(), *(t for ts in parameters.stacked.values() for t in ts if t)):
         if len(tensor.shape) == 1 and tensor.format not in ("F32", "F16", "BF16"):
-            raise ModelFileError(f"{gguf.path}: tensor {tensor.name}: {tensor.format} where plain numbers are expected")
-    return _tree(parameters, _Reader(gguf, config, device, progress).fill, target_of(device))
+            raise ModelFileError(f"{source.path}: tensor {tensor.name}: {tensor.format} where plain numbers are expected")
+    return _tree(parameters, _Reader(source, config, device, progress).fill, target_of(device))
 
 
 def abstract_parameters(parameters: Parameters, target: Target) -> dict:
@@ -58,17 +60,15 @@ def _tree(parameters: Parameters, make: Maker, target: Target) -> dict:
         tree[path[0]] = planes[0] if len(tensor.shape) == 1 else dataclasses.replace(whole, planes=planes)
     layers: dict = {}
     for path, tensors in parameters.stacked.items():
-        by_format: dict[str, list[TensorInfo]] = {}
-        for tensor in filter(None, tensors):
-            by_format.setdefault(kept_format(tensor), []).append(tensor)
-        stacks = {
-            format: make(path, members, _stack(path, members, target, kernels=True))
-            for format, members in sorted(by_format.items())
-        }
+        kinds = tuple(kind_of(t) if t else "" for t in tensors)
+        stacks = {}
+        for kind in sorted(set(kinds) - {""}):
+            members = [t for t, own in zip(tensors, kinds, strict=True) if t and own == kind]
+            stacks[kind] = make(path, members, _stack(path, members, target, kernels=True))
         node = layers
         for name in path[:-1]:
             node = node.setdefault(name, {})
-        node[path[-1]] = LayerStack(stacks, tuple(kept_format(t) if t else "" for t in tensors))
+        node[path[-1]] = LayerStack(stacks, kinds)
     tree["layers"] = layers
     return tree
 
@@ -77,10 +77,11 @@ def _stack(path: Path, tensors: Sequence[TensorInfo], target: Target, *, kernels
     """Tensors of one shape and format, stacked, in the layout that the kernels of the target read: shapes alone."""
     format, shape = kept_format(tensors[0]), tensors[0].shape
     if len(shape) == 1:
-        plane: Any = jax.ShapeDtypeStruct((len(tensors), *shape), FORMATS[format].storage)
+        plane: Any = jax.ShapeDtypeStruct((len(tensors), *shape), format_of(format).storage)
         return QuantizedTensor((plane,), format, "ggml", shape)
     *experts, rows, columns = shape
     layout = choose(format, rows, columns, target) if kernels else "ggml"
+    layout += SUFFIX if tensors[0].order else ""
     planes: Any = (
         jax.ShapeDtypeStruct((len(tensors), *experts, *plane.shape), plane.dtype)
         for plane in LAYOUTS[layout].plane_shapes(format, rows, columns)
@@ -91,44 +92,67 @@ def _stack(path: Path, tensors: Sequence[TensorInfo], target: Target, *, kernels
 def _without_first_axis(plane: Any) -> Any:
     if isinstance(plane, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(plane.shape[1:], plane.dtype)
+    if plane.device.platform == "cpu":  # by way of NumPy, which shares the memory: JAX would copy
+        return jax.device_put(np.asarray(plane).reshape(plane.shape[1:]), plane.device)
     return plane.reshape(plane.shape[1:])
 
 
 class _Reader:
-    def __init__(self, gguf: GGUFFile, config: ModelConfig, device: jax.Device, progress: Progress | None):
-        self.gguf, self.config, self.device, self.progress = gguf, config, device, progress
+    def __init__(self, source: ModelSource, config: ModelConfig, device: jax.Device, progress: Progress | None):
+        self.source, self.config, self.device, self.progress = source, config, device, progress
         self.done = 0
 
     def fill(self, path: Path, tensors: Sequence[TensorInfo], stack: QuantizedTensor) -> QuantizedTensor:
         """The stack with the tensors' contents, on the device."""
-        format = FORMATS[stack.format]
+        format = format_of(stack.format)
         shape = (*tensors[0].shape[:-1], format.stored_width(tensors[0].shape[-1]))
-        if self.device.platform == "cpu":
+        layout = stack.layout.removesuffix(SUFFIX)
+        if self.device.platform == "cpu" and layout == "ggml":
             buffer = _aligned_empty((len(tensors), *shape), format.storage)
             for place, tensor in zip(buffer, tensors, strict=True):
                 self._read(path, tensor, place)
-            return dataclasses.replace(stack, planes=(jax.device_put(buffer, self.device),))
-        with jax.default_device(self.device):
-            planes = tuple(jnp.zeros(plane.shape, plane.dtype) for plane in stack.planes)
-        for i, tensor in enumerate(tensors):
-            place = np.empty(shape, format.storage)
-            self._read(path, tensor, place)
-            planes = _put(planes, jax.device_put(place, self.device), i, stack.format, stack.layout)
+            planes: tuple[jax.Array, ...] = (jax.device_put(buffer, self.device),)
+        else:
+            with jax.default_device(self.device):
+                shapes = stack.planes[:-1] if tensors[0].order else stack.planes
+                planes = tuple(jnp.zeros(plane.shape, plane.dtype) for plane in shapes)
+            for i, tensor in enumerate(tensors):
+                if isinstance(self.source, OrbaxCheckpoint) and self.source.layout(tensor) == layout != "ggml":
+                    packed = jax.device_put(self.source.planes(tensor), self.device)
+                    planes = _put_packed(planes, packed, i)
+                    self._count(tensor)
+                else:
+                    place = np.empty(shape, format.storage)
+                    self._read(path, tensor, place)
+                    planes = _put(planes, jax.device_put(place, self.device), i, stack.format, layout)
+        if tensors[0].order:
+            planes = (*planes, jax.device_put(self._orders(tensors), self.device))
         return dataclasses.replace(stack, planes=planes)
+
+    def _orders(self, tensors: Sequence[TensorInfo]) -> np.ndarray:
+        """int32 [layers, *experts, columns]: the order of each matrix's columns."""
+        orders = [tensor.order for tensor in tensors if tensor.order]
+        out = _aligned_empty((len(orders), *orders[0].shape), np.dtype(np.int32))
+        for place, order in zip(out, orders, strict=True):
+            self.source.read_into(order, place.reshape(-1).view(np.uint8))
+        return out
 
     def _read(self, path: Path, tensor: TensorInfo, place: np.ndarray) -> None:
         """Fills `place` (a contiguous array of the format's storage) with one tensor."""
         if len(tensor.shape) == 1:
-            place[...] = _plain_numbers(self.gguf.read(tensor), tensor.format)
+            place[...] = _plain_numbers(self.source.read(tensor), tensor.format)
             if not np.isfinite(place).all() or (path == ("rope_factors",) and (place <= 0).any()):
-                raise ModelFileError(f"{self.gguf.path}: tensor {tensor.name}: holds values that no model can have")
+                raise ModelFileError(f"{self.source.path}: tensor {tensor.name}: holds values that no model can have")
         else:
-            self.gguf.read_into(tensor, place.reshape(-1).view(np.uint8))
-        if path in _ROTATED and self.config.architecture == "llama":
-            place[...] = place[_half_split_rows(place.shape[0], self.config)]
-        self.done += tensor.nbytes
+            self.source.read_into(tensor, place.reshape(-1).view(np.uint8))
+        if path in _ROTATED and self.source.interleaved:
+            place[...] = place[half_split_rows(place.shape[0], self.config)]
+        self._count(tensor)
+
+    def _count(self, tensor: TensorInfo) -> None:
+        self.done += tensor.nbytes + (tensor.order.nbytes if tensor.order else 0)
         if self.progress is not None:
-            self.progress(self.done, self.gguf.tensor_bytes, "loading")
+            self.progress(self.done, self.source.tensor_bytes, "loading")
 
 
 @functools.partial(jax.jit, donate_argnums=0, static_argnums=(3, 4))
@@ -137,7 +161,11 @@ def _put(planes: tuple[jax.Array, ...], stored: jax.Array, i: int, format: str, 
     pack = functools.partial(LAYOUTS[layout].pack, format=format)
     for _ in stored.shape[:-2]:  # experts one after the other: a tenth of the time to compile, and no temporaries
         pack = functools.partial(jax.lax.map, pack)
-    parts = pack(stored)
+    return _put_packed(planes, pack(stored), i)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _put_packed(planes: tuple[jax.Array, ...], parts: tuple[jax.Array, ...], i: int) -> tuple[jax.Array, ...]:
     return tuple(jax.lax.dynamic_update_index_in_dim(a, b, i, 0) for a, b in zip(planes, parts, strict=True))
 
 
@@ -155,8 +183,8 @@ def _plain_numbers(raw: np.ndarray, format: str) -> np.ndarray:
     return raw.view("<f4" if format == "F32" else "<f2").astype(np.float32)
 
 
-def _half_split_rows(rows: int, config: ModelConfig) -> np.ndarray:
-    """Where each row of a half-split head lies in a file of arch `llama`, which stores rotated pairs side by side."""
+def half_split_rows(rows: int, config: ModelConfig) -> np.ndarray:
+    """Where each row of a half-split head lies in an interleaved file, which stores rotated pairs side by side."""
     head = np.arange(config.head_dim)
     head[: config.rope_dim] = head[: config.rope_dim].reshape(-1, 2).T.reshape(-1)
     return (np.arange(0, rows, config.head_dim)[:, None] + head).reshape(-1)

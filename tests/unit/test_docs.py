@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -49,6 +51,17 @@ def test_table_of_formats() -> None:
         for f in FORMATS.values()
     ]
     assert rows == expected
+
+
+def test_rows_of_models_name_tests_that_are_there() -> None:
+    """The last cell of each row is the id of a test of this folder, with the parameters it names."""
+    rows = [line for line in _page("models.md").splitlines() if re.match(r"\| (?!checkpoint|-)", line)]
+    named = [re.search(r"\| `(\w+\.py)(::\w+(\[[^]]+\])?)` \|$", row) for row in rows]
+    assert len(rows) > 20 and all(named), [row for row, found in zip(rows, named, strict=True) if not found]
+    files = sorted({found[1] for found in named if found})
+    asked = [sys.executable, "-m", "pytest", "--collect-only", *(f"tests/unit/{file}" for file in files)]
+    listed = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert {f"tests/unit/{found[1]}{found[2]}" for found in named if found} <= set(listed)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -1,0 +1,43 @@
+"""`ferrum-jax convert`: a model as a checkpoint directory (Orbax) or as a GGUF file, quantised on the way if asked."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import click
+
+from ferrum_jax.cli import common
+
+KINDS = ("orbax", "gguf")
+
+
+@click.command("convert", short_help="Write a model as a checkpoint directory or a GGUF file.")
+@common.model_argument
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--to", type=click.Choice(KINDS), required=True, help="orbax: a directory; gguf: a file.")
+@click.option("--quantize", metavar="FORMAT", help="Quantise F32, F16 and BF16 matrices: q4_k, q6_k, q8_0, ...")
+@click.option("--force", is_flag=True, help="Replace OUT if it exists.")
+@common.json_option
+def convert_command(model: str, out: Path, to: str, quantize: str | None, force: bool, as_json: bool) -> None:
+    """Write MODEL to OUT, which appears when all of it is written.
+
+    orbax: a directory that MODEL can be in every verb, with the parameters as this machine's device keeps them. gguf: a
+    file for llama.cpp and others, tensors and metadata as in MODEL, or as llama.cpp's converter would name them.
+    """
+    from ferrum_jax.convert import convert
+
+    begin = time.perf_counter()
+    try:
+        with common.progress_bar() as progress, common.users_mistake():
+            convert(model, out, to=to, quantize=quantize, force=force, progress=progress)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        hint = "" if force or not isinstance(error, FileExistsError) else "; --force replaces it"
+        raise click.UsageError(f"{error.filename or ''}{': ' * bool(error.filename)}{reason}{hint}") from None
+    files = [out] if out.is_file() else [path for path in out.rglob("*") if path.is_file()]
+    size, seconds = sum(path.stat().st_size for path in files), time.perf_counter() - begin
+    if as_json:
+        common.print_json({"path": str(out), "bytes": size, "seconds": round(seconds, 3)})
+    else:
+        click.echo(f"{out}: {common.readable_bytes(size)} in {seconds:.1f} s")

@@ -1,0 +1,183 @@
+"""One checkpoint to another: to a directory of our own (Orbax) or to a GGUF file, quantised on the way if asked.
+
+Both appear under their name when they are whole, and nothing is overwritten unasked. A GGUF file is written tensor by
+tensor; a directory holds the parameters as one device keeps them, so the model is loaded for that device first.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import gguf
+import jax
+import numpy as np
+
+from ferrum_jax import hub
+from ferrum_jax.config import ModelConfig
+from ferrum_jax.errors import UnsupportedModelError
+from ferrum_jax.loading import check
+from ferrum_jax.weights import ggml_types, orbax
+from ferrum_jax.weights.gguf import GGUFFile
+from ferrum_jax.weights.metadata import Typed, of_config
+from ferrum_jax.weights.opening import open_model
+from ferrum_jax.weights.quantise import PLAIN, Quantised, checked_format, plain_numbers
+from ferrum_jax.weights.source import ModelSource, TensorInfo
+from ferrum_jax.weights.stream import half_split_rows, read_parameters
+
+KINDS = ("orbax", "gguf")
+Progress = Callable[[int, int | None, str], None]
+_ROTATED = ("attn_q.weight", "attn_k.weight", "attn_q.bias", "attn_k.bias")
+_FILE_TYPES = {"Q2_K": "Q2_K_S", "Q3_K": "Q3_K_S", "Q4_K": "Q4_K_S", "Q5_K": "Q5_K_S"}  # as llama.cpp calls unmixed ones
+
+
+def convert(
+    source: str | Path,
+    out: str | Path,
+    *,
+    to: str,
+    quantize: str | None = None,
+    force: bool = False,
+    device: jax.Device | None = None,
+    progress: Progress | None = None,
+) -> Path:
+    """Writes the model that `source` names (as `load` takes it) to `out`, and returns that path.
+
+    to: "orbax", a directory that `load` takes, with parameters in the layout of `device` (default: the first), or "gguf",
+    a file. quantize: a format for the matrices that are not quantised yet, as `load` takes it. force: replace `out`.
+
+    Raises FileExistsError for an `out` that exists, ValueError for an argument, and what `load` raises.
+    """
+    if to not in KINDS:
+        raise ValueError(f"to {to!r} is not supported; supported: {', '.join(KINDS)}")
+    checked_format(quantize)
+    out = Path(out)
+    if out.exists() and not force:
+        raise FileExistsError(f"{out} exists")
+    path = hub.resolve(str(source), progress=progress)
+    with open_model(path, quantize=quantize) as checkpoint:
+        if to == "gguf":
+            write_gguf(checkpoint, out, force=force, progress=progress)
+        else:
+            config, places, _ = check(checkpoint)
+            with jax.default_device(device or jax.devices()[0]):
+                params = read_parameters(checkpoint, places, config, device or jax.devices()[0], progress)
+            if progress is not None:
+                progress(checkpoint.tensor_bytes, checkpoint.tensor_bytes, "writing")
+            orbax.save(out, config, typed_metadata(checkpoint), params, orbax.tokenizer_files(checkpoint), force=force)
+    return out
+
+
+def typed_metadata(source: ModelSource) -> dict[str, Typed]:
+    """The metadata of a source with their GGUF types; of one that has none its facts alone."""
+    if isinstance(source, Quantised):
+        typed = typed_metadata(source.source)
+        name = _FILE_TYPES.get(source.format, source.format)
+        typed["general.file_type"] = Typed(int(gguf.LlamaFileType[f"MOSTLY_{name}"]), "uint32")
+        typed["general.quantization_version"] = Typed(gguf.GGML_QUANT_VERSION, "uint32")
+        return typed
+    if isinstance(source, orbax.OrbaxCheckpoint):
+        return dict(source.typed_metadata)
+    if isinstance(source, GGUFFile):
+        return {key: Typed(value, source.types[key]) for key, value in source.metadata.items() if not key.startswith("split.")}
+    return {key: Typed(value, "string") for key, value in source.metadata.items() if isinstance(value, str) and value}
+
+
+# ---- GGUF
+
+
+def write_gguf(source: ModelSource, out: Path, *, force: bool = False, progress: Progress | None = None) -> None:
+    """Writes an open checkpoint as one GGUF file: tensors and metadata of a GGUF file as they are, those of another as
+    llama.cpp's converter names and orders them."""
+    config, _, _ = check(source)
+    metadata = _metadata(source, config)
+    if config.sliding_window and progress is not None:
+        progress(0, None, f"llama.cpp has no window of {config.sliding_window} tokens in this architecture and will see all")
+    kept = {name: _kept(source, name, info) for name, info in source.tensors.items()}
+    if out.is_dir():
+        raise FileExistsError(f"{out} is a directory")
+    partial = out.with_name(f"{out.name}.partial-{os.getpid()}")
+    try:
+        writer = gguf.GGUFWriter(partial, config.architecture)
+        _add_metadata(writer, metadata)
+        for name, info in kept.items():
+            kind = gguf.GGMLQuantizationType(ggml_types.BY_NAME[info.format].type_id)
+            writer.add_tensor_info(name, info.shape, np.dtype(np.float32), info.nbytes, kind)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        done, total = 0, sum(info.nbytes for info in kept.values())
+        for name, info in kept.items():
+            writer.write_tensor_data(_bytes(source, config, name, info))
+            done += info.nbytes
+            if progress is not None:
+                progress(done, total, "writing")
+        writer.flush()
+        for file in writer.fout or ():
+            os.fsync(file.fileno())
+        writer.close()
+        if out.exists() and not force:
+            raise FileExistsError(f"{out} exists")
+        partial.replace(out)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _metadata(source: ModelSource, config: ModelConfig) -> dict[str, Typed]:
+    metadata = typed_metadata(source)
+    if f"{config.architecture}.block_count" not in metadata:
+        metadata |= {"general.architecture": Typed(config.architecture, "string"), "general.type": Typed("model", "string")}
+        metadata |= of_config(config, str(source.path))
+    if "tokenizer.ggml.tokens" not in metadata:
+        metadata = {key: entry for key, entry in metadata.items() if not key.startswith("tokenizer.")}
+        from ferrum_jax.tokenizer.to_gguf import tokenizer_metadata
+
+        metadata |= tokenizer_metadata(orbax.tokenizer_directory(source), config.vocab_size)
+    return metadata
+
+
+def _add_metadata(writer: gguf.GGUFWriter, metadata: Mapping[str, Typed]) -> None:
+    writer.kv_data[0].clear()
+    for key, (value, kind) in metadata.items():
+        if kind.startswith("array "):
+            items = value.tolist() if isinstance(value, np.ndarray) else value
+            if not items:  # gguf-py cannot write it, and llama.cpp takes a missing key for the same
+                continue
+            element = gguf.GGUFValueType[kind.partition(" ")[2].upper()]
+            writer.add_key_value(key, items, gguf.GGUFValueType.ARRAY, element)
+        else:
+            writer.add_key_value(key, value, gguf.GGUFValueType[kind.upper()])
+    alignment = metadata["general.alignment"].value if "general.alignment" in metadata else None
+    if isinstance(alignment, int):
+        writer.data_alignment = alignment
+
+
+def _kept(source: ModelSource, name: str, info: TensorInfo) -> TensorInfo:
+    """The tensor as the file will have it: norms, biases and routers of other checkpoints are float32 in GGUF."""
+    where = f"{info.path}: tensor {source.own_name(name)}"
+    if name.endswith(".bias") and source.config().architecture.startswith("qwen3"):
+        raise UnsupportedModelError(f"{where}: llama.cpp's Qwen3 has no biases")
+    if info.order is not None:
+        raise UnsupportedModelError(f"{where}: GGUF cannot say that its columns are reordered")
+    if info.format not in ggml_types.BY_NAME:
+        raise UnsupportedModelError(f"{where}: {info.format} has no place in a GGUF file")
+    verbatim = isinstance(source, GGUFFile) or (isinstance(source, Quantised) and isinstance(source.source, GGUFFile))
+    if verbatim or info.format not in PLAIN or not (len(info.shape) == 1 or name.endswith("ffn_gate_inp.weight")):
+        return info
+    values = info.nbytes // PLAIN[info.format].itemsize
+    return TensorInfo(info.name, "F32", info.shape, info.path, info.offset, 4 * values)
+
+
+def _bytes(source: ModelSource, config: ModelConfig, name: str, kept: TensorInfo) -> np.ndarray:
+    """The bytes of a tensor, uint8 [rows, bytes], rows in the order of GGUF files."""
+    info = source.tensors[name]
+    raw = source.read(info)
+    if info.format != kept.format:
+        raw = plain_numbers(raw.view(PLAIN[info.format]), info.format).view(np.uint8)
+    if config.architecture == "llama" and not source.interleaved and name.endswith(_ROTATED):
+        rows = raw.reshape(kept.shape[0], -1)
+        raw = np.empty_like(rows)
+        raw[half_split_rows(kept.shape[0], config)] = rows
+    return raw

@@ -1,0 +1,229 @@
+"""The tokenizer of a checkpoint directory: tokenizer.json, with what the files beside it say about special tokens.
+
+Encoding is the `tokenizers` library's. Everything else is read out of the same JSON, so that tokens have bytes, ends and
+control tokens as those of a GGUF file have: a special token is read from a text only where the caller asks for it, and
+tokens known by their text end a generation whatever the files say.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from ferrum_jax.errors import ModelFileError, UnsupportedModelError
+from ferrum_jax.tokenizer.bpe import byte_letters
+from ferrum_jax.tokenizer.spm import SPACE
+from ferrum_jax.tokenizer.tokenizer import Tokenizer, check_text
+from ferrum_jax.tokenizer.vocabulary import SPECIAL_TYPES, TokenType, mend_types
+from ferrum_jax.weights.json_file import parse_object, read_object, read_text
+
+_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+_SILENT = (TokenType.CONTROL, TokenType.UNKNOWN)
+
+
+class DirectoryTokenizer(Tokenizer):
+    """The `Tokenizer` of a checkpoint directory. Raises ModelFileError or UnsupportedModelError naming the file."""
+
+    def __init__(self, directory: Path) -> None:
+        self._path = directory / "tokenizer.json"
+        text = read_text(self._path)
+        if text is None:
+            raise ModelFileError(f"{self._path}: is missing; other forms of a tokenizer are not supported")
+        content = parse_object(text, str(self._path))
+        self._tokens, self._types = self._read_tokens(content)
+        self._kind = self._kind_of(content)
+        self.vocab_size = len(self._tokens)
+        ids = {token: i for i, token in enumerate(self._tokens) if token is not None}
+        files = _SpecialTokens(directory, ids, self.vocab_size)
+        self.bos_id, self.eos_id, self.pad_id = files.bos_id, files.eos_id, files.pad_id
+        self.eos_ids = mend_types(ids, self._types, files.eos_id) | files.end_ids
+        for token in self.eos_ids:
+            if self._types[token] == TokenType.NORMAL:
+                self._types[token] = TokenType.CONTROL
+        self.chat_template = chat_template(directory)
+        self._tokenizer = self._build(content, text)
+        self._flags = {}
+        if content.get("post_processor") is None:
+            self._flags = {end: files.config.get(f"add_{end}_token") is True for end in ("bos", "eos")}
+        self._lock = threading.Lock()
+
+    # Reading
+
+    def _error(self, problem: str) -> ModelFileError:
+        return ModelFileError(f"{self._path}: {problem}")
+
+    def _read_tokens(self, content: dict[str, Any]) -> tuple[list[str | None], list[int]]:
+        """Tokens by id (None for a hole) and their types."""
+        model = content.get("model")
+        known = model.get("vocab") if isinstance(model, dict) else None
+        if isinstance(known, list):  # Unigram: [token, score]
+            pairs = [(entry[0] if isinstance(entry, list) and entry else None, i) for i, entry in enumerate(known)]
+        elif isinstance(known, dict):
+            pairs = list(known.items())
+        else:
+            raise self._error("key model.vocab: is missing")
+        added = content.get("added_tokens") or []
+        if not isinstance(added, list) or not all(isinstance(entry, dict) for entry in added):
+            raise self._error("key added_tokens: must be a list of objects")
+        special = {entry.get("id"): entry.get("special") is True for entry in added}
+        pairs += [(entry.get("content"), entry.get("id")) for entry in added]
+        count = len(pairs)
+        for token, i in pairs:
+            if not isinstance(token, str) or type(i) is not int or not 0 <= i < 4 * count + 256:
+                raise self._error(f"token {token!r} has the id {i!r}, which no vocabulary of {count} tokens has")
+        tokens: list[str | None] = [None] * (1 + max((i for _, i in pairs), default=-1))
+        for token, i in pairs:
+            if tokens[i] not in (None, token):
+                raise self._error(f"the id {i} is both {tokens[i]!r} and {token!r}")
+            tokens[i] = token
+        types = [int(TokenType.UNUSED if token is None else TokenType.NORMAL) for token in tokens]
+        for i, silent in special.items():
+            types[i] = TokenType.CONTROL if silent else TokenType.USER_DEFINED
+        unknown = model.get("unk_token") if isinstance(model, dict) else None
+        if isinstance(unknown, str) and unknown in tokens:
+            types[tokens.index(unknown)] = TokenType.UNKNOWN
+        return tokens, types
+
+    def _kind_of(self, content: dict[str, Any]) -> str:
+        """How tokens spell text: "bytes" (GPT-2's letters), "spaces" (SentencePiece) or "words"."""
+        decoders = {part.get("type"): part for part in _parts(content.get("decoder"), "decoders")}
+        before = [part.get("type") for part in _parts(content.get("pre_tokenizer"), "pretokenizers")]
+        metaspace = decoders.get("Metaspace", {})
+        scheme = metaspace.get("prepend_scheme", "always" if metaspace.get("add_prefix_space", True) else "never")
+        self._drops_space = "Strip" in decoders or (bool(metaspace) and scheme != "never")
+        if "ByteLevel" in decoders or (not decoders and "ByteLevel" in before):
+            return "bytes"
+        if {"Metaspace", "ByteFallback", "Replace"} & decoders.keys():
+            return "spaces"
+        if not decoders:
+            self._drops_space = True
+            return "words"
+        raise UnsupportedModelError(f"{self._path}: key decoder: {', '.join(map(str, decoders))} is not supported")
+
+    def _build(self, content: dict[str, Any], text: str) -> Any:
+        from tokenizers import Tokenizer as Library
+
+        changed = False
+        for entry in content.get("added_tokens") or ():
+            silent = self._types[entry["id"]] in _SILENT
+            changed |= entry.get("special") is not silent
+            entry["special"] = silent
+        try:
+            made = Library.from_str(json.dumps(content) if changed else text)
+            made.no_truncation()
+            made.no_padding()
+            made.encode("a b")
+        except BaseException as error:  # the library's panics are no Exception
+            if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
+                raise
+            raise self._error(f"cannot be used: {error}") from None
+        return made
+
+    # The contract
+
+    def encode(self, text: str, add_special: bool = True, parse_special: bool = False) -> list[int]:
+        """As `Tokenizer.encode`."""
+        check_text(text)
+        with self._lock:
+            self._tokenizer.encode_special_tokens = not parse_special
+            ids = self._tokenizer.encode(text, add_special_tokens=add_special and not self._flags).ids
+        if add_special and self._flags.get("bos") and self.bos_id is not None:
+            ids = [self.bos_id, *ids]
+        if add_special and self._flags.get("eos") and self.eos_id is not None:
+            ids = [*ids, self.eos_id]
+        return ids
+
+    @cached_property
+    def _pieces(self) -> list[bytes]:
+        values = {letter: byte for byte, letter in enumerate(byte_letters())}
+        pieces = []
+        for text, kind in zip(self._tokens, self._types, strict=True):
+            if text is None:
+                piece = b""
+            elif kind in SPECIAL_TYPES:
+                piece = text.encode(errors="replace")
+            elif self._kind == "bytes":
+                letters = [values.get(letter) for letter in text]
+                piece = text.encode(errors="replace") if None in letters else bytes(b for b in letters if b is not None)
+            elif self._kind == "words":
+                piece = b" " + text.encode(errors="replace")
+            elif byte := _BYTE.fullmatch(text):
+                piece = bytes([int(byte[1], 16)])
+            else:
+                piece = text.replace(SPACE, " ").encode(errors="replace")
+            pieces.append(piece)
+        return pieces
+
+    def is_control(self, token: int) -> bool:
+        """As `Tokenizer.is_control`."""
+        self._check(token)
+        return self._types[token] in _SILENT
+
+    @property
+    def adds_space_prefix(self) -> bool:
+        """Whether `decode` takes a space from the front of a text."""
+        return self._drops_space
+
+
+class _SpecialTokens:
+    """What tokenizer_config.json, special_tokens_map.json, config.json and generation_config.json say."""
+
+    def __init__(self, directory: Path, ids: dict[str, int], count: int) -> None:
+        self.directory, self.ids, self.count = directory, ids, count
+        self.config = read_object(directory / "tokenizer_config.json") or {}
+        texts = (read_object(directory / "special_tokens_map.json") or {}) | self.config
+        model = read_object(directory / "config.json") or {}
+        generation = read_object(directory / "generation_config.json") or {}
+        self.bos_id = self._token(texts, "bos")
+        self.pad_id = self._token(texts, "pad")
+        ends = self._numbers("generation_config.json", generation) + self._numbers("config.json", model)
+        own = self._token(texts, "eos")
+        self.eos_id = own if own is not None else next(iter(ends), None)
+        self.end_ids = frozenset(ends if own is None else [own, *ends])
+
+    def _token(self, texts: dict[str, Any], end: str) -> int | None:
+        text = texts.get(f"{end}_token")
+        if isinstance(text, dict):
+            text = text.get("content")
+        if text is None:
+            return None
+        if not isinstance(text, str) or (text not in self.ids and end != "pad"):
+            raise ModelFileError(
+                f"{self.directory / 'tokenizer_config.json'}: key {end}_token: {text!r} is no token of the vocabulary"
+            )
+        return self.ids.get(text)
+
+    def _numbers(self, name: str, content: dict[str, Any]) -> list[int]:
+        value = content.get("eos_token_id")
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        for i in ids:
+            if type(i) is not int:
+                raise ModelFileError(f"{self.directory / name}: key eos_token_id: {i!r} is no id of a token")
+        return [i for i in ids if 0 <= i < self.count]  # an id beyond the vocabulary is never sampled
+
+
+def _parts(value: Any, key: str) -> list[dict[str, Any]]:
+    """A component, or those of a sequence."""
+    if not isinstance(value, dict):
+        return []
+    if value.get("type") != "Sequence":
+        return [value]
+    parts = value.get(key)
+    return [part for part in parts if isinstance(part, dict)] if isinstance(parts, list) else []
+
+
+def chat_template(directory: Path) -> str | None:
+    """chat_template.jinja, or what tokenizer_config.json has under that key: of several named templates the default."""
+    if (text := read_text(directory / "chat_template.jinja")) is not None:
+        return text
+    template = (read_object(directory / "tokenizer_config.json") or {}).get("chat_template")
+    if isinstance(template, list):
+        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+        template = named.get("default")
+    if template is not None and not isinstance(template, str):
+        raise ModelFileError(f"{directory / 'tokenizer_config.json'}: key chat_template: must be a text")
+    return template

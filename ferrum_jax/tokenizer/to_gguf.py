@@ -1,0 +1,103 @@
+"""The tokenizer of a checkpoint directory as the metadata of a GGUF file, for llama.cpp to encode with the same ids.
+
+llama.cpp knows pre-tokenizers by name and not by expression, so the name is found by trial: the one that cuts a text of
+many scripts, digits and spaces as tokenizer.json does. A SentencePiece vocabulary is merged by score there and by rank
+here: the rank of a token's merge, negated, is a score that gives the same order. In the end both tokenizers encode that
+text, and a difference is an error.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ferrum_jax.errors import UnsupportedModelError
+from ferrum_jax.tokenizer.bpe import splitter
+from ferrum_jax.tokenizer.huggingface import DirectoryTokenizer
+from ferrum_jax.tokenizer.pretokenizers import PRE_TOKENIZERS
+from ferrum_jax.tokenizer.tokenizer import Tokenizer
+from ferrum_jax.tokenizer.vocabulary import PREFIX, TokenType
+from ferrum_jax.weights.json_file import parse_object, read_text
+from ferrum_jax.weights.metadata import Typed
+
+# Where pre-tokenizers differ: case, contractions, digits by one or three, marks, signs, scripts, spaces, line ends.
+PROBE = (
+    "Hello World, it's WE'LL don'T I'd you've HelloWORLDagain iPhone 0 12 345 6789 1234567 3.14159e-10 v2.0 x1y2\n"
+    "\n\n  indented\t\ttabs \r\n   trailing   \n\n \n (a+b)*c == d->e; /* #!? */ http://a.b/c?d=e&f %$ @x_y __init__ \n"
+    "grüße ça naïve Ωμέγα привет мир שלום مرحبا नमस्ते हिन्दी ไทย 東京は日本 中文字符 한국어 かな カナ ²³½ ٣٤ Ⅷ\n"
+    "👍🏽 👨‍👩‍👧 ‘quoted’ …—– ！？。、\n"
+    "    return [1,22,333,4444]  // done\n     \t \n!!!???... 's 'S 're"
+)
+_FIRST = ("llama-bpe", "qwen2", "gpt-2", "smollm", "tekken", "gpt-4o", "deepseek-v3")
+
+
+def tokenizer_metadata(directory: Path, vocab_size: int) -> dict[str, Typed]:
+    """The `tokenizer.` keys for the files of a directory, filled up with unused tokens to `vocab_size`. Raises
+    UnsupportedModelError where llama.cpp has no such tokenizer."""
+    path = directory / "tokenizer.json"
+    tokenizer = DirectoryTokenizer(directory)
+    content = parse_object(read_text(path) or "", str(path))
+    tokens = [token if token is not None else f"[PAD{i}]" for i, token in enumerate(tokenizer._tokens)]
+    tokens += [f"[PAD{i}]" for i in range(len(tokens), vocab_size)]
+    types = [*tokenizer._types, *[int(TokenType.UNUSED)] * (vocab_size - len(tokenizer._types))]
+    model = content["model"]
+    if model.get("type", "BPE") != "BPE" or tokenizer._kind not in ("bytes", "spaces"):
+        raise UnsupportedModelError(f"{path}: a model of type {model.get('type')!r} cannot be written as GGUF")
+    merges = [tuple(merge) if isinstance(merge, list) else tuple(merge.split(" ", 1)) for merge in model.get("merges", ())]
+    if tokenizer._kind == "bytes":
+        keys = {
+            "model": Typed("gpt2", "string"),
+            "pre": Typed(_pre_tokenizer(tokenizer, bool(model.get("ignore_merges")), path), "string"),
+            "merges": Typed([" ".join(merge) for merge in merges], "array string"),
+        }
+    else:
+        types = [int(TokenType.BYTE) if _is_byte(token) else kind for token, kind in zip(tokens, types, strict=True)]
+        keys = {
+            "model": Typed("llama", "string"),
+            "scores": Typed(_scores(tokens, merges), "array float32"),
+            "add_space_prefix": Typed(tokenizer.adds_space_prefix, "bool"),
+        }
+    keys |= {"tokens": Typed(tokens, "array string"), "token_type": Typed(np.array(types, np.int32), "array int32")}
+    unknown = types.index(TokenType.UNKNOWN) if TokenType.UNKNOWN in types else None
+    ids = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "padding": tokenizer.pad_id, "unknown": unknown}
+    keys |= {f"{name}_token_id": Typed(i, "uint32") for name, i in ids.items() if i is not None}
+    plain, special = tokenizer.encode("a", add_special=False), tokenizer.encode("a", add_special=True)
+    keys["add_bos_token"] = Typed(special[:1] == [tokenizer.bos_id] != plain[:1], "bool")
+    keys["add_eos_token"] = Typed(special[-1:] == [tokenizer.eos_id] != plain[-1:], "bool")
+    metadata = {PREFIX + key: entry for key, entry in keys.items()}
+    if tokenizer.chat_template:
+        metadata["tokenizer.chat_template"] = Typed(tokenizer.chat_template, "string")
+    made = Tokenizer.from_gguf({key: entry.value for key, entry in metadata.items()}, str(path))
+    _compare(made, tokenizer, path)
+    for key, end in zip(("eot", "eom"), sorted(tokenizer.eos_ids - made.eos_ids), strict=False):
+        metadata[f"{PREFIX}{key}_token_id"] = Typed(end, "uint32")
+    return metadata
+
+
+def _pre_tokenizer(tokenizer: DirectoryTokenizer, ignore_merges: bool, path: Path) -> str:
+    """The name of the pre-tokenizer that cuts PROBE as the library does."""
+    expected = [piece for piece, _ in tokenizer._tokenizer.pre_tokenizer.pre_tokenize_str(PROBE)]
+    for name in sorted(PRE_TOKENIZERS, key=lambda name: _FIRST.index(name) if name in _FIRST else len(_FIRST)):
+        pre = PRE_TOKENIZERS[name]
+        if pre.ignore_merges == ignore_merges and [p for p, _ in splitter(pre).pre_tokenize_str(PROBE)] == expected:
+            return name
+    raise UnsupportedModelError(f"{path}: key pre_tokenizer: cuts text as no pre-tokenizer of llama.cpp does")
+
+
+def _scores(tokens: list[str], merges: list[tuple[str, ...]]) -> np.ndarray:
+    ranks: dict[str, int] = {}
+    for rank, merge in enumerate(merges):
+        ranks.setdefault("".join(merge), rank)
+    return np.array([-ranks.get(token, len(merges)) for token in tokens], np.float32)
+
+
+def _is_byte(token: str) -> bool:
+    return len(token) == 6 and token.startswith("<0x") and token.endswith(">")
+
+
+def _compare(made: Any, tokenizer: DirectoryTokenizer, path: Path) -> None:
+    for add_special in (False, True):
+        if made.encode(PROBE, add_special) != tokenizer.encode(PROBE, add_special):
+            raise UnsupportedModelError(f"{path}: llama.cpp would encode texts with other ids than this tokenizer does")

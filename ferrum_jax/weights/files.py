@@ -1,0 +1,59 @@
+"""Files of weights: opened without trusting what lies at the path, read by position straight into the caller's array."""
+
+from __future__ import annotations
+
+import io
+import os
+import stat
+from pathlib import Path
+
+import numpy as np
+
+from ferrum_jax.errors import ModelFileError
+from ferrum_jax.weights.source import TensorInfo
+
+_READ_BYTES = 16 << 20  # of one positioned read
+
+
+def open_regular(path: Path, kind: str) -> tuple[io.FileIO, os.stat_result]:
+    """Opens a regular file; `kind` (".gguf") is what an error asks for. FileNotFoundError passes through: the caller
+    knows what the file was wanted for."""
+    try:
+        # Without O_NONBLOCK a named pipe would hang the open.
+        file = io.FileIO(path, opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
+    except FileNotFoundError:
+        raise
+    except IsADirectoryError:
+        raise ModelFileError(f"{path}: this is a directory; name the {kind} file in it") from None
+    except OSError as error:
+        raise ModelFileError(f"{path}: the file cannot be opened: {error.strerror}") from None
+    status = os.fstat(file.fileno())
+    if not stat.S_ISREG(status.st_mode):
+        file.close()
+        raise ModelFileError(f"{path}: this is not a regular file; name a {kind} file")
+    return file, status
+
+
+def checked_range(info: TensorInfo, out: np.ndarray, start: int) -> None:
+    """Raises ValueError unless `out` is a writeable contiguous uint8 array for bytes of the tensor from `start` on."""
+    if out.dtype != np.uint8 or not out.flags.c_contiguous or not out.flags.writeable:
+        raise ValueError(f"read_into needs a writeable contiguous uint8 array, got {out.dtype} {out.shape}")
+    if not 0 <= start <= info.nbytes - out.nbytes:
+        raise ValueError(
+            f"bytes [{start}, {start + out.nbytes}) are not within the {info.nbytes} bytes of tensor {info.name!r}"
+        )
+
+
+def read_range(file: io.FileIO, info: TensorInfo, out: np.ndarray, start: int) -> None:
+    """Fills `out` with the bytes of the tensor from `start` on, as they lie in `file`. ModelFileError at an early end."""
+    view = out.reshape(-1).data
+    fd = file.fileno()
+    done = 0
+    while done < len(view):
+        got = os.preadv(fd, [view[done : done + _READ_BYTES]], info.offset + start + done)
+        if got == 0:
+            raise ModelFileError(
+                f"{info.path}: the file ends inside tensor {info.name!r}, after {start + done} of its "
+                f"{info.nbytes} bytes: it changed after it was opened; download it again"
+            )
+        done += got

@@ -1,0 +1,413 @@
+"""A Hugging Face checkpoint directory (config.json, one or many safetensors) as a `ModelSource`.
+
+The idea: when the directory is opened, every tensor of the table in names.py is laid out as a list of parts, each bytes of
+a file or a packed matrix; reading goes from the files straight into the caller's array. So the experts of a layer are
+stacked by being read one behind the other, and nothing is in memory twice.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ferrum_jax.config import ModelConfig
+from ferrum_jax.config_json import ConfigFile, read_config
+from ferrum_jax.errors import ModelFileError, UnsupportedModelError
+from ferrum_jax.tokenizer.huggingface import chat_template
+from ferrum_jax.weights.files import checked_range, open_regular, read_range
+from ferrum_jax.weights.json_file import read_object
+from ferrum_jax.weights.packed import SUFFIXES, PackedMatrix, Scheme, agreeing, packed_matrix, scheme_of
+from ferrum_jax.weights.safetensors import parse_header
+from ferrum_jax.weights.source import TensorInfo
+
+if TYPE_CHECKING:
+    from ferrum_jax.tokenizer import Tokenizer
+
+_INDEX = "model.safetensors.index.json"
+_PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_WEIGHTS = ("F32", "F16", "BF16")
+_GLOBAL = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+_LAYER = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "mlp.gate": "ffn_gate_inp",
+    "block_sparse_moe.gate": "ffn_gate_inp",
+}
+_EXPERT = {
+    "gate_proj": "ffn_gate_exps",
+    "up_proj": "ffn_up_exps",
+    "down_proj": "ffn_down_exps",
+    "w1": "ffn_gate_exps",
+    "w3": "ffn_up_exps",
+    "w2": "ffn_down_exps",
+}
+_IN_LAYER = re.compile(r"model\.layers\.(0|[1-9][0-9]{0,3})\.(.+)")
+_IN_EXPERT = re.compile(r"(?:mlp|block_sparse_moe)\.experts\.(0|[1-9][0-9]{0,4})\.(\w+)")
+_IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")  # computed from config.json
+_BIASED = {"attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Slice:
+    """Bytes of one tensor of a file, taken as they are; `format` is theirs."""
+
+    info: TensorInfo
+    shape: tuple[int, ...]
+    start: int
+    nbytes: int
+
+    @property
+    def name(self) -> str:
+        return self.info.name
+
+    @property
+    def format(self) -> str:
+        return self.info.format
+
+
+@dataclasses.dataclass(frozen=True)
+class Laid(TensorInfo):
+    """A tensor and the parts that its bytes are, in order; of the order of columns, `parts` are its matrices."""
+
+    parts: tuple[Slice | PackedMatrix, ...] = ()
+
+
+class HuggingFaceDirectory:
+    """An open checkpoint directory, a `ModelSource`; made by `open_directory`. `model_class` is what config.json names."""
+
+    interleaved = False
+
+    def __init__(self, path: Path, config: ConfigFile, files: Mapping[Path, io.FileIO], header_only: bool) -> None:
+        self.path, self.parts = path, tuple(files)
+        self.model_class, self._config, self._files, self._header_only = config.model_class, config, files, header_only
+        self.tensors: dict[str, TensorInfo] = {}
+        self.metadata: dict[str, object] = {
+            "general.architecture": config.config.architecture,
+            "general.name": path.resolve().name,
+        }
+        if (path / "tokenizer.json").is_file():
+            self.metadata["tokenizer.ggml.model"] = "tokenizer.json"
+        if (template := chat_template(path)) is not None:
+            self.metadata["tokenizer.chat_template"] = template
+
+    @property
+    def tensor_bytes(self) -> int:
+        """Bytes of all tensors, as reading them gives."""
+        return sum(info.nbytes + (info.order.nbytes if info.order else 0) for info in self.tensors.values())
+
+    def config(self) -> ModelConfig:
+        """What the model is."""
+        return self._config.config
+
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of tokenizer.json."""
+        from ferrum_jax.tokenizer import Tokenizer
+
+        return Tokenizer.from_directory(self.path)
+
+    def own_name(self, name: str) -> str:
+        """What the checkpoint calls the tensor `name`, `*` for the number of an expert."""
+        *stem, suffix = name.split(".")
+        if stem[0] == "blk":
+            module = next((own for own, kind in _LAYER.items() if kind == stem[2]), None)
+            expert = next((f"mlp.experts.*.{own}" for own, kind in _EXPERT.items() if kind == stem[2]), None)
+            return f"model.layers.{stem[1]}.{module or expert or stem[2]}.{suffix}"
+        return f"{next((own for own, kind in _GLOBAL.items() if kind == stem[0]), stem[0])}.{suffix}"
+
+    def read_into(self, info: TensorInfo, out: np.ndarray, start: int = 0) -> None:
+        """Fills the contiguous uint8 array `out` with the bytes [start, start + out.nbytes) of the tensor."""
+        checked_range(info, out, start)
+        if not isinstance(info, Laid):
+            raise ValueError(f"tensor {info.name!r} is not of this checkpoint")
+        flat, begin, stop = out.reshape(-1), 0, start + out.nbytes
+        for part in info.parts:
+            nbytes = 4 * part.shape[1] if info.format == "I32" else part.nbytes
+            first, last = max(start, begin), min(stop, begin + nbytes)
+            if first < last:
+                self._read_part(info, part, flat[first - start : last - start], first - begin)
+            begin += nbytes
+        if info.format == "F32" and not info.parts:  # the factors of rotary frequencies, which are in config.json
+            assert self._config.rope_factors is not None
+            flat[...] = self._config.rope_factors.view(np.uint8)[start:stop]
+
+    def _read_part(self, info: TensorInfo, part: Slice | PackedMatrix, out: np.ndarray, start: int) -> None:
+        if isinstance(part, Slice):
+            read_range(self._file(part.info), part.info, out, part.start + start)
+        elif info.format == "I32":
+            out[...] = part.order(self._raw).view(np.uint8)[start : start + out.nbytes]
+        else:
+            part.read_range(self._raw, out, start)
+
+    def _file(self, info: TensorInfo) -> io.FileIO:
+        if self._header_only:
+            raise ModelFileError(f"{info.path}: only the header is here, not tensor {info.name!r}")
+        return self._files[info.path]
+
+    def _raw(self, info: TensorInfo) -> np.ndarray:
+        out = np.empty(info.nbytes, np.uint8)
+        read_range(self._file(info), info, out, 0)
+        return out
+
+    def read(self, info: TensorInfo) -> np.ndarray:
+        """The tensor's bytes, uint8 [nbytes]."""
+        out = np.empty(info.nbytes, np.uint8)
+        self.read_into(info, out)
+        return out
+
+    def close(self) -> None:
+        """Closes every file; reading afterwards raises ValueError."""
+        for file in self._files.values():
+            file.close()
+
+    def __enter__(self) -> HuggingFaceDirectory:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def open_directory(path: Path, *, header_only: bool = False) -> HuggingFaceDirectory:
+    """Opens a checkpoint directory and checks everything but the tensor data (of packed matrices scales, zero points and
+    the order of columns are read: the block formats depend on them).
+
+    header_only: files cut off behind their headers are taken too; reading a tensor raises ModelFileError.
+
+    Raises ModelFileError for whatever is damaged, missing or inconsistent, UnsupportedModelError for a model class, a
+    feature, a dtype or a quantisation that is not supported, and for pickled weights.
+    """
+    content = read_object(path / "config.json")
+    if content is None:
+        raise UnsupportedModelError(
+            f"{path}: is a directory without a config.json; a checkpoint directory or a path to a .gguf file is needed"
+        )
+    config = read_config(content, path / "config.json")
+    scheme = _scheme(path, config)
+    with ExitStack() as stack:
+        files: dict[Path, io.FileIO] = {}
+        raw: dict[str, TensorInfo] = {}
+        for name, expected in _weight_files(path).items():
+            file = path / name
+            try:
+                opened, status = open_regular(file, ".safetensors")
+            except FileNotFoundError:
+                raise ModelFileError(f"{file}: this part of the checkpoint is missing; download it again") from None
+            files[file] = stack.enter_context(opened)
+            found = parse_header(file, opened.fileno(), status.st_size, header_only=header_only)
+            _merge(raw, found, expected, file)
+        directory = HuggingFaceDirectory(path, config, files, header_only)
+        _Layout(directory, config, scheme, raw).lay_out()
+        stack.pop_all()
+    return directory
+
+
+def _weight_files(path: Path) -> dict[str, set[str] | None]:
+    """The files with weights and the tensors that an index puts into each (None: there is no index)."""
+    try:
+        names = sorted(entry.name for entry in path.iterdir())
+    except OSError as error:
+        raise ModelFileError(f"{path}: cannot be read: {error.strerror}") from None
+    indices = [name for name in names if name.endswith(".safetensors.index.json")]
+    if _INDEX in indices or len(indices) == 1:
+        return _read_index(path / (_INDEX if _INDEX in indices else indices[0]))
+    weights = [n for n in names if n.endswith(".safetensors") and not n.startswith("adapter_")]
+    if "model.safetensors" in weights or len(weights) == 1:
+        return {"model.safetensors" if "model.safetensors" in weights else weights[0]: None}
+    if weights:
+        raise ModelFileError(f"{path / _INDEX}: is missing, and there are {len(weights)} .safetensors files")
+    if pickled := [name for name in names if name.endswith(_PICKLED) or name.endswith(".bin.index.json")]:
+        raise UnsupportedModelError(
+            f"{path / pickled[0]}: is pickled, which is unsafe: unpickling a file can run any program; only .safetensors "
+            "are read: convert the checkpoint where you trust it"
+        )
+    raise ModelFileError(f"{path}: has no .safetensors file")
+
+
+def _read_index(path: Path) -> dict[str, set[str] | None]:
+    content = read_object(path) or {}
+    places = content.get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise ModelFileError(f"{path}: key weight_map: must say which file each tensor is in")
+    files: dict[str, set[str] | None] = {}
+    for tensor, name in places.items():
+        if not isinstance(name, str) or Path(name).name != name or "\0" in name:
+            raise ModelFileError(f"{path}: key weight_map: tensor {tensor}: {name!r} is no file of this directory")
+        if name.endswith(_PICKLED):
+            raise UnsupportedModelError(f"{path}: key weight_map: {name} is pickled, which is unsafe; .safetensors are read")
+        named = files.setdefault(name, set())
+        assert named is not None
+        named.add(tensor)
+    return files
+
+
+def _merge(raw: dict[str, TensorInfo], found: dict[str, TensorInfo], expected: set[str] | None, file: Path) -> None:
+    if expected is not None and (missing := sorted(expected - found.keys())):
+        raise ModelFileError(f"{file}: tensor {missing[0]}: is missing; the index says that it is in this file")
+    for name, info in found.items():
+        if name in raw:
+            raise ModelFileError(f"{file}: tensor {name}: is also in {raw[name].path.name}")
+        raw[name] = info
+
+
+def _scheme(path: Path, config: ConfigFile) -> Scheme | None:
+    """How matrices are packed: config.json says so, or a file of the quantiser's own."""
+    if config.quantization is not None:
+        return scheme_of(config.quantization, f"{path / 'config.json'}: key quantization_config")
+    for name in ("quantize_config.json", "quant_config.json"):
+        if (content := read_object(path / name)) is not None:
+            return scheme_of(content, str(path / name))
+    return None
+
+
+class _Layout:
+    """Tensors of the files to tensors of the table in names.py."""
+
+    def __init__(self, directory: HuggingFaceDirectory, config: ConfigFile, scheme: Scheme | None, raw: dict[str, TensorInfo]):
+        self.directory, self.config, self.scheme, self.raw = directory, config, scheme, raw
+
+    def lay_out(self) -> None:
+        """Fills `directory.tensors`. Every tensor of the files is used, or known to be of no use, or an error."""
+        modules: dict[str, dict[str, TensorInfo]] = {}
+        for name, info in self.raw.items():
+            module, _, suffix = name.rpartition(".")
+            modules.setdefault(module, {})[suffix] = info
+        stacks: dict[str, dict[int, Slice | PackedMatrix]] = {}
+        for module, tensors in modules.items():
+            for name, number, part in self._parts(module, tensors):
+                if number in (parts := stacks.setdefault(name, {})):
+                    raise self._error(part.name, f"is there twice: also as {parts[number].name}")
+                parts[number] = part
+        for name, parts in stacks.items():
+            self._add(name, [parts[number] for number in sorted(parts)] if -1 in parts else self._experts(name, parts))
+        if self.config.rope_factors is not None:
+            size = self.config.rope_factors.size
+            path = self.directory.path / "config.json"
+            self.directory.tensors["rope_freqs.weight"] = Laid("rope_freqs", "F32", (size,), path, 0, 4 * size)
+        self._check_biases()
+        if not self.config.tied and "output.weight" not in self.directory.tensors:
+            raise self._error("lm_head.weight", "is missing, and config.json does not tie it to the embedding")
+
+    def _error(self, name: str, problem: str) -> ModelFileError:
+        path = self.raw[name].path if name in self.raw else self.directory.path
+        return ModelFileError(f"{path}: tensor {name}: {problem}")
+
+    def _parts(self, module: str, tensors: dict[str, TensorInfo]) -> Iterator[tuple[str, int, Slice | PackedMatrix]]:
+        """(name in the table, number of the expert or -1, part) for the tensors of one module."""
+        if self.config.tied and module == "lm_head":
+            return
+        match = _IN_LAYER.fullmatch(module)
+        expert = _IN_EXPERT.fullmatch(match[2]) if match else None
+        if match and match[2] == "mlp.experts":
+            yield from self._fused(f"blk.{match[1]}.", tensors)
+            return
+        if expert and expert[2] in _EXPERT:
+            stem, number = f"blk.{match[1]}.{_EXPERT[expert[2]]}", int(expert[1])  # type: ignore[index]
+        else:
+            kind = _LAYER.get(match[2]) if match else _GLOBAL.get(module)
+            stem, number = f"blk.{match[1]}.{kind}" if match and kind else kind or "", -1
+        packed = {suffix: info for suffix, info in tensors.items() if suffix in SUFFIXES}
+        for suffix, info in tensors.items():
+            if suffix in packed or _IGNORED.fullmatch(info.name):
+                continue
+            if not stem or suffix not in ("weight", "bias") or (suffix == "weight" and packed):
+                raise self._error(info.name, f"is unknown in a {self.config.model_class}")
+            if suffix == "bias" and self._is_no_bias(stem, number, info, bool(packed)):
+                continue
+            if info.format not in _WEIGHTS:
+                raise UnsupportedModelError(
+                    f"{info.path}: tensor {info.name}: dtype {info.format} is not supported; supported: {', '.join(_WEIGHTS)}"
+                )
+            yield f"{stem}.{suffix}", number, Slice(info, info.shape, 0, info.nbytes)
+        if packed:
+            first = next(iter(packed.values()))
+            if self.scheme is None:
+                raise self._error(first.name, "is packed, but neither config.json nor quantize_config.json says how")
+            if not stem:
+                raise self._error(first.name, f"is unknown in a {self.config.model_class}")
+            read = None if self.directory._header_only else self.directory._raw
+            yield f"{stem}.weight", number, packed_matrix(module, packed, self.scheme, read)
+
+    def _fused(self, layer: str, tensors: dict[str, TensorInfo]) -> Iterator[tuple[str, int, Slice]]:
+        """Experts as newer versions of transformers keep them: gate_up_proj [experts, 2 * width, hidden] and down_proj."""
+        for suffix, info in tensors.items():
+            names = {"gate_up_proj": ("ffn_gate_exps", "ffn_up_exps"), "down_proj": ("ffn_down_exps",)}.get(suffix, ())
+            if not names or len(info.shape) != 3 or 0 in info.shape or info.shape[1] % len(names):
+                raise self._error(info.name, f"is unknown in a {self.config.model_class}, or of a wrong shape")
+            if info.format not in _WEIGHTS:
+                raise UnsupportedModelError(f"{info.path}: tensor {info.name}: dtype {info.format} is not supported")
+            experts, rows, columns = info.shape
+            nbytes = info.nbytes // experts // len(names)
+            for number in range(experts):
+                for i, name in enumerate(names):
+                    start = (number * len(names) + i) * nbytes
+                    yield f"{layer}{name}.weight", number, Slice(info, (rows // len(names), columns), start, nbytes)
+
+    def _is_no_bias(self, stem: str, number: int, info: TensorInfo, packed: bool) -> bool:
+        """Whether this is a bias of zeros that a quantiser has added to a matrix that has none."""
+        if not packed or (number == -1 and stem.rpartition(".")[2] in self.config.biases):
+            return False
+        if not self.directory._header_only and self.directory._raw(info).any():
+            raise self._error(info.name, f"is unknown in a {self.config.model_class} of this configuration")
+        return True
+
+    def _experts(self, name: str, parts: dict[int, Slice | PackedMatrix]) -> list[Slice | PackedMatrix]:
+        """The parts of experts 0, 1, ...; all must be there, of one shape and one dtype."""
+        count = self.config.config.num_experts
+        own = self.directory.own_name(name)
+        for number in range(max(count, max(parts) + 1)):
+            if number not in parts:
+                raise self._error(own.replace("*", str(number)), "is missing")
+            if number >= count:
+                raise self._error(parts[number].name, f"the model has only {count} experts")
+        found = [parts[number] for number in range(count)]
+        if all(isinstance(part, PackedMatrix) for part in found):
+            found = list(agreeing([part for part in found if isinstance(part, PackedMatrix)]))
+        first = found[0]
+        for part in found:
+            if (part.format, part.shape) != (first.format, first.shape):
+                raise self._error(
+                    part.name,
+                    f"is {part.format} {list(part.shape)}, but {first.name} is {first.format} {list(first.shape)}: "
+                    "the experts of a layer must have one dtype and shape",
+                )
+        return found
+
+    def _add(self, name: str, parts: Sequence[Slice | PackedMatrix]) -> None:
+        first = parts[0]
+        at = first.info if isinstance(first, Slice) else first.codes
+        lead = (len(parts),) if "_exps." in name else ()
+        kind: dict[str, Any] = {"path": at.path, "offset": at.offset, "parts": tuple(parts)}
+        order = None
+        if isinstance(first, PackedMatrix) and first.ordered:
+            columns = first.shape[1]
+            order = Laid(first.name, "I32", (*lead, columns), nbytes=4 * columns * len(parts), **kind)
+        nbytes = sum(part.nbytes for part in parts)
+        own = first.name if isinstance(first, Slice) else at.name
+        self.directory.tensors[name] = Laid(own, first.format, (*lead, *first.shape), nbytes=nbytes, order=order, **kind)
+
+    def _check_biases(self) -> None:
+        """Biases are there exactly where config.json says so."""
+        tensors = self.directory.tensors
+        for number in range(self.config.config.num_layers):
+            for kind in sorted(_BIASED):
+                name = f"blk.{number}.{kind}.bias"
+                expected = kind in self.config.biases and f"blk.{number}.{kind}.weight" in tensors
+                if expected and name not in tensors:
+                    raise self._error(self.directory.own_name(name), "is missing, but config.json asks for it")
+                if name in tensors and not expected:
+                    raise self._error(tensors[name].name, "is there, but config.json does not ask for it")

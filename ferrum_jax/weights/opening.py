@@ -1,0 +1,36 @@
+"""From a path to an open checkpoint, whatever kind it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ferrum_jax.errors import ModelFileError
+from ferrum_jax.weights.gguf import open_gguf
+from ferrum_jax.weights.huggingface import open_directory
+from ferrum_jax.weights.quantise import Quantised, checked_format
+from ferrum_jax.weights.source import MARKER, ModelSource
+
+
+def open_model(path: str | Path, *, header_only: bool = False, quantize: str | None = None) -> ModelSource:
+    """Opens a .gguf file (any part of a split one) or a checkpoint directory and checks everything but tensor data.
+
+    header_only: files cut off behind their headers are taken too; reading a tensor of one raises ModelFileError.
+    quantize: one of QUANTISATIONS ("q4_k"), the format that matrices which are not quantised yet get while they are read.
+
+    Raises ModelNotFoundError where nothing is there, ModelFileError for whatever is damaged, missing or inconsistent,
+    UnsupportedModelError for what is not supported, ValueError for another `quantize`.
+    """
+    format = checked_format(quantize)
+    path = Path(path)
+    source: ModelSource
+    if path.is_dir() and (path / MARKER).is_file():
+        from ferrum_jax.weights.orbax import open_checkpoint  # imports JAX, which a header alone does not need
+
+        source = open_checkpoint(path)
+    elif path.is_dir() and ".partial-" in path.name:
+        raise ModelFileError(f"{path}: is what an interrupted conversion left; convert the model again")
+    elif path.is_dir():
+        source = open_directory(path, header_only=header_only)
+    else:
+        source = open_gguf(path, header_only=header_only)
+    return source if format is None else Quantised(source, format)

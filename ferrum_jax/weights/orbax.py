@@ -1,0 +1,427 @@
+"""Checkpoints of our own: a directory with a header in JSON and the compressed parameters as one Orbax checkpoint.
+
+    ferrum_jax.json   version, configuration, tokenizer and chat template, and which array is which parameter
+    tokenizer/        of a model that came with the files of Hugging Face's tokenizers: those files
+    parameters/       Orbax: an uncompressed zarr array for every plane of every stack, a file a layer
+
+The planes are those of a device layout, and the header says which. Orbax writes them and can read them; here they are read
+as what they are, plain files of bytes, straight into their place, so that a directory loads as fast as a GGUF file and is a
+`ModelSource` like it. A directory gets its name when all of it is written: an interrupted save leaves NAME.partial-PID.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import logging
+import math
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ferrum_jax.config import ModelConfig
+from ferrum_jax.errors import ModelFileError, UnsupportedModelError
+from ferrum_jax.quantized import LayerStack, QuantizedTensor
+from ferrum_jax.tokenizer import Tokenizer
+from ferrum_jax.weights.files import checked_range
+from ferrum_jax.weights.json_file import read_object
+from ferrum_jax.weights.metadata import Typed, from_json, plain, to_json
+from ferrum_jax.weights.names import GLOBAL, LAYER
+from ferrum_jax.weights.source import MARKER, ModelSource, TensorInfo
+from pallas_kernels.blocks import FORMATS, GROUPS, format_of
+from pallas_kernels.blocks.layouts import LAYOUTS
+from pallas_kernels.blocks.ordered import SUFFIX
+from pallas_kernels.blocks.unpacking import unpack_blocks
+
+VERSION = 1
+_ARRAYS, _TOKENIZER = "parameters", "tokenizer"
+_TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"),
+    *("config.json", "generation_config.json"),
+)
+_READ_BYTES = 16 << 20
+_SPLIT_BYTES = 64 << 20  # arrays above have a file for each layer
+_NAMES = {entry.path: name for name, entry in GLOBAL.items()} | {entry.path: name for name, entry in LAYER.items()}
+
+
+# ---- writing
+
+
+@dataclasses.dataclass(frozen=True)
+class Stack:
+    """The parameter `path`, of all its layers that have one format: planes [layers, *experts, *plane], or of a parameter
+    that is no layer's (layers == ()) without the first axis. shape: of the tensor of one layer, in weights."""
+
+    path: tuple[str, ...]
+    format: str
+    layout: str
+    shape: tuple[int, ...]
+    layers: tuple[int, ...]
+
+    def key(self, plane: int) -> str:
+        ordered = "order" if self.layout.endswith(SUFFIX) else "plain"
+        return ".".join((*self.path, self.format, ordered, str(plane)))
+
+
+def tokenizer_directory(source: ModelSource) -> Path:
+    """Where the tokenizer files of a source lie whose metadata hold no tokenizer."""
+    return source.path / _TOKENIZER if isinstance(source, OrbaxCheckpoint) else source.path
+
+
+def tokenizer_files(source: ModelSource) -> list[Path]:
+    """The files that its tokenizer is read from; none where the metadata hold it."""
+    if "tokenizer.ggml.tokens" in source.metadata:
+        return []
+    directory = tokenizer_directory(source)
+    return [directory / name for name in _TOKENIZER_FILES if (directory / name).is_file()]
+
+
+def save(
+    path: Path,
+    config: ModelConfig,
+    metadata: Mapping[str, Typed],
+    params: dict,
+    tokenizer_files: Sequence[Path] = (),
+    *,
+    force: bool = False,
+) -> None:
+    """Writes a model as a new directory `path`, which appears when it is whole. FileExistsError where there is something,
+    unless it is a checkpoint of ours and `force`."""
+    import orbax.checkpoint as ocp  # takes a second
+
+    path = path.absolute()
+    if path.exists() and not (force and (path / MARKER).is_file()):
+        raise FileExistsError(f"{path} exists" + (" and is no checkpoint of ferrum_jax" if force else ""))
+    stacks = dict(_stacks(params))
+    arrays = {stack.key(i): plane for stack, planes in stacks.items() for i, plane in enumerate(planes)}
+    split = {
+        stack.key(i): ocp.SaveArgs(shard_axes=(0,) if stack.layers and plane.nbytes > _SPLIT_BYTES else ())
+        for stack, planes in stacks.items()
+        for i, plane in enumerate(planes)
+    }
+    header = {
+        "version": VERSION,
+        "config": dataclasses.asdict(config),
+        "metadata": to_json(metadata),
+        "parameters": [dataclasses.asdict(stack) for stack in stacks],
+    }
+    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
+    try:
+        partial.mkdir(parents=True)
+        with _quiet(), ocp.PyTreeCheckpointer(use_ocdbt=False, use_compression=False) as checkpointer:
+            checkpointer.save(partial / _ARRAYS, arrays, save_args=split)
+        for file in tokenizer_files:
+            (partial / _TOKENIZER).mkdir(exist_ok=True)
+            shutil.copyfile(file, partial / _TOKENIZER / file.name)
+        (partial / MARKER).write_text(json.dumps(header))
+        _flush(partial)  # the name must not be on the disk before what it names
+        replaced = path.with_name(f"{path.name}.partial-{os.getpid()}-replaced")
+        if path.exists():
+            path.rename(replaced)
+        partial.rename(path)
+        shutil.rmtree(replaced, ignore_errors=True)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _flush(directory: Path) -> None:
+    for path in (*directory.rglob("*"), directory):
+        fd = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without Orbax's warnings about formats that were not asked for."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _stacks(params: dict) -> Iterator[tuple[Stack, tuple[Any, ...]]]:
+    for name in sorted(params.keys() - {"layers"}):
+        value = params[name]
+        if isinstance(value, QuantizedTensor):
+            yield Stack((name,), value.format, value.layout, value.matrix, ()), value.planes
+        else:
+            yield Stack((name,), "F32", "ggml", value.shape, ()), (value,)
+    for path, value in _leaves(params["layers"], ()):
+        for kind, stack in value.stacks.items():
+            layers = tuple(i for i, kept in enumerate(value.layout) if kept == kind)
+            yield Stack(path, stack.format, stack.layout, stack.shape[1:], layers), stack.planes
+
+
+def _leaves(node: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], LayerStack]]:
+    if isinstance(node, LayerStack):
+        yield path, node
+        return
+    for name in sorted(node):
+        yield from _leaves(node[name], (*path, name))
+
+
+# ---- reading
+
+
+@dataclasses.dataclass(frozen=True)
+class _Array:
+    """A plane of a stack: little-endian, files of `rows` items of the first axis each."""
+
+    path: Path
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    rows: int
+
+    def file(self, item: int) -> Path:
+        zeros = ["0"] * (len(self.shape) - 1)
+        return self.path / ".".join([str(item // self.rows), *zeros])
+
+    @property
+    def item_bytes(self) -> int:
+        return math.prod(self.shape[1:]) * self.dtype.itemsize
+
+
+class OrbaxCheckpoint:
+    """An open directory, a `ModelSource`; made by `open_checkpoint`."""
+
+    interleaved = False
+
+    def __init__(self, path: Path) -> None:
+        header = _header(path)
+        self.path = path
+        self._closed = False
+        try:
+            self._config = _config(header["config"])
+            typed = from_json(header["metadata"])
+            stacks = [_stack(fields) for fields in header["parameters"]]
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ModelFileError(f"{path / MARKER}: is damaged ({type(error).__name__}: {error})") from None
+        self.metadata: Mapping[str, object] = plain(typed)
+        self.typed_metadata: Mapping[str, Typed] = typed
+        self.tensors: Mapping[str, TensorInfo] = {}
+        self._places: dict[TensorInfo, tuple[Stack, int, tuple[_Array, ...]]] = {}
+        parts: list[Path] = []
+        for stack in stacks:
+            arrays = self._arrays(stack)
+            for place, (name, info) in enumerate(self._infos(stack, arrays)):
+                if name in self.tensors:
+                    raise ModelFileError(f"{path / MARKER}: tensor {name} is there twice")
+                self.tensors[name] = info  # type: ignore[index]
+                self._places[info] = stack, place, arrays
+                if info.order is not None:
+                    plain_stack = dataclasses.replace(stack, layout="ggml")
+                    self._places[info.order] = plain_stack, place, arrays[-1:]
+            parts += [file for array in arrays for file in _files(array)]
+        self.parts = tuple(parts)
+
+    def _arrays(self, stack: Stack) -> tuple[_Array, ...]:
+        """The planes of a stack, each checked against what the stack's format and layout make them."""
+        where = f"{self.path / MARKER}: parameter {'/'.join(stack.path)}"
+        if stack.path not in _NAMES:
+            raise ModelFileError(f"{where}: is unknown")
+        if not all(0 <= size < 2**40 for size in (*stack.shape, *stack.layers)) or not 1 <= len(stack.shape) <= 3:
+            raise ModelFileError(f"{where}: shape {stack.shape} of layers {stack.layers} is impossible")
+        if (stack.format not in FORMATS and stack.format not in GROUPS) or stack.layout not in LAYOUTS:
+            raise UnsupportedModelError(f"{where}: format {stack.format!r} in layout {stack.layout!r} is not known")
+        *experts, rows, columns = (1, *stack.shape)[-max(2, len(stack.shape)) :]
+        try:
+            known = LAYOUTS[stack.layout].plane_shapes(stack.format, rows, columns)
+        except (ValueError, TypeError) as error:
+            raise ModelFileError(f"{where}: {error}") from None
+        axes = ((len(stack.layers),) if stack.layers else ()) + tuple(experts)
+        shapes = [(*axes, *(plane.shape[1:] if len(stack.shape) == 1 else plane.shape)) for plane in known]
+        return tuple(
+            _open_array(self.path / _ARRAYS / stack.key(i), shape, np.dtype(plane.dtype))
+            for i, (shape, plane) in enumerate(zip(shapes, known, strict=True))
+        )
+
+    def _infos(self, stack: Stack, arrays: tuple[_Array, ...]) -> Iterator[tuple[str, TensorInfo]]:
+        nbytes = math.prod(stack.shape[:-1]) * format_of(stack.format).row_bytes(stack.shape[-1])
+        for place, layer in enumerate(stack.layers or (None,)):
+            name = _NAMES[stack.path] if layer is None else f"blk.{layer}.{_NAMES[stack.path]}"
+            item = place if stack.layers else 0
+
+            def info(array: _Array, format: str, shape: tuple[int, ...], nbytes: int, order=None, name=name, item=item):
+                return TensorInfo(name, format, shape, array.file(item), item % array.rows * array.item_bytes, nbytes, order)
+
+            order = None
+            if stack.layout.endswith(SUFFIX):
+                shape = (*stack.shape[:-2], stack.shape[-1])
+                order = info(arrays[-1], "I32", shape, 4 * math.prod(shape))
+            yield name, info(arrays[0], stack.format, stack.shape, nbytes, order)
+
+    @property
+    def tensor_bytes(self) -> int:
+        """Bytes of all tensors, as reading them gives."""
+        return sum(info.nbytes + (info.order.nbytes if info.order else 0) for info in self.tensors.values())
+
+    def config(self) -> ModelConfig:
+        return self._config
+
+    def tokenizer(self) -> Tokenizer:
+        if (self.path / _TOKENIZER).is_dir():
+            return Tokenizer.from_directory(self.path / _TOKENIZER)
+        return Tokenizer.from_gguf(self.metadata, source=str(self.path / MARKER))
+
+    def own_name(self, name: str) -> str:
+        return name
+
+    def layout(self, info: TensorInfo) -> str:
+        """The device layout in which a tensor's blocks are stored."""
+        return self._places[info][0].layout.removesuffix(SUFFIX)
+
+    def planes(self, info: TensorInfo) -> tuple[np.ndarray, ...]:
+        """The planes of a tensor's blocks as they are stored, [*experts, *plane] each."""
+        stack, place, arrays = self._places[info]
+        read = []
+        for array in arrays[:-1] if info.order else arrays:
+            shape = array.shape[1:] if stack.layers else array.shape
+            out = np.empty(shape, array.dtype)
+            self._fill(array, place * out.nbytes, out.reshape(-1).view(np.uint8))
+            read.append(out)
+        return tuple(read)
+
+    def read(self, info: TensorInfo) -> np.ndarray:
+        out = np.empty(info.nbytes, np.uint8)
+        self.read_into(info, out)
+        return out
+
+    def read_into(self, info: TensorInfo, out: np.ndarray, start: int = 0) -> None:
+        """As `ModelSource.read_into`: the blocks, repacked where they are stored for another device."""
+        checked_range(info, out, start)
+        stack, place, arrays = self._places[info]
+        flat = out.reshape(-1)
+        layout = stack.layout.removesuffix(SUFFIX)
+        if layout == "ggml":
+            self._fill(arrays[0], place * info.nbytes + start, flat)
+            return
+        *experts, rows, columns = stack.shape
+        planes = [plane.reshape(-1, *plane.shape[len(experts) :]) for plane in self.planes(info)]
+        blocks = [
+            unpack_blocks([plane[e] for plane in planes], stack.format, layout, rows, columns)
+            for e in range(math.prod(experts))
+        ]
+        flat[:] = np.stack(blocks).reshape(-1)[start : start + out.nbytes]
+
+    def _fill(self, array: _Array, start: int, out: np.ndarray) -> None:
+        """The bytes [start, start + len(out)) of an array, over the borders of its files."""
+        if self._closed:
+            raise ValueError(f"{self.path} is closed")
+        size = array.rows * array.item_bytes
+        done = 0
+        while done < len(out):
+            number, offset = divmod(start + done, size)
+            part = out[done : done + min(len(out) - done, size - offset)]
+            _read(array.file(number * array.rows), offset, part)
+            done += len(part)
+
+    def close(self) -> None:
+        self._closed = True
+
+    def __enter__(self) -> OrbaxCheckpoint:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def open_checkpoint(path: Path) -> OrbaxCheckpoint:
+    """Opens a directory and checks everything but the weights' values. Raises ModelFileError for whatever is damaged,
+    missing or unfinished, UnsupportedModelError for another version."""
+    return OrbaxCheckpoint(path)
+
+
+def _header(path: Path) -> dict[str, Any]:
+    marker = path / MARKER
+    header = read_object(marker)
+    if header is None:
+        raise ModelFileError(f"{marker}: is missing")
+    version = header.get("version")
+    if type(version) is not int:
+        raise ModelFileError(f"{marker}: has no version: it is damaged")
+    if version != VERSION:
+        raise UnsupportedModelError(
+            f"{marker}: is a checkpoint of version {version}; this ferrum_jax reads version {VERSION}: convert the model again"
+        )
+    return header
+
+
+def _config(fields: Mapping[str, Any]) -> ModelConfig:
+    """The configuration; TypeError or ValueError for a value that no configuration has."""
+    config = ModelConfig.from_fields(fields)
+    for part in (config, config.rope_scaling):
+        for field in dataclasses.fields(part) if part is not None else ():
+            value = getattr(part, field.name)
+            kind = {"int": int, "str": str, "bool": bool, "float": float}.get(str(field.type))
+            if kind is not None and not (type(value) is kind or (kind is float and type(value) is int)):
+                raise TypeError(f"config: {field.name} is {value!r}")
+            if kind in (int, float) and not 0 <= value < 2**40:
+                raise ValueError(f"config: {field.name} is {value!r}")
+    if not all(type(layer) is int for layer in config.dense_layers):
+        raise TypeError(f"config: dense_layers is {config.dense_layers!r}")
+    return config
+
+
+def _stack(fields: Mapping[str, Any]) -> Stack:
+    stack = Stack(tuple(fields["path"]), fields["format"], fields["layout"], tuple(fields["shape"]), tuple(fields["layers"]))
+    if {type(part) for part in (*stack.path, stack.format, stack.layout)} != {str}:
+        raise TypeError(f"parameter {stack.path} of format {stack.format!r} in layout {stack.layout!r}")
+    if not {type(size) for size in (*stack.shape, *stack.layers)} <= {int}:
+        raise TypeError(f"shape {stack.shape} of layers {stack.layers}")
+    return stack
+
+
+def _open_array(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> _Array:
+    """Checks the description of an array and the sizes of its files."""
+    facts = read_object(path / ".zarray")
+    if facts is None:
+        raise ModelFileError(f"{path}: is missing: the checkpoint is damaged")
+    chunks = facts.get("chunks")
+    rows = chunks[0] if isinstance(chunks, list) and chunks else None
+    expected = {
+        "zarr_format": 2, "order": "C", "filters": None, "compressor": None, "dtype": dtype.newbyteorder("<").str,
+        "shape": list(shape), "chunks": [rows, *shape[1:]],
+    }  # fmt: skip
+    wrong = [key for key, value in expected.items() if facts.get(key) != value]
+    if wrong or type(rows) is not int or rows < 1:
+        raise ModelFileError(
+            f"{path / '.zarray'}: {', '.join(wrong) or 'chunks'} is not what ferrum_jax wrote: the array was changed"
+        )
+    array = _Array(path, shape, dtype, rows)
+    for file in _files(array):
+        size = file.stat().st_size if file.is_file() else None
+        if size != rows * array.item_bytes:
+            problem = "is missing" if size is None else f"has {size} bytes, not {rows * array.item_bytes}"
+            raise ModelFileError(f"{file}: {problem}: the checkpoint is damaged")
+    return array
+
+
+def _files(array: _Array) -> list[Path]:
+    return [array.file(item) for item in range(0, array.shape[0], array.rows)]
+
+
+def _read(file: Path, offset: int, out: np.ndarray) -> None:
+    try:
+        fd = os.open(file, os.O_RDONLY)
+    except OSError as error:
+        raise ModelFileError(f"{file}: cannot be opened: {error.strerror}") from None
+    try:
+        view, done = out.data, 0
+        while done < len(view):
+            got = os.preadv(fd, [view[done : done + _READ_BYTES]], offset + done)
+            if got == 0:
+                raise ModelFileError(f"{file}: ends after {offset + done} bytes: it changed after it was opened")
+            done += got
+    finally:
+        os.close(fd)

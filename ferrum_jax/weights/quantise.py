@@ -1,0 +1,149 @@
+"""A checkpoint read as if it were quantised: `Quantised` wraps a source and gives its matrices as blocks of one format.
+
+Every matrix is read, quantised and handed over in runs of rows, on all cores, so neither the original nor a float32 copy of
+it is ever whole in memory. Which format a tensor gets depends on its name and width alone (`formats`), so it is known, and
+its memory counted, before a byte is read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from ferrum_jax.errors import ModelFileError, UnsupportedModelError
+from ferrum_jax.weights import ggml_types
+from ferrum_jax.weights.source import ModelSource, TensorInfo
+
+QUANTISATIONS = ("q8_0", "q6_k", "q5_k", "q5_1", "q5_0", "q4_k", "q4_1", "q4_0", "iq4_nl", "iq4_xs", "q3_k", "q2_k")
+PLAIN: dict[str, np.dtype] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
+_RUN = 1 << 18  # weights that a thread reads and quantises at a time
+_MIXES = ("_s", "_m", "_l", "_xl")
+
+
+def checked_format(name: str | None) -> str | None:
+    """The block format that `quantize=` means, or None for None. ValueError for a name that is none."""
+    if name is None or (isinstance(name, str) and name.lower() in QUANTISATIONS):
+        return name and name.upper()
+    known = ", ".join(QUANTISATIONS)
+    if isinstance(name, str) and name.lower().endswith(_MIXES) and (base := name.lower().rpartition("_")[0]) in QUANTISATIONS:
+        raise ValueError(f"quantize {name!r} is a mix of formats, which is not supported; {base!r} gives all matrices that one")
+    raise ValueError(f"quantize {name!r} is not supported; supported: {known}")
+
+
+def format_of(name: str, tensor: TensorInfo, format: str, tied: bool) -> str:
+    """The format that a tensor gets when a model is quantised to `format`; its own where it is no matrix.
+
+    As llama.cpp does it: norms, biases and the router stay as they are, the output matrix (the embedding where the two are
+    one) gets at least Q6_K, and where a row is no run of whole blocks Q8_0 takes their place, or F16."""
+    if len(tensor.shape) == 1:
+        return tensor.format
+    if name.endswith("ffn_gate_inp.weight"):
+        return "F32" if tensor.format in PLAIN else tensor.format
+    if name == "output.weight" or (tied and name == "token_embd.weight"):
+        format = "Q8_0" if format == "Q8_0" else "Q6_K"
+    columns = tensor.shape[-1]
+    fitting = (f for f in (format, "Q8_0", "F16") if columns % ggml_types.BY_NAME[f].block_size == 0)
+    return next(fitting)
+
+
+class Quantised:
+    """The source `source` with its matrices quantised to `format` ("Q4_K") while they are read."""
+
+    def __init__(self, source: ModelSource, format: str) -> None:
+        self.source, self.format, self.path, self.parts = source, format, source.path, source.parts
+        self.metadata, self.interleaved = source.metadata, source.interleaved
+        tied = "output.weight" not in source.tensors
+        tensors: dict[str, TensorInfo] = {}
+        self._originals: dict[TensorInfo, TensorInfo] = {}
+        for name, info in source.tensors.items():
+            wanted = ggml_types.BY_NAME[format_of(name, info, format, tied)]
+            if info.format != wanted.name and info.format not in PLAIN:
+                raise UnsupportedModelError(
+                    f"{info.path}: tensor {source.own_name(name)}: is {info.format} already and would lose twice as "
+                    f"{wanted.name}; quantise a checkpoint in F32, F16 or BF16, or load this one as it is"
+                )
+            nbytes = math.prod(info.shape) // wanted.block_size * wanted.block_bytes
+            tensors[name] = dataclasses.replace(info, format=wanted.name, nbytes=nbytes)
+            self._originals[tensors[name]] = info
+        self.tensors: Mapping[str, TensorInfo] = tensors
+
+    @property
+    def tensor_bytes(self) -> int:
+        return sum(info.nbytes for info in self.tensors.values())
+
+    def config(self):
+        return self.source.config()
+
+    def tokenizer(self):
+        return self.source.tokenizer()
+
+    def own_name(self, name: str) -> str:
+        return self.source.own_name(name)
+
+    def read(self, info: TensorInfo) -> np.ndarray:
+        out = np.empty(info.nbytes, np.uint8)
+        self.read_into(info, out)
+        return out
+
+    def read_into(self, info: TensorInfo, out: np.ndarray, start: int = 0) -> None:
+        """As `ModelSource.read_into`; where a tensor is quantised, whole rows only."""
+        original = self._originals.get(info, info)
+        if original.format == info.format:
+            self.source.read_into(original, out, start)
+            return
+        columns, kind = info.shape[-1], ggml_types.BY_NAME[info.format]
+        width = columns // kind.block_size * kind.block_bytes
+        if start % width or out.nbytes % width:
+            raise ValueError(f"bytes [{start}, {start + out.nbytes}) of tensor {info.name!r} are no whole rows of {width}")
+        rows, first = out.reshape(-1, width), start // width
+        count = max(1, _RUN // columns)
+
+        def run(begin: int) -> None:
+            part = rows[begin : begin + count]
+            part[:] = self._rows(original, info.format, first + begin, len(part))
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            for _ in pool.map(run, range(0, len(rows), count)):
+                pass
+
+    def _rows(self, original: TensorInfo, format: str, first: int, count: int) -> np.ndarray:
+        """Rows first .. first + count - 1, quantised: uint8 [count, bytes]."""
+        from pallas_kernels.blocks.quantise import quantise
+
+        stored = np.empty((count, original.shape[-1]), PLAIN[original.format])
+        self.source.read_into(original, stored.view(np.uint8), first * stored.strides[0])
+        values = plain_numbers(stored, original.format)
+        try:
+            return _PLAIN_BYTES[format](values) if format in _PLAIN_BYTES else quantise(values, format)
+        except ValueError as error:
+            raise ModelFileError(f"{original.path}: tensor {original.name}: {error}") from None
+
+    def close(self) -> None:
+        self.source.close()
+
+    def __enter__(self) -> Quantised:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def plain_numbers(stored: np.ndarray, format: str) -> np.ndarray:
+    """float32 of F32, F16 or BF16, an element a weight."""
+    if format == "BF16":
+        return (stored.astype(np.uint32) << 16).view(np.float32)
+    return stored.astype(np.float32, copy=False)
+
+
+def _halved(values: np.ndarray) -> np.ndarray:
+    if not np.isfinite(values).all() or np.abs(values).max() > 65504:
+        raise ValueError("holds values that half precision has not")
+    return values.astype("<f2").view(np.uint8)
+
+
+_PLAIN_BYTES = {"F16": _halved, "F32": lambda values: values.view(np.uint8)}

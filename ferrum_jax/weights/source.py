@@ -1,0 +1,104 @@
+"""What every checkpoint offers, whatever it is stored as: `ModelSource`.
+
+The one idea: a checkpoint is a table of tensors under the names of `names.py` (those of GGUF files), each in a block
+format, and a way to read their bytes. A GGUF file is that already; a Hugging Face directory is read as if it were, with
+experts stacked and foreign packings repacked while they are read. So whatever loads, describes or converts a model knows
+one kind of thing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol, Self
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from ferrum_jax.config import ModelConfig
+    from ferrum_jax.tokenizer import Tokenizer
+
+MARKER = "ferrum_jax.json"
+"""The file by which a directory that ferrum_jax wrote is told from one of Hugging Face."""
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where one tensor lies and how to read it.
+
+    `format` is the name of its block format ("Q4_K"). `shape` has the slowest axis first: [rows, columns] or [experts,
+    rows, columns], in values, not bytes. `name` is what the checkpoint itself calls the tensor (of several, such as
+    experts, the first); `path` is the file it begins in, `offset` absolute in it; `nbytes` is what reading it gives,
+    without padding. `order`: where the columns of a matrix lie in another order, int32 [columns] (or [experts, columns])
+    under the format "I32": which column of the matrix each stored one is.
+    """
+
+    name: str
+    format: str
+    shape: tuple[int, ...]
+    path: Path
+    offset: int
+    nbytes: int
+    order: TensorInfo | None = None
+
+
+class ModelSource(Protocol):
+    """An open checkpoint, its headers checked; a context manager that closes its files.
+
+    path: the (first) file, or the directory; parts: all files with tensors. metadata: facts about the model under the
+    keys of GGUF, `general.architecture` and `general.name` among them where known. tensors: by the names of `names.py`.
+    interleaved: rows of queries and keys are in the order of interleaved rotation (arch `llama` of GGUF).
+    """
+
+    @property
+    def path(self) -> Path: ...
+
+    @property
+    def parts(self) -> tuple[Path, ...]: ...
+
+    @property
+    def metadata(self) -> Mapping[str, object]: ...
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]: ...
+
+    @property
+    def interleaved(self) -> bool: ...
+
+    @property
+    def tensor_bytes(self) -> int:
+        """Bytes of all tensors, as reading them gives."""
+        ...
+
+    def config(self) -> ModelConfig:
+        """What the model is. Raises ModelFileError or UnsupportedModelError naming the key."""
+        ...
+
+    def tokenizer(self) -> Tokenizer:
+        """Its tokenizer, chat template included. Raises ModelFileError or UnsupportedModelError naming the file or key."""
+        ...
+
+    def own_name(self, name: str) -> str:
+        """What the checkpoint itself calls the tensor `name`; for errors."""
+        ...
+
+    def read_into(self, info: TensorInfo, out: np.ndarray, start: int = 0) -> None:
+        """Fills the contiguous uint8 array `out` with the bytes [start, start + out.nbytes) of the tensor.
+
+        Raises ModelFileError when the file has become shorter or is a header alone, ValueError for an unfit array or
+        range or a closed file.
+        """
+        ...
+
+    def read(self, info: TensorInfo) -> np.ndarray:
+        """The tensor's bytes, uint8 [nbytes]."""
+        ...
+
+    def close(self) -> None:
+        """Closes every file; reading afterwards raises ValueError."""
+        ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *exception: object) -> None: ...

@@ -1,0 +1,60 @@
+"""Golden logits and greedy tokens of the tiny checkpoint directories, from transformers.
+
+transformers loads each directory as a user would have it load; of a packed one a copy with the float32 matrices that the
+packing stands for. Of this project it uses only the generator of the directories. `python make_directory_goldens.py
+SCRATCH [NAME ...]`; torch, transformers and safetensors are needed here and nowhere in the tests.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent / "directories"))
+sys.path.insert(0, str(HERE))
+import directory_cases as cases  # noqa: E402
+import tiny_directories as tiny  # noqa: E402
+from make_model_goldens import golden  # noqa: E402
+
+torch.set_num_threads(1)
+
+
+def build(spec: tiny.Spec, path: Path) -> torch.nn.Module:
+    """The model in float32 with eager attention and experts."""
+    if spec.packing:
+        path = path.with_name(path.name + "-dense")
+        path.mkdir(exist_ok=True)
+        entries = [(name, "F32", values.shape, tiny.to_bytes(values, "F32")) for name, values in tiny.dense(spec)]
+        (path / "model.safetensors").write_bytes(tiny.safetensors(entries))
+        (path / "config.json").write_text(json.dumps(tiny.config_json(dataclasses.replace(spec, packing=None))))
+    extra = {"experts_implementation": "eager"} if spec.experts else {}
+    model, report = transformers.AutoModelForCausalLM.from_pretrained(
+        path, dtype=torch.float32, attn_implementation="eager", output_loading_info=True, **extra
+    )
+    assert type(model).__name__ == spec.model_class
+    assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"], report
+    return model.eval()
+
+
+def main() -> None:
+    """Command line."""
+    scratch, names = Path(sys.argv[1]), sys.argv[2:]
+    for spec in cases.CASES:
+        if names and spec.name not in names:
+            continue
+        digest = tiny.write(spec, scratch / spec.name)
+        arrays = golden(build(spec, scratch / spec.name), spec.vocab)
+        np.savez_compressed(cases.HERE / f"{spec.name}.npz", digest=np.array(digest), **arrays)
+        gap = min(arrays[f"gaps{i}"].min() for i in range(3))
+        print(f"{spec.name}: spread {arrays['rows2'].std():.2f}, smallest gap {gap:.4f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
