@@ -62,16 +62,31 @@ inline Lanes from_stored(const uint8_t* p) {
   }
 }
 
+// The rows of the keys of `count` positions from `first` on.
+inline void find_rows(const KvCache& cache, int64_t head, const int32_t* pages, int64_t first, int64_t count, int64_t* rows) {
+  int64_t page = first / cache.page_size, place = first % cache.page_size;
+  for (int64_t i = 0; i < count; ++i) {
+    rows[i] = cache.row(pages[page], place, head);
+    if (++place == cache.page_size) place = 0, ++page;
+  }
+}
+
+// Asks for what the tile at `start` will read: rows of a page are far apart, and hardware prefetchers do not see them coming.
+inline void ask_for_tile(const KvCache& cache, int64_t head, const int32_t* pages, int64_t start, int64_t high) {
+  const int64_t count = high - start < kTile ? high - start : kTile, bytes = cache.head_dim * cache.item_bytes();
+  int64_t rows[kTile];
+  if (count > 0) find_rows(cache, head, pages, start, count, rows);
+  for (int64_t i = 0; i < count; ++i)
+    for (int64_t at = 0; at < 2 * bytes; at += 64) __builtin_prefetch(cache.pages + rows[i] * bytes + at);
+}
+
 // Keys of positions low .. high - 1 of the tile at `start`, transposed [head_dim][64], and values [64][head_dim].
 template <KvType T>
 inline void load_tile(const KvCache& cache, int64_t head, const int32_t* pages, int64_t start, int64_t low, int64_t high,
                       float* keys, float* values) {
   const int64_t width = cache.head_dim, bytes = width * cache.item_bytes();
   int64_t rows[kTile];
-  for (int64_t p = low, page = (start + low) / cache.page_size, place = (start + low) % cache.page_size; p < high; ++p) {
-    rows[p] = cache.row(pages[page], place, head);
-    if (++place == cache.page_size) place = 0, ++page;
-  }
+  find_rows(cache, head, pages, start + low, high - low, rows + low);
   for (int64_t group = low / kLanes * kLanes; group < high; group += kLanes) {
     const uint8_t* at[kLanes];
     float scales[2][kLanes];
@@ -158,6 +173,7 @@ inline void attend_to(const KvCache& cache, int64_t head, const int32_t* pages, 
   high = high > last ? last : high;
   for (int64_t start = low / kTile * kTile; start < high; start += kTile) {
     load_tile<T>(cache, head, pages, start, low > start ? low - start : 0, high - start < kTile ? high - start : kTile, keys, values);
+    ask_for_tile(cache, head, pages, start + kTile, high);
     int64_t r = 0;
     for (; r + 4 <= count; r += 4) attend_rows<4>(rows + r, start, keys, values, width);
     if (count - r == 3) attend_rows<3>(rows + r, start, keys, values, width);

@@ -49,6 +49,17 @@ inline Lanes from_int8(const uint8_t* p) {
 inline void to_half(Lanes a, uint8_t* p) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
+// Folded in halves.
+inline float sum_of(Lanes a) {
+  const __m256 h = _mm256_add_ps(_mm512_castps512_ps256(a.v), _mm512_extractf32x8_ps(a.v, 1));
+  const __m128 q = _mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1)), e = _mm_add_ps(q, _mm_movehl_ps(q, q));
+  return _mm_cvtss_f32(_mm_add_ss(e, _mm_movehdup_ps(e)));
+}
+inline float max_of(Lanes a) {
+  const __m256 h = _mm256_max_ps(_mm512_castps512_ps256(a.v), _mm512_extractf32x8_ps(a.v, 1));
+  const __m128 q = _mm_max_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1)), e = _mm_max_ps(q, _mm_movehl_ps(q, q));
+  return _mm_cvtss_f32(_mm_max_ss(e, _mm_movehdup_ps(e)));
+}
 inline void transpose(Lanes* r) {
   __m512 a[16];
   for (int i = 0; i < 16; i += 2) {
@@ -183,6 +194,18 @@ inline void to_half(const Lanes& a, uint8_t* p) {
 #endif
 
 #if FERRUM_LANES != 512
+inline float sum_of(const Lanes& a) {
+  float lanes[kLanes];
+  store(a, lanes);
+  return fold(lanes, kLanes);
+}
+inline float max_of(const Lanes& a) {
+  float lanes[kLanes];
+  store(a, lanes);
+  for (int half = kLanes / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) lanes[i] = lanes[i] > lanes[i + half] ? lanes[i] : lanes[i + half];
+  return lanes[0];
+}
 inline void transpose(Lanes* r) {
   float square[kLanes][kLanes];
   for (int i = 0; i < kLanes; ++i) store(r[i], square[i]);
@@ -193,20 +216,6 @@ inline void transpose(Lanes* r) {
   }
 }
 #endif
-
-inline float sum_of(const Lanes& a) {
-  float lanes[kLanes];
-  store(a, lanes);
-  return fold(lanes, kLanes);
-}
-
-inline float max_of(const Lanes& a) {
-  float lanes[kLanes];
-  store(a, lanes);
-  for (int half = kLanes / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) lanes[i] = lanes[i] > lanes[i + half] ? lanes[i] : lanes[i + half];
-  return lanes[0];
-}
 
 inline Lanes exp_of(Lanes x) {
   constexpr float kPolynomial[] = {1.9875691500e-4f, 1.3981999507e-3f, 8.3334519073e-3f,
