@@ -68,7 +68,8 @@ def check(exact: Any, prompt: list[int], tokens: list[int], reference: list[int]
 
 
 class Native:
-    """A llama-bench that somebody built, and what it said in each round: tokens a second by (test, batch)."""
+    """A llama-bench that somebody built, and what it said in each round: tokens a second by (test, batch). It decodes from an
+    empty context, llama-batched-bench behind the prompt."""
 
     def __init__(self, program: Path, path: Path, threads: int, prompt_len: int, gen_len: int, batches: list[int]):
         self.sizes = prompt_len, gen_len, batches
@@ -78,16 +79,30 @@ class Native:
 
     def round(self) -> None:
         prompt, tokens, batches = self.sizes
-        command = [str(self.program), *self.common, "-p", str(prompt), "-n", str(tokens), "-r", "1", "-o", "json"]
+        beside = self.batched.exists()
+        command = [
+            str(self.program),
+            *self.common,
+            "-p",
+            str(prompt),
+            "-n",
+            str(0 if beside else tokens),
+            "-r",
+            "1",
+            "-o",
+            "json",
+        ]
         for row in json.loads(self._say(command)):
             self._keep("decode" if row["n_gen"] else "prefill", 1, row["avg_ts"])
-        if self.batched.exists() and batches:
-            size = ["-c", str(max(batches) * (16 + tokens) + 256), "-npp", "16", "-ntg", str(tokens)]
-            parallel = ["-npl", ",".join(map(str, batches)), "--output-format", "jsonl"]
-            for line in self._say([str(self.batched), *self.common, *size, *parallel]).splitlines():
-                if line.startswith("{"):
-                    row = json.loads(line)
-                    self._keep("decode", row["pl"], row["speed_tg"])
+        if not beside:
+            return
+        rows = [1, *batches]
+        size = ["-c", str(max(rows) * (prompt + tokens) + 256), "-npp", str(prompt), "-ntg", str(tokens)]
+        parallel = ["-npl", ",".join(map(str, rows)), "--output-format", "jsonl"]
+        for line in self._say([str(self.batched), *self.common, *size, *parallel]).splitlines():
+            if line.startswith("{"):
+                row = json.loads(line)
+                self._keep("decode", row["pl"], row["speed_tg"])
 
     def _say(self, command: list[str]) -> str:
         common.wait_for_quiet()

@@ -26,9 +26,9 @@ CPU = """## CPU, against llama.cpp
 
 `python -m benchmarks.cpu`. Both engines read the same file, get the same token ids of an English text, and take turns in
 one run. Prefill is the time to the first token after {prompt_len} tokens; decode is the rate of the next {rest}.
-**The llama.cpp is the `xllamacpp` wheel, which is built for AVX2**; a native build of it is about three times as fast at
-decoding on a machine with AVX-512 and AMX. Where such a build was at hand, its own `llama-bench` was run in the same rounds
-and stands in a table of its own. With int8, the layers and the output matrix are this package's C++ kernels.
+**The llama.cpp is the `xllamacpp` wheel, which is built for AVX2.** Where a build for the machine itself was at hand, its own
+programs were run in the same rounds and stand in a table of their own: prefill by `llama-bench`, decoding by
+`llama-batched-bench` behind prompts of the same length. With int8, layers and output matrix are this package's C++ kernels.
 
 Check: the tokens that were timed, against this package's float32, which the tests hold to transformers. "Equal" counts
 those at the start that are float32's own. At the first other one, "gap" says how far its float32 logit lies below the

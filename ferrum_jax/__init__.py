@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Completion": "completion",
+    "EmbeddingModel": "embedding",
     "Engine": "engine",
     "EngineConfig": "engine",
     "FerrumError": "errors",
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from ferrum_jax import functional as functional
     from ferrum_jax.completion import Completion as Completion
     from ferrum_jax.config import ModelConfig as ModelConfig
+    from ferrum_jax.embedding import EmbeddingModel as EmbeddingModel
     from ferrum_jax.engine import Engine as Engine
     from ferrum_jax.engine import EngineConfig as EngineConfig
     from ferrum_jax.engine import Request as Request

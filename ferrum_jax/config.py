@@ -91,7 +91,12 @@ _HARMLESS = {
     "rope.scaling.yarn_log_multiplier", "rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow",
     "rope.scaling.finetuned", "rope.scale_linear", "expert_gating_func", "tensor_data_layout", "pooling_type",
 }  # fmt: skip
-_NEUTRAL: tuple[object, ...] = (0, 0.0, False, "", "none")
+NEUTRAL: tuple[object, ...] = (0, 0.0, False, "", "none")
+
+
+def refuse_encoder(where: object) -> UnsupportedModelError:
+    """The error for an encoder where a model that generates is needed."""
+    return UnsupportedModelError(f"{where}: is an embedding model (BERT), which makes no text and has no logits; use `embed`")
 
 
 class Keys:
@@ -153,6 +158,8 @@ def config_from_gguf(gguf) -> ModelConfig:
     architecture = gguf.metadata.get("general.architecture")
     if not isinstance(architecture, str):
         raise ModelFileError(f"{source}: key general.architecture: is missing or not a string")
+    if architecture == "bert":
+        raise refuse_encoder(source)
     if architecture not in ARCHITECTURES:
         raise UnsupportedModelError(
             f"{source}: architecture {architecture!r} is not supported; supported: {', '.join(ARCHITECTURES)}"
@@ -224,7 +231,7 @@ def _refuse_unsupported(meta: Keys) -> None:
         elif name in ("residual_scale", "embedding_scale", "logit_scale"):
             neutral = isinstance(value, int | float) and value in (0.0, 1.0)
         else:
-            neutral = isinstance(value, int | float | str) and value in _NEUTRAL
+            neutral = isinstance(value, int | float | str) and value in NEUTRAL
         if not neutral:
             raise UnsupportedModelError(f"{meta.source}: key {key}: this feature is not supported")
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from ferrum_jax.config import Keys, ModelConfig, RopeScaling
+from ferrum_jax.encoder_config import MODEL_CLASS, EncoderConfig, encoder_from_json, is_encoder
 from ferrum_jax.errors import ModelFileError, UnsupportedModelError
 
 
@@ -43,6 +44,7 @@ FAMILIES = {
     "Qwen3MoeForCausalLM": Family("qwen3moe", "qwen3_moe", experts=True, window=4096, windowed="use"),
 }
 
+_ENCODER_BIASES = frozenset({"attn_q", "attn_k", "attn_v", "attn_output", "ffn_up", "ffn_down"})
 _KNOWN = {
     "architectures", "model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "head_dim", "vocab_size", "max_position_embeddings", "rms_norm_eps", "rope_theta", "rope_scaling",
@@ -76,7 +78,7 @@ class ConfigFile:
     of the tensor's name; rope_factors: float32 [rope_dim / 2] that divide the rotary frequencies, or None;
     quantization: how matrices are packed, as the file states it, or None."""
 
-    config: ModelConfig
+    config: ModelConfig | EncoderConfig
     model_class: str
     tied: bool
     biases: frozenset[str]
@@ -88,6 +90,9 @@ def read_config(content: dict[str, Any], path: Path) -> ConfigFile:
     """What the object in config.json at `path` says. Raises UnsupportedModelError for a model class or feature that is
     not implemented, ModelFileError for a missing or impossible key."""
     keys = Keys(content, "", str(path))
+    if is_encoder(content):
+        encoder = encoder_from_json(content, path, _HARMLESS)
+        return ConfigFile(encoder, MODEL_CLASS, True, _ENCODER_BIASES, None, None)
     name, family = _family(content, path)
     _refuse_unknown(content, path)
     hidden = keys.integer("hidden_size")
@@ -138,7 +143,8 @@ def _family(content: dict[str, Any], path: Path) -> tuple[str, Family]:
         raise ModelFileError(f"{path}: key architectures: must name one model class, not {names!r}")
     family = FAMILIES.get(names[0])
     if family is None:
-        raise UnsupportedModelError(f"{path}: key architectures: {names[0]} is not supported; supported: {', '.join(FAMILIES)}")
+        known = ", ".join((*FAMILIES, MODEL_CLASS))
+        raise UnsupportedModelError(f"{path}: key architectures: {names[0]} is not supported; supported: {known}")
     if kind is not None and kind != family.model_type:
         raise ModelFileError(f"{path}: key model_type: {kind!r} is not that of {names[0]}, {family.model_type!r}")
     return names[0], family

@@ -23,8 +23,9 @@ from ferrum_jax.weights.gguf import GGUFFile
 from ferrum_jax.weights.metadata import Typed, of_config
 from ferrum_jax.weights.opening import open_model
 from ferrum_jax.weights.quantise import PLAIN, Quantised, checked_format, plain_numbers
-from ferrum_jax.weights.source import ModelSource, TensorInfo
+from ferrum_jax.weights.source import ModelSource
 from ferrum_jax.weights.stream import half_split_rows, read_parameters
+from ferrum_jax.weights.tensor_info import TensorInfo
 
 KINDS = ("orbax", "gguf")
 Progress = Callable[[int, int | None, str], None]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -12,6 +11,8 @@ import jax
 from ferrum_jax import hub, memory
 from ferrum_jax.chat import check_template
 from ferrum_jax.config import ModelConfig
+from ferrum_jax.embedding import EmbeddingModel
+from ferrum_jax.encoder_config import EncoderConfig
 from ferrum_jax.errors import ModelFileError
 from ferrum_jax.kv_cache import KV_DTYPES
 from ferrum_jax.model import Model
@@ -23,7 +24,7 @@ from ferrum_jax.weights.names import Parameters, parameters
 from ferrum_jax.weights.opening import open_model
 from ferrum_jax.weights.quantise import checked_format
 from ferrum_jax.weights.source import ModelSource
-from ferrum_jax.weights.stream import abstract_parameters, read_parameters
+from ferrum_jax.weights.stream import Progress, abstract_parameters, read_parameters
 from pallas_kernels import native
 from pallas_kernels.dispatch import Target, target_of
 
@@ -39,15 +40,16 @@ def load(
     mesh=None,
     max_seq_len: int | None = None,
     quantize: str | None = None,
-    progress: Callable[[int, int | None, str], None] | None = None,
-) -> Model:
-    """Loads a model, its weights compressed as they are in the file.
+    progress: Progress | None = None,
+) -> Model | EmbeddingModel:
+    """Loads a model, its weights compressed as they are in the file: a `Model`, or of the BERT family an `EmbeddingModel`.
 
     source: path of a .gguf (any part of a split file) or of a checkpoint directory (config.json and safetensors), an
     alias ("smollm2:135m"), or "owner/repo[:file or quant]".
     dtype: arithmetic of activations, "float32" (exact), "bfloat16", "float16", "int8" (CPU: quantised in blocks inside
-    products); "auto" takes the fast one of the device. kv_dtype: of the KV cache; None follows dtype (int8: float16).
-    max_seq_len: tokens of context, at most (and by default) the model's.
+    products); "auto" takes the fast one of the device, for an embedding model float32. kv_dtype: of the KV cache; None
+    follows dtype (int8: float16).
+    max_seq_len: tokens of context, at most (and by default) the model's; an embedding model cuts texts there.
     quantize: a block format ("q4_k"; weights.quantise.QUANTISATIONS) that the matrices of a checkpoint in F32, F16 or BF16
     get while they are read.
     progress: called with (bytes done, bytes in all or None, what is going on).
@@ -61,7 +63,7 @@ def load(
     if device is not None and not isinstance(device, jax.Device):
         raise ValueError(f"device must be a jax.Device, as in jax.devices(), not {device!r}")
     device = device or jax.devices()[0]
-    dtype = auto_dtype(target_of(device)) if dtype == "auto" else dtype
+    asked, dtype = dtype, auto_dtype(target_of(device)) if dtype == "auto" else dtype
     kv_dtype = "float8_e4m3fn" if kv_dtype == "fp8" else kv_dtype or ("float16" if dtype == "int8" else dtype)
     for name, value, known in (("dtype", dtype, DTYPES), ("kv_dtype", kv_dtype, KV_DTYPES)):
         if value not in known:
@@ -75,6 +77,11 @@ def load(
     path = hub.resolve(str(source), progress=progress)
     enable_compilation_cache()
     with open_model(path, quantize=quantize) as checkpoint:
+        if (encoder := checkpoint.encoder()) is not None:
+            encoder = dataclasses.replace(encoder, dtype="float32" if asked == "auto" else dtype)
+            embedding = _load_encoder(checkpoint, encoder, device, max_seq_len, progress)
+            embedding.load_s = time.perf_counter() - begin
+            return embedding
         config, places, tokenizer = check(checkpoint)
         config = dataclasses.replace(config, dtype=dtype)
         if max_seq_len is not None and max_seq_len > config.context_length:
@@ -97,12 +104,34 @@ def load(
 def validate(path: str | Path) -> None:
     """Checks all of a checkpoint that `load` checks, without reading a weight; raises what `load` would raise."""
     with open_model(path) as checkpoint:
-        check(checkpoint)
+        encoder = checkpoint.encoder()
+        check(checkpoint) if encoder is None else _places(checkpoint, encoder)
+
+
+def _load_encoder(
+    checkpoint: ModelSource, config: EncoderConfig, device: jax.Device, max_seq_len: int | None, progress: Progress | None
+) -> EmbeddingModel:
+    if max_seq_len is not None and max_seq_len > config.context_length:
+        raise ValueError(f"max_seq_len {max_seq_len} is beyond the model's {config.context_length} positions")
+    places, tokenizer = _places(checkpoint, config)
+    weights = memory.nbytes(abstract_parameters(places, target_of(device)))
+    count = f"{checkpoint.path}: weights {readable_bytes(weights)}"
+    memory.require(weights, device, f"the weights do not fit: {count}")
+    with jax.default_device(device), memory.explained(device, lambda: f"loading {count}"):
+        params = read_parameters(checkpoint, places, config, device, progress)
+    return EmbeddingModel(config, params, tokenizer, device, max_seq_len or config.text_length)
 
 
 def check(checkpoint: ModelSource) -> tuple[ModelConfig, Parameters, Tokenizer]:
     """The configuration, the place of every tensor and the tokenizer, or the error that says what is wrong."""
     config = checkpoint.config()
+    places, tokenizer = _places(checkpoint, config)
+    if tokenizer.chat_template:
+        check_template(tokenizer.chat_template, str(checkpoint.path))
+    return config, places, tokenizer
+
+
+def _places(checkpoint: ModelSource, config: ModelConfig | EncoderConfig) -> tuple[Parameters, Tokenizer]:
     places = parameters(checkpoint, config)
     tokenizer = checkpoint.tokenizer()
     if tokenizer.vocab_size > config.vocab_size:
@@ -110,9 +139,7 @@ def check(checkpoint: ModelSource) -> tuple[ModelConfig, Parameters, Tokenizer]:
             f"{checkpoint.path}: the tokenizer (tokenizer.ggml.tokens, tokenizer.json) has {tokenizer.vocab_size} tokens, but "
             f"tensor {checkpoint.own_name('token_embd.weight')} has only {config.vocab_size} rows"
         )
-    if tokenizer.chat_template:
-        check_template(tokenizer.chat_template, str(checkpoint.path))
-    return config, places, tokenizer
+    return places, tokenizer
 
 
 def auto_dtype(target: Target) -> str:

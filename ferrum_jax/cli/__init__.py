@@ -19,6 +19,7 @@ import click
 from ferrum_jax.cli.bench import bench_command
 from ferrum_jax.cli.convert import convert_command
 from ferrum_jax.cli.doctor import doctor_command
+from ferrum_jax.cli.embed import embed_command
 from ferrum_jax.cli.inspect import info_command, list_command, pull_command
 from ferrum_jax.cli.perplexity import perplexity_command
 from ferrum_jax.cli.plan import plan_command
@@ -60,7 +61,7 @@ def verbs(context: click.Context) -> None:
 
 for _verb in (
     run_command, bench_command, info_command, plan_command, pull_command, list_command, convert_command, doctor_command,
-    perplexity_command,
+    perplexity_command, embed_command,
 ):  # fmt: skip
     verbs.add_command(_verb)
     _verb.params.append(_DEBUG)

@@ -15,6 +15,7 @@ from typing import Any
 import click
 
 import ferrum_jax as fj
+from ferrum_jax.config import refuse_encoder
 from ferrum_jax.units import readable_bytes as readable_bytes
 
 Progress = Callable[[int, int | None, str], None]
@@ -114,10 +115,16 @@ def _bar() -> Iterator[Progress]:
         yield update
 
 
-def load_model(source: str, **options: Any) -> Any:
-    """`fj.load` with a progress bar; a ValueError from its parameter checks is the user's mistake."""
+def load_model(source: str, *, embeds: bool = False, **options: Any) -> Any:
+    """`fj.load` with a progress bar; a ValueError from its parameter checks is the user's mistake, and so is a model that
+    embeds where one is needed that does not, or the other way round."""
     with progress_bar() as progress, users_mistake():
-        return fj.load(source, progress=progress, **options)
+        model = fj.load(source, progress=progress, **options)
+    if isinstance(model, fj.EmbeddingModel) != embeds:
+        if not embeds:
+            raise refuse_encoder(source)
+        raise click.UsageError(f"{source} is no embedding model; one of the BERT family is needed")
+    return model
 
 
 def print_table(rows: Iterable[Iterable[str]], columns: tuple[str, ...] = (), numbers: tuple[str, ...] = ()) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from ferrum_jax.cli.common import readable_bytes
 
 if TYPE_CHECKING:
     from ferrum_jax.config import ModelConfig
+    from ferrum_jax.encoder_config import EncoderConfig
     from ferrum_jax.weights.source import ModelSource
 
 DEFAULT_CONTEXT = 4096
@@ -44,6 +46,8 @@ def describe(source: ModelSource, context: int | None = None) -> dict[str, Any]:
     from ferrum_jax.models.segments import segments
     from ferrum_jax.weights.names import parameters
 
+    if (encoder := source.encoder()) is not None:
+        return describe_encoder(source, encoder)
     config = source.config()
     bodies = sum(segment.period for segment in segments(parameters(source, config).layer_formats))
     metadata = source.metadata
@@ -88,6 +92,43 @@ def describe(source: ModelSource, context: int | None = None) -> dict[str, Any]:
     }
 
 
+def describe_encoder(source: ModelSource, config: EncoderConfig) -> dict[str, Any]:
+    """The facts about an embedding model. Raises as `describe`."""
+    from ferrum_jax.weights.names import parameters
+
+    parameters(source, config)
+    return {
+        "path": str(source.path),
+        "parts": len(source.parts),
+        "name": source.metadata.get("general.name"),
+        "licence": source.metadata.get("general.license"),
+        "file_bytes": sum(part.stat().st_size for part in source.parts),
+        "tensor_bytes": source.tensor_bytes,
+        "parameters": sum(math.prod(info.shape) for info in source.tensors.values()),
+        **{key: value for key, value in dataclasses.asdict(config).items() if key != "dtype"},
+        "formats": _formats(source),
+    }
+
+
+def _print_encoder(facts: dict[str, Any]) -> None:
+    rows = {
+        "file": facts["path"],
+        "name": facts["name"] or "not stated",
+        "licence": facts["licence"] or "not stated in the file",
+        "architecture": f"{facts['architecture']}, an embedding model",
+        "parameters": f"{facts['parameters']:,}",
+        "layers": f"{facts['num_layers']}, {facts['hidden_size']} wide, feed-forward {facts['intermediate_size']}",
+        "heads": str(facts["num_heads"]),
+        "vocabulary": f"{facts['vocab_size']:,}",
+        "context": f"{facts['context_length']:,} tokens; texts are cut to {facts['text_length']:,} by default",
+        "pooling": facts["pooling"],
+        "memory": f"weights {readable_bytes(facts['tensor_bytes'])}",
+    }
+    common.print_table(rows.items())
+    click.echo()
+    _print_formats(facts)
+
+
 def _print_info(facts: dict[str, Any]) -> None:
     memory, kv = facts["memory"], facts["kv_bytes_per_token"]
     heads = f"{facts['num_heads']} of {facts['head_dim']}, {facts['num_kv_heads']} for keys and values"
@@ -122,6 +163,10 @@ def _print_info(facts: dict[str, Any]) -> None:
     }
     common.print_table(rows.items())
     click.echo()
+    _print_formats(facts)
+
+
+def _print_formats(facts: dict[str, Any]) -> None:
     numbers = ("tensors", "weights", "bytes", "bits a weight")
     blocks = [
         (row["format"], *(f"{row[key]:,}" for key in numbers[:3]), f"{8 * row['bytes'] / max(1, row['weights']):.2f}")
@@ -151,7 +196,7 @@ def info_command(model: str, context: int | None, as_json: bool) -> None:
     if as_json:
         common.print_json(facts)
     else:
-        _print_info(facts)
+        (_print_encoder if "pooling" in facts else _print_info)(facts)
 
 
 @click.command("pull", short_help="Fetch a model into the cache.")

@@ -37,10 +37,11 @@ PATIENCE_SECONDS = 20.0  # a download that has begun is given up after this long
 
 _SMALL = {
     *("config.json", "generation_config.json", "quantize_config.json", "quant_config.json", "tokenizer.json"),
-    *("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"),
+    *("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "vocab.txt"),
 }
+_OF_EMBEDDINGS = ("modules.json", "sentence_bert_config.json", "1_Pooling/config.json")
 _SPLIT = re.compile(r"(?P<base>.+)-(?P<part>\d{5})-of-(?P<total>\d{5})\.gguf", re.IGNORECASE | re.DOTALL)
-_OF_TOKENS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+_OF_TOKENS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "vocab.txt")
 _REPORT_SECONDS = 0.1
 
 
@@ -67,7 +68,8 @@ def directory_files(names: Iterable[str]) -> list[str]:
 
     Of weights the numbered parts where there is an index, else model.safetensors, else all; no adapter, and none of the
     copies in another form that some repositories have beside them."""
-    top = sorted(name for name in names if "/" not in name)
+    names = sorted(names)
+    top = [name for name in names if "/" not in name]
     weights = [name for name in top if name.endswith(".safetensors") and not name.startswith(("adapter_", "consolidated"))]
     if "config.json" not in top or not weights:
         return []
@@ -75,7 +77,8 @@ def directory_files(names: Iterable[str]) -> list[str]:
         weights = [name for name in weights if re.fullmatch(r"model-\d+-of-\d+\.safetensors", name)] or weights
     elif "model.safetensors" in weights:
         weights = ["model.safetensors"]
-    small = [name for name in top if name in _SMALL or name.endswith(".safetensors.index.json")]
+    small = [name for name in names if name in _OF_EMBEDDINGS]
+    small += [name for name in top if name in _SMALL or name.endswith(".safetensors.index.json")]
     return sorted(small, key=lambda name: name != "config.json") + weights
 
 
@@ -239,7 +242,7 @@ def fetch_heads(source: HubSource, directory: Path, whole: Callable[[Path], obje
     Raises SourceError as `fetch` does, or what `whole` raises at last.
     """
     try:
-        remotes = [remote for remote in _describe(source) if remote.name not in _OF_TOKENS]
+        remotes = [remote for remote in _describe(source) if remote.name not in (*_OF_TOKENS, *_OF_EMBEDDINGS)]
         path = directory if remotes[0].name == "config.json" else directory / PurePosixPath(remotes[0].name).name
         paths = [directory / PurePosixPath(remote.name).name for remote in remotes]
         with ExitStack() as stack:

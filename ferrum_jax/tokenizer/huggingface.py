@@ -99,8 +99,9 @@ class DirectoryTokenizer(Tokenizer):
             return "bytes"
         if {"Metaspace", "ByteFallback", "Replace"} & decoders.keys():
             return "spaces"
-        if not decoders:
+        if not decoders or "WordPiece" in decoders:
             self._drops_space = True
+            self._goes_on = decoders.get("WordPiece", {}).get("prefix", "")
             return "words"
         raise UnsupportedModelError(f"{self._path}: key decoder: {', '.join(map(str, decoders))} is not supported")
 
@@ -127,15 +128,20 @@ class DirectoryTokenizer(Tokenizer):
 
     def encode(self, text: str, add_special: bool = True, parse_special: bool = False) -> list[int]:
         """As `Tokenizer.encode`."""
-        check_text(text)
+        return self.encode_batch([text], add_special, parse_special)[0]
+
+    def encode_batch(self, texts: list[str], add_special: bool = True, parse_special: bool = False) -> list[list[int]]:
+        """As `Tokenizer.encode_batch`."""
+        for text in texts:
+            check_text(text)
         with self._lock:
             self._tokenizer.encode_special_tokens = not parse_special
-            ids = self._tokenizer.encode(text, add_special_tokens=add_special and not self._flags).ids
-        if add_special and self._flags.get("bos") and self.bos_id is not None:
-            ids = [self.bos_id, *ids]
-        if add_special and self._flags.get("eos") and self.eos_id is not None:
-            ids = [*ids, self.eos_id]
-        return ids
+            encoded = self._tokenizer.encode_batch_fast(texts, add_special_tokens=add_special and not self._flags)
+        begin, end = (
+            [token] if add_special and self._flags.get(name) and token is not None else []
+            for name, token in (("bos", self.bos_id), ("eos", self.eos_id))
+        )
+        return [begin + one.ids + end for one in encoded]
 
     @cached_property
     def _pieces(self) -> list[bytes]:
@@ -150,7 +156,8 @@ class DirectoryTokenizer(Tokenizer):
                 letters = [values.get(letter) for letter in text]
                 piece = text.encode(errors="replace") if None in letters else bytes(b for b in letters if b is not None)
             elif self._kind == "words":
-                piece = b" " + text.encode(errors="replace")
+                goes_on = self._goes_on and text.startswith(self._goes_on)
+                piece = (text[len(self._goes_on) :] if goes_on else " " + text).encode(errors="replace")
             elif byte := _BYTE.fullmatch(text):
                 piece = bytes([int(byte[1], 16)])
             else:

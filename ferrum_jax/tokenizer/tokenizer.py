@@ -6,7 +6,6 @@ to the BPE of the file. Nothing is normalised.
 
 from collections.abc import Iterable, Mapping
 from functools import cached_property
-from pathlib import Path
 
 from ferrum_jax.errors import ModelFileError
 from ferrum_jax.tokenizer.bpe import ByteLevelBPE, byte_letters
@@ -26,7 +25,8 @@ def check_text(text: str) -> None:
 
 
 class Tokenizer:
-    """Built by `from_gguf` or `from_directory`. `eos_ids` are all tokens that end a generation, `eos_id` the file's own."""
+    """Of the BPE in a GGUF file; other kinds (opening.py) derive from it. `eos_ids` are all tokens that end a generation,
+    `eos_id` the file's own."""
 
     def __init__(self, vocabulary: Vocabulary, chat_template: str | None = None) -> None:
         self._vocabulary = vocabulary
@@ -57,18 +57,6 @@ class Tokenizer:
             raise ModelFileError(f"{source or 'model'}: tokenizer.chat_template must be a string")
         return cls(read_vocabulary(metadata, source), template)
 
-    @classmethod
-    def from_directory(cls, directory: str | Path) -> "Tokenizer":
-        """Builds the tokenizer of a checkpoint directory from tokenizer.json and the files beside it.
-
-        Raises:
-            ModelFileError: a file is missing or inconsistent; the message names it.
-            UnsupportedModelError: the tokenizer is of a kind that is not supported.
-        """
-        from ferrum_jax.tokenizer.huggingface import DirectoryTokenizer
-
-        return DirectoryTokenizer(Path(directory))
-
     def encode(self, text: str, add_special: bool = True, parse_special: bool = False) -> list[int]:
         """Token ids of a text.
 
@@ -96,6 +84,10 @@ class Tokenizer:
         if add_special and vocabulary.add_eos and vocabulary.eos_id is not None:
             out.append(vocabulary.eos_id)
         return out
+
+    def encode_batch(self, texts: list[str], add_special: bool = True, parse_special: bool = False) -> list[list[int]]:
+        """`encode` of each text."""
+        return [self.encode(text, add_special, parse_special) for text in texts]
 
     def _parts(self, text: str, parse_special: bool) -> list[int | str]:
         """The text as ids of special tokens and the raw texts between them."""

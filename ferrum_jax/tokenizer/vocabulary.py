@@ -250,7 +250,7 @@ def read_vocabulary(metadata: Mapping[str, object], source: str = "") -> Vocabul
     if model not in ("gpt2", "llama"):
         raise UnsupportedModelError(
             f"{keys.source}: tokenizer.ggml.model = {model!r} is not supported; supported: 'gpt2' (byte-level BPE), "
-            "'llama' (SentencePiece BPE)"
+            "'llama' (SentencePiece BPE), 'bert' (WordPiece)"
         )
     byte_level = model == "gpt2"
     pre_name = keys.text("pre", "default") if byte_level else ""

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from ferrum_jax.errors import ModelFileError
-from ferrum_jax.weights.source import TensorInfo
+from ferrum_jax.weights.tensor_info import TensorInfo
 
 _READ_BYTES = 16 << 20  # of one positioned read
 

@@ -19,10 +19,11 @@ import numpy as np
 from ferrum_jax.errors import ModelFileError, ModelNotFoundError
 from ferrum_jax.weights.files import checked_range, open_regular, read_range
 from ferrum_jax.weights.gguf_header import Header, parse_header
-from ferrum_jax.weights.source import TensorInfo
+from ferrum_jax.weights.tensor_info import TensorInfo
 
 if TYPE_CHECKING:
     from ferrum_jax.config import ModelConfig
+    from ferrum_jax.encoder_config import EncoderConfig
     from ferrum_jax.tokenizer import Tokenizer
 
 __all__ = ["GGUFFile", "TensorInfo", "open_gguf"]
@@ -69,11 +70,17 @@ class GGUFFile:
 
         return config_from_gguf(self)
 
+    def encoder(self) -> EncoderConfig | None:
+        """What the model is where it is an encoder."""
+        from ferrum_jax.encoder_config import encoder_from_gguf
+
+        return encoder_from_gguf(self.metadata, self.tensors, str(self.path))
+
     def tokenizer(self) -> Tokenizer:
         """The file's tokenizer."""
-        from ferrum_jax.tokenizer import Tokenizer
+        from ferrum_jax.tokenizer.opening import tokenizer_of_gguf
 
-        return Tokenizer.from_gguf(self.metadata, source=str(self.path))
+        return tokenizer_of_gguf(self.metadata, source=str(self.path))
 
     def own_name(self, name: str) -> str:
         """The name itself: these are GGUF's."""

@@ -17,15 +17,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ferrum_jax.config import ModelConfig
+from ferrum_jax.config import ModelConfig, refuse_encoder
 from ferrum_jax.config_json import ConfigFile, read_config
+from ferrum_jax.encoder_config import EncoderConfig
 from ferrum_jax.errors import ModelFileError, UnsupportedModelError
 from ferrum_jax.tokenizer.huggingface import chat_template
 from ferrum_jax.weights.files import checked_range, open_regular, read_range
 from ferrum_jax.weights.json_file import read_object
 from ferrum_jax.weights.packed import SUFFIXES, PackedMatrix, Scheme, agreeing, packed_matrix, scheme_of
 from ferrum_jax.weights.safetensors import parse_header
-from ferrum_jax.weights.source import TensorInfo
+from ferrum_jax.weights.tensor_info import TensorInfo
 
 if TYPE_CHECKING:
     from ferrum_jax.tokenizer import Tokenizer
@@ -57,9 +58,45 @@ _EXPERT = {
     "w3": "ffn_up_exps",
     "w2": "ffn_down_exps",
 }
-_IN_LAYER = re.compile(r"model\.layers\.(0|[1-9][0-9]{0,3})\.(.+)")
 _IN_EXPERT = re.compile(r"(?:mlp|block_sparse_moe)\.experts\.(0|[1-9][0-9]{0,4})\.(\w+)")
-_IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")  # computed from config.json
+_NUMBER = r"(0|[1-9][0-9]{0,3})"
+
+
+@dataclasses.dataclass(frozen=True)
+class Names:
+    """What a kind of model calls its modules: `whole` and those of `layer`, whose names `stem` begins, to stems of names.py;
+    `ignored`: tensors that say nothing or are not needed."""
+
+    stem: str
+    whole: Mapping[str, str]
+    layer: Mapping[str, str]
+    ignored: re.Pattern[str]
+
+    def in_layer(self, module: str) -> re.Match[str] | None:
+        return re.fullmatch(re.escape(self.stem) + _NUMBER + r"\.(.+)", module)
+
+
+_DECODER = Names("model.layers.", _GLOBAL, _LAYER, re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"))
+_ENCODER = Names(
+    "encoder.layer.",
+    {
+        "embeddings.word_embeddings": "token_embd",
+        "embeddings.position_embeddings": "position_embd",
+        "embeddings.token_type_embeddings": "token_types",
+        "embeddings.LayerNorm": "token_embd_norm",
+    },
+    {
+        "attention.self.query": "attn_q",
+        "attention.self.key": "attn_k",
+        "attention.self.value": "attn_v",
+        "attention.output.dense": "attn_output",
+        "attention.output.LayerNorm": "attn_output_norm",
+        "intermediate.dense": "ffn_up",
+        "output.dense": "ffn_down",
+        "output.LayerNorm": "layer_output_norm",
+    },
+    re.compile(r"embeddings\.position_ids|pooler\.dense\.(weight|bias)"),
+)
 _BIASED = {"attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"}
 
 
@@ -96,6 +133,7 @@ class HuggingFaceDirectory:
     def __init__(self, path: Path, config: ConfigFile, files: Mapping[Path, io.FileIO], header_only: bool) -> None:
         self.path, self.parts = path, tuple(files)
         self.model_class, self._config, self._files, self._header_only = config.model_class, config, files, header_only
+        self.names = _ENCODER if isinstance(config.config, EncoderConfig) else _DECODER
         self.tensors: dict[str, TensorInfo] = {}
         self.metadata: dict[str, object] = {
             "general.architecture": config.config.architecture,
@@ -113,22 +151,28 @@ class HuggingFaceDirectory:
 
     def config(self) -> ModelConfig:
         """What the model is."""
+        if isinstance(self._config.config, EncoderConfig):
+            raise refuse_encoder(self.path)
         return self._config.config
+
+    def encoder(self) -> EncoderConfig | None:
+        """What the model is where it is an encoder."""
+        return self._config.config if isinstance(self._config.config, EncoderConfig) else None
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer of tokenizer.json."""
-        from ferrum_jax.tokenizer import Tokenizer
+        from ferrum_jax.tokenizer.opening import tokenizer_of_directory
 
-        return Tokenizer.from_directory(self.path)
+        return tokenizer_of_directory(self.path)
 
     def own_name(self, name: str) -> str:
         """What the checkpoint calls the tensor `name`, `*` for the number of an expert."""
         *stem, suffix = name.split(".")
         if stem[0] == "blk":
-            module = next((own for own, kind in _LAYER.items() if kind == stem[2]), None)
+            module = next((own for own, kind in self.names.layer.items() if kind == stem[2]), None)
             expert = next((f"mlp.experts.*.{own}" for own, kind in _EXPERT.items() if kind == stem[2]), None)
-            return f"model.layers.{stem[1]}.{module or expert or stem[2]}.{suffix}"
-        return f"{next((own for own, kind in _GLOBAL.items() if kind == stem[0]), stem[0])}.{suffix}"
+            return f"{self.names.stem}{stem[1]}.{module or expert or stem[2]}.{suffix}"
+        return f"{next((own for own, kind in self.names.whole.items() if kind == stem[0]), stem[0])}.{suffix}"
 
     def read_into(self, info: TensorInfo, out: np.ndarray, start: int = 0) -> None:
         """Fills the contiguous uint8 array `out` with the bytes [start, start + out.nbytes) of the tensor."""
@@ -310,7 +354,8 @@ class _Layout:
         """(name in the table, number of the expert or -1, part) for the tensors of one module."""
         if self.config.tied and module == "lm_head":
             return
-        match = _IN_LAYER.fullmatch(module)
+        names = self.directory.names
+        match = names.in_layer(module)
         expert = _IN_EXPERT.fullmatch(match[2]) if match else None
         if match and match[2] == "mlp.experts":
             yield from self._fused(f"blk.{match[1]}.", tensors)
@@ -318,11 +363,11 @@ class _Layout:
         if expert and expert[2] in _EXPERT:
             stem, number = f"blk.{match[1]}.{_EXPERT[expert[2]]}", int(expert[1])  # type: ignore[index]
         else:
-            kind = _LAYER.get(match[2]) if match else _GLOBAL.get(module)
+            kind = names.layer.get(match[2]) if match else names.whole.get(module)
             stem, number = f"blk.{match[1]}.{kind}" if match and kind else kind or "", -1
         packed = {suffix: info for suffix, info in tensors.items() if suffix in SUFFIXES}
         for suffix, info in tensors.items():
-            if suffix in packed or _IGNORED.fullmatch(info.name):
+            if suffix in packed or names.ignored.fullmatch(info.name):
                 continue
             if not stem or suffix not in ("weight", "bias") or (suffix == "weight" and packed):
                 raise self._error(info.name, f"is unknown in a {self.config.model_class}")
@@ -409,5 +454,7 @@ class _Layout:
                 expected = kind in self.config.biases and f"blk.{number}.{kind}.weight" in tensors
                 if expected and name not in tensors:
                     raise self._error(self.directory.own_name(name), "is missing, but config.json asks for it")
+                if name in tensors and kind in self.config.biases and not expected:
+                    raise self._error(self.directory.own_name(f"blk.{number}.{kind}.weight"), "is missing")
                 if name in tensors and not expected:
                     raise self._error(tensors[name].name, "is there, but config.json does not ask for it")

@@ -37,6 +37,15 @@ def read_object(path: Path) -> dict[str, Any] | None:
 
 def parse_object(text: str | bytes, where: str) -> dict[str, Any]:
     """The JSON object that a text is; `where` begins every ModelFileError."""
+    return _parse(text, where, dict, "object")
+
+
+def parse_array(text: str | bytes, where: str) -> list[Any]:
+    """The JSON array that a text is; `where` begins every ModelFileError."""
+    return _parse(text, where, list, "array")
+
+
+def _parse(text: str | bytes, where: str, kind: type, called: str) -> Any:
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         made = dict(pairs)
@@ -54,6 +63,6 @@ def parse_object(text: str | bytes, where: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         head = text[:60] if isinstance(text, str) else bytes(text[:60])
         raise ModelFileError(f"{where}: is not valid JSON ({error or 'nested too deeply'}): it begins with {head!r}") from None
-    if not isinstance(value, dict):
-        raise ModelFileError(f"{where}: must be a JSON object, not {type(value).__name__}")
+    if not isinstance(value, kind):
+        raise ModelFileError(f"{where}: must be a JSON {called}, not {type(value).__name__}")
     return value

@@ -10,8 +10,10 @@ import dataclasses
 import re
 
 from ferrum_jax.config import ModelConfig
+from ferrum_jax.encoder_config import EncoderConfig
 from ferrum_jax.errors import ModelFileError
-from ferrum_jax.weights.source import ModelSource, TensorInfo
+from ferrum_jax.weights.source import ModelSource
+from ferrum_jax.weights.tensor_info import TensorInfo
 
 Path = tuple[str, ...]
 
@@ -57,6 +59,28 @@ LAYER = {
     "ffn_up_exps.weight": Entry(("feed_forward", "expert_up"), ("experts", "expert_width", "hidden"), "experts"),
     "ffn_down_exps.weight": Entry(("feed_forward", "expert_down"), ("experts", "hidden", "expert_width"), "experts"),
 }
+ENCODER_GLOBAL = {
+    "token_embd.weight": Entry(("embedding",), ("vocab", "hidden")),
+    "position_embd.weight": Entry(("positions",), ("context", "hidden")),
+    "token_types.weight": Entry(("types",), ("types", "hidden")),
+    "token_embd_norm.weight": Entry(("embedding_norm",), ("hidden",)),
+    "token_embd_norm.bias": Entry(("embedding_norm_bias",), ("hidden",)),
+}
+ENCODER_LAYER = {
+    **{
+        f"attn_{letter}.{part}": Entry(("attention", name + suffix), shape)
+        for letter, name in (("q", "query"), ("k", "key"), ("v", "value"), ("output", "output"))
+        for part, suffix, shape in (("weight", "", ("hidden", "hidden")), ("bias", "_bias", ("hidden",)))
+    },
+    "attn_output_norm.weight": Entry(("attention_norm",), ("hidden",)),
+    "attn_output_norm.bias": Entry(("attention_norm_bias",), ("hidden",)),
+    "ffn_up.weight": Entry(("feed_forward", "up"), ("width", "hidden")),
+    "ffn_up.bias": Entry(("feed_forward", "up_bias"), ("width",)),
+    "ffn_down.weight": Entry(("feed_forward", "down"), ("hidden", "width")),
+    "ffn_down.bias": Entry(("feed_forward", "down_bias"), ("hidden",)),
+    "layer_output_norm.weight": Entry(("feed_forward_norm",), ("hidden",)),
+    "layer_output_norm.bias": Entry(("feed_forward_norm_bias",), ("hidden",)),
+}
 _LAYER_NAME = re.compile(r"blk\.(0|[1-9][0-9]{0,3})\.(.+)")
 
 
@@ -83,16 +107,17 @@ def kind_of(tensor: TensorInfo) -> str:
     return kept_format(tensor) + ("+order" if tensor.order else "")
 
 
-def parameters(source: ModelSource, config: ModelConfig) -> Parameters:
+def parameters(source: ModelSource, config: ModelConfig | EncoderConfig) -> Parameters:
     """Every tensor of the checkpoint in its place. Raises `ModelFileError` naming the tensor that is missing, unknown or
     misshapen."""
     sizes = _sizes(config)
+    of_model, of_layer = (ENCODER_GLOBAL, ENCODER_LAYER) if isinstance(config, EncoderConfig) else (GLOBAL, LAYER)
     whole: dict[Path, TensorInfo] = {}
     layers: dict[Path, list[TensorInfo | None]] = {}
     for name, tensor in source.tensors.items():
         match = _LAYER_NAME.fullmatch(name)
         layer = int(match[1]) if match else None
-        entry = LAYER.get(match[2]) if match else GLOBAL.get(name)
+        entry = of_layer.get(match[2]) if match else of_model.get(name)
         if layer is not None and layer >= config.num_layers:
             raise ModelFileError(f"{source.path}: tensor {tensor.name}: the model has only {config.num_layers} layers")
         if entry is None or not _wanted(entry, config, layer):
@@ -110,10 +135,10 @@ def parameters(source: ModelSource, config: ModelConfig) -> Parameters:
         else:
             layers.setdefault(entry.path, [None] * config.num_layers)[layer] = tensor
 
-    for name, entry in GLOBAL.items():
+    for name, entry in of_model.items():
         if _required(entry, config) and entry.path not in whole:
             raise ModelFileError(f"{source.path}: tensor {source.own_name(name)}: is missing")
-    for name, entry in LAYER.items():
+    for name, entry in of_layer.items():
         found = layers.get(entry.path)
         for number in range(config.num_layers):
             needed = _required(entry, config, number) or (found is not None and _wanted(entry, config, number))
@@ -122,7 +147,15 @@ def parameters(source: ModelSource, config: ModelConfig) -> Parameters:
     return Parameters(whole, {path: tuple(tensors) for path, tensors in layers.items()})
 
 
-def _sizes(config: ModelConfig) -> dict[str, int]:
+def _sizes(config: ModelConfig | EncoderConfig) -> dict[str, int]:
+    if isinstance(config, EncoderConfig):
+        return {
+            "vocab": config.vocab_size,
+            "hidden": config.hidden_size,
+            "width": config.intermediate_size,
+            "context": config.context_length,
+            "types": config.num_types,
+        }
     return {
         "vocab": config.vocab_size,
         "hidden": config.hidden_size,
@@ -136,14 +169,16 @@ def _sizes(config: ModelConfig) -> dict[str, int]:
     }
 
 
-def _required(entry: Entry, config: ModelConfig, layer: int | None = None) -> bool:
+def _required(entry: Entry, config: ModelConfig | EncoderConfig, layer: int | None = None) -> bool:
+    if isinstance(config, EncoderConfig):
+        return True
     kind = "experts" if config.num_experts and layer not in config.dense_layers else "dense"
     return entry.required in ("all", kind, config.architecture) or (
         entry.required == "qwen3" and config.architecture == "qwen3moe"
     )
 
 
-def _wanted(entry: Entry, config: ModelConfig, layer: int | None = None) -> bool:
+def _wanted(entry: Entry, config: ModelConfig | EncoderConfig, layer: int | None = None) -> bool:
     if entry.allowed:
         return config.architecture in entry.allowed
     return entry.required in ("all", "") or _required(entry, config, layer)

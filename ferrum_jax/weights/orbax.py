@@ -28,11 +28,13 @@ from ferrum_jax.config import ModelConfig
 from ferrum_jax.errors import ModelFileError, UnsupportedModelError
 from ferrum_jax.quantized import LayerStack, QuantizedTensor
 from ferrum_jax.tokenizer import Tokenizer
+from ferrum_jax.tokenizer.opening import tokenizer_of_directory, tokenizer_of_gguf
 from ferrum_jax.weights.files import checked_range
 from ferrum_jax.weights.json_file import read_object
 from ferrum_jax.weights.metadata import Typed, from_json, plain, to_json
 from ferrum_jax.weights.names import GLOBAL, LAYER
-from ferrum_jax.weights.source import MARKER, ModelSource, TensorInfo
+from ferrum_jax.weights.source import MARKER, ModelSource
+from ferrum_jax.weights.tensor_info import TensorInfo
 from pallas_kernels.blocks import FORMATS, GROUPS, format_of
 from pallas_kernels.blocks.layouts import LAYOUTS
 from pallas_kernels.blocks.ordered import SUFFIX
@@ -269,10 +271,13 @@ class OrbaxCheckpoint:
     def config(self) -> ModelConfig:
         return self._config
 
+    def encoder(self) -> None:
+        return None
+
     def tokenizer(self) -> Tokenizer:
         if (self.path / _TOKENIZER).is_dir():
-            return Tokenizer.from_directory(self.path / _TOKENIZER)
-        return Tokenizer.from_gguf(self.metadata, source=str(self.path / MARKER))
+            return tokenizer_of_directory(self.path / _TOKENIZER)
+        return tokenizer_of_gguf(self.metadata, source=str(self.path / MARKER))
 
     def own_name(self, name: str) -> str:
         return name

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from ferrum_jax.errors import ModelFileError, UnsupportedModelError
-from ferrum_jax.weights.source import TensorInfo
+from ferrum_jax.weights.tensor_info import TensorInfo
 
 Read = Callable[[TensorInfo], np.ndarray]  # the raw bytes of a tensor of a file
 

@@ -17,7 +17,8 @@ import numpy as np
 
 from ferrum_jax.errors import ModelFileError, UnsupportedModelError
 from ferrum_jax.weights import ggml_types
-from ferrum_jax.weights.source import ModelSource, TensorInfo
+from ferrum_jax.weights.source import ModelSource
+from ferrum_jax.weights.tensor_info import TensorInfo
 
 QUANTISATIONS = ("q8_0", "q6_k", "q5_k", "q5_1", "q5_0", "q4_k", "q4_1", "q4_0", "iq4_nl", "iq4_xs", "q3_k", "q2_k")
 PLAIN: dict[str, np.dtype] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
@@ -38,9 +39,10 @@ def checked_format(name: str | None) -> str | None:
 def format_of(name: str, tensor: TensorInfo, format: str, tied: bool) -> str:
     """The format that a tensor gets when a model is quantised to `format`; its own where it is no matrix.
 
-    As llama.cpp does it: norms, biases and the router stay as they are, the output matrix (the embedding where the two are
-    one) gets at least Q6_K, and where a row is no run of whole blocks Q8_0 takes their place, or F16."""
-    if len(tensor.shape) == 1:
+    As llama.cpp does it: norms, biases, positions, token types and the router stay as they are, the output matrix (the
+    embedding where the two are one) gets at least Q6_K, and where a row is no run of whole blocks Q8_0 takes their place, or
+    F16."""
+    if len(tensor.shape) == 1 or name in ("position_embd.weight", "token_types.weight"):
         return tensor.format
     if name.endswith("ffn_gate_inp.weight"):
         return "F32" if tensor.format in PLAIN else tensor.format
@@ -78,6 +80,9 @@ class Quantised:
 
     def config(self):
         return self.source.config()
+
+    def encoder(self):
+        return self.source.encoder()
 
     def tokenizer(self):
         return self.source.tokenizer()

@@ -9,38 +9,20 @@ one kind of thing.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, Self
 
 import numpy as np
 
+from ferrum_jax.weights.tensor_info import TensorInfo
+
 if TYPE_CHECKING:
     from ferrum_jax.config import ModelConfig
+    from ferrum_jax.encoder_config import EncoderConfig
     from ferrum_jax.tokenizer import Tokenizer
 
 MARKER = "ferrum_jax.json"
 """The file by which a directory that ferrum_jax wrote is told from one of Hugging Face."""
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """Where one tensor lies and how to read it.
-
-    `format` is the name of its block format ("Q4_K"). `shape` has the slowest axis first: [rows, columns] or [experts,
-    rows, columns], in values, not bytes. `name` is what the checkpoint itself calls the tensor (of several, such as
-    experts, the first); `path` is the file it begins in, `offset` absolute in it; `nbytes` is what reading it gives,
-    without padding. `order`: where the columns of a matrix lie in another order, int32 [columns] (or [experts, columns])
-    under the format "I32": which column of the matrix each stored one is.
-    """
-
-    name: str
-    format: str
-    shape: tuple[int, ...]
-    path: Path
-    offset: int
-    nbytes: int
-    order: TensorInfo | None = None
 
 
 class ModelSource(Protocol):
@@ -72,7 +54,11 @@ class ModelSource(Protocol):
         ...
 
     def config(self) -> ModelConfig:
-        """What the model is. Raises ModelFileError or UnsupportedModelError naming the key."""
+        """What the model is, a decoder. Raises ModelFileError or UnsupportedModelError naming the key."""
+        ...
+
+    def encoder(self) -> EncoderConfig | None:
+        """What the model is where it is an encoder (BERT), else None. Raises as `config`."""
         ...
 
     def tokenizer(self) -> Tokenizer:

@@ -16,11 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from ferrum_jax.config import ModelConfig
+from ferrum_jax.encoder_config import EncoderConfig
 from ferrum_jax.errors import ModelFileError
 from ferrum_jax.quantized import LayerStack, QuantizedTensor
 from ferrum_jax.weights.names import Parameters, Path, kept_format, kind_of
 from ferrum_jax.weights.orbax import OrbaxCheckpoint
-from ferrum_jax.weights.source import ModelSource, TensorInfo
+from ferrum_jax.weights.source import ModelSource
+from ferrum_jax.weights.tensor_info import TensorInfo
 from pallas_kernels.blocks import format_of
 from pallas_kernels.blocks.layouts import LAYOUTS, choose
 from pallas_kernels.blocks.ordered import SUFFIX
@@ -32,10 +34,14 @@ _ROTATED: tuple[Path, ...] = tuple(("attention", name) for name in ("query", "ke
 
 
 def read_parameters(
-    source: ModelSource, parameters: Parameters, config: ModelConfig, device: jax.Device, progress: Progress | None = None
+    source: ModelSource,
+    parameters: Parameters,
+    config: ModelConfig | EncoderConfig,
+    device: jax.Device,
+    progress: Progress | None = None,
 ) -> dict:
-    """The parameter tree of `models.Decoder`, on the device. `progress(done_bytes, total_bytes, text)` is called as it
-    goes. Raises `ModelFileError` for a norm or bias that is not plain numbers, or a file that ends early."""
+    """The parameter tree of `models.Decoder` or `models.bert`, on the device. `progress(done_bytes, total_bytes, text)` is
+    called as it goes. Raises `ModelFileError` for a norm or bias that is not plain numbers, or a file that ends early."""
     for tensor in (*parameters.whole.values(), *(t for ts in parameters.stacked.values() for t in ts if t)):
         if len(tensor.shape) == 1 and tensor.format not in ("F32", "F16", "BF16"):
             raise ModelFileError(f"{source.path}: tensor {tensor.name}: {tensor.format} where plain numbers are expected")
@@ -98,7 +104,7 @@ def _without_first_axis(plane: Any) -> Any:
 
 
 class _Reader:
-    def __init__(self, source: ModelSource, config: ModelConfig, device: jax.Device, progress: Progress | None):
+    def __init__(self, source: ModelSource, config: ModelConfig | EncoderConfig, device: jax.Device, progress: Progress | None):
         self.source, self.config, self.device, self.progress = source, config, device, progress
         self.done = 0
 
@@ -145,7 +151,7 @@ class _Reader:
                 raise ModelFileError(f"{self.source.path}: tensor {tensor.name}: holds values that no model can have")
         else:
             self.source.read_into(tensor, place.reshape(-1).view(np.uint8))
-        if path in _ROTATED and self.source.interleaved:
+        if path in _ROTATED and self.source.interleaved and isinstance(self.config, ModelConfig):
             place[...] = place[half_split_rows(place.shape[0], self.config)]
         self._count(tensor)
 

@@ -10,8 +10,9 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 
 import ferrum_jax as fj
-from ferrum_jax.tokenizer import TextStream, Tokenizer
+from ferrum_jax.tokenizer import TextStream
 from ferrum_jax.tokenizer.bpe import byte_letters
+from ferrum_jax.tokenizer.opening import tokenizer_of_directory
 
 TEXTS = ["the cat", " the  cat\n", "Straße 東京 🧪", "", "a", "the<|im_end|>cat<think>the", "  "]
 
@@ -76,7 +77,7 @@ def directory(path: Path, library: tokenizers.Tokenizer, **files: object) -> Pat
 @pytest.mark.parametrize("kind", KINDS)
 def test_ids_and_text_are_the_librarys(kind: str, tmp_path: Path) -> None:
     library = KINDS[kind]()
-    ours = Tokenizer.from_directory(directory(tmp_path, library))
+    ours = tokenizer_of_directory(directory(tmp_path, library))
     assert ours.vocab_size == library.get_vocab_size()
     for text in TEXTS:
         for add_special in (False, True):
@@ -94,7 +95,7 @@ def test_ids_and_text_are_the_librarys(kind: str, tmp_path: Path) -> None:
 
 
 def test_special_tokens_are_read_only_where_asked(tmp_path: Path) -> None:
-    ours = Tokenizer.from_directory(directory(tmp_path, byte_level()))
+    ours = tokenizer_of_directory(directory(tmp_path, byte_level()))
     end, think = 262, 263
     assert ours.encode("the<|im_end|><think>", parse_special=True) == [257, end, think]
     plain = ours.encode("the<|im_end|><think>")
@@ -106,7 +107,7 @@ def test_special_tokens_are_read_only_where_asked(tmp_path: Path) -> None:
 
 
 def test_bytes_of_sentencepiece_tokens(tmp_path: Path) -> None:
-    ours = Tokenizer.from_directory(directory(tmp_path, spm()))
+    ours = tokenizer_of_directory(directory(tmp_path, spm()))
     ids = {text: i for text, i in spm().get_vocab().items()}
     pieces = [ours.token_bytes(ids[text]) for text in ("▁the", "<0xE6>", "a", "</s>")]
     assert pieces == [b" the", b"\xe6", b"a", b"</s>"]
@@ -127,10 +128,10 @@ def test_bytes_of_sentencepiece_tokens(tmp_path: Path) -> None:
 def test_flags_of_the_config_count_where_the_file_has_no_template(flags: dict, expected: list[int], tmp_path: Path) -> None:
     names = {"bos_token": "<s>", "eos_token": {"content": "</s>", "__type": "AddedToken"}}
     path = directory(tmp_path, spm(), tokenizer_config=names | flags)
-    assert Tokenizer.from_directory(path).encode("the") == [1, 270]
+    assert tokenizer_of_directory(path).encode("the") == [1, 270]
     content = json.loads((path / "tokenizer.json").read_text()) | {"post_processor": None}
     (path / "tokenizer.json").write_text(json.dumps(content))
-    ours = Tokenizer.from_directory(path)
+    ours = tokenizer_of_directory(path)
     assert ours.encode("the") == expected and ours.encode("the", add_special=False) == [270]
 
 
@@ -140,7 +141,7 @@ def test_ends_of_all_files_count(tmp_path: Path) -> None:
         "generation_config": {"eos_token_id": [256, 262, 10**6]},
         "config": {"eos_token_id": 257, "bos_token_id": 260},
     }
-    ours = Tokenizer.from_directory(directory(tmp_path, byte_level(), **files))
+    ours = tokenizer_of_directory(directory(tmp_path, byte_level(), **files))
     assert (ours.bos_id, ours.eos_id, ours.pad_id) == (None, 262, 260)
     assert ours.eos_ids == {256, 257, 260, 262}
 
@@ -149,16 +150,16 @@ def test_chat_template(tmp_path: Path) -> None:
     named = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "plain"}]
     for value, expected in (("text", "text"), (named, "plain"), (None, None)):
         path = directory(tmp_path, byte_level(), tokenizer_config={"chat_template": value})
-        assert Tokenizer.from_directory(path).chat_template == expected
+        assert tokenizer_of_directory(path).chat_template == expected
     (tmp_path / "chat_template.jinja").write_text("file")
-    assert Tokenizer.from_directory(tmp_path).chat_template == "file"
+    assert tokenizer_of_directory(tmp_path).chat_template == "file"
 
 
 def test_truncation_and_padding_of_the_file_are_not_ours(tmp_path: Path) -> None:
     library = byte_level()
     library.enable_truncation(3)
     library.enable_padding(length=20)
-    ours = Tokenizer.from_directory(directory(tmp_path, library))
+    ours = tokenizer_of_directory(directory(tmp_path, library))
     assert len(ours.encode("abcdefg")) == 7
 
 
@@ -184,4 +185,4 @@ def test_what_cannot_be_is_named(change, said: str, tmp_path: Path) -> None:
     change(content)
     path.write_text(json.dumps(content))
     with pytest.raises(fj.ModelFileError, match=rf"tokenizer\.json: .*{said}"):
-        Tokenizer.from_directory(tmp_path)
+        tokenizer_of_directory(tmp_path)

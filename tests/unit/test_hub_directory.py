@@ -41,6 +41,10 @@ def test_files_of_a_directory() -> None:
     assert files("config.json model.safetensors tokenizer.json README.md pytorch_model.bin") == [
         "config.json", "tokenizer.json", "model.safetensors",
     ]  # fmt: skip
+    pooled = (
+        "1_Pooling/config.json config.json model.safetensors modules.json 2_Normalize/config.json vocab.txt onnx/config.json"
+    )
+    assert files(pooled) == ["config.json", "1_Pooling/config.json", "modules.json", "vocab.txt", "model.safetensors"]
     assert files("model.safetensors tokenizer.json") == files("config.json pytorch_model.bin") == []
     sharded = "config.json model-00001-of-00002.safetensors model-00002-of-00002.safetensors model.safetensors.index.json"
     assert files(sharded + " consolidated.safetensors adapter_model.safetensors") == [

@@ -1,0 +1,97 @@
+"""An embedding model: texts in, one vector a text out.
+
+Texts are sorted by length and batched with others of about the same, padded to a length of a short list, so that little is
+computed for padding and few programs are compiled. A row is computed from itself alone.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any, NoReturn
+
+import jax
+import numpy as np
+
+from ferrum_jax.config import refuse_encoder
+from ferrum_jax.encoder_config import EncoderConfig
+from ferrum_jax.models import bert
+from ferrum_jax.programs import Programs
+from ferrum_jax.tokenizer import Tokenizer
+from ferrum_jax.weights.stream import bytes_by_format
+
+_LENGTHS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)  # then powers of two
+_TOKENS = 2048  # of a batch, padding included
+_ROWS = (2, 64)  # of a batch, at least and at most
+
+
+class EmbeddingModel:
+    """Made by `ferrum_jax.load` from a checkpoint of the BERT family. `params` is a pytree of arrays, every weight once;
+    `config` is static; texts are cut to `max_seq_len` tokens."""
+
+    def __init__(self, config: EncoderConfig, params: Any, tokenizer: Tokenizer, device: jax.Device, max_seq_len: int):
+        self.config, self.params, self.tokenizer = config, params, tokenizer
+        self.device, self.max_seq_len = device, max_seq_len
+        self.programs = Programs(device)
+        self.load_s = 0.0
+
+    def embed(self, texts: Sequence[str], *, normalize: bool = True) -> np.ndarray:
+        """float32 [texts, hidden_size], in the order of the texts, each row of Euclidean length 1 unless `normalize` is
+        false. A text beyond `max_seq_len` tokens is cut there, with a warning. ValueError for what is no list of texts."""
+        if isinstance(texts, str | bytes) or not all(isinstance(text, str) for text in texts):
+            raise ValueError("texts must be a list of texts; for one text write [text]")
+        encoded = self._encode(list(texts))
+        out = np.empty((len(encoded), self.config.hidden_size), np.float32)
+        pending = []
+        for members, tokens, lengths in _batches(encoded, self.config.context_length):
+            inputs = (self.params, tokens, lengths)
+            pending.append((members, self.programs.run(bert.embed, *inputs, config=self.config, normalize=bool(normalize))))
+        for members, rows in pending:
+            out[members] = self.programs.fetch(rows)[: len(members)]
+        return out
+
+    def _encode(self, texts: list[str]) -> list[list[int]]:
+        encoded = self.tokenizer.encode_batch(texts, parse_special=True)
+        limit, long = self.max_seq_len, 0
+        for i, ids in enumerate(encoded):
+            if not ids:
+                raise ValueError(f"text {i} has no tokens, and the tokenizer adds none")
+            if len(ids) > limit:
+                long += 1
+                end = ids[-1:] if self.tokenizer.is_control(ids[-1]) else []
+                encoded[i] = ids[: limit - len(end)] + end
+        if long:
+            warnings.warn(f"{long} of {len(texts)} texts are longer than {limit} tokens and are cut there", stacklevel=3)
+        return encoded
+
+    def memory(self) -> dict:
+        """Bytes: parameters by block format and in all."""
+        formats = bytes_by_format(self.params)
+        return {"parameters": formats, "parameters_total": sum(formats.values())}
+
+    def _refuse(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Raises UnsupportedModelError: an encoder has no next token."""
+        raise refuse_encoder("this model")
+
+    generate = stream = chat = render_chat = logits = perplexity = _refuse
+    kv_dtype = property(_refuse)  # the first that an engine asks for
+
+
+def _batches(encoded: list[list[int]], context: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """(members, tokens int32 [rows, length], lengths int32 [rows]), the longest first; rows beyond the members have one
+    token."""
+    order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]))
+    while order:
+        length = min(_bucket(len(encoded[order[0]])), context)
+        rows = min(max(_ROWS[0], 1 << (_TOKENS // length).bit_length() - 1), _ROWS[1])
+        members, order = order[:rows], order[rows:]
+        rows = max(_ROWS[0], 1 << (len(members) - 1).bit_length())
+        tokens, lengths = np.zeros((rows, length), np.int32), np.ones(rows, np.int32)
+        for row, member in enumerate(members):
+            tokens[row, : len(encoded[member])] = encoded[member]
+            lengths[row] = len(encoded[member])
+        yield np.array(members), tokens, lengths
+
+
+def _bucket(length: int) -> int:
+    return next((size for size in _LENGTHS if size >= length), 1 << (length - 1).bit_length())

@@ -1,0 +1,138 @@
+"""WordPiece, the tokenizer of BERT (arXiv 1609.08144, section 4.1): from a GGUF vocabulary or from a vocab.txt.
+
+The splitting is the `tokenizers` library's. GGUF files mark the beginning of a word ("▁iron") where BERT marks that a piece
+goes on ("##on"), so their tokens are respelled. Whether text is lower-cased is not in a GGUF file; but a vocabulary for
+lower-cased text has no piece with a capital, and any other has some.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from ferrum_jax.errors import ModelFileError
+from ferrum_jax.tokenizer.spm import SPACE
+from ferrum_jax.tokenizer.tokenizer import Tokenizer, check_text
+from ferrum_jax.tokenizer.vocabulary import PREFIX, _Keys, _read_tokens
+from ferrum_jax.weights.json_file import read_object, read_text
+
+_SPECIAL = {"unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "pad": "[PAD]", "mask": "[MASK]"}
+_SLOTS = {  # keys of GGUF, the older name first; "seperator" is how the format spells it
+    **{"unk": ("unknown",), "cls": ("cls", "bos"), "sep": ("seperator", "eos")},
+    **{"pad": ("padding",), "mask": ("mask",)},
+}
+_GOES_ON = "##"
+
+
+class WordPieceTokenizer(Tokenizer):
+    """The `Tokenizer` of a BERT vocabulary. special: the texts of the tokens of `_SPECIAL`; lowercase, strip_accents (None:
+    as lowercase) and chinese (every ideograph is a word): what becomes of a text before it is split."""
+
+    def __init__(
+        self,
+        tokens: Sequence[str],
+        special: Mapping[str, str],
+        where: str,
+        *,
+        lowercase: bool,
+        strip_accents: bool | None = None,
+        chinese: bool = True,
+    ) -> None:
+        from tokenizers import AddedToken, models, normalizers, pre_tokenizers, processors
+        from tokenizers import Tokenizer as Library
+
+        self._tokens, self._ids = list(tokens), {token: i for i, token in enumerate(tokens)}
+        if len(self._ids) != len(self._tokens):
+            twice = next(token for i, token in enumerate(tokens) if self._ids[token] != i)
+            raise ModelFileError(f"{where}: the token {twice!r} is there twice")
+        for name in ("unk", "cls", "sep"):
+            if special[name] not in self._ids:
+                raise ModelFileError(f"{where}: has no token {special[name]!r}, which a WordPiece tokenizer needs")
+        self.vocab_size = len(self._tokens)
+        self.chat_template = None
+        self.bos_id, self.eos_id, self.pad_id = None, None, self._ids.get(special["pad"])
+        self.eos_ids = frozenset()
+        self._control = {self._ids[token] for token in special.values() if token in self._ids}
+        made = Library(models.WordPiece(self._ids, unk_token=special["unk"], max_input_chars_per_word=100))
+        made.normalizer = normalizers.BertNormalizer(True, chinese, strip_accents, lowercase)
+        made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        ends = [(special[name], self._ids[special[name]]) for name in ("sep", "cls")]
+        made.post_processor = processors.BertProcessing(*ends)
+        made.add_special_tokens([AddedToken(self._tokens[i], normalized=False) for i in sorted(self._control)])
+        self._tokenizer: Any = made
+        self._lock = threading.Lock()
+
+    @classmethod
+    def from_gguf(cls, metadata: Mapping[str, object], source: str = "") -> WordPieceTokenizer:
+        """From the `tokenizer.ggml.` keys of a file whose model is "bert"."""
+        keys = _Keys(metadata, source)
+        stored, _ = _read_tokens(keys)
+        tokens = [_respelled(token) for token in stored]
+        special = dict(_SPECIAL)
+        for name, slots in _SLOTS.items():
+            found = next((i for slot in slots if (i := keys.token(slot, len(tokens))) is not None), None)
+            if found is not None:
+                special[name] = tokens[found]
+        lowercase = not any(re.search("[A-Z]", token) for token in tokens if not token.startswith("["))
+        return cls(tokens, special, f"{keys.source}: {PREFIX}tokens", lowercase=lowercase)
+
+    @classmethod
+    def from_vocabulary(cls, directory: Path) -> WordPieceTokenizer:
+        """From vocab.txt, a token a line, and tokenizer_config.json beside it."""
+        path = directory / "vocab.txt"
+        lines = (read_text(path) or "").split("\n")
+        tokens = [line.removesuffix("\r") for line in (lines[:-1] if lines[-1] == "" else lines)]
+        texts = (read_object(directory / "special_tokens_map.json") or {}) | (
+            config := read_object(directory / "tokenizer_config.json") or {}
+        )
+        special = dict(_SPECIAL)
+        for name in special:
+            text = texts.get(f"{name}_token")
+            text = text.get("content") if isinstance(text, dict) else text
+            special[name] = text if isinstance(text, str) else special[name]
+        flags = {"do_lower_case": True, "strip_accents": None, "tokenize_chinese_chars": True}
+        lowercase, accents, chinese = (config.get(key, default) for key, default in flags.items())
+        if not all(isinstance(flag, bool | None) for flag in (lowercase, accents, chinese)):
+            raise ModelFileError(f"{directory / 'tokenizer_config.json'}: {', '.join(flags)} must be true or false")
+        return cls(tokens, special, str(path), lowercase=bool(lowercase), strip_accents=accents, chinese=bool(chinese))
+
+    def encode(self, text: str, add_special: bool = True, parse_special: bool = False) -> list[int]:
+        """As `Tokenizer.encode`."""
+        return self.encode_batch([text], add_special, parse_special)[0]
+
+    def encode_batch(self, texts: list[str], add_special: bool = True, parse_special: bool = False) -> list[list[int]]:
+        """As `Tokenizer.encode_batch`."""
+        for text in texts:
+            check_text(text)
+        with self._lock:
+            self._tokenizer.encode_special_tokens = not parse_special
+            return [e.ids for e in self._tokenizer.encode_batch_fast(texts, add_special_tokens=add_special)]
+
+    @cached_property
+    def _pieces(self) -> list[bytes]:
+        pieces = []
+        for i, token in enumerate(self._tokens):
+            word = token if i in self._control else " " + token
+            pieces.append((token[len(_GOES_ON) :] if token.startswith(_GOES_ON) else word).encode(errors="replace"))
+        return pieces
+
+    def is_control(self, token: int) -> bool:
+        """As `Tokenizer.is_control`."""
+        self._check(token)
+        return token in self._control
+
+    @property
+    def adds_space_prefix(self) -> bool:
+        """Whether `decode` takes a space from the front of a text."""
+        return True
+
+
+def _respelled(token: str) -> str:
+    """A GGUF file's spelling in BERT's; names in brackets are the same in both."""
+    if token.startswith("[") and token.endswith("]"):
+        return token
+    return token[1:] if token.startswith(SPACE) and len(token) > 1 else _GOES_ON + token
