@@ -1,143 +1,23 @@
-"""The command line: what each verb prints, exit codes, one-line errors, the terminal chat.
-
-The model is a fake that repeats the prompt's letters; a child process installs it by importing this file.
-"""
+"""The command line: what each verb prints, exit codes, one-line errors."""
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import json
 import os
-import select
 import signal
 import subprocess
 import sys
-import textwrap
 import time
 import types
 from pathlib import Path
 
 import numpy as np
 import pytest
+from cli_fakes import END, FakeModel, FakeParams, FakeTokenizer, child, failing_load, finished
 
 import ferrum_jax as fj
-from ferrum_jax.cli import chat, common, main
+from ferrum_jax.cli import common, main
 from ferrum_jax.errors import ModelFileError, ModelNotFoundError
-
-END = 3  # the fake's end token
-
-
-@dataclasses.dataclass(frozen=True)
-class FakeParams:
-    max_tokens: int = 16
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
-    ignore_eos: bool = False
-
-    def __post_init__(self):
-        if self.seed is not None and self.seed < 0:
-            raise ValueError("seed must not be negative")
-
-
-class FakeTokenizer:
-    """One character, one id."""
-
-    vocab_size = 128
-    chat_template = "{{ messages }}{{ enable_thinking }}"
-
-    def encode(self, text, add_special=True, parse_special=False):
-        return [1] * add_special + [ord(character) % 128 for character in text]
-
-
-class FakeStream:
-    def __init__(self, text, ids, params, delay, end):
-        count = min(len(text), params.max_tokens)
-        self.prompt_token_ids, self.token_ids = ids, []
-        self._steps = [(letter, [ord(letter) % 128]) for letter in text[:count]]
-        self.finish_reason, self._reason, self.closed, self._delay = None, "length", False, delay
-        if end and len(text) < params.max_tokens:
-            self._steps.append(("", [END]))
-            self._reason = "stop"
-
-    def __iter__(self):
-        return self
-
-    def __next__(self):
-        if not self._steps or self.closed:
-            self.finish_reason = self._reason
-            raise StopIteration
-        time.sleep(self._delay)
-        text, tokens = self._steps.pop(0)
-        self.token_ids += tokens
-        return text, tokens
-
-    def close(self):
-        self.closed = True
-
-
-class FakeModel:
-    """Answers `reply`; remembers what it was asked. Its greedy tokens are 7, 8, 9 and so on."""
-
-    tokenizer = FakeTokenizer()
-    reply = "two words"
-    delay = 0.0
-    loads: list = []  # noqa: RUF012
-
-    def __init__(self, source, dtype="auto", **options):
-        self.loads.append({"source": source, "dtype": dtype} | options)
-        self.config = types.SimpleNamespace(dtype="bfloat16" if dtype == "auto" else dtype)
-        self.max_seq_len = options.get("max_seq_len") or 200
-        self.clock = dict.fromkeys(("load_s", "compile_s", "prefill_tokens", "prefill_s", "decode_tokens", "decode_s"), 0.0)
-        self.clock["load_s"] = 0.5
-        self.asked: list = []
-        self.streams: list = []
-
-    def timings(self):
-        return dict(self.clock)
-
-    def encode_chat(self, messages, **template):
-        self.asked.append((messages, template))
-        ids = self.tokenizer.encode(" ".join(message["content"] for message in messages))
-        if len(ids) > self.max_seq_len:
-            raise ValueError(f"{len(ids)} tokens do not fit into a context of {self.max_seq_len}")
-        return ids
-
-    def stream(self, ids, params):
-        self.streams.append(FakeStream(self.reply, ids, params, self.delay, not params.ignore_eos))
-        self.params = params
-        self.clock["compile_s"] += 0.25
-        self.clock["prefill_tokens"] += len(ids)
-        self.clock["prefill_s"] += 0.5
-        self.clock["decode_tokens"] += 10
-        self.clock["decode_s"] += 2.0
-        return self.streams[-1]
-
-    def generate(self, prompts, params):
-        time.sleep(0.0005 * params.max_tokens)
-        tokens = list(range(7, 7 + params.max_tokens))
-        return [types.SimpleNamespace(token_ids=tokens) for _ in prompts]
-
-    def logits(self, batch):
-        """After a prompt of 5 ids the argmax is the greedy tokens, 2 above every other id."""
-        [ids] = batch
-        rows = np.zeros((len(ids), 128), np.float32)
-        for position, token in enumerate(ids):
-            rows[position, token + 1 if position >= 5 else 7] = 2.0
-        return [rows]
-
-    def perplexity(self, ids, window=None):
-        return 12.5 if window is None else float(window)
-
-
-def install_fake():
-    """Put the fake in the place of the real model, for this process."""
-    fj.load, fj.SamplingParams = FakeModel, FakeParams
 
 
 @pytest.fixture
@@ -156,30 +36,6 @@ def model(monkeypatch):
     monkeypatch.setitem(vars(fj), "load", Fake)
     monkeypatch.setitem(vars(fj), "SamplingParams", FakeParams)
     return Fake
-
-
-def failing_load(error):
-    def load(*_arguments, **_options):
-        raise error
-
-    return load
-
-
-def child(*arguments, code="", fake=True, **options):
-    """Run the command line in another process, with the fake model unless told otherwise."""
-    lines = ["import signal, sys", f"sys.path.insert(0, {str(Path(__file__).parent)!r})"]
-    lines += ["signal.signal(signal.SIGINT, signal.default_int_handler)"]  # ignored where the tests run in the background
-    if fake:
-        lines += ["import test_cli", "test_cli.install_fake()", textwrap.dedent(code)]
-    lines += ["from ferrum_jax.cli import main", "sys.exit(main())"]
-    command = [sys.executable, "-c", "\n".join(lines), *arguments]
-    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, **(pipes | options))
-
-
-def finished(process, **options):
-    out, err = process.communicate(timeout=60, **options)
-    return process.returncode, out, err
 
 
 # --- the frame ---------------------------------------------------------------------------------------------------
@@ -283,7 +139,7 @@ def test_our_fault_is_code_1_and_debug_shows_it(model, monkeypatch, capsys):
 
 def slow(reply, delay):
     """A child that answers `reply`, one letter every `delay` seconds."""
-    return child("run", "m", "--prompt", "a", code=f"test_cli.FakeModel.reply, test_cli.FakeModel.delay = {(reply, delay)}")
+    return child("run", "m", "--prompt", "a", code=f"cli_fakes.FakeModel.reply, cli_fakes.FakeModel.delay = {(reply, delay)}")
 
 
 def test_broken_pipe_is_quiet():
@@ -395,190 +251,6 @@ def test_text_appears_as_it_is_made():
     first = time.perf_counter()
     process.stdout.read()
     assert time.perf_counter() - first >= 0.8  # two more letters and the end token
-
-
-# --- chat --------------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def terminal():
-    """Typed text for prompt_toolkit, without a terminal."""
-    from prompt_toolkit.application import create_app_session
-    from prompt_toolkit.input import create_pipe_input
-    from prompt_toolkit.output import DummyOutput
-
-    with create_pipe_input() as typed, create_app_session(input=typed, output=DummyOutput()):
-        yield typed
-
-
-def chatting(fake, typed_text, **options):
-    talk = chat.Chat(fake, FakeParams(max_tokens=50), **{"template": {}} | options)
-    with terminal() as typed:
-        typed.send_text(typed_text)
-        talk.run("fake")
-    return talk
-
-
-def roles(talk):
-    return [(message["role"], message["content"]) for message in talk.messages]
-
-
-def test_chat_keeps_the_conversation(capsys):
-    talk = chatting(FakeModel("m"), "one\rtwo\r/bye\r", system="s")
-    assert roles(talk) == [
-        ("system", "s"), ("user", "one"), ("assistant", "two words"), ("user", "two"), ("assistant", "two words"),
-    ]  # fmt: skip
-    assert [len(messages) for messages, _ in talk.model.asked] == [2, 4]
-    assert capsys.readouterr().out.count("two words\n") == 2
-
-
-@pytest.mark.parametrize(
-    ("typed", "message"),
-    [
-        ("a\\\rb\r", "a\nb"),
-        ("a\x1b\rb\r", "a\nb"),
-        ('"""a\r\rb"""\r', "a\n\nb"),
-        ('"""\rb\r"""\r', "b"),
-        ('"""b"""\r', "b"),
-        ('"""\r/bye\r"""\r', "/bye"),
-        (" /etc\r", "/etc"),
-        ("  \rx\r", "x"),
-    ],
-)
-def test_chat_multi_line(typed, message):
-    talk = chatting(FakeModel("m"), typed + "\x04")
-    assert roles(talk) == [("user", message), ("assistant", "two words")]
-
-
-def test_chat_commands(capsys):
-    talk = chatting(FakeModel("m"), "one\r/clear\r/fly me\r/help\r/bye\rnever\r", system="s")
-    out = capsys.readouterr().out
-    assert roles(talk) == [("system", "s")]
-    assert "unknown command /fly" in out and "/clear" in out and "never" not in out
-
-
-def test_chat_ctrl_c_at_the_prompt(capsys):
-    talk = chatting(FakeModel("m"), "\x03half\x03whole\r\x04")
-    assert roles(talk)[0] == ("user", "whole")
-    assert capsys.readouterr().out.count("Ctrl-D or /bye leaves") == 1
-
-
-def test_chat_that_outgrows_the_context_drops_nothing(capsys):
-    talk = chatting(FakeModel("m", max_seq_len=40), "one\r" + "x" * 60 + "\r\x04")
-    assert roles(talk) == [("user", "one"), ("assistant", "two words")]
-    out = capsys.readouterr().out
-    assert "not sent: 75 tokens do not fit into a context of 40" in out and "nothing was dropped" in out
-    assert len(talk.model.streams) == 1
-
-
-def test_chat_says_why_an_answer_was_cut(capsys):
-    fake = FakeModel("m")
-    fake.reply = "x" * 80
-    chatting(fake, "one\r\x04")
-    assert "[cut by --max-tokens]" in capsys.readouterr().out
-    fake.max_seq_len = 54
-    chatting(fake, "one\r\x04")
-    assert "[cut: the context of 54 tokens is full]" in capsys.readouterr().out
-
-
-def test_chat_ctrl_c_stops_the_answer_only(capsys):
-    fake = FakeModel("m")
-    inner = fake.stream
-
-    def stream(ids, params):
-        made = inner(ids, params)
-        if len(fake.streams) == 1:
-            step = made.__next__
-
-            class Interrupted(FakeStream):
-                def __next__(self):
-                    if len(self.token_ids) == 3:
-                        os.kill(os.getpid(), signal.SIGINT)
-                    return step()
-
-            made.__class__ = Interrupted
-        return made
-
-    fake.stream = stream
-    talk = chatting(fake, "one\rtwo\r\x04")
-    assert roles(talk) == [("user", "one"), ("assistant", "two "), ("user", "two"), ("assistant", "two words")]
-    assert fake.streams[0].closed and "[stopped]" in capsys.readouterr().out
-
-
-def test_chat_ctrl_c_twice_breaks_into_a_step(capsys):
-    fake = FakeModel("m")
-
-    class Hanging(FakeStream):
-        def __next__(self):
-            os.kill(os.getpid(), signal.SIGINT)
-            os.kill(os.getpid(), signal.SIGINT)
-            raise AssertionError("not reached")
-
-    fake.stream = lambda ids, params: Hanging("", ids, params, 0, True)
-    talk = chatting(fake, "one\r\x04")
-    assert talk.messages == [] and "stopped before" in capsys.readouterr().out
-
-
-def test_chat_without_a_template(capsys):
-    talk = chatting(FakeModel("m"), "one\rtwo\r\x04", template=None)
-    assert talk.messages == [] and talk.model.asked == []
-    assert [stream.prompt_token_ids for stream in talk.model.streams] == [
-        talk.model.tokenizer.encode("one"), talk.model.tokenizer.encode("two"),
-    ]  # fmt: skip
-
-
-def test_chat_survives_what_the_template_refuses(capsys):
-    fake = FakeModel("m")
-
-    def refuse(messages, **_template):
-        raise ValueError("roles must alternate")
-
-    fake.encode_chat = refuse
-    talk = chatting(fake, "one\r\x04")
-    assert talk.messages == [] and "roles must alternate" in capsys.readouterr().out
-
-
-def test_chat_shows_control_characters_harmlessly(capsys):
-    chat.Chat.show("a\x1b[2J\x9bb\n", [])
-    assert capsys.readouterr().out == "a␛[2J\ufffdb\n"
-
-
-def test_chat_in_a_real_terminal():
-    """A pseudo-terminal: two turns, Ctrl-C during the first, then Ctrl-D."""
-    import pty
-
-    master, slave = pty.openpty()
-    code = """
-        import os, fcntl, termios
-        os.setsid(); fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-        test_cli.FakeModel.reply = "abcdefghij" * 3
-        test_cli.FakeModel.delay = 0.1
-    """
-    environment = os.environ | {"TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1"}
-    process = child("run", "m", code=code, stdin=slave, stdout=slave, stderr=slave, env=environment)
-    os.close(slave)
-    seen = ""
-
-    def until(text):
-        nonlocal seen
-        deadline = time.monotonic() + 30
-        while text not in seen:
-            assert select.select([master], [], [], deadline - time.monotonic())[0], seen
-            seen += os.read(master, 4096).decode(errors="replace")
-        seen = seen.split(text, 1)[1]
-
-    until(">>>")
-    os.write(master, b"hello\r")
-    until("abc")
-    os.write(master, b"\x03")
-    until("[stopped]")
-    until(">>>")
-    os.write(master, b"again\r")
-    until("hij" + "abcdefghij" * 2)
-    until(">>>")
-    os.write(master, b"\x04")
-    assert process.wait(30) == 0
-    os.close(master)
 
 
 # --- the other verbs ---------------------------------------------------------------------------------------------
