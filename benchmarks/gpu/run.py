@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import functools
 import json
 import os
 import platform
@@ -14,7 +15,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,9 @@ class Outcome:
         return {name: value for name, value in vars(self).items() if name != "hello"}
 
 
-def run_section(section: Section, mode: str, limit: float, say: Callable[[str], None]) -> Outcome:
+def run_section(
+    section: Section, mode: str, limit: float, say: Callable[[str], None], environment: Mapping[str, str] = {}
+) -> Outcome:
     """Runs the section's steps, in as many processes as it takes, for `limit` seconds at most."""
     outcome, begun = Outcome(), []
     start = time.monotonic()
@@ -87,7 +90,7 @@ def run_section(section: Section, mode: str, limit: float, say: Callable[[str], 
             outcome.rows.append(value)
             say("  " + line(value))
 
-    environment = dict(section.environment)
+    environment = {**environment, **section.environment}
     for _ in range(RESTARTS):
         command = ["benchmarks.gpu", "--section", section.module, "--mode", mode, "--skip", json.dumps(begun)]
         silence = SILENCE if mode == "measure" else float("inf")
@@ -191,8 +194,9 @@ def measure(out: Path, only: list[str], limit: float = LIMIT) -> int:
     begin = time.monotonic()
     outcomes: dict[str, Outcome] = {}
     with tempfile.TemporaryDirectory() as cache:
-        os.environ["XDG_CACHE_HOME"] = cache
-        os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.85")
+        memory = os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.85")
+        environment = {"XDG_CACHE_HOME": cache, "XLA_PYTHON_CLIENT_MEM_FRACTION": memory}
+        say = functools.partial(print, flush=True)
         for section in SECTIONS:
             left = limit - (time.monotonic() - begin)
             if only and section.module not in only:
@@ -203,7 +207,7 @@ def measure(out: Path, only: list[str], limit: float = LIMIT) -> int:
                 print(f"  skipped: {outcomes[section.name].skipped}", flush=True)
             else:
                 seconds = min(left, section.seconds)
-                outcomes[section.name] = run_section(section, "measure", seconds, lambda text: print(text, flush=True))
+                outcomes[section.name] = run_section(section, "measure", seconds, say, environment)
             path = write(out, outcomes)
     bad = 0
     for name, outcome in outcomes.items():
@@ -217,7 +221,6 @@ def measure(out: Path, only: list[str], limit: float = LIMIT) -> int:
 def rehearse(only: list[str]) -> int:
     """Every section at small shapes on the CPU, and every program of a real run compiled for the device; as many processes
     at a time as there are cores."""
-    os.environ["JAX_PLATFORMS"] = "cpu"
     chosen = [section for section in SECTIONS if not only or section.module in only]
     compiled = [(section, "compile") for section in chosen if not section.environment]
     # Long ones first; "starts" at the very end, so that it finds what "model" has compiled.
@@ -227,12 +230,12 @@ def rehearse(only: list[str]) -> int:
     def work(job: tuple[Section, str]) -> int:
         section, mode = job
         said: list[str] = []
-        outcome = run_section(section, mode, float("inf"), said.append)
+        outcome = run_section(section, mode, float("inf"), said.append, environment)
         what = f"programs compiled for {TARGET}" if mode == "compile" else "rows at small shapes"
         bad = len(outcome.failures) + len(outcome.wrong())
         print("\n".join([*said, f"{section.name}: {len(outcome.rows)} {what} in {outcome.seconds} s, {bad} bad"]), flush=True)
         return bad
 
     with tempfile.TemporaryDirectory() as cache, concurrent.futures.ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        os.environ["XDG_CACHE_HOME"] = cache
+        environment = {"JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": cache}
         return sum(pool.map(work, jobs))

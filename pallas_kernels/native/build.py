@@ -31,16 +31,11 @@ def library() -> ctypes.CDLL | str:
     if compiler is None:
         return "there is no C++ compiler (c++, g++, clang++ or $CXX)"
     try:
-        path = _built(compiler)
-        found = ctypes.CDLL(str(path))
-        found.ferrum_native_isa.restype = ctypes.c_char_p
-        for name in TARGETS:
-            jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(found, name)), platform="cpu")
+        return _registered(_built(compiler))
     except subprocess.CalledProcessError as error:
         return f"{compiler} failed: {error.stderr.strip().splitlines()[-1] if error.stderr.strip() else error}"
-    except (OSError, AttributeError, subprocess.TimeoutExpired) as error:
+    except (OSError, AttributeError, subprocess.TimeoutExpired, jax.errors.JaxRuntimeError) as error:
         return f"{type(error).__name__}: {error}"
-    return found
 
 
 def refusal() -> str | None:
@@ -53,6 +48,15 @@ def isa() -> str:
     """The instruction set that the kernels take on this machine, "" where they cannot be had."""
     found = library()
     return "" if isinstance(found, str) else found.ferrum_native_isa().decode()
+
+
+@functools.cache  # a name cannot be registered twice in a process
+def _registered(path: Path) -> ctypes.CDLL:
+    found = ctypes.CDLL(str(path))
+    found.ferrum_native_isa.restype = ctypes.c_char_p
+    for name in TARGETS:
+        jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(found, name)), platform="cpu")
+    return found
 
 
 def _compiler() -> str | None:
