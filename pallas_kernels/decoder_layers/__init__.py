@@ -56,11 +56,9 @@ BACKENDS = (
 def backend_for(layers: Sequence[Mapping[str, Part]], hidden: int, shape: Shape, dtype: str) -> Any:
     """The functions of the backend that takes all these layers in one call, or None."""
     unknown = {role for layer in layers for role in layer} - set(ROLES)
-    kinds = {(part.format, part.layout) for layer in layers for role, part in layer.items() if role in _MATRICES}
+    matrices = ((role, part) for layer in layers for role, part in layer.items() if not role.endswith(("norm", "bias")))
+    kinds = {(part.format, part.layout) for role, part in matrices if (role, part.format) != ("router", "F32")}
     sizes = (hidden, shape.head_dim, len(unknown))
     cases = [dispatch.Case("decoder_layers", dispatch.target(), *kind[:1], dtype, kind[1], sizes) for kind in sorted(kinds)]
     found = [dispatch.choose(case, BACKENDS) for case in cases]
     return found[0] if found and all(one is found[0] for one in found) else None
-
-
-_MATRICES = {role for role in ROLES if not role.endswith(("norm", "bias"))} - {"router"}

@@ -148,14 +148,15 @@ def test_the_cache_is_updated_in_place_and_the_step_has_a_derivative():
     assert np.isfinite(gradient).all() and np.abs(gradient).min(axis=1).max() > 0
 
 
-@pytest.mark.parametrize("change", ["gate_bias", "format", "head_dim"])
+@pytest.mark.parametrize("change", ["gate_bias", "format", "router", "head_dim"])
 def test_what_the_call_cannot_do_is_composed(change):
-    config, params = model("dense")
+    config, params = model("moe" if change == "router" else "dense")
     if change == "head_dim":
         config = dataclasses.replace(config, head_dim=40, rope_dim=40)
         params = tiny_params(config)
-    elif change == "format":
-        params = tiny_params(config, lambda name, layer: "Q2_K" if name == "down" else "Q8_0")
+    elif change in ("format", "router"):
+        changed = "down" if change == "format" else "router"
+        params = tiny_params(config, lambda name, layer: "NVFP4" if name == changed else "Q8_0")
     else:
         layers = params["layers"]
         bias = vectors(np.random.default_rng(0), config, 256)
