@@ -3,96 +3,16 @@
 //
 // Block formats are decoded here a second time, weight by weight from their description, and weights lie in arrays of
 // exactly their size, so that a read beyond the last block is caught.
-#include <cmath>
-#include <condition_variable>
-#include <cstdio>
-#include <cstring>
-#include <functional>
-#include <limits>
-#include <mutex>
-#include <queue>
-#include <random>
-#include <string>
-#include <thread>
-#include <vector>
+#include "testing.h"
 
-#include "kernels.h"
-#include "pool.h"
-#include "products.h"
-
+namespace testing {
 namespace {
-
-using namespace ferrum;
-
-int failures = 0;
-
-void check(bool holds, const std::string& what) {
-  if (holds) return;
-  if (++failures <= 20) std::printf("FAILED %s\n", what.c_str());
-}
-
-// ---- threads -----------------------------------------------------------------------------------------------------
-
-class Workers {
- public:
-  explicit Workers(int count) {
-    for (int i = 0; i < count; ++i) threads_.emplace_back([this] { work(); });
-  }
-  ~Workers() {
-    {
-      std::lock_guard<std::mutex> lock(mutex_);
-      ended_ = true;
-    }
-    wake_.notify_all();
-    for (auto& thread : threads_) thread.join();
-  }
-  void schedule(std::function<void()> task) {
-    {
-      std::lock_guard<std::mutex> lock(mutex_);
-      tasks_.push(std::move(task));
-    }
-    wake_.notify_one();
-  }
-
- private:
-  void work() {
-    for (;;) {
-      std::unique_lock<std::mutex> lock(mutex_);
-      wake_.wait(lock, [this] { return ended_ || !tasks_.empty(); });
-      if (tasks_.empty()) return;
-      auto task = std::move(tasks_.front());
-      tasks_.pop();
-      lock.unlock();
-      task();
-    }
-  }
-  std::mutex mutex_;
-  std::condition_variable wake_;
-  std::queue<std::function<void()>> tasks_;
-  std::vector<std::thread> threads_;
-  bool ended_ = false;
-};
-
-Workers* workers;
-
-template <typename F>
-void with_threads(int threads, F&& run) {
-  auto schedule = [](auto task) { workers->schedule(task); };
-  HelpedPool<decltype(schedule)> pool(threads, schedule);
-  run(pool);
-}
 
 // ---- formats -----------------------------------------------------------------------------------------------------
 
 const std::vector<std::string> kNames = {"Q4_0", "Q4_1", "Q5_0",   "Q5_1", "Q8_0", "IQ4_NL", "MXFP4",
                                          "Q4_K", "Q5_K", "Q6_K", "IQ4_XS", "F16",  "BF16",
                                          "U4_32_F16", "U4_64_F16", "U4_128_F16"};
-
-double half(const uint8_t* p) {
-  const int bits = p[0] | p[1] << 8, exponent = bits >> 10 & 31, fraction = bits & 1023;
-  const double value = exponent ? std::ldexp(1024 + fraction, exponent - 25) : std::ldexp(fraction, -24);
-  return bits & 0x8000 ? -value : value;
-}
 
 double level(int q) {
   static const int levels[] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
@@ -151,31 +71,6 @@ Weight weight(const std::string& f, const uint8_t* p, int j) {
   return {half(p) * scale * q, -half(p + 2) * offset};
 }
 
-std::mt19937 rng(1);
-
-float normal() { return std::normal_distribution<float>()(rng); }
-
-void put_half(uint8_t* p) {  // about 0.01, of either sign
-  p[0] = uint8_t(rng());
-  p[1] = uint8_t((rng() & 0x83) | 0x20);
-}
-
-std::vector<uint8_t> random_blocks(const Format& format, int64_t count) {
-  const std::string f = format.name;
-  std::vector<uint8_t> blocks(size_t(count * format.block_bytes));
-  for (auto& byte : blocks) byte = uint8_t(rng());
-  for (int64_t i = 0; i < count; ++i) {
-    uint8_t* p = blocks.data() + i * format.block_bytes;
-    if (f == "MXFP4") p[0] = uint8_t(118 + rng() % 8);
-    else if (f == "BF16") p[1] = uint8_t((p[1] & 0x80) | 0x3c);
-    else if (f == "Q6_K") put_half(p + 208);
-    else put_half(p);
-    if (f[0] == 'U') p[2] = uint8_t(rng() % 17);
-    if (f == "Q4_1" || f == "Q5_1" || f == "Q4_K" || f == "Q5_K") put_half(p + 2);
-  }
-  return blocks;
-}
-
 // ---- references --------------------------------------------------------------------------------------------------
 
 // One result in double precision and the largest error that float32 sums in the stated order can have.
@@ -219,25 +114,7 @@ Expected expected(const Weight* row, const float* x, int64_t k, bool int8) {
   return {value, kUlp * (sums + 8) * size};
 }
 
-// ---- cases -------------------------------------------------------------------------------------------------------
-
-struct Stored {
-  Matrix matrix;
-  std::vector<uint8_t> blocks;
-};
-
-Stored store(const std::string& name, int64_t n, int64_t k, int64_t copies = 1) {
-  const Format* format = find_format(name.c_str(), name.size());
-  Stored stored{{format, nullptr, n, k}, random_blocks(*format, copies * n * k / format->block_weights)};
-  stored.matrix.blocks = stored.blocks.data();
-  return stored;
-}
-
-std::vector<float> random_floats(int64_t count) {
-  std::vector<float> x(static_cast<size_t>(count));
-  for (auto& value : x) value = normal();
-  return x;
-}
+// ---- cases -----------------------------------------------------------------------------------------------------------
 
 std::vector<float> multiply(int threads, Arithmetic how, const float* x, int64_t m, const std::vector<Matrix>& matrices) {
   int64_t width = 0;
@@ -251,10 +128,6 @@ std::vector<float> multiply(int threads, Arithmetic how, const float* x, int64_t
   return y;
 }
 
-bool same(const float* a, const float* b, int64_t count) { return std::memcmp(a, b, size_t(count) * sizeof(float)) == 0; }
-bool same(const std::vector<float>& a, const std::vector<float>& b) {
-  return a.size() == b.size() && same(a.data(), b.data(), int64_t(a.size()));
-}
 bool all_nan(const float* a, int64_t count) {
   for (int64_t i = 0; i < count; ++i)
     if (!std::isnan(a[i])) return false;
@@ -262,7 +135,7 @@ bool all_nan(const float* a, int64_t count) {
 }
 
 const Arithmetic kBoth[] = {Arithmetic::int8, Arithmetic::float32};
-std::vector<std::string> isas;
+
 
 constexpr int64_t kRows = 64;
 
@@ -437,183 +310,10 @@ void test_experts() {
   }
 }
 
-// ---- whole layers --------------------------------------------------------------------------------------------------
-
-// A model of two layers, dense or a mixture, and room for its cache.
-struct Model {
-  Shape shape;
-  std::vector<Stored> stored;
-  std::vector<std::vector<float>> floats;
-  std::vector<Layer> layers;
-  int64_t kv_heads, head_dim;
-
-  Model(int64_t heads, int64_t kv, int64_t width, int64_t experts, int64_t window)
-      : shape{96, heads, window, 2, 1e-6f, 1 / std::sqrt(float(width)), 1.5f, true}, kv_heads(kv), head_dim(width) {
-    stored.reserve(32);
-    floats.reserve(32);
-    const auto matrix = [&](const char* name, int64_t n, int64_t k, int64_t copies = 1) {
-      stored.push_back(store(name, n, k, copies));
-      stored.back().matrix.blocks = stored.back().blocks.data();
-      return stored.back().matrix;
-    };
-    const auto vector = [&](int64_t n) {
-      floats.push_back(random_floats(n));
-      return static_cast<const float*>(floats.back().data());
-    };
-    for (int l = 0; l < 2; ++l) {
-      Layer layer{};
-      layer.attention_norm = vector(96);
-      layer.feed_forward_norm = vector(96);
-      layer.query = matrix("Q8_0", heads * width, 96);
-      layer.key = matrix("Q4_0", kv * width, 96);
-      layer.value = matrix(l ? "Q5_1" : "Q8_0", kv * width, 96);
-      layer.output = matrix("Q4_1", 96, heads * width);
-      if (l == 0) layer.query_norm = vector(width), layer.key_norm = vector(width), layer.output_bias = vector(96);
-      if (l == 1) layer.query_bias = vector(heads * width), layer.key_bias = vector(kv * width), layer.value_bias = vector(kv * width);
-      layer.experts = experts;
-      if (experts) {  // floats of a router are stored as their bytes
-        floats.push_back(random_floats(experts * 96));
-        layer.router = {find_format("F32", 3), reinterpret_cast<const uint8_t*>(floats.back().data()), experts, 96};
-      }
-      layer.gate = matrix("Q5_0", 64, 96, experts ? experts : 1);
-      layer.up = matrix("IQ4_NL", 64, 96, experts ? experts : 1);
-      layer.down = matrix("F16", 96, 64, experts ? experts : 1);
-      layers.push_back(layer);
-    }
-  }
-};
-
-constexpr int64_t kPageSize = 5, kPages = 751, kTablePages = 260;
-
-// A cache of two layers whose every byte is a NaN or the largest number until it is written.
-struct Memory {
-  std::vector<uint8_t> bytes;
-  std::vector<float> scales;
-  std::vector<KvCache> caches;
-
-  Memory(const Model& model, KvType type) {
-    KvCache cache{nullptr, nullptr, type, kPages, kPageSize, model.kv_heads, model.head_dim};
-    const int64_t rows = kPages * kPageSize * 2 * model.kv_heads;
-    bytes.assign(size_t(2 * rows * model.head_dim * cache.item_bytes()), 0xff);
-    scales.assign(size_t(2 * rows), std::numeric_limits<float>::quiet_NaN());
-    for (int l = 0; l < 2; ++l) {
-      cache.pages = bytes.data() + l * rows * model.head_dim * cache.item_bytes();
-      cache.scales = scales.data() + l * rows;
-      caches.push_back(cache);
-    }
-  }
-};
-
-// Tokens from[s] .. to[s] - 1 of each sequence in one step, with a row of padding; their rows of x are changed in place.
-void run_step(const Model& model, Memory& memory, int threads, std::vector<std::vector<float>>& x, const std::vector<int64_t>& from,
-              const std::vector<int64_t>& to) {
-  const int64_t sequences = int64_t(x.size()), half = model.head_dim / 2;
-  std::vector<int32_t> slots, positions, starts = {0}, lengths, table(size_t(sequences * kTablePages), 1 << 30);
-  std::vector<float> rows;
-  for (int64_t s = 0; s < sequences; ++s) {
-    for (int64_t page = 0; page * kPageSize < to[size_t(s)]; ++page)
-      table[size_t(s * kTablePages + page)] = int32_t((page * sequences + s) * 7 % kPages);
-    for (int64_t p = from[size_t(s)]; p < to[size_t(s)]; ++p) {
-      slots.push_back(table[size_t(s * kTablePages + p / kPageSize)] * int32_t(kPageSize) + int32_t(p % kPageSize));
-      positions.push_back(int32_t(p));
-      rows.insert(rows.end(), x[size_t(s)].begin() + p * 96, x[size_t(s)].begin() + (p + 1) * 96);
-    }
-    starts.push_back(int32_t(slots.size()));
-    lengths.push_back(int32_t(to[size_t(s)]));
-  }
-  slots.push_back(-1);
-  positions.push_back(0);
-  rows.resize(rows.size() + 96, 1.0f);
-  std::vector<float> cosine, sine;
-  for (int32_t p : positions)
-    for (int64_t i = 0; i < half; ++i) {
-      cosine.push_back(float(std::cos(p * std::pow(10000.0, -double(i) / double(half)))));
-      sine.push_back(float(std::sin(p * std::pow(10000.0, -double(i) / double(half)))));
-    }
-  const Batch batch{int64_t(slots.size()), sequences, kTablePages, slots.data(), positions.data(), starts.data(), lengths.data(),
-                    table.data(), cosine.data(), sine.data(), half};
-  with_threads(threads, [&](Pool& pool) {
-    decoder_layers(pool, model.shape, batch, model.layers.data(), memory.caches.data(), 2, rows.data());
-  });
-  for (int64_t s = 0, row = 0; s < sequences; ++s)
-    for (int64_t p = from[size_t(s)]; p < to[size_t(s)]; ++p, ++row)
-      std::copy_n(rows.begin() + row * 96, 96, x[size_t(s)].begin() + p * 96);
-}
-
-void test_layers(KvType type, int64_t heads, int64_t kv_heads, int64_t width, int64_t experts, int64_t window, int64_t longest) {
-  const Model model(heads, kv_heads, width, experts, window);
-  std::vector<std::vector<float>> texts;
-  for (int64_t length : {int64_t{50}, int64_t{1}, longest}) texts.push_back(random_floats(length * 96));
-  std::vector<std::vector<float>> wanted;
-  for (const std::string& isa : isas) {
-    set_isa(isa.c_str());
-    const std::string what = "layers, cache " + std::to_string(int(type)) + ", " + std::to_string(experts) + " experts, " + isa;
-    if (isa == "portable" && isas.size() > 1 && longest > 100) continue;  // takes minutes under sanitizers
-    // In three steps together, the last with one token of each; then each alone in one step.
-    auto together = texts;
-    {
-      Memory memory(model, type);
-      run_step(model, memory, 3, together, {0, 0, 0}, {20, 0, longest - 20});
-      run_step(model, memory, 2, together, {20, 0, longest - 20}, {49, 0, longest - 1});
-      run_step(model, memory, 3, together, {49, 0, longest - 1}, {50, 1, longest});
-    }
-    for (const auto& rows : together)
-      for (float value : rows)
-        if (!std::isfinite(value)) return check(false, what + ": not finite");
-    if (wanted.empty()) wanted = together;
-    check(wanted == together, what + ": other bits than before");
-    for (size_t s = 0; s < texts.size(); ++s) {
-      Memory memory(model, type);
-      std::vector<std::vector<float>> alone = {texts[s]};
-      const int64_t length = int64_t(texts[s].size()) / 96;
-      run_step(model, memory, 1, alone, {0}, {length});
-      check(same(alone[0], together[s]), what + ": other bits alone and in one step, text " + std::to_string(s));
-    }
-  }
-}
-
-double stored_value(KvType type, const uint8_t* p) {
-  if (type == KvType::float16) return half(p);
-  if (type == KvType::bfloat16) {
-    const uint32_t bits = uint32_t(p[0] | p[1] << 8) << 16;
-    float value;
-    std::memcpy(&value, &bits, 4);
-    return value;
-  }
-  const int exponent = *p >> 3 & 15, fraction = *p & 7;
-  const double value = exponent ? std::ldexp(8 + fraction, exponent - 10) : std::ldexp(fraction, -9);
-  return *p & 0x80 ? -value : value;
-}
-
-// What a cache stores is the nearest number it can hold; the even one of two.
-void test_storing() {
-  for (KvType type : {KvType::float16, KvType::bfloat16, KvType::float8_e4m3fn}) {
-    const int bytes = type == KvType::float8_e4m3fn ? 1 : 2;
-    std::vector<float> x(4096);
-    for (size_t i = 0; i < x.size(); ++i) x[i] = std::ldexp(normal(), int(rng() % 40) - 25);
-    for (int i = 0; i < 200; ++i) x[size_t(i)] = float(stored_value(type, reinterpret_cast<const uint8_t*>(&i)) * 1.03125);
-    if (bytes == 1)
-      for (float& value : x) value = std::fmin(std::fmax(value, -448.0f), 448.0f);
-    for (const std::string& isa : isas) {
-      set_isa(isa.c_str());
-      std::vector<uint8_t> to(x.size() * size_t(bytes));
-      current_isa().store_kv(type, x.data(), int64_t(x.size()), to.data(), nullptr);
-      for (size_t i = 0; i < x.size(); ++i) {
-        const uint8_t* p = to.data() + i * size_t(bytes);
-        const double error = std::fabs(stored_value(type, p) - double(x[i]));
-        for (int step : {-1, 1}) {
-          int bits = (bytes == 2 ? p[0] | p[1] << 8 : *p) + step;
-          if ((bits ^ (bits - step)) & (bytes == 2 ? 0x8000 : 0x80)) continue;
-          const double other = std::fabs(stored_value(type, reinterpret_cast<const uint8_t*>(&bits)) - double(x[i]));
-          if (bytes == 1 && (bits & 0x7f) == 0x7f) continue;
-          check(error < other || (error == other && !(p[0] & 1)), isa + ": stored as another number than the nearest");
-        }
-      }
-    }
-  }
-}
-
 }  // namespace
+}  // namespace testing
+
+using namespace testing;
 
 int main() {
   for (const char* isa : {"portable", "avx2", "avx512_vnni", "amx"})
@@ -632,12 +332,7 @@ int main() {
   test_not_finite();
   test_swiglu();
   test_experts();
-  test_storing();
-  for (KvType type : {KvType::float32, KvType::float16, KvType::bfloat16, KvType::int8, KvType::float8_e4m3fn})
-    test_layers(type, 6, 2, 32, 0, 0, 90);
-  test_layers(KvType::float16, 4, 4, 80, 5, 0, 75);
-  test_layers(KvType::float16, 4, 1, 16, 0, 37, 90);
-  test_layers(KvType::float16, 2, 1, 16, 0, 0, 1040);  // five ranges of positions
+  test_layers();
   for (const std::string& isa : isas) std::printf("%s ", isa.c_str());
   std::printf("%s: %d failures\n", "tested", failures);
   return failures != 0;

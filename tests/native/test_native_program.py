@@ -1,4 +1,4 @@
-"""The C++ kernels under sanitizers: builds tests/native/program.cc with them, without XLA, and runs it."""
+"""The C++ kernels under sanitizers: builds this folder's program with them, without XLA, and runs it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def test_kernels_agree_with_double_precision_and_bit_for_bit_under_sanitizers(tm
     if compiler is None:
         pytest.skip("there is no C++ compiler here, so there are no kernels either")
     units = [unit for unit in sorted(build.SOURCES.glob("*.cc")) if unit.name != "ffi.cc"]
-    units.append(Path(__file__).parent / "program.cc")
+    units += sorted(Path(__file__).parent.glob("*.cc"))
 
     def compiled(unit: Path) -> str:
         made = str(tmp_path / f"{unit.stem}.o")

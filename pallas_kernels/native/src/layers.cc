@@ -113,7 +113,8 @@ class Step {
     for (int64_t h = 0; h < cache.kv_heads; ++h)
       for (int of = 0; of < 2; ++of) {
         const int64_t row = (slot * cache.kv_heads + h) * 2 + of;
-        isa_.store_kv(cache.type, (of ? v : k) + h * width_, width_, cache.pages + row * bytes, cache.scales + row);
+        isa_.store_kv(cache.type, (of ? v : k) + h * width_, width_, cache.pages + row * bytes,
+                      cache.scales ? cache.scales + row : nullptr);
       }
   }
 

@@ -7,6 +7,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <new>
 #include <thread>
 
 #include "kernels.h"
@@ -32,7 +33,7 @@ class Region {
     leave();
   }
 
-  // By the caller: runs a loop and waits for it.
+  // By the caller: runs a loop and waits for it. bad_alloc where an index of it ran out of memory, on whichever thread.
   void run(int64_t count, void (*fn)(void*, int64_t), void* arg) {
     const uint64_t loop = ++loops_;
     Loop& slot = slots_[loop % kLoops];
@@ -42,6 +43,7 @@ class Region {
     while (take(ticket_.load(std::memory_order_acquire))) {
     }
     for (Wait wait; done_.load(std::memory_order_acquire) < count;) wait.once();
+    if (failed_.load(std::memory_order_relaxed)) throw std::bad_alloc();
   }
 
   void end() {
@@ -64,7 +66,11 @@ class Region {
     const Loop& loop = slots_[(ticket >> 32) % kLoops];
     if (int64_t(ticket & 0xffffffff) >= loop.count) return false;
     if (!ticket_.compare_exchange_weak(ticket, ticket + 1, std::memory_order_acq_rel)) return true;
-    loop.fn(loop.arg, int64_t(ticket & 0xffffffff));
+    try {
+      loop.fn(loop.arg, int64_t(ticket & 0xffffffff));
+    } catch (const std::bad_alloc&) {  // not past this frame: other threads still use what the loop works on
+      failed_.store(true, std::memory_order_relaxed);
+    }
     done_.fetch_add(1, std::memory_order_acq_rel);
     return true;
   }
@@ -90,6 +96,7 @@ class Region {
   std::atomic<uint64_t> ticket_{0};
   alignas(64) std::atomic<int64_t> done_{0};
   std::atomic<int> users_{1};
+  std::atomic<bool> failed_{false};
   uint64_t loops_ = 0;
   Loop slots_[kLoops];
 };
