@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import os
 import stat
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 
@@ -32,6 +34,33 @@ def open_regular(path: Path, kind: str) -> tuple[io.FileIO, os.stat_result]:
         file.close()
         raise ModelFileError(f"{path}: this is not a regular file; name a {kind} file")
     return file, status
+
+
+class Opened:
+    """What every open checkpoint does alike: tensors read whole, files closed at the end of a `with`."""
+
+    _files: Mapping[Path, io.FileIO] = {}
+
+    def read_into(self, info: TensorInfo, out: np.ndarray, start: int = 0) -> None:
+        """As `ModelSource.read_into`."""
+        raise NotImplementedError
+
+    def read(self, info: TensorInfo) -> np.ndarray:
+        """The tensor's bytes, uint8 [nbytes]."""
+        out = np.empty(info.nbytes, np.uint8)
+        self.read_into(info, out)
+        return out
+
+    def close(self) -> None:
+        """Closes every file; reading afterwards raises ValueError."""
+        for file in self._files.values():
+            file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
 
 
 def checked_range(info: TensorInfo, out: np.ndarray, start: int) -> None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ferrum_jax.errors import ModelFileError, ModelNotFoundError
-from ferrum_jax.weights.files import checked_range, open_regular, read_range
+from ferrum_jax.weights.files import Opened, checked_range, open_regular, read_range
 from ferrum_jax.weights.gguf_header import Header, parse_header
 from ferrum_jax.weights.tensor_info import TensorInfo
 
@@ -31,7 +31,7 @@ __all__ = ["GGUFFile", "TensorInfo", "open_gguf"]
 _PART_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
 
 
-class GGUFFile:
+class GGUFFile(Opened):
     """An open model file, a `ModelSource`: `metadata` and `tensors` by name, over all parts; made by `open_gguf`.
 
     `metadata` values are int, float, bool, str, list[str], or a 1-D numpy array for arrays of numbers or bools; they
@@ -96,23 +96,6 @@ class GGUFFile:
         if info.path not in self._files:
             raise ModelFileError(f"{info.path}: only the header is here, not tensor {info.name!r}")
         read_range(self._files[info.path], info, out, start)
-
-    def read(self, info: TensorInfo) -> np.ndarray:
-        """The tensor's bytes, uint8 [nbytes]."""
-        out = np.empty(info.nbytes, np.uint8)
-        self.read_into(info, out)
-        return out
-
-    def close(self) -> None:
-        """Closes every part; reading afterwards raises ValueError."""
-        for file in self._files.values():
-            file.close()
-
-    def __enter__(self) -> GGUFFile:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
 
 
 def open_gguf(path: str | Path, *, header_only: bool = False) -> GGUFFile:

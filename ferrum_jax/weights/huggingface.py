@@ -22,7 +22,7 @@ from ferrum_jax.config_json import ConfigFile, read_config
 from ferrum_jax.encoder_config import EncoderConfig
 from ferrum_jax.errors import ModelFileError, UnsupportedModelError
 from ferrum_jax.tokenizer.huggingface import chat_template
-from ferrum_jax.weights.files import checked_range, open_regular, read_range
+from ferrum_jax.weights.files import Opened, checked_range, open_regular, read_range
 from ferrum_jax.weights.json_file import read_object
 from ferrum_jax.weights.packed import SUFFIXES, PackedMatrix, Scheme, agreeing, packed_matrix, scheme_of
 from ferrum_jax.weights.safetensors import parse_header
@@ -125,7 +125,7 @@ class Laid(TensorInfo):
     parts: tuple[Slice | PackedMatrix, ...] = ()
 
 
-class HuggingFaceDirectory:
+class HuggingFaceDirectory(Opened):
     """An open checkpoint directory, a `ModelSource`; made by `open_directory`. `model_class` is what config.json names."""
 
     interleaved = False
@@ -207,23 +207,6 @@ class HuggingFaceDirectory:
         out = np.empty(info.nbytes, np.uint8)
         read_range(self._file(info), info, out, 0)
         return out
-
-    def read(self, info: TensorInfo) -> np.ndarray:
-        """The tensor's bytes, uint8 [nbytes]."""
-        out = np.empty(info.nbytes, np.uint8)
-        self.read_into(info, out)
-        return out
-
-    def close(self) -> None:
-        """Closes every file; reading afterwards raises ValueError."""
-        for file in self._files.values():
-            file.close()
-
-    def __enter__(self) -> HuggingFaceDirectory:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
 
 
 def open_directory(path: Path, *, header_only: bool = False) -> HuggingFaceDirectory:

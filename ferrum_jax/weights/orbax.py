@@ -29,7 +29,7 @@ from ferrum_jax.errors import ModelFileError, UnsupportedModelError
 from ferrum_jax.quantized import LayerStack, QuantizedTensor
 from ferrum_jax.tokenizer import Tokenizer
 from ferrum_jax.tokenizer.opening import tokenizer_of_directory, tokenizer_of_gguf
-from ferrum_jax.weights.files import checked_range
+from ferrum_jax.weights.files import Opened, checked_range
 from ferrum_jax.weights.json_file import read_object
 from ferrum_jax.weights.metadata import Typed, from_json, plain, to_json
 from ferrum_jax.weights.names import GLOBAL, LAYER
@@ -194,7 +194,7 @@ class _Array:
         return math.prod(self.shape[1:]) * self.dtype.itemsize
 
 
-class OrbaxCheckpoint:
+class OrbaxCheckpoint(Opened):
     """An open directory, a `ModelSource`; made by `open_checkpoint`."""
 
     interleaved = False
@@ -297,11 +297,6 @@ class OrbaxCheckpoint:
             read.append(out)
         return tuple(read)
 
-    def read(self, info: TensorInfo) -> np.ndarray:
-        out = np.empty(info.nbytes, np.uint8)
-        self.read_into(info, out)
-        return out
-
     def read_into(self, info: TensorInfo, out: np.ndarray, start: int = 0) -> None:
         """As `ModelSource.read_into`: the blocks, repacked where they are stored for another device."""
         checked_range(info, out, start)
@@ -333,12 +328,6 @@ class OrbaxCheckpoint:
 
     def close(self) -> None:
         self._closed = True
-
-    def __enter__(self) -> OrbaxCheckpoint:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
 
 
 def open_checkpoint(path: Path) -> OrbaxCheckpoint:

@@ -17,6 +17,7 @@ import numpy as np
 
 from ferrum_jax.errors import ModelFileError, UnsupportedModelError
 from ferrum_jax.weights import ggml_types
+from ferrum_jax.weights.files import Opened
 from ferrum_jax.weights.source import ModelSource
 from ferrum_jax.weights.tensor_info import TensorInfo
 
@@ -53,7 +54,7 @@ def format_of(name: str, tensor: TensorInfo, format: str, tied: bool) -> str:
     return next(fitting)
 
 
-class Quantised:
+class Quantised(Opened):
     """The source `source` with its matrices quantised to `format` ("Q4_K") while they are read."""
 
     def __init__(self, source: ModelSource, format: str) -> None:
@@ -90,11 +91,6 @@ class Quantised:
     def own_name(self, name: str) -> str:
         return self.source.own_name(name)
 
-    def read(self, info: TensorInfo) -> np.ndarray:
-        out = np.empty(info.nbytes, np.uint8)
-        self.read_into(info, out)
-        return out
-
     def read_into(self, info: TensorInfo, out: np.ndarray, start: int = 0) -> None:
         """As `ModelSource.read_into`; where a tensor is quantised, whole rows only."""
         original = self._originals.get(info, info)
@@ -130,12 +126,6 @@ class Quantised:
 
     def close(self) -> None:
         self.source.close()
-
-    def __enter__(self) -> Quantised:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
 
 
 def plain_numbers(stored: np.ndarray, format: str) -> np.ndarray:
