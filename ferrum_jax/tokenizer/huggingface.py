@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import json
 import re
-import threading
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from ferrum_jax.errors import ModelFileError, UnsupportedModelError
 from ferrum_jax.tokenizer.bpe import byte_letters
+from ferrum_jax.tokenizer.library import LibraryTokenizer
 from ferrum_jax.tokenizer.spm import SPACE
-from ferrum_jax.tokenizer.tokenizer import Tokenizer, check_text
 from ferrum_jax.tokenizer.vocabulary import SPECIAL_TYPES, TokenType, mend_types
 from ferrum_jax.weights.json_file import parse_object, read_object, read_text
 
@@ -25,7 +24,7 @@ _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _SILENT = (TokenType.CONTROL, TokenType.UNKNOWN)
 
 
-class DirectoryTokenizer(Tokenizer):
+class DirectoryTokenizer(LibraryTokenizer):
     """The `Tokenizer` of a checkpoint directory. Raises ModelFileError or UnsupportedModelError naming the file."""
 
     def __init__(self, directory: Path) -> None:
@@ -45,11 +44,10 @@ class DirectoryTokenizer(Tokenizer):
             if self._types[token] == TokenType.NORMAL:
                 self._types[token] = TokenType.CONTROL
         self.chat_template = chat_template(directory)
-        self._tokenizer = self._build(content, text)
+        self._use(self._build(content, text))
         self._flags = {}
         if content.get("post_processor") is None:
             self._flags = {end: files.config.get(f"add_{end}_token") is True for end in ("bos", "eos")}
-        self._lock = threading.Lock()
 
     # Reading
 
@@ -126,22 +124,14 @@ class DirectoryTokenizer(Tokenizer):
 
     # The contract
 
-    def encode(self, text: str, add_special: bool = True, parse_special: bool = False) -> list[int]:
-        """As `Tokenizer.encode`."""
-        return self.encode_batch([text], add_special, parse_special)[0]
-
     def encode_batch(self, texts: list[str], add_special: bool = True, parse_special: bool = False) -> list[list[int]]:
         """As `Tokenizer.encode_batch`."""
-        for text in texts:
-            check_text(text)
-        with self._lock:
-            self._tokenizer.encode_special_tokens = not parse_special
-            encoded = self._tokenizer.encode_batch_fast(texts, add_special_tokens=add_special and not self._flags)
+        encoded = super().encode_batch(texts, add_special and not self._flags, parse_special)
         begin, end = (
             [token] if add_special and self._flags.get(name) and token is not None else []
             for name, token in (("bos", self.bos_id), ("eos", self.eos_id))
         )
-        return [begin + one.ids + end for one in encoded]
+        return [begin + ids + end for ids in encoded]
 
     @cached_property
     def _pieces(self) -> list[bytes]:

@@ -8,15 +8,13 @@ lower-cased text has no piece with a capital, and any other has some.
 from __future__ import annotations
 
 import re
-import threading
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from ferrum_jax.errors import ModelFileError
+from ferrum_jax.tokenizer.library import LibraryTokenizer
 from ferrum_jax.tokenizer.spm import SPACE
-from ferrum_jax.tokenizer.tokenizer import Tokenizer, check_text
 from ferrum_jax.tokenizer.vocabulary import PREFIX, _Keys, _read_tokens
 from ferrum_jax.weights.json_file import read_object, read_text
 
@@ -28,7 +26,7 @@ _SLOTS = {  # keys of GGUF, the older name first; "seperator" is how the format 
 _GOES_ON = "##"
 
 
-class WordPieceTokenizer(Tokenizer):
+class WordPieceTokenizer(LibraryTokenizer):
     """The `Tokenizer` of a BERT vocabulary. special: the texts of the tokens of `_SPECIAL`; lowercase, strip_accents (None:
     as lowercase) and chinese (every ideograph is a word): what becomes of a text before it is split."""
 
@@ -63,8 +61,7 @@ class WordPieceTokenizer(Tokenizer):
         ends = [(special[name], self._ids[special[name]]) for name in ("sep", "cls")]
         made.post_processor = processors.BertProcessing(*ends)
         made.add_special_tokens([AddedToken(self._tokens[i], normalized=False) for i in sorted(self._control)])
-        self._tokenizer: Any = made
-        self._lock = threading.Lock()
+        self._use(made)
 
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, object], source: str = "") -> WordPieceTokenizer:
@@ -99,18 +96,6 @@ class WordPieceTokenizer(Tokenizer):
         if not all(isinstance(flag, bool | None) for flag in (lowercase, accents, chinese)):
             raise ModelFileError(f"{directory / 'tokenizer_config.json'}: {', '.join(flags)} must be true or false")
         return cls(tokens, special, str(path), lowercase=bool(lowercase), strip_accents=accents, chinese=bool(chinese))
-
-    def encode(self, text: str, add_special: bool = True, parse_special: bool = False) -> list[int]:
-        """As `Tokenizer.encode`."""
-        return self.encode_batch([text], add_special, parse_special)[0]
-
-    def encode_batch(self, texts: list[str], add_special: bool = True, parse_special: bool = False) -> list[list[int]]:
-        """As `Tokenizer.encode_batch`."""
-        for text in texts:
-            check_text(text)
-        with self._lock:
-            self._tokenizer.encode_special_tokens = not parse_special
-            return [e.ids for e in self._tokenizer.encode_batch_fast(texts, add_special_tokens=add_special)]
 
     @cached_property
     def _pieces(self) -> list[bytes]:

@@ -1,0 +1,28 @@
+"""Tokenizers whose splitting is that of the `tokenizers` library."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+from ferrum_jax.tokenizer.tokenizer import Tokenizer, check_text
+
+
+class LibraryTokenizer(Tokenizer):
+    """Who derives from it calls `_use` with the library's tokenizer."""
+
+    def _use(self, made: Any) -> None:
+        self._tokenizer = made
+        self._lock = threading.Lock()  # of the tokenizer's one switch
+
+    def encode(self, text: str, add_special: bool = True, parse_special: bool = False) -> list[int]:
+        """As `Tokenizer.encode`."""
+        return self.encode_batch([text], add_special, parse_special)[0]
+
+    def encode_batch(self, texts: list[str], add_special: bool = True, parse_special: bool = False) -> list[list[int]]:
+        """As `Tokenizer.encode_batch`."""
+        for text in texts:
+            check_text(text)
+        with self._lock:
+            self._tokenizer.encode_special_tokens = not parse_special
+            return [one.ids for one in self._tokenizer.encode_batch_fast(texts, add_special_tokens=add_special)]
