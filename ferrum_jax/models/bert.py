@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ferrum_jax.encoder_config import EncoderConfig
-from ferrum_jax.models.decoder import layer_segments
+from ferrum_jax.models.segments import scan_layers
 from ferrum_jax.quantized import Layer, linears
 
 Params = Mapping[str, Any]
@@ -45,17 +45,7 @@ def encode(params: Params, tokens: jax.Array, lengths: jax.Array, *, config: Enc
         x = _layer_norm(x, params["embedding_norm"], params["embedding_norm_bias"], config.layer_norm_eps)
     hidden_keys = jnp.where(jnp.arange(length) < lengths[:, None], 0.0, -jnp.inf)[:, None, None]  # [rows, 1, 1, length]
     layers = params["layers"]
-    for segment in layer_segments(layers):
-
-        def body(x, step, segment=segment):
-            for offset in range(segment.period):
-                x = _layer(layers, x, hidden_keys, Layer(segment.start + offset, segment.period, step), config)
-            return x, None
-
-        if segment.repeats == 1:
-            x, _ = body(x, 0)
-        else:
-            x, _ = lax.scan(body, x, jnp.arange(segment.repeats, dtype=jnp.int32))
+    x = scan_layers(layers, lambda x, layer: _layer(layers, x, hidden_keys, layer, config), x)
     return x.reshape(rows, length, -1)
 
 

@@ -12,14 +12,12 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
-from jax import lax
 
 from ferrum_jax.config import ModelConfig
 from ferrum_jax.kv_cache import KVCache
 from ferrum_jax.models.layers import Block
 from ferrum_jax.models.rope import rope_angles
-from ferrum_jax.models.segments import Segment, segments
+from ferrum_jax.models.segments import scan_layers
 from ferrum_jax.quantized import Layer, LayerStack, QuantizedTensor, linear
 from pallas_kernels.decoder_layers import Part, Shape, backend_for
 from pallas_kernels.paged_attention import Tables, make_plan
@@ -111,22 +109,8 @@ def _composed(config: ModelConfig, layers: Params, x, cache: KVCache, slots, tab
     """The layers one after the other, each `Block` once a distinct body."""
     plan = make_plan(tables, cache, config.num_heads, config.sliding_window)
     block = Block(config, parent=None)
-    for segment in layer_segments(layers):
 
-        def body(carry, step, segment=segment):
-            for offset in range(segment.period):
-                layer = Layer(segment.start + offset, segment.period, step)
-                carry = block.apply({"params": layers}, *carry, layer, slots, plan, rope)
-            return carry, None
+    def step(carry: Carry, layer: Layer) -> Any:
+        return block.apply({"params": layers}, *carry, layer, slots, plan, rope)
 
-        if segment.repeats == 1:
-            (x, cache), _ = body((x, cache), 0)
-        else:
-            (x, cache), _ = lax.scan(body, (x, cache), jnp.arange(segment.repeats, dtype=jnp.int32))
-    return x, cache
-
-
-def layer_segments(layers: Params) -> tuple[Segment, ...]:
-    """How these layers are scanned; the sum of the periods is the number of distinct bodies."""
-    stacks = jax.tree.leaves(layers, is_leaf=lambda node: isinstance(node, LayerStack))
-    return segments(list(zip(*(stack.layout for stack in stacks), strict=True)))
+    return scan_layers(layers, step, (x, cache))
