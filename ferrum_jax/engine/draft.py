@@ -1,7 +1,8 @@
 """Guesses at what comes next, from the sequence's own text: the tokens that followed its last few tokens before.
 
 Saxena, "Prompt lookup decoding" (2023). A guess costs a wider step, so a sequence whose guesses fail pauses for twice as
-many steps each time. Whether guesses are right changes the speed and nothing else.
+many steps each time, and a batch in which few sequences guess does not verify them. Whether guesses are right changes the
+speed and nothing else.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 
 from ferrum_jax.engine.slots import Slots
 
-_GRAMS = (4, 3)  # tokens that have to be the same; the longest that occurs counts
+_LEAST, _MOST = 3, 5  # tokens that have to be the same: one more after each miss
 _MOST_MISSES = 5  # a pause is 2 ** 5 - 1 steps at most
 
 
@@ -20,15 +21,17 @@ def draft(slots: Slots, rows, alive, ends, most: int) -> tuple[Slots, jax.Array]
     alive guess, and only so much that their text stays shorter than `ends` int32 [R]."""
     text, length = slots.history[rows], slots.length[rows]
     capacity = text.shape[1]
-    place = jnp.arange(capacity)
-    found = jnp.zeros_like(length)  # behind the latest place with the same tokens; 0: none
-    for size in _GRAMS:
-        same = jnp.ones(text.shape, bool)
-        for back in range(1, size + 1):
-            token = jnp.take_along_axis(text, jnp.maximum(length - back, 0)[:, None], axis=1)
-            same &= jnp.roll(text, back, axis=1) == token
-        same &= (place >= size) & (place < length[:, None])
-        found = jnp.where(found > 0, found, jnp.max(jnp.where(same, place, 0), axis=1))
+    # The latest place behind the most tokens that are the same as the newest ones: _LEAST of them, then one more, ...
+    place = jnp.arange(_MOST, capacity)
+    same = place < length[:, None]
+    level = jnp.zeros(same.shape, jnp.int32)
+    for back in range(1, _MOST + 1):
+        newest = jnp.take_along_axis(text, jnp.maximum(length - back, 0)[:, None], axis=1)
+        same &= text[:, _MOST - back : capacity - back] == newest
+        level += same & (back >= _LEAST)
+    best = jnp.max(level * capacity + place, axis=1)
+    needed = 1 + jnp.minimum(slots.misses[rows], _MOST - _LEAST)
+    found = jnp.where(best // capacity >= needed, best % capacity, 0)
     resting = slots.pause[rows] > 0
     count = jnp.where(alive & (found > 0) & ~resting, jnp.clip(ends - length - 1, 0, most), 0)
 
@@ -44,10 +47,16 @@ def draft(slots: Slots, rows, alive, ends, most: int) -> tuple[Slots, jax.Array]
     return slots, count
 
 
-def learn(slots: Slots, rows, guessed, right) -> Slots:
-    """Notes how many guesses int32 [R] were right in the rows that guessed, bool [R]."""
-    misses = jnp.where(right > 0, 0, jnp.minimum(slots.misses[rows] + 1, _MOST_MISSES))
-    slot = jnp.where(guessed, rows, slots.length.shape[0])
+def worth_it(drafted, alive) -> jax.Array:
+    """Whether to verify guesses, int32 [R] of rows that are alive, bool [R]: the wider step is paid by all rows, so half of
+    them have to gain by it."""
+    return (drafted > 0).any() & (2 * (drafted > 0).sum() >= alive.sum())
+
+
+def learn(slots: Slots, rows, drafted, right) -> Slots:
+    """Notes how many guesses int32 [R] were right of those that were verified, int32 [R]; less than half is a miss."""
+    misses = jnp.where(2 * right >= drafted, 0, jnp.minimum(slots.misses[rows] + 1, _MOST_MISSES))
+    slot = jnp.where(drafted > 0, rows, slots.length.shape[0])
     return slots._replace(
         misses=slots.misses.at[slot].set(misses, mode="drop"),
         pause=slots.pause.at[slot].set((1 << misses) - 1, mode="drop"),

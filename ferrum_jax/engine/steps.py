@@ -14,7 +14,7 @@ from jax import lax
 
 from ferrum_jax import functional
 from ferrum_jax.config import ModelConfig
-from ferrum_jax.engine.draft import draft, learn
+from ferrum_jax.engine.draft import draft, learn, worth_it
 from ferrum_jax.engine.slots import BAD_WORD_TOKENS, BAD_WORDS, Asked, Slots, admit, new_slots
 from ferrum_jax.kv_cache import KVCache
 from ferrum_jax.models.decoder import RaggedBatch
@@ -125,7 +125,7 @@ def decode(
             return slots, results, going
 
         slots, results, _ = lax.fori_loop(0, width, one, (slots, results, alive))
-        return cache, learn(slots, rows, alive & (drafted > 0), slots.length[rows] - first - 2), results
+        return cache, learn(slots, rows, drafted, slots.length[rows] - first - 2), results
 
     def step(carry):
         i, cache, slots, results = carry
@@ -134,7 +134,7 @@ def decode(
             return i + 1, *single(cache, slots, results, alive)
         slots, drafted = draft(slots, rows, alive, ends, speculation)
         # Loops of one round or none: around a conditional XLA copies the whole cache.
-        guessed = (drafted > 0).any().astype(jnp.int32)
+        guessed = worth_it(drafted, alive).astype(jnp.int32)
         state = lax.fori_loop(0, guessed, lambda _, s: verify(*s, alive, drafted), (cache, slots, results))  # type: ignore
         return i + 1, *lax.fori_loop(0, 1 - guessed, lambda _, s: single(*s, alive), state)  # type: ignore
 
