@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import dataclasses
+import importlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -95,6 +96,30 @@ class Backend:
     functions: Any
 
 
+class _Module:
+    """A module that is imported when something of it is first asked for."""
+
+    def __init__(self, name: str):
+        self._name = name
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(importlib.import_module(self._name), name)
+
+
+def kernels(name: str, package: str, platform: str) -> Backend:
+    """The backend in the module `name` of a package, its `refuses` included, which serves devices of one platform: elsewhere
+    neither it nor Pallas is imported."""
+    module = _Module(f"{package}.{name}")
+
+    def refuses(case: Case) -> str | None:
+        return module.refuses(case) if case.target.platform == platform else _PLATFORMS[platform]
+
+    return Backend(name, refuses, module)
+
+
+_PLATFORMS = {"gpu": "for NVIDIA GPUs", "tpu": "for TPUs"}
+
+
 @dataclasses.dataclass(frozen=True)
 class Choice:
     """One decision. `reason` says why the backends before the chosen one were passed over."""
@@ -119,6 +144,11 @@ def record() -> Iterator[list[Choice]]:
         yield choices
     finally:
         _records.reset(token)
+
+
+def recording() -> bool:
+    """Whether anybody collects choices."""
+    return bool(_records.get())
 
 
 def choose(case: Case, backends: Sequence[Backend]) -> Any:

@@ -20,13 +20,13 @@ from typing import Any
 import jax
 
 from pallas_kernels import dispatch
-from pallas_kernels.append import triton, xla
+from pallas_kernels.append import xla
 from pallas_kernels.append.xla import rotate
 from pallas_kernels.paged_attention import KVCache
 
 __all__ = ["BACKENDS", "Norm", "append", "rotate"]
 
-BACKENDS = (dispatch.Backend("triton", triton.refuses, triton), dispatch.Backend("xla", lambda case: None, xla))
+BACKENDS = (dispatch.kernels("triton", __name__, "gpu"), dispatch.Backend("xla", lambda case: None, xla))
 
 Norm = tuple[jax.Array, Any] | None
 

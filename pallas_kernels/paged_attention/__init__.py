@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch
-from pallas_kernels.paged_attention import mosaic_tpu, triton, xla
+from pallas_kernels.paged_attention import xla
 from pallas_kernels.paged_attention.cache import KV_DTYPES, KVCache, bytes_per_token, storage_dtype
 
 __all__ = [
@@ -40,8 +40,8 @@ __all__ = [
 ]
 
 BACKENDS = (
-    dispatch.Backend("triton", triton.refuses, triton),
-    dispatch.Backend("mosaic_tpu", mosaic_tpu.refuses, mosaic_tpu),
+    dispatch.kernels("triton", __name__, "gpu"),
+    dispatch.kernels("mosaic_tpu", __name__, "tpu"),
     dispatch.Backend("xla", lambda case: None, xla),
 )
 

@@ -25,12 +25,12 @@ from pallas_kernels import dispatch, native
 from pallas_kernels.blocks.layouts import open_axes
 from pallas_kernels.blocks.matrix import Matrix
 from pallas_kernels.blocks.ordered import is_ordered, natural
-from pallas_kernels.quantized_matmul import mosaic_tpu, triton, xla
+from pallas_kernels.quantized_matmul import xla
 
 BACKENDS = (
     dispatch.Backend("native", native.refuses, native),
-    dispatch.Backend("triton", triton.refuses, triton),
-    dispatch.Backend("mosaic_tpu", mosaic_tpu.refuses, mosaic_tpu),
+    dispatch.kernels("triton", __name__, "gpu"),
+    dispatch.kernels("mosaic_tpu", __name__, "tpu"),
     dispatch.Backend("xla", lambda case: None, xla),
 )
 

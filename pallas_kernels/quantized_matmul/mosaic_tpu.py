@@ -29,8 +29,6 @@ _ROWS = 12 << 20  # for the rows of one step, as well
 
 def refuses(case: Case) -> str | None:
     """None, or why the kernels cannot serve a case."""
-    if case.target.platform != "tpu":
-        return "for TPUs"
     if case.layout != "tpu":
         return f'reads layout "tpu", not "{case.layout}"'
     if case.dtype != "bfloat16":

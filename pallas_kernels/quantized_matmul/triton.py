@@ -38,8 +38,6 @@ class Tile(NamedTuple):
 
 def refuses(case: Case) -> str | None:
     """None, or why the kernels cannot serve a case."""
-    if case.target.platform != "gpu":
-        return "for NVIDIA GPUs"
     if case.target.capability < (8, 0):
         return f"needs compute capability 8.0, not {case.target.model or 'an unknown one'}"
     if case.layout != gpu.NAME:

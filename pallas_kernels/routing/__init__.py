@@ -16,9 +16,9 @@ import functools
 import jax
 
 from pallas_kernels import dispatch
-from pallas_kernels.routing import triton, xla
+from pallas_kernels.routing import xla
 
-BACKENDS = (dispatch.Backend("triton", triton.refuses, triton), dispatch.Backend("xla", lambda case: None, xla))
+BACKENDS = (dispatch.kernels("triton", __name__, "gpu"), dispatch.Backend("xla", lambda case: None, xla))
 
 
 def route(
