@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import secrets
+import sys
 import time
 from collections.abc import Generator, Iterator, Sequence
 from typing import Any
@@ -85,17 +86,20 @@ class Driver:
         pending = programs.fetch(sampled)
         model.count("prefill", self.inputs.tokens, time.perf_counter() - begin)
         model.count("decode", made(pending), 0.0)
+        yield pending  # before the program of the following tokens is compiled
         params, *_, sampling, key = arguments
-        limit = 1
+        limit, pending, at_exit = 1, None, sys.is_finalizing
         while True:
             current = (params, cache, state, sampling, key, self._cancelled, np.int32(limit))
             advance = programs.get(_advance, *current, donate=(1, 2), steps=_STEPS, **static)
             begin = time.perf_counter()
             cache, state, sampled = advance(*current)
             try:
-                yield pending  # used by the caller while the device works
-            finally:
-                pending = programs.fetch(sampled)  # nothing is left running when the caller goes away
+                if pending is not None:
+                    yield pending  # used by the caller while the device works
+            finally:  # nothing is left running when the caller goes away
+                if not at_exit():
+                    pending = programs.fetch(sampled)
             taken = time.perf_counter() - begin
             steps = int((pending.tokens >= 0).sum(axis=1).max())
             if not steps:

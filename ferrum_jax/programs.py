@@ -1,13 +1,13 @@
 """Ahead-of-time compiled programs, one for each function, static choice and shape.
 
 A `Compiled` object cannot retrace: a shape that nobody foresaw is an error and not a silent compilation. Compile time is
-counted apart from run time, and XLA's persistent cache is on from the first program, small ones included. Where memory
-runs out, in compiling, running or reading results, the error counts what the program takes.
+counted apart from run time. XLA's persistent cache is on from the first program, small ones included, and whole programs
+are kept beside it (`program_store`). Where memory runs out, in compiling, running or reading results, the error counts what
+the program takes.
 """
 
 from __future__ import annotations
 
-import functools
 import os
 import time
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 
-from ferrum_jax import memory
+from ferrum_jax import memory, program_store
 from ferrum_jax.kv_cache import KVCache
 from ferrum_jax.units import readable_bytes
 
@@ -57,12 +57,28 @@ class Programs:
                 jax.default_device(self.device),
                 memory.explained(self.device, lambda: _count(jax.eval_shape(lambda *args: args, *args))),
             ):
-                jitted = jax.jit(functools.partial(function, **static), donate_argnums=donate)
-                compiled = jitted.lower(*args).compile(COMPILER_OPTIONS.get(self.device.platform))
+                compiled = self._compile(function, args, donate, static, key[2:])
             self._compiled[key] = Program(compiled, self.device)
             self.compile_s += time.perf_counter() - begin
         self._newest = self._compiled[key]
         return self._newest
+
+    def _compile(self, function: Callable, args: tuple, donate: tuple[int, ...], static: dict[str, Any], shapes: tuple) -> Any:
+        """The program as it was kept on disk, or compiled and then kept."""
+        options = COMPILER_OPTIONS.get(self.device.platform)
+        name = program_store.key(self.device, function, static, shapes, donate, options)
+        if name is not None and (kept := program_store.load(name, self.device)) is not None:
+            return kept
+
+        def program(*args):
+            return function(*args, **static)
+
+        # XLA must not find it either: what comes from its cache cannot be written again on a CPU.
+        program.__name__ = function.__name__ if name is None else f"{function.__name__}_{name[:8]}"
+        compiled = jax.jit(program, donate_argnums=donate).lower(*args).compile(options)
+        if name is not None:
+            program_store.save(name, compiled)
+        return compiled
 
     def fetch(self, results: Any) -> Any:
         """The results of a program on the host; here errors appear that an accelerator met while it computed."""
