@@ -166,7 +166,9 @@ class _Kernel(NamedTuple):
     @property
     def kv_tile(self) -> int:
         """Positions of a KV tile: what a tile of rows leaves registers for. wgmma (9.0, 10.0) takes operands from shared
-        memory, the others hold them."""
+        memory, the others hold them; for 8.0 ptxas keeps to 80 registers with 32 positions of float32, and spills."""
+        if self.dtype == "float32" and self.target.capability == (8, 0):
+            return 16
         return 64 if self.target.capability[0] in (9, 10) and self.dtype != "float32" and self.head_dim <= 128 else 32
 
     @property

@@ -1,8 +1,9 @@
-"""What a GPU kernel compiled to, measured without a GPU: registers, spills, shared memory and the length of its loop.
+"""What a GPU kernel compiled to, measured without a GPU: no spills, and the length of its loop.
 
-XLA writes the PTX of a deviceless compilation to a folder; the ptxas of the nvidia-cuda-nvcc wheel assembles it again,
-verbosely; the machine code is read from the ELF file: instructions of 16 bytes, the longest jump backwards is the loop.
-From jax 0.12 on XLA does not write the PTX of Triton kernels: `measure` then finds no kernels and returns none.
+XLA refuses to compile a kernel that keeps registers in memory. It writes the PTX of a deviceless compilation to a folder;
+the ptxas of the nvidia-cuda-nvcc wheel assembles it again, verbosely; the machine code is read from the ELF file:
+instructions of 16 bytes, the longest jump backwards is the loop. From jax 0.12 on XLA does not write the PTX of Triton
+kernels (`SEEN`): `measure` then returns no kernels.
 """
 
 from __future__ import annotations
@@ -16,26 +17,30 @@ import subprocess
 import tempfile
 from collections.abc import Callable
 
+import jax
+
 from pallas_kernels import aot
 
 _BRANCH = 0x947
+SEEN = tuple(int(n) for n in jax.__version__.split(".")[:2]) < (0, 12)
+_OPTIONS = {"xla_gpu_fail_ptx_compilation_on_register_spilling": True}
 
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """registers a thread; spill: bytes stored and loaded; loop: instructions of the longest loop, 0 where there is none."""
+    """registers a thread; loop: instructions of the longest loop, 0 where there is none."""
 
     name: str
     registers: int
-    spill: int
     instructions: int
     loop: int
 
 
 def measure(target: str, function: Callable, *args) -> tuple[dict[str, Kernel], int]:
-    """The kernels of `function` compiled for a GPU of `aot.GPUS`, by name, and the bytes of its temporaries."""
+    """The kernels of `function` compiled for a GPU of `aot.GPUS`, by name, and the bytes of its temporaries. JaxRuntimeError
+    where a kernel spills."""
     with tempfile.TemporaryDirectory() as folder:
-        compiled = aot.compile_for(target, function, *args, compiler_options={"xla_dump_to": folder})
+        compiled = aot.compile_for(target, function, *args, compiler_options={"xla_dump_to": folder, **_OPTIONS})
         kernels = [kernel for file in pathlib.Path(folder).glob("*.ptx") for kernel in _assemble(file, target)]
     return {kernel.name: kernel for kernel in kernels}, compiled.memory_analysis().temp_size_in_bytes
 
@@ -52,9 +57,8 @@ def _assemble(ptx: pathlib.Path, target: str) -> list[Kernel]:
         if name.startswith(".text."):
             entry = name.removeprefix(".text.")
             properties = report.split(f"Function properties for {entry}\n", 1)[1]
-            spill = sum(int(n) for n in re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", properties).groups())
             registers = int(re.search(r"Used (\d+) registers", properties).group(1))
-            kernels.append(Kernel(entry, registers, spill, len(code) // 16, _longest_loop(code, hopper=major >= 9)))
+            kernels.append(Kernel(entry, registers, len(code) // 16, _longest_loop(code, hopper=major >= 9)))
     return kernels
 
 
