@@ -89,30 +89,22 @@ class Case:
 
 @dataclasses.dataclass(frozen=True)
 class Backend:
-    """One implementation: its name, why it cannot serve a case (None: it can), and its functions."""
+    """One implementation: its name, why it cannot serve a case (None: it can), and what gives its functions."""
 
     name: str
     refuses: Callable[[Case], str | None]
-    functions: Any
-
-
-class _Module:
-    """A module that is imported when something of it is first asked for."""
-
-    def __init__(self, name: str):
-        self._name = name
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(importlib.import_module(self._name), name)
+    functions: Callable[[], Any]
 
 
 def kernels(name: str, package: str, platform: str) -> Backend:
     """The backend in the module `name` of a package, its `refuses` included, which serves devices of one platform: elsewhere
     neither it nor Pallas is imported."""
-    module = _Module(f"{package}.{name}")
+
+    def module() -> Any:
+        return importlib.import_module(f"{package}.{name}")
 
     def refuses(case: Case) -> str | None:
-        return module.refuses(case) if case.target.platform == platform else _PLATFORMS[platform]
+        return module().refuses(case) if case.target.platform == platform else _PLATFORMS[platform]
 
     return Backend(name, refuses, module)
 
@@ -162,6 +154,6 @@ def choose(case: Case, backends: Sequence[Backend]) -> Any:
             for choices in _records.get():
                 if choice not in choices:
                     choices.append(choice)
-            return backend.functions
+            return backend.functions()
         passed.append(f"{backend.name}: {refusal}")
     raise ValueError(f"no backend for {case}: {'; '.join(passed)}")

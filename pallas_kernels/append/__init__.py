@@ -26,7 +26,7 @@ from pallas_kernels.paged_attention import KVCache
 
 __all__ = ["BACKENDS", "Norm", "append", "rotate"]
 
-BACKENDS = (dispatch.kernels("triton", __name__, "gpu"), dispatch.Backend("xla", lambda case: None, xla))
+BACKENDS = (dispatch.kernels("triton", __name__, "gpu"), dispatch.Backend("xla", lambda case: None, lambda: xla))
 
 Norm = tuple[jax.Array, Any] | None
 

@@ -48,8 +48,8 @@ class Shape(NamedTuple):
 
 
 BACKENDS = (
-    dispatch.Backend("native", native.refuses, native),
-    dispatch.Backend("composed", lambda case: None, None),
+    dispatch.Backend("native", native.refuses, lambda: native),
+    dispatch.Backend("composed", lambda case: None, lambda: None),
 )
 
 

@@ -34,10 +34,10 @@ from pallas_kernels.grouped_matmul.grouping import group
 from pallas_kernels.quantized_matmul import backend_for
 
 BACKENDS = (
-    dispatch.Backend("native", native.refuses, native),
+    dispatch.Backend("native", native.refuses, lambda: native),
     dispatch.kernels("triton", __name__, "gpu"),
     dispatch.kernels("mosaic_tpu", __name__, "tpu"),
-    dispatch.Backend("xla", lambda case: None, xla),
+    dispatch.Backend("xla", lambda case: None, lambda: xla),
 )
 
 

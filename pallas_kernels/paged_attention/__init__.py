@@ -42,7 +42,7 @@ __all__ = [
 BACKENDS = (
     dispatch.kernels("triton", __name__, "gpu"),
     dispatch.kernels("mosaic_tpu", __name__, "tpu"),
-    dispatch.Backend("xla", lambda case: None, xla),
+    dispatch.Backend("xla", lambda case: None, lambda: xla),
 )
 
 

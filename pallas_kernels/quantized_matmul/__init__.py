@@ -28,10 +28,10 @@ from pallas_kernels.blocks.ordered import is_ordered, natural
 from pallas_kernels.quantized_matmul import xla
 
 BACKENDS = (
-    dispatch.Backend("native", native.refuses, native),
+    dispatch.Backend("native", native.refuses, lambda: native),
     dispatch.kernels("triton", __name__, "gpu"),
     dispatch.kernels("mosaic_tpu", __name__, "tpu"),
-    dispatch.Backend("xla", lambda case: None, xla),
+    dispatch.Backend("xla", lambda case: None, lambda: xla),
 )
 
 

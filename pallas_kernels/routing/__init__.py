@@ -18,7 +18,7 @@ import jax
 from pallas_kernels import dispatch
 from pallas_kernels.routing import xla
 
-BACKENDS = (dispatch.kernels("triton", __name__, "gpu"), dispatch.Backend("xla", lambda case: None, xla))
+BACKENDS = (dispatch.kernels("triton", __name__, "gpu"), dispatch.Backend("xla", lambda case: None, lambda: xla))
 
 
 def route(
