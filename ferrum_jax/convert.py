@@ -20,12 +20,14 @@ from ferrum_jax.errors import UnsupportedModelError
 from ferrum_jax.loading import check
 from ferrum_jax.weights import ggml_types, orbax
 from ferrum_jax.weights.gguf import GGUFFile
+from ferrum_jax.weights.merging import Merged
 from ferrum_jax.weights.metadata import Typed, of_config
 from ferrum_jax.weights.opening import open_model
 from ferrum_jax.weights.quantise import PLAIN, Quantised, checked_format, plain_numbers
 from ferrum_jax.weights.source import ModelSource
 from ferrum_jax.weights.stream import half_split_rows, read_parameters
 from ferrum_jax.weights.tensor_info import TensorInfo
+from ferrum_jax.weights.wrapped import innermost
 
 KINDS = ("orbax", "gguf")
 Progress = Callable[[int, int | None, str], None]
@@ -39,6 +41,7 @@ def convert(
     *,
     to: str,
     quantize: str | None = None,
+    merge_adapter: str | Path | None = None,
     force: bool = False,
     device: jax.Device | None = None,
     progress: Progress | None = None,
@@ -46,7 +49,7 @@ def convert(
     """Writes the model that `source` names (as `load` takes it) to `out`, and returns that path.
 
     to: "orbax", a directory that `load` takes, with parameters in the layout of `device` (default: the first), or "gguf",
-    a file. quantize: a format for the matrices that are not quantised yet, as `load` takes it. force: replace `out`.
+    a file. quantize, merge_adapter: as `load` takes them. force: replace `out`.
 
     Raises FileExistsError for an `out` that exists, ValueError for an argument, and what `load` raises.
     """
@@ -57,7 +60,7 @@ def convert(
     if out.exists() and not force:
         raise FileExistsError(f"{out} exists")
     path = hub.resolve(str(source), progress=progress)
-    with open_model(path, quantize=quantize) as checkpoint:
+    with open_model(path, quantize=quantize, merge_adapter=merge_adapter) as checkpoint:
         if to == "gguf":
             write_gguf(checkpoint, out, force=force, progress=progress)
         else:
@@ -72,6 +75,8 @@ def convert(
 
 def typed_metadata(source: ModelSource) -> dict[str, Typed]:
     """The metadata of a source with their GGUF types; of one that has none its facts alone."""
+    if isinstance(source, Merged):
+        return typed_metadata(source.source)
     if isinstance(source, Quantised):
         typed = typed_metadata(source.source)
         name = _FILE_TYPES.get(source.format, source.format)
@@ -164,8 +169,11 @@ def _kept(source: ModelSource, name: str, info: TensorInfo) -> TensorInfo:
         raise UnsupportedModelError(f"{where}: GGUF cannot say that its columns are reordered")
     if info.format not in ggml_types.BY_NAME:
         raise UnsupportedModelError(f"{where}: {info.format} has no place in a GGUF file")
-    verbatim = isinstance(source, GGUFFile) or (isinstance(source, Quantised) and isinstance(source.source, GGUFFile))
-    if verbatim or info.format not in PLAIN or not (len(info.shape) == 1 or name.endswith("ffn_gate_inp.weight")):
+    if (
+        isinstance(innermost(source), GGUFFile)
+        or info.format not in PLAIN
+        or not (len(info.shape) == 1 or name.endswith("ffn_gate_inp.weight"))
+    ):
         return info
     values = info.nbytes // PLAIN[info.format].itemsize
     return TensorInfo(info.name, "F32", info.shape, info.path, info.offset, 4 * values)

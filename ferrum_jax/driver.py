@@ -28,10 +28,11 @@ _DISPATCH_SECONDS = 0.05  # what a dispatch aims at
 class Inputs:
     """Prompts and parameters of a batch, each row's max_tokens within the context.
 
-    `longest_prompt`, `max_tokens`: the most that a row has; `longest`: of prompt and output together.
+    `longest_prompt`, `max_tokens`: the most that a row has; `longest`: of prompt and output together; `adapters`: int32
+    [rows], None where no row has one.
     """
 
-    def __init__(self, model: Runtime, prompts: list[list[int]], params: list[SamplingParams]):
+    def __init__(self, model: Runtime, prompts: list[list[int]], params: list[SamplingParams], adapters: Sequence[int] = ()):
         room = [model.max_seq_len - len(ids) for ids in prompts]
         limited = [dataclasses.replace(p, max_tokens=min(p.max_tokens, r)) for p, r in zip(params, room, strict=True)]
         self.model, self.prompts, self.logprobs = model, prompts, params[0].logprobs
@@ -40,6 +41,10 @@ class Inputs:
         self.longest = max(len(ids) + p.max_tokens for ids, p in zip(prompts, limited, strict=True))
         self.tokens = sum(map(len, prompts))
         self.rows = power_of_two(len(prompts))
+        self.adapters: np.ndarray | None = None
+        if any(adapter >= 0 for adapter in adapters):
+            self.adapters = np.full(self.rows, -1, np.int32)
+            self.adapters[: len(adapters)] = adapters
         self.sampling = Sampling.from_params(
             limited,
             eos_ids=sorted(model.tokenizer.eos_ids),
@@ -50,9 +55,9 @@ class Inputs:
 
     def arguments(self, width: int, capacity: int) -> tuple:
         """The arguments of `functional.generate` and `functional.start`: parameters, a cache of `capacity` tokens a row,
-        prompts padded to `width`, lengths, sampling and key."""
+        prompts padded to `width`, lengths, sampling, key and adapters."""
         cache = self.model.new_cache(self.rows * -(-capacity // PAGE))
-        return self.model.params, cache, *padded(self.prompts, width), self.sampling, np.zeros(2, np.uint32)
+        return self.model.params, cache, *padded(self.prompts, width), self.sampling, np.zeros(2, np.uint32), self.adapters
 
 
 class Driver:
@@ -61,8 +66,8 @@ class Driver:
     A single row's capacity grows by fours and prefill chunks have two sizes, so that a conversation meets few programs.
     """
 
-    def __init__(self, model: Runtime, prompts: list[list[int]], params: list[SamplingParams]):
-        self.model, self.inputs = model, Inputs(model, prompts, params)
+    def __init__(self, model: Runtime, prompts: list[list[int]], params: list[SamplingParams], adapters: Sequence[int] = ()):
+        self.model, self.inputs = model, Inputs(model, prompts, params, adapters)
         self.capacity = bucket(self.inputs.longest)
         if len(prompts) == 1:
             self.capacity = 256
@@ -87,10 +92,10 @@ class Driver:
         model.count("prefill", self.inputs.tokens, time.perf_counter() - begin)
         model.count("decode", made(pending), 0.0)
         yield pending  # before the program of the following tokens is compiled
-        params, *_, sampling, key = arguments
+        params, *_, sampling, key, adapters = arguments
         limit, pending, at_exit = 1, None, sys.is_finalizing
         while True:
-            current = (params, cache, state, sampling, key, self._cancelled, np.int32(limit))
+            current = (params, cache, state, sampling, key, self._cancelled, np.int32(limit), adapters)
             advance = programs.get(_advance, *current, donate=(1, 2), steps=_STEPS, **static)
             begin = time.perf_counter()
             cache, state, sampled = advance(*current)
@@ -113,10 +118,12 @@ def made(sampled: functional.Sampled) -> int:
     return int((sampled.tokens >= 0).sum())
 
 
-def _advance(params, cache, state, sampling, key, cancelled, limit, *, config, steps, logprobs):
+def _advance(params, cache, state, sampling, key, cancelled, limit, adapters, *, config, steps, logprobs):
     """functional.advance without the rows that the host has ended."""
     state = state._replace(done=state.done | cancelled)
-    return functional.advance(params, cache, state, sampling, key, limit, config=config, steps=steps, logprobs=logprobs)
+    return functional.advance(
+        params, cache, state, sampling, key, limit, adapters, config=config, steps=steps, logprobs=logprobs
+    )
 
 
 class Watcher:
@@ -211,12 +218,12 @@ class Stream:
         return self._watcher.logprobs
 
 
-def stream(model: Runtime, prompt: list[int], params: SamplingParams) -> Stream:
+def stream(model: Runtime, prompt: list[int], params: SamplingParams, adapter: int = -1) -> Stream:
     """A `Stream` that steps the model for one prompt."""
     watcher = Watcher(model.tokenizer, params)
 
     def pieces() -> Generator[tuple[str, list[int]], None, None]:
-        for sampled in Driver(model, [prompt], [params]):
+        for sampled in Driver(model, [prompt], [params], [adapter]):
             piece, ids = watcher.push(sampled, 0)
             if ids:
                 yield piece, ids

@@ -99,15 +99,18 @@ def generate(
     config: ModelConfig,
     max_tokens: int,
     logprobs: int | None = None,
+    adapters: jax.Array | None = None,
 ):
     """Prefill and the whole loop in one program.
 
     prompts int32 [B, L], right-padded; prompt_lengths int32 [B], 0 for a row that is padding; sampling: per-row
     parameters; key: a PRNG key, the noise of a row depends on it, the row's seed and the position. Stops when every row
-    has stopped: by an end token, its own `sampling.max_tokens`, or `max_tokens`.
+    has stopped: by an end token, its own `sampling.max_tokens`, or `max_tokens`. adapters int32 [B]: each row's adapter by
+    its place among those of `params`, -1 for none.
 
     Returns (tokens int32 [B, max_tokens], -1 behind the end; lengths int32 [B]; cache), and with `logprobs=k` a fourth
-    value, `Sampled`, holding the k best alternatives as well. ValueError where the cache is too small.
+    value, `Sampled`, holding the k best alternatives as well. ValueError where the cache is too small, and where `adapters`
+    has another shape or `params` have none.
     """
     if not isinstance(sampling, Sampling):
         raise TypeError(f"sampling must be a Sampling, as Sampling.from_params makes it, not {type(sampling).__name__}")
@@ -118,10 +121,11 @@ def generate(
             f"generate: {rows} rows of up to {longest} + {max_tokens} tokens do not fit into {cache.num_pages} pages of "
             f"{cache.page_size}; make it {rows * -(-(longest + max_tokens - 1) // cache.page_size)} pages"
         )
-    cache, state, first = start(params, cache, prompts, prompt_lengths, sampling, key, config=config, logprobs=logprobs)
-    cache, state, rest = advance(
-        params, cache, state, sampling, key, max_tokens - 1, config=config, steps=max_tokens - 1, logprobs=logprobs
-    )
+    if adapters is not None and jnp.shape(adapters) != (rows,):
+        raise ValueError(f"generate: adapters must be int32 [{rows}], one for each row, not {list(jnp.shape(adapters))}")
+    same: dict[str, Any] = {"config": config, "logprobs": logprobs}
+    cache, state, first = start(params, cache, prompts, prompt_lengths, sampling, key, adapters, **same)
+    cache, state, rest = advance(params, cache, state, sampling, key, max_tokens - 1, adapters, steps=max_tokens - 1, **same)
     sampled = Sampled(*(jnp.concatenate(pair, axis=1) for pair in zip(first, rest, strict=True)))
     result = (sampled.tokens, state.generated, cache)
     return result if logprobs is None else (*result, sampled)
@@ -134,6 +138,7 @@ def start(
     prompt_lengths,
     sampling: Sampling,
     key,
+    adapters: jax.Array | None = None,
     *,
     config: ModelConfig,
     chunk=None,
@@ -148,7 +153,7 @@ def start(
 
     def read(i, carry):
         cache, last = carry
-        hidden, cache = hidden_chunk(params, cache, prompts, prompt_lengths, i, chunk=chunk, config=config)
+        hidden, cache = hidden_chunk(params, cache, prompts, prompt_lengths, i, adapters, chunk=chunk, config=config)
         place = ends - 1 - i * chunk
         here = (place >= 0) & (place < chunk) & (prompt_lengths > 0)
         return cache, jnp.where(here[:, None], hidden[jnp.clip(place, 0, chunk - 1)], last)
@@ -173,6 +178,7 @@ def advance(
     sampling: Sampling,
     key,
     limit,
+    adapters: jax.Array | None = None,
     *,
     config: ModelConfig,
     steps: int,
@@ -194,6 +200,7 @@ def advance(
             kv_lengths=jnp.where(state.done, 0, state.position + 1),
             page_table=page_table,
             logits_rows=jnp.arange(rows, dtype=jnp.int32),
+            adapters=adapters,
         )
         hidden, cache = _apply(params, config, cache, batch, method="hidden")
         state, sampled = _sample(params, hidden, state, sampling, key, config, logprobs)
@@ -232,7 +239,7 @@ def _sample(params, hidden, state: State, sampling: Sampling, key, config, logpr
     return state, Sampled(jnp.where(active, token, -1)[:, None], ids[:, None], values[:, None])
 
 
-def hidden_chunk(params, cache: KVCache, prompts, lengths, i, *, chunk: int, config: ModelConfig):
+def hidden_chunk(params, cache: KVCache, prompts, lengths, i, adapters=None, *, chunk: int, config: ModelConfig):
     """Chunk i of the prompts' tokens, laid end to end: their final hidden states float32 [chunk, hidden_size] (those
     behind the last token are of no meaning) and the cache with them written."""
     prompts, lengths = jnp.asarray(prompts), jnp.asarray(lengths)
@@ -250,6 +257,7 @@ def hidden_chunk(params, cache: KVCache, prompts, lengths, i, *, chunk: int, con
         kv_lengths=jnp.clip((i + 1) * chunk - starts[:-1], 0, lengths),
         page_table=jnp.arange(rows * per_row, dtype=jnp.int32).reshape(rows, per_row),
         logits_rows=jnp.zeros((0,), jnp.int32),
+        adapters=None if adapters is None else jnp.asarray(adapters)[row],
     )
     return _apply(params, config, cache, batch, method="hidden")
 

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
 
+from ferrum_jax import adapters as lora
 from ferrum_jax import hub, memory
 from ferrum_jax.chat import check_template
 from ferrum_jax.config import ModelConfig
 from ferrum_jax.embedding import EmbeddingModel
 from ferrum_jax.encoder_config import EncoderConfig
-from ferrum_jax.errors import ModelFileError
+from ferrum_jax.errors import ModelFileError, UnsupportedModelError
 from ferrum_jax.kv_cache import KV_DTYPES
 from ferrum_jax.model import Model
 from ferrum_jax.programs import enable_compilation_cache
 from ferrum_jax.runtime import PAGE
 from ferrum_jax.tokenizer import Tokenizer
 from ferrum_jax.units import readable_bytes
+from ferrum_jax.weights.adapter import read_adapter
 from ferrum_jax.weights.names import Parameters, parameters
 from ferrum_jax.weights.opening import open_model
 from ferrum_jax.weights.quantise import checked_format
@@ -40,6 +43,8 @@ def load(
     mesh=None,
     max_seq_len: int | None = None,
     quantize: str | None = None,
+    adapters: Mapping[str, str | Path] | None = None,
+    merge_adapter: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Model | EmbeddingModel:
     """Loads a model, its weights compressed as they are in the file: a `Model`, or of the BERT family an `EmbeddingModel`.
@@ -52,6 +57,9 @@ def load(
     max_seq_len: tokens of context, at most (and by default) the model's; an embedding model cuts texts there.
     quantize: a block format ("q4_k"; weights.quantise.QUANTISATIONS) that the matrices of a checkpoint in F32, F16 or BF16
     get while they are read.
+    adapters: directories of LoRA adapters (PEFT) by names of your own, which `generate` and the others take: applied at run
+    time, in float32, also beside compressed weights. merge_adapter: directory of one that is added to the weights of a
+    checkpoint in F32, F16 or BF16 while they are read, before `quantize`.
     progress: called with (bytes done, bytes in all or None, what is going on).
 
     Raises ModelNotFoundError, ModelFileError, UnsupportedModelError; OutOfMemoryError, before a byte of weights is read,
@@ -73,21 +81,29 @@ def load(
     if max_seq_len is not None and (isinstance(max_seq_len, bool) or not isinstance(max_seq_len, int) or max_seq_len < 2):
         raise ValueError(f"max_seq_len must be an integer of at least 2, not {max_seq_len!r}")
 
+    if adapters is not None and not (
+        isinstance(adapters, Mapping) and all(name and isinstance(name, str) for name in adapters)
+    ):
+        raise ValueError(f"adapters must be directories by name, as in {{'name': 'path'}}, not {adapters!r:.200}")
     checked_format(quantize)
     path = hub.resolve(str(source), progress=progress)
     enable_compilation_cache()
-    with open_model(path, quantize=quantize) as checkpoint:
+    with open_model(path, quantize=quantize, merge_adapter=merge_adapter) as checkpoint:
         if (encoder := checkpoint.encoder()) is not None:
+            if adapters:
+                raise UnsupportedModelError(f"{path}: adapters are for decoders, not for an embedding model")
             encoder = dataclasses.replace(encoder, dtype="float32" if asked == "auto" else dtype)
             embedding = _load_encoder(checkpoint, encoder, device, max_seq_len, progress)
             embedding.load_s = time.perf_counter() - begin
             return embedding
         config, places, tokenizer = check(checkpoint)
         config = dataclasses.replace(config, dtype=dtype)
+        beside = {name: read_adapter(directory, config) for name, directory in (adapters or {}).items()}
+        factors = [adapter.factors for adapter in beside.values()]
         if max_seq_len is not None and max_seq_len > config.context_length:
             raise ValueError(f"max_seq_len {max_seq_len} is beyond the model's context of {config.context_length} tokens")
         max_seq_len = max_seq_len or config.context_length
-        weights = memory.nbytes(abstract_parameters(places, target_of(device)))
+        weights = memory.nbytes(abstract_parameters(places, target_of(device))) + lora.nbytes(factors)
         cache = memory.abstract_cache(config, -(-max_seq_len // PAGE), PAGE, kv_dtype, target_of(device))
         count = (
             f"{path}: weights {readable_bytes(weights)}, KV cache {readable_bytes(memory.nbytes(cache))} for one row of "
@@ -96,7 +112,10 @@ def load(
         memory.require(weights, device, f"the weights do not fit: {count}")
         with jax.default_device(device), memory.explained(device, lambda: f"loading {count}"):
             params = read_parameters(checkpoint, places, config, device, progress)
-    model = Model(config, params, tokenizer, device, kv_dtype, max_seq_len)
+            if factors:
+                params = lora.with_adapters(params, factors, config.num_layers, device)
+    digests = {name: adapter.digest for name, adapter in beside.items()}
+    model = Model(config, params, tokenizer, device, kv_dtype, max_seq_len, digests)
     model.load_s = time.perf_counter() - begin
     return model
 

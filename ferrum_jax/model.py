@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Generator, Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,11 +36,15 @@ class Model(Prompts):
     # Text in and out
 
     def generate(
-        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] = SamplingParams()
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] = SamplingParams(),
+        adapter: str | Sequence[str | None] | None = None,
     ) -> list[Completion]:
         """Completions in the order of the prompts, which are texts or lists of token ids, mixed; `params` is one for all
-        or one for each; with n > 1 a prompt has so many completions, one after the other. ValueError for an empty prompt,
-        an id out of range or a prompt that fills the context."""
+        or one for each, and so is `adapter`, the name of a LoRA adapter that the model was loaded with; with n > 1 a prompt
+        has so many completions, one after the other. ValueError for an empty prompt, an id out of range, a prompt that
+        fills the context or an unknown adapter."""
         if isinstance(prompts, str | bytes) or any(isinstance(prompt, int | np.integer) for prompt in prompts):
             raise ValueError("prompts must be a list of prompts; for one prompt write [prompt]")
         encoded = [self.encode(prompt) for prompt in prompts]
@@ -48,39 +53,48 @@ class Model(Prompts):
             raise ValueError("params must be SamplingParams, one for all prompts or a list with one for each")
         if len(each) != len(encoded):
             raise ValueError(f"{len(encoded)} prompts and {len(each)} sampling parameters; give one for all or one for each")
+        names: list[Any] = list(adapter) if isinstance(adapter, list | tuple) else [adapter] * len(encoded)
+        if len(names) != len(encoded):
+            raise ValueError(f"{len(encoded)} prompts and {len(names)} adapters; give one for all or one for each")
+        places = [self.place_of(name) for name in names]
         if not encoded:
             return []
         if any(p.of_an_engine for p in each) or len({p.logprobs for p in each}) > 1 or not self._fit_one_program(encoded, each):
-            return self._complete_in_engine(encoded, each)
-        return self._complete(encoded, each)
+            return self._complete_in_engine(encoded, each, names)
+        return self._complete(encoded, each, places)
 
-    def stream(self, prompt: Prompt, params: SamplingParams = SamplingParams()) -> Stream:
+    def stream(self, prompt: Prompt, params: SamplingParams = SamplingParams(), adapter: str | None = None) -> Stream:
         """An iterator of (text piece, token ids): the same tokens as `generate`, as they are made. ValueError for
         parameters that a stream cannot meet (n > 1, prompt_logprobs)."""
         if params.n > 1 or params.prompt_logprobs is not None:
             raise ValueError("SamplingParams.n and prompt_logprobs: a stream is of one completion's output; use generate")
-        ids = self.encode(prompt)
+        ids, place = self.encode(prompt), self.place_of(adapter)
         if not params.of_an_engine:
-            return stream(self, ids, params)
+            return stream(self, ids, params, place)
         engine = self._engine([ids], [params])
-        request = engine.submit(ids, params)
+        request = engine.submit(ids, params, adapter)
         return Stream(ids, request._watcher, _pieces(engine, request))
 
     def chat(
-        self, messages: list[dict], params: SamplingParams = SamplingParams(), tools=None, **template_kwargs
+        self,
+        messages: list[dict],
+        params: SamplingParams = SamplingParams(),
+        tools=None,
+        adapter: str | None = None,
+        **template_kwargs,
     ) -> Completion:
         """The answer to a conversation, rendered by the model's chat template: one `Completion`."""
-        return self.generate([self.encode_chat(messages, tools, **template_kwargs)], params)[0]
+        return self.generate([self.encode_chat(messages, tools, **template_kwargs)], params, adapter)[0]
 
     # Scores
 
-    def logits(self, batch: Sequence[Sequence[int]]) -> list[np.ndarray]:
+    def logits(self, batch: Sequence[Sequence[int]], adapter: str | None = None) -> list[np.ndarray]:
         """Teacher-forced float32 logits [length, vocab_size] of each list of token ids, on the host."""
         if not batch:
             return []
         checked = self.checked(batch)
         results = [np.empty((len(ids), self.config.vocab_size), np.float32) for ids in checked]
-        for row, position, hidden in self._hidden(checked):
+        for row, position, hidden in self._hidden(checked, adapter):
             for first in range(0, hidden.shape[0], functional.ROWS):
                 block = hidden[first : first + functional.ROWS]
                 logits = self.programs.fetch(self.programs.run(functional.unembed, self.params, block, config=self.config))
@@ -88,7 +102,7 @@ class Model(Prompts):
                     results[row[source]][position[source]] = logits[source - first]
         return results
 
-    def perplexity(self, text_or_ids: Prompt, window: int | None = None) -> float:
+    def perplexity(self, text_or_ids: Prompt, window: int | None = None, adapter: str | None = None) -> float:
         """exp of the mean negative log-probability of every token but the first of its window.
 
         No beginning-of-text token is added and special tokens in a text are not parsed. `window=None` is one window, else
@@ -104,7 +118,7 @@ class Model(Prompts):
         total, rows = 0.0, max(1, functional.CHUNK // size)
         for first in range(0, len(windows), rows):
             part = self.checked(windows[first : first + rows])
-            for row, position, hidden in self._hidden(part):
+            for row, position, hidden in self._hidden(part, adapter):
                 scored = position < size - 1
                 targets = np.zeros(hidden.shape[0], np.int32)
                 targets[: len(row)][scored] = [part[r][p + 1] for r, p in zip(row[scored], position[scored], strict=True)]
@@ -128,10 +142,12 @@ class Model(Prompts):
         size = power_of_two(len(encoded)) * bucket(longest) * self.memory()["kv_bytes_per_token"]
         return len(encoded) == 1 or (len(encoded) <= _ROWS and size <= _CACHE_BYTES)
 
-    def _complete_in_engine(self, prompts: list[list[int]], params: list[SamplingParams]) -> list[Completion]:
+    def _complete_in_engine(
+        self, prompts: list[list[int]], params: list[SamplingParams], adapters: list[str | None]
+    ) -> list[Completion]:
         """Completions of any number of prompts; n a prompt."""
         engine = self._engine(prompts, params)
-        requests = [engine.submit(ids, p) for ids, p in zip(prompts, params, strict=True)]
+        requests = [engine.submit(*each) for each in zip(prompts, params, adapters, strict=True)]
         results = [completion for request in requests for completion in request.results()]
         failed = next((request.error for request in requests if request.error), "")
         if failed:
@@ -150,17 +166,17 @@ class Model(Prompts):
         rows = min(rows, 1 << (fitting.bit_length() - 1))
         return Engine(self, EngineConfig(num_pages=rows * pages, max_seqs=rows))
 
-    def _complete(self, prompts: list[list[int]], params: list[SamplingParams]) -> list[Completion]:
+    def _complete(self, prompts: list[list[int]], params: list[SamplingParams], adapters: list[int]) -> list[Completion]:
         """Completions of one program's rows: one dispatch, or the stepping driver where stop strings are watched."""
         watchers = [Watcher(self.tokenizer, p) for p in params]
         if any(p.stop for p in params):
-            driver = Driver(self, prompts, params)
+            driver = Driver(self, prompts, params, adapters)
             for sampled in driver:
                 for row, watcher in enumerate(watchers):
                     watcher.push(sampled, row)
                 driver.cancel([watcher.finish_reason is not None for watcher in watchers])
         else:
-            sampled = self._generate(Inputs(self, prompts, params))
+            sampled = self._generate(Inputs(self, prompts, params, adapters))
             for row, watcher in enumerate(watchers):
                 watcher.push(sampled, row)
         for watcher in watchers:
@@ -183,17 +199,18 @@ class Model(Prompts):
         self.count("decode", made(sampled), time.perf_counter() - begin)
         return sampled
 
-    def _hidden(self, batch: list[list[int]]) -> Iterator[tuple[np.ndarray, np.ndarray, jax.Array]]:
+    def _hidden(self, batch: list[list[int]], adapter: str | None) -> Iterator[tuple[np.ndarray, np.ndarray, jax.Array]]:
         """Final hidden states of all tokens, chunk by chunk: (row of each token, its position, hidden [chunk, size]);
         hidden may have more rows than there are tokens."""
         prompts, lengths = padded(batch, bucket(max(map(len, batch))))
         rows, longest = prompts.shape
         chunk = min(functional.CHUNK, rows * longest)
         cache = self.new_cache(rows * -(-longest // PAGE))
+        adapters = None if adapter is None else np.full(rows, self.place_of(adapter), np.int32)
         row = np.repeat(np.arange(rows), lengths)
         position = np.concatenate([np.arange(n) for n in lengths])
         for i in range(-(-len(row) // chunk)):
-            inputs = (self.params, cache, prompts, lengths, np.int32(i))
+            inputs = (self.params, cache, prompts, lengths, np.int32(i), adapters)
             hidden, cache = self.programs.run(functional.hidden_chunk, *inputs, donate=(1,), chunk=chunk, config=self.config)
             yield row[i * chunk : (i + 1) * chunk], position[i * chunk : (i + 1) * chunk], hidden
 
@@ -206,11 +223,10 @@ def _pieces(engine: Engine, request: Request) -> Generator[tuple[str, list[int]]
         engine.abort(request)
 
 
-def _generate(params, cache, prompts, lengths, sampling, key, *, config, max_tokens, logprobs):
+def _generate(params, cache, prompts, lengths, sampling, key, adapters, *, config, max_tokens, logprobs):
     """functional.generate, returning the cache first (so that it aliases) and everything sampled."""
-    result = functional.generate(
-        params, cache, prompts, lengths, sampling, key, config=config, max_tokens=max_tokens, logprobs=logprobs
-    )
+    static = {"config": config, "max_tokens": max_tokens, "logprobs": logprobs}
+    result = functional.generate(params, cache, prompts, lengths, sampling, key, **static, adapters=adapters)
     tokens, _, cache, *sampled = result
     nothing = jnp.zeros((*tokens.shape, 0))
     return cache, sampled[0] if sampled else functional.Sampled(tokens, nothing.astype(jnp.int32), nothing)

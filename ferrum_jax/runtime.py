@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -20,7 +21,8 @@ PAGE = 16  # tokens
 
 
 class Runtime:
-    """`params` is a pytree of arrays, every weight once; `config` is static; `max_seq_len` counts prompt and output."""
+    """`params` is a pytree of arrays, every weight once; `config` is static; `max_seq_len` counts prompt and output;
+    `adapters`: a digest of each LoRA adapter beside the weights by its name, in the order in which `params` has them."""
 
     def __init__(
         self,
@@ -30,9 +32,11 @@ class Runtime:
         device: jax.Device,
         kv_dtype: str,
         max_seq_len: int,
+        adapters: Mapping[str, str] | None = None,
     ):
         self.config, self.params, self.tokenizer = config, params, tokenizer
         self.device, self.kv_dtype, self.max_seq_len = device, kv_dtype, max_seq_len
+        self.adapters = dict(adapters or {})
         self.programs = Programs(device)
         self.load_s = 0.0
         self._counters: dict[str, float] = {f"{kind}_{unit}": 0 for kind in ("prefill", "decode") for unit in ("tokens", "s")}
@@ -46,9 +50,18 @@ class Runtime:
         with jax.default_device(self.device), memory.explained(self.device, lambda: count):
             return new_cache(self.config, num_pages=num_pages, page_size=PAGE, dtype=self.kv_dtype)
 
+    def place_of(self, adapter: str | None) -> int:
+        """Where the adapter of this name is among those of `params`; -1 for None. ValueError for another name."""
+        if adapter is None:
+            return -1
+        if not isinstance(adapter, str) or adapter not in self.adapters:
+            known = ", ".join(self.adapters) or "none"
+            raise ValueError(f"adapter {adapter!r} is not loaded; loaded: {known}")
+        return list(self.adapters).index(adapter)
+
     def fingerprint(self) -> str:
         """A few words that differ between models: architecture, dtype, and a digest of their shapes and of some weights."""
-        digest = hashlib.blake2b(repr(self.config).encode(), digest_size=16)
+        digest = hashlib.blake2b(repr((self.config, self.adapters)).encode(), digest_size=16)
         for leaf in jax.tree.leaves(self.params):
             digest.update(f"{leaf.shape} {leaf.dtype}".encode())
             digest.update(np.asarray(leaf[(0,) * (leaf.ndim - 1)][:64] if leaf.ndim else leaf).tobytes())

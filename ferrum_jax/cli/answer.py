@@ -38,7 +38,7 @@ def answer(
     """
     before = model.timings()
     with common.users_mistake():
-        stream = model.stream(ids, params)
+        stream = model.stream(ids, params, common.adapter_of(model))
     pieces: list[str] = []
     count, reason = 0, None
     try:

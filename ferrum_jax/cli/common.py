@@ -29,6 +29,9 @@ dtype_option = click.option(
     "--dtype", type=click.Choice(DTYPES), default="auto", show_default=True,
     help="Arithmetic of activations; auto takes the fast one for the device (`doctor` says which).",
 )  # fmt: skip
+adapter_option = click.option(
+    "--adapter", type=click.Path(file_okay=False), metavar="DIR", help="LoRA adapter (PEFT directory), applied at run time."
+)
 
 
 class FiniteRange(click.FloatRange):
@@ -115,9 +118,12 @@ def _bar() -> Iterator[Progress]:
         yield update
 
 
-def load_model(source: str, *, embeds: bool = False, **options: Any) -> Any:
-    """`fj.load` with a progress bar; a ValueError from its parameter checks is the user's mistake, and so is a model that
-    embeds where one is needed that does not, or the other way round."""
+def load_model(source: str, *, embeds: bool = False, adapter: str | None = None, **options: Any) -> Any:
+    """`fj.load` with a progress bar, and with the adapter in a directory, which `adapter_of` names; a ValueError from its
+    parameter checks is the user's mistake, and so is a model that embeds where one is needed that does not, or the other
+    way round."""
+    if adapter is not None:
+        options["adapters"] = {adapter: adapter}
     with progress_bar() as progress, users_mistake():
         model = fj.load(source, progress=progress, **options)
     if isinstance(model, fj.EmbeddingModel) != embeds:
@@ -125,6 +131,11 @@ def load_model(source: str, *, embeds: bool = False, **options: Any) -> Any:
             raise refuse_encoder(source)
         raise click.UsageError(f"{source} is no embedding model; one of the BERT family is needed")
     return model
+
+
+def adapter_of(model: Any) -> str | None:
+    """The name of the adapter that a model was loaded with, None without."""
+    return next(iter(model.adapters), None)
 
 
 def print_table(rows: Iterable[Iterable[str]], columns: tuple[str, ...] = (), numbers: tuple[str, ...] = ()) -> None:

@@ -17,9 +17,12 @@ KINDS = ("orbax", "gguf")
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--to", type=click.Choice(KINDS), required=True, help="orbax: a directory; gguf: a file.")
 @click.option("--quantize", metavar="FORMAT", help="Quantise F32, F16 and BF16 matrices: q4_k, q6_k, q8_0, ...")
+@click.option("--merge-adapter", type=click.Path(file_okay=False), metavar="DIR", help="Merge a LoRA adapter (PEFT) first.")
 @click.option("--force", is_flag=True, help="Replace OUT if it exists.")
 @common.json_option
-def convert_command(model: str, out: Path, to: str, quantize: str | None, force: bool, as_json: bool) -> None:
+def convert_command(
+    model: str, out: Path, to: str, quantize: str | None, merge_adapter: str | None, force: bool, as_json: bool
+) -> None:
     """Write MODEL to OUT, which appears when all of it is written.
 
     orbax: a directory that MODEL can be in every verb, with the parameters as this machine's device keeps them. gguf: a
@@ -30,7 +33,7 @@ def convert_command(model: str, out: Path, to: str, quantize: str | None, force:
     begin = time.perf_counter()
     try:
         with common.progress_bar() as progress, common.users_mistake():
-            convert(model, out, to=to, quantize=quantize, force=force, progress=progress)
+            convert(model, out, to=to, quantize=quantize, merge_adapter=merge_adapter, force=force, progress=progress)
     except OSError as error:
         reason = error.strerror or str(error)
         hint = "" if force or not isinstance(error, FileExistsError) else "; --force replaces it"

@@ -16,9 +16,10 @@ from ferrum_jax.cli import common
     "--window", type=click.IntRange(min=2), metavar="N",
     help="Score independent windows of N tokens and drop a last partial one. Default: the whole text is one window.",
 )  # fmt: skip
+@common.adapter_option
 @common.dtype_option
 @common.json_option
-def perplexity_command(model: str, file: str, window: int | None, dtype: str, as_json: bool) -> None:
+def perplexity_command(model: str, file: str, window: int | None, adapter: str | None, dtype: str, as_json: bool) -> None:
     """Perplexity of MODEL on the UTF-8 text in FILE (- for standard input).
 
     No start token is added, special tokens in the text are not parsed, and every token but a window's first is scored.
@@ -30,7 +31,7 @@ def perplexity_command(model: str, file: str, window: int | None, dtype: str, as
         raise click.UsageError(f"{file}: not UTF-8 text (byte {error.start})") from None
     except OSError as error:
         raise click.UsageError(f"{file}: {error.strerror}") from None
-    loaded = common.load_model(model, dtype=dtype)
+    loaded = common.load_model(model, dtype=dtype, adapter=adapter)
     ids = loaded.tokenizer.encode(text, add_special=False, parse_special=False)
     context = loaded.max_seq_len
     if len(ids) < (window or 2):
@@ -39,7 +40,7 @@ def perplexity_command(model: str, file: str, window: int | None, dtype: str, as
         what = f"--window {window}" if window else f"{file} ({len(ids):,} tokens)"
         raise click.UsageError(f"{what} does not fit the context of {context:,} tokens; give a smaller --window")
     with common.users_mistake():
-        value = float(loaded.perplexity(ids, window=window))
+        value = float(loaded.perplexity(ids, window, common.adapter_of(loaded)))
     scored = len(ids) - 1 if window is None else len(ids) // window * (window - 1)
     if as_json:
         common.print_json(

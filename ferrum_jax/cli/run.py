@@ -103,6 +103,7 @@ def _print_json_lines(model: Any, ids: list[int], params: Any) -> Answer:
 )  # fmt: skip
 @click.option("--seed", type=int, help="The same seed gives the same text. Default: another one each time.")
 @click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; may be given several times.")
+@common.adapter_option
 @common.dtype_option
 @click.option("--kv-dtype", type=click.Choice(common.KV_DTYPES), help="Of the KV cache; default: follows --dtype.")
 @click.option("--max-seq-len", type=click.IntRange(min=2), help="Limit of prompt and answer; default: the model's.")
@@ -114,6 +115,7 @@ def run_command(
     system: str | None,
     raw: bool,
     think: bool | None,
+    adapter: str | None,
     dtype: str,
     kv_dtype: str | None,
     max_seq_len: int | None,
@@ -139,7 +141,7 @@ def run_command(
         if not text:
             raise click.UsageError("the prompt is empty")
 
-    loaded = common.load_model(model, dtype=dtype, kv_dtype=kv_dtype, max_seq_len=max_seq_len)
+    loaded = common.load_model(model, adapter=adapter, dtype=dtype, kv_dtype=kv_dtype, max_seq_len=max_seq_len)
     template = _template_arguments(loaded, model, system=system, think=think, raw=raw)
     if talk:
         from ferrum_jax.cli.chat import Chat

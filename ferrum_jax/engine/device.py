@@ -193,6 +193,7 @@ class Device:
             min_tokens=np.int32(params.min_tokens),
             scored=np.bool_(params.logprobs is not None),
             scored_prompt=np.bool_(params.prompt_logprobs is not None),
+            adapter=np.int32(sequence.adapter),
             sampling=self._sampling([params.row(seed, room)], 1),
         )
 

@@ -86,12 +86,15 @@ class Engine:
 
     # Requests
 
-    def submit(self, prompt: Prompt | list[dict], params: SamplingParams = SamplingParams()) -> Request:
-        """A request for a text, a list of token ids or a conversation (a list of messages). ValueError for a prompt that is
-        empty or too long, for parameters that cannot be met, and for a request that needs more pages than there are."""
+    def submit(
+        self, prompt: Prompt | list[dict], params: SamplingParams = SamplingParams(), adapter: str | None = None
+    ) -> Request:
+        """A request for a text, a list of token ids or a conversation (a list of messages); `adapter`: the name of one that
+        the model was loaded with. ValueError for a prompt that is empty or too long, for parameters that cannot be met, for
+        an unknown adapter, and for a request that needs more pages than there are."""
         is_chat = isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], dict)
         tokens = self.model.encode_chat(prompt) if is_chat else self.model.encode(prompt)  # type: ignore[arg-type]
-        return self._submit(tokens, params)
+        return self._submit(tokens, params, adapter)
 
     def abort(self, request: Request) -> None:
         """Ends a request and its choices with finish_reason "abort"; nothing happens to those that are finished."""
@@ -116,6 +119,7 @@ class Engine:
                 facts = {
                     "params": dataclasses.asdict(request.params),
                     "seed": request._seed,
+                    "adapter": request.adapter,
                     "prompt": request.prompt_token_ids,
                     "output": list(request.token_ids),
                     "logprobs": request.logprobs,
@@ -124,7 +128,7 @@ class Engine:
                 }
                 pages = sequence.pages[: sequence.written // pool.page_size] if sequence.state == "running" else []
                 if not pages:
-                    pages, _ = pool.find_prefix([*request.prompt_token_ids, *request.token_ids])
+                    pages, _ = pool.find_prefix([*request.prompt_token_ids, *request.token_ids], sequence.adapter)
                 pages = [] if -1 in pages else pages
                 for page in pages:
                     pool.share(page)
@@ -144,11 +148,12 @@ class Engine:
         params = SamplingParams(**{**facts["params"], "n": 1})
         text = [*facts["prompt"], *facts["output"]]
         limit = self._check(len(facts["prompt"]), params)
+        place = self.model.place_of(facts["adapter"])
         if self.config.prefix_cache and content is not None:
-            self._fill_prefix_cache(text, content)
+            self._fill_prefix_cache(text, content, place)
         with self._lock:
-            sequence = Sequence(self._take_number(), text, len(facts["prompt"]), limit)
-            request = Request(self, sequence, params, facts["seed"], self._extras(params))
+            sequence = Sequence(self._take_number(), text, len(facts["prompt"]), limit, adapter=place)
+            request = Request(self, sequence, params, facts["seed"], self._extras(params), facts["adapter"])
             sequence.owner, sequence.cacheable = request, params.prompt_logprobs is None
             request.prompt_logprobs = _pairs(facts["prompt_logprobs"])
             request._watcher.take(facts["output"], _pairs(facts["logprobs"]) or [])
@@ -245,15 +250,18 @@ class Engine:
 
     # Inside: requests
 
-    def _submit(self, tokens: list[int], params: SamplingParams, origin: Sequence | None = None) -> Request:
+    def _submit(
+        self, tokens: list[int], params: SamplingParams, adapter: str | None, origin: Sequence | None = None
+    ) -> Request:
+        place = self.model.place_of(adapter)
         limit = self._check(len(tokens), params)
         extras = self._extras(params)
         seed = secrets.randbits(32) if params.seed is None else params.seed
         with self._lock:
             choices: list[Request] = []
             for i in range(params.n):
-                sequence = Sequence(self._take_number(), list(tokens), len(tokens), limit, origin=origin)
-                sequence.owner = request = Request(self, sequence, params, (seed + i) % 2**32, extras)
+                sequence = Sequence(self._take_number(), list(tokens), len(tokens), limit, origin=origin, adapter=place)
+                sequence.owner = request = Request(self, sequence, params, (seed + i) % 2**32, extras, adapter)
                 sequence.cacheable = params.prompt_logprobs is None or i > 0
                 if i > 0:
                     request.prompt_logprobs = choices[0].prompt_logprobs  # computed once
@@ -272,7 +280,7 @@ class Engine:
         with self._lock:
             sequence = request._sequence
             tokens = [*request.prompt_token_ids, *request.token_ids]
-        return self._submit(tokens, params, sequence)
+        return self._submit(tokens, params, request.adapter, sequence)
 
     def _check(self, length: int, params: SamplingParams) -> int:
         """Tokens of the request in all at most, or a ValueError that says why it cannot be."""
@@ -327,14 +335,14 @@ class Engine:
                 wake()
         request._wake.clear()
 
-    def _fill_prefix_cache(self, text: list[int], content: KVCache) -> None:
+    def _fill_prefix_cache(self, text: list[int], content: KVCache, adapter: int) -> None:
         """Puts the pages of a text that are not cached yet into free ones."""
         pool = self._scheduler.pool
         size = pool.page_size
         with self._driving:
             taken: list[tuple[int, int]] = []
             with self._lock:
-                parent = pool.root
+                parent = pool.root(adapter)
                 for number in range(content.num_pages):
                     tokens = text[number * size : (number + 1) * size]
                     found = pool.find(parent, tokens)

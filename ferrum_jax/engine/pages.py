@@ -25,14 +25,14 @@ class Entry(NamedTuple):
 
 
 class PagePool:
-    """Pages 0 .. num_pages - 1 of `page_size` tokens. `salt` names what else the contents depend on: model and adapter.
+    """Pages 0 .. num_pages - 1 of `page_size` tokens. `salt` names the model that the contents depend on.
 
     Counts: `hits` pages found, `evictions` cached pages given to somebody else.
     """
 
     def __init__(self, num_pages: int, page_size: int, salt: bytes = b""):
         self.num_pages, self.page_size = num_pages, page_size
-        self.root = hashlib.blake2b(salt, digest_size=16).digest()  # the parent of every first page
+        self._salt = salt
         self.evictions = 0
         self._free = list(range(num_pages - 1, -1, -1))
         self._holders = [0] * num_pages
@@ -100,12 +100,16 @@ class PagePool:
         page = self._pages.get(entry.digest)
         return None if page is None or self._entries[page] != entry else (page, entry.digest)
 
-    def find_prefix(self, tokens: Sequence[int]) -> tuple[list[int], list[bytes]]:
+    def root(self, adapter: int = -1) -> bytes:
+        """The parent of the first page of a text that is read with an adapter (-1: with none)."""
+        return hashlib.blake2b(self._salt + f" adapter {adapter}".encode(), digest_size=16).digest()
+
+    def find_prefix(self, tokens: Sequence[int], adapter: int = -1) -> tuple[list[int], list[bytes]]:
         """Pages that hold the longest cached beginning of `tokens`, in order, and their digests. The last token is always
         left out: its logits have to be computed, in a page that nobody shares."""
         pages: list[int] = []
         digests: list[bytes] = []
-        parent = self.root
+        parent = self.root(adapter)
         for start in range(0, len(tokens) - self.page_size, self.page_size):
             found = self.find(parent, tokens[start : start + self.page_size])
             if found is None:

@@ -44,14 +44,23 @@ class Output(NamedTuple):
 
 
 class Request:
-    """Made by `Engine.submit`. `id`: a number of its own; `params`: its parameters; `choices`: with n > 1 all requests that
-    were made of it, itself first; `error`: what went wrong, where finish_reason is "error".
+    """Made by `Engine.submit`. `id`: a number of its own; `params`: its parameters; `adapter`: the name of its adapter or
+    None; `choices`: with n > 1 all requests that were made of it, itself first; `error`: what went wrong, where
+    finish_reason is "error".
 
     Iterating gives each `Output` once and ends with the request; where no background loop runs, it drives the engine.
     """
 
-    def __init__(self, engine: Serving, sequence: Sequence, params: SamplingParams, seed: int, extras: Extras):
-        self.id = sequence.number
+    def __init__(
+        self,
+        engine: Serving,
+        sequence: Sequence,
+        params: SamplingParams,
+        seed: int,
+        extras: Extras,
+        adapter: str | None = None,
+    ):
+        self.id, self.adapter = sequence.number, adapter
         self.params, self.choices, self.error = params, [self], ""
         self.prompt_token_ids = sequence.tokens[: sequence.prompt_length]
         self.prompt_logprobs: list[list[tuple[int, float]] | None] | None = None

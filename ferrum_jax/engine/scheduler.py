@@ -185,7 +185,7 @@ class Scheduler:
             return origin.pages[:full], origin.digests[:full], copied
         if not self.config.prefix_cache:
             return [], [], -1
-        pages, digests = self.pool.find_prefix(sequence.tokens)
+        pages, digests = self.pool.find_prefix(sequence.tokens, sequence.adapter)
         if self.window:
             behind = self._behind(len(pages) * self.pool.page_size)
             pages[:behind] = [-1] * behind
@@ -229,7 +229,7 @@ class Scheduler:
         written = sequence.written
         while self.config.prefix_cache and (len(sequence.digests) + 1) * size <= written:
             number = len(sequence.digests)
-            parent = sequence.digests[-1] if number else self.pool.root
+            parent = sequence.digests[-1] if number else self.pool.root(sequence.adapter)
             tokens = sequence.tokens[number * size : (number + 1) * size]
             sequence.digests.append(self.pool.register(sequence.pages[number], parent, tokens))
         while self.window and sequence.behind < self._behind(written):

@@ -11,7 +11,8 @@ class Sequence:
     """A prompt and what was made of it so far.
 
     tokens: prompt and known output. limit: tokens in all at most. number: order of arrival. cacheable: whether it may
-    take cached pages. origin: a sequence that this one is a branch of. owner: whoever watches it.
+    take cached pages. origin: a sequence that this one is a branch of. adapter: its place among the model's, -1 for none.
+    owner: whoever watches it.
 
     While it runs it has a `slot`, `pages` (-1 where one was given back: `behind` of them lie behind the window) with a
     `table` of them, and `digests`, those of its first full pages that are registered. `target`: tokens known when it was
@@ -28,10 +29,11 @@ class Sequence:
         *,
         origin: Sequence | None = None,
         cacheable: bool = True,
+        adapter: int = -1,
         owner: Any = None,
     ):
         self.number, self.tokens, self.prompt_length, self.limit = number, tokens, prompt_length, limit
-        self.origin, self.cacheable, self.owner = origin, cacheable, owner
+        self.origin, self.cacheable, self.adapter, self.owner = origin, cacheable, adapter, owner
         self.state = "waiting"
         self.slot = -1
         self.pages: list[int] = []

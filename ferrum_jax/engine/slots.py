@@ -32,6 +32,7 @@ class Slots(NamedTuple):
     scored: jax.Array  # bool [S]: whether logprobs are wanted
     scored_prompt: jax.Array  # bool [S]: whether those of the prompt are wanted
     prompt_length: jax.Array  # int32 [S]
+    adapter: jax.Array  # int32 [S]: its place among the model's, -1 for none
     misses: jax.Array  # int32 [S]: drafts in a row of which no token was right
     pause: jax.Array  # int32 [S]: steps without a draft that are left
     sampling: Sampling  # of S rows
@@ -50,6 +51,7 @@ class Asked(NamedTuple):
     min_tokens: Any
     scored: Any
     scored_prompt: Any
+    adapter: Any
     sampling: Sampling
 
 
@@ -73,6 +75,7 @@ def new_slots(sampling: Sampling, *, slots: int, capacity: int, vocab: int) -> S
         scored=flag,
         scored_prompt=flag,
         prompt_length=zeros(),
+        adapter=zeros() - 1,
         misses=zeros(),
         pause=zeros(),
         sampling=jax.tree.map(jnp.asarray, sampling),
@@ -102,6 +105,7 @@ def admit(slots: Slots, asked: Asked) -> Slots:
         "scored": asked.scored,
         "scored_prompt": asked.scored_prompt,
         "prompt_length": asked.prompt_length,
+        "adapter": asked.adapter,
         "misses": 0,
         "pause": 0,
     }

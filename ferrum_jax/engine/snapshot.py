@@ -11,7 +11,7 @@ import numpy as np
 from ferrum_jax.errors import ModelFileError
 from ferrum_jax.kv_cache import KVCache
 
-_VERSION = 1
+_VERSION = 2
 
 
 def save(path: Path, identity: str, facts: dict[str, Any], content: KVCache | None) -> None:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ferrum_jax import functional
+from ferrum_jax.adapters import COLUMNS
 from ferrum_jax.config import ModelConfig
 from ferrum_jax.engine.draft import draft, learn, worth_it
 from ferrum_jax.engine.slots import BAD_WORD_TOKENS, BAD_WORDS, Asked, Slots, admit, new_slots
@@ -182,6 +183,7 @@ def _hidden(params, cache: KVCache, slots: Slots, rows, table, first, query_star
         kv_lengths=jnp.where(live & (lengths > 0), first + lengths, 0),
         page_table=table,
         logits_rows=jnp.zeros((0,), jnp.int32),
+        adapters=slots.adapter[rows[row]] if COLUMNS in params else None,
     )
     return functional.hidden(params, cache, batch, config=config)
 

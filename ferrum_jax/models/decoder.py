@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 
+from ferrum_jax.adapters import COLUMNS, without_adapters
 from ferrum_jax.config import ModelConfig
 from ferrum_jax.kv_cache import KVCache
 from ferrum_jax.models.layers import Block
@@ -32,7 +33,8 @@ class RaggedBatch(NamedTuple):
 
     tokens, positions [T]; slots [T]: where each token's KV goes, page * page_size + offset, -1 for padding;
     query_starts [S + 1]: tokens of sequence s are query_starts[s] .. query_starts[s + 1] - 1; kv_lengths [S]: cached
-    tokens of the sequence, these included; page_table [S, P]; logits_rows [R]: the tokens whose logits are wanted.
+    tokens of the sequence, these included; page_table [S, P]; logits_rows [R]: the tokens whose logits are wanted;
+    adapters [T]: each token's adapter by its place among those of the parameters, -1 for none (None: nobody has one).
     """
 
     tokens: jax.Array
@@ -42,11 +44,12 @@ class RaggedBatch(NamedTuple):
     kv_lengths: jax.Array
     page_table: jax.Array
     logits_rows: jax.Array
+    adapters: jax.Array | None = None
 
 
 class Decoder(nn.Module):
     """Parameters: `embedding` [vocab, hidden], `unembedding` (absent where tied to the embedding), `final_norm`
-    [hidden], `rope_factors` (optional) and `layers`, a tree of `LayerStack`s."""
+    [hidden], `rope_factors` (optional) and `layers`, a tree of `LayerStack`s; with adapters those of `adapters`."""
 
     config: ModelConfig
 
@@ -56,7 +59,15 @@ class Decoder(nn.Module):
             x: jax.Array = self.get_variable("params", "embedding").gather(batch.tokens)
         rope = rope_angles(self.config, batch.positions, self.get_variable("params", "rope_factors"))
         tables = Tables(batch.positions, batch.query_starts, batch.kv_lengths, batch.page_table)
-        x, cache = run_layers(self.config, self.variables["params"]["layers"], x, cache, batch.slots, tables, rope)
+        layers = self.variables["params"]["layers"]
+        if batch.adapters is None:
+            x, cache = run_layers(self.config, without_adapters(layers), x, cache, batch.slots, tables, rope)
+        else:
+            columns: jax.Array | None = self.get_variable("params", COLUMNS)
+            if columns is None:
+                raise ValueError("RaggedBatch.adapters: the parameters have no adapters; load the model with some")
+            chosen = batch.adapters[:, None] == columns
+            x, cache = _composed(self.config, layers, x, cache, batch.slots, tables, rope, chosen)
         return rms_norm(x, self.get_variable("params", "final_norm"), self.config.rms_norm_eps), cache
 
     def logits(self, hidden: jax.Array) -> jax.Array:
@@ -105,12 +116,12 @@ def _parts(layers: Params, number: int) -> dict[str, Part]:
     return found
 
 
-def _composed(config: ModelConfig, layers: Params, x, cache: KVCache, slots, tables: Tables, rope) -> Carry:
-    """The layers one after the other, each `Block` once a distinct body."""
+def _composed(config: ModelConfig, layers: Params, x, cache: KVCache, slots, tables: Tables, rope, chosen=None) -> Carry:
+    """The layers one after the other, each `Block` once a distinct body. chosen bool [T, columns]: as in `LayerModule`."""
     plan = make_plan(tables, cache, config.num_heads, config.sliding_window)
     block = Block(config, parent=None)
 
     def step(carry: Carry, layer: Layer) -> Any:
-        return block.apply({"params": layers}, *carry, layer, slots, plan, rope)
+        return block.apply({"params": layers}, *carry, layer, slots, plan, rope, chosen)
 
     return scan_layers(layers, step, (x, cache))

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
+from ferrum_jax import adapters
 from ferrum_jax.config import ModelConfig
 from ferrum_jax.kv_cache import KVCache
 from ferrum_jax.quantized import Layer, LayerStack, gated_linear, linear, linears, mixture
@@ -19,26 +21,44 @@ from pallas_kernels.routing import route
 
 
 class LayerModule(nn.Module):
-    """A module whose parameters are `LayerStack`s."""
+    """A module whose parameters are `LayerStack`s.
+
+    Where it is given `chosen` bool [tokens, columns], those of A x that each token's adapter has, adapters are applied.
+    """
 
     config: ModelConfig
 
     def stack(self, name: str) -> LayerStack:
         return self.get_variable("params", name)
 
-    def project(self, x: jax.Array, layer: Layer, *names: str, arithmetic: str = "") -> list[jax.Array]:
-        """x [tokens, in] through each named matrix and its bias, if the file has one: float32 [tokens, out]. arithmetic:
-        of the products, where it is not `config.dtype`."""
+    def project(self, x: jax.Array, layer: Layer, *names: str, chosen=None, arithmetic: str = "") -> list[jax.Array]:
+        """x [tokens, in] through each named matrix, its bias, if the file has one, and its adapters: float32 [tokens, out].
+        arithmetic: of the products, where it is not `config.dtype`."""
         stacks = [self.stack(name) for name in names]
         ys = linears(x.astype(self.config.activations), stacks, layer, arithmetic or self.config.dtype)
         biases = [self.stack(name + "_bias") for name in names]
-        return [y if bias is None else y + bias.vector(layer) for y, bias in zip(ys, biases, strict=True)]
+        ys = [y if bias is None else y + bias.vector(layer) for y, bias in zip(ys, biases, strict=True)]
+        adapted = (self.adapts(layer, name, chosen) for name in names)
+        return [
+            y + self.adapted(x, layer, name, chosen) if adapts else y
+            for y, name, adapts in zip(ys, names, adapted, strict=True)
+        ]
+
+    def adapts(self, layer: Layer, name: str, chosen) -> bool:
+        stack = self.stack(name + adapters.A)
+        return chosen is not None and stack is not None and stack.has(layer)
+
+    def adapted(self, x, layer: Layer, name: str, chosen) -> jax.Array:
+        """What the adapters add to x through a matrix: float32 [tokens, out]."""
+        with jax.named_scope("adapters"):
+            inner = linear(x.astype(jnp.float32), self.stack(name + adapters.A), layer)
+            return linear(jnp.where(chosen, inner, 0.0), self.stack(name + adapters.B), layer)
 
 
 class Attention(LayerModule):
     """Grouped-query attention over the paged cache; per-head RMSNorm of queries and keys where the file has it."""
 
-    def __call__(self, x, cache: KVCache, layer: Layer, slots, plan, rope) -> tuple[jax.Array, KVCache]:
+    def __call__(self, x, cache: KVCache, layer: Layer, slots, plan, rope, chosen=None) -> tuple[jax.Array, KVCache]:
         config, tokens = self.config, x.shape[0]
 
         def norm(name: str) -> Norm:
@@ -48,7 +68,7 @@ class Attention(LayerModule):
         with jax.named_scope("qkv"):
             # Here int8 would cost most: the scores are exponents, and these are small matrices.
             arithmetic = "int8x2" if config.dtype == "int8" else config.dtype
-            ys = self.project(x, layer, "query", "key", "value", arithmetic=arithmetic)
+            ys = self.project(x, layer, "query", "key", "value", chosen=chosen, arithmetic=arithmetic)
             q, k, v = (y.reshape(tokens, -1, config.head_dim) for y in ys)
         with jax.named_scope("append"):
             norms = norm("query_norm"), norm("key_norm")
@@ -56,24 +76,24 @@ class Attention(LayerModule):
         with jax.named_scope("paged_attention"):
             y = paged_attention(q, cache, layer.number, plan, config.head_dim**-0.5)
         with jax.named_scope("attention_output"):
-            return self.project(y.reshape(tokens, -1), layer, "output")[0], cache
+            return self.project(y.reshape(tokens, -1), layer, "output", chosen=chosen)[0], cache
 
 
 class FeedForward(LayerModule):
     """SwiGLU, down(silu(gate x) * up x) (arXiv 2002.05202), or in layers that have a router a mixture of them."""
 
-    def __call__(self, x, layer: Layer, slots) -> jax.Array:
+    def __call__(self, x, layer: Layer, slots, chosen=None) -> jax.Array:
         router = self.stack("router")
-        return self.mixture(x, layer, slots) if router is not None and router.has(layer) else self.dense(x, layer)
+        return self.mixture(x, layer, slots) if router is not None and router.has(layer) else self.dense(x, layer, chosen)
 
-    def dense(self, x, layer: Layer) -> jax.Array:
-        if self.stack("gate_bias") is None and self.stack("up_bias") is None:
+    def dense(self, x, layer: Layer, chosen) -> jax.Array:
+        if not any(self.stack(f"{name}_bias") is not None or self.adapts(layer, name, chosen) for name in ("gate", "up")):
             x = x.astype(self.config.activations)
             hidden = gated_linear(x, self.stack("gate"), self.stack("up"), layer, self.config.dtype)
         else:
-            gate, up = self.project(x, layer, "gate", "up")
+            gate, up = self.project(x, layer, "gate", "up", chosen=chosen)
             hidden = jax.nn.silu(gate) * up
-        return self.project(hidden, layer, "down")[0]
+        return self.project(hidden, layer, "down", chosen=chosen)[0]
 
     def mixture(self, x, layer: Layer, slots) -> jax.Array:
         """The top_k experts of each token by router probability, each a SwiGLU, summed with their weights in slot order."""
@@ -94,12 +114,12 @@ class Block(LayerModule):
         self.attention = Attention(self.config)
         self.feed_forward = FeedForward(self.config)
 
-    def __call__(self, x, cache: KVCache, layer: Layer, slots, plan, rope) -> tuple[jax.Array, KVCache]:
+    def __call__(self, x, cache: KVCache, layer: Layer, slots, plan, rope, chosen=None) -> tuple[jax.Array, KVCache]:
         def norm(name: str) -> jax.Array:
             return rms_norm(x, self.stack(name).vector(layer), self.config.rms_norm_eps)
 
         with jax.named_scope("attention"):
-            y, cache = self.attention(norm("attention_norm"), cache, layer, slots, plan, rope)
+            y, cache = self.attention(norm("attention_norm"), cache, layer, slots, plan, rope, chosen)
         x = x + y
         with jax.named_scope("feed_forward"):
-            return x + self.feed_forward(norm("feed_forward_norm"), layer, slots), cache
+            return x + self.feed_forward(norm("feed_forward_norm"), layer, slots, chosen), cache

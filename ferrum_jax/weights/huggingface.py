@@ -76,7 +76,7 @@ class Names:
         return re.fullmatch(re.escape(self.stem) + _NUMBER + r"\.(.+)", module)
 
 
-_DECODER = Names("model.layers.", _GLOBAL, _LAYER, re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"))
+DECODER_NAMES = Names("model.layers.", _GLOBAL, _LAYER, re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"))
 _ENCODER = Names(
     "encoder.layer.",
     {
@@ -133,7 +133,7 @@ class HuggingFaceDirectory(Opened):
     def __init__(self, path: Path, config: ConfigFile, files: Mapping[Path, io.FileIO], header_only: bool) -> None:
         self.path, self.parts = path, tuple(files)
         self.model_class, self._config, self._files, self._header_only = config.model_class, config, files, header_only
-        self.names = _ENCODER if isinstance(config.config, EncoderConfig) else _DECODER
+        self.names = _ENCODER if isinstance(config.config, EncoderConfig) else DECODER_NAMES
         self.tensors: dict[str, TensorInfo] = {}
         self.metadata: dict[str, object] = {
             "general.architecture": config.config.architecture,

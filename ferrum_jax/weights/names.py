@@ -147,6 +147,13 @@ def parameters(source: ModelSource, config: ModelConfig | EncoderConfig) -> Para
     return Parameters(whole, {path: tuple(tensors) for path, tensors in layers.items()})
 
 
+def matrix_shape(path: Path, config: ModelConfig) -> tuple[int, ...]:
+    """The shape of a layer's parameter."""
+    entry = next(entry for entry in LAYER.values() if entry.path == path)
+    sizes = _sizes(config)
+    return tuple(sizes[dimension] for dimension in entry.shape)
+
+
 def _sizes(config: ModelConfig | EncoderConfig) -> dict[str, int]:
     if isinstance(config, EncoderConfig):
         return {

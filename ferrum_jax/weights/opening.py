@@ -11,11 +11,14 @@ from ferrum_jax.weights.quantise import Quantised, checked_format
 from ferrum_jax.weights.source import MARKER, ModelSource
 
 
-def open_model(path: str | Path, *, header_only: bool = False, quantize: str | None = None) -> ModelSource:
+def open_model(
+    path: str | Path, *, header_only: bool = False, quantize: str | None = None, merge_adapter: str | Path | None = None
+) -> ModelSource:
     """Opens a .gguf file (any part of a split one) or a checkpoint directory and checks everything but tensor data.
 
     header_only: files cut off behind their headers are taken too; reading a tensor of one raises ModelFileError.
     quantize: one of QUANTISATIONS ("q4_k"), the format that matrices which are not quantised yet get while they are read.
+    merge_adapter: directory of a LoRA adapter that is merged into them before.
 
     Raises ModelNotFoundError where nothing is there, ModelFileError for whatever is damaged, missing or inconsistent,
     UnsupportedModelError for what is not supported, ValueError for another `quantize`.
@@ -33,4 +36,12 @@ def open_model(path: str | Path, *, header_only: bool = False, quantize: str | N
         source = open_directory(path, header_only=header_only)
     else:
         source = open_gguf(path, header_only=header_only)
-    return source if format is None else Quantised(source, format)
+    try:
+        if merge_adapter is not None:
+            from ferrum_jax.weights.merging import Merged
+
+            source = Merged(source, merge_adapter)
+        return source if format is None else Quantised(source, format)
+    except BaseException:
+        source.close()
+        raise

@@ -35,6 +35,7 @@ from ferrum_jax.weights.metadata import Typed, from_json, plain, to_json
 from ferrum_jax.weights.names import GLOBAL, LAYER
 from ferrum_jax.weights.source import MARKER, ModelSource
 from ferrum_jax.weights.tensor_info import TensorInfo
+from ferrum_jax.weights.wrapped import innermost
 from pallas_kernels.blocks import FORMATS, GROUPS, format_of
 from pallas_kernels.blocks.layouts import LAYOUTS
 from pallas_kernels.blocks.ordered import SUFFIX
@@ -72,7 +73,7 @@ class Stack:
 
 def tokenizer_directory(source: ModelSource) -> Path:
     """Where the tokenizer files of a source lie whose metadata hold no tokenizer."""
-    return source.path / _TOKENIZER if isinstance(source, OrbaxCheckpoint) else source.path
+    return source.path / _TOKENIZER if isinstance(innermost(source), OrbaxCheckpoint) else source.path
 
 
 def tokenizer_files(source: ModelSource) -> list[Path]:

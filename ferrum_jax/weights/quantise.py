@@ -10,16 +10,15 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
 from ferrum_jax.errors import ModelFileError, UnsupportedModelError
 from ferrum_jax.weights import ggml_types
-from ferrum_jax.weights.files import Opened
 from ferrum_jax.weights.source import ModelSource
 from ferrum_jax.weights.tensor_info import TensorInfo
+from ferrum_jax.weights.wrapped import Wrapped, whole_rows
 
 QUANTISATIONS = ("q8_0", "q6_k", "q5_k", "q5_1", "q5_0", "q4_k", "q4_1", "q4_0", "iq4_nl", "iq4_xs", "q3_k", "q2_k")
 PLAIN: dict[str, np.dtype] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
@@ -54,12 +53,12 @@ def format_of(name: str, tensor: TensorInfo, format: str, tied: bool) -> str:
     return next(fitting)
 
 
-class Quantised(Opened):
+class Quantised(Wrapped):
     """The source `source` with its matrices quantised to `format` ("Q4_K") while they are read."""
 
     def __init__(self, source: ModelSource, format: str) -> None:
-        self.source, self.format, self.path, self.parts = source, format, source.path, source.parts
-        self.metadata, self.interleaved = source.metadata, source.interleaved
+        super().__init__(source)
+        self.format = format
         tied = "output.weight" not in source.tensors
         tensors: dict[str, TensorInfo] = {}
         self._originals: dict[TensorInfo, TensorInfo] = {}
@@ -73,23 +72,7 @@ class Quantised(Opened):
             nbytes = math.prod(info.shape) // wanted.block_size * wanted.block_bytes
             tensors[name] = dataclasses.replace(info, format=wanted.name, nbytes=nbytes)
             self._originals[tensors[name]] = info
-        self.tensors: Mapping[str, TensorInfo] = tensors
-
-    @property
-    def tensor_bytes(self) -> int:
-        return sum(info.nbytes for info in self.tensors.values())
-
-    def config(self):
-        return self.source.config()
-
-    def encoder(self):
-        return self.source.encoder()
-
-    def tokenizer(self):
-        return self.source.tokenizer()
-
-    def own_name(self, name: str) -> str:
-        return self.source.own_name(name)
+        self.tensors = tensors
 
     def read_into(self, info: TensorInfo, out: np.ndarray, start: int = 0) -> None:
         """As `ModelSource.read_into`; where a tensor is quantised, whole rows only."""
@@ -99,9 +82,7 @@ class Quantised(Opened):
             return
         columns, kind = info.shape[-1], ggml_types.BY_NAME[info.format]
         width = columns // kind.block_size * kind.block_bytes
-        if start % width or out.nbytes % width:
-            raise ValueError(f"bytes [{start}, {start + out.nbytes}) of tensor {info.name!r} are no whole rows of {width}")
-        rows, first = out.reshape(-1, width), start // width
+        rows, first = out.reshape(-1, width), whole_rows(info, start, out.nbytes, width).start
         count = max(1, _RUN // columns)
 
         def run(begin: int) -> None:
@@ -120,12 +101,9 @@ class Quantised(Opened):
         self.source.read_into(original, stored.view(np.uint8), first * stored.strides[0])
         values = plain_numbers(stored, original.format)
         try:
-            return _PLAIN_BYTES[format](values) if format in _PLAIN_BYTES else quantise(values, format)
+            return stored_numbers(values, format) if format in PLAIN else quantise(values, format)
         except ValueError as error:
             raise ModelFileError(f"{original.path}: tensor {original.name}: {error}") from None
-
-    def close(self) -> None:
-        self.source.close()
 
 
 def plain_numbers(stored: np.ndarray, format: str) -> np.ndarray:
@@ -135,10 +113,11 @@ def plain_numbers(stored: np.ndarray, format: str) -> np.ndarray:
     return stored.astype(np.float32, copy=False)
 
 
-def _halved(values: np.ndarray) -> np.ndarray:
-    if not np.isfinite(values).all() or np.abs(values).max() > 65504:
+def stored_numbers(values: np.ndarray, format: str) -> np.ndarray:
+    """float32 as F32, F16 or BF16, rounded to the nearest: uint8 [..., bytes]. ValueError for what F16 cannot hold."""
+    if format == "F16" and not (np.isfinite(values).all() and np.abs(values).max(initial=0) <= 65504):
         raise ValueError("holds values that half precision has not")
-    return values.astype("<f2").view(np.uint8)
-
-
-_PLAIN_BYTES = {"F16": _halved, "F32": lambda values: values.view(np.uint8)}
+    if format == "BF16":
+        bits = values.view(np.uint32)
+        return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype("<u2").view(np.uint8)
+    return values.astype(PLAIN[format], copy=False).view(np.uint8)

@@ -30,7 +30,7 @@ from pallas_kernels.dispatch import Target, target_of
 
 Progress = Callable[[int, int | None, str], None]
 _ALIGNMENT = 64  # bytes; what the CPU backend asks for to take over a buffer as it is
-_ROTATED: tuple[Path, ...] = tuple(("attention", name) for name in ("query", "key", "query_bias", "key_bias"))
+ROTATED: tuple[Path, ...] = tuple(("attention", name) for name in ("query", "key", "query_bias", "key_bias"))
 
 
 def read_parameters(
@@ -151,7 +151,7 @@ class _Reader:
                 raise ModelFileError(f"{self.source.path}: tensor {tensor.name}: holds values that no model can have")
         else:
             self.source.read_into(tensor, place.reshape(-1).view(np.uint8))
-        if path in _ROTATED and self.source.interleaved and isinstance(self.config, ModelConfig):
+        if path in ROTATED and self.source.interleaved and isinstance(self.config, ModelConfig):
             place[...] = place[half_split_rows(place.shape[0], self.config)]
         self._count(tensor)
 

@@ -57,6 +57,7 @@ def admitted(slots: steps.Slots, slot: int, prompt: list[int], output: list[int]
         min_tokens=np.int32(params.min_tokens),
         scored=np.bool_(params.logprobs is not None),
         scored_prompt=np.bool_(False),
+        adapter=np.int32(-1),
         sampling=parameters([params]),
     )
     return steps.admit(slots, asked)

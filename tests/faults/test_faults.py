@@ -32,8 +32,8 @@ FAULTS = {
     "1": Fault(
         "a continuation chunk is hashed as if it began the prompt",
         Scheduler._settle,
-        "parent = sequence.digests[-1] if number else self.pool.root",
-        "parent = self.pool.root",
+        "parent = sequence.digests[-1] if number else self.pool.root(sequence.adapter)",
+        "parent = self.pool.root(sequence.adapter)",
         pages.test_every_chunk_of_a_prompt_is_known_by_all_that_is_before_it,
     ),
     "2": Fault(
@@ -73,9 +73,16 @@ FAULTS = {
     ),
     "4-salt": Fault(
         "the hash knows no salt",
-        PagePool.__init__,
-        "hashlib.blake2b(salt,",
-        "hashlib.blake2b(b'',",
+        PagePool.root,
+        "self._salt + ",
+        "",
+        pages.test_other_models_and_adapters_have_other_texts,
+    ),
+    "4-adapter": Fault(
+        "the hash knows no adapter",
+        PagePool.root,
+        'f" adapter {adapter}".encode()',
+        "b''",
         pages.test_other_models_and_adapters_have_other_texts,
     ),
     "4-model": Fault(

@@ -75,6 +75,7 @@ class FakeModel:
 
     tokenizer = FakeTokenizer()
     reply = "two words"
+    adapters: dict = {}  # noqa: RUF012
     delay = 0.0
     loads: list = []  # noqa: RUF012
 
@@ -97,7 +98,7 @@ class FakeModel:
             raise ValueError(f"{len(ids)} tokens do not fit into a context of {self.max_seq_len}")
         return ids
 
-    def stream(self, ids, params):
+    def stream(self, ids, params, adapter=None):
         self.streams.append(FakeStream(self.reply, ids, params, self.delay, not params.ignore_eos))
         self.params = params
         self.clock["compile_s"] += 0.25
@@ -120,7 +121,7 @@ class FakeModel:
             rows[position, token + 1 if position >= 5 else 7] = 2.0
         return [rows]
 
-    def perplexity(self, ids, window=None):
+    def perplexity(self, ids, window=None, adapter=None):
         return 12.5 if window is None else float(window)
 
 

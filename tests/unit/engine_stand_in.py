@@ -1,6 +1,7 @@
-"""A device in NumPy whose KV pages hold tokens and positions instead of keys and values, so that every read can be checked.
+"""A device in NumPy whose KV pages hold tokens, positions and adapters instead of keys and values, so that every read can be
+checked.
 
-`use` puts it under a real `Engine`. The next token is a hash of the text and the seed: what a request must give is known
+`use` puts it under a real `Engine`. The next token is a hash of text, seed and adapter: what a request must give is known
 without any schedule (`expected`). What an engine must never do raises `Violation`, which no `except Exception` swallows.
 """
 
@@ -19,6 +20,7 @@ from ferrum_jax.engine.sequence import Dispatch, Row, Sequence
 from ferrum_jax.sampling_params import SamplingParams
 
 VOCAB, END = 6, 0  # ids 1 .. 5 are the letters a .. e
+ADAPTERS = ("one", "other")
 _COPIES = 8  # pages that the device copies at once: all are read before any is written
 
 
@@ -35,8 +37,8 @@ def require(holds: bool, what: str) -> None:
         raise Violation(what)
 
 
-def next_token(text: list[int], seed: int) -> int:
-    value = zlib.crc32(bytes(text), seed) * 2654435761 % 2**32 >> 8
+def next_token(text: list[int], seed: int, adapter: int) -> int:
+    value = zlib.crc32(bytes(text), seed + (adapter + 1 << 8)) * 2654435761 % 2**32 >> 8
     return END if value % 12 == 0 else 1 + value // 12 % (VOCAB - 1)
 
 
@@ -73,12 +75,15 @@ class Model:
     def encode(self, prompt: list[int]) -> list[int]:
         return list(prompt)
 
+    def place_of(self, adapter: str | None) -> int:
+        return -1 if adapter is None else ADAPTERS.index(adapter)
 
-def expected(prompt: list[int], params: SamplingParams, seed: int, context: int) -> Completion:
+
+def expected(prompt: list[int], params: SamplingParams, seed: int, context: int, adapter: int = -1) -> Completion:
     """The completion that a request gives whatever happens around it."""
     text, shown, reason = list(prompt), "", "length"
     while len(text) < min(len(prompt) + params.max_tokens, context):
-        text.append(next_token(text, seed))
+        text.append(next_token(text, seed, adapter))
         shown += "" if text[-1] == END else chr(96 + text[-1])
         if text[-1] == END and not params.ignore_eos:
             reason = "stop"
@@ -127,7 +132,7 @@ class Device:
         self.reset()
 
     def reset(self) -> None:
-        self.pages = np.full((self.num_pages, self.config.page_size, 2), -1, np.int32)
+        self.pages = np.full((self.num_pages, self.config.page_size, 3), -1, np.int32)
         self.slots: dict[int, _Slot] = {}
         self.broken = False
 
@@ -219,7 +224,7 @@ class Device:
                 right = zlib.crc32(bytes([self.launches % 256, first])) % (drafted + 1)
                 text, draft = list(slot.text), [slot.text[-1]]
                 for place in range(drafted):
-                    text.append(next_token(text, slot.seed))
+                    text.append(next_token(text, slot.seed, slot.sequence.adapter))
                     draft.append(text[-1] if place < right else VOCAB)  # what is not right is never read
                 self._write(row, first, draft)
                 counts[i] = right + 1
@@ -237,7 +242,7 @@ class Device:
 
     def _choose(self, row: Row) -> int:
         slot = self.slots[row.slot]
-        slot.text.append(next_token(slot.text, slot.seed))
+        slot.text.append(next_token(slot.text, slot.seed, slot.sequence.adapter))
         return slot.text[-1]
 
     def _page(self, row: Row, position: int) -> int:
@@ -261,7 +266,7 @@ class Device:
         for position, token in enumerate(tokens, first):
             page = self._page(row, position)
             self._writable(page, row.valid)
-            self.pages[page, position % self.config.page_size] = token, position
+            self.pages[page, position % self.config.page_size] = token, position, row.sequence.adapter
 
     def _read(self, row: Row, first: int, length: int) -> None:
         """Everything that the queries from `first` on look at is the text of the row."""
@@ -269,7 +274,8 @@ class Device:
         for position in range(max(0, first + 1 - window) if window else 0, first + length):
             page = self._page(row, position)
             held = tuple(self.pages[page, position % self.config.page_size].tolist())
-            require(held == (text[position], position), f"page {page} holds {held}, not {(text[position], position)}")
+            right = text[position], position, row.sequence.adapter
+            require(held == right, f"page {page} holds {held}, not {right}")
 
 
 def use(model: Model, config: EngineConfig) -> Engine:
@@ -319,14 +325,15 @@ def check(engine: Engine) -> None:
     for page, entry in pool._entries.items():
         content = device.pages[page]  # type: ignore[attr-defined]
         tokens = np.frombuffer(entry.tokens, np.int32)
-        first = content[0, 1]
+        first, adapter = content[0, 1:]
         positions = np.arange(first, first + pool.page_size)
         right = first % pool.page_size == 0 and (content[:, 0] == tokens).all() and (content[:, 1] == positions).all()
+        right = right and (content[:, 2] == adapter).all()
         assert bool(right), f"page {page} does not hold the text that it is registered with"
         if entry.parent in pool._pages:
             parent = device.pages[pool._pages[entry.parent]]  # type: ignore[attr-defined]
             assert parent[0, 1] == first - pool.page_size, "a page does not follow its parent"
-        assert (entry.parent == pool.root) == (first == 0), "a page at the beginning has another parent"
+        assert (entry.parent == pool.root(adapter)) == (first == 0), "a page at the beginning has another parent"
     used = [sequence.slot for sequence in scheduler.running]
     assert sorted([*used, *scheduler._slots]) == list(range(engine.config.max_seqs)), "slots lost or doubled"
     for sequence in scheduler.waiting:

@@ -99,7 +99,7 @@ def test_chat_ctrl_c_stops_the_answer_only(capsys):
     fake = FakeModel("m")
     inner = fake.stream
 
-    def stream(ids, params):
+    def stream(ids, params, adapter=None):
         made = inner(ids, params)
         if len(fake.streams) == 1:
             step = made.__next__
@@ -128,7 +128,7 @@ def test_chat_ctrl_c_twice_breaks_into_a_step(capsys):
             os.kill(os.getpid(), signal.SIGINT)
             raise AssertionError("not reached")
 
-    fake.stream = lambda ids, params: Hanging("", ids, params, 0, True)
+    fake.stream = lambda ids, params, adapter: Hanging("", ids, params, 0, True)
     talk = chatting(fake, "one\r\x04")
     assert talk.messages == [] and "stopped before" in capsys.readouterr().out
 

@@ -20,7 +20,7 @@ GREEDY = fj.SamplingParams(max_tokens=6, ignore_eos=True, seed=0)
 
 def filled(pool, tokens):
     """Pages full of `tokens`, held once."""
-    pages, parent = [], pool.root
+    pages, parent = [], pool.root()
     for start in range(0, len(tokens), pool.page_size):
         pages.append(pool.take())
         parent = pool.register(pages[-1], parent, tokens[start : start + pool.page_size])
@@ -40,7 +40,8 @@ def answers(engine, *requests):
     """Drives an engine until the requests are finished, and requires that each gives what it would give alone."""
     drive(engine)
     for request in requests:
-        right = expected(request.prompt_token_ids, request.params, request._seed, engine.model.max_seq_len)
+        place = engine.model.place_of(request.adapter)
+        right = expected(request.prompt_token_ids, request.params, request._seed, engine.model.max_seq_len, place)
         assert (request.token_ids, request.text, request.finish_reason) == (right.token_ids, right.text, right.finish_reason)
         outputs = list(request)
         assert [id for output in outputs for id in output.token_ids] == right.token_ids
@@ -74,17 +75,20 @@ def test_the_last_token_is_never_found():
 
 def test_other_models_and_adapters_have_other_texts():
     one, other = PagePool(4, 2, b"one"), PagePool(4, 2, b"other")
-    assert one.register(one.take(), one.root, [1, 2]) != other.register(other.take(), other.root, [1, 2])
-    assert one.find(other.root, [1, 2]) is None
+    assert one.register(one.take(), one.root(), [1, 2]) != other.register(other.take(), other.root(), [1, 2])
+    assert one.find(other.root(), [1, 2]) is None
+    with_adapter = one.register(one.take(), one.root(0), [1, 2])
+    assert one.find_prefix([1, 2, 3]) != one.find_prefix([1, 2, 3], 0) and one.find_prefix([1, 2, 3], 0)[1] == [with_adapter]
+    assert one.find_prefix([1, 2, 3], 1) == ([], [])
 
 
 def test_engines_of_other_models_have_other_texts():
     one, other, same = Model(), Model(), Model()
     other.fingerprint = lambda: "another"
-    roots = [use(model, EngineConfig(num_pages=4))._scheduler.pool.root for model in (one, other, same)]
+    roots = [use(model, EngineConfig(num_pages=4))._scheduler.pool.root() for model in (one, other, same)]
     assert roots[0] != roots[1] and roots[0] == roots[2]
     wider = use(one, EngineConfig(num_pages=4, page_size=8))
-    assert wider._scheduler.pool.root != roots[0]
+    assert wider._scheduler.pool.root() != roots[0]
 
 
 def test_a_digest_that_collides_is_no_hit():
@@ -101,10 +105,10 @@ def test_a_digest_that_collides_is_no_hit():
         patch.setattr(hashlib, "blake2b", Same)
         pool = PagePool(4, 2)
         first, second = pool.take(), pool.take()
-        pool.register(first, pool.root, [1, 2])
-        pool.register(second, pool.root, [3, 4])  # the first one serves
-        assert pool.find(pool.root, [1, 2]) == (first, b"the same")
-        assert pool.find(pool.root, [3, 4]) is None and pool.find(b"elsewhere", [1, 2]) is None
+        pool.register(first, pool.root(), [1, 2])
+        pool.register(second, pool.root(), [3, 4])  # the first one serves
+        assert pool.find(pool.root(), [1, 2]) == (first, b"the same")
+        assert pool.find(pool.root(), [3, 4]) is None and pool.find(b"elsewhere", [1, 2]) is None
         returned(pool, [first, second])
         assert (pool.free, pool.cached) == (3, 1)
 
@@ -155,7 +159,7 @@ def test_a_reset_forgets_texts_and_leaves_pages_to_their_holders():
     pool.reset()
     assert (pool.free, pool.cached, pool.holders(held[0])) == (3, 0, 1)
     assert pool.find_prefix([1, 2, 9]) == pool.find_prefix([3, 4, 9]) == ([], [])
-    pool.register(held[0], pool.root, [1, 2])  # it may be registered once more
+    pool.register(held[0], pool.root(), [1, 2])  # it may be registered once more
     assert pool.find_prefix([1, 2, 9])[0] == held
     returned(pool, held)
     assert (pool.free, pool.cached) == (3, 1)

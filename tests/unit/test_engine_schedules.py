@@ -14,7 +14,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from engine_stand_in import VOCAB, Injected, Model, check, expected, step, use
+from engine_stand_in import ADAPTERS, VOCAB, Injected, Model, check, expected, step, use
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
@@ -32,6 +32,7 @@ SCHEDULES = int(os.environ.get("ENGINE_SCHEDULES", "0"))
 RULES = 50  # of one schedule
 PAGE_SIZES, WINDOWS, BUDGETS, DRAFTS = [1, 1, 2, 3, 4, 7, 16], [0, 0, 0, 1, 3, 4, 9], [1, 2, 3, 5, 8, 24], [0, 0, 2, 4]
 STEPS, COUNTS, STOPS = [1, None, 4], [1, 1, 1, 2, 3], [(), (), ("ab",), ("a", "cab", "d")]
+NAMES = [None, None, *ADAPTERS]
 
 configs = st.builds(
     EngineConfig,
@@ -77,12 +78,13 @@ class Schedule(RuleBasedStateMachine):
         for i, choice in enumerate(request.choices):
             self.requests.append((choice, list(prompt), params, params.seed + i))
 
-    @rule(stem=st.integers(0, 1), pages=st.integers(0, 12), more=st.integers(-1, 2), tail=st.integers(0, 2), params=params)
-    def submit(self, stem, pages, more, tail, params):
+    @rule(stem=st.integers(0, 1), pages=st.integers(0, 12), more=st.integers(-1, 2), tail=st.integers(0, 2), params=params,
+          adapter=st.sampled_from(NAMES))  # fmt: skip
+    def submit(self, stem, pages, more, tail, params, adapter):
         """Prompts share beginnings and end around the borders of pages."""
         length = max(1, min(pages * self.engine.config.page_size + more, self.engine.model.max_seq_len))
         prompt = [1 + (i * i + stem * i // 3) % (VOCAB - 1) for i in range(length)] + [1] * tail
-        self.submitted(lambda: self.engine.submit(prompt, params), prompt, params)
+        self.submitted(lambda: self.engine.submit(prompt, params, adapter), prompt, params)
 
     @rule(which=which, params=params, own=st.booleans())
     @precondition(lambda self: self.requests)
@@ -176,7 +178,9 @@ class Schedule(RuleBasedStateMachine):
             pass
         struck = {sequence.number for sequence in self.device.struck}
         for request, prompt, params, seed in self.requests:
-            right, result = expected(prompt, params, seed, self.engine.model.max_seq_len), request.result()
+            model = self.engine.model
+            right = expected(prompt, params, seed, model.max_seq_len, model.place_of(request.adapter))
+            result = request.result()
             outputs = list(request)
             assert "".join(output.text for output in outputs) == result.text
             assert [id for output in outputs for id in output.token_ids] == result.token_ids
@@ -228,6 +232,7 @@ def busy(seed: int) -> Schedule:
         )
         pages, more = dice.randint(0, 12) // dice.choice([1, 2, 4]), dice.randint(-1, 2)
         submit = {"stem": dice.randint(0, 1), "pages": pages, "more": more, "tail": dice.randint(0, 2), "params": params}
+        submit["adapter"] = dice.choice(NAMES)
         which = dice.randint(0, 1000)
         rules = {
             "step": (50, {"steps": dice.randint(1, 6)}),

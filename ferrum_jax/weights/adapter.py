@@ -1,0 +1,185 @@
+"""LoRA adapters as PEFT writes them: adapter_config.json beside adapter_model.safetensors.
+
+The one idea: an adapter is a table of pairs (A, B) under the paths of names.py, checked against the model's configuration
+before anything is computed. Applied at run time, x W^T gains (x A^T) B^T; merged, W gains B A. As in config_json.py, what
+might change the answer and is not known is refused by name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ferrum_jax.adapters import Factors
+from ferrum_jax.config import ModelConfig
+from ferrum_jax.errors import ModelFileError, ModelNotFoundError, UnsupportedModelError
+from ferrum_jax.weights import names
+from ferrum_jax.weights.files import open_regular, read_range
+from ferrum_jax.weights.huggingface import DECODER_NAMES
+from ferrum_jax.weights.json_file import read_object
+from ferrum_jax.weights.quantise import PLAIN, plain_numbers
+from ferrum_jax.weights.safetensors import parse_header
+
+PROJECTIONS = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+_CONFIG, _TENSORS, _PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+_KNOWN = {"peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "bias", "init_lora_weights"}
+# Of training, of where the adapter came from, of initialisation alone, or said by the tensors themselves.
+_HARMLESS = {
+    "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config", "exclude_modules",
+    "fan_in_fan_out", "inference_mode", "layers_pattern", "layers_to_transform", "loftq_config", "lora_dropout",
+    "lora_ga_config", "megatron_core", "peft_version", "qalora_group_size", "revision", "runtime_config",
+    "target_modules", "task_type",
+}  # fmt: skip
+_STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")  # of the factors alone
+_LARGEST = 2.0**64
+_FACTOR = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
+_PLAIN_PATTERN = re.compile(r"\^?[\w.]+")
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapter:
+    """`factors` of the model's matrices, the scale (alpha / rank) within B; `digest`: of all that was read."""
+
+    path: Path
+    digest: str
+    factors: Factors
+
+
+def read_adapter(path: str | Path, config: ModelConfig) -> Adapter:
+    """Reads a PEFT directory whose adapter is for a model of this configuration.
+
+    Raises ModelNotFoundError where there is no directory, ModelFileError for whatever is damaged, missing or does not fit
+    the model, UnsupportedModelError for what is not supported: other adapters than LoRA, other matrices than those of
+    attention and dense feed-forward, and pickled files.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise ModelNotFoundError(f"{path}: an adapter is a directory with {_CONFIG} and {_TENSORS}; there is none")
+    settings = _settings(path)
+    raw, digest = _read(path, config, settings)
+    factors: dict[tuple[int, names.Path], tuple[np.ndarray, np.ndarray]] = {}
+    for (layer, parameter, module), pair in raw.items():
+        if missing := {"A", "B"} - pair.keys():
+            raise ModelFileError(f"{path / _TENSORS}: module {module} has no lora_{missing.pop()}")
+        a, b = pair["A"], pair["B"]
+        if a.shape[0] != b.shape[1]:
+            raise ModelFileError(f"{path / _TENSORS}: module {module}: lora_A has rank {a.shape[0]}, lora_B {b.shape[1]}")
+        rank = _of_module(settings["rank_pattern"], module, settings["r"])
+        if a.shape[0] != rank:
+            raise ModelFileError(
+                f"{path / _CONFIG}: module {module} has rank {rank} by the keys r and rank_pattern; its tensors have rank "
+                f"{a.shape[0]}"
+            )
+        alpha = _of_module(settings["alpha_pattern"], module, settings["lora_alpha"])
+        with np.errstate(over="ignore"):
+            b = b * np.float32(alpha / (math.sqrt(rank) if settings["use_rslora"] else rank))
+        if not np.isfinite(b).all():
+            raise ModelFileError(f"{path / _TENSORS}: module {module}: lora_B times alpha {alpha} / rank is beyond float32")
+        factors[layer, parameter] = a, b
+    if not factors:
+        raise ModelFileError(f"{path / _TENSORS}: has no tensor")
+    return Adapter(path, digest, factors)
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    """The keys that count, checked."""
+    file = path / _CONFIG
+    content = read_object(file)
+    if content is None:
+        raise ModelFileError(f"{file}: is missing; an adapter is a directory as PEFT writes it")
+    if (kind := content.get("peft_type")) != "LORA":
+        raise UnsupportedModelError(f"{file}: key peft_type: {kind!r} is not supported; supported: 'LORA'")
+    for key, value in content.items():
+        if value and key not in _KNOWN | _HARMLESS:
+            raise UnsupportedModelError(f"{file}: key {key}: {value!r:.200} is not supported")
+    if (bias := content.get("bias", "none")) != "none":
+        raise UnsupportedModelError(f"{file}: key bias: {bias!r} is not supported: biases cannot be adapted")
+    start = content.get("init_lora_weights", True)
+    if start not in _STARTS:
+        raise UnsupportedModelError(
+            f"{file}: key init_lora_weights: {start!r} changes the base model's weights too; let PEFT save the adapter "
+            "converted to plain LoRA (path_initial_model_for_weight_conversion)"
+        )
+    rank, alpha = content.get("r"), content.get("lora_alpha")
+    patterns = {key: content.get(key) or {} for key in ("rank_pattern", "alpha_pattern")}
+    for key, pattern in patterns.items():
+        if not isinstance(pattern, dict):
+            raise ModelFileError(f"{file}: key {key}: must be an object, not {pattern!r:.200}")
+        if wrong := next((name for name in pattern if not _PLAIN_PATTERN.fullmatch(name)), None):
+            raise UnsupportedModelError(f"{file}: key {key}: {wrong!r:.200} is no name of a module; expressions are not read")
+    for key, value in [("r", rank), *(("rank_pattern", value) for value in patterns["rank_pattern"].values())]:
+        if type(value) is not int or value < 1:
+            raise ModelFileError(f"{file}: key {key}: a rank must be a positive integer, not {value!r:.200}")
+    for key, value in [("lora_alpha", alpha), *(("alpha_pattern", value) for value in patterns["alpha_pattern"].values())]:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not -_LARGEST <= value <= _LARGEST:
+            raise ModelFileError(f"{file}: key {key}: alpha must be a number of sane size, not {value!r:.200}")
+    if not isinstance(content.get("use_rslora", False), bool):
+        raise ModelFileError(f"{file}: key use_rslora: must be true or false")
+    return {"r": rank, "lora_alpha": alpha, "use_rslora": content.get("use_rslora", False), **patterns}
+
+
+def _of_module(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
+    """The value of the first name in a pattern that the module's ends with (or, behind a ^, is); `default` without one."""
+    for name, value in pattern.items():
+        if module == name.removeprefix("^") or (not name.startswith("^") and module.endswith("." + name)):
+            return value
+    return default
+
+
+def _read(path: Path, config: ModelConfig, settings: Mapping[str, Any]) -> tuple[dict[tuple, dict[str, np.ndarray]], str]:
+    """The factors by (layer, parameter path, module) and "A" or "B", as float32; and a digest."""
+    file = path / _TENSORS
+    try:
+        opened, status = open_regular(file, ".safetensors")
+    except FileNotFoundError:
+        if (path / _PICKLED).exists():
+            raise UnsupportedModelError(
+                f"{path / _PICKLED}: is pickled, which is unsafe: unpickling a file can run any program; only "
+                f"{_TENSORS} is read"
+            ) from None
+        raise ModelFileError(f"{file}: is missing") from None
+    found: dict[tuple, dict[str, np.ndarray]] = {}
+    digest = hashlib.blake2b(repr(sorted(settings.items())).encode(), digest_size=16)
+    with opened:
+        for name, info in sorted(parse_header(file, opened.fileno(), status.st_size).items()):
+            layer, parameter, module, factor = _place(file, name, config)
+            if info.format not in PLAIN:
+                raise UnsupportedModelError(f"{file}: tensor {name}: dtype {info.format} is not supported")
+            rows, columns = names.matrix_shape(parameter, config)
+            fits = info.shape[1:] == (columns,) if factor == "A" else info.shape[:1] == (rows,)
+            if len(info.shape) != 2 or 0 in info.shape or not fits:
+                expected = f"[rank, {columns}]" if factor == "A" else f"[{rows}, rank]"
+                raise ModelFileError(f"{file}: tensor {name}: shape {list(info.shape)} does not fit this model: {expected}")
+            stored = np.empty(info.shape, PLAIN[info.format])
+            read_range(opened, info, stored.reshape(-1).view(np.uint8), 0)
+            values = plain_numbers(stored, info.format)
+            if not np.isfinite(values).all():
+                raise ModelFileError(f"{file}: tensor {name}: holds values that are not finite")
+            digest.update(name.encode() + values.tobytes())
+            found.setdefault((layer, parameter, module), {})[factor] = values
+    return found, digest.hexdigest()
+
+
+def _place(file: Path, name: str, config: ModelConfig) -> tuple[int, names.Path, str, str]:
+    """Layer, parameter path, module and factor that a tensor's name means."""
+    match = _FACTOR.fullmatch(name)
+    inside = DECODER_NAMES.in_layer(match[1]) if match else None
+    stem = DECODER_NAMES.layer.get(inside[2]) if inside else None
+    if match is None or inside is None or stem not in PROJECTIONS:
+        raise UnsupportedModelError(
+            f"{file}: tensor {name}: is not supported; LoRA is applied to the projections of attention and of dense "
+            "feed-forward layers"
+        )
+    layer, parameter = int(inside[1]), names.LAYER[f"{stem}.weight"].path
+    if layer >= config.num_layers:
+        raise ModelFileError(f"{file}: tensor {name}: does not fit this model, which has {config.num_layers} layers")
+    if parameter[0] == "feed_forward" and config.num_experts and layer not in config.dense_layers:
+        raise ModelFileError(f"{file}: tensor {name}: does not fit this model: layer {layer} is a mixture of experts")
+    return layer, parameter, match[1], match[2]

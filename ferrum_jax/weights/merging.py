@@ -1,0 +1,67 @@
+"""A checkpoint read as if a LoRA adapter had been merged into it: W + B A, row by row in float32, rounded once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from ferrum_jax.errors import ModelFileError, UnsupportedModelError
+from ferrum_jax.weights.adapter import PROJECTIONS, read_adapter
+from ferrum_jax.weights.names import LAYER
+from ferrum_jax.weights.quantise import PLAIN, plain_numbers, stored_numbers
+from ferrum_jax.weights.source import ModelSource
+from ferrum_jax.weights.stream import ROTATED, half_split_rows
+from ferrum_jax.weights.tensor_info import TensorInfo
+from ferrum_jax.weights.wrapped import Wrapped, whole_rows
+
+_RUN = 1 << 22  # weights at a time
+
+
+class Merged(Wrapped):
+    """The source `source` with the adapter in the directory `path` merged into it while it is read.
+
+    Raises what `read_adapter` raises, and UnsupportedModelError where a matrix is quantised already.
+    """
+
+    def __init__(self, source: ModelSource, path: str | Path) -> None:
+        super().__init__(source)
+        config = source.config()
+        tensors = {LAYER[f"{stem}.weight"].path: stem for stem in PROJECTIONS}
+        self._factors: dict[TensorInfo, tuple[np.ndarray, np.ndarray]] = {}
+        for (layer, parameter), (a, b) in read_adapter(path, config).factors.items():
+            name = f"blk.{layer}.{tensors[parameter]}.weight"
+            info = source.tensors.get(name)
+            if info is None:
+                raise ModelFileError(f"{source.path}: tensor {source.own_name(name)}: is missing")
+            if info.format not in PLAIN:
+                raise UnsupportedModelError(
+                    f"{info.path}: tensor {source.own_name(name)}: is {info.format}, and merging an adapter would quantise it "
+                    "twice; merge into a checkpoint in F32, F16 or BF16, or apply the adapter at run time"
+                )
+            if source.interleaved and parameter in ROTATED:
+                interleaved = np.empty_like(b)
+                interleaved[half_split_rows(len(b), config)] = b
+                b = interleaved
+            self._factors[info] = a, b
+
+    def read_into(self, info: TensorInfo, out: np.ndarray, start: int = 0) -> None:
+        """As `ModelSource.read_into`; where a tensor is adapted, whole rows only."""
+        self.source.read_into(info, out, start)
+        if info not in self._factors:
+            return
+        a, b = self._factors[info]
+        width = info.shape[-1] * PLAIN[info.format].itemsize
+        rows = whole_rows(info, start, out.nbytes, width)
+        stored = out.reshape(-1, width)
+        count = max(1, _RUN // info.shape[-1])
+        for first in range(0, len(rows), count):
+            part = stored[first : first + count]
+            with np.errstate(over="ignore", invalid="ignore"):
+                values = plain_numbers(part.view(PLAIN[info.format]), info.format) + b[rows[first : first + count]] @ a
+            try:
+                if not np.isfinite(values).all():
+                    raise ValueError("holds values that are not finite")
+                part[:] = stored_numbers(values, info.format)
+            except ValueError as error:
+                raise ModelFileError(f"{info.path}: tensor {info.name}: with the adapter it {error}") from None

@@ -1,0 +1,53 @@
+"""A checkpoint read through another: the base of sources that change matrices while they are read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from ferrum_jax.weights.files import Opened
+from ferrum_jax.weights.source import ModelSource
+from ferrum_jax.weights.tensor_info import TensorInfo
+
+
+class Wrapped(Opened):
+    """As `source` in everything; whoever derives from it has other `tensors` or another `read_into`."""
+
+    def __init__(self, source: ModelSource) -> None:
+        self.source, self.path, self.parts = source, source.path, source.parts
+        self.metadata, self.interleaved = source.metadata, source.interleaved
+        self.tensors: Mapping[str, TensorInfo] = source.tensors
+
+    @property
+    def tensor_bytes(self) -> int:
+        """Bytes of all tensors, as reading them gives."""
+        return sum(info.nbytes + (info.order.nbytes if info.order else 0) for info in self.tensors.values())
+
+    def config(self):
+        return self.source.config()
+
+    def encoder(self):
+        return self.source.encoder()
+
+    def tokenizer(self):
+        return self.source.tokenizer()
+
+    def own_name(self, name: str) -> str:
+        return self.source.own_name(name)
+
+    def close(self) -> None:
+        """Closes every file."""
+        self.source.close()
+
+
+def innermost(source: ModelSource) -> ModelSource:
+    """The checkpoint itself."""
+    while isinstance(source, Wrapped):
+        source = source.source
+    return source
+
+
+def whole_rows(info: TensorInfo, start: int, nbytes: int, width: int) -> range:
+    """The rows of `width` bytes that the bytes [start, start + nbytes) are. ValueError where they are no whole ones."""
+    if start % width or nbytes % width:
+        raise ValueError(f"bytes [{start}, {start + nbytes}) of tensor {info.name!r} are no whole rows of {width}")
+    return range(start // width, (start + nbytes) // width)
