@@ -30,7 +30,7 @@ from benchmarks import common
 from benchmarks.make_synthetic import more_bits
 from ferrum_jax import functional, hub
 from ferrum_jax.config import ModelConfig
-from ferrum_jax.models.segments import layer_segments
+from ferrum_jax.models.scan import layer_segments
 from ferrum_jax.programs import COMPILER_OPTIONS
 from ferrum_jax.quantized import LayerStack, QuantizedTensor
 from ferrum_jax.sampling import Sampling, SamplingParams

@@ -18,7 +18,7 @@ from ferrum_jax.config import ModelConfig
 from ferrum_jax.kv_cache import KVCache
 from ferrum_jax.models.layers import Block
 from ferrum_jax.models.rope import rope_angles
-from ferrum_jax.models.segments import scan_layers
+from ferrum_jax.models.scan import scan_layers
 from ferrum_jax.quantized import Layer, LayerStack, QuantizedTensor, linear
 from pallas_kernels.decoder_layers import Part, Shape, backend_for
 from pallas_kernels.paged_attention import Tables, make_plan

@@ -12,7 +12,7 @@ import pytest
 from random_models import DENSE, MOE, tiny_params
 
 from ferrum_jax import functional as F
-from ferrum_jax.models.segments import layer_segments
+from ferrum_jax.models.scan import layer_segments
 from ferrum_jax.sampling import Sampling, SamplingParams
 
 PAGE = 16
