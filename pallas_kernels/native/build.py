@@ -14,6 +14,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -79,8 +80,15 @@ def _built(compiler: str) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         fresh = Path(folder) / "kernels.so"
-        units = [str(source) for source in sources if source.suffix == ".cc"]
-        command = [compiler, "-O3", "-std=c++17", "-shared", "-fPIC", f"-I{jax.ffi.include_dir()}", *units, "-o", str(fresh)]
-        subprocess.run(command, capture_output=True, text=True, check=True, timeout=_SECONDS)
+        flags = ["-O3", "-std=c++17", "-fPIC", f"-I{jax.ffi.include_dir()}"]
+        units = {str(source): f"{folder}/{source.stem}.o" for source in sources if source.suffix == ".cc"}
+
+        def run(*arguments: str) -> None:
+            subprocess.run([compiler, *arguments], capture_output=True, text=True, check=True, timeout=_SECONDS)
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            for _ in pool.map(lambda unit: run(*flags, "-c", *unit), ((unit, "-o", made) for unit, made in units.items())):
+                pass
+        run("-shared", *units.values(), "-o", str(fresh))
         fresh.replace(path)  # in one step, so that nobody loads half of it
     return path
