@@ -21,6 +21,12 @@ def byte_letters() -> tuple[str, ...]:
     return tuple(chr(byte if byte in printable else next(others)) for byte in range(256))
 
 
+@cache
+def byte_values() -> dict[str, int]:
+    """The byte that each of `byte_letters` stands for."""
+    return {letter: byte for byte, letter in enumerate(byte_letters())}
+
+
 # The characters that came with Unicode 16 (and unassigned ones between them), whose categories the library knows.
 _UNICODE_16 = (
     r"\x{897}\x{1b4e}-\x{1b4f}\x{1b7f}\x{1c89}-\x{1c8a}\x{2427}-\x{2429}\x{31e4}-\x{31e5}\x{a7cb}-\x{a7cd}\x{a7da}-\x{a7dc}"

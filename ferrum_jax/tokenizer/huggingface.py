@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import json
 import re
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from ferrum_jax.errors import ModelFileError, UnsupportedModelError
-from ferrum_jax.tokenizer.bpe import byte_letters
+from ferrum_jax.tokenizer.bpe import byte_values
 from ferrum_jax.tokenizer.library import LibraryTokenizer
 from ferrum_jax.tokenizer.spm import SPACE
 from ferrum_jax.tokenizer.vocabulary import SPECIAL_TYPES, TokenType, mend_types
@@ -133,27 +132,21 @@ class DirectoryTokenizer(LibraryTokenizer):
         )
         return [begin + ids + end for ids in encoded]
 
-    @cached_property
-    def _pieces(self) -> list[bytes]:
-        values = {letter: byte for byte, letter in enumerate(byte_letters())}
-        pieces = []
-        for text, kind in zip(self._tokens, self._types, strict=True):
-            if text is None:
-                piece = b""
-            elif kind in SPECIAL_TYPES:
-                piece = text.encode(errors="replace")
-            elif self._kind == "bytes":
-                letters = [values.get(letter) for letter in text]
-                piece = text.encode(errors="replace") if None in letters else bytes(b for b in letters if b is not None)
-            elif self._kind == "words":
-                goes_on = self._goes_on and text.startswith(self._goes_on)
-                piece = (text[len(self._goes_on) :] if goes_on else " " + text).encode(errors="replace")
-            elif byte := _BYTE.fullmatch(text):
-                piece = bytes([int(byte[1], 16)])
-            else:
-                piece = text.replace(SPACE, " ").encode(errors="replace")
-            pieces.append(piece)
-        return pieces
+    def _piece(self, token: int) -> bytes:
+        text = self._tokens[token]
+        if text is None:
+            return b""
+        if self._types[token] in SPECIAL_TYPES:
+            return text.encode(errors="replace")
+        if self._kind == "bytes":
+            letters = [byte_values().get(letter) for letter in text]
+            return text.encode(errors="replace") if None in letters else bytes(b for b in letters if b is not None)
+        if self._kind == "words":
+            goes_on = self._goes_on and text.startswith(self._goes_on)
+            return (text[len(self._goes_on) :] if goes_on else " " + text).encode(errors="replace")
+        if byte := _BYTE.fullmatch(text):
+            return bytes([int(byte[1], 16)])
+        return text.replace(SPACE, " ").encode(errors="replace")
 
     def is_control(self, token: int) -> bool:
         """As `Tokenizer.is_control`."""

@@ -5,10 +5,9 @@ to the BPE of the file. Nothing is normalised.
 """
 
 from collections.abc import Iterable, Mapping
-from functools import cached_property
 
 from ferrum_jax.errors import ModelFileError
-from ferrum_jax.tokenizer.bpe import ByteLevelBPE, byte_letters
+from ferrum_jax.tokenizer.bpe import ByteLevelBPE, byte_values
 from ferrum_jax.tokenizer.spm import SPACE, SentencePieceBPE
 from ferrum_jax.tokenizer.vocabulary import SPECIAL_TYPES, TokenType, Vocabulary, read_vocabulary
 
@@ -121,29 +120,22 @@ class Tokenizer:
             ValueError: the id is outside the vocabulary.
         """
         self._check(token)
-        return self._pieces[token]
+        return self._piece(token)
 
-    @cached_property
-    def _pieces(self) -> list[bytes]:
-        vocabulary = self._vocabulary
-        values = {letter: byte for byte, letter in enumerate(byte_letters())}
-        pieces = []
-        for text, kind in zip(vocabulary.tokens, vocabulary.types, strict=True):
-            if kind in SPECIAL_TYPES:
-                piece = text.encode()
-            elif kind in (TokenType.UNUSED, TokenType.UNDEFINED):
-                piece = b""
-            elif not self._is_spm:
-                try:
-                    piece = bytes([values[letter] for letter in text])
-                except KeyError:  # not written in byte letters
-                    piece = text.encode()
-            elif kind == TokenType.BYTE and len(text) == 6:
-                piece = bytes([int(text[3:5], 16)])
-            else:
-                piece = text.replace(SPACE, " ").encode()
-            pieces.append(piece)
-        return pieces
+    def _piece(self, token: int) -> bytes:
+        text, kind = self._vocabulary.tokens[token], self._vocabulary.types[token]
+        if kind in SPECIAL_TYPES:
+            return text.encode()
+        if kind in (TokenType.UNUSED, TokenType.UNDEFINED):
+            return b""
+        if not self._is_spm:
+            try:
+                return bytes([byte_values()[letter] for letter in text])
+            except KeyError:  # not written in byte letters
+                return text.encode()
+        if kind == TokenType.BYTE and len(text) == 6:
+            return bytes([int(text[3:5], 16)])
+        return text.replace(SPACE, " ").encode()
 
     def is_control(self, token: int) -> bool:
         """Whether the token stands for no text: control tokens and the unknown token."""

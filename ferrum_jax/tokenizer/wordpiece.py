@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
 
 from ferrum_jax.errors import ModelFileError
@@ -97,13 +96,10 @@ class WordPieceTokenizer(LibraryTokenizer):
             raise ModelFileError(f"{directory / 'tokenizer_config.json'}: {', '.join(flags)} must be true or false")
         return cls(tokens, special, str(path), lowercase=bool(lowercase), strip_accents=accents, chinese=bool(chinese))
 
-    @cached_property
-    def _pieces(self) -> list[bytes]:
-        pieces = []
-        for i, token in enumerate(self._tokens):
-            word = token if i in self._control else " " + token
-            pieces.append((token[len(_GOES_ON) :] if token.startswith(_GOES_ON) else word).encode(errors="replace"))
-        return pieces
+    def _piece(self, token: int) -> bytes:
+        text = self._tokens[token]
+        word = text if token in self._control else " " + text
+        return (text[len(_GOES_ON) :] if text.startswith(_GOES_ON) else word).encode(errors="replace")
 
     def is_control(self, token: int) -> bool:
         """As `Tokenizer.is_control`."""
