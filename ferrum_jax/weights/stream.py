@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -29,6 +30,7 @@ from pallas_kernels.blocks.ordered import SUFFIX
 from pallas_kernels.dispatch import Target, target_of
 
 Progress = Callable[[int, int | None, str], None]
+_READERS = 2  # threads
 _ALIGNMENT = 64  # bytes; what the CPU backend asks for to take over a buffer as it is
 ROTATED: tuple[Path, ...] = tuple(("attention", name) for name in ("query", "key", "query_bias", "key_bias"))
 
@@ -115,8 +117,9 @@ class _Reader:
         layout = stack.layout.removesuffix(SUFFIX)
         if self.device.platform == "cpu" and layout == "ggml":
             buffer = _aligned_empty((len(tensors), *shape), format.storage)
-            for place, tensor in zip(buffer, tensors, strict=True):
-                self._read(path, tensor, place)
+            with ThreadPoolExecutor(_READERS) as pool:  # half of the time is the kernel's, for fresh memory
+                for tensor, _ in zip(tensors, pool.map(functools.partial(self._read, path), tensors, buffer), strict=True):
+                    self._count(tensor)
             planes: tuple[jax.Array, ...] = (jax.device_put(buffer, self.device),)
         else:
             with jax.default_device(self.device):
@@ -130,6 +133,7 @@ class _Reader:
                 else:
                     place = np.empty(shape, format.storage)
                     self._read(path, tensor, place)
+                    self._count(tensor)
                     planes = _put(planes, jax.device_put(place, self.device), i, stack.format, layout)
         if tensors[0].order:
             planes = (*planes, jax.device_put(self._orders(tensors), self.device))
@@ -153,7 +157,6 @@ class _Reader:
             self.source.read_into(tensor, place.reshape(-1).view(np.uint8))
         if path in ROTATED and self.source.interleaved and isinstance(self.config, ModelConfig):
             place[...] = place[half_split_rows(place.shape[0], self.config)]
-        self._count(tensor)
 
     def _count(self, tensor: TensorInfo) -> None:
         self.done += tensor.nbytes + (tensor.order.nbytes if tensor.order else 0)
