@@ -59,6 +59,11 @@ DTYPES = """## Cost of dtypes
 `python -m benchmarks.dtypes`. Perplexity of an English text in windows of {window} tokens, on CPU. Check: float32 against
 transformers on the exactly dequantised weights.
 """
+EMBEDDING = """## Embeddings
+
+`python -m benchmarks.embedding`. {name} in float32, texts of so many words cut from an English text, all at once, beside
+sentence-transformers {theirs} (torch {torch}) on the same directory, in turns. Check: the largest difference of the vectors.
+"""
 ENGINE = """## The engine
 
 `python -m benchmarks.engine`. {name}, {threads} threads; {requests} requests that come at once, with prompts and outputs of
@@ -267,6 +272,22 @@ def dtypes(results: list[dict[str, Any]]) -> list[str]:
     return [DTYPES.format(window=result["window"]), measured_on(result), table(columns, rows)]
 
 
+def embedding(results: list[dict[str, Any]]) -> list[str]:
+    [result] = results
+    rows = []
+    for row in result["rows"]:
+        rates = [f"{row[f'{name}_texts_s']['median']:,.0f}" for name in ("ferrum_jax", "sentence_transformers")]
+        check = row["content_check"]
+        held = f"{check['error']:.1e}{'' if check['ok'] else ', FAILED'}"
+        rows.append([row["texts"], "{} to {}".format(*row["words"]), *rates, f"{row['ratio']:.2f}", held])
+    columns = ["texts", "words", "ferrum_jax, texts/s", "sentence-transformers", "ratio", "check"]
+    versions = result["versions"]
+    head = EMBEDDING.format(
+        name=result["model"], theirs=versions["sentence-transformers"], torch=versions["torch"].partition("+")[0]
+    )
+    return [head, measured_on(result), table(columns, rows)]
+
+
 def engine(results: list[dict[str, Any]]) -> list[str]:
     [result] = results
     load, prefix, kv = result["throughput"], result["prefix_cache"], result["kv_dtypes"]
@@ -368,6 +389,7 @@ SECTIONS: dict[str, Callable[[list[dict[str, Any]]], list[str]]] = {
     "compile_time": compile_time,
     "memory-": memory,
     "dtypes": dtypes,
+    "embedding": embedding,
     "gpu-": gpu,
 }
 

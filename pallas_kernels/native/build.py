@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import logging
 import os
 import platform
 import shutil
@@ -21,6 +22,7 @@ import jax
 import jaxlib
 
 SOURCES = Path(__file__).parent / "src"
+_LOG = logging.getLogger(__name__)
 TARGETS = ("ferrum_matmuls", "ferrum_swiglu", "ferrum_experts", "ferrum_layers")
 _SECONDS = 300  # a compiler may take
 
@@ -78,6 +80,7 @@ def _built(compiler: str) -> Path:
     if path.exists():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
+    _LOG.warning("building the C++ kernels for this CPU, which is done once and takes up to half a minute")
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         fresh = Path(folder) / "kernels.so"
         flags = ["-O3", "-std=c++17", "-fPIC", f"-I{jax.ffi.include_dir()}"]
