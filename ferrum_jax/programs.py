@@ -74,7 +74,7 @@ class Programs:
             return function(*args, **static)
 
         # XLA must not find it either: what comes from its cache cannot be written again on a CPU.
-        program.__name__ = function.__name__ if name is None else f"{function.__name__}_{name[:8]}"
+        program.__name__ = getattr(function, "__name__", "program") + (f"_{name[:8]}" if name else "")
         compiled = jax.jit(program, donate_argnums=donate).lower(*args).compile(options)
         if name is not None:
             program_store.save(name, compiled)
