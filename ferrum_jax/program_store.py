@@ -90,6 +90,7 @@ def save(name: str, compiled: Any) -> None:
         with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
             try:
                 file.write(content)
+                file.flush()
                 os.replace(file.name, path)
             except BaseException:
                 os.unlink(file.name)
