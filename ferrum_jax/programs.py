@@ -9,6 +9,7 @@ the program takes.
 from __future__ import annotations
 
 import os
+import secrets
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -73,8 +74,8 @@ class Programs:
         def program(*args):
             return function(*args, **static)
 
-        # XLA must not find it either: what comes from its cache cannot be written again on a CPU.
-        program.__name__ = getattr(function, "__name__", "program") + (f"_{name[:8]}" if name else "")
+        # A name of its own, or XLA's cache may have it: from there a CPU's program comes without what `save` needs.
+        program.__name__ = getattr(function, "__name__", "program") + (f"_{secrets.token_hex(4)}" if name else "")
         compiled = jax.jit(program, donate_argnums=donate).lower(*args).compile(options)
         if name is not None:
             program_store.save(name, compiled)

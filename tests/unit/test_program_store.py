@@ -8,6 +8,7 @@ import types
 import jax
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 from random_models import DENSE, tiny_params
 
 from ferrum_jax import functional as F
@@ -80,6 +81,29 @@ def test_what_decides_a_program_is_in_its_name(folder, monkeypatch):
     untraced(monkeypatch)
     for run in runs:
         run()
+
+
+def test_a_program_compiled_again_is_kept_whole_beside_the_cache_of_xla(folder, tmp_path, monkeypatch):
+    changes = {
+        "jax_compilation_cache_dir": str(tmp_path / "xla"),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: jax.config.values[name] for name in changes}
+    try:
+        compilation_cache.reset_cache()
+        for name, value in changes.items():
+            jax.config.update(name, value)
+        fresh = read(programs.Programs(DEVICE))
+        (path,) = folder.iterdir()
+        path.unlink()
+        read(programs.Programs(DEVICE))
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+    assert any(path.name.startswith("jit_hidden_chunk") for path in (tmp_path / "xla").iterdir())
+    assert np.array_equal(read(untraced(monkeypatch))[0], fresh[0])
 
 
 def name(function=F.unembed):
