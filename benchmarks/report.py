@@ -51,8 +51,9 @@ what that left, beside a process that imports jax and runs `x + 1`. {check}
 MEMORY = """## Memory
 
 `python -m benchmarks.memory`. Peak resident memory (VmHWM, mapped pages included) of a process that loads a file and
-generates 16 tokens after 16; the limit is the parameters + 1.5 GiB. The files hold random weights in the shape of the
-models. Check: log-probabilities are finite and each token is the likeliest.
+generates 64 tokens after 16; the limit is the parameters + 1.5 GiB. The files hold random weights in the shape of the
+models. What is read for a token: its experts and all other matrices. llama.cpp: a build for this machine, its llama-bench in
+turns with the processes of this package. Check: log-probabilities are finite and each token is the likeliest.
 """
 DTYPES = """## Cost of dtypes
 
@@ -247,12 +248,14 @@ def memory(results: list[dict[str, Any]]) -> list[str]:
                 gib(result["limit_bytes"]),
                 f"{result['load_s']:.1f}",
                 f"{result['compile_s']:.1f}",
-                f"{result['decode_tok_s']:.2f}",
+                f"{result['decode_tok_s']['median']:.2f}",
+                f"{result['read_gb_s']:.1f}",
+                f"{result['llama_cpp_decode_tok_s']['median']:.2f}" if "llama_cpp_decode_tok_s" in result else "",
                 f"{check['tokens']} tokens, {check['distinct_tokens']} distinct" if good else "FAILED",
             ]
         )
     columns = ["file", "dtype", "parameters, GiB", "peak after import", "after loading", "after generating", "limit"]
-    columns += ["loading, s", "compilation, s", "decode tok/s", "check"]
+    columns += ["loading, s", "compilation, s", "decode tok/s", "weights read, GB/s", "llama.cpp, tok/s", "check"]
     return [MEMORY, measured_on(results[0]), table(columns, rows)]
 
 

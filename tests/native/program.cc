@@ -310,6 +310,18 @@ void test_experts() {
   }
 }
 
+// Each index of each loop is run once, whatever the number of threads, helpers that come late included.
+void test_pool() {
+  for (int threads : {1, 2, 3, 4})
+    with_threads(threads, [&](Pool& pool) {
+      for (int64_t count : {0, 1, 2, 3, 5, 64, 65, 1000, 3, 1}) {
+        std::vector<std::atomic<int>> runs(static_cast<size_t>(count));
+        parallel(pool, count, [&](int64_t i) { runs[size_t(i)].fetch_add(1); });
+        for (const std::atomic<int>& times : runs) check(times == 1, "pool: an index was not run once");
+      }
+    });
+}
+
 }  // namespace
 }  // namespace testing
 
@@ -328,6 +340,7 @@ int main() {
       test_products(name, n, block == 256 ? k == 32 ? 256 : 512 : (k + block - 1) / block * block);
     if (block == 1) test_products(name, 5, 7);
   }
+  test_pool();
   test_threads();
   test_not_finite();
   test_swiglu();

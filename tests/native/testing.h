@@ -1,6 +1,7 @@
 // What the tests of the CPU kernels share: threads, blocks of random weights, comparisons.
 #pragma once
 
+#include <atomic>
 #include <cmath>
 #include <condition_variable>
 #include <cstdio>

@@ -22,6 +22,8 @@ class Region {
  public:
   static constexpr int kLoops = 16;
 
+  explicit Region(int threads) : threads_(threads), users_(threads) {}
+
   // The loops of one region, the work of a helper: take indices until the region ends.
   void help() {
     for (Wait wait;;) {
@@ -51,7 +53,6 @@ class Region {
     leave();
   }
 
-  void enter(int helpers) { users_.store(1 + helpers, std::memory_order_relaxed); }
 
  private:
   static constexpr uint64_t kEnded = ~uint64_t{0};
@@ -67,12 +68,19 @@ class Region {
     if (int64_t(ticket & 0xffffffff) >= loop.count) return false;
     if (!ticket_.compare_exchange_weak(ticket, ticket + 1, std::memory_order_acq_rel)) return true;
     try {
-      loop.fn(loop.arg, int64_t(ticket & 0xffffffff));
+      loop.fn(loop.arg, striped(int64_t(ticket & 0xffffffff), loop.count));
     } catch (const std::bad_alloc&) {  // not past this frame: other threads still use what the loop works on
       failed_.store(true, std::memory_order_relaxed);
     }
     done_.fetch_add(1, std::memory_order_acq_rel);
     return true;
+  }
+
+  // The index of a ticket: a stretch of indices for each thread, of which a turn takes the next. As threads take turns, each
+  // goes through memory in order and what its processor has fetched ahead is its own.
+  int64_t striped(int64_t ticket, int64_t count) const {
+    const int64_t stretch = ticket % threads_, length = count / threads_, longer = count % threads_;
+    return stretch * length + (stretch < longer ? stretch : longer) + ticket / threads_;
   }
 
   void leave() {
@@ -93,9 +101,10 @@ class Region {
     int times_ = 0;
   };
 
+  const int threads_;
+  std::atomic<int> users_;
   std::atomic<uint64_t> ticket_{0};
   alignas(64) std::atomic<int64_t> done_{0};
-  std::atomic<int> users_{1};
   std::atomic<bool> failed_{false};
   uint64_t loops_ = 0;
   Loop slots_[kLoops];
@@ -116,8 +125,7 @@ class HelpedPool final : public Pool {
       return;
     }
     if (!region_) {
-      region_ = new Region;
-      region_->enter(threads_ - 1);
+      region_ = new Region(threads_);
       for (int i = 1; i < threads_; ++i) schedule_([region = region_] { region->help(); });
     }
     region_->run(count, fn, arg);
