@@ -2,7 +2,7 @@
 
     python -m benchmarks.checkpoints MODEL.gguf
 
-All files are in the page cache and every read goes to fresh memory. The three are taken in turns; the page holds the best of
+All files are in the page cache and every read goes to fresh memory. The three are taken in turns; the result holds the best of
 each, as what disturbs a read only ever slows it. Checks of the same run: the Orbax checkpoint loads as the same parameters,
 and the error of what was quantised is that of its format.
 """
@@ -10,7 +10,6 @@ and the error of what was quantised is that of its format.
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 import time
 from pathlib import Path
@@ -91,7 +90,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         result = {"loading": loading(options.model, Path(folder)), "quantising": [quantising(format) for format in FORMATS]}
-    print(json.dumps({"machine": common.machine(), "versions": common.versions()} | result, indent=1))
+    common.write("checkpoints", {"bytes": options.model.stat().st_size} | result)
 
 
 if __name__ == "__main__":

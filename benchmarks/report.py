@@ -55,6 +55,14 @@ generates 64 tokens after 16; the limit is the parameters + 1.5 GiB. The files h
 models. What is read for a token: its experts and all other matrices. llama.cpp: a build for this machine, its llama-bench in
 turns with the processes of this package. Check: log-probabilities are finite and each token is the likeliest.
 """
+CHECKPOINTS = """## Loading and quantising
+
+`python -m benchmarks.checkpoints`. A GGUF file of {size} GiB, and the Orbax checkpoint made of it, from the page cache to
+arrays, beside a plain read into fresh memory, in turns; the best of each: {read:.2f} GB/s plain, {gguf:.2f} times that for
+GGUF and {orbax:.2f} times for Orbax. {equal}
+
+Quantising float32 weights on all cores; check: the RMS error, for numbers of a normal distribution.
+"""
 DTYPES = """## Cost of dtypes
 
 `python -m benchmarks.dtypes`. Perplexity of an English text in windows of {window} tokens, on CPU. Check: float32 against
@@ -259,6 +267,23 @@ def memory(results: list[dict[str, Any]]) -> list[str]:
     return [MEMORY, measured_on(results[0]), table(columns, rows)]
 
 
+def checkpoints(results: list[dict[str, Any]]) -> list[str]:
+    [result] = results
+    load = result["loading"]
+    head = CHECKPOINTS.format(
+        size=gib(result["bytes"]),
+        read=load["plain_read_gb_s"],
+        gguf=load["gguf_ratio"],
+        orbax=load["orbax_ratio"],
+        equal="Check: both give the same parameters." if load["content_check"]["equal"] else "CHECK FAILED.",
+    )
+    rows = [
+        [row["format"], f"{row['weights_per_s'] / 1e6:,.0f}", f"{row['content_check']['rms_error']:.4f}"]
+        for row in result["quantising"]
+    ]
+    return [head, measured_on(result), table(["format", "million weights/s", "RMS error"], rows)]
+
+
 def dtypes(results: list[dict[str, Any]]) -> list[str]:
     [result] = results
     rows = []
@@ -391,6 +416,7 @@ SECTIONS: dict[str, Callable[[list[dict[str, Any]]], list[str]]] = {
     "engine": engine,
     "compile_time": compile_time,
     "memory-": memory,
+    "checkpoints": checkpoints,
     "dtypes": dtypes,
     "embedding": embedding,
     "gpu-": gpu,
