@@ -21,20 +21,39 @@ def blocks(page: Path, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
 
 
-def test_python_of_readme_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The blocks are one program; it runs with a tiny model in place of the real one."""
+def run(page: Path, folder: Path) -> dict:
+    """The names that a page's Python leaves behind; its blocks are one program, with a tiny model in place of the real one."""
     tokens, types = tiny_vocabulary(64)
     tokens[-2:], types[-2:] = ["I", "N"], [1, 1]
     metadata = {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": types}
-    path = write_tiny_llama(tmp_path / "tiny.gguf", metadata=metadata)
-    program = "\n".join(blocks(ROOT / "README.md", "python"))
+    path = write_tiny_llama(folder / "tiny.gguf", metadata=metadata)
+    program = "\n".join(blocks(page, "python"))
     assert program.count('"smollm2:135m"') == 1
     names: dict = {}
-    exec(compile(program.replace('"smollm2:135m"', repr(str(path))), "README.md", "exec"), names)
+    exec(compile(program.replace('"smollm2:135m"', repr(str(path))), page.name, "exec"), names)
+    return names
+
+
+def test_python_of_readme_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = run(ROOT / "README.md", tmp_path)
     assert capsys.readouterr().out
     greedy = names["fj"].SamplingParams(max_tokens=names["max_tokens"], temperature=0.0)
     for ids, count, same in zip(names["tokens"], names["made"], names["model"].generate(names["encoded"], greedy), strict=True):
         assert ids[:count].tolist() == same.token_ids
+
+
+def test_python_of_quickstart_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(ROOT / "docs" / "quickstart.md", tmp_path)["requests"]
+    assert capsys.readouterr().out
+
+
+def test_the_site_builds(tmp_path: Path) -> None:
+    """Every page is in the navigation, every link and every name of the reference is there: warnings are errors."""
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    reference = (tmp_path / "reference" / "index.html").read_text(encoding="utf-8")
+    assert all(name in reference for name in ("max_seqs", "grouped_linear", "page_table"))
 
 
 def test_readme_begins_with_its_two_commands() -> None:
