@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import os
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -25,10 +26,11 @@ import jax.numpy as jnp
 import numpy as np
 
 import ferrum_jax as fj
-from benchmarks import common
+from benchmarks import common, make_synthetic
 from benchmarks.cpu import check
 from benchmarks.llama_cpp import LlamaCpp
 from ferrum_jax import functional, hub
+from ferrum_jax.engine.config import MAX_STEPS
 from ferrum_jax.kv_cache import KV_DTYPES, bytes_per_token
 from ferrum_jax.models.decoder import RaggedBatch
 
@@ -36,6 +38,7 @@ DTYPES = ("float32", "int8")
 SLOTS = 16
 PAGE = 16
 SPECULATION = 4
+SMALL = "qwen3-moe-tiny"
 
 
 class Sizes(NamedTuple):
@@ -222,12 +225,17 @@ def stopwatch(targets: dict[str, tuple[Any, str]]) -> Iterator[dict[str, list[fl
             delattr(owner, attribute)
 
 
-def host_time(model: Any, ids: list[int], rows: int, steps: int) -> dict[str, Any]:
-    """Host seconds of decode steps of `rows` rows, one step a dispatch, as the engine counts them; and the part of that
-    which is this thread's CPU time, by stage. The device computes on the same cores, and the host may have to wait for one."""
-    config = fj.EngineConfig(page_size=PAGE, num_pages=128 // PAGE * rows, max_seqs=rows, steps_per_dispatch=1)
+def host_time(model: Any, name: str, ids: list[int], rows: int, dispatches: int, at_once: int | None) -> dict[str, Any]:
+    """Host seconds of decode steps of `rows` rows, as the engine counts them, `at_once` steps a dispatch (None: as many as the
+    engine likes); and the part of that which is this thread's CPU time, by stage. The device computes on the same cores, and
+    the host may have to wait for one."""
+    tokens = 3 + dispatches * (at_once or MAX_STEPS)
+    config = fj.EngineConfig(
+        page_size=PAGE, num_pages=-(-(tokens + 32) // PAGE) * rows, max_seqs=rows, steps_per_dispatch=at_once
+    )
     engine = fj.Engine(model, config)
-    requests = [engine.submit(ids[8 * i : 8 * i + 16], greedy(112)) for i in range(rows)]
+    engine.warm_up()
+    requests = [engine.submit(ids[8 * i : 8 * i + 16], greedy(tokens + 8)) for i in range(rows)]
     while not all(len(request.token_ids) > 2 for request in requests):
         engine.step()
     stages = {
@@ -235,30 +243,46 @@ def host_time(model: Any, ids: list[int], rows: int, steps: int) -> dict[str, An
         "launch": (engine._device, "launch"),
         "take in": (engine, "_take_in"),
     }
-    walls, hosts = [], []
+    walls, hosts, steps = [], [], 0
     common.wait_for_quiet()
     load = common.Load()
     with stopwatch(stages) as spent:
-        for _ in range(steps):
+        for _ in range(dispatches):
             before, begin = engine.metrics(), time.perf_counter()
             engine.step()
-            walls.append(time.perf_counter() - begin)
-            hosts.append(engine.metrics()["host_seconds"] - before["host_seconds"])
+            wall, after = time.perf_counter() - begin, engine.metrics()
+            if made := after["steps"] - before["steps"]:
+                steps += made
+                walls.append(wall / made)
+                hosts.append((after["host_seconds"] - before["host_seconds"]) / made)
     others = round(load.cores(), 2)
     for request in requests:
         engine.abort(request)
     engine.run()
     row = {
+        "model": name,
         "dtype": model.config.dtype,
         "rows": rows,
+        "steps_a_dispatch": round(steps / len(walls), 1),
         "step_ms": common.summary([1e3 * wall for wall in walls], 2),
         "host_us": common.summary([1e6 * host for host in hosts], 0),
         "share_percent": round(100 * sum(hosts) / sum(walls), 2),
-        "stages_us": {name: [round(1e6 * part / steps) for part in parts] for name, parts in spent.items()},
+        "stages_us": {stage: [round(1e6 * part / steps) for part in parts] for stage, parts in spent.items()},
         "other_cores": others,
     }
     print(f"host: {row}", flush=True)
     return row
+
+
+def host_times(models: dict[str, Any], name: str, ids: list[int], dispatches: int) -> list[dict[str, Any]]:
+    """Of the model, whose weights take the caches from the host; and of one so small that the device is never waited for."""
+    found = [host_time(model, name, ids, rows, dispatches, 1) for model in models.values() for rows in (16, 32)]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"{SMALL}.gguf"
+        make_synthetic.make(path, SMALL)
+        small = fj.load(path, dtype="int8")
+    ids = np.random.default_rng(0).integers(300, small.config.vocab_size, len(ids)).tolist()
+    return found + [host_time(small, SMALL, ids, 32, dispatches, at_once) for at_once in (1, None)]
 
 
 # The prefix cache
@@ -321,6 +345,7 @@ def speculation(model: Any, ids: list[int], sizes: Sizes) -> list[dict[str, Any]
                     tokens.append([answer.tokens for answer in answers])
                     loads.append(others)
             row = {
+                "dtype": model.config.dtype,
                 "text": kind,
                 "rows": rows,
                 "without_s": common.summary(times[0]),
@@ -403,9 +428,12 @@ def measure(path: Path, name: str, sizes: Sizes) -> dict[str, Any]:
     shape = {"name": name, "architecture": exact.config.architecture, "parameter_bytes": memory["parameters_total"]}
     parts = {
         "throughput": lambda: throughput(path, models, asks, sizes, threads),
-        "host": lambda: [host_time(model, ids, rows, sizes.steps) for model in models.values() for rows in (16, 32)],
+        "host": lambda: host_times(models, name, ids, sizes.steps),
         "prefix_cache": lambda: prefix_cache(make_engine(exact, 4, 1024), ids[: sizes.repeated], 2 * sizes.rounds + 1),
-        "speculation": lambda: {"drafted": SPECULATION, "rows": speculation(exact, ids, sizes)},
+        "speculation": lambda: {
+            "drafted": SPECULATION,
+            "rows": [row for model in models.values() for row in speculation(model, ids, sizes)],
+        },
         "kv_dtypes": lambda: kv_dtypes(exact, ids, sizes),
     }
     return {"model": shape, "threads": threads} | {part: work() for part, work in parts.items()}

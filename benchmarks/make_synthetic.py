@@ -54,6 +54,7 @@ SHAPES = {
     "qwen3-30b-a3b": Shape(48, 2048, 32, 4, 128, experts=128, experts_used=8, expert_ffn=768, vocab=151936),
     "qwen3-moe-2g": Shape(12, 2048, 32, 4, 128, experts=64, experts_used=8, expert_ffn=512, vocab=151936),
     "qwen3-moe-600m": Shape(8, 1024, 16, 4, 128, experts=64, experts_used=8, expert_ffn=512, vocab=65536),
+    "qwen3-moe-tiny": Shape(2, 256, 4, 2, 64, experts=4, experts_used=2, expert_ffn=256, vocab=4096),
 }
 FILE_TYPES = {"q4_k_m": 15, "q4_k": 15, "q6_k": 18, "q8_0": 7}  # llama.cpp's `general.file_type`
 

@@ -86,8 +86,9 @@ far any token's float32 logit lies below the best one, each after the tokens bef
 """
 ENGINE_HOST = """### The host's part of a step
 
-Decode steps of so many rows, one step a dispatch. The host decides, starts and takes in while the device computes: here on
-the same cores, so that part of the host's time is waiting for one of them. "CPU" is what its thread computed, by stage.
+Decode steps of so many rows, one a dispatch or as many as the engine chooses. The host decides, starts and takes in while the
+device computes: here on the same cores and out of the same caches; a small synthetic model leaves them to the host. "CPU" is
+what its thread computed in a step, by stage.
 """
 ENGINE_PREFIX = """### A prompt that comes again
 
@@ -96,7 +97,7 @@ with {saved_tokens:,} tokens found in the prefix cache. Others: {other_cores:.2f
 """
 ENGINE_SPECULATION = """### Speculation
 
-Decoding in float32 with drafts from the sequence's own text (`speculation={count}`) and without. Repetitive: a paragraph,
+Decoding with drafts from the sequence's own text (`speculation={count}`) and without. Repetitive: a paragraph,
 once more, and its beginning, copied on greedily; other: English at temperature 1. Check: the tokens with and without.
 """
 ENGINE_KV = """### Cost of KV dtypes
@@ -344,15 +345,23 @@ def engine(results: list[dict[str, Any]]) -> list[str]:
     hosts = []
     for row in result["host"]:
         stages = ", ".join(f"{name} {cpu:,}" for name, (_, cpu) in row["stages_us"].items())
-        head = [row["dtype"], str(row["rows"]), spread(row["step_ms"]), spread(row["host_us"], 0)]
+        head = [
+            row["model"],
+            row["dtype"],
+            str(row["rows"]),
+            f"{row['steps_a_dispatch']:g}",
+            spread(row["step_ms"]),
+            spread(row["host_us"], 0),
+        ]
         hosts.append([*head, f"{row['share_percent']:.2f} %", stages, f"{row['other_cores']:.2f}"])
-    columns = ["", "rows", "step, ms", "host, us", "of the step", "CPU, us", "others"]
+    columns = ["", "", "rows", "steps a dispatch", "step, ms", "host, us", "of the step", "CPU, us", "others"]
     parts += [ENGINE_HOST, table(columns, hosts)]
     equal = "Check: the same tokens." if prefix["content_check"]["equal"] else "CHECK FAILED."
     figures = {"first": spread(prefix["first_s"], 3), "repeated": spread(prefix["repeated_s"], 3), "check": equal}
     parts.append(ENGINE_PREFIX.format(**prefix, **figures, share=100 * prefix["repeated_of_first"]))
     drafts = [
         [
+            row["dtype"],
             row["text"],
             str(row["rows"]),
             spread(row["without_s"], 2),
@@ -363,7 +372,7 @@ def engine(results: list[dict[str, Any]]) -> list[str]:
         ]
         for row in result["speculation"]["rows"]
     ]
-    columns = ["text", "rows", "without, s", "with, s", "x", "check", "others"]
+    columns = ["", "text", "rows", "without, s", "with, s", "x", "check", "others"]
     parts += [ENGINE_SPECULATION.format(count=result["speculation"]["drafted"]), table(columns, drafts)]
     check = kv["content_check"]
     said = {"prefill": check["float32_prefill"], "difference": check["difference_percent"], "scored": kv["scored_tokens"]}

@@ -475,7 +475,7 @@ class Engine:
                 if row.valid:
                     if results.prompt_ids is not None:
                         self._take_prompt_logprobs(row, place, results)
-                    made += self._take_row(row, i, tokens[i], results, dispatch.promised)
+                    made += self._take_row(row, i, tokens[i], results, dispatch)
                 place += row.length
                 self._counts["prompt_tokens"] += row.length if row.start >= 0 else 0
             self._lock.notify_all()
@@ -485,11 +485,11 @@ class Engine:
                 aim = _DISPATCH_SECONDS / (taken / dispatch.steps) if taken > 0 else self.config.steps
                 self._steps_at_once = int(min(max(aim, 1), self.config.steps))
 
-    def _take_row(self, row: Row, i: int, tokens: list[int], results: steps.Results, promised: int) -> int:
+    def _take_row(self, row: Row, i: int, tokens: list[int], results: steps.Results, dispatch: Dispatch) -> int:
         """Takes in the tokens of one row; how many there were."""
         request: Request = row.sequence.owner
         made = [token for token in tokens if token >= 0]
-        self._scheduler.received(row, made, promised)
+        self._scheduler.received(row, made, dispatch)
         if made:
             logprobs = []
             if request.params.logprobs is not None:

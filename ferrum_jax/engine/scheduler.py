@@ -73,7 +73,7 @@ class Scheduler:
             steps = 1
         elif steps > 1:
             growing = [sequence for sequence in self.running if _growing(sequence)]
-            steps = min(steps, max((s.limit - len(s.tokens) - s.pending for s in growing), default=0))
+            steps = min(steps, max((s.limit - len(s.tokens) - s.due for s in growing), default=0))
             missing = sum(self._missing(sequence, _decoded(sequence, steps * width)) for sequence in growing)
             if missing > self.pool.available:
                 steps = 1
@@ -93,19 +93,20 @@ class Scheduler:
         if not rows:
             return None
         dispatch = Dispatch(rows, 0 if mixed else steps, admitted, copies, 1 if mixed else width)
-        promised = dispatch.promised
         for row in rows:
             if row.samples:
-                row.sequence.pending += promised
+                row.sequence.pending += dispatch.most
+                row.sequence.due += dispatch.least
             if row.start >= 0:
                 row.sequence.prefilled += row.length
                 self._settle(row.sequence)
         return dispatch
 
-    def received(self, row: Row, tokens: list[int], promised: int) -> None:
+    def received(self, row: Row, tokens: list[int], dispatch: Dispatch) -> None:
         """Says what a row of a dispatch has brought: its tokens are known now."""
         if row.samples:
-            row.sequence.pending -= promised
+            row.sequence.pending -= dispatch.most
+            row.sequence.due -= dispatch.least
         row.sequence.tokens.extend(tokens)
         self._settle(row.sequence)
 
@@ -159,7 +160,7 @@ class Scheduler:
         bisect.insort(self.running, sequence, key=_number)
         sequence.state, sequence.slot, sequence.origin = "running", self._slots.pop(), None
         sequence.table = np.zeros(self.pages_a_sequence, np.int32)
-        sequence.pages, sequence.digests, sequence.pending = [], digests, 0
+        sequence.pages, sequence.digests, sequence.pending, sequence.due = [], digests, 0, 0
         sequence.target, sequence.prefilled = len(sequence.tokens), len(pages) * self.pool.page_size
         for page in pages:
             self._append(sequence, page)
@@ -245,7 +246,7 @@ class Scheduler:
                 self.pool.give_back(page)
         self._slots.append(sequence.slot)
         sequence.slot, sequence.pages, sequence.digests = -1, [], []
-        sequence.target = sequence.prefilled = sequence.pending = sequence.behind = 0
+        sequence.target = sequence.prefilled = sequence.pending = sequence.due = sequence.behind = 0
         sequence.epoch += 1
 
 
@@ -254,8 +255,8 @@ def _number(sequence: Sequence) -> int:
 
 
 def _growing(sequence: Sequence) -> bool:
-    """Whether there are tokens left to ask for."""
-    return len(sequence.tokens) + sequence.pending < sequence.limit
+    """Whether there are tokens left to ask for, however few of the guesses on their way are right."""
+    return len(sequence.tokens) + sequence.due < sequence.limit
 
 
 def _decoded(sequence: Sequence, tokens: int) -> int:

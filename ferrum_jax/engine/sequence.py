@@ -17,7 +17,7 @@ class Sequence:
     While it runs it has a `slot`, `pages` (-1 where one was given back: `behind` of them lie behind the window) with a
     `table` of them, and `digests`, those of its first full pages that are registered. `target`: tokens known when it was
     admitted; `prefilled`: of these, sent to the device. `pending`: tokens at most that were asked of the device and are
-    not known yet. `epoch` changes when results on their way are of no more use.
+    not known yet; `due` of them come unless the sequence ends. `epoch` changes when results on their way are of no more use.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class Sequence:
         self.pages: list[int] = []
         self.table = np.zeros(0, np.int32)
         self.digests: list[bytes] = []
-        self.target = self.prefilled = self.pending = self.epoch = self.behind = 0
+        self.target = self.prefilled = self.pending = self.due = self.epoch = self.behind = 0
 
     @property
     def decoding(self) -> bool:
@@ -87,6 +87,11 @@ class Dispatch(NamedTuple):
     width: int = 1
 
     @property
-    def promised(self) -> int:
+    def least(self) -> int:
+        """Tokens that a row which samples makes unless it ends."""
+        return max(self.steps, 1)
+
+    @property
+    def most(self) -> int:
         """Tokens that a row which samples may make."""
-        return max(self.steps, 1) * self.width
+        return self.least * self.width

@@ -4,6 +4,7 @@ Special tokens are found in the raw text first, the longest first over the whole
 to the BPE of the file. Nothing is normalised.
 """
 
+import functools
 from collections.abc import Iterable, Mapping
 
 from ferrum_jax.errors import ModelFileError
@@ -119,8 +120,16 @@ class Tokenizer:
         Raises:
             ValueError: the id is outside the vocabulary.
         """
-        self._check(token)
-        return self._piece(token)
+        found = self._pieces.get(token)
+        if found is None:
+            self._check(token)
+            found = self._pieces[token] = self._piece(token)
+        return found
+
+    @functools.cached_property
+    def _pieces(self) -> dict[int, bytes]:
+        """What `token_bytes` has found."""
+        return {}
 
     def _piece(self, token: int) -> bytes:
         text, kind = self._vocabulary.tokens[token], self._vocabulary.types[token]

@@ -183,7 +183,7 @@ def run(scheduler, steps=1):
     """One dispatch and its results: token 7 wherever one is chosen."""
     dispatch = scheduler.next(steps)
     for row in dispatch.rows:
-        scheduler.received(row, [7] * dispatch.promised if row.samples else [], dispatch.promised)
+        scheduler.received(row, [7] * dispatch.most if row.samples else [], dispatch)
     return dispatch
 
 
