@@ -12,6 +12,7 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax
 import numpy as np
 
 from benchmarks.gpu import weights
@@ -64,7 +65,7 @@ def pair(lab: Lab, params, config, forward) -> list:
             page_table=table,
             logits_rows=np.arange(len(row)),
         )
-        batch = RaggedBatch(*(np.asarray(field, np.int32) for field in batch))
+        batch = jax.tree.map(lambda field: np.asarray(field, np.int32), batch)
         found, cache = lab.run(forward, params, cache, batch, donate=(1,), config=config)
         logits.append(found if lab.collecting else np.asarray(found, np.float64))
     return logits
