@@ -24,15 +24,18 @@ _HOMES = {
     "ModelNotFoundError": "errors",
     "OutOfMemoryError": "errors",
     "Request": "engine",
+    "Routing": "model",
     "SamplingParams": "sampling",
     "Tokenizer": "tokenizer",
     "UnsupportedModelError": "errors",
     "functional": "",
     "load": "loading",
+    "plotting": "",
 }
 
 if TYPE_CHECKING:
     from ferrum_jax import functional as functional
+    from ferrum_jax import plotting as plotting
     from ferrum_jax.completion import Completion as Completion
     from ferrum_jax.config import ModelConfig as ModelConfig
     from ferrum_jax.embedding import EmbeddingModel as EmbeddingModel
@@ -46,6 +49,7 @@ if TYPE_CHECKING:
     from ferrum_jax.errors import UnsupportedModelError as UnsupportedModelError
     from ferrum_jax.loading import load as load
     from ferrum_jax.model import Model as Model
+    from ferrum_jax.model import Routing as Routing
     from ferrum_jax.sampling import SamplingParams as SamplingParams
     from ferrum_jax.tokenizer import Tokenizer as Tokenizer
 

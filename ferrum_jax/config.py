@@ -67,6 +67,11 @@ class ModelConfig:
         """The dtype in which activations reach matrix products."""
         return "float32" if self.dtype == "int8" else self.dtype
 
+    @property
+    def expert_layers(self) -> tuple[int, ...]:
+        """The numbers of the layers that are a mixture of experts."""
+        return tuple(layer for layer in range(self.num_layers) if self.num_experts and layer not in self.dense_layers)
+
     @classmethod
     def from_fields(cls, fields: Mapping[str, Any]) -> ModelConfig:
         """From what `dataclasses.asdict` gave, be it by way of JSON."""
@@ -97,6 +102,12 @@ NEUTRAL: tuple[object, ...] = (0, 0.0, False, "", "none")
 def refuse_encoder(where: object) -> UnsupportedModelError:
     """The error for an encoder where a model that generates is needed."""
     return UnsupportedModelError(f"{where}: is an embedding model (BERT), which makes no text and has no logits; use `embed`")
+
+
+def require_experts(config: ModelConfig) -> None:
+    """UnsupportedModelError for a model without experts."""
+    if not config.expert_layers:
+        raise UnsupportedModelError(f"architecture {config.architecture!r}: this model has no experts, so there is no routing")
 
 
 class Keys:

@@ -73,7 +73,7 @@ class EmbeddingModel:
         """Raises UnsupportedModelError: an encoder has no next token."""
         raise refuse_encoder("this model")
 
-    generate = stream = chat = render_chat = logits = perplexity = _refuse
+    generate = stream = chat = render_chat = logits = perplexity = trace_routing = _refuse
     kv_dtype = property(_refuse)  # the first that an engine asks for
 
 

@@ -15,9 +15,10 @@ import jax
 import jax.numpy as jnp
 from jax import export, lax
 
-from ferrum_jax.config import ModelConfig
+from ferrum_jax.config import ModelConfig, require_experts
 from ferrum_jax.kv_cache import KVCache, new_cache
 from ferrum_jax.models.decoder import Decoder, RaggedBatch
+from ferrum_jax.models.layers import ROUTING
 from ferrum_jax.quantized import grouped_linear, linear
 from ferrum_jax.sampling import Sampling, is_end, occurred, sample, token_logprobs
 
@@ -36,6 +37,8 @@ __all__ = [
     "linear",
     "logprobs_of",
     "new_cache",
+    "routing",
+    "routing_chunk",
     "start",
     "unembed",
 ]
@@ -81,6 +84,18 @@ def _apply(params, config: ModelConfig, *args, method: str = "__call__") -> Any:
 def hidden(params, cache: KVCache, batch: RaggedBatch, *, config: ModelConfig) -> tuple[jax.Array, KVCache]:
     """`forward` without the output matrix: final hidden states float32 [T, hidden_size], and the new cache."""
     return _apply(params, config, cache, batch, method="hidden")
+
+
+def routing(params, cache: KVCache, batch: RaggedBatch, *, config: ModelConfig) -> tuple[tuple[jax.Array, jax.Array], KVCache]:
+    """The experts that `forward` computes with: their ids int32 and weights float32, both [layers, T, top_k], of the layers
+    `config.expert_layers`, and the new cache. By falling probability; the id `num_experts` is nobody's, of padding. Weights
+    are as the sum over experts has them: normalised and scaled where the model does so.
+
+    UnsupportedModelError for a model without experts."""
+    require_experts(config)
+    decoder = Decoder(config)
+    (_, cache), recorded = decoder.apply({"params": params}, cache, batch, method="hidden", mutable=[ROUTING])
+    return recorded[ROUTING]["chosen"][0], cache
 
 
 def unembed(params, hidden: jax.Array, *, config: ModelConfig) -> jax.Array:
@@ -242,6 +257,15 @@ def _sample(params, hidden, state: State, sampling: Sampling, key, config, logpr
 def hidden_chunk(params, cache: KVCache, prompts, lengths, i, adapters=None, *, chunk: int, config: ModelConfig):
     """Chunk i of the prompts' tokens, laid end to end: their final hidden states float32 [chunk, hidden_size] (those
     behind the last token are of no meaning) and the cache with them written."""
+    return hidden(params, cache, _chunk(cache, prompts, lengths, i, adapters, chunk), config=config)
+
+
+def routing_chunk(params, cache: KVCache, prompts, lengths, i, adapters=None, *, chunk: int, config: ModelConfig):
+    """`routing` of chunk i of the prompts' tokens, laid end to end."""
+    return routing(params, cache, _chunk(cache, prompts, lengths, i, adapters, chunk), config=config)
+
+
+def _chunk(cache: KVCache, prompts, lengths, i, adapters, chunk: int) -> RaggedBatch:
     prompts, lengths = jnp.asarray(prompts), jnp.asarray(lengths)
     rows, longest = prompts.shape
     per_row = cache.num_pages // rows
@@ -249,7 +273,7 @@ def hidden_chunk(params, cache: KVCache, prompts, lengths, i, adapters=None, *, 
     token = i * chunk + jnp.arange(chunk, dtype=jnp.int32)
     row = jnp.clip(jnp.searchsorted(starts, token, side="right") - 1, 0, rows - 1).astype(jnp.int32)
     position = jnp.clip(token - starts[row], 0, longest - 1)
-    batch = RaggedBatch(
+    return RaggedBatch(
         tokens=prompts[row, position],
         positions=position,
         slots=jnp.where(token < starts[-1], row * per_row * cache.page_size + position, -1),
@@ -259,7 +283,6 @@ def hidden_chunk(params, cache: KVCache, prompts, lengths, i, adapters=None, *, 
         logits_rows=jnp.zeros((0,), jnp.int32),
         adapters=None if adapters is None else jnp.asarray(adapters)[row],
     )
-    return _apply(params, config, cache, batch, method="hidden")
 
 
 def logprobs_of(params, hidden: jax.Array, targets: jax.Array, *, config: ModelConfig) -> jax.Array:

@@ -9,15 +9,15 @@ engine. All give the same tokens.
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from ferrum_jax import functional
 from ferrum_jax.completion import Completion
+from ferrum_jax.config import require_experts
 from ferrum_jax.driver import Driver, Inputs, Stream, Watcher, bucket, made, padded, power_of_two, stream
 from ferrum_jax.engine import Engine, EngineConfig, Request
 from ferrum_jax.kv_cache import bytes_per_token
@@ -28,6 +28,18 @@ from ferrum_jax.weights.stream import bytes_by_format
 
 _ROWS = 32  # rows of one program at most
 _CACHE_BYTES = 2 << 30  # KV cache of one program at most, where more than one row asks for it
+
+
+class Routing(NamedTuple):
+    """Which experts the tokens of a text went to: tokens int32 [tokens]; layers int32 [layers], the numbers of those that
+    have experts; ids int32 and weights float32 [layers, tokens, top_k], by falling probability and as the model uses them;
+    num_experts of each layer. All on the host."""
+
+    tokens: np.ndarray
+    layers: np.ndarray
+    ids: np.ndarray
+    weights: np.ndarray
+    num_experts: int
 
 
 class Model(Prompts):
@@ -94,7 +106,7 @@ class Model(Prompts):
             return []
         checked = self.checked(batch)
         results = [np.empty((len(ids), self.config.vocab_size), np.float32) for ids in checked]
-        for row, position, hidden in self._hidden(checked, adapter):
+        for row, position, hidden in self._chunks(functional.hidden_chunk, checked, adapter):
             for first in range(0, hidden.shape[0], functional.ROWS):
                 block = hidden[first : first + functional.ROWS]
                 logits = self.programs.fetch(self.programs.run(functional.unembed, self.params, block, config=self.config))
@@ -118,13 +130,26 @@ class Model(Prompts):
         total, rows = 0.0, max(1, functional.CHUNK // size)
         for first in range(0, len(windows), rows):
             part = self.checked(windows[first : first + rows])
-            for row, position, hidden in self._hidden(part, adapter):
+            for row, position, hidden in self._chunks(functional.hidden_chunk, part, adapter):
                 scored = position < size - 1
                 targets = np.zeros(hidden.shape[0], np.int32)
                 targets[: len(row)][scored] = [part[r][p + 1] for r, p in zip(row[scored], position[scored], strict=True)]
                 logprobs = self.programs.run(functional.logprobs_of, self.params, hidden, targets, config=self.config)
                 total += np.asarray(self.programs.fetch(logprobs), np.float64)[: len(row)][scored].sum()
         return float(np.exp(-total / (len(windows) * (size - 1))))
+
+    def trace_routing(self, prompt: Prompt, adapter: str | None = None) -> Routing:
+        """The experts that each token of a prompt, read as `generate` reads it, goes to in each layer that has some.
+        UnsupportedModelError for a model without experts, ValueError as of `generate`."""
+        require_experts(self.config)
+        ids = self.encode(prompt)
+        parts = [
+            [array[:, : len(row)] for array in self.programs.fetch(chosen)]
+            for row, _, chosen in self._chunks(functional.routing_chunk, [ids], adapter)
+        ]
+        experts, weights = (np.concatenate(arrays, axis=1) for arrays in zip(*parts, strict=True))
+        layers = np.asarray(self.config.expert_layers, np.int32)
+        return Routing(np.asarray(ids, np.int32), layers, experts, weights, self.config.num_experts)
 
     # Facts
 
@@ -199,9 +224,11 @@ class Model(Prompts):
         self.count("decode", made(sampled), time.perf_counter() - begin)
         return sampled
 
-    def _hidden(self, batch: list[list[int]], adapter: str | None) -> Iterator[tuple[np.ndarray, np.ndarray, jax.Array]]:
-        """Final hidden states of all tokens, chunk by chunk: (row of each token, its position, hidden [chunk, size]);
-        hidden may have more rows than there are tokens."""
+    def _chunks(
+        self, function: Callable, batch: list[list[int]], adapter: str | None
+    ) -> Iterator[tuple[np.ndarray, np.ndarray, Any]]:
+        """What functional.hidden_chunk or routing_chunk gives of all tokens, chunk by chunk: (row of each token, its
+        position, result); the result may have more tokens than there are."""
         prompts, lengths = padded(batch, bucket(max(map(len, batch))))
         rows, longest = prompts.shape
         chunk = min(functional.CHUNK, rows * longest)
@@ -211,8 +238,8 @@ class Model(Prompts):
         position = np.concatenate([np.arange(n) for n in lengths])
         for i in range(-(-len(row) // chunk)):
             inputs = (self.params, cache, prompts, lengths, np.int32(i), adapters)
-            hidden, cache = self.programs.run(functional.hidden_chunk, *inputs, donate=(1,), chunk=chunk, config=self.config)
-            yield row[i * chunk : (i + 1) * chunk], position[i * chunk : (i + 1) * chunk], hidden
+            result, cache = self.programs.run(function, *inputs, donate=(1,), chunk=chunk, config=self.config)
+            yield row[i * chunk : (i + 1) * chunk], position[i * chunk : (i + 1) * chunk], result
 
 
 def _pieces(engine: Engine, request: Request) -> Generator[tuple[str, list[int]], None, None]:

@@ -12,11 +12,13 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from ferrum_jax.adapters import COLUMNS, without_adapters
 from ferrum_jax.config import ModelConfig
 from ferrum_jax.kv_cache import KVCache
-from ferrum_jax.models.layers import Block
+from ferrum_jax.models.layers import ROUTING, Block
 from ferrum_jax.models.rope import rope_angles
 from ferrum_jax.models.scan import scan_layers
 from ferrum_jax.quantized import Layer, LayerStack, QuantizedTensor, linear
@@ -25,7 +27,8 @@ from pallas_kernels.paged_attention import Tables, make_plan
 from pallas_kernels.reductions import rms_norm
 
 Params = Mapping[str, Any]
-Carry = tuple[jax.Array, KVCache]
+Chosen = tuple[jax.Array, ...]  # experts and their weights, or nothing
+Carry = tuple[jax.Array, KVCache, Chosen]
 
 
 class RaggedBatch(NamedTuple):
@@ -49,7 +52,10 @@ class RaggedBatch(NamedTuple):
 
 class Decoder(nn.Module):
     """Parameters: `embedding` [vocab, hidden], `unembedding` (absent where tied to the embedding), `final_norm`
-    [hidden], `rope_factors` (optional) and `layers`, a tree of `LayerStack`s; with adapters those of `adapters`."""
+    [hidden], `rope_factors` (optional) and `layers`, a tree of `LayerStack`s; with adapters those of `adapters`.
+
+    Where the collection `ROUTING` is mutable, "chosen" in it is the experts of every token, int32, and their weights,
+    float32, both [layers with experts, T, top_k]; where it is not, nothing is recorded and the program is the same."""
 
     config: ModelConfig
 
@@ -60,14 +66,17 @@ class Decoder(nn.Module):
         rope = rope_angles(self.config, batch.positions, self.get_variable("params", "rope_factors"))
         tables = Tables(batch.positions, batch.query_starts, batch.kv_lengths, batch.page_table)
         layers = self.variables["params"]["layers"]
+        record = self.is_mutable_collection(ROUTING)
         if batch.adapters is None:
-            x, cache = run_layers(self.config, without_adapters(layers), x, cache, batch.slots, tables, rope)
+            plain = without_adapters(layers)
+            x, cache, routing = run_layers(self.config, plain, x, cache, batch.slots, tables, rope, record)
         else:
             columns: jax.Array | None = self.get_variable("params", COLUMNS)
             if columns is None:
                 raise ValueError("RaggedBatch.adapters: the parameters have no adapters; load the model with some")
             chosen = batch.adapters[:, None] == columns
-            x, cache = _composed(self.config, layers, x, cache, batch.slots, tables, rope, chosen)
+            x, cache, routing = _composed(self.config, layers, x, cache, batch.slots, tables, rope, chosen, record)
+        self.sow(ROUTING, "chosen", routing)
         return rms_norm(x, self.get_variable("params", "final_norm"), self.config.rms_norm_eps), cache
 
     def logits(self, hidden: jax.Array) -> jax.Array:
@@ -81,25 +90,26 @@ class Decoder(nn.Module):
         return self.logits(hidden[batch.logits_rows]), cache
 
 
-def run_layers(config: ModelConfig, layers: Params, x, cache: KVCache, slots, tables: Tables, rope) -> Carry:
-    """The residual stream x float32 [T, hidden_size] after all layers, and the cache: in one call where a backend has one."""
+def run_layers(config: ModelConfig, layers: Params, x, cache: KVCache, slots, tables: Tables, rope, record=False) -> Carry:
+    """The residual stream x float32 [T, hidden_size] after all layers, the cache and, with `record`, what the routers chose:
+    in one call where a backend has one."""
     parts = [_parts(layers, number) for number in range(config.num_layers)]
     scale, normalise = config.expert_weights_scale, config.norm_topk_prob
     shape = Shape(config.head_dim, config.rms_norm_eps, config.sliding_window, config.experts_per_token, normalise, scale)
     backend = backend_for(parts, config.hidden_size, shape, config.dtype)
     if backend is None:
-        return _composed(config, layers, x, cache, slots, tables, rope)
+        return _composed(config, layers, x, cache, slots, tables, rope, record=record)
 
     @jax.custom_vjp
     def together(layers, x, cache, slots, tables, rope):
         parts = [_parts(layers, number) for number in range(config.num_layers)]
-        return backend.decoder_layers(x, cache, slots, tables, rope, parts, shape)
+        return backend.decoder_layers(x, cache, slots, tables, rope, parts, shape, record)
 
     def forward(*arguments):
         return together(*arguments), arguments
 
     def backward(arguments, cotangents):
-        return jax.vjp(functools.partial(_composed, config), *arguments)[1](cotangents)
+        return jax.vjp(functools.partial(_composed, config, record=record), *arguments)[1](cotangents)
 
     together.defvjp(forward, backward)
     with jax.named_scope("layers"):
@@ -116,12 +126,22 @@ def _parts(layers: Params, number: int) -> dict[str, Part]:
     return found
 
 
-def _composed(config: ModelConfig, layers: Params, x, cache: KVCache, slots, tables: Tables, rope, chosen=None) -> Carry:
+def _composed(
+    config: ModelConfig, layers: Params, x, cache: KVCache, slots, tables: Tables, rope, chosen=None, record: bool = False
+) -> Carry:
     """The layers one after the other, each `Block` once a distinct body. chosen bool [T, columns]: as in `LayerModule`."""
     plan = make_plan(tables, cache, config.num_heads, config.sliding_window)
     block = Block(config, parent=None)
 
-    def step(carry: Carry, layer: Layer) -> Any:
-        return block.apply({"params": layers}, *carry, layer, slots, plan, rope, chosen)
+    def step(carry: Carry, layer: Layer) -> Carry:
+        x, cache, routing = carry
+        (x, cache), sown = block.apply({"params": layers}, x, cache, layer, slots, plan, rope, chosen, mutable=[ROUTING])
+        if routing and sown:
+            (chose,) = sown[ROUTING]["feed_forward"]["chosen"]
+            routing = tuple(known.at[layer.number].set(new) for known, new in zip(routing, chose, strict=True))
+        return x, cache, routing
 
-    return scan_layers(layers, step, (x, cache))
+    of_layers = config.num_layers, slots.shape[0], config.experts_per_token
+    routing = tuple(jnp.zeros(of_layers, dtype) for dtype in (jnp.int32, jnp.float32)) if record else ()
+    x, cache, routing = scan_layers(layers, step, (x, cache, routing))
+    return x, cache, tuple(known[np.asarray(config.expert_layers)] for known in routing)

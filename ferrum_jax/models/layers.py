@@ -19,6 +19,8 @@ from pallas_kernels.paged_attention import paged_attention
 from pallas_kernels.reductions import rms_norm
 from pallas_kernels.routing import route
 
+ROUTING = "routing"  # the Flax collection in which a mixture leaves its choice, where that is mutable
+
 
 class LayerModule(nn.Module):
     """A module whose parameters are `LayerStack`s.
@@ -102,6 +104,7 @@ class FeedForward(LayerModule):
             logits = linear(x, self.stack("router"), layer)
             normalise, scale = config.norm_topk_prob, config.expert_weights_scale
             experts, weights = route(logits, slots >= 0, config.experts_per_token, normalise=normalise, scale=scale)
+            self.sow(ROUTING, "chosen", (experts, weights))
         with jax.named_scope("experts"):
             gate, up, down = (self.stack(f"expert_{name}") for name in ("gate", "up", "down"))
             return mixture(x.astype(config.activations), experts, weights, gate, up, down, layer, config.dtype)

@@ -1,14 +1,15 @@
 """All layers of a decoder in one call, where a backend has such a call: nothing between the products goes through memory
 and a step is one launch. Where none has, `backend_for` is None and the layers are the composition of the other operations.
 
-Contract of `backend.decoder_layers(x, cache, slots, tables, rope, layers, shape)`:
+Contract of `backend.decoder_layers(x, cache, slots, tables, rope, layers, shape, record)`:
 
 * `x` float32 [tokens, hidden]: the residual stream. `cache`, `slots`: as `KVCache.write`; `tables`: as paged_attention's;
   `rope`: as append's.
 * `layers`: for each layer a mapping from `ROLES` to the `Part` that the layer has. A layer with a router is a mixture of
   experts, any other has gate, up and down.
-* result: x after the last layer, float32 [tokens, hidden], and the cache with this step's keys and values; the cache is
-  updated in place where it was donated.
+* result: x after the last layer, float32 [tokens, hidden]; the cache with this step's keys and values, updated in place
+  where it was donated; with `record` the experts int32 and weights float32 of each router, both [layers with a router,
+  tokens, top_k], as of pallas_kernels.routing, else ().
 * what is computed is what the composition computes, with dtype "int8": queries, keys and values in "int8x2", the router
   in float32. Row t depends on its sequence alone, bit for bit. There is no derivative: see ferrum_jax.models.decoder.
 """

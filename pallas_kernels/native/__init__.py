@@ -83,7 +83,7 @@ def expert_ffn(x, experts, weights, gate: Matrix, up: Matrix, down: Matrix, targ
     return _call("ferrum_experts", [down.rows], (gate, up, down), "int8", x, experts, weights)[0]
 
 
-def decoder_layers(x, cache, slots, tables, rope, layers, shape) -> tuple[jax.Array, Any]:
+def decoder_layers(x, cache, slots, tables, rope, layers, shape, record) -> tuple[jax.Array, Any, tuple[jax.Array, ...]]:
     """As the contract of pallas_kernels.decoder_layers says."""
     stacks: dict[int, tuple[jax.Array, str]] = {}
     places = np.full((len(layers), len(ROLES), 2), -1, np.int64)
@@ -96,9 +96,11 @@ def decoder_layers(x, cache, slots, tables, rope, layers, shape) -> tuple[jax.Ar
     kept = [cache.pages] if cache.scales is None else [cache.pages, cache.scales]
     cosine, sine = (part.reshape(x.shape[0], -1) for part in rope)
     operands = (x, slots, tables.positions, tables.query_starts, tables.kv_lengths, tables.page_table, cosine, sine, *arrays)
-    y, *kept = jax.ffi.ffi_call(
+    routed = sum("router" in layer for layer in layers), x.shape[0], shape.top_k
+    recorded = [jax.ShapeDtypeStruct(routed, dtype) for dtype in (jnp.int32, jnp.float32)] if record else []
+    y, *results = jax.ffi.ffi_call(
         "ferrum_layers",
-        [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in (x, *kept)],
+        [*(jax.ShapeDtypeStruct(array.shape, array.dtype) for array in (x, *kept)), *recorded],
         input_output_aliases={len(operands) + i: 1 + i for i in range(len(kept))},
     )(
         *operands,
@@ -113,7 +115,8 @@ def decoder_layers(x, cache, slots, tables, rope, layers, shape) -> tuple[jax.Ar
         expert_scale=np.float32(shape.expert_scale),
         normalise=shape.normalise,
     )
-    return y, dataclasses.replace(cache, pages=kept[0], scales=kept[1] if len(kept) > 1 else None)
+    pages, *scales = results[: len(kept)]
+    return y, dataclasses.replace(cache, pages=pages, scales=scales[0] if scales else None), tuple(results[len(kept) :])
 
 
 def _call(

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from golden_checks import golden_cases, tiny_models
+from matplotlib import pyplot
 from tiny_gguf import tiny_vocabulary, write_tiny_llama
 
 from pallas_kernels.blocks import FORMATS
@@ -54,6 +56,21 @@ def test_the_site_builds(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     reference = (tmp_path / "reference" / "index.html").read_text(encoding="utf-8")
     assert all(name in reference for name in ("max_seqs", "grouped_linear", "page_table"))
+
+
+def test_python_of_the_notebooks_page_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The blocks are one program; it runs with a tiny mixture of experts."""
+    case = next(case for case in golden_cases.CASES if case.name == "qwen3moe-f32")
+    tiny_models.write(case.spec, tmp_path / "tiny.gguf")
+    pyplot.switch_backend("agg")
+    program = "\n".join(blocks(ROOT / "docs" / "notebooks.md", "python"))
+    assert program.count('"qwen3:30b-a3b"') == 1
+    names: dict = {}
+    exec(compile(program.replace('"qwen3:30b-a3b"', repr(str(tmp_path / "tiny.gguf"))), "notebooks.md", "exec"), names)
+    assert capsys.readouterr().out.count("\n") == 5
+    assert len(pyplot.get_fignums()) == 6
+    pyplot.close("all")
+    assert {event.kind for event in names["events"]} == {"prefill", "decode"}
 
 
 def test_readme_begins_with_its_two_commands() -> None:

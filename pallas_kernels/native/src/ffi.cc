@@ -176,23 +176,24 @@ bool find_kv_type(std::string_view name, ferrum::KvType& type) {
 
 using IntVector = ffi::Buffer<ffi::S32, 1>;
 
-// Of each layer and part: number of the operand among `stacks` (-1: none) and place in its first axis.
+// `places`, of each layer and part: number of the operand among `stacks` (-1: none) and place in its first axis. `kept`: the
+// pages of the cache, the scales of an int8 one, and where they are wanted experts and weights [routers, tokens, top_k].
 ffi::Error layers(ffi::ThreadPool threads, FloatMatrix x, IntVector slots, IntVector positions, IntVector query_starts,
                   IntVector kv_lengths, IntMatrix page_table, FloatMatrix cosine, FloatMatrix sine, ffi::RemainingArgs stacks,
-                  ffi::Result<FloatMatrix> y, ffi::RemainingRets cache, ffi::Span<const int64_t> places, std::string_view formats,
+                  ffi::Result<FloatMatrix> y, ffi::RemainingRets kept, ffi::Span<const int64_t> places, std::string_view formats,
                   std::string_view kv_dtype, int64_t top_k, int64_t window, float eps, float scale, float expert_scale,
                   bool normalise) {
   const int64_t tokens = x.dimensions()[0], hidden = x.dimensions()[1];
   Checker check;
   ferrum::KvCache store{};
   check.require(find_kv_type(kv_dtype, store.type), "no kernels for this dtype of the KV cache");
-  auto pages = cache.get<ffi::AnyBuffer>(0);
+  auto pages = kept.get<ffi::AnyBuffer>(0);
   if (!pages.has_value() || (*pages)->dimensions().size() != 5 || places.size() % (2 * kRoles)) return wrong("operands do not fit");
   const auto dims = (*pages)->dimensions();
   const int64_t count = int64_t(places.size()) / (2 * kRoles);
   store = {static_cast<uint8_t*>((*pages)->untyped_data()), nullptr, store.type, dims[1], dims[2], dims[3] / 2, dims[4]};
   if (store.type == ferrum::KvType::int8) {
-    auto scales = cache.get<ffi::Buffer<ffi::F32, 3>>(1);
+    auto scales = kept.get<ffi::Buffer<ffi::F32, 3>>(1);
     if (!scales.has_value()) return wrong("an int8 cache needs its scales");
     store.scales = (*scales)->typed_data();
   }
@@ -215,7 +216,18 @@ ffi::Error layers(ffi::ThreadPool threads, FloatMatrix x, IntVector slots, IntVe
 
   std::vector<ferrum::Layer> all(static_cast<size_t>(count));
   std::vector<ferrum::KvCache> caches(static_cast<size_t>(count), store);
-  int64_t heads = 0;
+  int64_t heads = 0, routers = 0, wanted = 0;
+  int32_t* ids = nullptr;
+  float* weights = nullptr;
+  if (const size_t first = store.scales ? 2 : 1; kept.size() > first) {
+    auto experts = kept.get<ffi::Buffer<ffi::S32, 3>>(first);
+    auto shares = kept.get<ffi::Buffer<ffi::F32, 3>>(first + 1);
+    if (!experts.has_value() || !shares.has_value()) return wrong("what records the routing does not fit");
+    const auto one = (*experts)->dimensions(), other = (*shares)->dimensions();
+    wanted = one[0];
+    check.require(one == other && one[1] == tokens && one[2] == top_k, "what records the routing does not fit");
+    ids = (*experts)->typed_data(), weights = (*shares)->typed_data();
+  }
   for (int64_t l = 0; l < count && !check.failed(); ++l) {
     ferrum::Layer& layer = all[size_t(l)];
     const int64_t rows = l * store.num_pages * store.page_size * 2 * store.kv_heads;
@@ -262,6 +274,10 @@ ffi::Error layers(ffi::ThreadPool threads, FloatMatrix x, IntVector slots, IntVe
       layer.gate = matrix(kExpertGate, hidden, 0, layer.experts);
       layer.up = matrix(kExpertUp, hidden, layer.gate.n, layer.experts);
       layer.down = matrix(kExpertDown, layer.gate.n, hidden, layer.experts);
+      if (ids && check.require(routers < wanted, "there are more routers than are recorded")) {
+        layer.ids = ids + routers * tokens * top_k;
+        layer.weights = weights + routers++ * tokens * top_k;
+      }
     } else {
       layer.gate = matrix(kGate, hidden, 0);
       layer.up = matrix(kUp, hidden, layer.gate.n);
@@ -269,6 +285,7 @@ ffi::Error layers(ffi::ThreadPool threads, FloatMatrix x, IntVector slots, IntVe
       layer.down_bias = vector(kDownBias, hidden);
     }
   }
+  check.require(routers == wanted, "there are fewer routers than are recorded");
   if (check.failed()) return check.error();
   const ferrum::Shape shape{hidden, heads, window, top_k, eps, scale, expert_scale, normalise};
   std::memcpy(y->typed_data(), x.typed_data(), size_t(tokens * hidden) * sizeof(float));

@@ -105,6 +105,8 @@ struct Layer {
   const float *query_bias, *key_bias, *value_bias, *output_bias, *down_bias;
   Matrix query, key, value, output, gate, up, down, router;
   int64_t experts;
+  int32_t* ids;  // [tokens, top_k], as weights: where what the router chose is kept, nullptr: nowhere
+  float* weights;
 };
 
 // x [tokens, hidden] through some layers, in place; layer i reads and writes caches[i].

@@ -210,8 +210,8 @@ class Step {
   void mixture(const Layer& layer) {
     const int64_t experts = layer.experts, padded = ceil_div(experts, kPanel) * kPanel, top_k = shape_.top_k;
     auto* logits = static_cast<float*>(scratch(kRouting, size_t(m_) * size_t(padded + 2 * top_k) * sizeof(float)));
-    float* weights = logits + m_ * padded;
-    auto* ids = reinterpret_cast<int32_t*>(weights + m_ * top_k);
+    float* weights = layer.weights ? layer.weights : logits + m_ * padded;
+    int32_t* ids = layer.ids ? layer.ids : reinterpret_cast<int32_t*>(logits + m_ * (padded + top_k));
     for_rows([&](int64_t t) { isa_.rms_norm(x_ + t * shape_.hidden, layer.feed_forward_norm, shape_.hidden, shape_.eps, normed_ + t * shape_.hidden); });
     const bool one = alone(&layer.router, 1);
     const Activations form = forms(isa_, Arithmetic::float32, shape_.hidden, &layer.router, 1);

@@ -1,0 +1,183 @@
+"""Pictures for notebooks: routing, probabilities, the engine's work over time, the roofline.
+
+Each function draws into `ax`, or into a new figure of 8 inches width where that is None, and returns the Axes. Nothing is
+shown and no style is changed. matplotlib comes with the extra "plot" and is imported by the first call; ImportError where
+it is not installed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from ferrum_jax.completion import Completion
+    from ferrum_jax.model import Routing
+    from ferrum_jax.tokenizer import Tokenizer
+
+_WIDTH = 8.0  # inches
+_LABELS = 16  # of an axis with a name for each row, at most
+
+
+class Event(NamedTuple):
+    """Work on a request, `kind` "prefill" or "decode", from begin_s to end_s seconds on one clock."""
+
+    request: int | str
+    kind: str
+    begin_s: float
+    end_s: float
+
+
+class Point(NamedTuple):
+    """A program that was run: its floating-point operations, the bytes it moved, and the seconds it took."""
+
+    name: str
+    flops: float
+    bytes: float
+    seconds: float
+
+
+def expert_heatmap(routing: Routing, layer: int | None = None, *, ax: Axes | None = None) -> Axes:
+    """The share of tokens (%) that go to each expert of each layer; with the number of a layer, the weight of each expert
+    there for each token. ValueError for a layer without experts."""
+    if layer is None:
+        ax = _axes(ax)
+        shown = np.unique(np.linspace(0, len(routing.layers) - 1, _LABELS).astype(int))
+        _image(ax, 100 * _load(routing), "share of tokens (%)")
+        ax.set_yticks(shown, labels=routing.layers[shown].tolist())
+        ax.set(xlabel="expert", ylabel="layer")
+        return ax
+    place, tokens = _place(routing, layer), len(routing.tokens)
+    weights = np.full((routing.num_experts, tokens), np.nan)
+    weights[routing.ids[place], np.arange(tokens)[:, None]] = routing.weights[place]
+    ax = _axes(ax, min(8.0, max(4.0, routing.num_experts / 24)))
+    _image(ax, weights, "weight")
+    ax.locator_params(axis="y", integer=True)
+    ax.set(xlabel="position of the token", ylabel="expert", title=f"layer {layer}")
+    return ax
+
+
+def expert_load(routing: Routing, layer: int | None = None, *, ax: Axes | None = None) -> Axes:
+    """The share of tokens (%) that go to each expert of a layer, without one the mean over layers, and what it would be if
+    all were used alike. ValueError for a layer without experts."""
+    load = 100 * _load(routing)
+    shares = load.mean(axis=0) if layer is None else load[_place(routing, layer)]
+    uniform = 100 * routing.ids.shape[2] / routing.num_experts
+    ax = _axes(ax)
+    ax.bar(np.arange(len(shares)), shares, color="C0", label="mean over layers" if layer is None else f"layer {layer}")
+    ax.axhline(uniform, color="C1", linestyle="--", label=f"uniform: {uniform:.3g} %")
+    ax.locator_params(axis="x", integer=True)
+    ax.set(xlabel="expert", ylabel="share of tokens (%)", xlim=(-0.75, len(shares) - 0.25))
+    _legend_above(ax)
+    return ax
+
+
+def token_probabilities(completion: Completion, tokenizer: Tokenizer, count: int = 12, *, ax: Axes | None = None) -> Axes:
+    """The probabilities of the first `count` generated tokens, and of the best alternatives to each, as a completion has
+    them that was generated with `SamplingParams(logprobs=k)`. ValueError for one that was not."""
+    if completion.logprobs is None:
+        raise ValueError("the completion has no logprobs; generate it with SamplingParams(logprobs=k)")
+    places, labels, values, chosen = [], [], [], []
+    place = 0.0
+    for entries in completion.logprobs[:count]:
+        for id, logprob in dict(entries).items():
+            places.append(place)
+            labels.append(repr(tokenizer.token_bytes(id).decode("utf-8", "backslashreplace")))
+            values.append(np.exp(logprob))
+            chosen.append(id == entries[0][0])
+            place += 1
+        place += 0.75
+    ax = _axes(ax, 0.9 + 0.2 * place)
+    for kind, colour, mine in (("chosen", "C0", np.array(chosen, bool)), ("alternative", "0.7", ~np.array(chosen, bool))):
+        ax.barh(np.array(places)[mine], np.array(values)[mine], color=colour, label=kind)
+    ax.set_yticks(places, labels=labels)
+    for label in ax.get_yticklabels():
+        label.set_parse_math(False)  # a dollar is a dollar
+    ax.set(xlabel="probability", ylabel="token", xlim=(0, 1), ylim=(place - 1.0, -0.75))
+    _legend_above(ax)
+    return ax
+
+
+def timeline(events: Sequence[Event], *, ax: Axes | None = None) -> Axes:
+    """When each request was read and decoded, a row for each in the order in which they are met.
+
+    An engine that nobody serves in the background is driven by `step`, and in each step everything that was running before
+    it gets on:
+
+        events, start, more = [], time.perf_counter(), True
+        while more:
+            running = [(request.id, bool(request.token_ids)) for request in requests if request.state == "running"]
+            begin = time.perf_counter() - start
+            more = engine.step()
+            end = time.perf_counter() - start
+            events += [Event(id, "decode" if begun else "prefill", begin, end) for id, begun in running]
+    """
+    ax = _axes(ax, 1.2 + 0.3 * len({event.request for event in events}))
+    rows = {request: row for row, request in enumerate(dict.fromkeys(event.request for event in events))}
+    for kind, colour in (("prefill", "C1"), ("decode", "C0")):
+        mine = [event for event in events if event.kind == kind]
+        widths = [event.end_s - event.begin_s for event in mine]
+        begins = [event.begin_s for event in mine]
+        places = [rows[event.request] for event in mine]
+        ax.barh(places, widths, 0.7, begins, color=colour, edgecolor="white", linewidth=0.3, label=kind)
+    ax.set_yticks(list(rows.values()), labels=[str(request) for request in rows])
+    ax.set(xlabel="time (s)", ylabel="request", ylim=(len(rows) - 0.5, -0.5))
+    _legend_above(ax)
+    return ax
+
+
+def roofline(points: Sequence[Point], bandwidth: float, flops: float, *, ax: Axes | None = None) -> Axes:
+    """What programs reach of what a device could: `bandwidth` bytes/s of its memory and `flops` operations/s at most
+    (Williams, Waterman and Patterson, "Roofline", 2009)."""
+    ax = _axes(ax)
+    ridge = flops / bandwidth
+    intensities = [point.flops / point.bytes for point in points]
+    low, high = min([ridge, *intensities]) / 4, max([ridge, *intensities]) * 4
+    roof = np.array([low, ridge, high])
+    limits = f"{bandwidth / 1e9:.4g} GB/s, {flops / 1e9:.4g} GFLOP/s"
+    ax.plot(roof, np.minimum(flops, bandwidth * roof), color="0.3", label=limits)
+    for point, intensity in zip(points, intensities, strict=True):
+        reached = point.flops / point.seconds
+        share = 100 * reached / min(flops, bandwidth * intensity)
+        ax.plot(intensity, reached, "o", label=f"{point.name}: {share:.0f} % of the roof")
+    ax.set(xscale="log", yscale="log", xlabel="operations per byte (FLOP/B)", ylabel="operations per second (FLOP/s)")
+    ax.grid(True, which="major", alpha=0.3)
+    ax.legend(loc="lower right")
+    return ax
+
+
+def _axes(ax: Axes | None, height: float = 4.0) -> Any:
+    if ax is not None:
+        return ax
+    try:
+        from matplotlib import pyplot
+    except ImportError as error:
+        raise ImportError("plots need matplotlib, which the extra brings: pip install 'ferrum-jax[plot]'") from error
+    return pyplot.subplots(figsize=(_WIDTH, height), layout="constrained")[1]
+
+
+def _legend_above(ax: Axes) -> None:
+    ax.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False)
+
+
+def _place(routing: Routing, layer: int) -> int:
+    """Where a layer is among those with experts."""
+    if layer not in routing.layers:
+        raise ValueError(f"layer {layer} has no experts; those that have: {', '.join(map(str, routing.layers))}")
+    return routing.layers.tolist().index(layer)
+
+
+def _image(ax: Axes, values: np.ndarray, label: str) -> None:
+    image = ax.imshow(values, aspect="auto", vmin=0)
+    ax.figure.colorbar(image, ax=ax, label=label)
+    ax.locator_params(axis="x", integer=True)
+
+
+def _load(routing: Routing) -> np.ndarray:
+    """The share of tokens that go to each expert: float64 [layers, experts]."""
+    counts = [np.bincount(ids.ravel(), minlength=routing.num_experts) for ids in routing.ids]
+    return np.stack(counts) / len(routing.tokens)
