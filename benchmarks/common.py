@@ -107,9 +107,16 @@ def sample(work: Callable[[], Any], pids: Sequence[int] = ()) -> tuple[float, fl
     return min(tries, key=lambda one: one[1])
 
 
-def write(name: str, result: dict[str, Any], *packages: str) -> None:
-    """Puts a result, with machine and versions, into benchmarks/results/NAME.json."""
+def write(name: str, result: dict[str, Any], *packages: str, keep: bool = False) -> None:
+    """Puts a result, with machine and versions, into benchmarks/results/NAME.json. keep: parts that the result lacks stay as
+    they are there; ValueError where they are of another machine, other versions or another model."""
     RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
     whole = {"benchmark": name, "machine": machine(), "versions": versions(*packages)} | result
-    (RESULTS / f"{name}.json").write_text(json.dumps(whole, indent=1) + "\n")
+    if keep:
+        known = json.loads(path.read_text())
+        if other := [key for key in ("machine", "versions", "model", "threads") if known[key] != whole[key]]:
+            raise ValueError(f"{path.name}: its {' and '.join(other)} are not of this run; measure all parts")
+        whole = known | whole
+    path.write_text(json.dumps(whole, indent=1) + "\n")
     print(f"wrote {name}.json", flush=True)

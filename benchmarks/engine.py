@@ -15,7 +15,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -418,7 +418,8 @@ def kv_dtypes(model: Any, ids: list[int], sizes: Sizes) -> dict[str, Any]:
     }
 
 
-def measure(path: Path, name: str, sizes: Sizes) -> dict[str, Any]:
+def measure(path: Path, name: str, sizes: Sizes, only: Sequence[str]) -> dict[str, Any]:
+    """The parts that are named in `only`, or all."""
     threads = len(os.sched_getaffinity(0))
     models = {dtype: fj.load(path, dtype=dtype) for dtype in DTYPES}
     exact = models["float32"]
@@ -436,7 +437,9 @@ def measure(path: Path, name: str, sizes: Sizes) -> dict[str, Any]:
         },
         "kv_dtypes": lambda: kv_dtypes(exact, ids, sizes),
     }
-    return {"model": shape, "threads": threads} | {part: work() for part, work in parts.items()}
+    if unknown := set(only) - set(parts):
+        raise SystemExit(f"--only {' '.join(sorted(unknown))}: the parts are {', '.join(parts)}")
+    return {"model": shape, "threads": threads} | {part: work() for part, work in parts.items() if not only or part in only}
 
 
 def main() -> None:
@@ -445,13 +448,15 @@ def main() -> None:
     parser.add_argument("--name", help="what the model is called in the result; default: the model")
     parser.add_argument("--quick", action="store_true", help="a few minutes: one round of short requests, nothing is written")
     parser.add_argument("--rounds", type=int, default=Sizes().rounds, help="how often everything is repeated")
+    parser.add_argument("--only", nargs="+", default=(), metavar="PART", help="measure these anew, keep the rest of the result")
     parser.add_argument("--patience", type=float, default=60.0, help="seconds to spend on waiting for a quiet machine")
     options = parser.parse_args()
     common.Patience.left = options.patience
     name = options.name or options.model.replace(":", "-")
-    result = measure(hub.resolve(options.model), name, QUICK if options.quick else Sizes(rounds=options.rounds))
+    sizes = QUICK if options.quick else Sizes(rounds=options.rounds)
+    result = measure(hub.resolve(options.model), name, sizes, options.only)
     if not options.quick:
-        common.write("engine", result, "xllamacpp")
+        common.write("engine", result, "xllamacpp", keep=bool(options.only))
 
 
 if __name__ == "__main__":

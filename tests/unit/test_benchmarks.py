@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[2]
 RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import report  # noqa: E402
+from benchmarks import common, report  # noqa: E402
 
 
 def test_page_is_generated_from_the_results():
@@ -61,3 +61,14 @@ def test_result_is_complete_and_its_content_was_right(path):
         assert path.stem == "dtypes"
         for model in result["models"]:
             assert abs(model["content_check"]["float32_difference_percent"]) <= 0.02
+
+
+def test_one_part_of_a_result_is_replaced(tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
+    common.write("some", {"model": "m", "threads": 2, "host": 1, "speculation": 2})
+    common.write("some", {"model": "m", "threads": 2, "speculation": 3}, keep=True)
+    known = json.loads((tmp_path / "some.json").read_text())
+    assert (known["host"], known["speculation"]) == (1, 3)
+    with pytest.raises(ValueError, match="model and threads"):
+        common.write("some", {"model": "other", "threads": 1, "speculation": 4}, keep=True)
+    assert json.loads((tmp_path / "some.json").read_text()) == known
