@@ -1,11 +1,15 @@
-"""Sums whose order is fixed by the row's length alone.
+"""Reductions of rows that leave a row the same bits in any batch, on CPU.
 
-XLA chooses how to reduce by the shape of the whole array, so the same row gives other bits in another batch. Sums written
-as elementwise additions leave it no choice on CPU. Elsewhere they would cost a kernel each, and rows are equal within the
-rounding of a sum.
+XLA chooses how to reduce by the shape of the whole array: a sum gets another order, and a reduction over 4096 elements or
+more goes to a library together with what is around it, an exponential too, which has other bits there than in XLA's own
+code. Written as elementwise operations, reductions leave it no choice. Elsewhere they would cost a kernel each, and rows are
+equal within rounding.
 """
 
 from __future__ import annotations
+
+import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -20,14 +24,23 @@ def row_sum(x: jax.Array) -> jax.Array:
     """Sum over the last axis, which is kept with length 1: [..., n] -> [..., 1]."""
     if dispatch.target().platform != "cpu":
         return jnp.sum(x, axis=-1, keepdims=True)
+    return _fold(x, jnp.add, 0.0)
+
+
+def row_max(x: jax.Array) -> jax.Array:
+    """Greatest of the last axis, which is kept with length 1: [..., n] -> [..., 1]. NaN where there is one."""
+    if dispatch.target().platform != "cpu":
+        return jnp.max(x, axis=-1, keepdims=True)
+    return _fold(x, jnp.maximum, -jnp.inf)
+
+
+def _fold(x: jax.Array, combine: Callable[[jax.Array, jax.Array], jax.Array], neutral: float) -> jax.Array:
+    """The last axis combined in an order that its length decides: [..., n] -> [..., 1]."""
     while (width := x.shape[-1]) > 1:
         parts = min(_FAN_IN, width)
-        x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -width % parts)])
+        x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -width % parts)], constant_values=neutral)
         x = x.reshape(*x.shape[:-1], parts, -1)
-        total = x[..., 0, :]
-        for part in range(1, parts):
-            total = total + x[..., part, :]
-        x = total
+        x = functools.reduce(combine, (x[..., part, :] for part in range(parts)))
     return x
 
 

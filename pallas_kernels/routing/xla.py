@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.reductions import row_sum
+from pallas_kernels.reductions import row_max, row_sum
 
 
 def route(logits: jax.Array, live: jax.Array, top_k: int, normalise: bool, scale: float) -> tuple[jax.Array, jax.Array]:
     """experts int32 and weights float32 [tokens, top_k]."""
-    odds = jnp.exp(logits - logits.max(axis=-1, keepdims=True))
+    odds = jnp.exp(logits - row_max(logits))
     weights, experts = lax.top_k(odds / row_sum(odds), top_k)
     if normalise:
         total = row_sum(weights)

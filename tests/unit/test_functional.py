@@ -78,8 +78,8 @@ def same_bits(a, b) -> bool:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_logits_of_a_row_are_bit_equal_alone_in_a_batch_and_chunked(name):
-    lengths = [40, 1, 130, 17, 16, 33]
-    together = teacher_forced(name, lengths, chunk=237)
+    lengths = [40, 1, 130, 17, 16, 33, 70]  # with all 307 rows XLA would compute the router's softmax otherwise
+    together = teacher_forced(name, lengths, chunk=307)
     assert all(np.isfinite(row).all() for row in together)
     chunked = teacher_forced(name, lengths, chunk=50)
     for row, length in enumerate(lengths):

@@ -16,9 +16,10 @@ from tiny_gguf import write_tiny_llama
 import ferrum_jax as fj
 from ferrum_jax import functional as F
 from ferrum_jax.models import layers
+from ferrum_jax.quantized import QuantizedTensor, linear
 from pallas_kernels import dispatch
 from pallas_kernels.native import build
-from pallas_kernels.routing import xla
+from pallas_kernels.routing import route, xla
 
 CASES = {spec.name: spec for spec in directory_cases.CASES}
 TOKENS = np.random.default_rng(3).integers(0, 320, 20).astype(np.int32)
@@ -205,3 +206,25 @@ def test_other_numbers_of_experts_per_token(model):
     assert abs(np.exp(-np.asarray(logprobs).mean()) / found[0] - 1) <= 1e-5
     with pytest.raises(ValueError, match="top_k 9"):
         with_experts(model, 9).perplexity(prompt)
+
+
+# ---- The router itself
+
+
+@pytest.mark.parametrize(("experts", "top_k"), [(16, 4), (20, 3), (128, 8)])
+def test_a_row_has_the_same_bits_in_any_number_of_rows(experts, top_k):
+    """XLA gives a reduction over 4096 numbers or more to a library, with the exponential that follows."""
+    rng = np.random.default_rng(experts)
+    x = rng.standard_normal((512, 64)).astype(np.float32)
+    router = QuantizedTensor.of(rng.standard_normal((experts, 64)).astype(np.float32) / 4, "F32")
+
+    @jax.jit
+    def routed(x):
+        return route(linear(x, router), np.ones(x.shape[0], bool), top_k)
+
+    ids, weights = map(np.asarray, routed(x))
+    np.testing.assert_allclose(weights.sum(-1), 1, rtol=1e-6)
+    for rows in (2, 31, 32, 204, 205, 255, 256):
+        some_ids, some_weights = map(np.asarray, routed(x[:rows]))
+        assert np.array_equal(some_ids, ids[:rows])
+        assert np.array_equal(some_weights.view(np.uint32), weights[:rows].view(np.uint32)), rows
