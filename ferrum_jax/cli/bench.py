@@ -140,7 +140,7 @@ def _startup(model: Any) -> dict[str, float]:
 
 
 @click.command("bench", short_help="Measure prefill and decode speed.")
-@common.model_argument
+@common.optional_model_argument
 @click.option("--batch", type=common.PositiveIntegers(), default="1,4", show_default=True)
 @click.option("--prompt-len", type=common.PositiveIntegers(), default="64,512", show_default=True)
 @click.option("--gen-len", type=click.IntRange(min=2), default=64, show_default=True)

