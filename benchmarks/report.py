@@ -1,4 +1,4 @@
-"""Writes docs/performance.md from benchmarks/results/*.json, and from nothing else.
+"""Writes docs/performance.md, and README's table of speeds, from benchmarks/results/*.json, and from nothing else.
 
 python -m benchmarks.report
 """
@@ -13,6 +13,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "performance.md"
+FRONT = ROOT / "README.md"
+BEGIN, END = "<!-- speed: written by python -m benchmarks.report -->\n", "<!-- end of speed -->\n"
 DISTURBED = 0.3  # cores of others above which no ratio between engines is shown
 
 HEAD = """# Performance
@@ -442,6 +444,40 @@ def render(folder: Path = RESULTS) -> str:
     return "\n".join(parts)
 
 
+def front(folder: Path = RESULTS) -> str:
+    """README's table: int8 on a CPU, and beside it llama.cpp's build for the machine itself."""
+    paths = [path for prefix in ("cpu-", "memory-") for path in sorted(folder.glob(f"{prefix}*.json"))]
+    results = [json.loads(path.read_text()) for path in paths]
+    machine = results[0]["machine"]
+    if any(result["machine"] != machine for result in results):
+        raise ValueError("the results come from several machines; README's table names one")
+    rows = []
+    for result in sorted(results, key=lambda result: result.get("model", result)["parameter_bytes"]):
+        model = result.get("model", result)
+        if "rows" in result:
+            ours = {row["batch"]: row for row in result["rows"] if (row["engine"], row["dtype"]) == ("ferrum_jax", "int8")}
+            theirs = {row["batch"]: row for row in result.get("native", [])}
+        else:
+            ours = {1: {"decode_tok_s": result["decode_tok_s"]}}
+            theirs = {1: {"decode_tok_s": result["llama_cpp_decode_tok_s"]}}
+        cells = []
+        for batch, key in ((1, "prefill_tok_s"), (1, "decode_tok_s"), (16, "decode_tok_s")):
+            pair = [side.get(batch, {}).get(key) for side in (ours, theirs)]
+            shown = [f"{rate['median']:,.{0 if rate['median'] >= 100 else 1}f}" if rate else "-" for rate in pair]
+            cells.append(shown[0] if shown[1] == "-" else f"**{shown[0]}** / {shown[1]}")
+        rows.append([f"{model['name']}, {model['parameter_bytes'] / 1e6:,.0f} MB", *cells])
+    named = f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB, {' '.join(machine['instructions'])}"
+    columns = ["tokens a second, ferrum_jax / llama.cpp", "prompt", "one sequence", "16 sequences"]
+    return f"On one machine: {named}.\n\n" + table(columns, rows)
+
+
+def with_front(text: str) -> str:
+    """README with its table of speeds written anew."""
+    head, rest = text.split(BEGIN)
+    return f"{head}{BEGIN}\n{front()}\n{END}{rest.split(END)[1]}"
+
+
 if __name__ == "__main__":
     PAGE.write_text(render())
-    print(f"wrote {PAGE.relative_to(ROOT)}")
+    FRONT.write_text(with_front(FRONT.read_text()))
+    print(f"wrote {PAGE.relative_to(ROOT)} and the table of {FRONT.relative_to(ROOT)}")

@@ -16,6 +16,7 @@ from benchmarks import common, report  # noqa: E402
 def test_page_is_generated_from_the_results():
     assert len(RESULTS) >= 4
     assert report.render() == report.PAGE.read_text()
+    assert report.with_front(report.FRONT.read_text()) == report.FRONT.read_text()
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)

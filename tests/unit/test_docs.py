@@ -37,16 +37,16 @@ def run(page: Path, folder: Path) -> dict:
 
 
 def test_python_of_readme_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    names = run(ROOT / "README.md", tmp_path)
+    assert run(ROOT / "README.md", tmp_path)["requests"]
     assert capsys.readouterr().out
-    greedy = names["fj"].SamplingParams(max_tokens=names["max_tokens"], temperature=0.0)
-    for ids, count, same in zip(names["tokens"], names["made"], names["model"].generate(names["encoded"], greedy), strict=True):
-        assert ids[:count].tolist() == same.token_ids
 
 
 def test_python_of_quickstart_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(ROOT / "docs" / "quickstart.md", tmp_path)["requests"]
-    assert capsys.readouterr().out
+    names = run(ROOT / "docs" / "quickstart.md", tmp_path)
+    assert names["requests"] and capsys.readouterr().out
+    greedy = names["fj"].SamplingParams(max_tokens=names["max_tokens"], temperature=0.0)
+    for ids, count, same in zip(names["tokens"], names["made"], names["model"].generate(names["encoded"], greedy), strict=True):
+        assert ids[:count].tolist() == same.token_ids
 
 
 def test_the_site_builds(tmp_path: Path) -> None:
@@ -77,6 +77,37 @@ def test_readme_begins_with_its_two_commands() -> None:
     """Install and run; test. Other fences are of other languages, so that these stay the only shell blocks."""
     fences = re.findall(r"^```(\w*)$", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)[::2]
     assert fences[:2] == ["bash", "bash"] and set(fences[2:]) == {"python", "text"}
+
+
+def test_picture_of_the_design() -> None:
+    """It is small, needs nothing from elsewhere, has a ground of its own, and README and the site show it."""
+    picture = (ROOT / "docs" / "design.svg").read_text(encoding="utf-8")
+    assert len(picture) <= 12_000 and "<image" not in picture and picture.count("http") == 1
+    assert "](docs/design.svg)" in (ROOT / "README.md").read_text(encoding="utf-8") and "](design.svg)" in _page("index.md")
+    assert f"GGUF, {len(FORMATS)} formats" in picture
+
+
+def test_families_of_readme() -> None:
+    """A cell with a tick has its row in models.md: the golden of such a checkpoint, which another test looks for."""
+    of_moe = ["qwen3moe-q4_k_m", "qwen3moe-f32", "gptq-ordered-moe", "", "compressed-channel-moe", "qwen3moe-attention"]
+    kinds = ["GGUF", "safetensors", "GPTQ", "AWQ", "compressed-tensors", "LoRA"]
+    goldens = {
+        "LLaMA": ["llama3-f32", "llama3-bf16", "gptq-llama", "awq-llama", "compressed-asym", "llama-all"],
+        "Mistral": ["mistral-f16", "mistral-f32", "", "", "", ""],
+        "Qwen2": ["qwen2-tied-bf16", "qwen2-yarn-bf16", "gptq-asym-ordered", "", "", "qwen2"],
+        "Qwen3": ["qwen3-q8_0", "qwen3-f16", "gptq8-qwen3", "", "compressed-qwen3", "qwen3"],
+        "Qwen3-MoE": of_moe,
+        "Mixtral": ["mixtral-q4_0", "mixtral-bf16", "", "awq-mixtral", "", ""],
+        "BERT": ["mean-f32-gguf", "mean-f32-directory", "", "", "", ""],
+    }
+    readme, models = (ROOT / "README.md").read_text(encoding="utf-8"), _page("models.md")
+    table = readme[readme.index("| | GGUF | safetensors |") :].split("\n\n")[0].splitlines()
+    assert [cell.split()[0] for cell in table[0].split("|")[2:-1]] == kinds
+    rows = {line.split("|")[1].split()[0].strip(","): [cell.split()[0] for cell in line.split("|")[2:-1]] for line in table[2:]}
+    assert {name: ["✓" if golden else "" for golden in names] for name, names in goldens.items()} == {
+        name: [cell if cell == "✓" else "" for cell in cells] for name, cells in rows.items()
+    }
+    assert all(f"[{golden}]`" in models for names in goldens.values() for golden in names if golden)
 
 
 def test_table_of_formats() -> None:
