@@ -22,6 +22,7 @@ _HOMES = {
     "ModelConfig": "config",
     "ModelFileError": "errors",
     "ModelNotFoundError": "errors",
+    "NotFiniteError": "errors",
     "OutOfMemoryError": "errors",
     "Request": "engine",
     "Routing": "model",
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from ferrum_jax.errors import FerrumError as FerrumError
     from ferrum_jax.errors import ModelFileError as ModelFileError
     from ferrum_jax.errors import ModelNotFoundError as ModelNotFoundError
+    from ferrum_jax.errors import NotFiniteError as NotFiniteError
     from ferrum_jax.errors import OutOfMemoryError as OutOfMemoryError
     from ferrum_jax.errors import UnsupportedModelError as UnsupportedModelError
     from ferrum_jax.loading import load as load

@@ -8,8 +8,9 @@ import dataclasses
 @dataclasses.dataclass(frozen=True)
 class Completion:
     """What was generated for one prompt. `token_ids` includes the end token, `text` does not; finish_reason is "stop" (end
-    token or stop string), "length", or from an engine "abort" or "error"; logprobs: per token a list of (id, logprob), the
-    chosen token first; prompt_logprobs: the same for the tokens of the prompt, None for the first."""
+    token or stop string), "length", "error" (then `error` says what went wrong), or from an engine "abort"; logprobs: per
+    token a list of (id, logprob), the chosen token first; prompt_logprobs: the same for the tokens of the prompt, None for
+    the first."""
 
     text: str
     token_ids: list[int]
@@ -17,3 +18,4 @@ class Completion:
     logprobs: list[list[tuple[int, float]]] | None
     prompt_token_ids: list[int]
     prompt_logprobs: list[list[tuple[int, float]] | None] | None = None
+    error: str = ""

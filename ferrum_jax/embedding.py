@@ -15,6 +15,7 @@ import numpy as np
 
 from ferrum_jax.config import refuse_encoder
 from ferrum_jax.encoder_config import EncoderConfig
+from ferrum_jax.errors import NotFiniteError
 from ferrum_jax.models import bert
 from ferrum_jax.programs import Programs
 from ferrum_jax.tokenizer import Tokenizer
@@ -48,6 +49,9 @@ class EmbeddingModel:
             pending.append((members, self.programs.run(bert.embed, *inputs, config=self.config, normalize=bool(normalize))))
         for members, rows in pending:
             out[members] = self.programs.fetch(rows)[: len(members)]
+        if not np.isfinite(out).all():
+            row = int(np.isfinite(out).all(axis=1).argmin())
+            raise NotFiniteError(f"the embedding of text {row} is not finite: damaged weights, or a dtype too narrow for them")
         return out
 
     def _encode(self, texts: list[str]) -> list[list[int]]:

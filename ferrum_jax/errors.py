@@ -20,3 +20,8 @@ class ModelNotFoundError(FerrumError):
 class OutOfMemoryError(FerrumError, MemoryError):
     """A device has not the memory for what was asked. The message counts what is needed and what there is, and says what
     would help."""
+
+
+class NotFiniteError(FerrumError, ArithmeticError):
+    """What the model computed is NaN or infinite where a number is needed: damaged weights, or a dtype whose range they
+    leave."""

@@ -1,8 +1,8 @@
 """The functional surface: pure functions of parameters, cache and inputs, ready for `jax.jit`, nothing hidden.
 
 `forward` runs one ragged batch. `generate` is prefill and the whole sampling loop as one program: `start` reads the
-prompts in chunks and samples once, `advance` decodes until every row has stopped. A driver that wants to look in between
-(streaming, stop strings) calls the same two and gets the same tokens. Donate the cache: every program aliases it whole.
+prompts in chunks and samples once, `advance` decodes until every row has stopped. Whoever looks in between (a stream, stop
+strings, a server) uses the engine and gets the same tokens. Donate the cache: every program aliases it whole.
 
 Rows of a batch own equal runs of pages: row b has pages b * P .. (b + 1) * P - 1, P = num_pages // rows.
 """
@@ -15,14 +15,16 @@ import jax
 import jax.numpy as jnp
 from jax import export, lax
 
+from ferrum_jax.choice import NOT_FINITE, Choice, choose
 from ferrum_jax.config import ModelConfig, require_experts
 from ferrum_jax.kv_cache import KVCache, new_cache
 from ferrum_jax.models.decoder import Decoder, RaggedBatch
 from ferrum_jax.models.layers import ROUTING
 from ferrum_jax.quantized import grouped_linear, linear
-from ferrum_jax.sampling import Sampling, is_end, occurred, sample, token_logprobs
+from ferrum_jax.sampling import Sampling
 
 __all__ = [
+    "NOT_FINITE",
     "KVCache",
     "RaggedBatch",
     "Sampled",
@@ -120,7 +122,8 @@ def generate(
 
     prompts int32 [B, L], right-padded; prompt_lengths int32 [B], 0 for a row that is padding; sampling: per-row
     parameters; key: a PRNG key, the noise of a row depends on it, the row's seed and the position. Stops when every row
-    has stopped: by an end token, its own `sampling.max_tokens`, or `max_tokens`. adapters int32 [B]: each row's adapter by
+    has stopped: by an end token, its own `sampling.max_tokens`, `max_tokens`, or logits that are not finite, which put
+    `NOT_FINITE` (-2) in the place of a token and do not count in lengths. adapters int32 [B]: each row's adapter by
     its place among those of `params`, -1 for none.
 
     Returns (tokens int32 [B, max_tokens], -1 behind the end; lengths int32 [B]; cache), and with `logprobs=k` a fourth
@@ -238,20 +241,12 @@ def advance(
 
 def _sample(params, hidden, state: State, sampling: Sampling, key, config, logprobs) -> tuple[State, Sampled]:
     """Samples the token after `state.position` for every row that is not done."""
-    rows = hidden.shape[0]
     logits = unembed(params, hidden, config=config)
-    with jax.named_scope("sampling"):
-        active, position = ~state.done, state.position + 1
-        token = sample(logits, sampling, state.seen, position, key)
-        if logprobs is None:
-            ids, values = jnp.zeros((rows, 0), jnp.int32), jnp.zeros((rows, 0), jnp.float32)
-        else:
-            ids, values = token_logprobs(logits, token, logprobs)
-        count = state.generated + active
-        seen = occurred(state.seen, jnp.arange(rows), jnp.where(active, token, config.vocab_size))
-        done = state.done | is_end(token, sampling) | (count >= sampling.max_tokens)
-    state = State(jnp.where(active, token, state.token), jnp.where(active, position, state.position), count, done, seen)
-    return state, Sampled(jnp.where(active, token, -1)[:, None], ids[:, None], values[:, None])
+    before = Choice(state.position + 1, state.generated, state.done, state.seen)
+    choice, (token, *scores) = choose(logits, before, sampling, key, ~state.done, logprobs=logprobs)
+    newest = jnp.where(token >= 0, token, state.token)
+    state = State(newest, choice.length - 1, choice.generated, choice.done, choice.seen)
+    return state, Sampled(token[:, None], *(array[:, None] for array in scores))
 
 
 def hidden_chunk(params, cache: KVCache, prompts, lengths, i, adapters=None, *, chunk: int, config: ModelConfig):

@@ -1,33 +1,34 @@
 """A loaded model: its parameters as one value, and the host's side of generation.
 
-`generate` runs prefill and the whole loop as one compiled program. `stream`, `chat` in the terminal and requests with
-stop strings use the stepping driver: the same `start` and `advance`, a few tokens a dispatch, each dispatch's results read
-while the next one runs. More prompts than one program takes, and parameters that need a state of their own, go through an
-engine. All give the same tokens.
+Everything that generates goes through an engine, made for the call: `generate` submits all prompts to it, `stream` follows
+one request, `chat` renders a conversation first. So there is one loop, and every way gives the same tokens. The pure
+program without a host is `functional.generate`.
 """
 
 from __future__ import annotations
 
-import time
+import sys
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 
 from ferrum_jax import functional
 from ferrum_jax.completion import Completion
 from ferrum_jax.config import require_experts
-from ferrum_jax.driver import Driver, Inputs, Stream, Watcher, bucket, made, padded, power_of_two, stream
 from ferrum_jax.engine import Engine, EngineConfig, Request
+from ferrum_jax.errors import NotFiniteError
 from ferrum_jax.kv_cache import bytes_per_token
 from ferrum_jax.prompts import Prompt, Prompts
 from ferrum_jax.runtime import PAGE
-from ferrum_jax.sampling import SamplingParams
+from ferrum_jax.sampling_params import SamplingParams
+from ferrum_jax.shapes import bucket, by_fours, padded, power_of_two
 from ferrum_jax.weights.stream import bytes_by_format
 
-_ROWS = 32  # rows of one program at most
-_CACHE_BYTES = 2 << 30  # KV cache of one program at most, where more than one row asks for it
+_ROWS = 32  # sequences that run at once at most
+_CACHE_BYTES = 2 << 30  # KV cache at most, where more than one sequence asks for it
+_SHORT = 256  # tokens of the smallest cache of a single sequence
+_AHEAD = 512  # tokens of output that a single sequence's cache has room for from the beginning
 
 
 class Routing(NamedTuple):
@@ -40,6 +41,44 @@ class Routing(NamedTuple):
     ids: np.ndarray
     weights: np.ndarray
     num_experts: int
+
+
+class Stream:
+    """Iterator of (text piece, token ids) of one request. `finish_reason`, `error`, `token_ids`, `text`, `logprobs`: of
+    what has come so far."""
+
+    def __init__(self, request: Request, pieces: Generator[tuple[str, list[int]], None, None]):
+        self.prompt_token_ids, self._request, self._pieces = request.prompt_token_ids, request, pieces
+
+    def __iter__(self) -> Stream:
+        return self
+
+    def __next__(self) -> tuple[str, list[int]]:
+        return next(self._pieces)
+
+    def close(self) -> None:
+        """Stops generating; what was generated so far stays readable."""
+        self._pieces.close()
+
+    @property
+    def finish_reason(self) -> str | None:
+        return self._request.finish_reason
+
+    @property
+    def error(self) -> str:
+        return self._request.error
+
+    @property
+    def token_ids(self) -> list[int]:
+        return self._request.token_ids
+
+    @property
+    def text(self) -> str:
+        return self._request.text
+
+    @property
+    def logprobs(self) -> list[list[tuple[int, float]]] | None:
+        return self._request.logprobs
 
 
 class Model(Prompts):
@@ -68,24 +107,24 @@ class Model(Prompts):
         names: list[Any] = list(adapter) if isinstance(adapter, list | tuple) else [adapter] * len(encoded)
         if len(names) != len(encoded):
             raise ValueError(f"{len(encoded)} prompts and {len(names)} adapters; give one for all or one for each")
-        places = [self.place_of(name) for name in names]
         if not encoded:
             return []
-        if any(p.of_an_engine for p in each) or len({p.logprobs for p in each}) > 1 or not self._fit_one_program(encoded, each):
-            return self._complete_in_engine(encoded, each, names)
-        return self._complete(encoded, each, places)
+        engine = self._engine(encoded, each)
+        requests = [engine.submit(*each) for each in zip(encoded, each, names, strict=True)]
+        completions = [completion for request in requests for completion in request.results()]
+        for choice in (choice for request in requests for choice in request.choices):
+            _raise_cause(choice)
+        return completions
 
     def stream(self, prompt: Prompt, params: SamplingParams = SamplingParams(), adapter: str | None = None) -> Stream:
         """An iterator of (text piece, token ids): the same tokens as `generate`, as they are made. ValueError for
         parameters that a stream cannot meet (n > 1, prompt_logprobs)."""
         if params.n > 1 or params.prompt_logprobs is not None:
             raise ValueError("SamplingParams.n and prompt_logprobs: a stream is of one completion's output; use generate")
-        ids, place = self.encode(prompt), self.place_of(adapter)
-        if not params.of_an_engine:
-            return stream(self, ids, params, place)
+        ids = self.encode(prompt)
         engine = self._engine([ids], [params])
         request = engine.submit(ids, params, adapter)
-        return Stream(ids, request._watcher, _pieces(engine, request))
+        return Stream(request, _pieces(engine, request))
 
     def chat(
         self,
@@ -136,6 +175,8 @@ class Model(Prompts):
                 targets[: len(row)][scored] = [part[r][p + 1] for r, p in zip(row[scored], position[scored], strict=True)]
                 logprobs = self.programs.run(functional.logprobs_of, self.params, hidden, targets, config=self.config)
                 total += np.asarray(self.programs.fetch(logprobs), np.float64)[: len(row)][scored].sum()
+        if not np.isfinite(total):
+            raise NotFiniteError("the model's log-probabilities are not finite: it has no perplexity on this text")
         return float(np.exp(-total / (len(windows) * (size - 1))))
 
     def trace_routing(self, prompt: Prompt, adapter: str | None = None) -> Routing:
@@ -161,68 +202,19 @@ class Model(Prompts):
 
     # Inside
 
-    def _fit_one_program(self, encoded: list[list[int]], params: list[SamplingParams]) -> bool:
-        """Whether one program's rows and cache hold all prompts."""
-        longest = max(len(ids) + min(p.max_tokens, self.max_seq_len - len(ids)) for ids, p in zip(encoded, params, strict=True))
-        size = power_of_two(len(encoded)) * bucket(longest) * self.memory()["kv_bytes_per_token"]
-        return len(encoded) == 1 or (len(encoded) <= _ROWS and size <= _CACHE_BYTES)
-
-    def _complete_in_engine(
-        self, prompts: list[list[int]], params: list[SamplingParams], adapters: list[str | None]
-    ) -> list[Completion]:
-        """Completions of any number of prompts; n a prompt."""
-        engine = self._engine(prompts, params)
-        requests = [engine.submit(*each) for each in zip(prompts, params, adapters, strict=True)]
-        results = [completion for request in requests for completion in request.results()]
-        failed = next((request.error for request in requests if request.error), "")
-        if failed:
-            raise RuntimeError(f"generation failed: {failed}")
-        metrics = engine.metrics()
-        self.count("prefill", int(metrics["prompt_tokens"]), 0.0)
-        self.count("decode", int(metrics["generated_tokens"]), metrics["device_seconds"])
-        return results
-
     def _engine(self, prompts: list[list[int]], params: list[SamplingParams]) -> Engine:
-        """An engine for some prompts, with as many rows as the cache of one program holds."""
+        """An engine for some prompts: as many rows as their number and the cache's bytes allow, with pages for each to its
+        end; a single sequence begins with fewer, since most end early."""
         longest = max(min(len(ids) + p.max_tokens, self.max_seq_len) for ids, p in zip(prompts, params, strict=True))
-        pages = -(-bucket(longest) // PAGE)
         rows = min(_ROWS, power_of_two(sum(p.n for p in params)))
+        if rows == 1:
+            pages = min(by_fours(longest, _SHORT), self.max_seq_len + -self.max_seq_len % PAGE) // PAGE
+            initial = by_fours(min(longest, len(prompts[0]) + _AHEAD), _SHORT) // PAGE
+            return Engine(self, EngineConfig(num_pages=pages, initial_pages=min(initial, pages), max_seqs=1))
+        pages = -(-bucket(longest) // PAGE)
         fitting = max(1, _CACHE_BYTES // (pages * PAGE * self.memory()["kv_bytes_per_token"]))
         rows = min(rows, 1 << (fitting.bit_length() - 1))
         return Engine(self, EngineConfig(num_pages=rows * pages, max_seqs=rows))
-
-    def _complete(self, prompts: list[list[int]], params: list[SamplingParams], adapters: list[int]) -> list[Completion]:
-        """Completions of one program's rows: one dispatch, or the stepping driver where stop strings are watched."""
-        watchers = [Watcher(self.tokenizer, p) for p in params]
-        if any(p.stop for p in params):
-            driver = Driver(self, prompts, params, adapters)
-            for sampled in driver:
-                for row, watcher in enumerate(watchers):
-                    watcher.push(sampled, row)
-                driver.cancel([watcher.finish_reason is not None for watcher in watchers])
-        else:
-            sampled = self._generate(Inputs(self, prompts, params, adapters))
-            for row, watcher in enumerate(watchers):
-                watcher.push(sampled, row)
-        for watcher in watchers:
-            watcher.flush()
-        return [
-            Completion(w.text, w.token_ids, w.finish_reason or "length", w.logprobs, prompt)
-            for w, prompt in zip(watchers, prompts, strict=True)
-        ]
-
-    def _generate(self, inputs: Inputs) -> functional.Sampled:
-        """Prefill and all tokens in one program."""
-        width, max_tokens = bucket(inputs.longest_prompt), bucket(inputs.max_tokens)
-        arguments = inputs.arguments(width, width + max_tokens)
-        static = {"config": self.config, "max_tokens": max_tokens, "logprobs": inputs.logprobs}
-        program = self.programs.get(_generate, *arguments, donate=(1,), **static)
-        begin = time.perf_counter()
-        _, result = program(*arguments)
-        sampled = self.programs.fetch(result)
-        self.count("prefill", inputs.tokens, 0.0)
-        self.count("decode", made(sampled), time.perf_counter() - begin)
-        return sampled
 
     def _chunks(
         self, function: Callable, batch: list[list[int]], adapter: str | None
@@ -243,17 +235,18 @@ class Model(Prompts):
 
 
 def _pieces(engine: Engine, request: Request) -> Generator[tuple[str, list[int]], None, None]:
-    """The outputs of a request, which is aborted when nobody wants any more."""
+    """The outputs of a request, which is aborted when its reader goes away; nothing is left running then."""
+    at_exit = sys.is_finalizing  # the module may be gone by then
     try:
         yield from request
+        _raise_cause(request)
     finally:
-        engine.abort(request)
+        if not at_exit():
+            engine.abort(request)
+            engine.run()
 
 
-def _generate(params, cache, prompts, lengths, sampling, key, adapters, *, config, max_tokens, logprobs):
-    """functional.generate, returning the cache first (so that it aliases) and everything sampled."""
-    static = {"config": config, "max_tokens": max_tokens, "logprobs": logprobs}
-    result = functional.generate(params, cache, prompts, lengths, sampling, key, **static, adapters=adapters)
-    tokens, _, cache, *sampled = result
-    nothing = jnp.zeros((*tokens.shape, 0))
-    return cache, sampled[0] if sampled else functional.Sampled(tokens, nothing.astype(jnp.int32), nothing)
+def _raise_cause(request: Request) -> None:
+    """Raises the exception that ended a request, if one did."""
+    if request._cause is not None:
+        raise request._cause

@@ -26,6 +26,8 @@ import jax.numpy as jnp
 
 from ferrum_jax import functional, headers, hub, memory
 from ferrum_jax.config import ModelConfig
+from ferrum_jax.engine import EngineConfig, steps
+from ferrum_jax.engine.config import MAX_STEPS
 from ferrum_jax.errors import ModelNotFoundError
 from ferrum_jax.loading import auto_dtype
 from ferrum_jax.programs import COMPILER_OPTIONS
@@ -38,7 +40,6 @@ from ferrum_jax.weights.stream import abstract_parameters
 from pallas_kernels import aot, dispatch
 
 _CHILD = "from ferrum_jax.plan import main; main()"
-_STEPS = 16  # tokens of a decode dispatch
 _GROWTH = 0.05  # of the room: temporaries that are guessed to grow by more are compiled again
 _TRIES = 4  # compilations in search of something smaller that fits
 _UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
@@ -143,35 +144,34 @@ class _Model:
         return self.kv_bytes(batch, context) + 4 * batch * context
 
     def prefill(self, batch: int, context: int) -> int:
-        """Temporaries of the step that reads prompts, chunk by chunk, and samples: functional.start."""
-        ids = jax.ShapeDtypeStruct((batch, context), jnp.int32), jax.ShapeDtypeStruct((batch,), jnp.int32)
-        return self._temporaries("prefill", functional.start, (1,), batch, context, *ids, *self._sampling(batch))
+        """Temporaries of the step that reads a chunk of the prompts and samples: `steps.mixed`."""
+        longest = EngineConfig(max_seqs=batch).longest
+        starts = _numbers(batch), _numbers(batch + 1), jax.ShapeDtypeStruct((batch,), jnp.bool_)
+        mixed = functools.partial(steps.mixed, tokens=longest)
+        return self._temporaries("prefill", mixed, batch, context, *starts)
 
     def decode(self, batch: int, context: int) -> int:
-        """Temporaries of the step that makes the next tokens of every row: functional.advance."""
-        number: Any = jax.ShapeDtypeStruct((batch,), jnp.int32)
-        flag: Any = jax.ShapeDtypeStruct((batch,), jnp.bool_)
-        seen: Any = jax.ShapeDtypeStruct((batch, self.config.vocab_size), jnp.int32)
-        state = functional.State(number, number, number, flag, seen)
-        limit = jax.ShapeDtypeStruct((), jnp.int32)
-        advance = functools.partial(functional.advance, steps=_STEPS)
-        return self._temporaries("decode", advance, (1, 2), batch, context, state, *self._sampling(batch), limit)
+        """Temporaries of the steps that make the next tokens of every row: `steps.decode`."""
+        decode = functools.partial(steps.decode, steps=MAX_STEPS, speculation=0)
+        return self._temporaries("decode", decode, batch, context, _numbers(batch), _numbers())
 
-    def _sampling(self, batch: int) -> tuple[Sampling, jax.ShapeDtypeStruct]:
-        rows = [SamplingParams(seed=0)] * batch
-        sampling = Sampling.from_params(rows, eos_ids=[0], vocab_limit=self.config.vocab_size)
-        return sampling, jax.ShapeDtypeStruct((2,), jnp.uint32)
+    def _slots(self, batch: int, context: int) -> steps.Slots:
+        sampling = Sampling.from_params([SamplingParams()] * batch, eos_ids=[0], vocab_limit=self.config.vocab_size)
+        sizes = {"slots": batch, "capacity": -(-context // PAGE) * PAGE, "vocab": self.config.vocab_size}
+        return jax.eval_shape(functools.partial(steps.new_slots, sampling, **sizes))
 
-    def _temporaries(self, name: str, function, donate: tuple[int, ...], batch: int, context: int, *args) -> int:
-        """Bytes that a step needs beside weights and KV cache: temporaries, inputs, and results that alias nothing."""
+    def _temporaries(self, name: str, function: Callable, batch: int, context: int, *args: Any) -> int:
+        """Bytes that a step needs next to weights and KV cache: temporaries, slots and inputs, and results that alias
+        nothing."""
         cache = self.cache(batch, context)
         ours = self.weights + memory.nbytes(cache)
         begin = time.perf_counter()
         options = COMPILER_OPTIONS.get(self.target.platform)
         step = functools.partial(function, config=self.config)
+        rows = self._slots(batch, context), _numbers(batch), _numbers(batch, -(-context // PAGE))
         try:
             compiled = aot.compile_for(
-                self.name, step, self.params, cache, *args, donate_argnums=donate, compiler_options=options
+                self.name, step, self.params, cache, *rows, *args, donate_argnums=(1, 2), compiler_options=options
             )
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
@@ -182,6 +182,10 @@ class _Model:
         sizes = compiled.memory_analysis()
         inputs, results = sizes.argument_size_in_bytes, sizes.output_size_in_bytes - sizes.alias_size_in_bytes
         return sizes.temp_size_in_bytes + max(0, inputs - ours) + max(0, results)
+
+
+def _numbers(*shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.int32)
 
 
 @dataclasses.dataclass

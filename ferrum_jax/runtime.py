@@ -74,5 +74,5 @@ class Runtime:
 
     def timings(self) -> dict[str, float]:
         """Seconds and tokens since the model was made: load_s, compile_s, prefill_tokens, prefill_s, decode_tokens,
-        decode_s. A program that does prefill and decoding at once counts as decoding, its prompt as prefill tokens."""
+        decode_s. A step that reads prompts counts as prefill, with all that decode in it."""
         return {"load_s": self.load_s, "compile_s": self.programs.compile_s, **self._counters}

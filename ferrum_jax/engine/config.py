@@ -16,11 +16,12 @@ class EngineConfig:
     """Sizes of an engine.
 
     page_size: tokens of a page. num_pages: pages of the KV cache; None: as many as `max_seqs` sequences of the model's
-    longest context fill, within the memory there is. max_seqs: sequences that run at once. token_budget: tokens of a
-    step at most, decodes first; at least one prompt token always finds a place beside them. steps_per_dispatch: decode
-    steps that one dispatch makes while nothing waits; None: so many that a dispatch takes about 50 ms. prefix_cache:
-    whether pages are found again by their text. kv_dtype: of the KV cache; None: the model's. speculation: tokens to
-    draft from the sequence's own text and verify at once; 0: none.
+    longest context fill, within the memory there is. initial_pages: pages to begin with; when they are used up the cache
+    grows by fours up to `num_pages`, and steps are compiled for its new size; None: all at once. max_seqs: sequences that
+    run at once. token_budget: tokens of a step at most, decodes first; at least one prompt token always finds a place
+    next to them. steps_per_dispatch: decode steps that one dispatch makes while nothing waits; None: as many as take about
+    50 ms. prefix_cache: whether pages are found again by their text. kv_dtype: of the KV cache; None: the model's.
+    speculation: tokens to draft from the sequence's own text and verify at once; 0: none.
     """
 
     page_size: int = 16
@@ -31,11 +32,13 @@ class EngineConfig:
     prefix_cache: bool = True
     kv_dtype: str | None = None
     speculation: int = 0
+    initial_pages: int | None = None
 
     def __post_init__(self) -> None:
-        for field in ("page_size", "num_pages", "max_seqs", "token_budget", "steps_per_dispatch", "speculation"):
+        optional = ("num_pages", "steps_per_dispatch", "initial_pages")
+        for field in ("page_size", "max_seqs", "token_budget", "speculation", *optional):
             value, least = getattr(self, field), 0 if field == "speculation" else 1
-            if value is None and field in ("num_pages", "steps_per_dispatch"):
+            if value is None and field in optional:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"EngineConfig.{field} must be an integer of at least {least}, not {value!r}")

@@ -6,8 +6,9 @@ is started and its results are fetched later, one dispatch behind, so that the d
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -22,6 +23,7 @@ from ferrum_jax.kv_cache import KVCache, bytes_per_token, new_cache
 from ferrum_jax.runtime import Runtime
 from ferrum_jax.sampling import Sampling
 from ferrum_jax.sampling_params import MAX_BIAS, SamplingParams
+from ferrum_jax.shapes import by_fours
 from ferrum_jax.units import readable_bytes
 from pallas_kernels.dispatch import target_of
 
@@ -31,11 +33,12 @@ _FREE_FRACTION = 0.9  # of an accelerator's free memory
 
 
 class Device:
-    """`context`: tokens of a sequence at most."""
+    """`num_pages`: of the cache at most; `pages`: of the cache now. `context`: tokens of a sequence at most."""
 
     def __init__(self, model: Runtime, config: EngineConfig, num_pages: int, context: int):
         self.model, self.config, self.num_pages = model, config, num_pages
         self.kv_dtype = config.kv_dtype or model.kv_dtype
+        self.pages = min(config.initial_pages or num_pages, num_pages)
         self.pages_a_sequence = -(-context // config.page_size)
         self.compiles = 0
         self._locks: dict[Any, threading.Lock] = {}
@@ -48,14 +51,9 @@ class Device:
         self._placed_key: Any = None
         self.cache: Any = None
         self.slots: Any = None
-        abstract = self._abstract_cache()
-        size, device = memory.nbytes(abstract), self.model.device
-        tokens = self.num_pages * self.config.page_size
-        count = f"a KV cache of {self.num_pages:,} pages ({tokens:,} tokens, {self.kv_dtype}) takes {readable_bytes(size)}"
-        memory.require(size, device, count)
-        with jax.default_device(device), memory.explained(device, lambda: count):
+        with self._room(self.pages):
             self.cache = self._new_cache()
-            self.slots = jax.jit(self._new_slots)()
+            self.slots = self.model.programs.run(steps.new_slots, self._sampling([], self.config.max_seqs), **self._sizes())
 
     # What the engine calls
 
@@ -63,16 +61,27 @@ class Device:
         """All shapes that can occur, those first that are met first."""
         return sorted(self.config.buckets, key=lambda bucket: bucket.rows)
 
-    def compile(self, bucket: Bucket | str) -> Callable:
-        """The program of a bucket, or "admit" or "copy", compiled where it is not yet; safe in any thread."""
+    def programs(self) -> list[tuple[Bucket | str, int]]:
+        """All programs that can occur, each with the pages that the cache has then, those first that are met first."""
+        sizes = [self.pages]
+        while sizes[-1] < self.num_pages:
+            sizes.append(min(4 * sizes[-1], self.num_pages))
+        names: list[Bucket | str] = ["copy", *self.buckets()]
+        return [("admit", self.pages), *((name, pages) for pages in sizes for name in names)]
+
+    def compile(self, bucket: Bucket | str, pages: int | None = None) -> Callable:
+        """The program of a bucket, or "admit" or "copy", for a cache of so many pages (None: as it is), compiled where it
+        is not yet; safe in any thread."""
+        pages = pages or self.pages
+        key = bucket, 0 if bucket == "admit" else pages
         with self._guard:
-            lock = self._locks.setdefault(bucket, threading.Lock())
+            lock = self._locks.setdefault(key, threading.Lock())
         with lock:
-            if bucket not in self._programs:
+            if key not in self._programs:
                 before = self.model.programs.compiled
-                self._programs[bucket] = self._compile(bucket)
+                self._programs[key] = self._compile(bucket, pages)
                 self.compiles += self.model.programs.compiled > before
-        return self._programs[bucket]
+        return self._programs[key]
 
     def admit(self, sequence: Sequence, slot: int, params: SamplingParams, seed: int, extras: Extras) -> None:
         """Fills a slot for a sequence."""
@@ -81,6 +90,9 @@ class Device:
 
     def launch(self, dispatch: Dispatch) -> steps.Results:
         """Starts a dispatch; its results are still on the device, row by row as the dispatch has them."""
+        if self.pages < self.num_pages:
+            used = (page for row in dispatch.rows for page in row.sequence.pages)
+            self._grow(1 + max(*used, *(target for _, target in dispatch.copies), -1, -1))
         for first in range(0, len(dispatch.copies), _COPIES):
             pairs = np.full((2, _COPIES), self.num_pages, np.int32)
             part = dispatch.copies[first : first + _COPIES]
@@ -108,15 +120,35 @@ class Device:
 
     def read_pages(self, pages: list[int]) -> KVCache:
         """What some pages hold, on the host."""
-        read = self.model.programs.get(steps.read_pages, self._abstract_cache(), np.zeros(len(pages), np.int32))
+        read = self.model.programs.get(steps.read_pages, self._abstract_cache(self.pages), np.zeros(len(pages), np.int32))
         return self.model.programs.fetch(read(self.cache, np.asarray(pages, np.int32)))
 
     def write_pages(self, pages: list[int], content: KVCache) -> None:
         """Puts what `read_pages` gave into some pages."""
+        self._grow(1 + max(pages))
         arguments = self.cache, np.asarray(pages, np.int32), content
         self.cache = self.model.programs.get(steps.write_pages, *arguments, donate=(0,))(*arguments)
 
     # Inside
+
+    def _grow(self, pages: int) -> None:
+        """Sees to it that the cache has so many pages: 4, 16, ... times those it began with."""
+        if pages <= self.pages:
+            return
+        size = min(by_fours(pages, self.pages), self.num_pages)
+        with self._room(size):
+            self.cache = self.model.programs.run(steps.grow, self.cache, pages=size)
+        self.pages = size
+
+    @contextlib.contextmanager
+    def _room(self, pages: int) -> Iterator[None]:
+        """A block that makes a cache of so many pages; OutOfMemoryError, which counts it, where it does not fit."""
+        size, device = memory.nbytes(self._abstract_cache(pages)), self.model.device
+        tokens = pages * self.config.page_size
+        count = f"a KV cache of {pages:,} pages ({tokens:,} tokens, {self.kv_dtype}) takes {readable_bytes(size)}"
+        memory.require(size, device, count)
+        with jax.default_device(device), memory.explained(device, lambda: count):
+            yield
 
     def _placed(self, dispatch: Dispatch, count: int) -> tuple:
         """Slots, pages and limits of a dispatch's rows on the device; the same arrays as long as nothing has changed."""
@@ -130,9 +162,9 @@ class Device:
             self._placed_key, self._arrays = key, jax.device_put((rows, table, ends), self.model.device)
         return self._arrays
 
-    def _compile(self, bucket: Bucket | str) -> Callable:
+    def _compile(self, bucket: Bucket | str, pages: int) -> Callable:
         programs, config = self.model.programs, self.model.config
-        cache, slots = self._abstract_cache(), jax.eval_shape(self._new_slots)
+        cache, slots = self._abstract_cache(pages), jax.eval_shape(self._new_slots)
         if bucket == "admit":
             return programs.get(steps.admit, slots, jax.eval_shape(self._example), donate=(0,))
         if bucket == "copy":
@@ -148,11 +180,11 @@ class Device:
         return programs.get(steps.decode, self.model.params, cache, slots, *rows, np.int32(0), donate=(1, 2), **static)
 
     def _new_cache(self) -> KVCache:
-        return new_cache(self.model.config, num_pages=self.num_pages, page_size=self.config.page_size, dtype=self.kv_dtype)
+        return new_cache(self.model.config, num_pages=self.pages, page_size=self.config.page_size, dtype=self.kv_dtype)
 
-    def _abstract_cache(self) -> KVCache:
+    def _abstract_cache(self, pages: int) -> KVCache:
         size = self.config.page_size
-        return memory.abstract_cache(self.model.config, self.num_pages, size, self.kv_dtype, target_of(self.model.device))
+        return memory.abstract_cache(self.model.config, pages, size, self.kv_dtype, target_of(self.model.device))
 
     def _sampling(self, params: list[SamplingParams], rows: int) -> Sampling:
         tokenizer = self.model.tokenizer
@@ -163,10 +195,12 @@ class Device:
             pad_to=rows,
         )
 
+    def _sizes(self) -> dict[str, Any]:
+        capacity = self.pages_a_sequence * self.config.page_size
+        return {"slots": self.config.max_seqs, "capacity": capacity, "vocab": self.model.config.vocab_size}
+
     def _new_slots(self) -> steps.Slots:
-        slots, capacity = self.config.max_seqs, self.pages_a_sequence * self.config.page_size
-        sampling = self._sampling([], slots)
-        return steps.new_slots(sampling, slots=slots, capacity=capacity, vocab=self.model.config.vocab_size)
+        return steps.new_slots(self._sampling([], self.config.max_seqs), **self._sizes())
 
     def _example(self) -> steps.Asked:
         return jax.tree.map(jnp.asarray, self._asked(Sequence(0, [0], 1, 2), 0, SamplingParams(), 0, Extras([], [])))

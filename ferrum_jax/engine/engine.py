@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import math
 import secrets
 import threading
 import time
@@ -20,7 +21,6 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from ferrum_jax.driver import listed
 from ferrum_jax.engine import snapshot, steps
 from ferrum_jax.engine.config import EngineConfig
 from ferrum_jax.engine.device import Device, choose_num_pages
@@ -28,6 +28,7 @@ from ferrum_jax.engine.pages import PagePool
 from ferrum_jax.engine.request import Output, Request
 from ferrum_jax.engine.scheduler import Scheduler
 from ferrum_jax.engine.sequence import Dispatch, Extras, Row, Sequence
+from ferrum_jax.engine.watcher import listed
 from ferrum_jax.kv_cache import KVCache
 from ferrum_jax.prompts import Prompt, Prompts
 from ferrum_jax.sampling_params import MAX_BIAS, SamplingParams
@@ -187,13 +188,13 @@ class Engine:
     def warm_up(self, progress: Callable[[int, int, str], None] | None = None) -> None:
         """Compiles whatever may be needed; then nothing compiles while serving. progress: called with (programs ready, in
         all, what comes next)."""
-        names: list[Any] = ["admit", "copy", *self._device.buckets()]
-        for number, name in enumerate(names):
+        programs = self._device.programs()
+        for number, (name, pages) in enumerate(programs):
             if progress is not None:
-                progress(number, len(names), str(name))
-            self._device.compile(name)
+                progress(number, len(programs), str(name))
+            self._device.compile(name, pages)
         if progress is not None:
-            progress(len(names), len(names), "ready")
+            progress(len(programs), len(programs), "ready")
 
     def __enter__(self) -> Engine:
         self.serving = True
@@ -469,17 +470,19 @@ class Engine:
             taken = begin - max(flight.begin, self._busy_until)
             self._busy_until = begin
             self._seconds["device_seconds"] += taken
-            made = 0
-            place = 0
+            made = read = place = 0
             for i, row in enumerate(dispatch.rows):
                 if row.valid:
                     if results.prompt_ids is not None:
                         self._take_prompt_logprobs(row, place, results)
                     made += self._take_row(row, i, tokens[i], results, dispatch)
                 place += row.length
-                self._counts["prompt_tokens"] += row.length if row.start >= 0 else 0
+                read += row.length if row.start >= 0 else 0
             self._lock.notify_all()
+            self._counts["prompt_tokens"] += read
             self._counts["generated_tokens"] += made
+            self.model.count("prefill", read, 0.0 if dispatch.steps else taken)
+            self.model.count("decode", made, taken if dispatch.steps else 0.0)
             self._counts["steps"] += max(1, dispatch.steps)
             if dispatch.steps and self.config.steps_per_dispatch is None:
                 aim = _DISPATCH_SECONDS / (taken / dispatch.steps) if taken > 0 else self.config.steps
@@ -497,7 +500,7 @@ class Engine:
                 logprobs = listed(results.ids[i, :, :k], results.logprobs[i, :, :k], len(made))
             output = Output(*request._watcher.take(made, logprobs))
             self._deliver(request, output if output.text or output.token_ids else None)
-        if steps.NOT_FINITE in tokens:
+        if steps.NOT_FINITE in tokens or request._has_nan:
             self._end(request, "error", "the model's logits are not finite")
         elif request._watcher.finish_reason is not None:
             self._end(request, "stop")
@@ -514,6 +517,7 @@ class Engine:
             position = row.start + i + 1
             if position == len(found) and position < row.sequence.prompt_length:
                 ids, values = (array[place + i, : best + 1].tolist() for array in (results.prompt_ids, results.prompt_logprobs))
+                request._has_nan |= any(map(math.isnan, values))
                 found.append(list(zip(ids, values, strict=True)))
 
     def _fail(self, error: Exception, dispatch: Dispatch) -> None:
@@ -521,6 +525,7 @@ class Engine:
         with self._lock:
             for row in dispatch.rows:
                 if row.valid:
+                    row.sequence.owner._cause = error
                     self._end(row.sequence.owner, "error", f"{type(error).__name__}: {error}")
             self._start_over()
             self._lock.notify_all()

@@ -9,8 +9,8 @@ from functools import partial
 from typing import NamedTuple, Protocol
 
 from ferrum_jax.completion import Completion
-from ferrum_jax.driver import Watcher
 from ferrum_jax.engine.sequence import Extras, Sequence
+from ferrum_jax.engine.watcher import Watcher
 from ferrum_jax.runtime import Runtime
 from ferrum_jax.sampling_params import SamplingParams
 
@@ -69,6 +69,8 @@ class Request:
         self._engine, self._sequence, self._seed, self._extras = engine, sequence, seed, extras
         self._watcher = Watcher(engine.model.tokenizer, params)
         self._outputs: deque[Output] = deque()
+        self._has_nan = False  # among the log-probabilities of its prompt
+        self._cause: Exception | None = None  # what ended it, where that was an exception
         self._wake: list[Callable[[], object]] = []  # of async loops that wait
 
     def __repr__(self) -> str:
@@ -131,6 +133,7 @@ class Request:
             watcher.logprobs,
             self.prompt_token_ids,
             self.prompt_logprobs,
+            self.error,
         )
 
     def results(self) -> list[Completion]:

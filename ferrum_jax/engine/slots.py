@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from ferrum_jax.choice import Adjustments, Choice
 from ferrum_jax.sampling import PER_ROW, Sampling
 
 BAD_WORDS, BAD_WORD_TOKENS = 64, 16  # words of several tokens that a request may ban, and their length, at most
@@ -36,6 +37,16 @@ class Slots(NamedTuple):
     misses: jax.Array  # int32 [S]: drafts in a row of which no token was right
     pause: jax.Array  # int32 [S]: steps without a draft that are left
     sampling: Sampling  # of S rows
+
+    @property
+    def choice(self) -> Choice:
+        """What choosing tokens depends on."""
+        adjustments = Adjustments(**{name: getattr(self, name) for name in Adjustments._fields})
+        return Choice(self.length, self.generated, self.done, self.seen, adjustments)
+
+    def chosen(self, choice: Choice) -> Slots:
+        """These slots with what choosing has changed."""
+        return self._replace(length=choice.length, generated=choice.generated, done=choice.done, seen=choice.seen)
 
 
 class Asked(NamedTuple):

@@ -14,12 +14,13 @@ from jax import lax
 
 from ferrum_jax import functional
 from ferrum_jax.adapters import COLUMNS
+from ferrum_jax.choice import NOT_FINITE, Chosen, choose, where_wanted
 from ferrum_jax.config import ModelConfig
 from ferrum_jax.engine.draft import draft, learn, worth_it
 from ferrum_jax.engine.slots import BAD_WORD_TOKENS, BAD_WORDS, Asked, Slots, admit, new_slots
 from ferrum_jax.kv_cache import KVCache
 from ferrum_jax.models.decoder import RaggedBatch
-from ferrum_jax.sampling import MAX_LOGPROBS, is_end, occurred, sample, token_logprobs
+from ferrum_jax.sampling import MAX_LOGPROBS, token_logprobs
 
 __all__ = [
     "BAD_WORDS",
@@ -31,13 +32,12 @@ __all__ = [
     "admit",
     "copy_pages",
     "decode",
+    "grow",
     "mixed",
     "new_slots",
     "read_pages",
     "write_pages",
 ]
-
-NOT_FINITE = -2  # in the place of a token: the row's logits hold NaN
 
 
 class Results(NamedTuple):
@@ -66,8 +66,8 @@ def mixed(
     last = jnp.clip(query_starts[1:] - 1, 0, tokens - 1)
     logits = functional.unembed(params, hidden[last], config=config)
     scores = _prompt_scores(params, hidden, slots, rows, first, query_starts, config)
-    slots, token, ids, logprobs = _choose(logits, slots, rows, live & samples)
-    return cache, slots, Results(token[:, None], ids[:, None], logprobs[:, None], *scores)
+    slots, chosen = _choose(logits, slots, rows, live & samples)
+    return cache, slots, Results(*(array[:, None] for array in chosen), *scores)
 
 
 def decode(
@@ -90,7 +90,7 @@ def decode(
 
     def choose(logits, slots: Slots, alive, results: Results):
         column = jnp.where(alive, slots.generated[rows] - begin, columns)
-        slots, token, ids, logprobs = _choose(logits, slots, rows, alive)
+        slots, (token, ids, logprobs) = _choose(logits, slots, rows, alive)
         results = results._replace(tokens=results.tokens.at[jnp.arange(count), column].set(token, mode="drop"))
 
         def keep(results: Results) -> Results:
@@ -157,6 +157,15 @@ def copy_pages(cache: KVCache, source, target) -> KVCache:
     return jax.tree.map(copy, cache)
 
 
+def grow(cache: KVCache, *, pages: int) -> KVCache:
+    """The same cache with so many pages."""
+
+    def pad(array: jax.Array) -> jax.Array:
+        return jnp.pad(array, [(0, pages - size if axis == 1 else 0) for axis, size in enumerate(array.shape)])
+
+    return jax.tree.map(pad, cache)
+
+
 def read_pages(cache: KVCache, pages) -> KVCache:
     """What pages int32 [N] hold, as a cache of N pages."""
     return jax.tree.map(lambda array: array[:, pages], cache)
@@ -188,45 +197,14 @@ def _hidden(params, cache: KVCache, slots: Slots, rows, table, first, query_star
     return functional.hidden(params, cache, batch, config=config)
 
 
-def _choose(logits, slots: Slots, rows, alive):
-    """Chooses the next token of the rows that are alive: slots, token int32 [R] (-1 in other rows), ids and logprobs."""
+def _choose(logits, slots: Slots, rows, alive) -> tuple[Slots, Chosen]:
+    """Chooses the next token of the rows int32 [R] that are alive, and puts it at the end of their texts."""
+    best, key = _best(logits.shape[1]), jnp.zeros((2,), jnp.uint32)
+    wanted = (alive & slots.scored[rows]).any()
+    choice, chosen = choose(logits, slots.choice, slots.sampling, key, alive, rows, logprobs=best, wanted=wanted)
     slot = jnp.where(alive, rows, slots.length.shape[0])  # out of range: nothing is written
-    with jax.named_scope("sampling"):
-        sampling = slots.sampling.take(rows)
-        position = slots.length[rows]
-        adjusted = lax.cond((alive & slots.adjusted[rows]).any(), _adjust, lambda x, *_: x, logits, slots, rows)
-        token = sample(adjusted, sampling, slots.seen[rows], position, jnp.zeros((2,), jnp.uint32))
-        finite = ~jnp.isnan(logits.max(axis=1))
-
-        def scores():
-            return token_logprobs(logits, token, _best(logits.shape[1]))
-
-        ids, logprobs = _where_wanted((alive & slots.scored[rows]).any(), scores)
-    generated = slots.generated[rows] + 1
-    done = is_end(token, sampling) | (generated >= sampling.max_tokens) | ~finite
-    slots = slots._replace(
-        history=slots.history.at[slot, position].set(token, mode="drop"),
-        length=slots.length.at[slot].add(1, mode="drop"),
-        generated=slots.generated.at[slot].set(generated, mode="drop"),
-        done=slots.done.at[slot].set(done, mode="drop"),
-        seen=occurred(slots.seen, slot, token),
-    )
-    token = jnp.where(finite, token, NOT_FINITE)
-    return slots, jnp.where(alive, token, -1), ids, logprobs
-
-
-def _adjust(logits, slots: Slots, rows):
-    """The logits with biases, words that are banned, and end tokens that come too early."""
-    count, vocab = logits.shape
-    row = jnp.arange(count)[:, None]
-    words, index = slots.banned[rows], slots.length[rows][:, None] + jnp.arange(1 - BAD_WORD_TOKENS, 0)
-    is_output = index >= slots.prompt_length[rows][:, None]
-    recent = jnp.where(is_output, slots.history[rows[:, None], jnp.maximum(index, 0)], -2)
-    begun = ((words[..., :-1] < 0) | (words[..., :-1] == recent[:, None])).all(axis=-1) & (words[..., -1] >= 0)
-    early = (slots.generated[rows] < slots.min_tokens[rows])[:, None] & (slots.sampling.eos >= 0)
-    x = logits + slots.bias[rows]
-    x = x.at[row, jnp.where(begun, words[..., -1], vocab)].set(-jnp.inf, mode="drop")
-    return x.at[row, jnp.where(early, slots.sampling.eos, vocab)].set(-jnp.inf, mode="drop")
+    history = slots.history.at[slot, slots.length[rows]].set(chosen.token, mode="drop")
+    return slots.chosen(choice)._replace(history=history), chosen
 
 
 def _prompt_scores(params, hidden, slots: Slots, rows, first, query_starts, config):
@@ -250,14 +228,9 @@ def _prompt_scores(params, hidden, slots: Slots, rows, first, query_starts, conf
         found = lax.map(score, (blocks, jnp.pad(target, (0, padding)).reshape(-1, block)))
         return tuple(array.reshape(-1, array.shape[-1])[:tokens] for array in found)
 
-    return _where_wanted(((rows >= 0) & slots.scored_prompt[rows]).any(), scores)
+    return where_wanted(((rows >= 0) & slots.scored_prompt[rows]).any(), scores)
 
 
 def _best(vocab: int) -> int:
     """How many of the best tokens are reported."""
     return min(MAX_LOGPROBS, vocab)
-
-
-def _where_wanted(wanted, scores):
-    """ids and logprobs of `scores()`, or zeros."""
-    return lax.cond(wanted, scores, lambda: jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(scores)))

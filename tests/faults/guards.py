@@ -15,7 +15,7 @@ import pytest
 from engine_stand_in import Model
 from random_models import DENSE, tiny_params
 
-from ferrum_jax import functional, sampling
+from ferrum_jax import choice, functional, sampling
 from ferrum_jax.config import RopeScaling
 from ferrum_jax.engine import EngineConfig, steps
 from ferrum_jax.engine.device import Bucket, Device
@@ -191,7 +191,7 @@ def a_padded_vocabulary_is_never_sampled():
 def biases_and_early_ends_count():
     slots = admitted(slots_of(), 0, [3], [], SamplingParams(logit_bias={4: 1.5, 5: -jnp.inf}, min_tokens=2))
     rows = jnp.zeros(1, jnp.int32)
-    adjusted = np.asarray(steps._adjust(jnp.zeros((1, VOCAB)), slots, rows))[0]
+    adjusted = np.asarray(choice._adjust(jnp.zeros((1, VOCAB)), slots.choice, slots.sampling, rows))[0]
     assert adjusted[4] == 1.5 and adjusted[5] == adjusted[END] == -np.inf and not adjusted[6:].any()
 
 

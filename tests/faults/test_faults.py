@@ -12,9 +12,10 @@ import guards
 import jax
 import pytest
 import test_engine_pages as pages
+import test_not_finite as not_finite
 from patching import Fault, applied
 
-from ferrum_jax import sampling
+from ferrum_jax import choice, sampling
 from ferrum_jax.engine import Engine, steps
 from ferrum_jax.engine.device import Device
 from ferrum_jax.engine.pages import PagePool
@@ -26,6 +27,10 @@ from ferrum_jax.tokenizer import StopMatcher, TextStream
 
 def one_page_twice():
     pages.test_a_prompt_around_one_page_is_the_same_the_second_time(4)
+
+
+def nan_in_a_large_vocabulary():
+    not_finite.test_one_bad_number_ends_its_row_alone(5000)
 
 
 FAULTS = {
@@ -206,10 +211,17 @@ FAULTS = {
     ),
     "13-padding": Fault(
         "rows of padding write into the slot of another",
-        steps._choose,
-        "slot = jnp.where(alive, rows, slots.length.shape[0])",
-        "slot = rows",
+        choice.choose,
+        "place = jnp.where(alive, every, capacity)",
+        "place = every",
         guards.rows_of_padding_touch_no_slot,
+    ),
+    "13-finite": Fault(
+        "NaN is looked for in a maximum, which loses it",
+        choice.choose,
+        "finite = (logits < jnp.inf).all(axis=1) & (logits > -jnp.inf).any(axis=1)",
+        "finite = ~jnp.isnan(logits.max(axis=1))",
+        nan_in_a_large_vocabulary,
     ),
     "13-stale": Fault(
         "rows of padding name a slot in use",
@@ -269,8 +281,8 @@ FAULTS = {
     ),
     "14-bias": Fault(
         "logit_bias is accepted and not applied",
-        steps._adjust,
-        "logits + slots.bias[rows]",
+        choice._adjust,
+        "logits + what.bias[rows]",
         "logits",
         guards.biases_and_early_ends_count,
     ),
@@ -311,14 +323,14 @@ FAULTS = {
     ),
     "17-penalties": Fault(
         "penalties are bypassed",
-        steps._choose,
-        "sample(adjusted, sampling, slots.seen[rows],",
-        "sample(adjusted, sampling, jnp.zeros_like(slots.seen[rows]),",
+        choice.choose,
+        "sample(adjusted, own, of(choice.seen),",
+        "sample(adjusted, own, jnp.zeros_like(of(choice.seen)),",
         guards.drafts_change_no_token,
     ),
     "17-masks": Fault(
         "masks are bypassed",
-        steps._choose,
+        choice.choose,
         "sample(adjusted,",
         "sample(logits,",
         guards.masked_ids_are_not_chosen,

@@ -72,6 +72,9 @@ class Model:
     def fingerprint(self) -> str:
         return "stand-in"
 
+    def count(self, kind: str, tokens: int, seconds: float) -> None:
+        pass
+
     def encode(self, prompt: list[int]) -> list[int]:
         return list(prompt)
 

@@ -273,6 +273,30 @@ def test_an_interrupt_loses_nothing(model, engine, monkeypatch):
     assert [parts(request.result()) for request in requests] == alone and is_whole(engine)
 
 
+def test_a_cache_that_grows_changes_no_bit(model):
+    """From two pages over 8 and 32 to 40, in the middle of answers, with branches and cached pages along."""
+    params = dataclasses.replace(NOISY, max_tokens=60)
+    alone = [parts(model.generate([prompt], params)[0]) for prompt in PROMPTS]
+    engine = fj.Engine(model, dataclasses.replace(SMALL, initial_pages=2))
+    assert engine._device.pages == 2 and engine.metrics()["pages_free"] == 40
+    first = engine.submit(PROMPTS[0], params)
+    assert parts(first.result()) == alone[0] and engine._device.pages == 8
+    requests = [engine.submit(prompt, params) for prompt in PROMPTS]
+    assert [parts(request.result()) for request in requests] == alone
+    assert engine._device.pages == 40 and is_whole(engine)
+
+
+def test_a_snapshot_goes_into_a_cache_that_grows(model, tmp_path):
+    engine = fj.Engine(model, SMALL)
+    request = engine.submit(PROMPTS[-1], dataclasses.replace(NOISY, max_tokens=30))
+    while len(request.token_ids) < 9:
+        engine.step()
+    engine.snapshot(request, tmp_path / "saved")
+    small = fj.Engine(model, dataclasses.replace(SMALL, initial_pages=1))
+    assert parts(small.restore(tmp_path / "saved").result()) == parts(request.result())
+    assert small.metrics()["prefix_hit_pages"] >= 5 and is_whole(small)
+
+
 def test_logits_that_are_not_finite_are_an_error(model):
     broken = fj.Engine(model, SMALL)
     params = jax.tree.map(lambda leaf: leaf, model.params)
