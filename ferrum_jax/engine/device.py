@@ -88,19 +88,23 @@ class Device:
         asked = self._asked(sequence, slot, params, seed, extras)
         self.slots = self.compile("admit")(self.slots, asked)
 
-    def launch(self, dispatch: Dispatch) -> steps.Results:
-        """Starts a dispatch; its results are still on the device, row by row as the dispatch has them."""
+    def prepare(self, dispatch: Dispatch) -> tuple[Bucket, Callable]:
+        """The shape of a dispatch and its program, with a cache that has its pages: what may take long, and only once."""
         if self.pages < self.num_pages:
             used = (page for row in dispatch.rows for page in row.sequence.pages)
             self._grow(1 + max(*used, *(target for _, target in dispatch.copies), -1, -1))
+        tokens = 0 if dispatch.steps else sum(row.length for row in dispatch.rows)
+        bucket = self.config.bucket(tokens, len(dispatch.rows))
+        return bucket, self.compile(bucket)
+
+    def launch(self, dispatch: Dispatch) -> steps.Results:
+        """Starts a dispatch; its results are still on the device, row by row as the dispatch has them."""
+        bucket, program = self.prepare(dispatch)
         for first in range(0, len(dispatch.copies), _COPIES):
             pairs = np.full((2, _COPIES), self.num_pages, np.int32)
             part = dispatch.copies[first : first + _COPIES]
             pairs[:, : len(part)] = np.asarray(part, np.int32).T
             self.cache = self.compile("copy")(self.cache, *pairs)
-        tokens = 0 if dispatch.steps else sum(row.length for row in dispatch.rows)
-        bucket = self.config.bucket(tokens, len(dispatch.rows))
-        program = self.compile(bucket)
         rows, table, ends = self._placed(dispatch, bucket.rows)
         last: tuple[Any, ...] = ends, np.int32(dispatch.steps)
         if bucket.tokens:

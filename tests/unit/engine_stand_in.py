@@ -165,6 +165,9 @@ class Device:
         require(len(sequence.tokens) <= self.capacity, "a text that is longer than a slot")
         self.slots[slot] = _Slot(sequence, list(sequence.tokens), sequence.prompt_length, params, seed)
 
+    def prepare(self, dispatch: Dispatch) -> None:
+        pass
+
     def launch(self, dispatch: Dispatch) -> _Pending:
         self._strike("launch", dispatch)
         require(not self.broken, "a failed device goes on without a reset")
