@@ -55,6 +55,8 @@ class Prompts(Runtime):
             lists = [[operator.index(i) for i in ids] for ids in batch]
         except TypeError:
             raise ValueError("token ids must be integers") from None
+        if any(bool in map(type, ids) for ids in batch):
+            raise ValueError("token ids must be integers, not True or False")
         for ids in lists:
             if not ids:
                 raise ValueError("an empty prompt: at least one token is needed")

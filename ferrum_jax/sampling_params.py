@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 MAX_LOGPROBS = 64
+MAX_CHOICES = 128  # completions of one prompt, as in OpenAI's API
 MAX_BIAS = 1024  # ids that one request may bias or ban
 _OF_AN_ENGINE: dict[str, Any] = {"logit_bias": None, "min_tokens": 0, "bad_words": (), "n": 1, "prompt_logprobs": None}
 
@@ -37,7 +38,7 @@ class SamplingParams:
       logit_bias: None, or numbers to add to the logits of some ids, -inf to ban one: a mapping from id, stored as pairs.
       min_tokens: end tokens are not sampled before so many tokens were; in [0, max_tokens].
       bad_words: a text or a sequence of texts whose tokens are never completed, stored as a tuple.
-      n: how many completions of the prompt to make; each has noise of its own (seed, seed + 1, ...).
+      n: how many completions of the prompt to make, at most 128; each has noise of its own (seed, seed + 1, ...).
       prompt_logprobs: as logprobs, for the tokens of the prompt.
 
     Raises:
@@ -78,7 +79,7 @@ class SamplingParams:
         for field in ("presence_penalty", "frequency_penalty"):
             self._number(field, lambda v: -2 <= v <= 2, "a number in [-2, 2] (0 is no penalty)")
         self._integer("min_tokens", lambda v: 0 <= v <= self.max_tokens, "an integer in [0, max_tokens]")
-        self._integer("n", lambda v: v >= 1, "an integer >= 1")
+        self._integer("n", lambda v: 1 <= v <= MAX_CHOICES, f"an integer in [1, {MAX_CHOICES}]")
         object.__setattr__(self, "top_k", max(self.top_k, 0))
         if not isinstance(self.ignore_eos, bool | np.bool_):
             raise self._error("ignore_eos", "True or False")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 from ferrum_jax.kv_cache import kv_dtype
 
@@ -73,6 +74,18 @@ class EngineConfig:
         """The smallest shape that holds so many tokens (0: decoding alone) and rows."""
         fitting = (b for b in self.buckets if bool(b.tokens) == bool(tokens) and b.tokens >= tokens and b.rows >= rows)
         return next(fitting)
+
+
+def config_of(config: EngineConfig | Mapping[str, Any]) -> EngineConfig:
+    """The configuration, or the one with the fields of a dict; ValueError for anything else."""
+    if isinstance(config, EngineConfig):
+        return config
+    if not isinstance(config, Mapping):
+        raise ValueError(f"config must be an EngineConfig or a dict of its fields, not {type(config).__name__}")
+    fields = [field.name for field in dataclasses.fields(EngineConfig)]
+    if unknown := [name for name in config if name not in fields]:
+        raise ValueError(f"EngineConfig has no field {unknown[0]!r}; its fields are {', '.join(fields)}")
+    return EngineConfig(**config)
 
 
 class Bucket(NamedTuple):

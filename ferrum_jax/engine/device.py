@@ -88,18 +88,18 @@ class Device:
         asked = self._asked(sequence, slot, params, seed, extras)
         self.slots = self.compile("admit")(self.slots, asked)
 
-    def prepare(self, dispatch: Dispatch) -> tuple[Bucket, Callable]:
-        """The shape of a dispatch and its program, with a cache that has its pages: what may take long, and only once."""
-        if self.pages < self.num_pages:
-            used = (page for row in dispatch.rows for page in row.sequence.pages)
-            self._grow(1 + max(*used, *(target for _, target in dispatch.copies), -1, -1))
-        tokens = 0 if dispatch.steps else sum(row.length for row in dispatch.rows)
-        bucket = self.config.bucket(tokens, len(dispatch.rows))
-        return bucket, self.compile(bucket)
+    def ready(self, dispatch: Dispatch) -> bool:
+        """Whether a dispatch can be started at once: its program is compiled and the cache has its pages."""
+        return self._pages(dispatch) <= self.pages and (self._bucket(dispatch), self.pages) in self._programs
+
+    def prepare(self, dispatch: Dispatch) -> Callable:
+        """The program of a dispatch, and a cache that has its pages: what may take long, and only once."""
+        self._grow(self._pages(dispatch))
+        return self.compile(self._bucket(dispatch))
 
     def launch(self, dispatch: Dispatch) -> steps.Results:
         """Starts a dispatch; its results are still on the device, row by row as the dispatch has them."""
-        bucket, program = self.prepare(dispatch)
+        bucket, program = self._bucket(dispatch), self.prepare(dispatch)
         for first in range(0, len(dispatch.copies), _COPIES):
             pairs = np.full((2, _COPIES), self.num_pages, np.int32)
             part = dispatch.copies[first : first + _COPIES]
@@ -134,6 +134,17 @@ class Device:
         self.cache = self.model.programs.get(steps.write_pages, *arguments, donate=(0,))(*arguments)
 
     # Inside
+
+    def _bucket(self, dispatch: Dispatch) -> Bucket:
+        tokens = 0 if dispatch.steps else sum(row.length for row in dispatch.rows)
+        return self.config.bucket(tokens, len(dispatch.rows))
+
+    def _pages(self, dispatch: Dispatch) -> int:
+        """How many pages the cache must have for a dispatch, where it may still grow."""
+        if self.pages == self.num_pages:
+            return 0
+        used = (page for row in dispatch.rows for page in row.sequence.pages)
+        return 1 + max(*used, *(target for _, target in dispatch.copies), -1, -1)
 
     def _grow(self, pages: int) -> None:
         """Sees to it that the cache has so many pages: 4, 16, ... times those it began with."""
@@ -186,7 +197,7 @@ class Device:
     def _new_cache(self) -> KVCache:
         return new_cache(self.model.config, num_pages=self.pages, page_size=self.config.page_size, dtype=self.kv_dtype)
 
-    def _abstract_cache(self, pages: int) -> KVCache:
+    def _abstract_cache(self, pages: int = 1) -> KVCache:
         size = self.config.page_size
         return memory.abstract_cache(self.model.config, pages, size, self.kv_dtype, target_of(self.model.device))
 

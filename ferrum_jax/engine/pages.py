@@ -126,6 +126,12 @@ class PagePool:
         self._entries.clear()
         self._pages.clear()
 
+    def clear(self) -> None:
+        """Forgets all text and all holders: every page is free."""
+        self.reset()
+        self._free = list(range(self.num_pages - 1, -1, -1))
+        self._holders = [0] * self.num_pages
+
     def _entry(self, parent: bytes, tokens: Sequence[int]) -> Entry:
         data = np.asarray(tokens, np.int32).tobytes()
         return Entry(hashlib.blake2b(parent + data, digest_size=16).digest(), parent, data)

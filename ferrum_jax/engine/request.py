@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from functools import partial
+from pathlib import Path
+from queue import SimpleQueue
 from typing import NamedTuple, Protocol
 
 from ferrum_jax.completion import Completion
 from ferrum_jax.engine.sequence import Extras, Sequence
+from ferrum_jax.engine.snapshot import Saved
 from ferrum_jax.engine.watcher import Watcher
+from ferrum_jax.engine.worker import Job
+from ferrum_jax.errors import ModelFileError
 from ferrum_jax.runtime import Runtime
 from ferrum_jax.sampling_params import SamplingParams
 
@@ -25,13 +31,7 @@ class Serving(Protocol):
 
     def step(self) -> bool: ...
 
-    def _poll(self, request: Request, wake: Callable[[], object]) -> tuple[Output | None, bool]: ...
-
-    def _unpoll(self, request: Request, wake: Callable[[], object]) -> None: ...
-
-    def _next_output(self, request: Request) -> Output | None: ...
-
-    def _wait(self, request: Request) -> None: ...
+    def _step_soon(self, then: Callable[[], object]) -> Job: ...
 
     def _fork(self, request: Request, params: SamplingParams) -> Request: ...
 
@@ -48,7 +48,9 @@ class Request:
     None; `choices`: with n > 1 all requests that were made of it, itself first; `error`: what went wrong, where
     finish_reason is "error".
 
-    Iterating gives each `Output` once and ends with the request; where no background loop runs, it drives the engine.
+    Iterating gives each `Output` once and ends with the request; where no background loop runs, it drives the engine. After
+    an interrupt a new loop goes on with the next one; what a loop's body had in hand by then is in `text` and `token_ids`,
+    which are always whole.
     """
 
     def __init__(
@@ -71,7 +73,7 @@ class Request:
         self._outputs: deque[Output] = deque()
         self._has_nan = False  # among the log-probabilities of its prompt
         self._cause: Exception | None = None  # what ended it, where that was an exception
-        self._wake: list[Callable[[], object]] = []  # of async loops that wait
+        self._wake: deque[Callable[[], object]] = deque()  # of readers that wait
 
     def __repr__(self) -> str:
         return f"<Request {self.id} {self.state}, {len(self.token_ids)} tokens>"
@@ -101,30 +103,41 @@ class Request:
         return self._watcher.logprobs
 
     def __iter__(self) -> Iterator[Output]:
-        while (output := self._engine._next_output(self)) is not None:
-            yield output
+        while self._until(lambda: self._outputs or self.state == "finished"):
+            # From the deque to the loop's body in steps of C: no interrupt comes in between, and no output gets lost.
+            try:
+                yield from iter(self._outputs.popleft, None)
+            except IndexError:
+                if self._is_over():
+                    return
 
     async def __aiter__(self) -> AsyncIterator[Output]:
         loop = asyncio.get_running_loop()
         while True:
+            try:
+                for output in iter(self._outputs.popleft, None):
+                    yield output
+            except IndexError:
+                if self._is_over():
+                    return
             ready = asyncio.Event()
             wake = partial(loop.call_soon_threadsafe, ready.set)
-            output, finished = self._engine._poll(self, wake)
-            if output is not None:
-                yield output
-            elif finished:
-                return
-            elif self._engine.serving:
-                try:
+            if not self._engine.serving:
+                step = self._engine._step_soon(wake)
+                await ready.wait()
+                step.result()
+                continue
+            self._wake.append(wake)
+            try:
+                if not self._outputs and self.state != "finished":
                     await ready.wait()
-                finally:
-                    self._engine._unpoll(self, wake)
-            else:
-                await asyncio.to_thread(self._engine.step)
+            finally:
+                with contextlib.suppress(ValueError):
+                    self._wake.remove(wake)
 
     def result(self) -> Completion:
         """Waits for the end. The completion, with finish_reason "abort" or "error" too."""
-        self._engine._wait(self)
+        self._until(lambda: self.state == "finished")
         watcher = self._watcher
         return Completion(
             watcher.text,
@@ -144,3 +157,38 @@ class Request:
         """A request that goes on from what there is by now, prompt and output, as its prompt. It shares the pages, so
         nothing is computed again; `params`: this request's, where they are not given."""
         return self._engine._fork(self, params or self.params)
+
+    # Inside
+
+    def _is_over(self) -> bool:
+        return self.state == "finished" and not self._outputs
+
+    def _until(self, reached: Callable[[], object]) -> bool:
+        """True once a condition holds; where no background loop runs, this drives the engine."""
+        while not reached():
+            if not self._engine.serving:
+                self._engine.step()
+                continue
+            woken: SimpleQueue[None] = SimpleQueue()
+            self._wake.append(partial(woken.put, None))
+            if not reached():  # else there may be nobody to wake this reader
+                woken.get()
+        return True
+
+    def _wake_readers(self) -> None:
+        """Called after there is something new; a reader says that it waits before it looks."""
+        for _ in range(len(self._wake)):
+            with contextlib.suppress(IndexError, RuntimeError):  # a reader that has left, an event loop that is closed
+                self._wake.popleft()()
+
+    def _resume(self, saved: Saved, path: Path) -> None:
+        """Takes in what a snapshot holds. ModelFileError where its output goes on after its end."""
+        watcher = self._watcher
+        self.prompt_logprobs = saved.prompt_logprobs
+        watcher.take(saved.output, saved.logprobs or [])
+        ended = watcher.finish_reason
+        if len(watcher.token_ids) != len(saved.output) or (ended is not None and saved.finish_reason is None):
+            raise ModelFileError(f"{path}: the output of the snapshot goes on after its end")
+        if saved.finish_reason is not None:
+            watcher.flush()
+            watcher.finish_reason, self._sequence.state = saved.finish_reason, "finished"

@@ -33,6 +33,7 @@ class Scheduler:
         self.waiting: list[Sequence] = []  # both in order of arrival
         self.running: list[Sequence] = []
         self.preemptions = self.lookups = self.hit_pages = self.saved_tokens = 0
+        self.current: Sequence | None = None  # which `next` looks at: the one that an error came with
         self._slots = list(range(config.max_seqs - 1, -1, -1))
 
     def pages_needed(self, tokens: int) -> int:
@@ -62,10 +63,20 @@ class Scheduler:
         self.preemptions += 1
         self.add(sequence)
 
+    def start_over(self) -> None:
+        """All that run wait again, and every page and slot is free, whatever was held before."""
+        for sequence in self.running:
+            _let_go(sequence)
+            self.preemptions += 1
+            self.add(sequence)
+        self.running.clear()
+        self.pool.clear()
+        self._slots = list(range(self.config.max_seqs - 1, -1, -1))
+
     def next(self, steps: int) -> Dispatch | None:
         """The next dispatch, or None where there is nothing to do until results arrive. `steps`: decode steps to make at
         once where nothing waits and nobody reads a prompt."""
-        before = self.preemptions
+        before, self.current = self.preemptions, None
         copies: list[tuple[int, int]] = []
         admitted: list[tuple[Sequence, int]] = []
         width = 1 + self.config.speculation
@@ -98,6 +109,7 @@ class Scheduler:
                 row.sequence.pending += dispatch.most
                 row.sequence.due += dispatch.least
             if row.start >= 0:
+                self.current = row.sequence
                 row.sequence.prefilled += row.length
                 self._settle(row.sequence)
         return dispatch
@@ -119,6 +131,7 @@ class Scheduler:
         """Running sequences, oldest first, while some of them may be preempted."""
         for sequence in list(self.running):
             if sequence.state == "running":
+                self.current = sequence
                 yield sequence
 
     def _prompts(self, budget: int, admitted: list[tuple[Sequence, int]], copies: list, preemptions: int) -> Iterator[Row]:
@@ -132,10 +145,12 @@ class Scheduler:
         for sequence in list(self.waiting):
             if not budget or not self._slots or self.preemptions > preemptions:
                 return
-            origin = sequence.origin
+            self.current, origin = sequence, sequence.origin
             if origin is not None and origin.state != "finished" and not origin.decoding:
                 continue  # its prompt is computed there first
             if not self._admit(sequence, copies):
+                if not self.running:  # it would wait for ever, and all others after it
+                    raise RuntimeError(f"{len(sequence.tokens)} tokens do not fit into {self.pool.num_pages} pages")
                 return
             admitted.append((sequence, sequence.slot))
             count = min(budget, sequence.target - sequence.prefilled)
@@ -245,9 +260,14 @@ class Scheduler:
             if page >= 0:
                 self.pool.give_back(page)
         self._slots.append(sequence.slot)
-        sequence.slot, sequence.pages, sequence.digests = -1, [], []
-        sequence.target = sequence.prefilled = sequence.pending = sequence.due = sequence.behind = 0
-        sequence.epoch += 1
+        _let_go(sequence)
+
+
+def _let_go(sequence: Sequence) -> None:
+    """A sequence that has stopped running, without what it held."""
+    sequence.slot, sequence.pages, sequence.digests = -1, [], []
+    sequence.target = sequence.prefilled = sequence.pending = sequence.due = sequence.behind = 0
+    sequence.epoch += 1
 
 
 def _number(sequence: Sequence) -> int:

@@ -1,25 +1,50 @@
-"""A request as a directory: what it has said, what was asked of it, and the KV pages of its text, as one orbax checkpoint."""
+"""A request as a directory: what it has said, what was asked of it, and the KV pages of its text, as one orbax checkpoint.
+
+What is read is checked before it reaches an engine, as a model file is: a request that cannot run would hold up others.
+"""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ferrum_jax.errors import ModelFileError
 from ferrum_jax.kv_cache import KVCache
+from ferrum_jax.sampling_params import SamplingParams
 
 _VERSION = 2
+_MAX_FACTS = 1 << 28  # bytes
+_REASONS = (None, "stop", "length", "abort", "error")
+
+
+class Saved(NamedTuple):
+    """A snapshot: `content` are full pages, on the host."""
+
+    params: SamplingParams
+    seed: int
+    adapter: str | None
+    prompt: list[int]
+    output: list[int]
+    logprobs: list | None
+    prompt_logprobs: list | None
+    finish_reason: str | None
+    content: KVCache | None
+
+
+def free(path: Path) -> Path:
+    """The absolute path of a directory to be; FileExistsError where there is something."""
+    path = path.absolute()
+    if path.exists():
+        raise FileExistsError(f"{path} exists; a snapshot needs a new directory")
+    return path
 
 
 def save(path: Path, identity: str, facts: dict[str, Any], content: KVCache | None) -> None:
     """Writes a new directory. identity: of the model and engine that made it; facts: what JSON can hold; content: full
-    pages, on the host. FileExistsError where there is something."""
-    path = path.absolute()
-    if path.exists():
-        raise FileExistsError(f"{path} exists; a snapshot needs a new directory")
+    pages, on the host."""
     header = {"version": _VERSION, "identity": identity, **facts}
     tree: dict[str, Any] = {"facts": np.frombuffer(json.dumps(header).encode(), np.uint8)}
     if content is not None:
@@ -27,18 +52,21 @@ def save(path: Path, identity: str, facts: dict[str, Any], content: KVCache | No
         if content.scales is not None:
             tree["scales"] = content.scales
     with _checkpointer() as checkpointer:
-        checkpointer.save(path, tree)
+        checkpointer.save(free(path), tree)
 
 
-def load(path: Path, identity: str, kv_dtype: str) -> tuple[dict[str, Any], KVCache | None]:
-    """The facts and the pages of a directory. ModelFileError where it is no snapshot, ValueError where it is of another
-    model or engine."""
-    path = path.absolute()
+def load(path: Path, identity: str, vocab: int, like: KVCache) -> Saved:
+    """What a directory holds. `vocab`: how many token ids there are; `like`: a cache whose pages its pages must be like.
+    ModelFileError where it is no snapshot or a damaged one, ValueError where it is of another model or engine."""
     try:
+        if not (path / "_METADATA").is_file():
+            raise FileNotFoundError("it has no _METADATA")
         with _checkpointer() as checkpointer:
-            tree = checkpointer.restore(path)
-        facts = json.loads(bytes(np.asarray(tree["facts"], np.uint8)))
-        found = facts["identity"], facts["version"]
+            parts = dict(checkpointer.metadata(path).item_metadata.tree)
+            if np.prod(parts["facts"].shape, dtype=float) > _MAX_FACTS:
+                raise ValueError("its facts are too large")
+            facts = json.loads(bytes(_part(checkpointer, path, {"facts": parts.pop("facts")})["facts"].astype(np.uint8)))
+            found = facts["identity"], facts["version"]
     except Exception as error:
         raise ModelFileError(f"{path}: is not a snapshot of a request ({type(error).__name__}: {error})") from error
     if found != (identity, _VERSION):
@@ -46,7 +74,80 @@ def load(path: Path, identity: str, kv_dtype: str) -> tuple[dict[str, Any], KVCa
             f"{path}: is a snapshot of another model or engine: {found[0]} (version {found[1]}), not {identity} "
             f"(version {_VERSION})"
         )
-    return facts, KVCache(tree["pages"], tree.get("scales"), kv_dtype) if "pages" in tree else None
+    try:
+        saved = _checked(facts, vocab)
+        if not parts:
+            return saved
+        _check_pages(parts, like, len(saved.prompt) + len(saved.output))
+        with _checkpointer() as checkpointer:
+            content = _part(checkpointer, path, parts)
+        return saved._replace(content=KVCache(content["pages"], content.get("scales"), like.dtype))
+    except Exception as error:
+        raise ModelFileError(f"{path}: is a damaged snapshot: {error}") from error
+
+
+# Inside
+
+
+def _checked(facts: dict[str, Any], vocab: int) -> Saved:
+    """The facts; an error says which of them cannot be."""
+    for field in ("prompt", "output"):
+        ids = facts[field]
+        if not isinstance(ids, list) or not all(type(id) is int and 0 <= id < vocab for id in ids):
+            raise ValueError(f"{field} must be a list of token ids below {vocab}")
+    prompt, output = facts["prompt"], facts["output"]
+    if not prompt:
+        raise ValueError("prompt is empty")
+    params = SamplingParams(**{**facts["params"], "n": 1})
+    if type(facts["seed"]) is not int or not 0 <= facts["seed"] < 2**32:
+        raise ValueError(f"seed must be an integer below 2**32, not {facts['seed']!r}")
+    reason = facts["finish_reason"]
+    if reason not in _REASONS:
+        raise ValueError(f"finish_reason must be one of {_REASONS}, not {reason!r}")
+    if len(output) > params.max_tokens - (reason is None):
+        raise ValueError(f"output has {len(output)} tokens where max_tokens is {params.max_tokens}")
+    logprobs = _pairs("logprobs", facts["logprobs"], params.logprobs, range(len(output), len(output) + 1), vocab)
+    wanted = params.prompt_logprobs
+    if wanted is not None and (not isinstance(facts["prompt_logprobs"], list) or facts["prompt_logprobs"][:1] != [None]):
+        raise ValueError("prompt_logprobs must be a list that begins with null")
+    rows = None if wanted is None else facts["prompt_logprobs"][1:]
+    prompt_logprobs = _pairs("prompt_logprobs", rows, wanted, range(len(prompt)), vocab)
+    if prompt_logprobs is not None:
+        prompt_logprobs = [None, *prompt_logprobs]
+    return Saved(params, facts["seed"], facts["adapter"], prompt, output, logprobs, prompt_logprobs, reason, None)
+
+
+def _pairs(field: str, rows: Any, best: int | None, lengths: range, vocab: int) -> list | None:
+    """Rows of (id, log-probability), the chosen one and the `best`, with tuples where JSON has lists."""
+    if best is None and rows is None:
+        return None
+    if best is None or not isinstance(rows, list) or len(rows) not in lengths:
+        raise ValueError(f"{field} do not go with the tokens")
+    width = 1 + min(best, vocab)
+    pairs = [[(id, value) for id, value in row] for row in rows]
+    if not all(
+        len(row) == width and all(type(i) is int and 0 <= i < vocab and type(x) is float for i, x in row) for row in pairs
+    ):
+        raise ValueError(f"{field} must be lists of {width} pairs of a token id and a number")
+    return pairs
+
+
+def _check_pages(parts: dict[str, Any], like: KVCache, tokens: int) -> None:
+    """That the arrays hold pages like those of a cache, and no more than so many tokens fill."""
+    expected = {"pages": like.pages} | ({} if like.scales is None else {"scales": like.scales})
+    if parts.keys() != expected.keys():
+        raise ValueError(f"it has {', '.join(parts)} where this engine has {', '.join(expected)}")
+    pages = {part.shape[1:2] for part in parts.values()}
+    for name, right in expected.items():
+        shape, dtype = parts[name].shape, np.dtype(parts[name].dtype)
+        if len(pages) > 1 or (shape[:1], shape[2:], dtype) != (right.shape[:1], right.shape[2:], right.dtype):
+            raise ValueError(f"{name} {dtype}{list(shape)} are not pages of this engine, {right.dtype}{list(right.shape)}")
+    if not 0 < parts["pages"].shape[1] <= tokens // like.page_size:
+        raise ValueError(f"{parts['pages'].shape[1]} full pages of {like.page_size} tokens where the text has {tokens}")
+
+
+def _part(checkpointer: Any, path: Path, parts: dict[str, Any]) -> dict[str, Any]:
+    return checkpointer.restore(path, item=parts, partial_restore=True)
 
 
 def _checkpointer() -> Any:

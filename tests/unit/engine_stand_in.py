@@ -11,12 +11,14 @@ import zlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 import pytest
 
 from ferrum_jax.completion import Completion
 from ferrum_jax.engine import Engine, EngineConfig, engine, steps
 from ferrum_jax.engine.sequence import Dispatch, Row, Sequence
+from ferrum_jax.kv_cache import KVCache
 from ferrum_jax.sampling_params import SamplingParams
 
 VOCAB, END = 6, 0  # ids 1 .. 5 are the letters a .. e
@@ -165,6 +167,9 @@ class Device:
         require(len(sequence.tokens) <= self.capacity, "a text that is longer than a slot")
         self.slots[slot] = _Slot(sequence, list(sequence.tokens), sequence.prompt_length, params, seed)
 
+    def ready(self, dispatch: Dispatch) -> bool:
+        return self.launches % 3 > 0
+
     def prepare(self, dispatch: Dispatch) -> None:
         pass
 
@@ -192,7 +197,19 @@ class Device:
         self._strike("fetch", pending.dispatch)
         return steps.Results(pending.tokens, None, None)
 
+    def read_pages(self, pages: list[int]) -> KVCache:
+        return KVCache(self.pages[None, pages, :, :, None], None, self.kv_dtype)  # type: ignore[arg-type]
+
+    def write_pages(self, pages: list[int], content: KVCache) -> None:
+        for page, new in zip(pages, np.asarray(content.pages)[0, ..., 0], strict=True):
+            self._writable(page)
+            self.pages[page] = new
+
     # Inside
+
+    def _abstract_cache(self) -> KVCache:
+        shape = (1, self.num_pages, self.config.page_size, 3, 1)
+        return KVCache(jax.ShapeDtypeStruct(shape, np.int32), None, self.kv_dtype)  # type: ignore[arg-type]
 
     def _strike(self, where: str, dispatch: Dispatch) -> None:
         if self.fault == where:

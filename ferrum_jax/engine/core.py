@@ -1,0 +1,379 @@
+"""What changes an engine: starting dispatches, taking in what they bring, ending requests, putting pages into the cache.
+
+All of it runs in the engine's threads (worker.py), where no interrupt comes. What drives the device is done by one of them,
+one thing after the other; short work on the host's state may come in between, so both hold the lock while they touch
+that state, and never while the device is waited for or a program is compiled.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import threading
+import time
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from ferrum_jax.engine import steps
+from ferrum_jax.engine.config import EngineConfig
+from ferrum_jax.engine.device import Device
+from ferrum_jax.engine.request import Output, Request
+from ferrum_jax.engine.scheduler import Scheduler
+from ferrum_jax.engine.sequence import Dispatch, Row
+from ferrum_jax.engine.watcher import listed
+from ferrum_jax.engine.worker import Job, Worker
+from ferrum_jax.kv_cache import KVCache
+from ferrum_jax.prompts import Prompts
+
+_DISPATCH_SECONDS = 0.05  # what a dispatch of several decode steps aims at
+
+_LOG = logging.getLogger("ferrum_jax.engine.engine")
+
+
+class _Flight(NamedTuple):
+    """A dispatch that was started."""
+
+    dispatch: Dispatch
+    results: Any
+    scored: bool
+    scored_prompt: bool
+    begin: float
+
+
+class Core:
+    """State of an engine. `_driver` drives the device; `_lock` guards all that follows it."""
+
+    model: Prompts
+    config: EngineConfig
+    num_pages: int
+    serving: bool
+    _device: Device
+    _driver: Worker
+    _compiler: Worker
+    _lock: threading.Lock
+    _scheduler: Scheduler
+    _flight: _Flight | None
+    _looping: bool
+    _steps_at_once: int
+    _busy_until: float
+    _counts: dict[str, int]
+    _seconds: dict[str, float]
+
+    # Requests; the lock is held
+
+    def _add(self, requests: list[Request]) -> None:
+        for request in requests:
+            self._scheduler.add(request._sequence)
+        self._keep_serving()
+
+    def _end(self, request: Request, reason: str, error: str = "") -> None:
+        """Ends a request that is not finished."""
+        if request.state == "finished":
+            return
+        try:
+            rest = request._watcher.flush()
+        except Exception as fault:
+            rest, reason, error = "", "error", error or _said(fault)
+        request.error = error
+        if reason in ("abort", "error"):
+            request._watcher.finish_reason = reason
+        if rest:
+            request._outputs.append(Output(rest, []))
+        self._scheduler.finish(request._sequence)
+        request._wake_readers()
+
+    def _end_choices(self, request: Request) -> None:
+        for choice in request.choices:
+            self._end(choice, "abort")
+
+    def _end_all(self, reason: str, error: str = "") -> None:
+        for sequence in [*self._scheduler.waiting, *self._scheduler.running]:
+            self._end(sequence.owner, reason, error)
+
+    def _forget(self) -> None:
+        self._scheduler.pool.reset()
+        for sequence in self._scheduler.running:
+            sequence.digests = []
+
+    def _start_over(self) -> None:
+        """Gives up what is on its way and on the device; running requests are computed again."""
+        self._flight = None
+        self._scheduler.start_over()
+        self._device.reset()
+
+    def _measure(self) -> dict[str, float]:
+        scheduler, pool = self._scheduler, self._scheduler.pool
+        return {
+            "compiles": self._device.compiles,
+            **self._counts,
+            "prefix_lookups": scheduler.lookups,
+            "prefix_hit_pages": scheduler.hit_pages,
+            "prefix_saved_tokens": scheduler.saved_tokens,
+            "prefix_evictions": pool.evictions,
+            "preemptions": scheduler.preemptions,
+            "pages_free": pool.free,
+            "pages_cached": pool.cached,
+            "requests_waiting": len(scheduler.waiting),
+            "requests_running": len(scheduler.running),
+            **self._seconds,
+        }
+
+    # Serving in the background
+
+    def _open(self) -> None:
+        self.serving = True
+        self._keep_serving()
+        self._compiler.post(Job(self._warm_up_quietly))
+
+    def _keep_serving(self) -> None:
+        """Sees to the next step of the background loop where there is anything to do. The lock is held."""
+        if self.serving and self._busy() and not self._looping:
+            self._looping = True
+            self._driver.post(Job(self._serve))
+
+    def _serve(self) -> None:
+        try:
+            if self.serving:
+                self._advance()
+        except BaseException as error:  # nothing can be run any more, a new cache does not fit: no reader may wait for ever
+            with self._lock:
+                self._end_all("error", _said(error))
+        with self._lock:
+            self._looping = False
+            self._keep_serving()
+
+    def _close(self) -> None:
+        with self._lock:
+            self.serving = False
+            self._end_all("abort")
+        while self._advance():
+            pass
+
+    def _warm_up_quietly(self, number: int = 0) -> None:
+        """Compiles program after program, in the order in which they are met; the log says how far it is."""
+        if not number:
+            shapes = ", ".join(map(str, self._device.buckets()))
+            _LOG.info("%d pages of %d tokens; shapes: %s", self.num_pages, self.config.page_size, shapes)
+        programs = self._device.programs()
+        following, pages = programs[number] if number < len(programs) else ("ready", None)
+        _LOG.info("%d of %d programs, now: %s", number, len(programs), following)
+        if not self.serving or number == len(programs):
+            return
+        try:
+            self._device.compile(following, pages)
+        except Exception:  # the request that needs the program meets the error
+            _LOG.exception("compiling in the background failed")
+        else:
+            self._compiler.post(Job(lambda: self._warm_up_quietly(number + 1)))
+
+    # Driving; the lock is not held
+
+    def _busy(self) -> bool:
+        return self._flight is not None or bool(self._scheduler.waiting or self._scheduler.running)
+
+    def _advance(self) -> bool:
+        """A step, and whether anything is left to do."""
+        try:
+            self._step()
+        except BaseException:  # what was on its way is asked for again
+            with self._lock:
+                self._start_over()
+            raise
+        with self._lock:
+            return self._busy()
+
+    def _step(self) -> None:
+        begin = time.thread_time()  # of this thread alone: neither waiting for the device nor for a core is the host's work
+        with self._lock:
+            try:
+                dispatch = self._scheduler.next(self._steps_at_once)
+            except Exception as error:  # it ends the request that it came with, and no other
+                if self._scheduler.current is None:
+                    raise
+                return self._fail({self._scheduler.current.owner: error})
+        before, self._flight = self._flight, None
+        if before is not None and dispatch is not None and not self._device.ready(dispatch):
+            if not self._land(before):  # tokens that are there do not wait for the compiler
+                return
+            before = None
+        if dispatch is not None and any(row.valid for row in dispatch.rows):
+            try:
+                self._flight = self._launch(dispatch)
+            except Exception as error:  # whatever it is, it must not take the engine along
+                return self._fail_dispatch(error, dispatch)
+        if before is not None and not self._land(before):
+            return
+        with self._lock:
+            self._seconds["host_seconds"] += time.thread_time() - begin
+
+    def _land(self, flight: _Flight) -> bool:
+        """Waits for the results of a dispatch and takes them in; whether that went well."""
+        try:
+            results = self._device.fetch(flight.results, flight.scored, flight.scored_prompt)
+        except Exception as error:
+            self._fail_dispatch(error, flight.dispatch)
+            return False
+        self._take_in(flight, results)
+        return True
+
+    def _launch(self, dispatch: Dispatch) -> _Flight:
+        for sequence, slot in dispatch.admitted:
+            request = sequence.owner
+            self._device.admit(sequence, slot, request.params, request._seed, request._extras)
+        self._device.prepare(dispatch)  # compiling is not the device's time
+        begin = time.perf_counter()
+        results = self._device.launch(dispatch)
+        scored = any(row.sequence.owner.logprobs is not None for row in dispatch.rows)
+        prompts = any(row.start >= 0 and row.sequence.owner.prompt_logprobs is not None for row in dispatch.rows)
+        return _Flight(dispatch, results, scored, prompts, begin)
+
+    def _take_in(self, flight: _Flight, results: steps.Results) -> None:
+        """Gives every row what it has got."""
+        begin = time.perf_counter()
+        dispatch = flight.dispatch
+        tokens = results.tokens.tolist()
+        with self._lock:
+            taken = begin - max(flight.begin, self._busy_until)
+            self._busy_until = begin
+            self._seconds["device_seconds"] += taken
+            made = read = place = 0
+            errors: dict[Request, Exception] = {}
+            for i, row in enumerate(dispatch.rows):
+                if row.valid:
+                    try:
+                        if results.prompt_ids is not None:
+                            self._take_prompt_logprobs(row, place, results)
+                        made += self._take_row(row, i, tokens[i], results, dispatch)
+                    except Exception as error:  # of this row alone
+                        errors[row.sequence.owner] = error
+                place += row.length
+                read += row.length if row.start >= 0 else 0
+            self._counts["prompt_tokens"] += read
+            self._counts["generated_tokens"] += made
+            self.model.count("prefill", read, 0.0 if dispatch.steps else taken)
+            self.model.count("decode", made, taken if dispatch.steps else 0.0)
+            self._counts["steps"] += max(1, dispatch.steps)
+            if dispatch.steps and self.config.steps_per_dispatch is None:
+                aim = _DISPATCH_SECONDS / (taken / dispatch.steps) if taken > 0 else self.config.steps
+                self._steps_at_once = int(min(max(aim, 1), self.config.steps))
+            if errors:
+                self._fail(errors)
+
+    def _take_row(self, row: Row, i: int, tokens: list[int], results: steps.Results, dispatch: Dispatch) -> int:
+        """Takes in the tokens of one row; how many there were."""
+        request: Request = row.sequence.owner
+        made = [token for token in tokens if token >= 0]
+        self._scheduler.received(row, made, dispatch)
+        if made:
+            logprobs = []
+            if request.params.logprobs is not None:
+                k = request.params.logprobs + 1
+                logprobs = listed(results.ids[i, :, :k], results.logprobs[i, :, :k], len(made))
+            output = Output(*request._watcher.take(made, logprobs))
+            if output.text or output.token_ids:
+                request._outputs.append(output)
+                request._wake_readers()
+        if steps.NOT_FINITE in tokens or request._has_nan:
+            self._end(request, "error", "the model's logits are not finite")
+        elif request._watcher.finish_reason is not None:
+            self._end(request, "stop")
+        elif len(row.sequence.tokens) >= row.sequence.limit:
+            self._end(request, "length")
+        return len(made)
+
+    def _take_prompt_logprobs(self, row: Row, place: int, results: steps.Results) -> None:
+        request: Request = row.sequence.owner
+        found, best = request.prompt_logprobs, request.params.prompt_logprobs
+        if found is None or best is None or row.start < 0:
+            return
+        for i in range(row.length):
+            position = row.start + i + 1
+            if position == len(found) and position < row.sequence.prompt_length:
+                ids, values = (array[place + i, : best + 1].tolist() for array in (results.prompt_ids, results.prompt_logprobs))
+                request._has_nan |= any(map(math.isnan, values))
+                found.append(list(zip(ids, values, strict=True)))
+
+    def _fail(self, errors: dict[Request, Exception]) -> None:
+        """Ends requests that met an error; all others are computed again in a new cache. The lock is held."""
+        for request, error in errors.items():
+            request._cause = error
+            self._end(request, "error", _said(error))
+        self._start_over()
+
+    def _fail_dispatch(self, error: Exception, dispatch: Dispatch) -> None:
+        """The same with the requests of a dispatch that could not be run."""
+        with self._lock:
+            self._fail({row.sequence.owner: error for row in dispatch.rows if row.valid})
+
+    # Pages
+
+    def _read(self, request: Request) -> tuple[dict[str, Any], KVCache | None]:
+        """What a snapshot holds: facts that JSON can hold, and the full pages. What runs already writes after the text that
+        is known."""
+        with self._lock:
+            sequence, pool = request._sequence, self._scheduler.pool
+            facts = {
+                "params": dataclasses.asdict(request.params),
+                "seed": request._seed,
+                "adapter": request.adapter,
+                "prompt": request.prompt_token_ids,
+                "output": list(request.token_ids),
+                "logprobs": _copied(request.logprobs),
+                "prompt_logprobs": _copied(request.prompt_logprobs),
+                "finish_reason": request.finish_reason,
+            }
+            pages = sequence.pages[: sequence.written // pool.page_size] if sequence.state == "running" else []
+            if not pages:
+                pages, _ = pool.find_prefix([*request.prompt_token_ids, *request.token_ids], sequence.adapter)
+            pages = [] if -1 in pages else pages
+            for page in pages:
+                pool.share(page)
+        try:
+            return facts, self._device.read_pages(pages) if pages else None
+        finally:
+            with self._lock:
+                self._give_back(pages)
+
+    def _fill_prefix_cache(self, text: list[int], content: KVCache, adapter: int) -> None:
+        """Puts the pages of a text that are not cached yet into free ones. They are found once they hold it."""
+        pool = self._scheduler.pool
+        size = pool.page_size
+        taken: list[tuple[int, int, bytes, list[int]]] = []
+        with self._lock:
+            parent = pool.root(adapter)
+            for number in range(content.num_pages):
+                tokens = text[number * size : (number + 1) * size]
+                if pool.find(parent, tokens) is None:
+                    if not pool.free:
+                        break
+                    taken.append((pool.take(), number, parent, tokens))
+                parent = pool.register(-1, parent, tokens)
+        if not taken:
+            return
+        try:
+            numbers = np.asarray([number for _, number, *_ in taken])
+            part = jax.tree.map(lambda array: array[:, numbers], content)
+            self._device.write_pages([page for page, *_ in taken], part)
+        except BaseException:  # the cache was donated
+            with self._lock:
+                self._start_over()
+            raise
+        with self._lock:
+            for page, _, parent, tokens in taken:
+                pool.register(page, parent, tokens)
+            self._give_back([page for page, *_ in taken])
+
+    def _give_back(self, pages: list[int]) -> None:
+        for page in reversed(pages):
+            self._scheduler.pool.give_back(page)
+
+
+def _said(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def _copied(found: list | None) -> list | None:
+    return None if found is None else list(found)
