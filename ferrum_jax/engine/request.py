@@ -69,7 +69,7 @@ class Request:
         if params.prompt_logprobs is not None:
             self.prompt_logprobs = [None]
         self._engine, self._sequence, self._seed, self._extras = engine, sequence, seed, extras
-        self._watcher = Watcher(engine.model.tokenizer, params)
+        self._watcher = Watcher(engine.model.tokenizer, params, self.prompt_token_ids)
         self._outputs: deque[Output] = deque()
         self._has_nan = False  # among the log-probabilities of its prompt
         self._cause: Exception | None = None  # what ended it, where that was an exception

@@ -1,7 +1,8 @@
-"""Following one sequence: tokens in, text out, until an end token, a stop string or the limit."""
+"""Following one sequence: tokens in, the text that goes on from its prompt out, until an end token, a stop string or the limit."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from ferrum_jax.sampling_params import SamplingParams
@@ -11,13 +12,13 @@ from ferrum_jax.tokenizer import StopMatcher, TextStream, Tokenizer
 class Watcher:
     """`text`: what is safe to show so far; `finish_reason`: None until the end is seen or `flush` was called."""
 
-    def __init__(self, tokenizer: Tokenizer, params: SamplingParams):
+    def __init__(self, tokenizer: Tokenizer, params: SamplingParams, prompt: Sequence[int]):
         self.token_ids: list[int] = []
         self.logprobs: list[list[tuple[int, float]]] | None = None if params.logprobs is None else []
         self.text = ""
         self.finish_reason: str | None = None
         self._ends: frozenset[int] = frozenset() if params.ignore_eos else tokenizer.eos_ids
-        self._decoder, self._stops = TextStream(tokenizer), StopMatcher(params.stop)
+        self._decoder, self._stops = TextStream(tokenizer, before=prompt), StopMatcher(params.stop)
         self._has_stops, self._min_tokens = bool(params.stop), params.min_tokens
 
     def take(self, tokens: list[int], logprobs: list[list[tuple[int, float]]]) -> tuple[str, list[int]]:

@@ -4,7 +4,7 @@ Both hold back what could still change its meaning: an unfinished character, or 
 """
 
 import codecs
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 
@@ -24,14 +24,31 @@ class TextStream:
 
     A character spread over tokens comes with its last byte; bytes that can be no character come as U+FFFD with the
     token that shows it. Control tokens add nothing (their names where `skip_special` is False). The space that a
-    SentencePiece vocabulary puts in front of a text is dropped from the first token that is text.
+    SentencePiece vocabulary puts before a text is dropped from the first token that is text.
+
+    `before`: the ids that the text goes on from, such as a prompt. What was pushed for them and what comes now are together
+    the decoding of the whole: a first space stays where there was text before, and a character that they began is given out
+    here. Ids that the vocabulary does not have are no text.
     """
 
-    def __init__(self, tokenizer: Pieces, skip_special: bool = True) -> None:
+    def __init__(self, tokenizer: Pieces, skip_special: bool = True, before: Iterable[int] = ()) -> None:
         self._tokenizer = tokenizer
         self._skip_special = skip_special
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._drop_space = tokenizer.adds_space_prefix
+        tail = b""
+        for token in reversed(list(before)):
+            try:
+                silent, piece = tokenizer.is_control(token), tokenizer.token_bytes(token)
+            except ValueError:
+                continue
+            if not silent:
+                self._drop_space = False
+            if not (silent and skip_special):
+                tail = piece + tail
+            if len(tail) >= 3 and not self._drop_space:  # no unfinished character is longer
+                break
+        self._decoder.decode(tail[-3:])
 
     def push(self, token: int) -> str:
         """The characters that this token completes. Raises ValueError for an id outside the vocabulary."""
