@@ -1,8 +1,8 @@
 """config.json of a checkpoint directory: what the model is, and how its tensors are to be read.
 
-The one idea: every key is either known here, or of no consequence, or neutral (null, false, 0, empty); any other is
-refused by name, because it may change what the model computes. Defaults are those that the format defines for files of
-before a key existed.
+The one idea: a key counts if transformers' class of that model_type has it (config_fields.py); any other changes nothing
+there, and nothing here. Of those that count every one is read, or neutral (null, false, 0, empty), or refused by name.
+Defaults are those that the format defines for files of before a key existed.
 """
 
 from __future__ import annotations
@@ -14,7 +14,21 @@ from typing import Any
 
 import numpy as np
 
-from ferrum_jax.config import Keys, ModelConfig, RopeScaling
+from ferrum_jax.config import (
+    ATTENTION_FACTOR,
+    EPS,
+    FACTOR,
+    SCALE,
+    THETA,
+    TURNS,
+    Keys,
+    ModelConfig,
+    RopeScaling,
+    is_neutral,
+    shown,
+    yarn_turns,
+)
+from ferrum_jax.config_fields import FIELDS, ROPE_FIELDS
 from ferrum_jax.encoder_config import MODEL_CLASS, EncoderConfig, encoder_from_json, is_encoder
 from ferrum_jax.errors import ModelFileError, UnsupportedModelError
 
@@ -45,31 +59,6 @@ FAMILIES = {
 }
 
 _ENCODER_BIASES = frozenset({"attn_q", "attn_k", "attn_v", "attn_output", "ffn_up", "ffn_down"})
-_KNOWN = {
-    "architectures", "model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-    "num_key_value_heads", "head_dim", "vocab_size", "max_position_embeddings", "rms_norm_eps", "rope_theta", "rope_scaling",
-    "rope_parameters", "partial_rotary_factor", "tie_word_embeddings", "attention_bias", "mlp_bias", "hidden_act",
-    "sliding_window", "use_sliding_window", "max_window_layers", "layer_types", "num_experts", "num_local_experts",
-    "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob", "decoder_sparse_step", "mlp_only_layers",
-    "quantization_config",
-}  # fmt: skip
-# Of training, of generation (which has its own file), of other programs, or about the file itself.
-_HARMLESS = {
-    "transformers_version", "torch_dtype", "dtype", "use_cache", "initializer_range", "bos_token_id", "eos_token_id",
-    "pad_token_id", "unk_token_id", "attention_dropout", "hidden_dropout", "embd_dropout", "resid_dropout", "dropout",
-    "pretraining_tp", "router_aux_loss_coef", "output_router_logits", "router_jitter_noise", "auto_map", "id2label",
-    "label2id", "return_dict", "output_hidden_states", "output_attentions", "torchscript", "use_bfloat16",
-    "chunk_size_feed_forward", "is_encoder_decoder", "is_decoder", "add_cross_attention", "cross_attention_hidden_size",
-    "tie_encoder_decoder", "pruned_heads", "finetuning_task", "problem_type", "prefix", "task_specific_params",
-    "tokenizer_class", "max_length", "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups",
-    "diversity_penalty", "temperature", "top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty",
-    "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences", "output_scores",
-    "return_dict_in_generate", "forced_bos_token_id", "forced_eos_token_id", "remove_invalid_values", "suppress_tokens",
-    "begin_suppress_tokens", "exponential_decay_length_penalty", "sep_token_id", "decoder_start_token_id", "tf_legacy_loss",
-    "use_return_dict", "name_or_path", "attn_implementation", "is_llama_config", "model_max_length", "license", "language",
-    "transformers.js_config", "gradient_checkpointing", "keys_to_ignore_at_inference", "max_sequence_length",
-    "attention_probs_dropout_prob", "hidden_dropout_prob", "use_flash_attn", "cache_implementation", "neftune_noise_alpha",
-}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,12 +78,17 @@ class ConfigFile:
 def read_config(content: dict[str, Any], path: Path) -> ConfigFile:
     """What the object in config.json at `path` says. Raises UnsupportedModelError for a model class or feature that is
     not implemented, ModelFileError for a missing or impossible key."""
-    keys = Keys(content, "", str(path))
     if is_encoder(content):
-        encoder = encoder_from_json(content, path, _HARMLESS)
+        encoder = encoder_from_json(content, path)
         return ConfigFile(encoder, MODEL_CLASS, True, _ENCODER_BIASES, None, None)
     name, family = _family(content, path)
-    _refuse_unknown(content, path)
+    keys = Keys({key: value for key, value in content.items() if key in FIELDS[family.model_type]}, "", str(path))
+    if keys.has("hidden_act") and (act := keys.get("hidden_act")) != "silu":
+        raise keys.unsupported("hidden_act", f"{shown(act)} is not supported; supported: 'silu'")
+    if not _flag(keys, "is_causal", True):
+        raise keys.unsupported("is_causal", "false is not supported")
+    if not is_neutral(packing := content.get("quantization")):  # of MLX, whose packing nothing here reads
+        raise keys.unsupported("quantization", f"{shown(packing)} is not supported")
     hidden = keys.integer("hidden_size")
     layers = keys.integer("num_hidden_layers", high=4096)
     heads = keys.integer("num_attention_heads", high=2**16)
@@ -106,11 +100,15 @@ def read_config(content: dict[str, Any], path: Path) -> ConfigFile:
     theta, scaling, factors = _rope(keys, family, head_dim, context)
     if scaling is not None and scaling.kind == "yarn":
         context = max(context, int(scaling.factor * scaling.original_context))
+        if context >= 2**31:
+            text = f"times {scaling.original_context} original positions is a context of {context}; at most {2**31 - 1} is"
+            raise keys.fail("rope_scaling", f"factor {scaling.factor} {text}")
     attention_bias = _flag(keys, "attention_bias")
     stems = {"attn_q", "attn_k", "attn_v"} if attention_bias or family.biases else set()
     stems |= {"attn_output"} if attention_bias and not family.biases else set()
     stems |= {"ffn_gate", "ffn_up", "ffn_down"} if _flag(keys, "mlp_bias") else set()
     dense, experts = _experts(keys, family, layers)
+    keys.asked.add("intermediate_size")  # of no layer where all are mixtures
     config = ModelConfig(
         architecture=family.architecture,
         num_layers=layers,
@@ -121,7 +119,7 @@ def read_config(content: dict[str, Any], path: Path) -> ConfigFile:
         head_dim=head_dim,
         vocab_size=keys.integer("vocab_size"),
         context_length=context,
-        rms_norm_eps=keys.number("rms_norm_eps", positive=False),
+        rms_norm_eps=keys.number("rms_norm_eps", EPS),
         rope_theta=theta,
         rope_dim=head_dim,
         rope_scaling=scaling,
@@ -129,10 +127,12 @@ def read_config(content: dict[str, Any], path: Path) -> ConfigFile:
         dense_layers=dense,
         **experts,
     )
+    tied = _flag(keys, "tie_word_embeddings")
+    keys.refuse_unread("{} is not supported")
     quantization = content.get("quantization_config")
     if quantization is not None and not isinstance(quantization, dict):
         raise keys.fail("quantization_config", "must be an object")
-    return ConfigFile(config, name, _flag(keys, "tie_word_embeddings"), frozenset(stems), factors, quantization)
+    return ConfigFile(config, name, tied, frozenset(stems), factors, quantization)
 
 
 def _family(content: dict[str, Any], path: Path) -> tuple[str, Family]:
@@ -148,16 +148,6 @@ def _family(content: dict[str, Any], path: Path) -> tuple[str, Family]:
     if kind is not None and kind != family.model_type:
         raise ModelFileError(f"{path}: key model_type: {kind!r} is not that of {names[0]}, {family.model_type!r}")
     return names[0], family
-
-
-def _refuse_unknown(content: dict[str, Any], path: Path) -> None:
-    for key, value in content.items():
-        if key in _KNOWN or key in _HARMLESS or key.startswith(("_", "unsloth")):
-            continue
-        if value not in (None, False, 0, "", [], {}):
-            raise UnsupportedModelError(f"{path}: key {key}: {value!r:.100} is not supported")
-    if (act := content.get("hidden_act", "silu")) != "silu":
-        raise UnsupportedModelError(f"{path}: key hidden_act: {act!r} is not supported; supported: 'silu'")
 
 
 def _flag(keys: Keys, key: str, default: bool = False) -> bool:
@@ -182,17 +172,21 @@ def _experts(keys: Keys, family: Family, layers: int) -> tuple[tuple[int, ...], 
     """The layers without experts, and the fields of `ModelConfig` about experts (none where no layer has them)."""
     if not family.experts:
         return (), {}
-    name = "num_experts" if keys.has("num_experts") else "num_local_experts"
     qwen = family.architecture == "qwen3moe"
-    count = keys.integer(name, low=0 if qwen else 1, high=2**16)
+    named = [key for key in ("num_experts", "num_local_experts") if keys.has(key)]  # two names of one thing
+    counts = [keys.integer(key, low=0 if qwen else 1, high=2**16) for key in named or ["num_local_experts"]]
+    count = counts[0]
+    if count != counts[-1]:
+        raise keys.fail("num_experts", f"is {count}, but num_local_experts is {counts[-1]}")
     dense: tuple[int, ...] = ()
     if qwen:
         step = keys.integer("decoder_sparse_step") if keys.has("decoder_sparse_step") else 1
-        only = keys.metadata.get("mlp_only_layers") or []
+        only = keys.get("mlp_only_layers") or []
         if not isinstance(only, list) or not all(type(n) is int and 0 <= n < layers for n in only):
             raise keys.fail("mlp_only_layers", f"must be a list of layers from 0 to {layers - 1}, not {only!r:.100}")
         dense = tuple(n for n in range(layers) if n in only or not count or (n + 1) % step)
     if len(dense) == layers:
+        keys.asked.update(("num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob"))
         return (), {}
     return dense, {
         "num_experts": count,
@@ -204,13 +198,14 @@ def _experts(keys: Keys, family: Family, layers: int) -> tuple[tuple[int, ...], 
 
 def _window(keys: Keys, family: Family, layers: int) -> int:
     """The sliding window of every layer, 0 for none; windows of some layers only are refused."""
-    kinds = keys.metadata.get("layer_types")
+    kinds = keys.get("layer_types")
+    keys.asked.update(("use_sliding_window", "max_window_layers"))
     if kinds is not None and (not isinstance(kinds, list) or len(kinds) != layers):
         raise keys.fail("layer_types", f"must be a list of {layers} kinds")
     if not family.windowed or (family.windowed == "use" and not _flag(keys, "use_sliding_window")):
         window = 0
-        if not family.windowed and keys.metadata.get("sliding_window"):
-            raise UnsupportedModelError(f"{keys.source}: key sliding_window: is not supported in this model class")
+        if not is_neutral(keys.get("sliding_window")) and not family.windowed:
+            raise keys.unsupported("sliding_window", "is not supported in this model class")
     elif "sliding_window" in keys.metadata:
         window = keys.integer("sliding_window", low=0) if keys.has("sliding_window") else 0
     else:
@@ -219,56 +214,58 @@ def _window(keys: Keys, family: Family, layers: int) -> int:
         full = min(keys.integer("max_window_layers", low=0) if keys.has("max_window_layers") else 28, layers)
         kinds = ["full_attention"] * full + ["sliding_attention"] * (layers - full)
         if window and 0 < full < layers:
-            raise UnsupportedModelError(
-                f"{keys.source}: key max_window_layers: a window in the layers from {full} on only is not supported"
-            )
-    found = set(kinds or ())
+            raise keys.unsupported("max_window_layers", f"a window in the layers from {full} on only is not supported")
+    found = set(map(str, kinds or ()))
     if not found <= {"full_attention", "sliding_attention"} or (window and len(found) > 1):
-        raise UnsupportedModelError(f"{keys.source}: key layer_types: {sorted(map(str, found))} in one model is not supported")
+        raise keys.unsupported("layer_types", f"{sorted(found)} in one model is not supported")
     if found == {"sliding_attention"} and not window:
         raise keys.fail("layer_types", "names sliding_attention, but there is no sliding_window")
     return 0 if found == {"full_attention"} else window
 
 
-_ROPE_KEYS = {
-    "default": set(),
-    "linear": {"factor"},
-    "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
-    "yarn": {"factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "mscale",
-             "mscale_all_dim", "truncate"},
-}  # fmt: skip
+_ROPE_KINDS = ("default", "linear", "llama3", "yarn")
 
 
 def _rope(keys: Keys, family: Family, head_dim: int, context: int) -> tuple[float, RopeScaling | None, np.ndarray | None]:
-    """theta, the scaling, and the factors of LLaMA-3.1's."""
-    name = "rope_parameters" if keys.has("rope_parameters") else "rope_scaling"
-    stated = keys.metadata.get(name)
+    """theta, the scaling, and the factors of LLaMA-3.1's. Where both objects are there, rope_scaling counts."""
+    parameters = keys.get("rope_parameters")
+    name, stated = ("rope_scaling", keys.get("rope_scaling")) if keys.get("rope_scaling") else ("rope_parameters", parameters)
     if stated is not None and not isinstance(stated, dict):
         raise keys.fail(name, "must be an object")
     given = {key: value for key, value in (stated or {}).items() if value is not None}
-    rope = Keys(given, "", f"{keys.source}: key {name}")
-    owner = rope if rope.has("rope_theta") else keys
-    theta = owner.number("rope_theta", low=1.0) if owner.has("rope_theta") else family.theta
+    if nested := next((key for key, value in given.items() if isinstance(value, dict)), None):
+        raise keys.unsupported(name, f"{nested}: parameters by kind of layer are not supported")
+    rope = Keys(
+        {key: value for key, value in given.items() if key in ROPE_FIELDS or key == "type"}, "", f"{keys.source}: key {name}"
+    )
+    theta = keys.number("rope_theta", THETA) if keys.has("rope_theta") else family.theta
+    theta = rope.number("rope_theta", THETA) if rope.has("rope_theta") else theta
     for place in (keys, rope):
         if place.has("partial_rotary_factor") and place.number("partial_rotary_factor") != 1.0:
-            raise UnsupportedModelError(f"{place.source}: key partial_rotary_factor: only 1 is supported")
-    kind = given.get("rope_type", given.get("type", "default"))
-    if not isinstance(kind, str) or kind not in _ROPE_KEYS:
-        raise UnsupportedModelError(f"{rope.source}: rope_type {kind!r} is not supported; supported: {', '.join(_ROPE_KEYS)}")
-    for key in given.keys() - _ROPE_KEYS[kind] - {"rope_type", "type", "rope_theta", "partial_rotary_factor"}:
-        if kind != "default":
-            raise UnsupportedModelError(f"{rope.source}: {key} is not supported with rope_type {kind!r}")
+            raise place.unsupported("partial_rotary_factor", "only 1 is supported")
+    kind, legacy = rope.get("rope_type"), rope.get("type")
+    kind = kind or legacy or "default"
+    if not isinstance(kind, str) or kind not in _ROPE_KINDS:
+        known = ", ".join(_ROPE_KINDS)
+        raise UnsupportedModelError(f"{rope.source}: rope_type {shown(kind)} is not supported; supported: {known}")
+    original = context
+    for place in (rope, keys):  # the latter counts where both have it
+        if place.has("original_max_position_embeddings") and kind not in ("default", "linear"):
+            original = place.integer("original_max_position_embeddings")
     if kind == "default":
         return theta, None, None
-    factor = rope.number("factor")
+    factor = rope.number("factor", FACTOR)
+    scaling, factors = None, None
     if kind == "linear":
-        return theta, RopeScaling("linear", factor), None
-    original = context
-    if kind == "llama3" or rope.has("original_max_position_embeddings"):
-        original = rope.integer("original_max_position_embeddings")
-    if kind == "llama3":
-        return theta, None, _llama3_factors(rope, theta, head_dim, factor, original)
-    return theta, _yarn(rope, factor, original), None
+        scaling = RopeScaling("linear", factor)
+    elif kind == "yarn":
+        scaling = _yarn(rope, factor, original)
+    else:
+        factors = _llama3_factors(rope, theta, head_dim, factor, original)
+    for key, value in rope.metadata.items():
+        if key not in rope.asked and not is_neutral(value):
+            raise UnsupportedModelError(f"{rope.source}: {key} is not supported with rope_type {kind!r}")
+    return theta, scaling, factors
 
 
 def _yarn(rope: Keys, factor: float, original: int) -> RopeScaling:
@@ -280,19 +277,19 @@ def _yarn(rope: Keys, factor: float, original: int) -> RopeScaling:
         return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
     attention = magnitude(1.0)
+    each = [rope.number(key, SCALE) if rope.has(key) else 0.0 for key in ("mscale", "mscale_all_dim")]
     if rope.has("attention_factor"):
-        attention = rope.number("attention_factor")
-    elif rope.has("mscale") and rope.has("mscale_all_dim"):
-        each = rope.number("mscale", positive=False), rope.number("mscale_all_dim", positive=False)
-        attention = magnitude(each[0]) / magnitude(each[1]) if all(each) else attention
-    fast, slow = (rope.number(key) if rope.has(key) else default for key, default in (("beta_fast", 32), ("beta_slow", 1)))
-    return RopeScaling("yarn", factor, original, attention, float(fast), float(slow))
+        attention = rope.number("attention_factor", ATTENTION_FACTOR)
+    elif all(each):
+        attention = magnitude(each[0]) / magnitude(each[1])
+    fast, slow = yarn_turns(rope, "beta_fast", "beta_slow")
+    return RopeScaling("yarn", factor, original, attention, fast, slow)
 
 
 def _llama3_factors(rope: Keys, theta: float, head_dim: int, factor: float, original: int) -> np.ndarray:
     """LLaMA-3.1's divisors of the rotary frequencies: `factor` for wavelengths that the original context does not hold
     `low_freq_factor` times, 1 for those that it holds `high_freq_factor` times, between them a blend of frequencies."""
-    low, high = rope.number("low_freq_factor"), rope.number("high_freq_factor")
+    low, high = rope.number("low_freq_factor", TURNS), rope.number("high_freq_factor", TURNS)
     if high <= low:
         raise rope.fail("high_freq_factor", f"is {high}; it must be above low_freq_factor {low}")
     wavelengths = 2 * math.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)

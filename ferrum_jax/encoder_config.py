@@ -1,7 +1,7 @@
 """What an encoder (the BERT family) is, as one frozen value: from GGUF metadata, or from a directory's config.json and what
 sentence-transformers keeps beside it.
 
-As for decoders, a key that is neither known, nor of no consequence, nor neutral is refused by name.
+As for decoders, a key that may change the computation and is neither read nor neutral is refused by name.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ferrum_jax.config import NEUTRAL, Keys
+from ferrum_jax.config import EPS, Keys, config_architecture
+from ferrum_jax.config_fields import FIELDS
 from ferrum_jax.errors import ModelFileError, UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -53,34 +54,22 @@ class EncoderConfig:
         return "float32" if self.dtype == "int8" else self.dtype
 
 
-_GGUF_KEYS = {
-    "block_count", "context_length", "embedding_length", "feed_forward_length", "attention.head_count",
-    "attention.head_count_kv", "attention.layer_norm_epsilon", "pooling_type", "vocab_size",
-}  # fmt: skip
-
-
 def encoder_from_gguf(metadata: Mapping[str, object], tensors: Mapping[str, TensorInfo], source: str) -> EncoderConfig | None:
     """The configuration of a file of arch `bert`, None for another one. Raises as `config_from_gguf`."""
-    if metadata.get("general.architecture") != ARCHITECTURE:
+    if config_architecture(metadata, source) != ARCHITECTURE:
         return None
     keys = Keys(metadata, ARCHITECTURE + ".", source)
-    for key, value in metadata.items():
-        name = key.removeprefix(keys.prefix)
-        if name != key and name not in _GGUF_KEYS and not (isinstance(value, int | float | str) and value in NEUTRAL):
-            raise UnsupportedModelError(f"{source}: key {key}: this feature is not supported")
     for name in ("token_embd.weight", "token_types.weight"):
         if name not in tensors:
             raise ModelFileError(f"{source}: tensor {name}: is missing")
     heads = keys.integer("attention.head_count", high=2**16)
     if keys.has("attention.head_count_kv") and keys.integer("attention.head_count_kv") != heads:
-        raise UnsupportedModelError(f"{source}: key {keys.prefix}attention.head_count_kv: grouped queries are not supported")
+        raise keys.unsupported("attention.head_count_kv", "grouped queries are not supported")
     pooling = keys.integer("pooling_type", low=0) if keys.has("pooling_type") else 1
     if pooling not in _POOLING_TYPES:
-        raise UnsupportedModelError(
-            f"{source}: key {keys.prefix}pooling_type: {pooling} is not supported; 1 (mean) and 2 (cls) are"
-        )
+        raise keys.unsupported("pooling_type", f"{pooling} is not supported; 1 (mean) and 2 (cls) are")
     context = keys.integer("context_length")
-    return EncoderConfig(
+    config = EncoderConfig(
         architecture=ARCHITECTURE,
         num_layers=keys.integer("block_count", high=4096),
         hidden_size=_divisible(keys, "embedding_length", heads),
@@ -90,9 +79,12 @@ def encoder_from_gguf(metadata: Mapping[str, object], tensors: Mapping[str, Tens
         num_types=tensors["token_types.weight"].shape[0],
         context_length=context,
         text_length=context,
-        layer_norm_eps=keys.number("attention.layer_norm_epsilon", positive=False),
+        layer_norm_eps=keys.number("attention.layer_norm_epsilon", EPS),
         pooling=_POOLING_TYPES[pooling],
     )
+    keys.asked.add("vocab_size")
+    keys.refuse_unread("this feature is not supported")
+    return config
 
 
 def _divisible(keys: Keys, key: str, heads: int) -> int:
@@ -104,17 +96,6 @@ def _divisible(keys: Keys, key: str, heads: int) -> int:
 
 # ---- directories
 
-_JSON_KEYS = {
-    "architectures", "model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size",
-    "type_vocab_size", "max_position_embeddings", "layer_norm_eps", "hidden_act", "position_embedding_type",
-}  # fmt: skip
-# Of training, or of the pooler of the original model, whose output no sentence embedding uses.
-_JSON_HARMLESS = {
-    "classifier_dropout", "directionality", "pooler_fc_size", "pooler_num_attention_heads", "pooler_num_fc_layers",
-    "pooler_size_per_head", "pooler_type",
-}  # fmt: skip
-_DECODING = ("is_decoder", "add_cross_attention", "is_encoder_decoder")
-
 
 def is_encoder(content: Mapping[str, Any]) -> bool:
     """Whether a config.json is that of an encoder."""
@@ -122,20 +103,17 @@ def is_encoder(content: Mapping[str, Any]) -> bool:
     return names == [MODEL_CLASS] or (names is None and content.get("model_type") == ARCHITECTURE)
 
 
-def encoder_from_json(content: Mapping[str, Any], path: Path, harmless: set[str]) -> EncoderConfig:
-    """The configuration that config.json at `path` and the files beside it give; `harmless`: keys of no consequence."""
-    keys = Keys(content, "", str(path))
-    for key, value in content.items():
-        known = key in _JSON_KEYS or key in _JSON_HARMLESS or (key in harmless and key not in _DECODING)
-        if not known and not key.startswith("_") and value not in (None, False, 0, "", [], {}):
-            raise UnsupportedModelError(f"{path}: key {key}: {value!r:.100} is not supported in a {MODEL_CLASS}")
+def encoder_from_json(content: Mapping[str, Any], path: Path) -> EncoderConfig:
+    """The configuration that config.json at `path` and the files beside it give."""
     for key, only in (("model_type", ARCHITECTURE), ("hidden_act", "gelu"), ("position_embedding_type", "absolute")):
         if content.get(key, only) != only:
             raise UnsupportedModelError(f"{path}: key {key}: {content[key]!r} is not supported; supported: {only!r}")
+    keys = Keys({key: value for key, value in content.items() if key in FIELDS[ARCHITECTURE]}, "", str(path))
+    keys.asked.update(("hidden_act", "tie_word_embeddings"))
     heads = keys.integer("num_attention_heads", high=2**16)
     context = keys.integer("max_position_embeddings")
     pooling, text_length = _sentence_transformers(path.parent)
-    return EncoderConfig(
+    config = EncoderConfig(
         architecture=ARCHITECTURE,
         num_layers=keys.integer("num_hidden_layers", high=4096),
         hidden_size=_divisible(keys, "hidden_size", heads),
@@ -145,9 +123,11 @@ def encoder_from_json(content: Mapping[str, Any], path: Path, harmless: set[str]
         num_types=keys.integer("type_vocab_size") if keys.has("type_vocab_size") else 2,
         context_length=context,
         text_length=min(context, text_length or context),
-        layer_norm_eps=keys.number("layer_norm_eps", positive=False) if keys.has("layer_norm_eps") else 1e-12,
+        layer_norm_eps=keys.number("layer_norm_eps", EPS) if keys.has("layer_norm_eps") else 1e-12,
         pooling=pooling,
     )
+    keys.refuse_unread(f"{{}} is not supported in a {MODEL_CLASS}")
+    return config
 
 
 def _sentence_transformers(directory: Path) -> tuple[str, int | None]:

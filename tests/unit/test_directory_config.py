@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 from pathlib import Path
 
@@ -75,22 +76,62 @@ def test_a_missing_key_is_named(kind: str, key: str) -> None:
         ({"architectures": ..., "model_type": "gemma3"}, "architectures: gemma3 is not supported"),
         ({"hidden_act": "gelu"}, "hidden_act: 'gelu'"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
-        ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping: 50.0 is not supported"),
-        ({"logit_scale": 0.0625}, "logit_scale"),
-        ({"vision_config": {"depth": 2}}, "vision_config"),
-        ({"use_qk_norm": True}, "use_qk_norm"),
+        ({"attention_chunk_size": 8192}, "attention_chunk_size: 8192 is not supported"),
+        ({"per_layer_config": {"0": {"intermediate_size": 32}}}, "per_layer_config"),
+        ({"is_causal": False}, "is_causal: false is not supported"),
+        ({"quantization": {"group_size": 64, "bits": 4}}, "quantization: {'group_size': 64, 'bits': 4} is not supported"),
         ({"sliding_window": 64}, "sliding_window"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type 'dynamic' is not supported"),
         ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "rope_type 'longrope'"),
         ({"rope_scaling": {"rope_type": "mrope"}}, "rope_type 'mrope'"),
         ({"rope_scaling": {"rope_type": "linear", "factor": 2.0, "short_factor": [1]}}, "short_factor is not supported"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "truncate": False}}, "truncate: false"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "full_attention: parameters by kind of layer"),
         ({"layer_types": ["chunked_attention"] * 4}, "chunked_attention"),
     ],
 )
 def test_a_feature_that_is_not_there_is_named(keys: dict, said: str) -> None:
     with pytest.raises(fj.UnsupportedModelError, match=rf"config\.json: .*{said}"):
         read(**keys)
+
+
+IGNORED = {"use_qk_norm": True, "activation": "swiglu", "attn_logit_softcapping": 50.0, "logit_scale": 0.0625, "a_new_key": [1],
+           "vision_config": {"depth": 2}, "embedding_multiplier": 12.0, "temperature": 0.6}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", NAMES)
+def test_a_key_that_is_no_field_of_the_class_changes_nothing(kind: str) -> None:
+    """transformers' classes have none of these; biases and windows only where the class has the key."""
+    plain = read(kind)
+    more: dict = IGNORED | {"original_max_position_embeddings": 64}
+    if kind in ("mistral", "mixtral", "qwen2"):
+        more |= {"attention_bias": True, "mlp_bias": True}
+    found = read(kind, **more)
+    assert (found.config, found.biases) == (plain.config, plain.biases)
+
+
+def test_keys_of_another_rope_type() -> None:
+    """`original_max_position_embeddings` counts for yarn and llama3 alone, and beside rope_scaling before it within."""
+    yarn = {"type": "yarn", "factor": 4.0, "finetuned": True, "a_new_key": 3}
+    for keys, original in (({}, 512), ({"original_max_position_embeddings": 64}, 64)):
+        scaling = read(rope_scaling=yarn, **keys).config.rope_scaling
+        assert scaling is not None and scaling.original_context == original
+        scaling = read(rope_scaling=yarn | {"original_max_position_embeddings": 128}, **keys).config.rope_scaling
+        assert scaling is not None and scaling.original_context == (original if keys else 128)
+    linear = {"type": "linear", "factor": 4.0, "original_max_position_embeddings": 128}
+    both = read(rope_scaling=linear, rope_parameters=yarn | {"original_max_position_embeddings": 128})
+    assert both.config.rope_scaling == read(rope_scaling={"type": "linear", "factor": 4.0}).config.rope_scaling
+
+
+def test_the_table_of_fields_is_what_the_script_writes() -> None:
+    pytest.importorskip("transformers")
+    scripts = Path(__file__).parents[1] / "goldens" / "scripts"
+    spec = importlib.util.spec_from_file_location("make_config_fields", scripts / "make_config_fields.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if module.transformers.__version__ == "5.24.0":
+        assert module.text() == module.OUT.read_text()
 
 
 def test_windows_of_some_layers_are_refused() -> None:

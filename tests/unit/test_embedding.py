@@ -219,7 +219,7 @@ DAMAGES = {
     "tanh": (set_json("config.json", hidden_act="gelu_new"), "key hidden_act: 'gelu_new'"),
     "relative": (set_json("config.json", position_embedding_type="relative_key"), "key position_embedding_type"),
     "causal": (set_json("config.json", is_decoder=True), "key is_decoder"),
-    "unknown key": (set_json("config.json", extra_norm=True), "key extra_norm"),
+    "other attention": (set_json("config.json", add_cross_attention=True), "key add_cross_attention: True is not supported"),
     "heads": (set_json("config.json", num_attention_heads=5), "key hidden_size: is 64, no multiple of 5"),
     "positions": (set_json("config.json", max_position_embeddings=65), "position_embeddings.weight: shape"),
     "max pooling": (
@@ -253,6 +253,15 @@ DAMAGES = {
         "word_embeddings.weight: shape",
     ),
 }
+
+
+def test_keys_that_the_class_does_not_have(tmp_path: Path) -> None:
+    tiny_encoders.write_directory(CASED, tmp_path)
+    with open_model(tmp_path) as source:
+        plain = source.encoder()
+    set_json("config.json", extra_norm=True, rope_theta=10000.0, use_cache=True)(tmp_path)
+    with open_model(tmp_path) as source:
+        assert source.encoder() == plain
 
 
 @pytest.mark.parametrize("damage", DAMAGES)

@@ -1,0 +1,42 @@
+"""Keys of config.json that can change what transformers 5.24.0 computes, by model_type; any other key changes nothing.
+
+Written by tests/goldens/scripts/make_config_fields.py.
+"""
+
+# fmt: off
+_DECODERS = {
+    "attention_chunk_size", "head_dim", "hidden_act", "hidden_size", "intermediate_size", "is_causal", "is_encoder_decoder",
+    "kv_sharing_modes", "layer_types", "max_position_embeddings", "num_attention_heads", "num_hidden_layers",
+    "num_key_value_heads", "original_max_position_embeddings", "partial_rotary_factor", "per_layer_config", "rms_norm_eps",
+    "rope_parameters", "rope_scaling", "rope_theta", "sliding_window", "tie_word_embeddings", "vocab_size",
+}
+FIELDS = {
+    "bert": {
+        "add_cross_attention", "hidden_act", "hidden_size", "intermediate_size", "is_decoder", "is_encoder_decoder",
+        "layer_norm_eps", "max_position_embeddings", "num_attention_heads", "num_hidden_layers", "tie_word_embeddings",
+        "type_vocab_size", "vocab_size",
+    },
+    "llama": _DECODERS | {
+        "attention_bias", "mlp_bias",
+    },
+    "mistral": _DECODERS,
+    "mixtral": _DECODERS | {
+        "num_experts", "num_experts_per_tok", "num_local_experts",
+    },
+    "qwen2": _DECODERS | {
+        "max_window_layers", "use_sliding_window",
+    },
+    "qwen3": _DECODERS | {
+        "attention_bias", "max_window_layers", "use_sliding_window",
+    },
+    "qwen3_moe": _DECODERS | {
+        "attention_bias", "decoder_sparse_step", "mlp_only_layers", "moe_intermediate_size", "norm_topk_prob", "num_experts",
+        "num_experts_per_tok", "num_local_experts", "use_sliding_window",
+    },
+}
+# Of the object rope_scaling or rope_parameters.
+ROPE_FIELDS = {
+    "attention_factor", "beta_fast", "beta_slow", "factor", "high_freq_factor", "long_factor", "low_freq_factor",
+    "mrope_section", "mscale", "mscale_all_dim", "original_max_position_embeddings", "partial_rotary_factor", "rope_theta",
+    "rope_type", "short_factor", "truncate",
+}
