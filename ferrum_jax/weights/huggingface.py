@@ -326,8 +326,18 @@ class _Layout:
             path = self.directory.path / "config.json"
             self.directory.tensors["rope_freqs.weight"] = Laid("rope_freqs", "F32", (size,), path, 0, 4 * size)
         self._check_biases()
-        if not self.config.tied and "output.weight" not in self.directory.tensors:
-            raise self._error("lm_head.weight", "is missing, and config.json does not tie it to the embedding")
+        self._tie()
+
+    def _tie(self) -> None:
+        """Where config.json ties the two, whichever matrix is there is both; `tied.py` compares those that both are there."""
+        tensors = self.directory.tensors
+        if not self.config.tied:
+            if "output.weight" not in tensors:
+                raise self._error("lm_head.weight", "is missing, and config.json does not tie it to the embedding")
+        elif "output.weight" in tensors and "token_embd.weight" not in tensors:
+            tensors["token_embd.weight"] = tensors.pop("output.weight")
+        elif self.directory._header_only:  # nothing can be compared: as config.json says
+            tensors.pop("output.weight", None)
 
     def _error(self, name: str, problem: str) -> ModelFileError:
         path = self.raw[name].path if name in self.raw else self.directory.path
@@ -335,8 +345,6 @@ class _Layout:
 
     def _parts(self, module: str, tensors: dict[str, TensorInfo]) -> Iterator[tuple[str, int, Slice | PackedMatrix]]:
         """(name in the table, number of the expert or -1, part) for the tensors of one module."""
-        if self.config.tied and module == "lm_head":
-            return
         names = self.directory.names
         match = names.in_layer(module)
         expert = _IN_EXPERT.fullmatch(match[2]) if match else None

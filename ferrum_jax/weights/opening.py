@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from ferrum_jax.errors import ModelFileError
-from ferrum_jax.weights.gguf import open_gguf
-from ferrum_jax.weights.huggingface import open_directory
+from ferrum_jax.weights.gguf import GGUFFile, open_gguf
+from ferrum_jax.weights.huggingface import HuggingFaceDirectory, open_directory
 from ferrum_jax.weights.quantise import Quantised, checked_format
 from ferrum_jax.weights.source import MARKER, ModelSource
+from ferrum_jax.weights.tied import tie
 
 
 def open_model(
@@ -37,6 +38,8 @@ def open_model(
     else:
         source = open_gguf(path, header_only=header_only)
     try:
+        if not header_only and isinstance(source, GGUFFile | HuggingFaceDirectory):
+            tie(source, source.tensors)
         if merge_adapter is not None:
             from ferrum_jax.weights.merging import Merged
 
