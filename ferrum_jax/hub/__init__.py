@@ -47,13 +47,16 @@ def resolve(source: str | os.PathLike[str], *, progress: Report | None = None, o
     remarks. offline: no network; None means what $HF_HUB_OFFLINE says.
     Raises ModelNotFoundError with every source that was tried and why it failed, one line each.
     """
-    offline = is_offline() if offline is None else offline
+    return _resolve(source, progress, is_offline() if offline is None else offline, thorough=False)
+
+
+def _resolve(source: str | os.PathLike[str], progress: Report | None, offline: bool, thorough: bool) -> Path:
     if isinstance(source, str):
         name = _alias_key(source)
         if alias := ALIASES.get(name):
             if not alias.checked:
                 _remark(f"the alias {name} ({alias.sources[0]}) was never checked by ferrum_jax", progress)
-            return _first(name, alias.sources, progress, offline)
+            return _first(name, alias.sources, progress, offline, thorough)
     path = Path(source).expanduser()
     try:
         if os.fspath(source) and path.exists():
@@ -62,7 +65,7 @@ def resolve(source: str | os.PathLike[str], *, progress: Report | None = None, o
         raise ModelNotFoundError(f"{os.fspath(source)!r}: {error}") from None
     text = os.fspath(source)
     if isinstance(source, str) and (found := _on_hub(text)):
-        return _first(text, (found,), progress, offline)
+        return _first(text, (found,), progress, offline, thorough)
     if _looks_like_path(text):
         raise ModelNotFoundError(f"{text}: there is no such file or directory (a file on the hub is owner/repo:file)")
     raise ModelNotFoundError(_unknown(text))
@@ -91,8 +94,9 @@ def fetch_heads(source: str, directory: Path, whole: Callable[[Path], object]) -
 
 
 def pull(source: str | os.PathLike[str], progress: Report | None = None) -> Path:
-    """`resolve` under the name users know it by: have the model here, and say where."""
-    return resolve(source, progress=progress)
+    """Have the model here, whole, and say where: `resolve`, and what is here already is read and compared with what came,
+    or else with what the hub says, and fetched again where it differs."""
+    return _resolve(source, progress, is_offline(), thorough=True)
 
 
 def _alias_key(text: str) -> str:
@@ -132,15 +136,20 @@ def _remark(text: str, progress: Report | None) -> None:
         progress(0, None, text)
 
 
-def _first(name: str, sources: tuple[Source, ...], progress: Report | None, offline: bool) -> Path:
+def _first(name: str, sources: tuple[Source, ...], progress: Report | None, offline: bool, thorough: bool) -> Path:
     """The first source that has the model: the caches of all, then all in order."""
     report = progress or (lambda done, total, text: None)
+    damaged: list[str] = []
+    if thorough:
+        report(0, None, f"comparing what is here of {name} with what came")
     for source in sources:
-        if path := _cached(source):
+        if path := _cached(source, thorough, damaged):
             return path
     if isinstance(sources[0], PackagedSource):
         raise ModelNotFoundError(f"{name}: {sources[0].path} is missing from this installation; install ferrum-jax again")
-    tried = [f"local cache: not in {cache_root()}"]
+    tried = [f"local cache: {'; '.join(damaged) or f'not in {cache_root()}'}"]
+    if damaged:
+        report(0, None, tried[0])
     unreachable = False
     for source in sources:
         if offline:
@@ -165,18 +174,19 @@ def _first(name: str, sources: tuple[Source, ...], progress: Report | None, offl
         if source is not sources[-1]:
             report(0, None, f"{tried[-1]}; trying {sources[sources.index(source) + 1]}")
     for source in sources:
-        if not isinstance(source, HubSource) or source.select is not None:
+        if not isinstance(source, HubSource) or (source.select is not None and not thorough):
             continue
-        if path := huggingface.cached(source, any_quant=True):
-            _remark(f"{tried[-1]}; taking {path.name} from the cache", progress)
+        if path := huggingface.cached(source, any_quant=True, thorough=thorough):
+            compared = " as it is: there is nothing to compare it with" if thorough else ""
+            _remark(f"{tried[-1]}; taking {path.name} from the cache{compared}", progress)
             return path
     raise ModelNotFoundError("\n  ".join([f"{name} was not found. Tried:", *tried]))
 
 
-def _cached(source: Source) -> Path | None:
+def _cached(source: Source, thorough: bool, damaged: list[str]) -> Path | None:
     try:
         if isinstance(source, HubSource):
-            return huggingface.cached(source)
+            return huggingface.cached(source, thorough=thorough, unknown=not thorough, damaged=damaged)
         if isinstance(source, PackagedSource):
             return source.path if source.path.is_file() else None
         path = wheel.path_of(source)

@@ -5,21 +5,26 @@ by one `os.replace`. What lies in place is therefore whole, and what lies in `tm
 process that died.
 
     <root>/hub/<owner>--<repo>/<commit>/<file>      from the hub
+    <root>/records/<the same>.json                  its size and sha256 as they were when it came
     <root>/wheels/<package>-<version>/<file>        out of a wheel
     <root>/tmp/<key>/  <root>/locks/<key>.lock      work in progress
 
-The root is $FERRUM_JAX_CACHE, else $XDG_CACHE_HOME/ferrum_jax, else ~/.cache/ferrum_jax.
+The root is that of `pallas_kernels.cache`, where the built kernels and the compiled programs lie too.
 """
 
 import errno
 import hashlib
+import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
+
+from pallas_kernels.cache import cache_root
 
 try:
     import fcntl
@@ -28,19 +33,13 @@ except ImportError:  # Windows: without locks two processes may spoil each other
 
 Report = Callable[[int, int | None, str], None]  # bytes done, bytes in all if known, what is being done
 
+_DIGEST = re.compile(r"[0-9a-fA-F]{40}([0-9a-fA-F]{24})?")  # a sha1 or a sha256
+_QUICK = 64 << 20  # bytes of a file that is read whole before it is used, in a tenth of a second
 _PARTIAL_DAYS = 14  # a partial hub download is kept this long for resuming
 
 
 class SourceError(Exception):
     """One source does not give the model. The message says why, in one line."""
-
-
-def cache_root() -> Path:
-    """The cache's directory; it need not exist."""
-    if own := os.environ.get("FERRUM_JAX_CACHE"):
-        return Path(own).expanduser().absolute()
-    shared = os.environ.get("XDG_CACHE_HOME")
-    return (Path(shared) if shared and os.path.isabs(shared) else Path("~/.cache").expanduser()) / "ferrum_jax"
 
 
 def hub_home() -> Path:
@@ -56,14 +55,85 @@ def shared_hub_cache() -> Path:
     return hub_home() / "hub"
 
 
-def is_whole(path: Path, size: int | None, sha256: str | None) -> bool:
-    """Whether `path` is a file of this size and hash, where they are known."""
+def is_whole(path: Path, size: int | None, digest: str | None) -> bool:
+    """Whether `path` is a file of this size and digest, where they are known. What is no sha256 and no sha1, of the file
+    or as git counts it, says nothing."""
     if not path.is_file() or (size is not None and path.stat().st_size != size):
         return False
-    if sha256 is None:
+    if digest is None or not _DIGEST.fullmatch(digest):
         return True
+    made = [hashlib.sha256()] if len(digest) == 64 else [hashlib.sha1(), hashlib.sha1(b"blob %d\0" % path.stat().st_size)]
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() == sha256
+        while chunk := file.read(1 << 20):
+            for one in made:
+                one.update(chunk)
+    return digest.lower() in [one.hexdigest() for one in made]
+
+
+# ---- what a download was
+
+
+def record(path: Path, size: int, sha256: str) -> None:
+    """Keeps what `path`, a file in the cache, was when it came."""
+    kept = _record_of(path)
+    assert kept is not None
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    fresh = kept.with_name(f"{kept.name}.{os.getpid()}")
+    fresh.write_text(json.dumps({"size": size, "sha256": sha256}))
+    os.replace(fresh, kept)
+
+
+def recorded(path: Path) -> tuple[int, str] | None:
+    """Size and sha256 of a download; None where nothing was recorded, as by older versions."""
+    try:
+        kept = _record_of(path)
+        facts = json.loads(kept.read_bytes()) if kept else {}
+        return int(facts["size"]), str(facts["sha256"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def recorded_files(directory: Path) -> list[Path]:
+    """The files under a directory of the cache of which something was recorded; they need not be there any more."""
+    kept = _record_of(directory)
+    folder = kept.with_name(directory.name) if kept else None
+    found = sorted(folder.rglob("*.json")) if folder else []
+    return [directory / path.relative_to(folder).with_suffix("") for path in found] if folder else []
+
+
+def is_known(path: Path) -> bool:
+    """Whether there is something to compare a file with."""
+    blob = path.resolve()
+    return recorded(path) is not None or (blob.parent.name == "blobs" and bool(_DIGEST.fullmatch(blob.name)))
+
+
+def damage(path: Path, thorough: bool) -> str | None:
+    """How a file differs from what was downloaded, in words; None: in nothing, or nothing is known of it.
+
+    thorough: read large files too. A file of the huggingface_hub package is named by its digest, which is read then.
+    """
+    known = recorded(path)
+    if known is None:
+        if thorough and is_known(path) and not is_whole(path, None, path.resolve().name):
+            return f"{path} is damaged: it does not have the digest that it is named by"
+        return None
+    if not path.is_file():
+        return f"{path} is missing"
+    size, sha256 = known
+    if path.stat().st_size != size:
+        return f"{path} is damaged: it has {path.stat().st_size:,} bytes and came with {size:,}"
+    if (thorough or size <= _QUICK) and not is_whole(path, size, sha256):
+        return f"{path} is damaged: it does not have the sha256 that it came with"
+    return None
+
+
+def _record_of(path: Path) -> Path | None:
+    root = cache_root()
+    inside = path.is_relative_to(root / "hub")
+    return root / "records" / path.relative_to(root / "hub").with_name(f"{path.name}.json") if inside else None
+
+
+# ---- putting it there
 
 
 def move_into_place(file: IO[bytes], part: Path, target: Path) -> None:

@@ -23,8 +23,13 @@ from .cache import (
     Report,
     SourceError,
     cache_root,
+    damage,
+    is_known,
     is_whole,
     move_into_place,
+    record,
+    recorded,
+    recorded_files,
     require_space,
     shared_hub_cache,
     work_directory,
@@ -162,23 +167,44 @@ def whole_directory(snapshot: Path) -> bool:
         return False
 
 
-def cached(source: HubSource, *, any_quant: bool = False) -> Path | None:
-    """The file if a cache has it whole (and as pinned), or the directory of a checkpoint that is no .gguf file.
+def cached(
+    source: HubSource,
+    *,
+    any_quant: bool = False,
+    thorough: bool = False,
+    unknown: bool = True,
+    damaged: list[str] | None = None,
+) -> Path | None:
+    """The file if a cache has it whole, as pinned and as it came, or the directory of a checkpoint that is no .gguf file.
 
     A source without a selection means the first of DEFAULT_QUANTS here, or with `any_quant` the best there is: only the
-    hub knows what else the repository has.
+    hub knows what else the repository has. thorough: large files are read and compared too. unknown: whether files will do of
+    which nothing is known to compare them with. `damaged` gets, in words, what does not compare.
     """
     select = source.select or (None if any_quant else DEFAULT_QUANTS[0])
     for snapshot in snapshots(source.repo):
+        files = files_of(snapshot)
         try:
             path = snapshot / choose(whole_models(snapshot), select)
+            files = [snapshot / part for part in parts_of(path.relative_to(snapshot).as_posix())]
         except SourceError:
-            if source.select is None and not whole_models(snapshot) and whole_directory(snapshot):
-                return snapshot
+            if source.select is not None or whole_models(snapshot) or not whole_directory(snapshot):
+                continue
+            path = snapshot
+        if not (unknown or source.sha256 or all(map(is_known, files))):
             continue
-        if is_whole(path, source.size, source.sha256):
+        found = [words for file in files if (words := damage(file, thorough))]
+        if damaged is not None:
+            damaged += found
+        if not found and (path == snapshot or is_whole(path, source.size, source.sha256)):
             return path
     return None
+
+
+def files_of(snapshot: Path) -> list[Path]:
+    """The files of a checkpoint directory in a cache, those included that came and are not there any more."""
+    there = [path for path in snapshot.rglob("*") if path.is_file()]
+    return sorted({*there, *recorded_files(snapshot)})
 
 
 # ---- fetching
@@ -195,7 +221,11 @@ class _Remote:
     commit: str
     etag: str
     size: int
-    sha256: str | None  # None: the hub does not say
+    digest: str | None  # sha256, or sha1 of what git keeps; None: the hub does not say
+
+    @property
+    def sha256(self) -> str | None:
+        return self.digest if self.digest and len(self.digest) == 64 else None
 
 
 def fetch(source: HubSource, report: Report) -> Path:
@@ -214,7 +244,7 @@ def fetch(source: HubSource, report: Report) -> Path:
         raise SourceError(f"{first.name} is not the file whose sha256 begins {source.sha256[:12]}; refused")
     relative = Path(first.commit) if first.name == "config.json" else Path(first.commit, first.name)
     for snapshot in snapshots(source.repo):
-        if snapshot.name == first.commit and all(is_whole(snapshot / r.name, r.size, source.sha256) for r in remotes):
+        if snapshot.name == first.commit and all(_is_here(remote, snapshot / remote.name, source) for remote in remotes):
             return snapshot.parent / relative
     repo_key = source.repo.replace("/", "--")
     directory = cache_root() / "hub" / repo_key
@@ -223,7 +253,7 @@ def fetch(source: HubSource, report: Report) -> Path:
         _drop_other_versions(work, remotes)
         for remote in remotes:
             target = directory / remote.commit / remote.name
-            if not is_whole(target, remote.size, source.sha256):
+            if not _is_here(remote, target, source):
                 text = f"downloading {source.repo}/{remote.name}"
                 try:
                     _download(remote, source.sha256 or remote.sha256, work, target, report, (before, total, text))
@@ -263,6 +293,19 @@ def fetch_heads(source: HubSource, directory: Path, whole: Callable[[Path], obje
     return path
 
 
+def _is_here(remote: _Remote, path: Path, source: HubSource) -> bool:
+    """Whether `path` is the file that the hub describes. Of one in our cache that is, a record is made if there is none."""
+    digest = source.sha256 or remote.digest
+    if not is_whole(path, remote.size, digest) or (digest is None and damage(path, thorough=True)):
+        return False
+    if path.is_relative_to(cache_root()):
+        with path.open("rb") as file:
+            facts = remote.size, remote.sha256 or hashlib.file_digest(file, "sha256").hexdigest()
+        if recorded(path) != facts:
+            record(path, *facts)
+    return True
+
+
 def _describe(source: HubSource) -> list[_Remote]:
     """The parts of the selected file, of one commit. A file name needs no listing unless it is not there as written.
     Of a repository without .gguf files those of its checkpoint directory, config.json first."""
@@ -299,15 +342,15 @@ def _head(repo: str, name: str) -> _Remote:
     if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\\" in name or ":" in name:
         raise SourceError(f"{name!r} is no path inside a repository")
     url = f"{web.endpoint()}/{repo}/resolve/main/{urllib.parse.quote(name)}"
-    with web.open_url(url, method="HEAD") as response:
-        headers = response.headers
-    commit = headers.get("X-Repo-Commit") or ""
-    etag = (headers.get("X-Linked-ETag") or headers.get("ETag") or "").removeprefix("W/").strip('"')
-    size = headers.get("X-Linked-Size") or headers.get("Content-Length") or ""
+    headers = web.head(url)
+    commit = headers.get("x-repo-commit") or ""
+    etag = (headers.get("x-linked-etag") or headers.get("etag") or "").removeprefix("W/").strip('"')
+    size = headers.get("x-linked-size") or headers.get("content-length") or ""
     if not re.fullmatch(r"\w[\w.-]*", commit) or not etag or not size.isdecimal():
         raise web.HubUnreachable(f"{web.endpoint()} does not answer as the hub does: no commit, ETag or size of {name}")
-    sha256 = etag.lower() if re.fullmatch(r"[0-9a-fA-F]{64}", etag) else None  # so for files in large-file storage
-    return _Remote(name, url, commit, etag, int(size), sha256)
+    # The sha256 of files in large-file storage, git's sha1 of others.
+    digest = etag.lower() if re.fullmatch(r"[0-9a-fA-F]{40}([0-9a-fA-F]{24})?", etag) else None
+    return _Remote(name, url, commit, etag, int(size), digest)
 
 
 def _explained(error: web.HubRefusal, source: HubSource) -> SourceError:
@@ -352,34 +395,45 @@ def _download(
             digest.update(chunk)
         done = file.tell()
         require_space(work, remote.size - done)
+        resumed, digest_known = done > 0, sha256 is not None
         furthest, progressed, reported = None, time.monotonic(), 0.0  # furthest: of this call, None before a byte came
-        while done < remote.size:
-            try:
-                with web.open_url(remote.url, start=done) as response:
-                    if done and not _continues(response, done):
-                        file.truncate(0)
-                        digest, done = hashlib.sha256(), 0
-                    while chunk := web.read(response, 1 << 18):
-                        file.write(chunk)
-                        digest.update(chunk)
-                        done += len(chunk)
-                        now = time.monotonic()
-                        if furthest is None or done > furthest:
-                            furthest, progressed = done, now
-                        if now - reported >= _REPORT_SECONDS:
-                            report(before + done, total, text)
-                            reported = now
-                lost = "the connection was closed"
-            except web.HubUnreachable as error:
-                lost = str(error)
-            if done < remote.size:
-                if furthest is None or time.monotonic() - progressed > PATIENCE_SECONDS:
-                    raise web.HubUnreachable(f"{lost}, after {done} of {remote.size} bytes of {remote.name}; kept")
-                report(before + done, total, f"{text} ({lost}; continuing)")
-                time.sleep(0.5)
-        if done != remote.size or (sha256 is not None and digest.hexdigest() != sha256):
+        while True:
+            while done < remote.size:
+                try:
+                    with web.open_url(remote.url, start=done) as response:
+                        if done and not _continues(response, done):
+                            file.truncate(0)
+                            digest, done = hashlib.sha256(), 0
+                        while chunk := web.read(response, 1 << 18):
+                            file.write(chunk)
+                            digest.update(chunk)
+                            done += len(chunk)
+                            now = time.monotonic()
+                            if furthest is None or done > furthest:
+                                furthest, progressed = done, now
+                            if now - reported >= _REPORT_SECONDS:
+                                report(before + done, total, text)
+                                reported = now
+                    lost = "the connection was closed"
+                except web.HubUnreachable as error:
+                    lost = str(error)
+                if done < remote.size:
+                    if furthest is None or time.monotonic() - progressed > PATIENCE_SECONDS:
+                        raise web.HubUnreachable(f"{lost}, after {done} of {remote.size} bytes of {remote.name}; kept")
+                    report(before + done, total, f"{text} ({lost}; continuing)")
+                    time.sleep(0.5)
+            file.flush()
+            # A sha1 is only asked where damage is likely: some mirrors put something of the same form there.
+            if done == remote.size and (
+                digest.hexdigest() == sha256 if digest_known else not resumed or is_whole(part, done, remote.digest)
+            ):
+                break
             file.truncate(0)
-            raise SourceError(f"{remote.name} did not arrive as the hub describes it (size or sha256); nothing is kept")
+            if not resumed:
+                raise SourceError(f"{remote.name} did not arrive as the hub describes it (size or sha256); nothing is kept")
+            resumed, digest, done = False, hashlib.sha256(), 0
+            report(before, total, f"{text} (what an earlier download left is damaged; from the beginning)")
+        record(target, done, digest.hexdigest())
         move_into_place(file, part, target)
 
 

@@ -10,6 +10,7 @@ import http.client
 import json
 import os
 import queue
+import re
 import ssl
 import sys
 import threading
@@ -25,6 +26,7 @@ from typing import Any, TypeVar
 from .cache import SourceError, hub_home
 
 ANSWER_SECONDS = 4.0
+_REDIRECTS = 10
 
 T = TypeVar("T")
 
@@ -43,7 +45,10 @@ class HubRefusal(SourceError):
 
 def endpoint() -> str:
     """The hub's address: $HF_ENDPOINT or the public one."""
-    return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+    address = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+    if "@" in address.partition("://")[2].partition("/")[0]:
+        raise SourceError("HF_ENDPOINT holds a user or a password, which it cannot; the hub's token goes into HF_TOKEN")
+    return address
 
 
 def is_offline() -> bool:
@@ -53,24 +58,37 @@ def is_offline() -> bool:
 
 
 def token() -> str | None:
-    """$HF_TOKEN, else the secret of a Colab notebook, else what `hf auth login` stored, else None."""
+    """$HF_TOKEN, else the secret of a Colab notebook, else what `hf auth login` stored, else None.
+
+    Raises SourceError, without the token, for one that cannot be sent.
+    """
     if own := os.environ.get("HF_TOKEN", "").strip():
-        return own
+        return _sendable(own, "HF_TOKEN")
     if "google.colab" in sys.modules:
         try:
             from huggingface_hub import get_token  # comes with Colab
 
-            return get_token()
+            return _sendable((get_token() or "").strip(), "the notebook's secret HF_TOKEN")
         except ImportError:
             pass
+    path = Path(os.environ.get("HF_TOKEN_PATH") or hub_home() / "token").expanduser()
     try:
-        return Path(os.environ.get("HF_TOKEN_PATH") or hub_home() / "token").expanduser().read_text().strip() or None
-    except OSError:
+        stored = path.read_bytes().decode("latin-1").strip()
+    except (OSError, ValueError):
         return None
+    return _sendable(stored, f"the file {path}")
+
+
+def _sendable(secret: str, place: str) -> str | None:
+    if re.fullmatch(r"[!-~]*", secret):
+        return secret or None
+    raise SourceError(
+        f"the token in {place} holds a line break or another character that no token has; set it again, as one word"
+    )
 
 
 def open_url(url: str, *, method: str = "GET", start: int = 0) -> http.client.HTTPResponse:
-    """The response to a request to the hub, its body unread from byte `start` on; a HEAD stops at the hub's own answer.
+    """The response to a request to the hub, its body unread from byte `start` on; a HEAD is not redirected.
 
     Raises HubUnreachable after ANSWER_SECONDS at most, HubRefusal for an error status.
     """
@@ -86,6 +104,41 @@ def open_url(url: str, *, method: str = "GET", start: int = 0) -> http.client.HT
         return _opener().open(request, timeout=ANSWER_SECONDS)
 
     return _within(ANSWER_SECONDS, ask)
+
+
+def head(url: str) -> dict[str, str]:
+    """What the hub says of a file, names of headers in lower case, all of it within ANSWER_SECONDS.
+
+    A redirect that stays on the hub is followed, and a later answer goes before an earlier one. At one that leaves it the
+    hub has said everything. A redirect's Content-Length is that of its own body and is left out.
+    """
+
+    def ask() -> dict[str, str]:
+        said: dict[str, str] = {}
+        at = url
+        for _ in range(_REDIRECTS):
+            with open_url(at, method="HEAD") as answer:
+                said |= {name.lower(): value for name, value in answer.headers.items()}
+                if not 300 <= answer.status < 400:
+                    return said
+            said.pop("content-length", None)
+            target = said.pop("location", "")
+            if not target or not _stays(at, target, "x-repo-commit" in said and "x-linked-size" in said):
+                return said
+            at = urllib.parse.urljoin(at, target)
+        raise HubUnreachable(f"{endpoint()} redirects in a circle")
+
+    return _within(ANSWER_SECONDS, ask)
+
+
+def _stays(url: str, target: str, all_said: bool) -> bool:
+    """Whether a redirect is followed for more about a file: a relative one; an absolute one to the same server, or from
+    http to https there, while something is still missing."""
+    here, there = urllib.parse.urlsplit(url), urllib.parse.urlsplit(target)
+    if not there.netloc:
+        return not there.scheme
+    upgraded = here.netloc == there.netloc == (here.hostname or "") and (here.scheme, there.scheme) == ("http", "https")
+    return not all_said and (here[:2] == there[:2] or upgraded)
 
 
 def get_json(url: str) -> Any:
@@ -142,20 +195,18 @@ def _sorted(error: Exception) -> Exception:
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
-    """Keeps a HEAD a HEAD, stops it at the hub's own answer, and shows the token to the same host only."""
+    """Leaves a HEAD to `head`, and shows the token to the same host only."""
 
     def redirect_request(
         self, req: urllib.request.Request, fp: Any, code: int, msg: str, headers: HTTPMessage, newurl: str
     ) -> urllib.request.Request | None:
         new = super().redirect_request(req, fp, code, msg, headers, newurl)
-        if new is not None:
-            new.method = req.get_method()
-            if urllib.parse.urlsplit(newurl)[:2] == urllib.parse.urlsplit(req.full_url)[:2]:
-                new.unredirected_hdrs.update(req.unredirected_hdrs)
+        if new is not None and urllib.parse.urlsplit(newurl)[:2] == urllib.parse.urlsplit(req.full_url)[:2]:
+            new.unredirected_hdrs.update(req.unredirected_hdrs)
         return new
 
     def http_error_302(self, req: urllib.request.Request, fp: Any, code: int, msg: str, headers: HTTPMessage) -> Any:
-        if req.get_method() == "HEAD" and headers.get("X-Repo-Commit"):
+        if req.get_method() == "HEAD":
             return fp
         return super().http_error_302(req, fp, code, msg, headers)
 

@@ -27,6 +27,8 @@ class Hub:
         self.spoil = False  # send other bytes than announced
         self.cdn = False  # bodies come from another host name, as large files do
         self.etags: dict[str, str] = {}
+        self.redirects: list[dict[str, str]] = []  # before each file: {"to": address, "says": names of headers}
+        self.git: set[str] = set()  # files that are kept by git: their ETag is its sha1, and nothing is said as linked
         self.log: list[tuple[str, str, dict[str, str]]] = []
         self.url = ""
 
@@ -74,7 +76,7 @@ class _Handler(BaseHTTPRequestHandler):
             siblings = [{"rfilename": name} for name in hub.repos[match[1]]]
             answer = {"id": match[1], "sha": hub.commit, "siblings": siblings}
             return self.reply(200, json.dumps(answer).encode(), Content_Type="application/json")
-        match = re.fullmatch(r"(?:/cdn)?/([^/]+/[^/]+)/resolve/[^/]+/(.+)", path)
+        match = re.fullmatch(r"(?:/cdn|/hop\d)?/([^/]+/[^/]+)/resolve/[^/]+/(.+)", path)
         if not match or match[1] not in hub.repos:
             return self.reply(404, X_Error_Code="RepoNotFound")
         if match[2] not in hub.repos[match[1]]:
@@ -82,6 +84,16 @@ class _Handler(BaseHTTPRequestHandler):
         data = hub.repos[match[1]][match[2]]
         etag = hub.etags.get(match[2], hashlib.sha256(data).hexdigest())
         about = {"X_Repo_Commit": hub.commit, "X_Linked_ETag": f'"{etag}"', "X_Linked_Size": len(data)}
+        if match[2] in hub.git:
+            etag = hub.etags.get(match[2], hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest())
+            about = {"X_Repo_Commit": hub.commit}
+        hop = int(path.startswith("/hop")) and int(path[4])
+        if hop < len(hub.redirects):
+            known = {"X_Repo_Commit": hub.commit, "ETag": f'"{etag}"', "X_Linked_Size": len(data)}
+            rules = hub.redirects[hop]
+            said = {name: value for name, value in known.items() if name in rules["says"].split()}
+            to = f"{rules['to']}/hop{hop + 1}/{match[1]}/resolve/main/{match[2]}?etag=%22{etag}%22"
+            return self.reply(307, b"Temporary Redirect. Redirecting to " + to.encode(), Location=to, **said)
         if hub.cdn and not on_cdn:
             port = self.server.server_address[1]
             return self.reply(302, Location=f"http://localhost:{port}/cdn{self.path}", **about)
