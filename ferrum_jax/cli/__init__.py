@@ -11,8 +11,11 @@ Exit codes: 0; 2 for a mistake of the user (unknown flag, bad value, missing or 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import click
 
@@ -21,6 +24,7 @@ from ferrum_jax.cli.convert import convert_command
 from ferrum_jax.cli.doctor import doctor_command
 from ferrum_jax.cli.embed import embed_command
 from ferrum_jax.cli.inspect import info_command, list_command, pull_command
+from ferrum_jax.cli.output import harmless
 from ferrum_jax.cli.perplexity import perplexity_command
 from ferrum_jax.cli.plan import plan_command
 from ferrum_jax.cli.run import run_command
@@ -72,18 +76,15 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line on `argv` (default: the process's arguments) and return the exit code."""
     state = {"debug": False}
     try:
-        with contextlib.suppress(AttributeError):  # a replaced stdout need not have it
-            sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
-        try:
+        with contextlib.redirect_stdout(_open_streams()):  # type: ignore[type-var]
             arguments = list(sys.argv[1:] if argv is None else argv)
             with verbs.make_context(PROGRAM, arguments, obj=state) as context:
                 verbs.invoke(context)
-        finally:
             sys.stdout.flush()
     except click.exceptions.Exit as exit_request:
         return exit_request.exit_code
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the flush at exit finds a reader
+        _drop(sys.stdout)
         return 0
     except (KeyboardInterrupt, click.Abort):
         return 130
@@ -93,9 +94,58 @@ def main(argv: list[str] | None = None) -> int:
     except FerrumError as error:
         return _report(2, f"{PROGRAM}: {error}", state["debug"])
     except Exception as error:
+        if isinstance(error, OSError) and (error.filename == "standard output" or error.errno in _REFUSALS):
+            if error.filename == "standard output":
+                _drop(sys.stdout)
+            what = ": ".join(str(part) for part in (error.filename, error.strerror or error) if part)
+            return _report(2, f"{PROGRAM}: {what}", state["debug"])
         hint = "" if state["debug"] else " (add --debug for the traceback)"
         return _report(1, f"{PROGRAM}: internal error: {type(error).__name__}: {error}{hint}", state["debug"])
     return 0
+
+
+def _open_streams() -> _Output:
+    """Standard output. A closed one is an error before anything is done; what is read or noted may go without a stream."""
+    sys.stdin = sys.stdin or open(os.devnull)  # noqa: SIM115
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+    if sys.stdout is None:
+        raise click.UsageError("standard output is closed; the result has nowhere to go (> /dev/null drops it)")
+    with contextlib.suppress(AttributeError):  # a replaced stdout need not have it
+        sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
+    return _Output(sys.stdout)
+
+
+class _Output:
+    """A stream whose errors say that they are of standard output."""
+
+    def __init__(self, stream: Any):
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def _try(self, method: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            return method(*arguments)
+        except OSError as error:
+            error.filename = "standard output"
+            raise
+
+    def write(self, text: str) -> int:
+        return self._try(self._stream.write, text)
+
+    def flush(self) -> None:
+        self._try(self._stream.flush)
+
+
+# What a file system or a limit of the user says no with; any other errno is our mistake.
+_REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE}
+
+
+def _drop(stream: Any) -> None:
+    """Whatever is still to be written there goes nowhere, so that the flush at exit does not fail."""
+    with contextlib.suppress(OSError):  # a replaced stream has no descriptor
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _report(code: int, message: str, debug: bool) -> int:
@@ -104,5 +154,8 @@ def _report(code: int, message: str, debug: bool) -> int:
 
         traceback.print_exc()
     lines = [line.strip() for line in message.splitlines() if line.strip()]
-    print("; ".join(lines).replace(":; ", ": "), file=sys.stderr)
+    try:
+        print(harmless("; ".join(lines).replace(":; ", ": ")), file=sys.stderr)
+    except OSError:
+        _drop(sys.stderr)
     return code

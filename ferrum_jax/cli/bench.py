@@ -18,6 +18,7 @@ import click
 
 import ferrum_jax as fj
 from ferrum_jax.cli import common
+from ferrum_jax.cli.output import print_table
 
 REPEATS = 3
 CHECKED_TOKENS = 8
@@ -97,7 +98,7 @@ def _print_table(result: dict[str, Any]) -> None:
         rows.append((*(str(row[key]) for key in columns[:3]), *speeds, common.figure(row["ttft_s"], 4)))
     click.echo(f"{result['model']}  {result['dtype']}  {result['device']}")
     click.echo(", ".join(f"{name} {version}" for name, version in result["versions"].items()) + "\n")
-    common.print_table(rows, columns, columns)
+    print_table(rows, columns, columns)
     click.echo(f"\nload {result['load_s']:.2f} s, compile {result['compile_s']:.2f} s")
     second = result["second_start"]
     if second:

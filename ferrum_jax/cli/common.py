@@ -9,12 +9,13 @@ import contextlib
 import json
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import click
 
 import ferrum_jax as fj
+from ferrum_jax.cli.output import harmless as harmless
 from ferrum_jax.config import refuse_encoder
 from ferrum_jax.units import readable_bytes as readable_bytes
 
@@ -26,6 +27,7 @@ KV_DTYPES = ("float32", "bfloat16", "float16", "int8", "fp8")
 model_argument = click.argument("model")
 optional_model_argument = click.argument("model", default="tiny")  # the one that comes with the package
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
+everything_option = click.option("--all", "--long", "everything", is_flag=True, help="Print the rest, too.")
 dtype_option = click.option(
     "--dtype", type=click.Choice(DTYPES), default="auto", show_default=True,
     help="Arithmetic of activations; auto takes the fast one for the device (`doctor` says which).",
@@ -110,13 +112,17 @@ def _bar() -> Iterator[Progress]:
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
-        task = bars.add_task("", total=None, visible=False)
+    bars = Progress(*columns, console=Console(stderr=True), transient=True)
+    task = bars.add_task("", total=None)
 
-        def update(done: int, total: int | None, text: str) -> None:
-            bars.update(task, completed=done, total=total, description=text, visible=True)
+    def update(done: int, total: int | None, text: str) -> None:
+        bars.update(task, completed=done, total=total, description=text)
+        bars.start()  # not before there is something to show
 
+    try:
         yield update
+    finally:
+        bars.stop()
 
 
 def load_model(source: str, *, embeds: bool = False, adapter: str | None = None, **options: Any) -> Any:
@@ -137,37 +143,6 @@ def load_model(source: str, *, embeds: bool = False, adapter: str | None = None,
 def adapter_of(model: Any) -> str | None:
     """The name of the adapter that a model was loaded with, None without."""
     return next(iter(model.adapters), None)
-
-
-def print_table(rows: Iterable[Iterable[str]], columns: tuple[str, ...] = (), numbers: tuple[str, ...] = ()) -> None:
-    """Rows on standard output, under `columns` if there are any; those in `numbers` are set to the right.
-
-    In a terminal cells are folded to its width; elsewhere every row is one line, however long.
-    """
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    made = Table(box=SIMPLE_HEAD if columns else None, pad_edge=False, show_header=bool(columns), show_edge=False)
-    for column in columns:
-        made.add_column(column, justify="right" if column in numbers else "left", overflow="fold")
-    for row in rows:
-        made.add_row(*(Text(cell, overflow="fold") for cell in row))
-    console = Console(width=None if sys.stdout.isatty() else 10_000, highlight=False)
-    with console.capture() as printed:
-        console.print(made)
-    click.echo("\n".join(line.rstrip() for line in printed.get().splitlines()))
-
-
-# Control characters could move the cursor or retitle the window; their pictures cannot.
-_PICTURES = {code: 0x2400 + code for code in range(32) if code not in (9, 10)} | {127: 0x2421}
-_PICTURES |= {code: 0xFFFD for code in range(0x80, 0xA0)}
-
-
-def harmless(text: str) -> str:
-    """A model's text as a terminal may be shown it: control characters but tab and line feed become visible."""
-    return text.translate(_PICTURES)
 
 
 def print_json(value: Any) -> None:

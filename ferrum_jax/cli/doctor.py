@@ -12,6 +12,7 @@ import click
 
 from ferrum_jax.cli import common
 from ferrum_jax.cli.common import readable_bytes
+from ferrum_jax.cli.output import print_facts, print_table
 
 
 def _folder(path: Path, *parts: str) -> dict[str, Any]:
@@ -92,8 +93,23 @@ def examine() -> dict[str, Any]:
     return report
 
 
-def _print_report(report: dict[str, Any]) -> None:
-    facts = list((report["versions"] or {}).items())
+def _summary(backends: list[dict[str, str]]) -> list[tuple[str, str]]:
+    """A line for each backend and reason: the operations and how many formats."""
+    groups: dict[tuple[str, str], list[dict[str, str]]] = {}
+    for row in backends:
+        groups.setdefault((row["backend"], row["reason"].replace(f" for {row['format']}", "")), []).append(row)
+    lines = []
+    for (backend, reason), rows in groups.items():
+        operations = ", ".join(dict.fromkeys(row["operation"] for row in rows))
+        count = len({row["format"] for row in rows})
+        lines.append((backend, f"{operations} of {count} format{'s' * (count != 1)}; {reason}"))
+    return lines
+
+
+def _print_report(report: dict[str, Any], everything: bool) -> None:
+    click.echo("everything needed works" if not report["problems"] else "\n  ".join(["broken:", *report["problems"]]))
+    click.echo()
+    facts: list[tuple[str, str | Path]] = []
     for device in report["devices"] or ():
         facts.append(("device", f"{device['platform']}: {device['kind']}"))
         if device["memory_bytes"]:
@@ -104,28 +120,36 @@ def _print_report(report: dict[str, Any]) -> None:
     for name in ("compilation_cache", "model_cache"):
         folder = report[name]
         if folder:
-            facts.append((name.replace("_", " "), f"{folder['path']}, {readable_bytes(folder['bytes'])}"))
-    common.print_table(facts)
-    if report["backends"]:
-        formats: dict[tuple[str, str, str], list[str]] = {}
-        for row in report["backends"]:
-            formats.setdefault((row["operation"], row["backend"], row["reason"]), []).append(row["format"])
-        click.echo()
-        rows = [(*choice, " ".join(served)) for choice, served in formats.items()]
-        common.print_table(rows, ("operation", "backend", "reason", "formats"))
-    click.echo()
-    click.echo("everything needed works" if not report["problems"] else "\n  ".join(["broken:", *report["problems"]]))
+            facts.append((name.replace("_", " "), Path(folder["path"])))
+            facts.append(("", readable_bytes(folder["bytes"])))
+    facts += (report["versions"] or {}).items()
+    print_facts(facts)
+    if not report["backends"]:
+        return
+    click.echo("\nbackends" + ("" if everything else " (--all: of each operation and format)"))
+    if not everything:
+        print_facts(_summary(report["backends"]))
+        return
+    formats: dict[tuple[str, str, str], list[str]] = {}
+    for row in report["backends"]:
+        formats.setdefault((row["operation"], row["backend"], row["reason"]), []).append(row["format"])
+    rows = [(operation, backend, " ".join(served), reason) for (operation, backend, reason), served in formats.items()]
+    print_table(rows, ("operation", "backend", "formats", "reason"))
 
 
 @click.command("doctor", short_help="Versions, devices and the kernels this machine takes.")
+@common.everything_option
 @common.json_option
 @click.pass_context
-def doctor_command(context: click.Context, as_json: bool) -> None:
-    """Versions, devices, caches and the backends chosen in a trial compile. Exit code 1 if something is broken."""
+def doctor_command(context: click.Context, everything: bool, as_json: bool) -> None:
+    """Whether everything needed works, devices, versions, caches and the backends chosen in a trial compile.
+
+    Exit code 1 if something is broken.
+    """
     report = examine()
     if as_json:
         common.print_json(report)
     else:
-        _print_report(report)
+        _print_report(report, everything)
     if report["problems"]:
         context.exit(1)

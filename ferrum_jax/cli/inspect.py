@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import defaultdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from ferrum_jax.cli import common
 from ferrum_jax.cli.common import readable_bytes
+from ferrum_jax.cli.output import plain, print_facts, print_table, width, wrapped
 
 if TYPE_CHECKING:
     from ferrum_jax.config import ModelConfig
@@ -40,6 +42,25 @@ def _working_bytes(source: ModelSource, config: ModelConfig) -> int:
     return 4 * (largest + config.vocab_size)
 
 
+def _stated(source: ModelSource, key: str) -> str | None:
+    """What a file says under a key where nothing depends on it, as plain text."""
+    value = source.metadata.get(key)
+    return None if value is None else plain(value)
+
+
+def _of_the_file(source: ModelSource) -> dict[str, Any]:
+    """The facts that models of every kind have."""
+    return {
+        "path": str(source.path),
+        "parts": len(source.parts),
+        "name": _stated(source, "general.name"),
+        "licence": _stated(source, "general.license"),
+        "file_bytes": sum(part.stat().st_size for part in source.parts),
+        "tensor_bytes": source.tensor_bytes,
+        "parameters": sum(math.prod(info.shape) for info in source.tensors.values()),
+    }
+
+
 def describe(source: ModelSource, context: int | None = None) -> dict[str, Any]:
     """The facts `info` prints about an open file; `context` (default 4,096, or less if the model's own is) is the
     number of tokens that memory is estimated for. Raises ModelFileError or UnsupportedModelError as loading would."""
@@ -50,18 +71,11 @@ def describe(source: ModelSource, context: int | None = None) -> dict[str, Any]:
         return describe_encoder(source, encoder)
     config = source.config()
     bodies = sum(segment.period for segment in segments(parameters(source, config).layer_formats))
-    metadata = source.metadata
     context = context or min(DEFAULT_CONTEXT, config.context_length)
     kv = {name: config.kv_bytes_per_token(size) for name, size in KV_ITEM_BYTES.items()}
     working = _working_bytes(source, config)
     return {
-        "path": str(source.path),
-        "parts": len(source.parts),
-        "name": metadata.get("general.name"),
-        "licence": metadata.get("general.license"),
-        "file_bytes": sum(part.stat().st_size for part in source.parts),
-        "tensor_bytes": source.tensor_bytes,
-        "parameters": sum(math.prod(info.shape) for info in source.tensors.values()),
+        **_of_the_file(source),
         "architecture": config.architecture,
         "num_layers": config.num_layers,
         "layer_bodies": bodies,
@@ -79,8 +93,8 @@ def describe(source: ModelSource, context: int | None = None) -> dict[str, Any]:
         "rope_theta": config.rope_theta,
         "rope_scaling": config.rope_scaling.kind if config.rope_scaling else None,
         "rms_norm_eps": config.rms_norm_eps,
-        "tokenizer": {key: metadata.get(f"tokenizer.ggml.{key}") for key in ("model", "pre")},
-        "chat_template": "tokenizer.chat_template" in metadata,
+        "tokenizer": {key: _stated(source, f"tokenizer.ggml.{key}") for key in ("model", "pre")},
+        "chat_template": "tokenizer.chat_template" in source.metadata,
         "formats": _formats(source),
         "kv_bytes_per_token": kv,
         "memory": {
@@ -98,40 +112,46 @@ def describe_encoder(source: ModelSource, config: EncoderConfig) -> dict[str, An
 
     parameters(source, config)
     return {
-        "path": str(source.path),
-        "parts": len(source.parts),
-        "name": source.metadata.get("general.name"),
-        "licence": source.metadata.get("general.license"),
-        "file_bytes": sum(part.stat().st_size for part in source.parts),
-        "tensor_bytes": source.tensor_bytes,
-        "parameters": sum(math.prod(info.shape) for info in source.tensors.values()),
+        **_of_the_file(source),
         **{key: value for key, value in dataclasses.asdict(config).items() if key != "dtype"},
         "formats": _formats(source),
     }
 
 
-def _print_encoder(facts: dict[str, Any]) -> None:
-    rows = {
-        "file": facts["path"],
-        "name": facts["name"] or "not stated",
-        "licence": facts["licence"] or "not stated in the file",
-        "architecture": f"{facts['architecture']}, an embedding model",
-        "parameters": f"{facts['parameters']:,}",
-        "layers": f"{facts['num_layers']}, {facts['hidden_size']} wide, feed-forward {facts['intermediate_size']}",
-        "heads": str(facts["num_heads"]),
-        "vocabulary": f"{facts['vocab_size']:,}",
-        "context": f"{facts['context_length']:,} tokens; texts are cut to {facts['text_length']:,} by default",
-        "pooling": facts["pooling"],
-        "memory": f"weights {readable_bytes(facts['tensor_bytes'])}",
-    }
-    common.print_table(rows.items())
-    click.echo()
+def _head(facts: dict[str, Any], architecture: str, memory: str) -> list[tuple[str, str | Path]]:
+    """The verdict on a line, then the rows that every model has."""
+    name = facts["name"] or Path(facts["path"]).name
+    click.echo(wrapped(f"{plain(name)}: can be loaded; {memory}", width(), "  ") + "\n")
+    rows: list[tuple[str, str | Path]] = [("file", Path(facts["path"]))]
+    if facts["parts"] > 1:
+        rows.append(("parts", f"{facts['parts']}, this is the first"))
+    return [
+        *rows,
+        ("name", facts["name"] or "not stated"),
+        ("licence", facts["licence"] or "not stated in the file"),
+        ("architecture", architecture),
+        ("parameters", f"{facts['parameters']:,}"),
+    ]
+
+
+def _print_encoder(facts: dict[str, Any], everything: bool) -> None:
+    weights = f"weights {readable_bytes(facts['tensor_bytes'])}"
+    rows = _head(facts, f"{facts['architecture']}, an embedding model", weights)
+    if everything:
+        width = f"{facts['hidden_size']} wide, feed-forward {facts['intermediate_size']}"
+        rows += [("layers", f"{facts['num_layers']}, {width}"), ("heads", str(facts["num_heads"]))]
+        rows.append(("vocabulary", f"{facts['vocab_size']:,}"))
+    rows += [
+        ("context", f"{facts['context_length']:,} tokens; texts are cut to {facts['text_length']:,} by default"),
+        ("pooling", facts["pooling"]),
+        ("memory", weights),
+    ]
+    print_facts(rows)
     _print_formats(facts)
 
 
-def _print_info(facts: dict[str, Any]) -> None:
+def _print_info(facts: dict[str, Any], everything: bool) -> None:
     memory, kv = facts["memory"], facts["kv_bytes_per_token"]
-    heads = f"{facts['num_heads']} of {facts['head_dim']}, {facts['num_kv_heads']} for keys and values"
     experts = "none"
     if facts["num_experts"]:
         experts = f"{facts['num_experts']}, {facts['experts_per_token']} a token"
@@ -141,46 +161,51 @@ def _print_info(facts: dict[str, Any]) -> None:
     def both(sizes: dict[str, int]) -> str:
         return f"{readable_bytes(sizes['float16'])} (16 bit), {readable_bytes(sizes['float32'])} (float32)"
 
-    rows = {
-        "file": facts["path"] + (f" and {facts['parts'] - 1} more parts" if facts["parts"] > 1 else ""),
-        "name": facts["name"] or "not stated",
-        "licence": facts["licence"] or "not stated in the file",
-        "architecture": facts["architecture"],
-        "parameters": f"{facts['parameters']:,}",
-        "layers": f"{facts['num_layers']} (distinct bodies to compile: {facts['layer_bodies']}), {facts['hidden_size']} wide"
-        + (f", feed-forward {facts['intermediate_size']}" if facts["intermediate_size"] else ""),
-        "heads": heads,
-        "experts": experts,
-        "vocabulary": f"{facts['vocab_size']:,}",
-        "context": f"{facts['context_length']:,} tokens"
-        + (f", each sees {facts['sliding_window']:,}" if facts["sliding_window"] else ""),
-        "rope": f"theta {facts['rope_theta']:g}, scaling {facts['rope_scaling'] or 'none'}",
-        "tokenizer": f"{kind}; chat template: {'yes' if facts['chat_template'] else 'no'}",
-        "KV cache": f"{both(kv)} a token",
-        f"at {memory['context']:,} tokens": both(memory["kv_bytes"]),
-        "memory": f"about {both(memory['total_bytes'])}: weights {readable_bytes(facts['tensor_bytes'])}, KV, "
-        f"working space {readable_bytes(memory['working_bytes'])}; the runtime comes on top",
-    }
-    common.print_table(rows.items())
-    click.echo()
+    needed = f"{readable_bytes(memory['total_bytes']['float16'])} for {memory['context']:,} tokens"
+    rows = _head(facts, facts["architecture"], f"about {needed}")
+    rows.append(("experts", experts))
+    if everything:
+        layers = f"{facts['num_layers']} (distinct bodies to compile: {facts['layer_bodies']}), {facts['hidden_size']} wide"
+        layers += f", feed-forward {facts['intermediate_size']}" if facts["intermediate_size"] else ""
+        rows += [
+            ("layers", layers),
+            ("heads", f"{facts['num_heads']} of {facts['head_dim']}, {facts['num_kv_heads']} for keys and values"),
+            ("vocabulary", f"{facts['vocab_size']:,}"),
+            ("rope", f"theta {facts['rope_theta']:g}, scaling {facts['rope_scaling'] or 'none'}"),
+            ("KV cache", f"{both(kv)} a token"),
+        ]
+    sees = f", each sees {facts['sliding_window']:,}" if facts["sliding_window"] else ""
+    rows += [
+        ("context", f"{facts['context_length']:,} tokens{sees}"),
+        ("tokenizer", f"{kind}; chat template: {'yes' if facts['chat_template'] else 'no'}"),
+        (f"at {memory['context']:,} tokens", f"KV cache {both(memory['kv_bytes'])}"),
+        (
+            "memory",
+            f"about {both(memory['total_bytes'])}: weights {readable_bytes(facts['tensor_bytes'])}, KV, "
+            f"working space {readable_bytes(memory['working_bytes'])}; the runtime comes on top",
+        ),
+    ]
+    print_facts(rows)
     _print_formats(facts)
 
 
 def _print_formats(facts: dict[str, Any]) -> None:
-    numbers = ("tensors", "weights", "bytes", "bits a weight")
+    numbers = ("tensors", "weights", "bytes", "bits/weight")
     blocks = [
         (row["format"], *(f"{row[key]:,}" for key in numbers[:3]), f"{8 * row['bytes'] / max(1, row['weights']):.2f}")
         for row in facts["formats"]
     ]
-    common.print_table(blocks, ("format", *numbers), numbers)
+    click.echo()
+    print_table(blocks, ("format", *numbers), numbers)
 
 
 @click.command("info", short_help="What a model file is, from its header.")
 @common.model_argument
 @click.option("--context", type=click.IntRange(min=1), help="Estimate memory for this many tokens (default: 4096).")
+@common.everything_option
 @common.json_option
-def info_command(model: str, context: int | None, as_json: bool) -> None:
-    """Architecture, block formats and memory of MODEL, read from its header; weights are not loaded.
+def info_command(model: str, context: int | None, everything: bool, as_json: bool) -> None:
+    """Whether MODEL can be loaded, its block formats and its memory, read from its header; weights are not loaded.
 
     A model that is not on this machine yet is fetched first.
     """
@@ -196,7 +221,7 @@ def info_command(model: str, context: int | None, as_json: bool) -> None:
     if as_json:
         common.print_json(facts)
     else:
-        (_print_encoder if "pooling" in facts else _print_info)(facts)
+        (_print_encoder if "pooling" in facts else _print_info)(facts, everything)
 
 
 @click.command("pull", short_help="Fetch a model into the cache.")
@@ -212,8 +237,9 @@ def pull_command(model: str) -> None:
 
 @click.command("list", short_help="Models in the cache, or the aliases.")
 @click.option("--aliases", "--all", "aliases", is_flag=True, help="List the aliases with source and licence instead.")
+@click.option("--long", is_flag=True, help="Also where each model came from.")
 @common.json_option
-def list_command(aliases: bool, as_json: bool) -> None:
+def list_command(aliases: bool, long: bool, as_json: bool) -> None:
     """The models in the cache, or with --aliases every short name, its sources, licence and whether it was checked."""
     from ferrum_jax import hub
 
@@ -226,8 +252,10 @@ def list_command(aliases: bool, as_json: bool) -> None:
     elif not models:
         click.echo("no model is cached; `ferrum-jax list --aliases` names some to pull", err=True)
     else:
-        rows = [(m.name, readable_bytes(m.bytes), str(m.source), str(m.path)) for m in models]
-        common.print_table(rows, ("name", "size", "source", "path"), numbers=("size",))
+        cached: list[tuple[str | Path, ...]] = [
+            (plain(m.name), readable_bytes(m.bytes), Path(m.path), *[plain(m.source)] * long) for m in models
+        ]
+        print_table(cached, ("name", "size", "path", *["source"] * long), numbers=("size",))
 
 
 def _list_aliases(aliases: dict[str, Any], as_json: bool) -> None:
@@ -244,8 +272,8 @@ def _list_aliases(aliases: dict[str, Any], as_json: bool) -> None:
     if as_json:
         common.print_json(rows)
         return
-    table = []
+    table: list[tuple[str, ...]] = []
     for row in rows:
         checked = {True: "yes", False: "never"}.get(row["checked"], row["checked"])
-        table.append((row["name"], "; ".join(row["sources"]), row["licence"], checked, row["note"]))
-    common.print_table(table, ("alias", "sources, in order", "licence", "checked", "note"))
+        table.append((row["name"], row["licence"], "; ".join(row["sources"]), checked, row["note"]))
+    print_table(table, ("alias", "licence", "sources", "checked", "note"))

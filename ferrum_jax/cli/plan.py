@@ -9,6 +9,7 @@ import click
 
 from ferrum_jax.cli import common
 from ferrum_jax.cli.common import figure, readable_bytes
+from ferrum_jax.cli.output import plain, plain_path, print_facts, print_table
 
 if TYPE_CHECKING:
     from ferrum_jax.plan import Plan
@@ -59,12 +60,12 @@ def _print_plan(plan: Plan) -> None:
         "compiled in": ", ".join(f"{name} {seconds:.0f} s" for name, seconds in plan.compile_s.items()),
         "at most": f"{figure(plan.tokens_per_s, 0)} tokens/s in all: a step reads {size(plan.read_bytes)}{touched}",
     }
-    common.print_table((f"  {name}", text) for name, text in rows.items())
+    print_facts((f"  {name}", text) for name, text in rows.items())
     formats: dict[tuple[str, str, str], list[str]] = {}
     for row in plan.backends:
         formats.setdefault((row["operation"], row["backend"], row["reason"]), []).append(row["format"])
     table = [("  " + operation, *rest, " ".join(served)) for (operation, *rest), served in formats.items()]
-    common.print_table(table, ("  operation", "backend", "reason", "formats"))
+    print_table(table, ("  operation", "backend", "reason", "formats"))
 
 
 @click.command("plan", short_help="Whether a model fits a GPU or TPU that is not here.")
@@ -112,10 +113,11 @@ def plan_command(
             progress(0, 1, f"compiling for {name}")
             plans.append(plan.plan_for(header, plan.Request(name, context, batch, dtype, kv_dtype), timeout))
         if not as_json:
-            click.echo("" if len(plans) > 1 else f"{header.path}: {batch:,} rows of {context:,} tokens\n")
+            click.echo("" if len(plans) > 1 else f"{plain_path(header.path)}: {batch:,} rows of {context:,} tokens\n")
             _print_plan(plans[-1])
     if as_json:
-        head = {"model": str(header.path), "name": header.metadata.get("general.name"), "context": context, "batch": batch}
+        named = header.metadata.get("general.name")
+        head = {"model": str(header.path), "name": None if named is None else plain(named), "context": context, "batch": batch}
         common.print_json(head | {"versions": common.versions(), "targets": [_json(p) for p in plans]})
     if any(p.error for p in plans):
         ctx.exit(1)
