@@ -6,6 +6,7 @@ tensor; a directory holds the parameters as one device keeps them, so the model 
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,6 +20,7 @@ from ferrum_jax.config import ModelConfig
 from ferrum_jax.errors import UnsupportedModelError
 from ferrum_jax.loading import check
 from ferrum_jax.weights import ggml_types, orbax
+from ferrum_jax.weights.fresh import fresh
 from ferrum_jax.weights.gguf import GGUFFile
 from ferrum_jax.weights.merging import Merged
 from ferrum_jax.weights.metadata import Typed, of_config
@@ -103,18 +105,16 @@ def write_gguf(source: ModelSource, out: Path, *, force: bool = False, progress:
     kept = {name: _kept(source, name, info) for name, info in source.tensors.items()}
     if out.is_dir():
         raise FileExistsError(f"{out} is a directory")
-    partial = out.with_name(f"{out.name}.partial-{os.getpid()}")
-    try:
-        writer = gguf.GGUFWriter(partial, config.architecture)
+    total = sum(info.nbytes for info in kept.values())
+    with fresh(out, total) as partial, contextlib.closing(gguf.GGUFWriter(partial, config.architecture)) as writer:
         _add_metadata(writer, metadata)
         for name, info in kept.items():
             kind = gguf.GGMLQuantizationType(ggml_types.BY_NAME[info.format].type_id)
             writer.add_tensor_info(name, info.shape, np.dtype(np.float32), info.nbytes, kind)
-        out.parent.mkdir(parents=True, exist_ok=True)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        done, total = 0, sum(info.nbytes for info in kept.values())
+        done = 0
         for name, info in kept.items():
             writer.write_tensor_data(_bytes(source, config, name, info))
             done += info.nbytes
@@ -127,8 +127,6 @@ def write_gguf(source: ModelSource, out: Path, *, force: bool = False, progress:
         if out.exists() and not force:
             raise FileExistsError(f"{out} exists")
         partial.replace(out)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _metadata(source: ModelSource, config: ModelConfig) -> dict[str, Typed]:

@@ -13,11 +13,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import json
 import logging
 import math
 import os
+import re
 import shutil
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +33,7 @@ from ferrum_jax.quantized import LayerStack, QuantizedTensor
 from ferrum_jax.tokenizer import Tokenizer
 from ferrum_jax.tokenizer.opening import tokenizer_of_directory, tokenizer_of_gguf
 from ferrum_jax.weights.files import Opened, checked_range
+from ferrum_jax.weights.fresh import fresh
 from ferrum_jax.weights.json_file import read_object
 from ferrum_jax.weights.metadata import Typed, from_json, plain, to_json
 from ferrum_jax.weights.names import GLOBAL, LAYER
@@ -113,9 +117,8 @@ def save(
         "metadata": to_json(metadata),
         "parameters": [dataclasses.asdict(stack) for stack in stacks],
     }
-    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
-    try:
-        partial.mkdir(parents=True)
+    with fresh(path, sum(plane.nbytes for plane in arrays.values())) as partial:
+        partial.mkdir()
         with _quiet(), ocp.PyTreeCheckpointer(use_ocdbt=False, use_compression=False) as checkpointer:
             checkpointer.save(partial / _ARRAYS, arrays, save_args=split)
         for file in tokenizer_files:
@@ -123,13 +126,11 @@ def save(
             shutil.copyfile(file, partial / _TOKENIZER / file.name)
         (partial / MARKER).write_text(json.dumps(header))
         _flush(partial)  # the name must not be on the disk before what it names
-        replaced = path.with_name(f"{path.name}.partial-{os.getpid()}-replaced")
+        replaced = path.with_name(f"{partial.name}-replaced")
         if path.exists():
             path.rename(replaced)
         partial.rename(path)
         shutil.rmtree(replaced, ignore_errors=True)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _flush(directory: Path) -> None:
@@ -143,14 +144,24 @@ def _flush(directory: Path) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without Orbax's warnings about formats that were not asked for."""
-    logger = logging.getLogger("absl")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    """Without Orbax's warnings about formats that were not asked for; where it cannot write, an OSError takes the place of
+    the logs and tracebacks of its threads."""
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    levels, hook = [logger.level for logger in loggers], sys.unraisablehook
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    sys.unraisablehook = lambda args: None if str(args.exc_value) == "Event loop is closed" else hook(args)
     try:
         yield
+        sys.unraisablehook = hook  # after a failure writes may still end, and find their loop closed
+    except ValueError as error:
+        if found := re.search(r"\[os_error_code='(\d+)'\]", str(error)):
+            raise OSError(int(found[1]), os.strerror(int(found[1]))) from None
+        raise
     finally:
-        logger.setLevel(level)
+        gc.collect()  # tasks that failed are logged when they go
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _stacks(params: dict) -> Iterator[tuple[Stack, tuple[Any, ...]]]:

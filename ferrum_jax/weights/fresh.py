@@ -1,0 +1,41 @@
+"""Writing a file or a directory that appears under its name when it is whole, or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from ferrum_jax.units import readable_bytes
+
+
+@contextlib.contextmanager
+def fresh(out: Path, needed: int) -> Iterator[Path]:
+    """Where to write what becomes `out`, next to it; the block moves it into place. What is left of it afterwards is
+    removed, and where the block fails so are the directories that were made for it.
+
+    Raises OSError before anything is written where `needed` bytes do not fit; every OSError of the block names a file.
+    """
+    missing = [folder for folder in out.parents if not folder.exists()]
+    partial = out.with_name(f"{out.name}.partial-{os.getpid()}")
+    try:
+        free = shutil.disk_usage(out.parents[len(missing)]).free
+        if needed > free:
+            what = f"{os.strerror(errno.ENOSPC)}: {readable_bytes(needed)} are needed, {readable_bytes(free)} are free"
+            raise OSError(errno.ENOSPC, what)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        missing.clear()
+    except OSError as error:
+        if error.errno is None:  # NumPy's, which does not pass on why
+            raise OSError(errno.ENOSPC, f"the system refused a part of it, the disk may be full ({error})", str(out)) from error
+        error.filename = error.filename or str(out)
+        raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True) if partial.is_dir() else partial.unlink(missing_ok=True)
+        for folder in missing:
+            with contextlib.suppress(OSError):  # it was not made, or another process uses it
+                folder.rmdir()
