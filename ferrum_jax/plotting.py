@@ -156,7 +156,9 @@ def _axes(ax: Axes | None, height: float = 4.0) -> Any:
     try:
         from matplotlib import pyplot
     except ImportError as error:
-        raise ImportError("plots need matplotlib, which the extra brings: pip install 'ferrum-jax[plot]'") from error
+        from pallas_kernels import extras
+
+        raise ImportError(f"plots need matplotlib: {extras.install('plot')}") from error
     return pyplot.subplots(figsize=(_WIDTH, height), layout="constrained")[1]
 
 

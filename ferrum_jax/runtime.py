@@ -11,7 +11,7 @@ import numpy as np
 
 from ferrum_jax import memory
 from ferrum_jax.config import ModelConfig
-from ferrum_jax.kv_cache import KVCache, new_cache
+from ferrum_jax.kv_cache import KVCache, bytes_per_token, new_cache
 from ferrum_jax.programs import Programs
 from ferrum_jax.tokenizer import Tokenizer
 from ferrum_jax.units import readable_bytes
@@ -49,6 +49,13 @@ class Runtime:
         memory.require(memory.nbytes(cache), self.device, count)
         with jax.default_device(self.device), memory.explained(self.device, lambda: count):
             return new_cache(self.config, num_pages=num_pages, page_size=PAGE, dtype=self.kv_dtype)
+
+    def room(self) -> int:
+        """Tokens of the longest row that may be asked for without asking what it takes: the context, or as much of it as a
+        quarter of the free memory holds keys and values of."""
+        limit = memory.device_limit(self.device)
+        fitting = limit.free // 4 // bytes_per_token(self.config, self.kv_dtype) if limit else self.max_seq_len
+        return max(1, min(self.max_seq_len, fitting))
 
     def place_of(self, adapter: str | None) -> int:
         """Where the adapter of this name is among those of `params`; -1 for None. ValueError for another name."""

@@ -29,7 +29,7 @@ class SamplingParams:
       min_p: keep the tokens with at least min_p times the probability of the likeliest; in [0, 1].
       repetition_penalty: > 0; the logit of an id in prompt or output is divided by it where positive and multiplied
         where negative, once however often the id occurs.
-      seed: of this request's noise. Any integer, stored modulo 2**32; None lets the caller choose.
+      seed: of this request's noise. Any integer, stored modulo 2**32; None or -1 (stored as None): a new one each time.
       stop: a text or a sequence of texts that end the generation, stored as a tuple.
       ignore_eos: go on after an end token.
       logprobs: None, or how many of the best tokens to report beside the chosen one; at most 64.
@@ -72,7 +72,7 @@ class SamplingParams:
         self._number("repetition_penalty", lambda v: v > 0, "a finite number > 0 (1 is no penalty)")
         if self.seed is not None:
             self._integer("seed", lambda v: True, "None or an integer")
-            object.__setattr__(self, "seed", self.seed % 2**32)
+            object.__setattr__(self, "seed", None if self.seed == -1 else self.seed % 2**32)
         for field in ("logprobs", "prompt_logprobs"):
             if getattr(self, field) is not None:
                 self._integer(field, lambda v: 0 <= v <= MAX_LOGPROBS, f"None or an integer in [0, {MAX_LOGPROBS}]")

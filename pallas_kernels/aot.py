@@ -24,7 +24,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from pallas_kernels import compat, dispatch
+from pallas_kernels import compat, dispatch, extras
 
 GIB = 1 << 30
 
@@ -115,7 +115,7 @@ _WHEELS = {"gpu": ("jax_cuda13_plugin", "nvidia"), "tpu": ("libtpu",)}
 def missing(name: str) -> str | None:
     """What is not installed that compiling for the target takes, or None. KeyError for an unknown target."""
     absent = [wheel for wheel in _WHEELS[TARGETS[name].target.platform] if importlib.util.find_spec(wheel) is None]
-    return f"{', '.join(absent)} (pip install 'ferrum-jax[aot]')" if absent else None
+    return f"{', '.join(absent)} ({extras.install('aot')})" if absent else None
 
 
 @functools.cache

@@ -27,6 +27,7 @@ from ferrum_jax.cli.inspect import info_command, list_command, pull_command
 from ferrum_jax.cli.output import harmless
 from ferrum_jax.cli.perplexity import perplexity_command
 from ferrum_jax.cli.plan import plan_command
+from ferrum_jax.cli.remove import rm_command
 from ferrum_jax.cli.run import run_command
 from ferrum_jax.errors import FerrumError
 
@@ -42,11 +43,17 @@ _DEBUG = click.Option(
 )
 
 
+@click.command("version", short_help="The version of ferrum_jax.")
+def version_command() -> None:
+    """Print the version of ferrum_jax."""
+    from importlib.metadata import version
+
+    click.echo(f"{PROGRAM} {version(PROGRAM)}")
+
+
 def _print_version(context: click.Context, _option: click.Parameter, value: bool) -> None:
     if value:
-        from importlib.metadata import version
-
-        click.echo(f"{PROGRAM} {version(PROGRAM)}")
+        context.invoke(version_command)
         context.exit()
 
 
@@ -65,11 +72,12 @@ def verbs(context: click.Context) -> None:
 
 for _verb in (
     run_command, bench_command, info_command, plan_command, pull_command, list_command, convert_command, doctor_command,
-    perplexity_command, embed_command,
+    perplexity_command, embed_command, rm_command, version_command,
 ):  # fmt: skip
     verbs.add_command(_verb)
     _verb.params.append(_DEBUG)
 verbs.params.append(_DEBUG)
+verbs.add_command(list_command, "ls")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -90,7 +98,8 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     except click.ClickException as error:
         where = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else PROGRAM
-        return _report(2, f"{where}: {error.format_message()}", state["debug"])
+        hint = "; --help lists them" if "No such command" in error.format_message() else ""
+        return _report(2, f"{where}: {error.format_message()}{hint}", state["debug"])
     except FerrumError as error:
         return _report(2, f"{PROGRAM}: {error}", state["debug"])
     except Exception as error:

@@ -22,6 +22,7 @@ from ferrum_jax.cli.output import print_table
 
 REPEATS = 3
 CHECKED_TOKENS = 8
+PROMPT_LENGTHS, GENERATED = (64, 512), 64
 
 
 def make_prompts(vocab_size: int, batch: int, length: int) -> list[list[int]]:
@@ -29,6 +30,13 @@ def make_prompts(vocab_size: int, batch: int, length: int) -> list[list[int]]:
     import numpy as np
 
     return [np.random.default_rng([row, length]).integers(0, vocab_size, length).tolist() for row in range(batch)]
+
+
+def _lengths(prompts: tuple[int, ...] | None, generated: int | None, context: int) -> tuple[tuple[int, ...], int]:
+    """The lengths to measure: as given, else the usual ones as far as they fit the context."""
+    if generated is None:
+        generated = max(2, min(GENERATED, context - max(prompts) if prompts else context // 4))
+    return prompts or tuple(dict.fromkeys(max(1, min(n, context - generated)) for n in PROMPT_LENGTHS)), generated
 
 
 def _greedy(tokens: int) -> Any:
@@ -143,8 +151,8 @@ def _startup(model: Any) -> dict[str, float]:
 @click.command("bench", short_help="Measure prefill and decode speed.")
 @common.optional_model_argument
 @click.option("--batch", type=common.PositiveIntegers(), default="1,4", show_default=True)
-@click.option("--prompt-len", type=common.PositiveIntegers(), default="64,512", show_default=True)
-@click.option("--gen-len", type=click.IntRange(min=2), default=64, show_default=True)
+@click.option("--prompt-len", type=common.PositiveIntegers(), help="Default: 64,512, or what the context holds.")
+@click.option("--gen-len", type=click.IntRange(min=2), help="Default: 64, or what the context holds.")
 @common.dtype_option
 @click.option(
     "--second-start/--no-second-start", "again", default=True, show_default=True,
@@ -155,8 +163,8 @@ def _startup(model: Any) -> dict[str, float]:
 def bench_command(
     model: str,
     batch: tuple[int, ...],
-    prompt_len: tuple[int, ...],
-    gen_len: int,
+    prompt_len: tuple[int, ...] | None,
+    gen_len: int | None,
     dtype: str,
     again: bool,
     once: bool,
@@ -168,6 +176,7 @@ def bench_command(
     """
     loaded = common.load_model(model, dtype=dtype)
     context = loaded.max_seq_len
+    prompt_len, gen_len = _lengths(prompt_len, gen_len, context)
     if max(prompt_len) + gen_len > context:
         raise click.UsageError(f"--prompt-len {max(prompt_len)} plus --gen-len {gen_len} exceeds the context {context}")
     shapes = [(rows, length) for length in prompt_len for rows in batch]

@@ -25,7 +25,8 @@ DTYPES = ("auto", "float32", "bfloat16", "float16", "int8")
 KV_DTYPES = ("float32", "bfloat16", "float16", "int8", "fp8")
 
 model_argument = click.argument("model")
-optional_model_argument = click.argument("model", default="tiny")  # the one that comes with the package
+DEFAULT_MODEL = "tiny"  # the one that comes with the package
+optional_model_argument = click.argument("model", default=DEFAULT_MODEL)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
 everything_option = click.option("--all", "--long", "everything", is_flag=True, help="Print the rest, too.")
 dtype_option = click.option(
@@ -35,6 +36,16 @@ dtype_option = click.option(
 adapter_option = click.option(
     "--adapter", type=click.Path(file_okay=False), metavar="DIR", help="LoRA adapter (PEFT directory), applied at run time."
 )
+
+
+class KvDtype(click.Choice):
+    """One of KV_DTYPES; JAX's name of fp8 is taken, too."""
+
+    def __init__(self) -> None:
+        super().__init__(KV_DTYPES)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return super().convert("fp8" if value == "float8_e4m3fn" else value, param, ctx)
 
 
 class FiniteRange(click.FloatRange):

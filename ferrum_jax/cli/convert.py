@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from ferrum_jax.cli import common
+from ferrum_jax.cli.output import plain_path
 
 KINDS = ("orbax", "gguf")
 
@@ -15,19 +16,21 @@ KINDS = ("orbax", "gguf")
 @click.command("convert", short_help="Write a model as a checkpoint directory or a GGUF file.")
 @common.model_argument
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--to", type=click.Choice(KINDS), required=True, help="orbax: a directory; gguf: a file.")
+@click.option("--to", type=click.Choice(KINDS), help="orbax: a directory; gguf: a file. Needed.")
 @click.option("--quantize", metavar="FORMAT", help="Quantise F32, F16 and BF16 matrices: q4_k, q6_k, q8_0, ...")
 @click.option("--merge-adapter", type=click.Path(file_okay=False), metavar="DIR", help="Merge a LoRA adapter (PEFT) first.")
 @click.option("--force", is_flag=True, help="Replace OUT if it exists.")
 @common.json_option
 def convert_command(
-    model: str, out: Path, to: str, quantize: str | None, merge_adapter: str | None, force: bool, as_json: bool
+    model: str, out: Path, to: str | None, quantize: str | None, merge_adapter: str | None, force: bool, as_json: bool
 ) -> None:
     """Write MODEL to OUT, which appears when all of it is written.
 
     orbax: a directory that MODEL can be in every verb, with the parameters as this machine's device keeps them. gguf: a
     file for llama.cpp and others, tensors and metadata as in MODEL, or as llama.cpp's converter would name them.
     """
+    if to is None:
+        raise click.UsageError(f"--to is missing: --to gguf makes {out} a file, --to orbax a directory")
     from ferrum_jax.convert import convert
 
     begin = time.perf_counter()
@@ -43,4 +46,4 @@ def convert_command(
     if as_json:
         common.print_json({"path": str(out), "bytes": size, "seconds": round(seconds, 3)})
     else:
-        click.echo(f"{out}: {common.readable_bytes(size)} in {seconds:.1f} s")
+        click.echo(f"{plain_path(out)}: {common.readable_bytes(size)} in {seconds:.1f} s")

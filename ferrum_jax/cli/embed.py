@@ -22,6 +22,8 @@ def embed_command(model: str, texts: tuple[str, ...], max_seq_len: int | None, d
     A vector is a line of numbers, its Euclidean length is 1.
     """
     given = list(texts) or _lines()
+    if not given:
+        raise click.UsageError("no text is given: name some after MODEL, or write lines to standard input")
     loaded = common.load_model(model, embeds=True, dtype=dtype, max_seq_len=max_seq_len)
     with warnings.catch_warnings(record=True) as notes, common.users_mistake():
         warnings.simplefilter("always", UserWarning)
@@ -37,6 +39,8 @@ def embed_command(model: str, texts: tuple[str, ...], max_seq_len: int | None, d
 
 
 def _lines() -> list[str]:
+    if sys.stdin.isatty():
+        click.echo("reading texts from the terminal, one a line; Ctrl-D ends them", err=True)
     try:
         text = sys.stdin.buffer.read().decode("utf-8")
     except UnicodeDecodeError as error:

@@ -12,7 +12,7 @@ import click
 
 from ferrum_jax.cli import common
 from ferrum_jax.cli.common import readable_bytes
-from ferrum_jax.cli.output import plain, print_facts, print_table, width, wrapped
+from ferrum_jax.cli.output import plain, plain_path, print_facts, print_table, width, wrapped
 
 if TYPE_CHECKING:
     from ferrum_jax.config import ModelConfig
@@ -232,7 +232,7 @@ def pull_command(model: str) -> None:
 
     with common.progress_bar() as progress:
         path = hub.pull(model, progress=progress)
-    click.echo(str(path))
+    click.echo(plain_path(path))
 
 
 @click.command("list", short_help="Models in the cache, or the aliases.")

@@ -74,7 +74,7 @@ def _print_plan(plan: Plan) -> None:
 @click.option("--context", type=click.IntRange(min=1), help="Tokens of a row, prompt and output (default: 4096).")
 @click.option("--batch", type=click.IntRange(1, 1 << 16), default=1, show_default=True, help="Rows at a time.")
 @common.dtype_option
-@click.option("--kv-dtype", type=click.Choice(common.KV_DTYPES), help="Of the KV cache; follows --dtype.")
+@click.option("--kv-dtype", type=common.KvDtype(), help="Of the KV cache; follows --dtype.")
 @click.option("--timeout", type=click.FloatRange(min=1), default=1800, show_default=True, help="Seconds for each target.")
 @common.json_option
 @click.pass_context

@@ -5,7 +5,9 @@ Text goes to standard output as it is made.
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
 import sys
 from typing import Any
 
@@ -15,7 +17,7 @@ import ferrum_jax as fj
 from ferrum_jax.cli import common
 from ferrum_jax.cli.answer import Answer, answer, encode, print_stats
 
-MAX_TOKENS, TEMPERATURE, TOP_P = 512, 0.7, 0.95
+TEMPERATURE, TOP_P = 0.7, 0.95
 
 
 def _read_stdin() -> str:
@@ -28,6 +30,16 @@ def _read_stdin() -> str:
     except UnicodeDecodeError as error:
         raise click.UsageError(f"the prompt on standard input is not UTF-8 text (byte {error.start})") from None
     return text.removesuffix("\n").removesuffix("\r")
+
+
+def _model_and_prompt(words: tuple[str, ...], prompt: str | None) -> tuple[str, str | None]:
+    """What the arguments name: a model, then the words of a prompt. A text with white space that is no path is no model."""
+    model, *rest = words or (common.DEFAULT_MODEL,)
+    if not rest and len(model.split()) > 1 and not os.path.exists(os.path.expanduser(model)):
+        model, rest = common.DEFAULT_MODEL, [model]
+    if rest and prompt is not None:
+        raise click.UsageError(f"the prompt is given twice: --prompt {prompt!r} and {' '.join(rest)!r}")
+    return model, " ".join(rest) if rest else prompt
 
 
 def _sampling(values: dict[str, Any]) -> Any:
@@ -84,12 +96,15 @@ def _print_json_lines(model: Any, ids: list[int], params: Any) -> Answer:
 
 
 @click.command("run", short_help="Answer a prompt, or chat in the terminal.")
-@common.optional_model_argument
+@click.argument("words", nargs=-1, metavar="[MODEL] [PROMPT]")
 @click.option("--prompt", metavar="TEXT", help="Answer this; - reads standard input. Without it: a chat, or a pipe.")
 @click.option("--system", metavar="TEXT", help="System message of the conversation.")
 @click.option("--raw", is_flag=True, help="Complete the prompt as it is, without the chat template.")
 @click.option("--think/--no-think", default=None, help="Thinking switch of the chat template (its enable_thinking).")
-@click.option("--max-tokens", type=click.IntRange(min=1), default=MAX_TOKENS, show_default=True)
+@click.option(
+    "--max-tokens", type=click.IntRange(min=1),
+    help="Tokens of an answer at most. Default: the rest of the context, as far as memory holds it.",
+)  # fmt: skip
 @click.option(
     "--temperature", type=common.FiniteRange(min=0), default=TEMPERATURE, show_default=True,
     help="0 takes the likeliest token always.",
@@ -101,16 +116,16 @@ def _print_json_lines(model: Any, ids: list[int], params: Any) -> Answer:
     "--repeat-penalty", "repetition_penalty", type=common.FiniteRange(min=0, min_open=True), default=1.0,
     show_default=True, help="1: off.",
 )  # fmt: skip
-@click.option("--seed", type=int, help="The same seed gives the same text. Default: another one each time.")
+@click.option("--seed", type=int, help="The same seed gives the same text. Default, or -1: another one each time.")
 @click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; may be given several times.")
 @common.adapter_option
 @common.dtype_option
-@click.option("--kv-dtype", type=click.Choice(common.KV_DTYPES), help="Of the KV cache; default: follows --dtype.")
+@click.option("--kv-dtype", type=common.KvDtype(), help="Of the KV cache; default: follows --dtype.")
 @click.option("--max-seq-len", type=click.IntRange(min=2), help="Limit of prompt and answer; default: the model's.")
 @click.option("--output-format", type=click.Choice(["text", "jsonl"]), default="text", show_default=True)
 @click.option("--stats", is_flag=True, help="Print timings on standard error at the end.")
 def run_command(
-    model: str,
+    words: tuple[str, ...],
     prompt: str | None,
     system: str | None,
     raw: bool,
@@ -123,15 +138,17 @@ def run_command(
     stats: bool,
     **sampling: Any,
 ) -> None:
-    """Answer --prompt, a piped text, or what is typed in a chat.
+    """Answer PROMPT, --prompt, a piped text, or what is typed in a chat, by MODEL (default: tiny, of the package).
 
     With a chat template in the file the prompt becomes a user message; otherwise, and with --raw, it is completed as
-    it is.
+    it is. A single argument with white space that is no file is the PROMPT.
     """
+    model, prompt = _model_and_prompt(words, prompt)
     if raw and (system is not None or think is not None):
         flag = "--system" if system is not None else "--think/--no-think"
         raise click.UsageError(f"{flag} needs the chat template, which --raw leaves out")
-    params = _sampling(sampling)
+    limited = sampling["max_tokens"] is not None
+    params = _sampling(sampling if limited else {**sampling, "max_tokens": 1})
     talk = prompt is None and output_format == "text" and bool(sys.stdin) and sys.stdin.isatty() and sys.stdout.isatty()
     text = ""
     if not talk:
@@ -142,6 +159,8 @@ def run_command(
             raise click.UsageError("the prompt is empty")
 
     loaded = common.load_model(model, adapter=adapter, dtype=dtype, kv_dtype=kv_dtype, max_seq_len=max_seq_len)
+    if not limited:
+        params = dataclasses.replace(params, max_tokens=loaded.room())
     template = _template_arguments(loaded, model, system=system, think=think, raw=raw)
     if talk:
         from ferrum_jax.cli.chat import Chat

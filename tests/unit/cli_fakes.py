@@ -88,6 +88,9 @@ class FakeModel:
         self.asked: list = []
         self.streams: list = []
 
+    def room(self):
+        return self.max_seq_len
+
     def timings(self):
         return dict(self.clock)
 

@@ -176,7 +176,7 @@ def test_every_sampling_flag_arrives(model):
 
 def test_defaults(model):
     assert main(["run", "m", "--prompt", "a"]) == 0
-    assert model.made[0].params == FakeParams(max_tokens=512, temperature=0.7, top_p=0.95)
+    assert model.made[0].params == FakeParams(max_tokens=200, temperature=0.7, top_p=0.95)
     assert model.loads == [{"source": "m", "dtype": "auto", "kv_dtype": None, "max_seq_len": None}]
 
 

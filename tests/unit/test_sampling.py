@@ -87,7 +87,7 @@ def test_parameters_are_normalised():
     p = SamplingParams(top_k=-1, stop="end", seed=2**32 + 5, temperature=1, max_tokens=np.int64(3), min_p=np.float32(0.5))
     assert (p.top_k, p.stop, p.seed, p.temperature, p.max_tokens, p.min_p) == (0, ("end",), 5, 1.0, 3, 0.5)
     assert type(p.temperature) is float and type(p.max_tokens) is int and type(p.min_p) is float
-    assert SamplingParams(stop=["a", "b"]).stop == ("a", "b") and SamplingParams(seed=-1).seed == 2**32 - 1
+    assert SamplingParams(stop=["a", "b"]).stop == ("a", "b") and SamplingParams(seed=-2).seed == 2**32 - 2
     assert SamplingParams(logprobs=0).logprobs == 0 and SamplingParams(logprobs=64).logprobs == 64
     assert hash(SamplingParams(stop=["a"])) == hash(SamplingParams(stop=("a",)))
     with pytest.raises(TypeError, match="best_of"):
