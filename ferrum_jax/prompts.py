@@ -31,9 +31,13 @@ class Prompts(Runtime):
         )
 
     def encode_chat(self, messages: list[dict], tools=None, **template_kwargs) -> list[int]:
-        """Token ids of a conversation ready to be answered, with one beginning-of-text token where both the template and
-        the tokenizer would put it."""
-        ids = self.encode(self.render_chat(messages, tools, **template_kwargs))
+        """Token ids of a conversation ready to be answered."""
+        return self.encode_rendered(self.render_chat(messages, tools, **template_kwargs))
+
+    def encode_rendered(self, text: str) -> list[int]:
+        """Token ids of what `render_chat` gave, with one beginning-of-text token where both the template and the tokenizer
+        would put it."""
+        ids = self.encode(text)
         doubled = len(ids) > 1 and ids[0] == ids[1] == self.tokenizer.bos_id
         return ids[1:] if doubled else ids
 

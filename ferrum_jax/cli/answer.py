@@ -1,4 +1,4 @@
-"""From messages to an answer: the one way for a prompt, for JSON lines and for the chat.
+"""From messages to an answer: the one way for a prompt and for JSON lines, and what the chat's are told in.
 
 Messages become token ids by the model's chat template or as they are, and ids become text piece by piece.
 """
@@ -6,59 +6,44 @@ Messages become token ids by the model's chat template or as they are, and ids b
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Callable
 from typing import Any
 
-import click
-
 from ferrum_jax.cli import common
+from ferrum_jax.cli.terminal import say
 
 
 @dataclasses.dataclass
 class Answer:
-    """What one generation gave. `finish_reason` is "stop", "length", or "abort" when it was interrupted."""
+    """What one generation gave. `finish_reason` is "stop", "length", "abort" when it was interrupted, or "error" with what
+    went wrong."""
 
     text: str
     finish_reason: str
     usage: dict[str, int]
     timings: dict[str, float | None]
+    error: str = ""
 
 
-def answer(
-    model: Any,
-    ids: list[int],
-    params: Any,
-    emit: Callable[[str, list[int]], None],
-    interrupted: Callable[[], bool] = lambda: False,
-) -> Answer:
-    """Stream the continuation of `ids` into `emit(text, token_ids)` until it ends or `interrupted()` is true.
-
-    A KeyboardInterrupt counts as an interruption too when `interrupted()` is true, so that a second Ctrl-C
-    breaks into a step that does not return.
-    """
+def answer(model: Any, ids: list[int], params: Any, emit: Callable[[str, list[int]], None]) -> Answer:
+    """Stream the continuation of `ids` into `emit(text, token_ids)` until it ends."""
     before = model.timings()
     with common.users_mistake():
         stream = model.stream(ids, params, common.adapter_of(model))
     pieces: list[str] = []
-    count, reason = 0, None
+    count = 0
     try:
         for text, tokens in stream:
             pieces.append(text)
             count += len(tokens)
             emit(text, tokens)
-            if interrupted():
-                reason = "abort"
-                break
-    except KeyboardInterrupt:
-        if not interrupted():
-            raise
-        reason = "abort"
     finally:
         stream.close()
     spent = {key: value - before[key] for key, value in model.timings().items()}
     return Answer(
         text="".join(pieces),
-        finish_reason=reason or stream.finish_reason,
+        finish_reason=stream.finish_reason,
         usage={"prompt_tokens": len(ids), "completion_tokens": count},
         timings={
             "load_s": round(before["load_s"], 3),
@@ -72,12 +57,13 @@ def answer(
 def print_stats(result: Answer) -> None:
     """One line on standard error with the figures that JSON lines end with."""
     timings, usage = result.timings, result.usage
-    click.echo(
-        f"finish {result.finish_reason} | prompt {usage['prompt_tokens']} tokens, "
+    cached = f" ({usage['cached_tokens']} read before)" if usage.get("cached_tokens") else ""
+    say(
+        f"finish {result.finish_reason} | prompt {usage['prompt_tokens']} tokens{cached}, "
         f"{common.figure(timings['prefill_tok_s'])} tok/s | generated {usage['completion_tokens']} tokens, "
         f"{common.figure(timings['decode_tok_s'])} tok/s | load {common.figure(timings['load_s'], 2)} s, "
         f"compile {common.figure(timings['compile_s'], 2)} s",
-        err=True,
+        sys.stderr,
     )
 
 

@@ -16,6 +16,7 @@ import click
 import ferrum_jax as fj
 from ferrum_jax.cli import common
 from ferrum_jax.cli.answer import Answer, answer, encode, print_stats
+from ferrum_jax.cli.terminal import Writer
 
 TEMPERATURE, TOP_P = 0.7, 0.95
 
@@ -68,18 +69,9 @@ def _template_arguments(model: Any, source: str, *, system: str | None, think: b
 
 
 def _print_text(model: Any, ids: list[int], params: Any) -> Answer:
-    last = ""
-    terminal = sys.stdout.isatty()
-
-    def emit(text: str, _tokens: list[int]) -> None:
-        nonlocal last
-        sys.stdout.write(common.harmless(text) if terminal else text)
-        sys.stdout.flush()
-        last = text or last
-
-    result = answer(model, ids, params, emit)
-    if not last.endswith("\n"):
-        click.echo()
+    writer = Writer()
+    result = answer(model, ids, params, lambda text, _tokens: writer.write(text))
+    writer.close()
     if result.finish_reason == "length":
         count = result.usage["completion_tokens"]
         click.echo(f"note: cut after {count} tokens (--max-tokens, or the context)", err=True)
@@ -123,6 +115,9 @@ def _print_json_lines(model: Any, ids: list[int], params: Any) -> Answer:
 @click.option("--kv-dtype", type=common.KvDtype(), help="Of the KV cache; default: follows --dtype.")
 @click.option("--max-seq-len", type=click.IntRange(min=2), help="Limit of prompt and answer; default: the model's.")
 @click.option("--output-format", type=click.Choice(["text", "jsonl"]), default="text", show_default=True)
+@click.option(
+    "--history/--no-history", default=True, envvar="FERRUM_JAX_HISTORY", help="Keep what is typed in a chat for later ones."
+)
 @click.option("--stats", is_flag=True, help="Print timings on standard error at the end.")
 def run_command(
     words: tuple[str, ...],
@@ -135,6 +130,7 @@ def run_command(
     kv_dtype: str | None,
     max_seq_len: int | None,
     output_format: str,
+    history: bool,
     stats: bool,
     **sampling: Any,
 ) -> None:
@@ -165,7 +161,7 @@ def run_command(
     if talk:
         from ferrum_jax.cli.chat import Chat
 
-        return Chat(loaded, params, system=system, template=template, stats=stats).run(model)
+        return Chat(loaded, params, system=system, template=template, stats=stats, history=history).run(model)
 
     messages = [{"role": "system", "content": system}] if system is not None else []
     with common.users_mistake():

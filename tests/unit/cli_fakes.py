@@ -38,10 +38,18 @@ class FakeTokenizer:
     """One character, one id."""
 
     vocab_size = 128
+    bos_id = 1
+    eos_ids = frozenset({END})
     chat_template = "{{ messages }}{{ enable_thinking }}"
 
     def encode(self, text, add_special=True, parse_special=False):
         return [1] * add_special + [ord(character) % 128 for character in text]
+
+    def is_control(self, token):
+        return token in (1, END)
+
+    def token_bytes(self, token):
+        return bytes([token])
 
 
 class FakeStream:
@@ -95,8 +103,14 @@ class FakeModel:
         return dict(self.clock)
 
     def encode_chat(self, messages, **template):
+        return self.encode_rendered(self.render_chat(messages, **template))
+
+    def render_chat(self, messages, **template):
         self.asked.append((messages, template))
-        ids = self.tokenizer.encode(" ".join(message["content"] for message in messages))
+        return " ".join(message["content"] for message in messages)
+
+    def encode_rendered(self, text):
+        ids = self.tokenizer.encode(text)
         if len(ids) > self.max_seq_len:
             raise ValueError(f"{len(ids)} tokens do not fit into a context of {self.max_seq_len}")
         return ids
@@ -126,6 +140,43 @@ class FakeModel:
 
     def perplexity(self, ids, window=None, adapter=None):
         return 12.5 if window is None else float(window)
+
+
+class FakeEngine:
+    """Answers as the model's streams do."""
+
+    def __init__(self, model):
+        self.model, self.context, self.prompt_tokens = model, model.max_seq_len, 0
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def metrics(self):
+        return {"prompt_tokens": self.prompt_tokens}
+
+    def submit(self, ids, params, adapter=None):
+        self.prompt_tokens += len(ids)
+        return FakeRequest(self.model.stream(ids, params, adapter))
+
+    def abort(self, request):
+        request.stream.close()
+        request.finish_reason = request.finish_reason or "abort"
+
+
+class FakeRequest:
+    def __init__(self, stream):
+        self.stream, self.text, self.token_ids, self.finish_reason, self.error = stream, "", [], None, ""
+
+    def __iter__(self):
+        for text, ids in self.stream:
+            if self.finish_reason is None:
+                self.text += text
+                self.token_ids += ids
+                yield types.SimpleNamespace(text=text, token_ids=ids)
+        self.finish_reason = self.finish_reason or self.stream.finish_reason
 
 
 def install_fake():

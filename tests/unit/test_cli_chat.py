@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import json
 import os
-import select
 import signal
 import time
+import types
 
 import pytest
-from cli_fakes import FakeModel, FakeParams, FakeStream, child
+from cli_fakes import FakeEngine, FakeModel, FakeStream
 
-from ferrum_jax.cli import chat
+import ferrum_jax as fj
+from ferrum_jax.cli import chat, commands
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(monkeypatch, tmp_path):
+    """A fake in the engine's place, and no history of the user's."""
+    monkeypatch.setattr(chat, "open_engine", FakeEngine)
+    monkeypatch.setenv("FERRUM_JAX_CACHE", str(tmp_path / "cache"))
 
 
 @contextlib.contextmanager
@@ -26,7 +36,7 @@ def terminal():
 
 
 def chatting(fake, typed_text, **options):
-    talk = chat.Chat(fake, FakeParams(max_tokens=50), **{"template": {}} | options)
+    talk = chat.Chat(fake, fj.SamplingParams(max_tokens=50), **{"template": {}} | options)
     with terminal() as typed:
         typed.send_text(typed_text)
         talk.run("fake")
@@ -34,7 +44,15 @@ def chatting(fake, typed_text, **options):
 
 
 def roles(talk):
-    return [(message["role"], message["content"]) for message in talk.messages]
+    """What was said, the system message first."""
+    talk = talk.conversation
+    opening = [("system", talk.system)] if talk.system is not None else []
+    return opening + [(message["role"], message["content"]) for message in talk.messages]
+
+
+def until_closed(stream):
+    while not stream.closed:
+        time.sleep(0.01)
 
 
 def test_chat_keeps_the_conversation(capsys):
@@ -42,7 +60,7 @@ def test_chat_keeps_the_conversation(capsys):
     assert roles(talk) == [
         ("system", "s"), ("user", "one"), ("assistant", "two words"), ("user", "two"), ("assistant", "two words"),
     ]  # fmt: skip
-    assert [len(messages) for messages, _ in talk.model.asked] == [2, 4]
+    assert [len(messages) for messages, _ in talk.conversation.model.asked] == [2, 4]
     assert capsys.readouterr().out.count("two words\n") == 2
 
 
@@ -82,7 +100,7 @@ def test_chat_that_outgrows_the_context_drops_nothing(capsys):
     assert roles(talk) == [("user", "one"), ("assistant", "two words")]
     out = capsys.readouterr().out
     assert "not sent: 75 tokens do not fit into a context of 40" in out and "nothing was dropped" in out
-    assert len(talk.model.streams) == 1
+    assert len(talk.conversation.model.streams) == 1
 
 
 def test_chat_says_why_an_answer_was_cut(capsys):
@@ -108,6 +126,7 @@ def test_chat_ctrl_c_stops_the_answer_only(capsys):
                 def __next__(self):
                     if len(self.token_ids) == 3:
                         os.kill(os.getpid(), signal.SIGINT)
+                        until_closed(self)
                     return step()
 
             made.__class__ = Interrupted
@@ -115,29 +134,38 @@ def test_chat_ctrl_c_stops_the_answer_only(capsys):
 
     fake.stream = stream
     talk = chatting(fake, "one\rtwo\r\x04")
-    assert roles(talk) == [("user", "one"), ("assistant", "two "), ("user", "two"), ("assistant", "two words")]
+    assert roles(talk) == [("user", "one"), ("assistant", "two"), ("user", "two"), ("assistant", "two words")]
     assert fake.streams[0].closed and "[stopped]" in capsys.readouterr().out
 
 
-def test_chat_ctrl_c_twice_breaks_into_a_step(capsys):
-    fake = FakeModel("m")
+def interrupting(times):
+    """A stream whose first step is interrupted before it gives anything."""
 
-    class Hanging(FakeStream):
+    class Interrupted(FakeStream):
         def __next__(self):
-            os.kill(os.getpid(), signal.SIGINT)
-            os.kill(os.getpid(), signal.SIGINT)
-            raise AssertionError("not reached")
+            for _ in range(times):
+                os.kill(os.getpid(), signal.SIGINT)
+            until_closed(self)
+            raise StopIteration
 
-    fake.stream = lambda ids, params, adapter: Hanging("", ids, params, 0, True)
+    return lambda ids, params, adapter: Interrupted("", ids, params, 0, True)
+
+
+@pytest.mark.parametrize("times", [1, 5])
+def test_chat_ctrl_c_before_the_answer_begins(capsys, times):
+    fake = FakeModel("m")
+    fake.stream = interrupting(times)
     talk = chatting(fake, "one\r\x04")
-    assert talk.messages == [] and "stopped before" in capsys.readouterr().out
+    assert roles(talk) == [] and "stopped before" in capsys.readouterr().out
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_chat_without_a_template(capsys):
     talk = chatting(FakeModel("m"), "one\rtwo\r\x04", template=None)
-    assert talk.messages == [] and talk.model.asked == []
-    assert [stream.prompt_token_ids for stream in talk.model.streams] == [
-        talk.model.tokenizer.encode("one"), talk.model.tokenizer.encode("two"),
+    model = talk.conversation.model
+    assert roles(talk) == [] and model.asked == []
+    assert [stream.prompt_token_ids for stream in model.streams] == [
+        model.tokenizer.encode("one"), model.tokenizer.encode("two"),
     ]  # fmt: skip
 
 
@@ -147,49 +175,148 @@ def test_chat_survives_what_the_template_refuses(capsys):
     def refuse(messages, **_template):
         raise ValueError("roles must alternate")
 
-    fake.encode_chat = refuse
+    fake.render_chat = refuse
     talk = chatting(fake, "one\r\x04")
-    assert talk.messages == [] and "roles must alternate" in capsys.readouterr().out
+    assert roles(talk) == [] and "roles must alternate" in capsys.readouterr().out
 
 
-def test_chat_shows_control_characters_harmlessly(capsys):
-    chat.Chat.show("a\x1b[2J\x9bb\n", [])
-    assert capsys.readouterr().out == "a␛[2J\ufffdb\n"
+def test_chat_says_that_an_answer_failed(capsys, monkeypatch):
+    class Failing(FakeEngine):
+        def submit(self, ids, params, adapter=None):
+            request = super().submit(ids, params, adapter)
+            request.finish_reason, request.error = "error", "the model's logits are not finite"
+            return request
+
+    monkeypatch.setattr(chat, "open_engine", Failing)
+    talk = chatting(FakeModel("m"), "one\r\x04")
+    assert roles(talk) == [] and "[failed: the model's logits are not finite;" in capsys.readouterr().out
 
 
-def test_chat_in_a_real_terminal():
-    """A pseudo-terminal: two turns, Ctrl-C during the first, then Ctrl-D."""
-    import pty
+@pytest.mark.parametrize(("asked", "given"), [(None, 196), (10**9, 196), (50, 50)])
+def test_an_answer_may_be_as_long_as_the_context_leaves(asked, given):
+    """Whether the parameters say None for that, or more than there is."""
+    params = types.SimpleNamespace(max_tokens=asked)
+    made = dataclasses.make_dataclass("Params", ["max_tokens", ("ignore_eos", bool, False)])(asked)
+    fake = FakeModel("m")
+    chat.Chat(fake, made, template={}).answer([{"role": "user", "content": "one"}])
+    assert fake.params.max_tokens == given and params.max_tokens == asked
 
-    master, slave = pty.openpty()
-    code = """
-        import os, fcntl, termios
-        os.setsid(); fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-        cli_fakes.FakeModel.reply = "abcdefghij" * 3
-        cli_fakes.FakeModel.delay = 0.1
-    """
-    environment = os.environ | {"TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1"}
-    process = child("run", "m", code=code, stdin=slave, stdout=slave, stderr=slave, env=environment)
-    os.close(slave)
-    seen = ""
 
-    def until(text):
-        nonlocal seen
-        deadline = time.monotonic() + 30
-        while text not in seen:
-            assert select.select([master], [], [], deadline - time.monotonic())[0], seen
-            seen += os.read(master, 4096).decode(errors="replace")
-        seen = seen.split(text, 1)[1]
+# Commands
 
-    until(">>>")
-    os.write(master, b"hello\r")
-    until("abc")
-    os.write(master, b"\x03")
-    until("[stopped]")
-    until(">>>")
-    os.write(master, b"again\r")
-    until("hij" + "abcdefghij" * 2)
-    until(">>>")
-    os.write(master, b"\x04")
-    assert process.wait(30) == 0
-    os.close(master)
+
+def test_regenerate_answers_the_same_message_again(capsys):
+    fake = FakeModel("m")
+    talk = chatting(fake, "/regenerate\rone\rtwo\r/regenerate\r/regenerate\r/bye\r")
+    assert [role for role, _ in roles(talk)] == ["user", "assistant"] * 2
+    assert [len(messages) for messages, _ in fake.asked] == [1, 3, 3, 3]
+    assert "There is no message to answer again." in capsys.readouterr().out
+
+
+def test_regenerate_without_a_template():
+    talk = chatting(FakeModel("m"), "one\r/regenerate\r/bye\r", template=None)
+    first, second = talk.conversation.model.streams
+    assert first.prompt_token_ids == second.prompt_token_ids
+
+
+def test_save_and_load(capsys, tmp_path):
+    file = tmp_path / "with blank.json"
+    talk = chatting(FakeModel("m"), f"one\r/save {file}\rtwo\r/save {file}\r/bye\r", system="s")
+    assert json.loads(file.read_text())["messages"] == [
+        {"role": role, "content": content} for role, content in roles(talk)
+    ]  # fmt: skip
+    other = chatting(FakeModel("m"), f"x\r/load {file}\r/regenerate\r/bye\r")
+    assert roles(other) == roles(talk)
+    assert f"4 messages from {file}" in capsys.readouterr().out.replace("\n", " ")
+    assert os.listdir(tmp_path / "cache") == ["history"] and sorted(os.listdir(tmp_path)) == ["cache", file.name]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "No such file"),
+        ("no JSON", "it is not JSON"),
+        ("[" * 100_000, "it is not JSON"),
+        ("{}", 'no list under "messages"'),
+        ('[{"role": "user"}]', 'message 0 has no text under "role" and "content"'),
+    ],
+)
+def test_load_of_something_else(capsys, tmp_path, content, said):
+    file = tmp_path / "f.json"
+    if content is not None:
+        file.write_text(content)
+    talk = chatting(FakeModel("m"), f"one\r/load {file}\r/save {file}\r/bye\r")
+    out = capsys.readouterr().out
+    assert "not loaded: " in out and said in out and len(roles(talk)) == 2
+    if content is not None:  # it is not overwritten
+        assert "not saved: " in out and file.read_text() == content
+
+
+def test_set(capsys):
+    lines = (
+        "/set", "/set temperature 0.25", "/set top_k 5", "/set temperature hot", "/set stop END", '/set stop ["a", "5"]',
+        "/set seed 7", "/set seed none", "/set nonsense 1", "/set max_tokens 4", "/set max_tokens",
+        "/set think off", "/set system Be  brief.", "one",
+    )  # fmt: skip
+    fake = FakeModel("m")
+    talk = chatting(fake, "".join(f"{line}\r" for line in lines) + "\x04", system="s")
+    out = capsys.readouterr().out
+    params = talk.conversation.params
+    assert (params.temperature, params.top_k, params.stop, params.seed, params.max_tokens) == (0.25, 5, ("a", "5"), None, 50)
+    assert "not set: SamplingParams.temperature must be a finite number" in out
+    assert out.count("what can be set: max_tokens, temperature,") == 2 and "system, enable_thinking" in out
+    assert 'stop: ["END"]' in out and "seed: none" in out and "enable_thinking: off" in out
+    assert fake.asked[-1][1] == {"enable_thinking": False}
+    assert roles(talk)[0] == ("system", "Be  brief.")
+    commands.obey(talk, "/set think")
+    commands.obey(talk, "/set system")
+    assert talk.conversation.template == {} and talk.conversation.system == "s"
+    commands.obey(talk, '/set system ""')
+    assert talk.conversation.system is None
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("/save", "/save FILE"),
+        ("/clear all", "/clear takes nothing after it"),
+        ("/\x1b[2J", "unknown command /"),
+    ],
+)
+def test_commands_that_are_not_complete(capsys, line, said):
+    assert commands.obey(chat.Chat(FakeModel("m"), fj.SamplingParams(), template={}), line)
+    assert said in capsys.readouterr().out
+
+
+def test_save_without_a_template(capsys, tmp_path):
+    chatting(FakeModel("m"), f"one\r/save {tmp_path}/f\r/bye\r", template=None)
+    assert "Without a chat template there is no conversation." in capsys.readouterr().out
+    assert not (tmp_path / "f").exists()
+
+
+# History
+
+
+def test_history_of_earlier_chats(tmp_path):
+    file = tmp_path / "cache" / "history"
+    chatting(FakeModel("m"), "one\r secret\r/bye\r")
+    assert (file.stat().st_mode & 0o777, "secret" in file.read_text()) == (0o600, False)
+    os.chmod(file, 0o644)
+    up = "\x1b[A"
+    talk = chatting(FakeModel("m"), f"{up}{up}\r\x04")
+    assert roles(talk)[0] == ("user", "one")
+    assert file.stat().st_mode & 0o777 == 0o600
+
+
+def test_history_can_be_turned_off(tmp_path):
+    chatting(FakeModel("m"), "one\r/bye\r", history=False)
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("spoilt", ["a folder", "no folder"])
+def test_history_that_cannot_be_kept_stops_nothing(tmp_path, spoilt):
+    if spoilt == "a folder":
+        (tmp_path / "cache" / "history").mkdir(parents=True)
+    else:
+        (tmp_path / "cache").write_text("")
+    assert len(roles(chatting(FakeModel("m"), "one\r/bye\r"))) == 2

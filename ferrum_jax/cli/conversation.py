@@ -1,0 +1,172 @@
+"""A conversation as a sequence in an engine: each turn costs what is new in it.
+
+Nothing is ever dropped from a conversation silently. It is rendered anew for every turn; where the rendered text begins
+with what was read and said before, the ids of that part stay as they were, and the engine's prefix cache finds them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from queue import SimpleQueue
+from typing import Any
+
+from ferrum_jax.cli import common
+from ferrum_jax.cli.answer import Answer
+from ferrum_jax.engine import Engine, EngineConfig
+
+Message = dict[str, Any]
+
+
+def open_engine(model: Any) -> Engine:
+    """An engine for one conversation as long as the context."""
+    return Engine(model, EngineConfig(max_seqs=1))
+
+
+class Transcript:
+    """Token ids of a conversation's text as it grows: those of its beginning stay as they were read or sampled, even where
+    the tokenizer would part that text differently."""
+
+    def __init__(self, model: Any):
+        self._model = model
+        self._parts: list[tuple[str, list[int]]] = []  # rendered and said, in turn
+        tokenizer = model.tokenizer
+        self._joins = tokenizer.encode("") in ([], [tokenizer.bos_id])  # nothing is put after the end of a text
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of the rendered text of a conversation that is ready to be answered."""
+        ends, at = [0], 0
+        for part, _ in self._parts:
+            if not text.startswith(part, at):
+                break
+            at += len(part)
+            ends.append(at)
+        for count in range(len(ends) - 1, 0, -1):
+            if (rest := self._apart(text[ends[count] :])) is not None:
+                break
+        else:
+            count, rest = 0, self._model.encode_rendered(text)
+        self._parts = [*self._parts[:count], (text[ends[count] :], rest)]
+        return [token for _, ids in self._parts for token in ids]
+
+    def said(self, text: str, ids: list[int]) -> None:
+        """What was answered to the text that was encoded last."""
+        tokenizer = self._model.tokenizer
+        if ids and ids[-1] in tokenizer.eos_ids:
+            ids = ids[:-1]
+        if b"".join(map(tokenizer.token_bytes, ids)) == text.encode():  # not so after a stop string
+            self._parts.append((text, ids))
+
+    def _apart(self, text: str) -> list[int] | None:
+        """Ids of the end of a longer text, where they do not depend on what is before it: it begins with a control token."""
+        tokenizer = self._model.tokenizer
+        ids = tokenizer.encode(text, add_special=False, parse_special=True) if self._joins else []
+        if not ids:
+            return ids if self._joins else None
+        begins = tokenizer.is_control(ids[0]) and text.startswith(tokenizer.token_bytes(ids[0]).decode(errors="replace"))
+        return ids if begins else None
+
+
+class Conversation:
+    """`messages` between a user and `model`, and how the next one is answered: sampling `params`, a `system` message, and
+    the chat template's arguments. Where `template` is None every message is completed by itself, as it is.
+
+    `asked`: the messages that were answered last, or were to be; `used`: tokens of the conversation by then."""
+
+    def __init__(
+        self, model: Any, engine: Any, params: Any, *, system: str | None = None, template: dict[str, Any] | None = None
+    ):
+        self.model, self.engine, self.params, self.system, self.template = model, engine, params, system, template
+        self.messages: list[Message] = []
+        self.asked: list[Message] = []
+        self.used = 0
+        self._transcript = Transcript(model)
+
+    def clear(self, messages: list[Message] | None = None) -> None:
+        """Forgets what was said, for these messages."""
+        self.messages, self.used = list(messages or ()), 0
+        last = max((i for i, message in enumerate(self.messages) if message["role"] == "user"), default=-1)
+        self.asked = self.messages[: last + 1]
+
+    def ids(self, messages: list[Message]) -> list[int]:
+        """Token ids to answer. ValueError where the template refuses the messages, or no room is left for an answer."""
+        if self.template is None:
+            ids = self.model.tokenizer.encode(messages[-1]["content"], add_special=True, parse_special=True)
+        else:
+            opening = [{"role": "system", "content": self.system}] if self.system is not None else []
+            ids = self._transcript.encode(self.model.render_chat([*opening, *messages], **self.template))
+        if not ids:
+            raise ValueError("the prompt has no tokens")
+        if len(ids) >= self.engine.context:
+            raise ValueError(f"{len(ids):,} tokens leave no room in a context of {self.engine.context:,}")
+        return ids
+
+    def answer(self, messages: list[Message], show: Callable[[str], object]) -> Answer:
+        """Answers the last of some messages, giving the text to `show` as it comes. They join the conversation together
+        with the answer or not at all. Ctrl-C ends the answer there. Errors as those of `ids`."""
+        ids = self.ids(messages)
+        room = self.engine.context - len(ids)
+        params = dataclasses.replace(self.params, max_tokens=min(self.params.max_tokens or room, room))
+        self.asked = messages
+        arrived: SimpleQueue[Any] = SimpleQueue()
+        with ctrl_c(lambda: arrived.put(_STOP)):
+            compiled, before, begin = self.model.timings()["compile_s"], self.engine.metrics(), time.perf_counter()
+            request = self.engine.submit(ids, params, common.adapter_of(self.model))
+            threading.Thread(target=_follow, args=(request, arrived), daemon=True).start()
+            came: list[tuple[float, int]] = []  # when, and how many tokens
+            try:
+                while (output := arrived.get()) is not None:
+                    if output is _STOP:
+                        self.engine.abort(request)
+                        continue
+                    came.append((time.perf_counter() - begin, len(output.token_ids)))
+                    show(output.text)
+            finally:
+                self.engine.abort(request)
+            kept = request.finish_reason in ("stop", "length") or (request.finish_reason == "abort" and request.text)
+            if kept and self.template is not None:
+                self.messages = [*messages, {"role": "assistant", "content": request.text}]
+                self.used = len(ids) + len(request.token_ids)
+                self._transcript.said(request.text, list(request.token_ids))
+        computed = int(self.engine.metrics()["prompt_tokens"] - before["prompt_tokens"])
+        (first, one), (last, _) = (came[0], came[-1]) if came else ((0.0, 0), (0.0, 0))
+        made, timings = len(request.token_ids), self.model.timings()
+        waited = timings["compile_s"] - compiled
+        return Answer(
+            text=request.text,
+            finish_reason=request.finish_reason or "error",
+            usage={"prompt_tokens": len(ids), "cached_tokens": len(ids) - computed, "completion_tokens": made},
+            timings={
+                "load_s": round(timings["load_s"], 3),
+                "compile_s": round(waited, 3),
+                "prefill_tok_s": None if waited else common.rate(computed, first),
+                "decode_tok_s": None if waited else common.rate(made - one, last - first),
+            },
+            error=request.error,
+        )
+
+
+_STOP = object()
+
+
+def _follow(request: Any, arrived: SimpleQueue[Any]) -> None:
+    """Hands on the outputs of a request, and None after the last."""
+    try:
+        for output in request:
+            arrived.put(output)
+    finally:
+        arrived.put(None)
+
+
+@contextlib.contextmanager
+def ctrl_c(action: Callable[[], object]) -> Iterator[None]:
+    """While the block runs, Ctrl-C does this and nothing else."""
+    previous = signal.signal(signal.SIGINT, lambda *_: action())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
