@@ -42,10 +42,12 @@ class Chat:
         say(f"{name}: /help lists the commands, Ctrl-D leaves")
         if self.conversation.template is None:
             say("Without a chat template every text is completed by itself; there is no conversation.")
-        with self.engine, quiet():
+        with self.engine, quiet(editor.output):
             while True:
                 try:
                     line = editor.prompt(">>> ", prompt_continuation="... ")
+                    editor.output.enable_bracketed_paste()  # what is pasted during the answer is one message too
+                    editor.output.flush()
                     if not self.handle(line):
                         return
                 except EOFError:

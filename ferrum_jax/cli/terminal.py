@@ -160,9 +160,9 @@ def waiting(text: str) -> Iterator[Callable[[], None]]:
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
+def quiet(output: Any) -> Iterator[None]:
     """While no line is edited, what is typed is kept and not shown. However the block ends, by SIGTERM or SIGHUP too, the
-    terminal is then as it was."""
+    terminal is then as it was. `output`: the line editor's."""
     try:
         import termios
     except ImportError:  # Windows, where the console echoes only while it is read
@@ -188,7 +188,9 @@ def quiet() -> Iterator[None]:
         apply()
         yield
     finally:
-        with contextlib.suppress(termios.error):  # the terminal is gone
+        with contextlib.suppress(termios.error, OSError):  # the terminal is gone
+            output.disable_bracketed_paste()
+            output.flush()
             termios.tcsetattr(terminal, termios.TCSADRAIN, before)
         for number, handler in previous.items():
             signal.signal(number, handler)
