@@ -24,7 +24,14 @@ _LABELS = 16  # of an axis with a name for each row, at most
 
 
 class Event(NamedTuple):
-    """Work on a request, `kind` "prefill" or "decode", from begin_s to end_s seconds on one clock."""
+    """Work on a request, in seconds on one clock.
+
+    Attributes:
+      request: its id.
+      kind: "prefill" or "decode".
+      begin_s: when the work began.
+      end_s: when it ended.
+    """
 
     request: int | str
     kind: str
@@ -33,7 +40,14 @@ class Event(NamedTuple):
 
 
 class Point(NamedTuple):
-    """A program that was run: its floating-point operations, the bytes it moved, and the seconds it took."""
+    """A program that was run.
+
+    Attributes:
+      name: for the legend.
+      flops: its operations.
+      bytes: what it moved.
+      seconds: how long it took.
+    """
 
     name: str
     flops: float
@@ -42,8 +56,16 @@ class Point(NamedTuple):
 
 
 def expert_heatmap(routing: Routing, layer: int | None = None, *, ax: Axes | None = None) -> Axes:
-    """The share of tokens (%) that go to each expert of each layer; with the number of a layer, the weight of each expert
-    there for each token. ValueError for a layer without experts."""
+    """The share of tokens (%) that go to each expert of each layer, or of one layer the weight of each expert for each token.
+
+    Args:
+      routing: from `Model.trace_routing`.
+      layer: the number of a layer; None: all layers.
+      ax: where to draw; None makes a figure.
+
+    Raises:
+      ValueError: for a layer without experts.
+    """
     if layer is None:
         ax = _axes(ax)
         shown = np.unique(np.linspace(0, len(routing.layers) - 1, _LABELS).astype(int))
@@ -62,8 +84,16 @@ def expert_heatmap(routing: Routing, layer: int | None = None, *, ax: Axes | Non
 
 
 def expert_load(routing: Routing, layer: int | None = None, *, ax: Axes | None = None) -> Axes:
-    """The share of tokens (%) that go to each expert of a layer, without one the mean over layers, and what it would be if
-    all were used alike. ValueError for a layer without experts."""
+    """The share of tokens (%) that go to each expert, and what it would be if all were used alike.
+
+    Args:
+      routing: from `Model.trace_routing`.
+      layer: the number of a layer; None: the mean over layers.
+      ax: where to draw; None makes a figure.
+
+    Raises:
+      ValueError: for a layer without experts.
+    """
     load = 100 * _load(routing)
     shares = load.mean(axis=0) if layer is None else load[_place(routing, layer)]
     uniform = 100 * routing.ids.shape[2] / routing.num_experts
@@ -77,8 +107,17 @@ def expert_load(routing: Routing, layer: int | None = None, *, ax: Axes | None =
 
 
 def token_probabilities(completion: Completion, tokenizer: Tokenizer, count: int = 12, *, ax: Axes | None = None) -> Axes:
-    """The probabilities of the first `count` generated tokens, and of the best alternatives to each, as a completion has
-    them that was generated with `SamplingParams(logprobs=k)`. ValueError for one that was not."""
+    """The probabilities of the first generated tokens and of the best alternatives to each.
+
+    Args:
+      completion: generated with `SamplingParams(logprobs=k)`.
+      tokenizer: of the model.
+      count: how many tokens to show.
+      ax: where to draw; None makes a figure.
+
+    Raises:
+      ValueError: for a completion without logprobs.
+    """
     if completion.logprobs is None:
         raise ValueError("the completion has no logprobs; generate it with SamplingParams(logprobs=k)")
     places, labels, values, chosen = [], [], [], []
@@ -105,34 +144,50 @@ def token_probabilities(completion: Completion, tokenizer: Tokenizer, count: int
 def timeline(events: Sequence[Event], *, ax: Axes | None = None) -> Axes:
     """When each request was read and decoded, a row for each in the order in which they are met.
 
-    An engine that nobody serves in the background is driven by `step`, and in each step everything that was running before
+    An engine that is not served in the background is driven by `step`, and in each step everything that was running before
     it gets on:
 
         events, start, more = [], time.perf_counter(), True
         while more:
-            running = [(request.id, bool(request.token_ids)) for request in requests if request.state == "running"]
+            running = [each for each in requests if each.state == "running"]
+            kinds = [(each.id, "decode" if each.token_ids else "prefill") for each in running]
             begin = time.perf_counter() - start
             more = engine.step()
             end = time.perf_counter() - start
-            events += [Event(id, "decode" if begun else "prefill", begin, end) for id, begun in running]
+            events += [Event(id, kind, begin, end) for id, kind in kinds]
+
+    Args:
+      events: in any order, all of one clock.
+      ax: where to draw; None makes a figure.
     """
     ax = _axes(ax, 1.2 + 0.3 * len({event.request for event in events}))
     rows = {request: row for row, request in enumerate(dict.fromkeys(event.request for event in events))}
+    first = min((event.begin_s for event in events), default=0.0)
     for kind, colour in (("prefill", "C1"), ("decode", "C0")):
         mine = [event for event in events if event.kind == kind]
         widths = [event.end_s - event.begin_s for event in mine]
-        begins = [event.begin_s for event in mine]
+        begins = [event.begin_s - first for event in mine]
         places = [rows[event.request] for event in mine]
         ax.barh(places, widths, 0.7, begins, color=colour, edgecolor="white", linewidth=0.3, label=kind)
     ax.set_yticks(list(rows.values()), labels=[str(request) for request in rows])
-    ax.set(xlabel="time (s)", ylabel="request", ylim=(len(rows) - 0.5, -0.5))
+    ax.set(xlabel="time since the first event (s)", ylabel="request", ylim=(len(rows) - 0.5, -0.5), xlim=(0, None))
     _legend_above(ax)
     return ax
 
 
 def roofline(points: Sequence[Point], bandwidth: float, flops: float, *, ax: Axes | None = None) -> Axes:
     """What programs reach of what a device could: `bandwidth` bytes/s of its memory and `flops` operations/s at most
-    (Williams, Waterman and Patterson, "Roofline", 2009)."""
+    (Williams, Waterman and Patterson, "Roofline", 2009).
+
+    Args:
+      points: the programs, all in one arithmetic.
+      bandwidth: bytes a second that the memory of the device delivers.
+      flops: operations a second that the device reaches in the arithmetic of the points; each arithmetic has its own roof.
+      ax: where to draw; None makes a figure.
+
+    Returns:
+      The Axes. The legend says what part of its roof each point reaches, and that one more than 10 % above belongs to another.
+    """
     ax = _axes(ax)
     ridge = flops / bandwidth
     intensities = [point.flops / point.bytes for point in points]
@@ -143,7 +198,8 @@ def roofline(points: Sequence[Point], bandwidth: float, flops: float, *, ax: Axe
     for point, intensity in zip(points, intensities, strict=True):
         reached = point.flops / point.seconds
         share = 100 * reached / min(flops, bandwidth * intensity)
-        ax.plot(intensity, reached, "o", label=f"{point.name}: {share:.0f} % of the roof")
+        place = f"{share:.0f} % of the roof" if share <= 110 else "above the roof, which is of another arithmetic or memory"
+        ax.plot(intensity, reached, "o", label=f"{point.name}: {place}")
     ax.set(xscale="log", yscale="log", xlabel="operations per byte (FLOP/B)", ylabel="operations per second (FLOP/s)")
     ax.grid(True, which="major", alpha=0.3)
     ax.legend(loc="lower right")

@@ -115,8 +115,15 @@ def test_timeline():
     bars = [(bar.get_x(), bar.get_width(), bar.get_y() + bar.get_height() / 2) for bar in ax.patches]
     assert np.allclose(bars, [(0, 0.5, 0), (0.5, 0.25, 1), (0.5, 0.5, 0)])
     assert ticks(ax.get_yticklabels()) == ["7", "b"] and ax.yaxis_inverted()
-    assert names(ax) == ("time (s)", "request")
+    assert names(ax) == ("time since the first event (s)", "request") and ax.get_xlim()[0] == 0
     assert ticks(ax.get_legend().get_texts()) == ["prefill", "decode"]
+
+
+def test_timeline_begins_with_its_first_event():
+    """Events may be of any clock; one that counts from the start of the machine does not move them out of the picture."""
+    ax = plotting.timeline([Event(0, "prefill", 5000.5, 5001.0), Event(0, "decode", 5001.0, 5002.0)])
+    assert [(bar.get_x(), bar.get_width()) for bar in ax.patches] == [(0, 0.5), (0.5, 1)]
+    assert ax.get_xlim()[0] == 0 and ax.get_xlim()[1] < 2
 
 
 def test_events_of_an_engine(tmp_path):
@@ -127,7 +134,7 @@ def test_events_of_an_engine(tmp_path):
     requests = [engine.submit([3] * length, greedy) for length in (40, 5, 6)]
     text = plotting.timeline.__doc__
     program = "\n".join(line.strip(" ") if line.startswith(" " * 8 + "e") else line[8:] for line in text.splitlines())
-    program = program[program.index("events, start") :]
+    program = program[program.index("events, start") : program.index("Args:")]
     found: dict = {"engine": engine, "requests": requests, "Event": Event}
     exec("import time\n" + program, found)
     assert all(len(request.token_ids) == 6 for request in requests)
@@ -179,3 +186,13 @@ def test_without_matplotlib_the_extra_is_named(monkeypatch):
     monkeypatch.setattr(builtins, "__import__", refusing)
     with pytest.raises(ImportError, match=r"pip install 'ferrum-jax\[plot\]'"):
         plotting.expert_load(ROUTING)
+
+
+def test_a_point_above_the_roof_is_not_a_share_of_it():
+    """An int8 program under a float32 roof reached 161 % of it."""
+    (above, noisy) = ticks(
+        plotting.roofline([Point("int8", 161.0, 1.0, 1.0), Point("noise", 105.0, 1.0, 1.0)], 1e3, 100.0)
+        .get_legend()
+        .get_texts()
+    )[1:]
+    assert above.startswith("int8: above the roof") and "%" not in above and noisy == "noise: 105 % of the roof"
