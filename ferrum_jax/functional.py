@@ -75,7 +75,17 @@ for _kind in (RaggedBatch, Sampled, Sampling, State):  # so that programs over t
 
 
 def forward(params, cache: KVCache, batch: RaggedBatch, *, config: ModelConfig) -> tuple[jax.Array, KVCache]:
-    """One step over a ragged batch: float32 logits [R, vocab_size] of `batch.logits_rows`, and the new cache."""
+    """One step over a ragged batch.
+
+    Args:
+      params (dict): of the model.
+      cache: goes in, to be donated, and comes out.
+      batch: the tokens.
+      config: of the model; static.
+
+    Returns:
+      float32 logits [R, vocab_size] of `batch.logits_rows`, and the new cache.
+    """
     return _apply(params, config, cache, batch)
 
 
@@ -84,16 +94,37 @@ def _apply(params, config: ModelConfig, *args, method: str = "__call__") -> Any:
 
 
 def hidden(params, cache: KVCache, batch: RaggedBatch, *, config: ModelConfig) -> tuple[jax.Array, KVCache]:
-    """`forward` without the output matrix: final hidden states float32 [T, hidden_size], and the new cache."""
+    """`forward` without the output matrix.
+
+    Args:
+      params (dict): of the model.
+      cache: goes in, to be donated, and comes out.
+      batch: the tokens.
+      config: of the model; static.
+
+    Returns:
+      Final hidden states float32 [T, hidden_size], and the new cache.
+    """
     return _apply(params, config, cache, batch, method="hidden")
 
 
 def routing(params, cache: KVCache, batch: RaggedBatch, *, config: ModelConfig) -> tuple[tuple[jax.Array, jax.Array], KVCache]:
-    """The experts that `forward` computes with: their ids int32 and weights float32, both [layers, T, top_k], of the layers
-    `config.expert_layers`, and the new cache. By falling probability; the id `num_experts` is nobody's, of padding. Weights
-    are as the sum over experts has them: normalised and scaled where the model does so.
+    """The experts that `forward` computes with.
 
-    UnsupportedModelError for a model without experts."""
+    Args:
+      params (dict): of the model.
+      cache: goes in, to be donated, and comes out.
+      batch: the tokens.
+      config: of the model; static.
+
+    Returns:
+      Ids int32 and weights float32, both [layers, T, top_k], of the layers `config.expert_layers`, by falling probability
+      (the id `num_experts` is padding's; weights are as the sum over experts has them, normalised and scaled where the
+      model does so), and the new cache.
+
+    Raises:
+      UnsupportedModelError: for a model without experts.
+    """
     require_experts(config)
     decoder = Decoder(config)
     (_, cache), recorded = decoder.apply({"params": params}, cache, batch, method="hidden", mutable=[ROUTING])
@@ -101,7 +132,16 @@ def routing(params, cache: KVCache, batch: RaggedBatch, *, config: ModelConfig) 
 
 
 def unembed(params, hidden: jax.Array, *, config: ModelConfig) -> jax.Array:
-    """hidden [R, hidden_size] -> float32 logits [R, vocab_size]."""
+    """Logits of hidden states.
+
+    Args:
+      params (dict): of the model.
+      hidden: [R, hidden_size].
+      config: of the model; static.
+
+    Returns:
+      float32 [R, vocab_size].
+    """
     return _apply(params, config, hidden, method="logits")
 
 
@@ -118,17 +158,28 @@ def generate(
     logprobs: int | None = None,
     adapters: jax.Array | None = None,
 ):
-    """Prefill and the whole loop in one program.
+    """Prefill and the whole loop in one program. It stops when every row has stopped: by an end token, its own
+    `sampling.max_tokens`, `max_tokens`, or logits that are not finite, which put `NOT_FINITE` (-2) in the place of a token
+    and do not count in lengths.
 
-    prompts int32 [B, L], right-padded; prompt_lengths int32 [B], 0 for a row that is padding; sampling: per-row
-    parameters; key: a PRNG key, the noise of a row depends on it, the row's seed and the position. Stops when every row
-    has stopped: by an end token, its own `sampling.max_tokens`, `max_tokens`, or logits that are not finite, which put
-    `NOT_FINITE` (-2) in the place of a token and do not count in lengths. adapters int32 [B]: each row's adapter by
-    its place among those of `params`, -1 for none.
+    Args:
+      params (dict): of the model.
+      cache: goes in, to be donated, and comes out.
+      prompts: int32 [B, L], right-padded.
+      prompt_lengths: int32 [B], 0 for a row that is padding.
+      sampling: parameters of each row.
+      key: a PRNG key; the noise of a row depends on it, the row's seed and the position.
+      config: of the model; static.
+      max_tokens: tokens of a row at most; static.
+      logprobs: how many of the best alternatives to give as well; static.
+      adapters: int32 [B], each row's adapter by its place among those of `params`, -1 for none.
 
-    Returns (tokens int32 [B, max_tokens], -1 behind the end; lengths int32 [B]; cache), and with `logprobs=k` a fourth
-    value, `Sampled`, holding the k best alternatives as well. ValueError where the cache is too small, and where `adapters`
-    has another shape or `params` have none.
+    Returns:
+      tuple: tokens int32 [B, max_tokens], -1 after the end; lengths int32 [B]; the new cache; with `logprobs` a fourth
+        value, `Sampled`, which has the alternatives.
+
+    Raises:
+      ValueError: where the cache is too small, and where `adapters` has another shape or `params` have none.
     """
     if not isinstance(sampling, Sampling):
         raise TypeError(f"sampling must be a Sampling, as Sampling.from_params makes it, not {type(sampling).__name__}")

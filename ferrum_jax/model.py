@@ -32,9 +32,15 @@ _AHEAD = 512  # tokens of output that a single sequence's cache has room for fro
 
 
 class Routing(NamedTuple):
-    """Which experts the tokens of a text went to: tokens int32 [tokens]; layers int32 [layers], the numbers of those that
-    have experts; ids int32 and weights float32 [layers, tokens, top_k], by falling probability and as the model uses them;
-    num_experts of each layer. All on the host."""
+    """Which experts the tokens of a text went to; all on the host.
+
+    Attributes:
+      tokens: int32 [tokens], the ids of the text.
+      layers: int32 [layers], the numbers of the layers that have experts.
+      ids: int32 [layers, tokens, top_k], the chosen experts by falling probability.
+      weights: float32 [layers, tokens, top_k], as the model uses them.
+      num_experts: of each layer.
+    """
 
     tokens: np.ndarray
     layers: np.ndarray
@@ -82,7 +88,13 @@ class Stream:
 
 
 class Model(Prompts):
-    """Made by `ferrum_jax.load`. `params` is a pytree of arrays, every weight once; `config` is static."""
+    """Made by `ferrum_jax.load`.
+
+    Attributes:
+      params (dict): a pytree of arrays, every weight once.
+      config (ModelConfig): the static configuration.
+      tokenizer (Tokenizer): from the same file.
+    """
 
     # Text in and out
 
@@ -92,10 +104,17 @@ class Model(Prompts):
         params: SamplingParams | Sequence[SamplingParams] = SamplingParams(),
         adapter: str | Sequence[str | None] | None = None,
     ) -> list[Completion]:
-        """Completions in the order of the prompts, which are texts or lists of token ids, mixed; `params` is one for all
-        or one for each, and so is `adapter`, the name of a LoRA adapter that the model was loaded with; with n > 1 a prompt
-        has so many completions, one after the other. ValueError for an empty prompt, an id out of range, a prompt that
-        fills the context or an unknown adapter."""
+        """Completions in the order of the prompts; with n > 1 a prompt has n completions, one after the other.
+
+        Args:
+          prompts: texts or lists of token ids, mixed.
+          params: one for all prompts or one for each.
+          adapter: one for all prompts or one for each: the name of a LoRA adapter that the model was loaded with; None: the
+            model alone.
+
+        Raises:
+          ValueError: for an empty prompt, an id out of range, a prompt that fills the context or an unknown adapter.
+        """
         if isinstance(prompts, str | bytes) or any(isinstance(prompt, int | np.integer) for prompt in prompts):
             raise ValueError("prompts must be a list of prompts; for one prompt write [prompt]")
         encoded = [self.encode(prompt) for prompt in prompts]
@@ -117,8 +136,16 @@ class Model(Prompts):
         return completions
 
     def stream(self, prompt: Prompt, params: SamplingParams = SamplingParams(), adapter: str | None = None) -> Stream:
-        """An iterator of (text piece, token ids): the same tokens as `generate`, as they are made. ValueError for
-        parameters that a stream cannot meet (n > 1, prompt_logprobs)."""
+        """An iterator of (text piece, token ids): the same tokens as `generate`, as they are made.
+
+        Args:
+          prompt: a text or a list of token ids.
+          params: how to go on.
+          adapter: the name of a LoRA adapter that the model was loaded with; None: the model alone.
+
+        Raises:
+          ValueError: as of `generate`, and for parameters that a stream cannot meet (n > 1, prompt_logprobs).
+        """
         if params.n > 1 or params.prompt_logprobs is not None:
             raise ValueError("SamplingParams.n and prompt_logprobs: a stream is of one completion's output; use generate")
         ids = self.encode(prompt)
@@ -134,13 +161,29 @@ class Model(Prompts):
         adapter: str | None = None,
         **template_kwargs,
     ) -> Completion:
-        """The answer to a conversation, rendered by the model's chat template: one `Completion`."""
+        """The answer to a conversation, rendered by the model's chat template.
+
+        Args:
+          messages: the conversation: dicts with "role" and "content".
+          params: how to answer.
+          tools (list[dict] | None): descriptions of functions, as the template takes them.
+          adapter: the name of a LoRA adapter that the model was loaded with; None: the model alone.
+          template_kwargs (Any): variables of the template, such as enable_thinking.
+        """
         return self.generate([self.encode_chat(messages, tools, **template_kwargs)], params, adapter)[0]
 
     # Scores
 
     def logits(self, batch: Sequence[Sequence[int]], adapter: str | None = None) -> list[np.ndarray]:
-        """Teacher-forced float32 logits [length, vocab_size] of each list of token ids, on the host."""
+        """Teacher-forced logits of each list of token ids, on the host.
+
+        Args:
+          batch: lists of token ids.
+          adapter: the name of a LoRA adapter that the model was loaded with; None: the model alone.
+
+        Returns:
+          For each list float32 [length, vocab_size].
+        """
         if not batch:
             return []
         checked = self.checked(batch)
@@ -156,8 +199,10 @@ class Model(Prompts):
     def perplexity(self, text_or_ids: Prompt, window: int | None = None, adapter: str | None = None) -> float:
         """exp of the mean negative log-probability of every token but the first of its window.
 
-        No beginning-of-text token is added and special tokens in a text are not parsed. `window=None` is one window, else
-        windows of so many tokens, independent of each other; a last partial one is dropped.
+        Args:
+          text_or_ids: a text, in which special tokens are not parsed and before which none is added, or token ids.
+          window: tokens of each window, independent of the others, a last partial one dropped; None: one window.
+          adapter: the name of a LoRA adapter that the model was loaded with; None: the model alone.
         """
         ids = text_or_ids
         if isinstance(ids, str):
@@ -180,8 +225,16 @@ class Model(Prompts):
         return float(np.exp(-total / (len(windows) * (size - 1))))
 
     def trace_routing(self, prompt: Prompt, adapter: str | None = None) -> Routing:
-        """The experts that each token of a prompt, read as `generate` reads it, goes to in each layer that has some.
-        UnsupportedModelError for a model without experts, ValueError as of `generate`."""
+        """The experts that each token of a prompt goes to in each layer that has some.
+
+        Args:
+          prompt: a text or a list of token ids, read as `generate` reads it.
+          adapter: the name of a LoRA adapter that the model was loaded with; None: the model alone.
+
+        Raises:
+          UnsupportedModelError: for a model without experts.
+          ValueError: as of `generate`.
+        """
         require_experts(self.config)
         ids = self.encode(prompt)
         parts = [
