@@ -16,7 +16,17 @@ class Prompts(Runtime):
     """A model that understands prompts."""
 
     def render_chat(self, messages: list[dict], tools=None, add_generation_prompt: bool = True, **template_kwargs) -> str:
-        """The text that the model's chat template makes of messages; UnsupportedModelError where the file has none."""
+        """The text that the model's chat template makes of messages.
+
+        Args:
+          messages: the conversation: dicts with "role" and "content".
+          tools (list[dict] | None): descriptions of functions, as the template takes them.
+          add_generation_prompt: end with the words that begin an answer.
+          template_kwargs (Any): variables of the template, such as enable_thinking.
+
+        Raises:
+          UnsupportedModelError: where the file has no template.
+        """
         if not messages:
             raise ValueError("a conversation needs at least one message")
         template = self.tokenizer.chat_template

@@ -16,13 +16,19 @@ MAX_STEPS = 16  # decode steps of one dispatch at most, where the engine chooses
 class EngineConfig:
     """Sizes of an engine.
 
-    page_size: tokens of a page. num_pages: pages of the KV cache; None: as many as `max_seqs` sequences of the model's
-    longest context fill, within the memory there is. initial_pages: pages to begin with; when they are used up the cache
-    grows by fours up to `num_pages`, and steps are compiled for its new size; None: all at once. max_seqs: sequences that
-    run at once. token_budget: tokens of a step at most, decodes first; at least one prompt token always finds a place
-    next to them. steps_per_dispatch: decode steps that one dispatch makes while nothing waits; None: as many as take about
-    50 ms. prefix_cache: whether pages are found again by their text. kv_dtype: of the KV cache; None: the model's.
-    speculation: tokens to draft from the sequence's own text and verify at once; 0: none.
+    Attributes:
+      page_size: tokens of a page.
+      num_pages: pages of the KV cache; None: as many as `max_seqs` sequences of the model's longest context fill, within
+        the memory there is.
+      max_seqs: sequences that run at once.
+      token_budget: tokens of a step at most, decodes first; at least one prompt token always finds a place next to them.
+      steps_per_dispatch: decode steps that one dispatch makes while nothing waits; None: as many as take about 50 ms.
+      prefix_cache: whether pages are found again by their text.
+      kv_dtype: of the KV cache; None: the model's.
+      speculation: tokens to draft from the sequence's own text and verify at once; 0: none.
+
+    Raises:
+      ValueError: naming the field and what would be right.
     """
 
     page_size: int = 16

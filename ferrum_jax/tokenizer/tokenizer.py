@@ -61,12 +61,13 @@ class Tokenizer:
         """Token ids of a text.
 
         Args:
-            add_special: put the file's BOS in front and EOS behind where the file (or its kind) asks for them.
-            parse_special: read the texts of control tokens as those tokens; else they are plain text. User-defined
-                tokens are always read as tokens.
+          text: what to encode.
+          add_special: put the file's BOS before and EOS after the text where the file (or its kind) says so.
+          parse_special: read the texts of control tokens as those tokens; else they are plain text. User-defined tokens are
+            always read as tokens.
 
         Raises:
-            ValueError: the text holds half of a surrogate pair, which no UTF-8 text can.
+          ValueError: the text holds half of a surrogate pair, which no UTF-8 text can.
         """
         check_text(text)
         vocabulary = self._vocabulary
@@ -117,8 +118,11 @@ class Tokenizer:
     def token_bytes(self, token: int) -> bytes:
         """What a token adds to the text, as bytes (a character may be spread over tokens); of a control token its name.
 
+        Args:
+          token: an id.
+
         Raises:
-            ValueError: the id is outside the vocabulary.
+          ValueError: the id is outside the vocabulary.
         """
         found = self._pieces.get(token)
         if found is None:
@@ -157,10 +161,14 @@ class Tokenizer:
         return self._vocabulary.add_space_prefix
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
-        """The text of some ids. Bytes that are no UTF-8 become U+FFFD; control tokens are left out or written by name.
+        """The text of some ids. Bytes that are not UTF-8 become U+FFFD.
+
+        Args:
+          ids: token ids.
+          skip_special: leave control tokens out; else they are written by name.
 
         Raises:
-            ValueError: an id is outside the vocabulary.
+          ValueError: an id is outside the vocabulary.
         """
         from ferrum_jax.tokenizer.stream import TextStream
 
