@@ -7,11 +7,18 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class Completion:
-    """What was generated for one prompt. `token_ids` includes the end token, `text` does not: the prompt's text and it are
-    the decoding of the whole (a character that the prompt began is given out here). finish_reason is "stop" (end token or
-    stop string), "length", "error" (then `error` says what went wrong), or from an engine "abort"; logprobs: per token a
-    list of (id, logprob), the chosen token first; prompt_logprobs: the same for the tokens of the prompt, None for the
-    first."""
+    """What was generated for one prompt.
+
+    Attributes:
+      text: without the end token. The prompt's text and it are the decoding of the whole: a character that the prompt
+        began is given out here.
+      token_ids: with the end token.
+      finish_reason: "stop" (end token or stop string), "length", "error" (`error` says why), or from an engine "abort".
+      logprobs: for each token a list of (id, logprob), the chosen token first; None where none were asked for.
+      prompt_token_ids: the prompt.
+      prompt_logprobs: as logprobs, for the tokens of the prompt, None for the first.
+      error: what went wrong.
+    """
 
     text: str
     token_ids: list[int]

@@ -27,8 +27,13 @@ _ROWS = (2, 64)  # of a batch, at least and at most
 
 
 class EmbeddingModel:
-    """Made by `ferrum_jax.load` from a checkpoint of the BERT family. `params` is a pytree of arrays, every weight once;
-    `config` is static; texts are cut to `max_seq_len` tokens."""
+    """Made by `ferrum_jax.load` from a checkpoint of the BERT family.
+
+    Attributes:
+      params (dict): a pytree of arrays, every weight once.
+      config (EncoderConfig): the static configuration.
+      max_seq_len (int): tokens at which texts are cut.
+    """
 
     def __init__(self, config: EncoderConfig, params: Any, tokenizer: Tokenizer, device: jax.Device, max_seq_len: int):
         self.config, self.params, self.tokenizer = config, params, tokenizer
@@ -37,8 +42,18 @@ class EmbeddingModel:
         self.load_s = 0.0
 
     def embed(self, texts: Sequence[str], *, normalize: bool = True) -> np.ndarray:
-        """float32 [texts, hidden_size], in the order of the texts, each row of Euclidean length 1 unless `normalize` is
-        false. A text beyond `max_seq_len` tokens is cut there, with a warning. ValueError for what is no list of texts."""
+        """One vector for each text.
+
+        Args:
+          texts: each is cut at `max_seq_len` tokens, with a warning.
+          normalize: give every vector the Euclidean length 1.
+
+        Returns:
+          float32 [texts, hidden_size], in the order of the texts.
+
+        Raises:
+          ValueError: for what is not a list of texts.
+        """
         if isinstance(texts, str | bytes) or not all(isinstance(text, str) for text in texts):
             raise ValueError("texts must be a list of texts; for one text write [text]")
         encoded = self._encode(list(texts))

@@ -31,8 +31,17 @@ def bytes_per_token(config: ModelConfig, dtype: DTypeLike) -> int:
 
 
 def new_cache(config: ModelConfig, *, num_pages: int, page_size: int = 16, dtype: DTypeLike = "float32") -> KVCache:
-    """An empty cache of `num_pages` pages of `page_size` tokens. `dtype`: float32, bfloat16, float16, int8 (one scale a
-    token and head) or float8_e4m3fn ("fp8")."""
+    """An empty cache.
+
+    Args:
+      config: of the model.
+      num_pages: pages; page p has the slots p * page_size to (p + 1) * page_size - 1.
+      page_size: tokens of a page.
+      dtype: float32, bfloat16, float16, int8 (one scale for each token and head) or float8_e4m3fn ("fp8").
+
+    Raises:
+      ValueError: for another dtype, and for a cache without pages or tokens.
+    """
     dtype = kv_dtype(dtype)
     if num_pages < 1 or page_size < 1:
         raise ValueError(f"a cache needs at least one page and one token a page, not {num_pages} and {page_size}")

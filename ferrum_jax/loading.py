@@ -6,6 +6,7 @@ import dataclasses
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -40,30 +41,41 @@ def load(
     dtype: str = "auto",
     kv_dtype: str | None = None,
     device: jax.Device | None = None,
-    mesh=None,
+    mesh: Any = None,
     max_seq_len: int | None = None,
     quantize: str | None = None,
     adapters: Mapping[str, str | Path] | None = None,
     merge_adapter: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Model | EmbeddingModel:
-    """Loads a model, its weights compressed as they are in the file: a `Model`, or of the BERT family an `EmbeddingModel`.
+    """Loads a model, its weights compressed as they are in the file.
 
-    source: path of a .gguf (any part of a split file) or of a checkpoint directory (config.json and safetensors), an
-    alias ("smollm2:135m"), or "owner/repo[:file or quant]".
-    dtype: arithmetic of activations, "float32" (exact), "bfloat16", "float16", "int8" (CPU: quantised in blocks inside
-    products); "auto" takes the fast one of the device, for an embedding model float32. kv_dtype: of the KV cache; None
-    follows dtype (int8: float16).
-    max_seq_len: tokens of context, at most (and by default) the model's; an embedding model cuts texts there.
-    quantize: a block format ("q4_k"; weights.quantise.QUANTISATIONS) that the matrices of a checkpoint in F32, F16 or BF16
-    get while they are read.
-    adapters: directories of LoRA adapters (PEFT) by names of your own, which `generate` and the others take: applied at run
-    time, in float32, also beside compressed weights. merge_adapter: directory of one that is added to the weights of a
-    checkpoint in F32, F16 or BF16 while they are read, before `quantize`.
-    progress: called with (bytes done, bytes in all or None, what is going on).
+    Args:
+      source: path of a .gguf (any part of a split file) or of a checkpoint directory (config.json and safetensors), an
+        alias ("smollm2:135m"), or "owner/repo[:file or quant]".
+      dtype: arithmetic of activations: "float32" (exact), "bfloat16", "float16", "int8" (CPU: quantised in blocks inside
+        products); "auto" takes the fast one of the device, for an embedding model float32.
+      kv_dtype: of the KV cache; None follows dtype (int8: float16).
+      device: where the weights go; None: JAX's first device.
+      mesh: not supported yet; anything but None is refused.
+      max_seq_len: tokens of context, at most (and by default) the model's; an embedding model cuts texts there.
+      quantize: a block format ("q4_k"; weights.quantise.QUANTISATIONS) that the matrices of a checkpoint in F32, F16 or
+        BF16 get while they are read.
+      adapters: directories of LoRA adapters (PEFT) by names of your own, which `generate` and the others take: applied at
+        run time, in float32, also next to compressed weights.
+      merge_adapter: directory of an adapter that is added to the weights of a checkpoint in F32, F16 or BF16 while they
+        are read, before `quantize`.
+      progress: called with (bytes done, bytes in all or None, what is going on).
 
-    Raises ModelNotFoundError, ModelFileError, UnsupportedModelError; OutOfMemoryError, before a byte of weights is read,
-    where they cannot fit the device; ValueError for an argument.
+    Returns:
+      A `Model`, or of the BERT family an `EmbeddingModel`.
+
+    Raises:
+      ModelNotFoundError: no source has the model.
+      ModelFileError: a file is damaged or inconsistent.
+      UnsupportedModelError: the file needs something that is not there.
+      OutOfMemoryError: the weights cannot fit the device; raised before a byte of them is read.
+      ValueError: for an argument.
     """
     begin = time.perf_counter()
     if mesh is not None:

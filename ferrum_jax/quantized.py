@@ -108,9 +108,16 @@ Stack = LayerStack | QuantizedTensor
 
 
 def linear(x: jax.Array, stack: Stack, layer: Layer | None = None, arithmetic: str = "") -> jax.Array:
-    """x [tokens, columns] times the transposed matrix (of one layer): float32 [tokens, rows].
+    """Rows times a transposed matrix, which stays in its blocks. Differentiable with respect to x.
 
-    The dtype of x is the arithmetic, but for "int8" (see pallas_kernels.quantized_matmul). Differentiable with respect to x.
+    Args:
+      x: [tokens, columns]; its dtype is the arithmetic, but for "int8".
+      stack: the matrix, or those of all layers.
+      layer: which one, for a stack of layers.
+      arithmetic: "int8" or "int8x2", as of `quantized_matmul`.
+
+    Returns:
+      float32 [tokens, rows].
     """
     return quantized_matmul(x, operand(stack, layer), arithmetic)
 
@@ -126,9 +133,16 @@ def gated_linear(x: jax.Array, gate: Stack, up: Stack, layer: Layer | None = Non
 
 
 def grouped_linear(x: jax.Array, group_sizes: jax.Array, stack: Stack, layer: Layer | None = None) -> jax.Array:
-    """Rows of x [m, columns], sorted by expert, times the transposed matrix of their expert: float32 [m, rows].
+    """Rows, sorted by expert, times the transposed matrix of their expert. Differentiable with respect to x.
 
-    `group_sizes` int32 [experts]; rows beyond their sum give zero. Differentiable with respect to x.
+    Args:
+      x: [m, columns].
+      group_sizes: int32 [experts], rows of each expert; rows beyond their sum give zero.
+      stack: the experts, or those of all layers.
+      layer: which one, for a stack of layers.
+
+    Returns:
+      float32 [m, rows].
     """
     return grouped_matmul(x, group_sizes, operand(stack, layer))
 

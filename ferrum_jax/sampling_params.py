@@ -22,12 +22,12 @@ class SamplingParams:
     """How to continue one prompt.
 
     Attributes:
-      max_tokens: tokens to generate at most, the end token included; >= 1.
-      temperature: >= 0; 0 takes the likeliest token and ignores top_k, top_p, min_p and seed.
+      max_tokens: tokens to generate at most, the end token included; at least 1.
+      temperature: at least 0; 0 takes the likeliest token and ignores top_k, top_p, min_p and seed.
       top_k: keep the k likeliest tokens; 0 or -1 (stored as 0) keeps all.
       top_p: keep the fewest likeliest tokens whose probability together reaches it, at least one; in (0, 1].
       min_p: keep the tokens with at least min_p times the probability of the likeliest; in [0, 1].
-      repetition_penalty: > 0; the logit of an id in prompt or output is divided by it where positive and multiplied
+      repetition_penalty: above 0; the logit of an id in prompt or output is divided by it where positive and multiplied
         where negative, once however often the id occurs.
       seed: of this request's noise. Any integer, stored modulo 2**32; None or -1 (stored as None): a new one each time.
       stop: a text or a sequence of texts that end the generation, stored as a tuple.
@@ -36,7 +36,7 @@ class SamplingParams:
       presence_penalty: in [-2, 2]; taken from the logit of every id that occurs in the output.
       frequency_penalty: in [-2, 2]; taken from a logit once for every time that the id occurs in the output.
       logit_bias: None, or numbers to add to the logits of some ids, -inf to ban one: a mapping from id, stored as pairs.
-      min_tokens: end tokens are not sampled before so many tokens were; in [0, max_tokens].
+      min_tokens: end tokens are not sampled before this many tokens were; in [0, max_tokens].
       bad_words: a text or a sequence of texts whose tokens are never completed, stored as a tuple.
       n: how many completions of the prompt to make, at most 128; each has noise of its own (seed, seed + 1, ...).
       prompt_logprobs: as logprobs, for the tokens of the prompt.

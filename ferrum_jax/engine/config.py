@@ -20,6 +20,8 @@ class EngineConfig:
       page_size: tokens of a page.
       num_pages: pages of the KV cache; None: as many as `max_seqs` sequences of the model's longest context fill, within
         the memory there is.
+      initial_pages: pages to begin with; when they are used up the cache grows by fours up to `num_pages`, and steps are
+        compiled for its new size; None: all at once.
       max_seqs: sequences that run at once.
       token_budget: tokens of a step at most, decodes first; at least one prompt token always finds a place next to them.
       steps_per_dispatch: decode steps that one dispatch makes while nothing waits; None: as many as take about 50 ms.

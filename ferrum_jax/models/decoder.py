@@ -34,10 +34,15 @@ Carry = tuple[jax.Array, KVCache, Chosen]
 class RaggedBatch(NamedTuple):
     """Tokens of several sequences one after the other; decode, prefill chunks and mixtures alike. All int32.
 
-    tokens, positions [T]; slots [T]: where each token's KV goes, page * page_size + offset, -1 for padding;
-    query_starts [S + 1]: tokens of sequence s are query_starts[s] .. query_starts[s + 1] - 1; kv_lengths [S]: cached
-    tokens of the sequence, these included; page_table [S, P]; logits_rows [R]: the tokens whose logits are wanted;
-    adapters [T]: each token's adapter by its place among those of the parameters, -1 for none (None: nobody has one).
+    Attributes:
+      tokens: [T], the ids.
+      positions: [T], of each token in its sequence.
+      slots: [T], where each token's KV goes: page * page_size + offset, -1 for padding.
+      query_starts: [S + 1]; tokens of sequence s are query_starts[s] .. query_starts[s + 1] - 1.
+      kv_lengths: [S], cached tokens of the sequence, these included.
+      page_table: [S, P], the pages of each sequence in order.
+      logits_rows: [R], the tokens whose logits are wanted.
+      adapters: [T], each token's adapter by its place among those of the parameters, -1 for none; None: no token has one.
     """
 
     tokens: jax.Array

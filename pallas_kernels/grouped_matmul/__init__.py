@@ -42,7 +42,17 @@ BACKENDS = (
 
 
 def grouped_matmul(x: jax.Array, group_sizes: jax.Array, experts: Matrix, arithmetic: str = "") -> jax.Array:
-    """Row r of x [m, k] times its expert's matrix, transposed; float32 [m, n]. See the module's contract."""
+    """Row r of x times the transposed matrix of its expert. See the module's contract.
+
+    Args:
+      x: [m, k], rows sorted by expert.
+      group_sizes: int32 [E], rows of each expert.
+      experts: [n, k] for each of E experts, compressed.
+      arithmetic: "int8"; "": the dtype of x.
+
+    Returns:
+      float32 [m, n].
+    """
     _check("grouped_matmul", x, experts, group_sizes.shape[0])
     x, experts = natural_rows(x, group_sizes, experts)
     return _grouped(x, group_sizes, experts, dispatch.target(), arithmetic or x.dtype.name)
@@ -51,7 +61,20 @@ def grouped_matmul(x: jax.Array, group_sizes: jax.Array, experts: Matrix, arithm
 def expert_ffn(
     x: jax.Array, experts: jax.Array, weights: jax.Array, gate: Matrix, up: Matrix, down: Matrix, arithmetic: str = ""
 ) -> jax.Array:
-    """float32 [tokens, k]. See the module's contract."""
+    """A whole mixture-of-experts feed-forward. See the module's contract.
+
+    Args:
+      x: [tokens, k].
+      experts: int32 [tokens, top_k], the chosen experts; the id E is padding.
+      weights: float32 [tokens, top_k].
+      gate: [n, k] for each of E experts, compressed.
+      up: [n, k] for each of E experts, compressed.
+      down: [k, n] for each of E experts, compressed.
+      arithmetic: "int8"; "": the dtype of x.
+
+    Returns:
+      float32 [tokens, k].
+    """
     (count,) = open_axes(gate)
     for matrix in (gate, up):
         _check("expert_ffn", x, matrix, count)

@@ -49,9 +49,12 @@ BACKENDS = (
 class Tables(NamedTuple):
     """Which query belongs to which sequence and where that sequence's pages are. All int32.
 
-    positions [tokens]; query_starts [sequences + 1]: queries of s are query_starts[s] .. query_starts[s + 1] - 1, and
-    they are its last ones: the last of them has position kv_lengths[s] - 1; kv_lengths [sequences]: cached tokens, this
-    step's included (0: the sequence is not there); page_table [sequences, max_pages].
+    Attributes:
+      positions: [tokens], of each query in its sequence.
+      query_starts: [sequences + 1]; queries of s are query_starts[s] .. query_starts[s + 1] - 1, and they are its last
+        ones: the last of them has position kv_lengths[s] - 1.
+      kv_lengths: [sequences], cached tokens, this step's included; 0: the sequence is not there.
+      page_table: [sequences, max_pages].
     """
 
     positions: jax.Array
@@ -75,7 +78,11 @@ class Plan:
 def make_plan(tables: Tables, cache: KVCache, q_heads: int, window: int = 0) -> Plan:
     """Chooses the backend for batches of these shapes and has it prepare the tables: once a step, for all its layers.
 
-    window: positions a query sees, itself included; 0 for all.
+    Args:
+      tables: of the step.
+      cache: that will be read.
+      q_heads: heads of the queries.
+      window: positions a query sees, itself included; 0 for all.
     """
     target = dispatch.target()
     shape = (*tables.positions.shape, *tables.page_table.shape, q_heads, cache.kv_heads, cache.head_dim, cache.page_size)
@@ -84,7 +91,18 @@ def make_plan(tables: Tables, cache: KVCache, q_heads: int, window: int = 0) -> 
 
 
 def paged_attention(q: jax.Array, cache: KVCache, layer: jax.Array | int, plan: Plan, scale: float) -> jax.Array:
-    """float32 [tokens, q_heads, head_dim]. See the module's contract."""
+    """Attention over the pages of a layer. See the module's contract.
+
+    Args:
+      q: float32 [tokens, q_heads, head_dim].
+      cache: with this step's keys and values written.
+      layer: int32 scalar.
+      plan: from `make_plan`.
+      scale: factor of the scores.
+
+    Returns:
+      float32 [tokens, q_heads, head_dim].
+    """
     if q.shape[-1] != cache.head_dim or q.shape[-2] % cache.kv_heads:
         raise ValueError(f"paged_attention: q {q.shape} and a cache {cache.pages.shape} do not fit")
     return _attention(q, cache, jnp.asarray(layer, jnp.int32), plan, scale)

@@ -33,9 +33,14 @@ def bytes_per_token(dtype: str, kv_heads: int, head_dim: int) -> int:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVCache:
-    """`pages` [layers, pages, page_size, 2 * kv_heads, head_dim]: rotated keys and values. `scales` float32 [layers,
-    pages, page_size * 2 * kv_heads] where `dtype` is int8, else None: an element is its integer times its row's scale.
-    (A page's scales are one row because TPUs fill rows up to 128.)"""
+    """Pages of keys and values. (A page's scales are one row because TPUs fill rows up to 128.)
+
+    Attributes:
+      pages: [layers, pages, page_size, 2 * kv_heads, head_dim], rotated keys and values.
+      scales: float32 [layers, pages, page_size * 2 * kv_heads] where `dtype` is int8, else None: an element is its integer
+        times its row's scale.
+      dtype: of an element.
+    """
 
     pages: jax.Array
     scales: jax.Array | None
@@ -66,8 +71,14 @@ class KVCache:
         return self.pages.shape[4]
 
     def write(self, layer: jax.Array | int, slots: jax.Array, k: jax.Array, v: jax.Array) -> KVCache:
-        """Puts k and v [tokens, kv_heads, head_dim] at `slots` int32 [tokens] (page * page_size + offset) of a layer; slot
-        -1 writes nowhere. No slot may come twice. int8 is rounded by the largest of its row, fp8 saturates."""
+        """A cache with keys and values put in. int8 is rounded by the largest of its row, fp8 saturates.
+
+        Args:
+          layer: which one.
+          slots: int32 [tokens], page * page_size + offset, none twice; -1 writes nowhere.
+          k: [tokens, kv_heads, head_dim].
+          v: [tokens, kv_heads, head_dim].
+        """
         page, place = layer * self.num_pages + slots // self.page_size, slots % self.page_size
         # Rows that go nowhere get pages of their own beyond the end, so that all indices differ.
         nowhere = self.pages.shape[0] * self.num_pages + jnp.arange(slots.shape[0], dtype=jnp.int32)
@@ -92,7 +103,15 @@ class KVCache:
         return KVCache(put(self.pages, (page, place), values), None, self.dtype)
 
     def read(self, layer: jax.Array | int, ids: jax.Array) -> jax.Array:
-        """What pages `ids` [...] of a layer hold, exactly: float32 [..., page_size, 2 * kv_heads, head_dim]."""
+        """What pages of a layer hold, exactly.
+
+        Args:
+          layer: which one.
+          ids: int32 [...], numbers of pages.
+
+        Returns:
+          float32 [..., page_size, 2 * kv_heads, head_dim].
+        """
         ids = layer * self.num_pages + jnp.clip(ids, 0, self.num_pages - 1)
 
         def get(array: jax.Array) -> jax.Array:

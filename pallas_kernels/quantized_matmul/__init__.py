@@ -36,12 +36,30 @@ BACKENDS = (
 
 
 def quantized_matmul(x: jax.Array, matrix: Matrix, arithmetic: str = "") -> jax.Array:
-    """x [m, k] times the transposed matrix [n, k]; float32 [m, n]. See the module's contract."""
+    """x times the transposed matrix. See the module's contract.
+
+    Args:
+      x: [m, k].
+      matrix: [n, k], compressed.
+      arithmetic: "int8" or "int8x2"; "": the dtype of x.
+
+    Returns:
+      float32 [m, n].
+    """
     return quantized_matmuls(x, (matrix,), arithmetic)[0]
 
 
 def quantized_matmuls(x: jax.Array, matrices: Sequence[Matrix], arithmetic: str = "") -> list[jax.Array]:
-    """x [m, k] times each transposed matrix [n_i, k]: float32 [m, n_i]."""
+    """x times each transposed matrix, in one launch where the backend can.
+
+    Args:
+      x: [m, k].
+      matrices: each [n_i, k], compressed.
+      arithmetic: as of `quantized_matmul`.
+
+    Returns:
+      float32 [m, n_i] for each.
+    """
     _check("quantized_matmul", x, *matrices)
     if any(map(is_ordered, matrices)):
         one_by_one = (natural(x, matrix) for matrix in matrices)
@@ -50,7 +68,17 @@ def quantized_matmuls(x: jax.Array, matrices: Sequence[Matrix], arithmetic: str 
 
 
 def swiglu(x: jax.Array, gate: Matrix, up: Matrix, arithmetic: str = "") -> jax.Array:
-    """silu(x · gateᵀ) * (x · upᵀ) of x [m, k] and matrices [n, k]: [m, n] in the dtype of x."""
+    """silu(x · gateᵀ) * (x · upᵀ).
+
+    Args:
+      x: [m, k].
+      gate: [n, k], compressed.
+      up: [n, k], compressed.
+      arithmetic: as of `quantized_matmul`.
+
+    Returns:
+      [m, n] in the dtype of x.
+    """
     _check("swiglu", x, gate, up)
     if gate.rows != up.rows:
         raise ValueError(f"swiglu: gate {gate} and up {up} do not fit")
