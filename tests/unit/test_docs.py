@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
+import pkgutil
 import re
 import subprocess
 import sys
@@ -12,6 +15,7 @@ from golden_checks import golden_cases, tiny_models
 from matplotlib import pyplot
 from tiny_gguf import tiny_vocabulary, write_tiny_llama
 
+import ferrum_jax as fj
 from pallas_kernels.blocks import FORMATS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -56,6 +60,40 @@ def test_the_site_builds(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     reference = (tmp_path / "reference" / "index.html").read_text(encoding="utf-8")
     assert all(name in reference for name in ("max_seqs", "grouped_linear", "page_table"))
+    check_reference(reference)
+
+
+def check_reference(page: str) -> None:
+    """All public names and no others are there, and what has parameters or fields has a table of them, each with a type."""
+    parts = re.split(r'<h[34] id="([\w.]+)" class="doc', page)
+    entries = dict(zip(parts[1::2], parts[2::2], strict=True))
+    public = {f"ferrum_jax.{name}" for name in fj._HOMES} - {"ferrum_jax.functional", "ferrum_jax.plotting"}
+    assert public <= set(entries), public - set(entries)
+    internal = ("of_an_engine", ".row", ".longest", ".bucket", ".start", ".advance", "KVCache.empty", "backend_for", "BACKENDS")
+    assert [name for name in entries if name.endswith(internal) or "._" in name] == []
+    for name, entry in entries.items():
+        function = pkgutil.resolve_name(name)
+        tables = re.findall(r'<tr class="doc-section-item">.*?</tr>', entry, re.DOTALL)
+        if inspect.isfunction(function):
+            asked = {each for each in inspect.signature(function).parameters if each not in ("self", "cls")}
+        elif dataclasses.is_dataclass(function) and function is not fj.ModelConfig:
+            asked = {field.name for field in dataclasses.fields(function)}
+        elif issubclass(function if inspect.isclass(function) else int, tuple) and name != "ferrum_jax.sampling.Sampling":
+            asked = set(function._fields)
+        else:
+            continue
+        cells = [re.findall(r"<td.*?</td>", row, re.DOTALL) for row in tables]
+        rows = {re.sub("<[^>]*>", "", row[0]).strip().lstrip("*"): re.sub("<[^>]*>", "", row[1]).strip() for row in cells}
+        assert asked <= set(rows), f"{name}: no row for {asked - set(rows)}"
+        assert all(rows[each] for each in asked), f"{name}: no type in {rows}"
+
+
+def test_code_of_the_site_is_wrapped_and_never_cut() -> None:
+    """A line too long for a page goes on in the next one; code that is made for the site has no such lines."""
+    assert "site.css" in (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    assert re.search(r"pre > code \{[^}]*white-space: pre-wrap;", _page("site.css"))
+    for page in (ROOT / "docs" / "quickstart.md", *(ROOT / "docs" / "notebooks").glob("*.md")):
+        assert [line for block in blocks(page, "python") for line in block.splitlines() if len(line) > 88] == []
 
 
 def test_python_of_the_notebooks_page_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
