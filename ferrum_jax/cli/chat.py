@@ -4,6 +4,7 @@ ended. What is said is kept by `conversation`, what the terminal does is in `ter
 
 from __future__ import annotations
 
+import contextlib
 from types import SimpleNamespace
 from typing import Any
 
@@ -32,26 +33,34 @@ class Chat:
         self.engine = open_engine(model)
         self.conversation = Conversation(model, self.engine, params, system=system, template=template)
         self.first = SimpleNamespace(params=params, system=system, template=template)  # what /set goes back to
-        self.name, self.stats, self.history, self.answered = "", stats, history, False
+        self.name, self.stats, self.history = "", stats, history
 
     def run(self, name: str) -> None:
-        """Read and answer until /bye or Ctrl-D."""
+        """Everything from the first line to the last; `name` is the model's."""
         self.name = name
         completions = {word: command.completions(self) for word, command in commands.COMMANDS.items()}
         editor = line_editor(cache_root() / "history" if self.history else None, completions)
         say(f"{name}: /help lists the commands, Ctrl-D leaves")
         if self.conversation.template is None:
             say("Without a chat template every text is completed by itself; there is no conversation.")
-        with self.engine, quiet(editor.output):
-            while True:
+        self.engine.__enter__()
+        try:
+            with quiet(editor.output):
+                self.talk(editor)
+        finally:
+            with waiting(lambda: "leaving when a program is compiled"):
+                self.engine.__exit__()
+
+    def talk(self, editor: Any) -> None:
+        """Read and answer until /bye or Ctrl-D."""
+        with contextlib.suppress(EOFError):
+            going = True
+            while going:
                 try:
                     line = editor.prompt(">>> ", prompt_continuation="... ")
                     editor.output.enable_bracketed_paste()  # what is pasted during the answer is one message too
                     editor.output.flush()
-                    if not self.handle(line):
-                        return
-                except EOFError:
-                    return
+                    going = self.handle(line)
                 except KeyboardInterrupt:
                     say("Ctrl-D or /bye leaves")
 
@@ -66,9 +75,8 @@ class Chat:
     def answer(self, messages: list[Message]) -> None:
         """Answer the last of these messages, and say how that ended."""
         writer = Writer()
-        waited = "reading" if self.answered else "reading; the first answer waits for compilation"
         try:
-            with waiting(waited) as over:
+            with waiting(self.waited_for) as over:
 
                 def show(text: str) -> None:
                     if text:
@@ -80,8 +88,8 @@ class Chat:
             say(f"not sent: {error}")
             say("The conversation is as it was, nothing was dropped: try another message, or /clear.")
             return
-        writer.close()
-        self.answered = True
+        if result.text or result.finish_reason == "stop":
+            writer.close()
         if result.finish_reason == "error":
             say(f"[failed: {result.error}; the message is not part of the conversation]")
         elif result.finish_reason == "abort":
@@ -92,3 +100,8 @@ class Chat:
             say(f"[cut: the context of {self.engine.context:,} tokens is full]" if full else "[cut by --max-tokens]")
         if self.stats:
             print_stats(result)
+
+    def waited_for(self) -> str:
+        """What keeps the answer from beginning."""
+        ready, programs = self.engine.warmed_up
+        return "reading" if ready == programs else f"compiling, {ready} of {programs} programs are ready"

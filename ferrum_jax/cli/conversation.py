@@ -23,8 +23,8 @@ Message = dict[str, Any]
 
 
 def open_engine(model: Any) -> Engine:
-    """An engine for one conversation as long as the context."""
-    return Engine(model, EngineConfig(max_seqs=1))
+    """An engine for one conversation as long as the context, with a cache that grows with it."""
+    return Engine(model, EngineConfig(max_seqs=1, initial_pages=128))
 
 
 class Transcript:
@@ -139,7 +139,7 @@ class Conversation:
         return Answer(
             text=request.text,
             finish_reason=request.finish_reason or "error",
-            usage={"prompt_tokens": len(ids), "cached_tokens": len(ids) - computed, "completion_tokens": made},
+            usage={"prompt_tokens": len(ids), "cached_tokens": len(ids) - computed if came else 0, "completion_tokens": made},
             timings={
                 "load_s": round(timings["load_s"], 3),
                 "compile_s": round(waited, 3),

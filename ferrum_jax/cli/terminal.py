@@ -135,7 +135,7 @@ def say(text: str, out: TextIO | None = None) -> None:
 
 
 @contextlib.contextmanager
-def waiting(text: str) -> Iterator[Callable[[], None]]:
+def waiting(text: Callable[[], str]) -> Iterator[Callable[[], None]]:
     """A line that says what is waited for, until the yielded function is called or the block ends; none where that is soon,
     or where standard output is not a terminal."""
     ended = threading.Event()
@@ -144,8 +144,9 @@ def waiting(text: str) -> Iterator[Callable[[], None]]:
         from rich.console import Console
 
         if not ended.wait(0.5):
-            with Console().status(text):
-                ended.wait()
+            with Console().status(text()) as line:
+                while not ended.wait(0.5):
+                    line.update(text())
 
     def end() -> None:
         ended.set()

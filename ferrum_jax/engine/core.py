@@ -50,6 +50,7 @@ class Core:
     config: EngineConfig
     num_pages: int
     serving: bool
+    warmed_up: tuple[int, int]
     _device: Device
     _driver: Worker
     _compiler: Worker
@@ -158,6 +159,7 @@ class Core:
             shapes = ", ".join(map(str, self._device.buckets()))
             _LOG.info("%d pages of %d tokens; shapes: %s", self.num_pages, self.config.page_size, shapes)
         programs = self._device.programs()
+        self.warmed_up = number, len(programs)
         following, pages = programs[number] if number < len(programs) else ("ready", None)
         _LOG.info("%d of %d programs, now: %s", number, len(programs), following)
         if not self.serving or number == len(programs):

@@ -43,6 +43,7 @@ class Engine(Core):
     def __init__(self, model: Prompts, config: EngineConfig | Mapping[str, Any] = EngineConfig()):
         self.model, self.config = model, config_of(config)
         self.serving = False
+        self.warmed_up = 0, 1  # programs that are ready of those that warming up makes, and all
         self._driver, self._desk, self._compiler, self._files = (
             Worker(f"ferrum_jax engine {part}") for part in ("driver", "desk", "compiler", "files")
         )
@@ -140,9 +141,11 @@ class Engine(Core):
         all, what comes next)."""
         programs = self._device.programs()
         for number, (name, pages) in enumerate(programs):
+            self.warmed_up = number, len(programs)
             if progress is not None:
                 progress(number, len(programs), str(name))
             self._compiler.call(partial(self._device.compile, name, pages))
+        self.warmed_up = len(programs), len(programs)
         if progress is not None:
             progress(len(programs), len(programs), "ready")
 

@@ -145,6 +145,8 @@ class FakeModel:
 class FakeEngine:
     """Answers as the model's streams do."""
 
+    warmed_up = 1, 1
+
     def __init__(self, model):
         self.model, self.context, self.prompt_tokens = model, model.max_seq_len, 0
 
