@@ -132,9 +132,9 @@ def test_events_of_an_engine(tmp_path):
     engine = fj.Engine(model, fj.EngineConfig(page_size=8, num_pages=40, max_seqs=2, token_budget=16))
     greedy = fj.SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True)
     requests = [engine.submit([3] * length, greedy) for length in (40, 5, 6)]
-    text = plotting.timeline.__doc__
+    text = plotting.timeline.__doc__.partition("Args:")[0]
     program = "\n".join(line.strip(" ") if line.startswith(" " * 8 + "e") else line[8:] for line in text.splitlines())
-    program = program[program.index("events, start") : program.index("Args:")]
+    program = program[program.index("events, start") :]
     found: dict = {"engine": engine, "requests": requests, "Event": Event}
     exec("import time\n" + program, found)
     assert all(len(request.token_ids) == 6 for request in requests)
