@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOMES = {
+    "ChatTemplateError": "errors",
     "Completion": "completion",
     "EmbeddingModel": "embedding",
     "Engine": "engine",
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from ferrum_jax.engine import Engine as Engine
     from ferrum_jax.engine import EngineConfig as EngineConfig
     from ferrum_jax.engine import Request as Request
+    from ferrum_jax.errors import ChatTemplateError as ChatTemplateError
     from ferrum_jax.errors import FerrumError as FerrumError
     from ferrum_jax.errors import ModelFileError as ModelFileError
     from ferrum_jax.errors import ModelNotFoundError as ModelNotFoundError

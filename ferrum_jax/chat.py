@@ -1,20 +1,41 @@
 """Chat templates: messages to the prompt that the model was trained on.
 
-The template is a program inside a model file, so it runs in jinja2's sandbox and sees plain data only (dicts, lists,
-strings, numbers). The environment is that of transformers' `apply_chat_template`, so the rendering is the same text.
+The template is a program inside a model file, so it runs in jinja2's sandbox within a budget (templates.py) and sees plain
+data only (dicts, lists, strings, numbers). The environment is that of transformers' `apply_chat_template`, so the rendering
+is the same text.
 """
 
-import json
 from collections.abc import Mapping, Sequence
-from datetime import datetime
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ferrum_jax.errors import ModelFileError, UnsupportedModelError
+from ferrum_jax.errors import ChatTemplateError, ModelFileError, UnsupportedModelError
+
+if TYPE_CHECKING:
+    from ferrum_jax.templates import Compiled, Limits
 
 Message = Mapping[str, Any]
+KEY = "tokenizer.chat_template"  # of the default template; the name of another one follows after a dot
+_TEXT_PARTS = ("text", "input_text", "output_text")
+# What a template writes that takes no null and no list for content.
+_MISTAKEN = ("None", "'type': '", '"type": "', '"type":"')
+
+
+def choose(templates: Mapping[str, str], name: str | None = None, *, tools: bool = False) -> str | None:
+    """The template that is meant: the one called `name`; else with tools the one called "tool_use", where there is one; else
+    the default. None where there is no template at all; ValueError, which lists the names, where none is meant."""
+    chosen = name or ("tool_use" if tools and "tool_use" in templates else "default")
+    if chosen in templates or not (templates or name):
+        return templates.get(chosen)
+    known = ", ".join(sorted(templates)) or "none"
+    raise ValueError(f"chat_template: the model has no chat template {chosen!r}; it has {known}")
+
+
+def variables(template: str) -> frozenset[str]:
+    """The variables that a template reads. ModelFileError where it cannot be compiled."""
+    return _compiled(template).reads
 
 
 def render(
@@ -25,27 +46,29 @@ def render(
     add_generation_prompt: bool = True,
     bos_token: str = "",
     eos_token: str = "",
+    limits: "Limits | None" = None,
     **template_kwargs: Any,
 ) -> str:
     """The prompt text of a conversation.
 
     Args:
         template: `tokenizer.chat_template` of the model file; None where it has none.
-        messages: dicts with "role" and what the template reads, mostly "content"; also "tool_calls" and others.
+        messages: dicts with "role" and what the template reads, mostly "content"; also "tool_calls" and others. Content is a
+            text, or a list of text parts ({"type": "text", "text": ...}), which are joined unless the template takes such
+            lists, or None, which is "" unless the template takes that.
         tools: JSON schemas of the functions that the model may call; None for none.
         add_generation_prompt: end with the opening of the assistant's answer.
         bos_token, eos_token: texts of the file's tokens; templates write them.
+        limits: what the template may take; by default a second and 64 MiB.
         template_kwargs: further variables of the template, such as `enable_thinking=False`.
 
     Raises:
         UnsupportedModelError: there is no template.
-        ModelFileError: the template is not valid jinja2, or it fails while it runs (a forbidden access, an undefined
-            operation).
-        ValueError: the template refuses the messages (its `raise_exception`), or they are no list of dicts with a role.
+        ModelFileError: the template cannot be compiled.
+        ChatTemplateError: it fails on these messages, refuses them (its `raise_exception`) or takes more than `limits`.
+        ValueError: the messages are no list of dicts with a role, or a part of one's content is no text.
         TypeError: a tool is not a dict.
     """
-    import jinja2
-
     if template is None:
         raise UnsupportedModelError("the model file has no tokenizer.chat_template, so it cannot chat; complete raw text")
     if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence):
@@ -57,40 +80,73 @@ def render(
         if not isinstance(tool, Mapping):
             name = getattr(tool, "__name__", type(tool).__name__)
             raise TypeError(f"tools: entry {i}, {name}, must be a JSON schema as a dict; functions are not converted")
-    variables = {"documents": None, "bos_token": bos_token, "eos_token": eos_token, **template_kwargs}
-    variables |= {"tools": tools, "add_generation_prompt": add_generation_prompt}
+    given = {"documents": None, "bos_token": bos_token, "eos_token": eos_token, **template_kwargs}
+    given = _plain(given | {"tools": tools, "add_generation_prompt": add_generation_prompt})
     conversation = [_with_reasoning(_plain(message)) for message in messages]
+    texts = [_with_text(i, message) for i, message in enumerate(conversation)]
+    compiled = _compiled(template)
+    if texts == conversation:
+        return _rendered(compiled, {**given, "messages": conversation}, limits)
     try:
-        return _compiled(template).render(_plain(variables), messages=conversation)
-    except _RefusedError as error:
-        raise ValueError(str(error)) from None
-    except jinja2.TemplateSyntaxError as error:
-        raise ModelFileError(f"tokenizer.chat_template: line {error.lineno}: {error.message}") from error
-    except (
-        jinja2.TemplateError,
-        ArithmeticError,
-        AttributeError,
-        LookupError,
-        TypeError,
-        ValueError,
-        RecursionError,
-    ) as error:
-        raise ModelFileError(f"tokenizer.chat_template: fails on these messages: {error}") from error
+        rich = _rendered(compiled, {**given, "messages": conversation}, limits)
+    except ChatTemplateError:
+        return _rendered(compiled, {**given, "messages": texts}, limits)
+    try:
+        plain = _rendered(compiled, {**given, "messages": texts}, limits)
+    except ChatTemplateError:
+        return rich
+    parts = [part for message in conversation for part in _parts_of(message)]
+    taken = all(isinstance(part, dict) and part["text"].strip() in rich for part in parts)
+    mistaken = [*_MISTAKEN, *map(str, parts)]
+    return rich if taken and all(rich.count(mark) <= plain.count(mark) for mark in mistaken) else plain
 
 
-def check_template(template: str, source: str) -> None:
-    """Compiles a file's template. Raises ModelFileError naming the file where it is not valid jinja2."""
-    import jinja2
-
+def check_template(template: str, source: str, name: str = "default") -> None:
+    """Compiles a file's template. Raises ModelFileError naming the file and the key where it cannot be compiled."""
     try:
         _compiled(template)
-    except jinja2.TemplateSyntaxError as error:
-        problem = f"key tokenizer.chat_template: line {error.lineno}: {error.message}"
-        raise ModelFileError(f"{source}: {problem}") from error
+    except ModelFileError as error:
+        key = KEY if name == "default" else f"{KEY}.{name}"
+        raise ModelFileError(f"{source}: key {key}{str(error).removeprefix(KEY)}") from None
 
 
-class _RefusedError(Exception):
-    """The template's own `raise_exception`."""
+def _rendered(compiled: "Compiled", given: dict[str, Any], limits: "Limits | None") -> str:
+    from ferrum_jax.templates import Limits, OverBudgetError, RefusedError
+
+    try:
+        return compiled.render(given, limits or Limits())
+    except RefusedError as error:
+        raise ChatTemplateError(str(error)) from None
+    except OverBudgetError as error:
+        raise ChatTemplateError(f"{KEY}: rendering these messages {error}; the template is damaged or hostile") from None
+    except Exception as error:
+        reason = str(error)[:500] or type(error).__name__
+        raise ChatTemplateError(f"{KEY}: fails on these messages: {reason}") from None
+
+
+def _parts_of(message: Mapping[str, Any]) -> list[Any]:
+    """The parts of a message's content; [] where it is no list of parts."""
+    content = message.get("content")
+    is_list = isinstance(content, list) and any(isinstance(part, str | dict) for part in content)
+    return content if is_list and content is not None else []
+
+
+def _with_text(number: int, message: dict[str, Any]) -> dict[str, Any]:
+    """The message without nulls and with a text for content, where that is null, absent or a list of parts."""
+    texts = []
+    for i, part in enumerate(_parts_of(message)):
+        text = part.get("text") if isinstance(part, dict) and part.get("type", "text") in _TEXT_PARTS else part
+        if not isinstance(text, str):
+            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+            raise ValueError(
+                f"messages: entry {number}: part {i} of its content is of type {kind!r}; the model takes text parts, "
+                '{"type": "text", "text": ...}'
+            )
+        texts.append(text)
+    found = {key: value for key, value in message.items() if value is not None}
+    if texts or found.get("content") == []:
+        found["content"] = "".join(texts)
+    return {"content": "", **found} if "content" not in found else found
 
 
 def _plain(value: Any) -> Any:
@@ -119,36 +175,15 @@ def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
 
 
 @lru_cache(maxsize=16)
-def _compiled(template: str) -> Any:
-    from jinja2 import nodes
-    from jinja2.ext import Extension, loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+def _compiled(template: str) -> "Compiled":
+    from jinja2 import TemplateSyntaxError
 
-    class Generation(Extension):
-        """`{% generation %}` marks the assistant's part for training; here it is its content."""
+    from ferrum_jax.templates import Compiled
 
-        tags = {"generation"}  # noqa: RUF012
-
-        def parse(self, parser: Any) -> Any:
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
-            return nodes.Scope(body, lineno=line)
-
-    def raise_exception(message: str) -> None:
-        raise _RefusedError(message)
-
-    def tojson(
-        value: Any,
-        ensure_ascii: bool = False,
-        indent: int | None = None,
-        separators: tuple[str, str] | None = None,
-        sort_keys: bool = False,
-    ) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
-    environment.filters["tojson"] = tojson
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["dict"] = lambda *args, **kwargs: dict(*args, **kwargs)  # not the class: it has methods
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    return environment.from_string(template)
+    try:
+        return Compiled(template)
+    except TemplateSyntaxError as error:
+        raise ModelFileError(f"{KEY}: line {error.lineno}: {error.message}") from error
+    except (Exception, RecursionError, MemoryError) as error:
+        reason = "is nested too deeply" if isinstance(error, RecursionError | MemoryError) else str(error)[:500]
+        raise ModelFileError(f"{KEY}: cannot be compiled: {reason}") from None

@@ -13,6 +13,11 @@ class UnsupportedModelError(ModelFileError):
     """The file may be sound, but needs something that ferrum_jax does not do. The message names it."""
 
 
+class ChatTemplateError(FerrumError, ValueError):
+    """A chat template, which is sound by itself, refuses the messages it is given, fails on them or takes too much time or
+    memory over them. The message is the template's own or says what failed."""
+
+
 class ModelNotFoundError(FerrumError):
     """No source has the model. The message lists what was tried and why each attempt failed."""
 

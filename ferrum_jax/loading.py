@@ -157,8 +157,8 @@ def check(checkpoint: ModelSource) -> tuple[ModelConfig, Parameters, Tokenizer]:
     """The configuration, the place of every tensor and the tokenizer, or the error that says what is wrong."""
     config = checkpoint.config()
     places, tokenizer = _places(checkpoint, config)
-    if tokenizer.chat_template:
-        check_template(tokenizer.chat_template, str(checkpoint.path))
+    for name, template in tokenizer.chat_templates.items():
+        check_template(template, str(checkpoint.path), name)
     return config, places, tokenizer
 
 

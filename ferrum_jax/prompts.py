@@ -4,43 +4,65 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from ferrum_jax import chat
 from ferrum_jax.errors import UnsupportedModelError
 from ferrum_jax.runtime import Runtime
 
+if TYPE_CHECKING:
+    from ferrum_jax.templates import Limits
+
 Prompt = str | Sequence[int]
 
 
 class Prompts(Runtime):
-    """A model that understands prompts."""
+    """A model that understands prompts. template_limits: what a chat template may take (`templates.Limits`); None: 1 s and
+    64 MiB."""
 
-    def render_chat(self, messages: list[dict], tools=None, add_generation_prompt: bool = True, **template_kwargs) -> str:
+    template_limits: Limits | None = None
+
+    def render_chat(
+        self,
+        messages: list[dict],
+        tools: list[dict] | None = None,
+        add_generation_prompt: bool = True,
+        chat_template: str | None = None,
+        **template_kwargs: Any,
+    ) -> str:
         """The text that the model's chat template makes of messages.
 
         Args:
           messages: the conversation: dicts with "role" and "content".
-          tools (list[dict] | None): descriptions of functions, as the template takes them.
+          tools: descriptions of functions, as the template takes them.
           add_generation_prompt: end with the words that begin an answer.
-          template_kwargs (Any): variables of the template, such as enable_thinking.
+          chat_template: the name of one of the model's templates; None: with tools "tool_use", where there is one, else the
+            default.
+          template_kwargs: further variables of the template, such as enable_thinking.
 
         Raises:
-          UnsupportedModelError: where the file has no template.
+          UnsupportedModelError: where the model has no template.
+          ChatTemplateError: where the template fails on the messages or refuses them.
+          ValueError: for an unknown name, a variable that no template of the model reads, and content that is not text.
         """
         if not messages:
             raise ValueError("a conversation needs at least one message")
-        template = self.tokenizer.chat_template
+        templates = self.tokenizer.chat_templates
+        template = chat.choose(templates, chat_template, tools=tools is not None)
         if template is None:
             raise UnsupportedModelError("this model has no chat template; give it plain text instead")
-        token = {
+        given = {
             f"{name}_token": "" if id is None else self.tokenizer.token_bytes(id).decode("utf-8", "replace")
             for name, id in (("bos", self.tokenizer.bos_id), ("eos", self.tokenizer.eos_id))
-        }
-        return chat.render(
-            template, messages, tools=tools, add_generation_prompt=add_generation_prompt, **token, **template_kwargs
-        )
+        } | template_kwargs
+        known = {"bos_token", "eos_token", "documents"}.union(*map(chat.variables, templates.values()))
+        if unknown := sorted(given.keys() - known):
+            raise ValueError(f"{unknown[0]}: no chat template of this model reads a variable of this name")
+        asked: dict[str, Any] = {"tools": tools, "add_generation_prompt": add_generation_prompt}
+        asked["limits"] = self.template_limits
+        return chat.render(template, messages, **asked, **given)
 
-    def encode_chat(self, messages: list[dict], tools=None, **template_kwargs) -> list[int]:
+    def encode_chat(self, messages: list[dict], tools: list[dict] | None = None, **template_kwargs: Any) -> list[int]:
         """Token ids of a conversation ready to be answered."""
         return self.encode_rendered(self.render_chat(messages, tools, **template_kwargs))
 

@@ -65,6 +65,7 @@ def _template_arguments(model: Any, source: str, *, system: str | None, think: b
         return {}
     if "enable_thinking" not in written:
         click.echo("note: the chat template has no thinking switch; --think/--no-think changes nothing", err=True)
+        return {}
     return {"enable_thinking": think}
 
 

@@ -42,11 +42,15 @@ PATIENCE_SECONDS = 20.0  # a download that has begun is given up after this long
 
 _SMALL = {
     *("config.json", "generation_config.json", "quantize_config.json", "quant_config.json", "tokenizer.json"),
-    *("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "vocab.txt"),
+    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "vocab.txt"),
 }
 _OF_EMBEDDINGS = ("modules.json", "sentence_bert_config.json", "1_Pooling/config.json")
+_EXTRA_TEMPLATE = re.compile(r"additional_chat_templates/[^/]+\.jinja")
 _SPLIT = re.compile(r"(?P<base>.+)-(?P<part>\d{5})-of-(?P<total>\d{5})\.gguf", re.IGNORECASE | re.DOTALL)
-_OF_TOKENS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "vocab.txt")
+_OF_TOKENS = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
+    "vocab.txt",
+)
 _REPORT_SECONDS = 0.1
 
 
@@ -82,7 +86,7 @@ def directory_files(names: Iterable[str]) -> list[str]:
         weights = [name for name in weights if re.fullmatch(r"model-\d+-of-\d+\.safetensors", name)] or weights
     elif "model.safetensors" in weights:
         weights = ["model.safetensors"]
-    small = [name for name in names if name in _OF_EMBEDDINGS]
+    small = [name for name in names if name in _OF_EMBEDDINGS or _EXTRA_TEMPLATE.fullmatch(name)]
     small += [name for name in top if name in _SMALL or name.endswith(".safetensors.index.json")]
     return sorted(small, key=lambda name: name != "config.json") + weights
 
@@ -273,6 +277,7 @@ def fetch_heads(source: HubSource, directory: Path, whole: Callable[[Path], obje
     """
     try:
         remotes = [remote for remote in _describe(source) if remote.name not in (*_OF_TOKENS, *_OF_EMBEDDINGS)]
+        remotes = [remote for remote in remotes if not _EXTRA_TEMPLATE.fullmatch(remote.name)]
         path = directory if remotes[0].name == "config.json" else directory / PurePosixPath(remotes[0].name).name
         paths = [directory / PurePosixPath(remote.name).name for remote in remotes]
         with ExitStack() as stack:

@@ -19,6 +19,7 @@ from ferrum_jax.tokenizer.spm import SPACE
 from ferrum_jax.tokenizer.vocabulary import SPECIAL_TYPES, TokenType, mend_types
 from ferrum_jax.weights.json_file import parse_object, read_object, read_text
 
+EXTRA_TEMPLATES = "additional_chat_templates"
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _SILENT = (TokenType.CONTROL, TokenType.UNKNOWN)
 
@@ -42,7 +43,7 @@ class DirectoryTokenizer(LibraryTokenizer):
         for token in self.eos_ids:
             if self._types[token] == TokenType.NORMAL:
                 self._types[token] = TokenType.CONTROL
-        self.chat_template = chat_template(directory)
+        self.chat_templates = chat_templates(directory)
         self._use(self._build(content, text))
         self._flags = {}
         if content.get("post_processor") is None:
@@ -206,14 +207,19 @@ def _parts(value: Any, key: str) -> list[dict[str, Any]]:
     return [part for part in parts if isinstance(part, dict)] if isinstance(parts, list) else []
 
 
-def chat_template(directory: Path) -> str | None:
-    """chat_template.jinja, or what tokenizer_config.json has under that key: of several named templates the default."""
-    if (text := read_text(directory / "chat_template.jinja")) is not None:
-        return text
-    template = (read_object(directory / "tokenizer_config.json") or {}).get("chat_template")
-    if isinstance(template, list):
-        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-        template = named.get("default")
-    if template is not None and not isinstance(template, str):
-        raise ModelFileError(f"{directory / 'tokenizer_config.json'}: key chat_template: must be a text")
-    return template
+def chat_templates(directory: Path) -> dict[str, str]:
+    """Chat templates by name: those of tokenizer_config.json (one, or a list with names), chat_template.jinja, which is the
+    default, and additional_chat_templates/NAME.jinja."""
+    path = directory / "tokenizer_config.json"
+    value = (read_object(path) or {}).get("chat_template")
+    entries = value if isinstance(value, list) else [] if value is None else [{"name": "default", "template": value}]
+    found: dict[str, str] = {}
+    for entry in entries:
+        name, template = (entry.get(key) if isinstance(entry, dict) else None for key in ("name", "template"))
+        if not isinstance(name, str) or not isinstance(template, str):
+            raise ModelFileError(f"{path}: key chat_template: must be a text, or a list of objects with name and template")
+        found[name] = template
+    for file in (directory / "chat_template.jinja", *sorted((directory / EXTRA_TEMPLATES).glob("*.jinja"))):
+        if (text := read_text(file)) is not None:
+            found[file.name.removesuffix(".jinja") if file.parent.name == EXTRA_TEMPLATES else "default"] = text
+    return found

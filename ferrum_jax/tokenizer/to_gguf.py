@@ -8,6 +8,7 @@ text, and a difference is an error.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +68,13 @@ def tokenizer_metadata(directory: Path, vocab_size: int) -> dict[str, Typed]:
     keys["add_bos_token"] = Typed(special[:1] == [tokenizer.bos_id] != plain[:1], "bool")
     keys["add_eos_token"] = Typed(special[-1:] == [tokenizer.eos_id] != plain[-1:], "bool")
     metadata = {PREFIX + key: entry for key, entry in keys.items()}
-    if tokenizer.chat_template:
-        metadata["tokenizer.chat_template"] = Typed(tokenizer.chat_template, "string")
+    named = dict(tokenizer.chat_templates)
+    if default := named.pop("default", None):
+        metadata["tokenizer.chat_template"] = Typed(default, "string")
+    named = {re.sub("[^A-Za-z0-9]", "_", name): template for name, template in named.items()}  # as gguf-py spells them
+    metadata |= {f"tokenizer.chat_template.{name}": Typed(template, "string") for name, template in named.items()}
+    if named:
+        metadata["tokenizer.chat_templates"] = Typed(sorted(named), "array string")
     made = Tokenizer.from_gguf({key: entry.value for key, entry in metadata.items()}, str(path))
     _compare(made, tokenizer, path)
     for key, end in zip(("eot", "eom"), sorted(tokenizer.eos_ids - made.eos_ids), strict=False):

@@ -12,8 +12,20 @@ from ferrum_jax.tokenizer.bpe import ByteLevelBPE, byte_values
 from ferrum_jax.tokenizer.spm import SPACE, SentencePieceBPE
 from ferrum_jax.tokenizer.vocabulary import SPECIAL_TYPES, TokenType, Vocabulary, read_vocabulary
 
+_TEMPLATE = "tokenizer.chat_template"
 _WHITESPACE = " \t\n\v\f\r"
 _SILENT = frozenset({TokenType.CONTROL, TokenType.UNKNOWN})
+
+
+def named_templates(metadata: Mapping[str, object], source: str = "") -> dict[str, str]:
+    """The chat templates of a file by name. ModelFileError for one that is no string."""
+    found = {}
+    for key, template in metadata.items():
+        if key == _TEMPLATE or key.startswith(_TEMPLATE + "."):
+            if not isinstance(template, str):
+                raise ModelFileError(f"{source or 'model'}: {key}: must be a string, not {type(template).__name__}")
+            found[key[len(_TEMPLATE) + 1 :] or "default"] = template
+    return found
 
 
 def check_text(text: str) -> None:
@@ -28,14 +40,17 @@ class Tokenizer:
     """Of the BPE in a GGUF file; other kinds (opening.py) derive from it. `eos_ids` are all tokens that end a generation,
     `eos_id` the file's own."""
 
-    def __init__(self, vocabulary: Vocabulary, chat_template: str | None = None) -> None:
+    chat_templates: dict[str, str]
+    """By name; the one that `chat_template` is has the name "default"."""
+
+    def __init__(self, vocabulary: Vocabulary, chat_templates: Mapping[str, str] = {}) -> None:
         self._vocabulary = vocabulary
         self._bpe = SentencePieceBPE(vocabulary) if vocabulary.pre is None else ByteLevelBPE(vocabulary)
         self._is_spm = vocabulary.pre is None
         special = [i for i, kind in enumerate(vocabulary.types) if kind in SPECIAL_TYPES]
         special.sort(key=lambda i: -len(vocabulary.tokens[i].encode()))
         self._special = [(i, vocabulary.tokens[i], vocabulary.types[i] in _SILENT) for i in special]
-        self.chat_template = chat_template
+        self.chat_templates = dict(chat_templates)
         self.vocab_size = len(vocabulary.tokens)
         self.eos_ids = vocabulary.end_ids
         self.bos_id, self.eos_id, self.pad_id = vocabulary.bos_id, vocabulary.eos_id, vocabulary.pad_id
@@ -52,10 +67,16 @@ class Tokenizer:
             ModelFileError: a key is missing or inconsistent; the message names it.
             UnsupportedModelError: the tokenizer model or the pre-tokenizer is not known; the message names it.
         """
-        template = metadata.get("tokenizer.chat_template")
-        if template is not None and not isinstance(template, str):
-            raise ModelFileError(f"{source or 'model'}: tokenizer.chat_template must be a string")
-        return cls(read_vocabulary(metadata, source), template)
+        return cls(read_vocabulary(metadata, source), named_templates(metadata, source))
+
+    @property
+    def chat_template(self) -> str | None:
+        """The default template, None where there is none; it can be set."""
+        return self.chat_templates.get("default")
+
+    @chat_template.setter
+    def chat_template(self, template: str) -> None:
+        self.chat_templates = {**self.chat_templates, "default": template}
 
     def encode(self, text: str, add_special: bool = True, parse_special: bool = False) -> list[int]:
         """Token ids of a text.

@@ -50,7 +50,7 @@ class WordPieceTokenizer(LibraryTokenizer):
             if special[name] not in self._ids:
                 raise ModelFileError(f"{where}: has no token {special[name]!r}, which a WordPiece tokenizer needs")
         self.vocab_size = len(self._tokens)
-        self.chat_template = None
+        self.chat_templates = {}
         self.bos_id, self.eos_id, self.pad_id = None, None, self._ids.get(special["pad"])
         self.eos_ids = frozenset()
         self._control = {self._ids[token] for token in special.values() if token in self._ids}

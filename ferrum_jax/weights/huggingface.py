@@ -21,7 +21,7 @@ from ferrum_jax.config import ModelConfig, refuse_encoder
 from ferrum_jax.config_json import ConfigFile, read_config
 from ferrum_jax.encoder_config import EncoderConfig
 from ferrum_jax.errors import ModelFileError, UnsupportedModelError
-from ferrum_jax.tokenizer.huggingface import chat_template
+from ferrum_jax.tokenizer.huggingface import chat_templates
 from ferrum_jax.weights.files import Opened, checked_range, open_regular, read_range
 from ferrum_jax.weights.json_file import read_object
 from ferrum_jax.weights.packed import SUFFIXES, PackedMatrix, Scheme, agreeing, packed_matrix, scheme_of
@@ -141,8 +141,8 @@ class HuggingFaceDirectory(Opened):
         }
         if (path / "tokenizer.json").is_file():
             self.metadata["tokenizer.ggml.model"] = "tokenizer.json"
-        if (template := chat_template(path)) is not None:
-            self.metadata["tokenizer.chat_template"] = template
+        for name, template in chat_templates(path).items():
+            self.metadata["tokenizer.chat_template" + (f".{name}" if name != "default" else "")] = template
 
     @property
     def tensor_bytes(self) -> int:

@@ -31,6 +31,7 @@ from ferrum_jax.config import ModelConfig
 from ferrum_jax.errors import ModelFileError, UnsupportedModelError
 from ferrum_jax.quantized import LayerStack, QuantizedTensor
 from ferrum_jax.tokenizer import Tokenizer
+from ferrum_jax.tokenizer.huggingface import EXTRA_TEMPLATES
 from ferrum_jax.tokenizer.opening import tokenizer_of_directory, tokenizer_of_gguf
 from ferrum_jax.weights.files import Opened, checked_range
 from ferrum_jax.weights.fresh import fresh
@@ -85,7 +86,8 @@ def tokenizer_files(source: ModelSource) -> list[Path]:
     if "tokenizer.ggml.tokens" in source.metadata:
         return []
     directory = tokenizer_directory(source)
-    return [directory / name for name in _TOKENIZER_FILES if (directory / name).is_file()]
+    names = [*_TOKENIZER_FILES, *(f"{EXTRA_TEMPLATES}/{file.name}" for file in (directory / EXTRA_TEMPLATES).glob("*.jinja"))]
+    return [directory / name for name in names if (directory / name).is_file()]
 
 
 def save(
@@ -122,8 +124,10 @@ def save(
         with _quiet(), ocp.PyTreeCheckpointer(use_ocdbt=False, use_compression=False) as checkpointer:
             checkpointer.save(partial / _ARRAYS, arrays, save_args=split)
         for file in tokenizer_files:
-            (partial / _TOKENIZER).mkdir(exist_ok=True)
-            shutil.copyfile(file, partial / _TOKENIZER / file.name)
+            extra = (EXTRA_TEMPLATES,) if file.parent.name == EXTRA_TEMPLATES else ()
+            to = Path(partial, _TOKENIZER, *extra, file.name)
+            to.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, to)
         (partial / MARKER).write_text(json.dumps(header))
         _flush(partial)  # the name must not be on the disk before what it names
         replaced = path.with_name(f"{partial.name}-replaced")

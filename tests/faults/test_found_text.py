@@ -6,11 +6,56 @@ from pathlib import Path
 
 import pytest
 import test_continuation_text as continuation
+import test_templates as templates
 from patching import Fault, applied
 
+from ferrum_jax import chat
+from ferrum_jax.errors import ChatTemplateError
+from ferrum_jax.templates import Budget, Environment, Limits
 from ferrum_jax.tokenizer import TextStream
 
+
+def a_loop_has_an_end(path: Path) -> None:
+    template = "{% for a in range(90000) %}{% endfor %}"
+    with pytest.raises(ChatTemplateError, match="takes longer"):
+        chat.render(template, templates.USER, limits=Limits(seconds=0.002))
+
+
+def a_list_counts_once_for_each_mention(path: Path) -> None:
+    template = templates.GROW.replace("START", "(1,)").replace("STEP", "(ns.s, ns.s)").replace("90", "18")
+    with pytest.raises(ChatTemplateError, match="more than 1 MiB"):
+        chat.render(template.replace("{{ ns.s }}", "{{ ns.s == 1 }}"), templates.USER, limits=Limits(nbytes=1 << 20))
+
+
 FAULTS = {
+    "endless loop": Fault(
+        "a loop in a template is not counted",
+        Environment.tick.fget,
+        "return _BUDGET.get().tick()",
+        "return True",
+        a_loop_has_an_end,
+    ),
+    "shared list": Fault(
+        "a container that holds one list twice counts as if it held it once",
+        Budget.check,
+        "if self.size(value) > self.limits.nbytes:",
+        "if False:",
+        a_list_counts_once_for_each_mention,
+    ),
+    "tools": Fault(
+        "with tools the default template is taken",
+        chat.choose,
+        'tools and "tool_use" in templates',
+        "False",
+        templates.test_which_template_is_meant,
+    ),
+    "null": Fault(
+        "what a template has made of null is taken, though it is the word None",
+        chat.render,
+        "mistaken = [*_MISTAKEN, *map(str, parts)]",
+        "mistaken = []",
+        lambda path: templates.test_content_that_a_template_cannot_take("trims"),
+    ),
     "first space": Fault(
         "what goes on from a prompt loses its first space",
         TextStream.__init__,
