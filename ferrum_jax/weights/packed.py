@@ -6,19 +6,19 @@ tensors when the checkpoint is opened: Q4_0 or Q8_0, which have fast kernels, wh
 every scale a half; else U4 or U8 (pallas_kernels.blocks.groups). Columns that are not in the order of their groups
 (`desc_act`) are sorted by group, and the order goes beside the matrix.
 
-Sources: AutoGPTQ and GPTQModel (`gptq` stores the zero point less one, `gptq_v2` as it is), AutoAWQ (`gemm`), and
-compressed-tensors' `pack-quantized`. NumPy alone.
+What is stored counts more than what the header says: the order of columns, the zero points, and whether those of a
+symmetric GPTQ matrix were stored less one. NumPy alone.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
 from ferrum_jax.errors import ModelFileError, UnsupportedModelError
+from ferrum_jax.weights.schemes import SIZES, Scheme
 from ferrum_jax.weights.tensor_info import TensorInfo
 
 Read = Callable[[TensorInfo], np.ndarray]  # the raw bytes of a tensor of a file
@@ -30,89 +30,8 @@ SUFFIXES = frozenset(
     )
 )
 _AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # where in its word each of eight neighbouring columns lies
-_SIZES = (128, 64, 32)  # weights a block, of those that pallas_kernels.blocks.groups has
 _SCALES = {"F16": 2, "BF16": 2, "F32": 4}
 _CHUNK = 4 << 20  # weights unpacked at a time
-
-
-@dataclasses.dataclass(frozen=True)
-class Scheme:
-    """How a checkpoint's matrices are packed. group_size: columns that share a scale, -1 for all of a row. zero_shift:
-    what is added to stored zero points. symmetric, ordered: what the file says, believed only where it cannot be read."""
-
-    method: str
-    bits: int
-    group_size: int
-    zero_shift: int
-    symmetric: bool
-    ordered: bool
-
-
-def scheme_of(content: Mapping[str, Any], where: str) -> Scheme:
-    """What a quantization_config says; `where` names it. UnsupportedModelError for what cannot be read."""
-
-    def refuse(key: str, value: object, known: str) -> UnsupportedModelError:
-        return UnsupportedModelError(f"{where}: key {key}: {value!r} is not supported; supported: {known}")
-
-    method = content.get("quant_method")
-    if method is None and {"w_bit", "q_group_size"} <= content.keys():  # AutoAWQ's own file
-        method = "awq"
-    if method is None and {"bits", "group_size", "desc_act"} <= content.keys():  # AutoGPTQ's own file
-        method = "gptq"
-    if method == "compressed-tensors":
-        return _compressed_tensors(content, where)
-    if method not in ("gptq", "awq"):
-        raise refuse("quant_method", method, "gptq, awq, compressed-tensors")
-    bits = content.get("bits", content.get("w_bit"))
-    group = content.get("group_size", content.get("q_group_size"))
-    supported = (4, 8) if method == "gptq" else (4,)
-    if type(bits) is not int or bits not in supported:
-        raise refuse("bits", bits, ", ".join(map(str, supported)))
-    if type(group) is not int or (group != -1 and (group < 1 or group % _SIZES[-1])):
-        raise refuse("group_size", group, f"-1 and multiples of {_SIZES[-1]}")
-    if method == "awq":
-        version = content.get("version", "gemm")
-        if not isinstance(version, str) or version.lower() != "gemm":
-            raise refuse("version", version, "gemm")
-        return Scheme("awq", bits, group, 0, content.get("zero_point") is False, False)
-    stored = content.get("checkpoint_format", "gptq")
-    if stored not in ("gptq", "gptq_v2") or content.get("is_marlin_format"):
-        raise refuse("checkpoint_format", "marlin" if content.get("is_marlin_format") else stored, "gptq, gptq_v2")
-    dynamic = content.get("dynamic") or {}
-    if not isinstance(dynamic, Mapping) or any(not str(name).startswith("-:") for name in dynamic):
-        raise refuse("dynamic", dynamic, "modules left out (-:)")
-    shift = 1 if stored == "gptq" else 0
-    return Scheme("gptq", bits, group, shift, content.get("sym") is not False, content.get("desc_act") is True)
-
-
-def _compressed_tensors(content: Mapping[str, Any], where: str) -> Scheme:
-    def refuse(key: str, value: object, known: str) -> UnsupportedModelError:
-        return UnsupportedModelError(f"{where}: key {key}: {value!r:.200} is not supported; supported: {known}")
-
-    groups = content.get("config_groups")
-    if not isinstance(groups, Mapping) or len(groups) != 1 or not all(isinstance(g, Mapping) for g in groups.values()):
-        raise refuse("config_groups", groups, "one group")
-    (group,) = groups.values()
-    stored = group.get("format") or content.get("format")
-    if stored != "pack-quantized":
-        raise refuse("format", stored, "pack-quantized")
-    for key in ("input_activations", "output_activations"):
-        if group.get(key) is not None:
-            raise refuse(key, group[key], "none")
-    if content.get("kv_cache_scheme") is not None:
-        raise refuse("kv_cache_scheme", content["kv_cache_scheme"], "none")
-    if group.get("targets") != ["Linear"]:
-        raise refuse("targets", group.get("targets"), "['Linear']")
-    weights = group.get("weights")
-    if not isinstance(weights, Mapping) or weights.get("type", "int") != "int" or weights.get("num_bits") not in (4, 8):
-        raise refuse("weights", weights, "int of 4 or 8 bits")
-    if weights.get("strategy") not in ("group", "channel"):
-        raise refuse("strategy", weights.get("strategy"), "group, channel")
-    size = -1 if weights["strategy"] == "channel" else weights.get("group_size")
-    if type(size) is not int or (size != -1 and (size < 1 or size % _SIZES[-1])):
-        raise refuse("group_size", size, f"-1 and multiples of {_SIZES[-1]}")
-    ordered = weights.get("actorder") in ("group", True)
-    return Scheme("compressed-tensors", weights["num_bits"], size, 0, weights.get("symmetric") is not False, ordered)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,7 +72,7 @@ class PackedMatrix:
 
     @property
     def _block_size(self) -> int:
-        return 32 if self.is_plain else next(size for size in _SIZES if self.group_size % size == 0)
+        return 32 if self.is_plain else next(size for size in SIZES if self.group_size % size == 0)
 
     @property
     def _block_bytes(self) -> int:
@@ -304,10 +223,10 @@ def packed_matrix(name: str, tensors: Mapping[str, TensorInfo], scheme: Scheme, 
     else:
         rows, columns = second * each, first
     size = columns if scheme.group_size == -1 else scheme.group_size
-    if columns % size or size % _SIZES[-1] or (rows % each and not compressed):
+    if columns % size or size % SIZES[-1] or (rows % each and not compressed):
         raise UnsupportedModelError(
             f"{path}: tensor {name}.{main}: [{rows}, {columns}] in groups of {size} is not supported: groups of a multiple of "
-            f"{_SIZES[-1]} columns that fill a row are, and rows that fill 32-bit words"
+            f"{SIZES[-1]} columns that fill a row are, and rows that fill 32-bit words"
         )
     groups = columns // size
     unknown = tensors.keys() - SUFFIXES
@@ -337,10 +256,18 @@ def packed_matrix(name: str, tensors: Mapping[str, TensorInfo], scheme: Scheme, 
     if read is None:
         return dataclasses.replace(made, ordered=scheme.ordered and by_column is not None and groups > 1)
     points = zero_points(made, read)
+    if scheme.method == "gptq" and points.min() == points.max():  # symmetric: the middle, stored as it is or less one
+        stored = int(points.min()) - scheme.zero_shift
+        if (shift := (1 << (scheme.bits - 1)) - stored) in (0, 1):
+            made = dataclasses.replace(made, scheme=dataclasses.replace(scheme, zero_shift=shift))
+            points = zero_points(made, read)
     if zeros is not None and not 0 <= points.min() <= points.max() <= 1 << scheme.bits:
         raise error(zeros.name.rpartition(".")[2], f"holds zero points outside 0 to {1 << scheme.bits}")
     middle = bool((points == 1 << (scheme.bits - 1)).all())
-    halves = made.halves or _are_halves(read(scales), scales)
+    numbers = _scales(read(scales), scales)
+    if not np.isfinite(numbers).all():
+        raise error(scales.name.rpartition(".")[2], "holds scales that are not finite; the file is damaged")
+    halves = made.halves or _are_halves(numbers)
     return dataclasses.replace(made, middle=middle, halves=halves, ordered=_is_ordered(made, groups, size, read, error))
 
 
@@ -351,8 +278,12 @@ def agreeing(matrices: Sequence[PackedMatrix]) -> list[PackedMatrix]:
     return [dataclasses.replace(m, middle=middle, halves=halves, ordered=ordered) for m in matrices]
 
 
-def _are_halves(raw: np.ndarray, info: TensorInfo) -> bool:
-    numbers = _numbers(raw.view("<u2" if info.format == "BF16" else "<u4"), info.format).astype(np.float32)
+def _scales(raw: np.ndarray, info: TensorInfo) -> np.ndarray:
+    return _numbers(raw.view("<u4" if info.format == "F32" else "<u2"), info.format)
+
+
+def _are_halves(numbers: np.ndarray) -> bool:
+    numbers = numbers.astype(np.float32)
     with np.errstate(over="ignore"):
         return bool((numbers.astype(np.float16).astype(np.float32) == numbers).all())
 

@@ -1,0 +1,148 @@
+"""What a quantization_config says about packed matrices: `scheme_of`.
+
+The one idea is that of config_json.py: every key is read here, or says how the numbers were found and not what they are, or
+is neutral; any other is refused by name, inside groups as well.
+
+Sources: AutoGPTQ and GPTQModel (`gptq` stores the zero point less one, `gptq_v2` as it is; GPTQModel 5 says `format` and
+`method` beside `checkpoint_format` and `quant_method`), AutoAWQ (`gemm`), and compressed-tensors' `pack-quantized`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from ferrum_jax.config import Keys, is_neutral, shown
+from ferrum_jax.errors import UnsupportedModelError
+
+SIZES = (128, 64, 32)  # weights a block, of those that pallas_kernels.blocks.groups has
+# How the numbers were found, with which program, and how others are to compute with them.
+_FOUND = {
+    "act_group_aware", "auto_forward_data_parallel", "backend", "batch_size", "block_name_to_quantize", "cache_block_outputs",
+    "damp_auto_increment", "damp_percent", "dataset", "desc_act", "device", "disable_exllama", "do_fuse", "exllama_config",
+    "fail_safe", "failsafe", "fallback", "foem", "fuse_max_seq_len", "gptaq", "hessian", "lm_head", "max_input_length", "meta",
+    "mock_quantization", "model_file_base_name", "model_name_or_path", "model_seqlen", "module_name_preceding_first_block",
+    "modules_in_block_to_quantize", "modules_to_fuse", "modules_to_not_convert", "mse", "offload_to_disk",
+    "offload_to_disk_path", "pack_impl", "pad_token_id", "parallel_packing", "static_groups", "sym", "tokenizer",
+    "true_sequential", "use_cuda_fp16", "use_exllama", "v2", "v2_alpha", "zero_point",
+}  # fmt: skip
+_COMPRESSED = {
+    "dequantize", "global_compression_ratio", "ignore", "quantization_status", "quant_method", "run_compressed",
+    "use_optimized_inference", "version",
+}  # fmt: skip
+_OF_WEIGHTS = {"observer", "observer_kwargs", "scale_dtype", "zp_dtype"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Scheme:
+    """How a checkpoint's matrices are packed. group_size: columns that share a scale, -1 for all of a row. zero_shift:
+    what is added to stored zero points. symmetric, ordered: what the file says, believed only where it cannot be read."""
+
+    method: str
+    bits: int
+    group_size: int
+    zero_shift: int
+    symmetric: bool
+    ordered: bool
+
+
+class _Fields(Keys):
+    def refuse(self, key: str, known: str) -> UnsupportedModelError:
+        return self.unsupported(key, f"{shown(self.get(key))} is not supported; supported: {known}")
+
+    def only(self, key: str, known: tuple[object, ...], text: str) -> None:
+        """Refuses any value of the key but those."""
+        value = self.get(key)
+        if value is not None and not any(type(value) is type(one) and value == one for one in known):
+            raise self.refuse(key, text)
+
+    def rest(self, harmless: set[str]) -> None:
+        """Refuses what was not read."""
+        self.asked.update(harmless)
+        self.refuse_unread("{} is not supported")
+
+
+def scheme_of(content: Mapping[str, Any], where: str) -> Scheme:
+    """What a quantization_config says; `where` names it. UnsupportedModelError for what cannot be read."""
+    keys = _Fields(content, "", where)
+    method = keys.get("quant_method") or keys.get("method")
+    if method is None and {"w_bit", "q_group_size"} <= content.keys():  # AutoAWQ's own file
+        method = "awq"
+    if method is None and {"bits", "group_size", "desc_act"} <= content.keys():  # AutoGPTQ's own file
+        method = "gptq"
+    if method == "compressed-tensors":
+        return _compressed_tensors(keys)
+    if method not in ("gptq", "awq"):
+        raise keys.refuse("quant_method", "gptq, awq, compressed-tensors")
+    keys.only("method", (method,), method)
+    bits_key, group_key = (
+        ("bits" if keys.has("bits") else "w_bit"),
+        ("group_size" if keys.has("group_size") else "q_group_size"),
+    )
+    bits, group = keys.get(bits_key), keys.get(group_key)
+    supported = (4, 8) if method == "gptq" else (4,)
+    if type(bits) is not int or bits not in supported:
+        raise keys.refuse("bits" if bits is None else bits_key, ", ".join(map(str, supported)))
+    if type(group) is not int or (group != -1 and (group < 1 or group % SIZES[-1])):
+        raise keys.refuse("group_size" if group is None else group_key, f"-1 and multiples of {SIZES[-1]}")
+    keys.only("pack_dtype", ("int32",), "int32")
+    dynamic = keys.get("dynamic") or {}
+    if not isinstance(dynamic, Mapping) or any(not str(name).startswith("-:") for name in dynamic):
+        raise keys.refuse("dynamic", "modules left out (-:)")
+    if keys.get("is_marlin_format"):
+        raise keys.unsupported("checkpoint_format", "'marlin' is not supported; supported: gptq, gptq_v2")
+    known = ("gptq", "gptq_v2") if method == "gptq" else ("gemm",)
+    stated = known[0]
+    for key in ("version", "format", "checkpoint_format"):  # where they contradict each other the last counts
+        value = keys.get(key)
+        if value is not None and (not isinstance(value, str) or value.lower() not in known):
+            raise keys.refuse(key, ", ".join(known))
+        stated = stated if value is None else value.lower()
+    if method == "awq" and keys.get("backend") == "llm-awq":
+        raise keys.refuse("backend", "those of gemm")
+    keys.rest(_FOUND)
+    symmetric = content.get("zero_point") is False if method == "awq" else content.get("sym") is not False
+    return Scheme(method, bits, group, int(stated == "gptq"), symmetric, method == "gptq" and content.get("desc_act") is True)
+
+
+def _compressed_tensors(keys: _Fields) -> Scheme:
+    groups = keys.get("config_groups")
+    if not isinstance(groups, Mapping) or len(groups) != 1 or not all(isinstance(g, Mapping) for g in groups.values()):
+        raise keys.refuse("config_groups", "one group")
+    group = _Fields(next(iter(groups.values())), "", keys.source)
+    place = group if group.get("format") else keys
+    if place.get("format") != "pack-quantized":
+        raise place.refuse("format", "pack-quantized")
+    keys.asked.add("format")
+    for key in ("input_activations", "output_activations"):
+        if group.has(key):
+            raise group.refuse(key, "none")
+    if keys.has("kv_cache_scheme"):
+        raise keys.refuse("kv_cache_scheme", "none")
+    if group.get("targets") != ["Linear"]:
+        raise group.refuse("targets", "['Linear']")
+    stated = group.get("weights")
+    weights = _Fields(stated if isinstance(stated, Mapping) else {}, "", keys.source)
+    bits = weights.get("num_bits")
+    if weights.get("type") not in (None, "int") or type(bits) is not int or bits not in (4, 8):
+        raise group.refuse("weights", "int of 4 or 8 bits")
+    if weights.get("strategy") not in ("group", "channel"):
+        raise weights.refuse("strategy", "group, channel")
+    size = -1 if weights.get("strategy") == "channel" else weights.get("group_size")
+    if type(size) is not int or (size != -1 and (size < 1 or size % SIZES[-1])):
+        raise weights.refuse("group_size", f"-1 and multiples of {SIZES[-1]}")
+    weights.asked.add("group_size")
+    symmetric, ordered = weights.get("symmetric") is not False, weights.get("actorder") in ("group", True)
+    weights.only("actorder", ("group", "weight", "static", "dynamic", True, False), "group, weight")
+    weights.rest(_OF_WEIGHTS)
+    group.rest(set())
+    for key in ("sparsity_config", "transform_config"):  # {"format": "dense"}, {"config_groups": {}}: none
+        value = keys.get(key)
+        if not is_neutral(value) and not (
+            isinstance(value, Mapping)
+            and (value.get("format") == "dense" if key == "sparsity_config" else not any(value.values()))
+        ):
+            raise keys.refuse(key, "none")
+    keys.rest(_COMPRESSED)
+    return Scheme("compressed-tensors", bits, size, 0, symmetric, ordered)
