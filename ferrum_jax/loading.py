@@ -110,7 +110,7 @@ def load(
             return embedding
         config, places, tokenizer = check(checkpoint)
         config = dataclasses.replace(config, dtype=dtype)
-        beside = {name: read_adapter(directory, config) for name, directory in (adapters or {}).items()}
+        beside = {name: read_adapter(directory, config, checkpoint) for name, directory in (adapters or {}).items()}
         factors = [adapter.factors for adapter in beside.values()]
         if max_seq_len is not None and max_seq_len > config.context_length:
             raise ValueError(f"max_seq_len {max_seq_len} is beyond the model's context of {config.context_length} tokens")

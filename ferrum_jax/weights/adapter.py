@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import io
 import math
 import re
 from collections.abc import Mapping
@@ -26,6 +27,10 @@ from ferrum_jax.weights.huggingface import DECODER_NAMES
 from ferrum_jax.weights.json_file import read_object
 from ferrum_jax.weights.quantise import PLAIN, plain_numbers
 from ferrum_jax.weights.safetensors import parse_header
+from ferrum_jax.weights.source import ModelSource
+from ferrum_jax.weights.tensor_info import TensorInfo
+from ferrum_jax.weights.tied import same_numbers
+from ferrum_jax.weights.wrapped import innermost
 
 PROJECTIONS = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
 _CONFIG, _TENSORS, _PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -40,6 +45,11 @@ _HARMLESS = {
 _STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")  # of the factors alone
 _LARGEST = 2.0**64
 _FACTOR = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
+# Copies of the model's own matrices, and what the model may call each: the output that is tied is the embedding.
+_COPIES = {
+    "base_model.model.model.embed_tokens.weight": ("token_embd.weight",),
+    "base_model.model.lm_head.weight": ("output.weight", "token_embd.weight"),
+}
 _PLAIN_PATTERN = re.compile(r"\^?[\w.]+")
 
 
@@ -52,8 +62,9 @@ class Adapter:
     factors: Factors
 
 
-def read_adapter(path: str | Path, config: ModelConfig) -> Adapter:
-    """Reads a PEFT directory whose adapter is for a model of this configuration.
+def read_adapter(path: str | Path, config: ModelConfig, base: ModelSource | None = None) -> Adapter:
+    """Reads a PEFT directory whose adapter is for a model of this configuration. base: the open checkpoint; a copy of its
+    embedding or output matrix, which PEFT writes after a resize, is passed over where it is equal.
 
     Raises ModelNotFoundError where there is no directory, ModelFileError for whatever is damaged, missing or does not fit
     the model, UnsupportedModelError for what is not supported: other adapters than LoRA, other matrices than those of
@@ -63,7 +74,7 @@ def read_adapter(path: str | Path, config: ModelConfig) -> Adapter:
     if not path.is_dir():
         raise ModelNotFoundError(f"{path}: an adapter is a directory with {_CONFIG} and {_TENSORS}; there is none")
     settings = _settings(path)
-    raw, digest = _read(path, config, settings)
+    raw, digest = _read(path, config, settings, base)
     factors: dict[tuple[int, names.Path], tuple[np.ndarray, np.ndarray]] = {}
     for (layer, parameter, module), pair in raw.items():
         if missing := {"A", "B"} - pair.keys():
@@ -133,7 +144,9 @@ def _of_module(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
     return default
 
 
-def _read(path: Path, config: ModelConfig, settings: Mapping[str, Any]) -> tuple[dict[tuple, dict[str, np.ndarray]], str]:
+def _read(
+    path: Path, config: ModelConfig, settings: Mapping[str, Any], base: ModelSource | None
+) -> tuple[dict[tuple, dict[str, np.ndarray]], str]:
     """The factors by (layer, parameter path, module) and "A" or "B", as float32; and a digest."""
     file = path / _TENSORS
     try:
@@ -149,6 +162,9 @@ def _read(path: Path, config: ModelConfig, settings: Mapping[str, Any]) -> tuple
     digest = hashlib.blake2b(repr(sorted(settings.items())).encode(), digest_size=16)
     with opened:
         for name, info in sorted(parse_header(file, opened.fileno(), status.st_size).items()):
+            if base is not None and name in _COPIES:
+                _compare(opened, info, base)
+                continue
             layer, parameter, module, factor = _place(file, name, config)
             if info.format not in PLAIN:
                 raise UnsupportedModelError(f"{file}: tensor {name}: dtype {info.format} is not supported")
@@ -165,6 +181,26 @@ def _read(path: Path, config: ModelConfig, settings: Mapping[str, Any]) -> tuple
             digest.update(name.encode() + values.tobytes())
             found.setdefault((layer, parameter, module), {})[factor] = values
     return found, digest.hexdigest()
+
+
+def _compare(file: io.FileIO, copy: TensorInfo, base: ModelSource) -> None:
+    """Raises UnsupportedModelError unless `copy` in the adapter's file holds the numbers of the matrix of `base`."""
+    source = innermost(base)
+    name = next((name for name in _COPIES[copy.name] if name in source.tensors), None)
+    if name is None:
+        raise ModelFileError(f"{source.path}: tensor {source.own_name('token_embd.weight')}: is missing")
+    own = source.tensors[name]
+
+    def fill(info: TensorInfo, out: np.ndarray, start: int) -> None:
+        read_range(file, info, out, start)
+
+    if not same_numbers(copy, fill, own, source.read_into):
+        kind = "" if own.format in PLAIN else f", which is {own.format} and cannot be compared with a copy that is not"
+        raise UnsupportedModelError(
+            f"{copy.path}: tensor {copy.name}: {list(copy.shape)} differs from the model's {source.own_name(name)} "
+            f"{list(own.shape)}{kind}; "
+            "an adapter that changes the embedding or the output is not supported"
+        )
 
 
 def _place(file: Path, name: str, config: ModelConfig) -> tuple[int, names.Path, str, str]:

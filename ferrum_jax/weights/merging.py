@@ -29,7 +29,7 @@ class Merged(Wrapped):
         config = source.config()
         tensors = {LAYER[f"{stem}.weight"].path: stem for stem in PROJECTIONS}
         self._factors: dict[TensorInfo, tuple[np.ndarray, np.ndarray]] = {}
-        for (layer, parameter), (a, b) in read_adapter(path, config).factors.items():
+        for (layer, parameter), (a, b) in read_adapter(path, config, source).factors.items():
             name = f"blk.{layer}.{tensors[parameter]}.weight"
             info = source.tensors.get(name)
             if info is None:

@@ -261,6 +261,71 @@ def test_tensors_that_are_not_supported(change, said: str, adapter: Path, config
     refused(adapter, config, said, UnsupportedModelError)
 
 
+COPIES = {MODEL + "embed_tokens.weight": "model.embed_tokens.weight", "base_model.model.lm_head.weight": "lm_head.weight"}
+
+
+def with_copies(adapter: Path, base: Path, change=lambda raw: raw, dtype: str = "BF16") -> Path:
+    """Copies of the base's embedding and output as PEFT's save_embedding_layers writes them, after a resize by itself."""
+    kept: dict = {}
+    edit_tensors(base / "model.safetensors", kept.update)
+
+    def add(tensors: dict) -> None:
+        for name, own in COPIES.items():
+            entry = kept.get(own, kept["model.embed_tokens.weight"])
+            values = tiny_directories.from_bytes(entry[2], entry[0])
+            tensors[name] = change((dtype, entry[1], tiny_directories.to_bytes(values, dtype)))
+
+    edit_tensors(adapter / TENSORS, add)
+    return adapter
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F32"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_copy_of_the_models_own_matrices_is_passed_over(tied: bool, dtype: str, adapter: Path, tmp_path: Path) -> None:
+    """Equal copies change nothing: applied and merged, the numbers are those of the adapter without them."""
+    base = write_directory(dataclasses.replace(LLAMA, tied=tied), tmp_path / "base")
+    for option in (lambda: {"adapters": {"it": adapter}}, lambda: {"merge_adapter": adapter}):
+        name = {"adapter": "it"} if "adapters" in option() else {}
+        before = fj.load(base, dtype="float32", **option()).logits([[5, 6, 7]], **name)
+        with_copies(adapter, base, dtype=dtype)
+        after = fj.load(base, dtype="float32", **option()).logits([[5, 6, 7]], **name)
+        assert (before[0] == after[0]).all()
+        edit_tensors(adapter / TENSORS, lambda t: [t.pop(copy) for copy in COPIES])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda entry: (*entry[:2], entry[2][:-2] + bytes([entry[2][-2] ^ 1]) + entry[2][-1:]),
+        lambda entry: (entry[0], (321, 64), entry[2] + bytes(128)),
+        lambda entry: (entry[0], (319, 64), entry[2][:-128]),
+        lambda entry: ("F16", entry[1], entry[2]),
+    ],
+    ids=["one bit", "a row more", "a row less", "other dtype"],
+)
+def test_a_copy_that_differs_is_refused_by_name(change, adapter: Path, model: Path) -> None:
+    with_copies(adapter, model, change)
+    for keep in COPIES:
+        edit_tensors(adapter / TENSORS, lambda t, keep=keep: [t.pop(copy) for copy in COPIES if copy != keep])
+        for option in ({"adapters": {"it": adapter}}, {"merge_adapter": adapter}):
+            with pytest.raises(
+                UnsupportedModelError, match=rf"adapter_model\.safetensors: tensor {keep}: .*differs from the model's"
+            ):
+                fj.load(model, **option)
+        edit_tensors(adapter / TENSORS, lambda t: [t.pop(copy, None) for copy in COPIES])
+        with_copies(adapter, model, change)
+
+
+def test_a_copy_beside_blocks_cannot_be_compared(adapter: Path, model: Path, tmp_path: Path) -> None:
+    from ferrum_jax.convert import convert
+
+    blocks = convert(model, tmp_path / "blocks.gguf", to="gguf", quantize="q8_0")
+    with_copies(adapter, model)
+    with pytest.raises(UnsupportedModelError, match=r"which is Q8_0 and cannot be compared"):
+        fj.load(blocks, adapters={"it": adapter})
+    fj.load(model, quantize="q8_0", adapters={"it": adapter})
+
+
 @pytest.mark.parametrize(
     ("module", "said", "kind"),
     [
