@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ferrum_jax.cli import common
+from ferrum_jax.chat import variables
+from ferrum_jax.cli.output import harmless, print_facts
 from ferrum_jax.cli.terminal import say
 from ferrum_jax.units import readable_bytes
 
@@ -171,19 +171,12 @@ def _names(chat: Chat) -> list[str]:
 
 
 def _switches(chat: Chat) -> list[str]:
-    """The variables that the chat template reads beside those that every template has."""
-    import jinja2
-    from jinja2 import meta
-    from jinja2.ext import loopcontrols
-
-    written = re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", chat.conversation.model.tokenizer.chat_template or "")
-    environment = jinja2.Environment(extensions=[loopcontrols])
-    found = meta.find_undeclared_variables(environment.parse(written))
-    return sorted(found - _GIVEN - environment.globals.keys())
+    """The variables that the chat template reads next to those that every template has."""
+    return sorted(variables(chat.conversation.model.tokenizer.chat_template or "") - _GIVEN)
 
 
 def _show(chat: Chat, _argument: str) -> None:
-    common.print_table((name, common.harmless(value)) for name, value in _facts(chat))
+    print_facts((name, harmless(value)) for name, value in _facts(chat))
 
 
 def _facts(chat: Chat) -> Iterator[tuple[str, str]]:
@@ -207,7 +200,7 @@ def _facts(chat: Chat) -> Iterator[tuple[str, str]]:
 
 
 def _help(_chat: Chat, _argument: str) -> None:
-    common.print_table((f"{name} {command.argument}", command.help) for name, command in COMMANDS.items())
+    print_facts((f"{name} {command.argument}", command.help) for name, command in COMMANDS.items())
     say(_KEYS)
 
 

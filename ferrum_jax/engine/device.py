@@ -23,7 +23,6 @@ from ferrum_jax.kv_cache import KVCache, bytes_per_token, new_cache
 from ferrum_jax.runtime import Runtime
 from ferrum_jax.sampling import Sampling
 from ferrum_jax.sampling_params import MAX_BIAS, SamplingParams
-from ferrum_jax.shapes import by_fours
 from ferrum_jax.units import readable_bytes
 from pallas_kernels.dispatch import target_of
 
@@ -67,11 +66,12 @@ class Device:
         while sizes[-1] < self.num_pages:
             sizes.append(min(4 * sizes[-1], self.num_pages))
         names: list[Bucket | str] = ["copy", *self.buckets()]
-        return [("admit", self.pages), *((name, pages) for pages in sizes for name in names)]
+        growth = [("grow", pages) for pages in sizes[:-1]]
+        return [("admit", self.pages), *((name, pages) for pages in sizes for name in names), *growth]
 
     def compile(self, bucket: Bucket | str, pages: int | None = None) -> Callable:
-        """The program of a bucket, or "admit" or "copy", for a cache of so many pages (None: as it is), compiled where it
-        is not yet; safe in any thread."""
+        """The program of a bucket, or "admit", "copy" or "grow", for a cache of so many pages (None: as it is), compiled
+        where it is not yet; safe in any thread."""
         pages = pages or self.pages
         key = bucket, 0 if bucket == "admit" else pages
         with self._guard:
@@ -148,12 +148,11 @@ class Device:
 
     def _grow(self, pages: int) -> None:
         """Sees to it that the cache has so many pages: 4, 16, ... times those it began with."""
-        if pages <= self.pages:
-            return
-        size = min(by_fours(pages, self.pages), self.num_pages)
-        with self._room(size):
-            self.cache = self.model.programs.run(steps.grow, self.cache, pages=size)
-        self.pages = size
+        while self.pages < pages:
+            size = min(4 * self.pages, self.num_pages)
+            with self._room(size):
+                self.cache = self.compile("grow")(self.cache)
+            self.pages = size
 
     @contextlib.contextmanager
     def _room(self, pages: int) -> Iterator[None]:
@@ -184,6 +183,8 @@ class Device:
             return programs.get(steps.admit, slots, jax.eval_shape(self._example), donate=(0,))
         if bucket == "copy":
             return programs.get(steps.copy_pages, cache, *(np.zeros(_COPIES, np.int32),) * 2, donate=(0,))
+        if bucket == "grow":
+            return programs.get(steps.grow, cache, pages=min(4 * pages, self.num_pages))
         assert isinstance(bucket, Bucket)
         number = np.zeros(bucket.rows, np.int32)
         rows = number, np.zeros((bucket.rows, self.pages_a_sequence), np.int32), number

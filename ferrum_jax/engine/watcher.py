@@ -1,4 +1,5 @@
-"""Following one sequence: tokens in, the text that goes on from its prompt out, until an end token, a stop string or the limit."""
+"""One sequence followed: tokens in, the text that goes on from its prompt out, until an end token, a stop string or the
+limit."""
 
 from __future__ import annotations
 
