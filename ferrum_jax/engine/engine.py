@@ -32,12 +32,18 @@ from ferrum_jax.sampling_params import MAX_BIAS, SamplingParams
 
 
 class Engine(Core):
-    """Runs requests of one model together. Errors: ValueError for a request that can never be run, OutOfMemoryError where
-    the KV cache does not fit. `config`: an EngineConfig, or a dict of its fields.
+    """Runs requests of one model together.
 
     `with Engine(model) as engine:` compiles and serves in the background, and logs its shapes and how far it has compiled
-    (logger "ferrum_jax.engine.engine", level INFO). Without, whoever waits for a request drives the
-    engine, or calls `step` or `run`. All methods may be called from any thread, and interrupted at any moment.
+    (logger "ferrum_jax.engine.engine", level INFO). Without, the thread that waits for a request drives the engine, or one
+    that calls `step` or `run`. All methods may be called from any thread, and interrupted at any moment.
+
+    Args:
+      model: as `ferrum_jax.load` gives it.
+      config: an EngineConfig, or a dict of its fields.
+
+    Raises:
+      OutOfMemoryError: where the KV cache does not fit.
     """
 
     def __init__(self, model: Prompts, config: EngineConfig | Mapping[str, Any] = EngineConfig()):
@@ -73,16 +79,30 @@ class Engine(Core):
     def submit(
         self, prompt: Prompt | list[dict], params: SamplingParams = SamplingParams(), adapter: str | None = None
     ) -> Request:
-        """A request for a text, a list of token ids or a conversation (a list of messages); `adapter`: the name of one that
-        the model was loaded with. ValueError for a prompt that is empty or too long, for parameters that cannot be met, for
-        an unknown adapter, and for a request that needs more pages than there are."""
+        """A request for one prompt, which waits until the engine takes it up.
+
+        Args:
+          prompt: a text, a list of token ids or a conversation (a list of messages).
+          params: how to go on.
+          adapter: the name of a LoRA adapter that the model was loaded with; None: the model alone.
+
+        Raises:
+          ValueError: for a prompt that is empty or too long, for parameters that cannot be met, for an unknown adapter, and
+            for a request that needs more pages than there are.
+        """
         is_chat = isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], dict)
         tokens = self.model.encode_chat(prompt) if is_chat else self.model.encode(prompt)  # type: ignore[arg-type]
         return self._submit(tokens, params, adapter)
 
     def abort(self, request: Request) -> None:
-        """Ends a request and its choices with finish_reason "abort"; nothing happens to those that are finished. ValueError
-        for a request of another engine."""
+        """Ends a request and its choices with finish_reason "abort"; nothing happens to those that are finished.
+
+        Args:
+          request: of this engine.
+
+        Raises:
+          ValueError: for a request of another engine.
+        """
         if self._desk.ending.is_set():  # a stream that the interpreter's end finds open: modules may be gone
             return
         self._own(request)
@@ -93,8 +113,13 @@ class Engine(Core):
         self._do(self._forget)
 
     def snapshot(self, request: Request, path: str | Path) -> None:
-        """Writes a request, its text, its parameters and its KV pages, as an orbax checkpoint into the directory `path`,
-        which must not exist. The request goes on. Where this is interrupted, the directory is taken away again."""
+        """Writes a request, its text, its parameters and its KV pages, as an orbax checkpoint. The request goes on. Where
+        this is interrupted, the directory is taken away again.
+
+        Args:
+          request: of this engine.
+          path: a directory that does not exist yet.
+        """
         self._own(request)
         path = snapshot.free(Path(path))
         facts, content = self._driver.call(partial(self._read, request))
@@ -103,8 +128,15 @@ class Engine(Core):
 
     def restore(self, path: str | Path) -> Request:
         """The request that `snapshot` wrote, ready to go on with the same tokens as if nothing had been: its full pages are
-        put into the prefix cache, where it finds them. ModelFileError for a directory that is none or is damaged,
-        ValueError for one of another model, and for a request that does not fit into this engine."""
+        put into the prefix cache, where it finds them.
+
+        Args:
+          path: the directory of the snapshot.
+
+        Raises:
+          ModelFileError: for a directory that is not a snapshot, or is damaged.
+          ValueError: for a snapshot of another model, and for a request that does not fit into this engine.
+        """
         path, vocab = Path(path).absolute(), self.model.config.vocab_size
         saved = self._files.call(lambda: snapshot.load(path, self.identity, vocab, self._device._abstract_cache()))
         text = [*saved.prompt, *saved.output]
@@ -137,8 +169,11 @@ class Engine(Core):
             pass
 
     def warm_up(self, progress: Callable[[int, int, str], None] | None = None) -> None:
-        """Compiles whatever may be needed; then nothing compiles while serving. progress: called with (programs ready, in
-        all, what comes next)."""
+        """Compiles whatever may be needed; then nothing compiles while serving.
+
+        Args:
+          progress: called with programs that are ready, programs in all, and what comes next.
+        """
         programs = self._device.programs()
         for number, (name, pages) in enumerate(programs):
             self.warmed_up = number, len(programs)

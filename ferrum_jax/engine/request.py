@@ -44,13 +44,15 @@ class Output(NamedTuple):
 
 
 class Request:
-    """Made by `Engine.submit`. `id`: a number of its own; `params`: its parameters; `adapter`: the name of its adapter or
-    None; `choices`: with n > 1 all requests that were made of it, itself first; `error`: what went wrong, where
-    finish_reason is "error".
+    """Made by `Engine.submit`. Iterating, also asynchronously, gives each `Output` once and ends with the request; where no
+    background loop runs, it drives the engine.
 
-    Iterating gives each `Output` once and ends with the request; where no background loop runs, it drives the engine. After
-    an interrupt a new loop goes on with the next one; what a loop's body had in hand by then is in `text` and `token_ids`,
-    which are always whole.
+    Attributes:
+      id (int): a number within the engine.
+      params (SamplingParams): its parameters.
+      adapter (str | None): the name of its adapter.
+      choices (list[Request]): with n > 1 all requests that were made of it, itself first.
+      error (str): what went wrong, where finish_reason is "error".
     """
 
     def __init__(
@@ -154,8 +156,12 @@ class Request:
         return [choice.result() for choice in self.choices]
 
     def fork(self, params: SamplingParams | None = None) -> Request:
-        """A request that goes on from what there is by now, prompt and output, as its prompt. It shares the pages, so
-        nothing is computed again; `params`: this request's, where they are not given."""
+        """A request that goes on from what there is by now, prompt and output, as its prompt. It shares the pages, so nothing
+        is computed again.
+
+        Args:
+          params: how to go on; None: as this request.
+        """
         return self._engine._fork(self, params or self.params)
 
     # Inside
