@@ -20,10 +20,14 @@ from ferrum_jax.config import ModelConfig
 from ferrum_jax.encoder_config import EncoderConfig
 from ferrum_jax.errors import ModelFileError
 from ferrum_jax.quantized import LayerStack, QuantizedTensor
+from ferrum_jax.weights.block_scales import read_blocks
+from ferrum_jax.weights.gguf import GGUFFile
 from ferrum_jax.weights.names import Parameters, Path, kept_format, kind_of
 from ferrum_jax.weights.orbax import OrbaxCheckpoint
+from ferrum_jax.weights.quantise import Quantised
 from ferrum_jax.weights.source import ModelSource
 from ferrum_jax.weights.tensor_info import TensorInfo
+from ferrum_jax.weights.wrapped import innermost
 from pallas_kernels.blocks import format_of
 from pallas_kernels.blocks.layouts import LAYOUTS, choose
 from pallas_kernels.blocks.ordered import SUFFIX
@@ -153,6 +157,8 @@ class _Reader:
             place[...] = _plain_numbers(self.source.read(tensor), tensor.format)
             if not np.isfinite(place).all() or (path == ("rope_factors",) and (place <= 0).any()):
                 raise ModelFileError(f"{self.source.path}: tensor {tensor.name}: holds values that no model can have")
+        elif isinstance(innermost(self.source), GGUFFile) and not isinstance(self.source, Quantised):
+            read_blocks(self.source, tensor, place.reshape(-1).view(np.uint8))
         else:
             self.source.read_into(tensor, place.reshape(-1).view(np.uint8))
         if path in ROTATED and self.source.interleaved and isinstance(self.config, ModelConfig):
