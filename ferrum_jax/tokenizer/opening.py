@@ -14,7 +14,7 @@ from ferrum_jax.tokenizer.wordpiece import WordPieceTokenizer
 def tokenizer_of_gguf(metadata: Mapping[str, object], source: str = "") -> Tokenizer:
     """The tokenizer that the metadata of a GGUF file describe: WordPiece (model "bert") or BPE. Raises as
     `Tokenizer.from_gguf`."""
-    kind = WordPieceTokenizer if metadata.get(PREFIX + "model") == "bert" else Tokenizer
+    kind = WordPieceTokenizer if str(metadata.get(PREFIX + "model")) == "bert" else Tokenizer
     return kind.from_gguf(metadata, source)
 
 

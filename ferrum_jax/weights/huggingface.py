@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -360,6 +361,7 @@ class _Layout:
         packed = {suffix: info for suffix, info in tensors.items() if suffix in SUFFIXES}
         for suffix, info in tensors.items():
             if suffix in packed or names.ignored.fullmatch(info.name):
+                self._check_positions(info)
                 continue
             if not stem or suffix not in ("weight", "bias") or (suffix == "weight" and packed):
                 raise self._error(info.name, f"is unknown in a {self.config.model_class}")
@@ -393,6 +395,14 @@ class _Layout:
                 for i, name in enumerate(names):
                     start = (number * len(names) + i) * nbytes
                     yield f"{layer}{name}.weight", number, Slice(info, (rows // len(names), columns), start, nbytes)
+
+    def _check_positions(self, info: TensorInfo) -> None:
+        """The buffer `position_ids` is passed over: it must be 0, 1, 2, ... (That of rotary frequencies need not be what
+        config.json says: transformers takes no notice of it.)"""
+        if info.name.endswith(".position_ids") and not self.directory._header_only:
+            kind = {"I64": "<i8", "I32": "<i4"}.get(info.format)
+            if kind is None or (self.directory._raw(info).view(kind) != np.arange(math.prod(info.shape))).any():
+                raise self._error(info.name, "is not 0, 1, 2, ...: other positions are not supported")
 
     def _is_no_bias(self, stem: str, number: int, info: TensorInfo, packed: bool) -> bool:
         """Whether this is a bias of zeros that a quantiser has added to a matrix that has none."""

@@ -33,6 +33,9 @@ INTEGERS = (
 )
 
 
+PER_LAYER = ("attention.head_count", "attention.head_count_kv", "feed_forward_length")  # llama.cpp takes arrays of these alone
+
+
 @pytest.fixture(scope="module")
 def header(tmp_path_factory: pytest.TempPathFactory) -> GGUFFile:
     with open_gguf(write_tiny_llama(tmp_path_factory.mktemp("gguf") / "model.gguf")) as file:
@@ -74,6 +77,7 @@ def test_types_of_integers_in_gguf(key: str, header: GGUFFile) -> None:
         with pytest.raises(fj.ModelFileError, match=rf"model\.gguf: key llama\.{key}: ") as caught:
             configured(header, **{key: value})
         assert "\n" not in str(caught.value)
+        assert not isinstance(value, np.ndarray) or key in PER_LAYER or "must be an integer, not an array" in str(caught.value)
 
 
 @pytest.mark.parametrize("key", [*NUMBERS, "rope.scaling.type", "attention.causal"])

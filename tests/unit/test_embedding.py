@@ -241,6 +241,12 @@ DAMAGES = {
     ),
     "modules": (lambda path: (path / "modules.json").write_text("{}"), "must be a JSON array"),
     "length": (lambda path: (path / "sentence_bert_config.json").write_text('{"max_seq_length": 0}'), "key max_seq_length"),
+    "positions of a buffer": (
+        change_tensors(
+            lambda entries: entries.__setitem__("embeddings.position_ids", ("I64", (1, 2), bytes(8) + b"\x02" + bytes(7)))
+        ),
+        "embeddings.position_ids: is not 0, 1, 2, ...: other",
+    ),
     "no weight": (change_tensors(lambda entries: entries.pop(f"{QUERY}.weight")), f"tensor {QUERY}.weight: is missing"),
     "no bias": (change_tensors(lambda entries: entries.pop(f"{QUERY}.bias")), f"tensor {QUERY}.bias: is missing"),
     "unknown tensor": (rename(f"{QUERY}.bias", "cls.bias"), "tensor cls.bias: is unknown in a BertModel"),

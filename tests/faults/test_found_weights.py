@@ -1,0 +1,140 @@
+"""Faults of what is read from checkpoints, each put back into our own source: its guard has to notice."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import test_adapter_files as adapters
+import test_block_scales as block_scales
+import test_config_numbers as numbers
+import test_directory_config as directory_config
+import test_schemes as schemes
+import test_tied as tied
+from directories import LLAMA, tiny_directories, write
+from patching import Fault, applied
+from tiny_gguf import write_tiny_llama
+
+from ferrum_jax import config, config_json
+from ferrum_jax.errors import FerrumError
+from ferrum_jax.weights import adapter, huggingface, packed
+from ferrum_jax.weights import block_scales as reading
+from ferrum_jax.weights import schemes as headers
+from ferrum_jax.weights.gguf import open_gguf
+from ferrum_jax.weights.tied import same_numbers
+
+
+def in_folder(test: Callable, *arguments) -> Callable[[], None]:
+    """The test with a folder of its own."""
+
+    def guard() -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            test(*arguments, Path(folder))
+
+    return guard
+
+
+def one_bit_of_the_output(folder: Path) -> None:
+    path = tied.directory(folder / "model", lambda t: t.update({tied.HEAD: tied.one_bit(t[tied.EMBEDDING])}))
+    assert tied.stored(path)
+
+
+def a_copy_that_differs(folder: Path) -> None:
+    model = write(LLAMA, folder / "model")
+    adapters.tiny_adapters.write(adapters.PLAIN, folder / "adapter")
+
+    def change(entry: tuple) -> tuple:
+        return entry[0], entry[1], tiny_directories.to_bytes(tiny_directories.from_bytes(entry[2], entry[0]) * 2, entry[0])
+
+    adapters.test_a_copy_that_differs_is_refused_by_name(change, folder / "adapter", model)
+
+
+def an_array_of_counts(folder: Path) -> None:
+    with open_gguf(write_tiny_llama(folder / "model.gguf")) as header:
+        numbers.test_types_of_integers_in_gguf("context_length", header)
+
+
+FAULTS = {
+    "3-tied": Fault(
+        "an output of its own is dropped where config.json ties",
+        huggingface._Layout._tie,
+        "elif self.directory._header_only:",
+        "elif True:",
+        in_folder(tied.test_in_parts),
+    ),
+    "3-bits": Fault(
+        "matrices of one shape are the same",
+        same_numbers,
+        "if not (one == other).all():",
+        "if False:",
+        in_folder(one_bit_of_the_output),
+    ),
+    "3-adapter": Fault(
+        "an adapter's copy is passed over without a look",
+        adapter._compare,
+        "if not same_numbers(",
+        "if False and not same_numbers(",
+        in_folder(a_copy_that_differs),
+    ),
+    "5-zeros": Fault(
+        "the header says how zero points are stored",
+        packed.packed_matrix,
+        "points.min() == points.max()",
+        "False",
+        in_folder(schemes.test_symmetric_zero_points_are_what_is_stored, "gptq_v2", 4, {}),
+    ),
+    "5-keys": Fault(
+        "unknown keys of a quantization_config are ignored",
+        headers._Fields.rest,
+        'self.refuse_unread("{} is not supported")',
+        "pass",
+        lambda: schemes.test_keys_that_change_the_numbers_are_refused(schemes.GPTQ | {"rotation": "h"}, "rotation: 'h'"),
+    ),
+    "9-fields": Fault(
+        "a key counts whether or not the class has it",
+        config_json.read_config,
+        "if key in FIELDS[family.model_type]}",
+        "}",
+        lambda: directory_config.test_a_key_that_is_no_field_of_the_class_changes_nothing("llama"),
+    ),
+    "9-unread": Fault(
+        "a field that nothing reads is ignored",
+        config.Keys.refuse_unread,
+        "and not is_neutral(value):",
+        "and False:",
+        lambda: directory_config.test_a_feature_that_is_not_there_is_named(
+            {"attention_chunk_size": 64}, "attention_chunk_size: 64 is not supported"
+        ),
+    ),
+    "2-numbers": Fault(
+        "a number has no upper bound",
+        config.Keys.number,
+        " and value <= high",
+        "",
+        lambda: numbers.test_numbers_of_json({"rope_theta": 1e30}, "rope_theta"),
+    ),
+    "2-scales": Fault(
+        "a block's scale may be infinite",
+        reading.read_blocks,
+        "if exponents.max() == _EXPONENT:",
+        "if False:",
+        in_folder(block_scales.test_every_half_of_a_block, "Q4_K"),
+    ),
+    "14-arrays": Fault(
+        "any count may be an array",
+        config.Keys.integer,
+        " and key in _PER_LAYER",
+        "",
+        in_folder(an_array_of_counts),
+    ),
+}
+
+
+@pytest.mark.parametrize("number", FAULTS)
+def test_every_fault_is_noticed(number: str) -> None:
+    fault = FAULTS[number]
+    fault.guard()
+    with applied(fault), pytest.raises((AssertionError, pytest.fail.Exception, FerrumError)):
+        fault.guard()
