@@ -107,11 +107,12 @@ def _checked(facts: dict[str, Any], vocab: int) -> Saved:
     if len(output) > params.max_tokens - (reason is None):
         raise ValueError(f"output has {len(output)} tokens where max_tokens is {params.max_tokens}")
     logprobs = _pairs("logprobs", facts["logprobs"], params.logprobs, range(len(output), len(output) + 1), vocab)
-    wanted = params.prompt_logprobs
-    if wanted is not None and (not isinstance(facts["prompt_logprobs"], list) or facts["prompt_logprobs"][:1] != [None]):
-        raise ValueError("prompt_logprobs must be a list that begins with null")
-    rows = None if wanted is None else facts["prompt_logprobs"][1:]
-    prompt_logprobs = _pairs("prompt_logprobs", rows, wanted, range(len(prompt)), vocab)
+    rows = facts["prompt_logprobs"]
+    if params.prompt_logprobs is not None:
+        if not isinstance(rows, list) or rows[:1] != [None]:
+            raise ValueError("prompt_logprobs must be a list that begins with null")
+        rows = rows[1:]
+    prompt_logprobs = _pairs("prompt_logprobs", rows, params.prompt_logprobs, range(len(prompt)), vocab)
     if prompt_logprobs is not None:
         prompt_logprobs = [None, *prompt_logprobs]
     return Saved(params, facts["seed"], facts["adapter"], prompt, output, logprobs, prompt_logprobs, reason, None)

@@ -196,6 +196,9 @@ def test_the_context_ends_a_request(model, engine):
         ([], GREEDY, "empty prompt"),
         ("", GREEDY, "empty prompt"),
         ([64], GREEDY, "out of range"),
+        ([5, True], GREEDY, "integers, not True or False"),
+        ([5], None, "params must be SamplingParams, not NoneType"),
+        ([5], {"max_tokens": 4}, "params must be SamplingParams, not dict"),
         ([1] * 128, GREEDY, "no room in a context of 128"),
         ([1] * 60, dataclasses.replace(GREEDY, max_tokens=60), "needs 15 pages of 8 tokens; the engine has 12"),
         ([1], dataclasses.replace(GREEDY, logit_bias={64: 1.0}), "token id 64 is out of range"),
@@ -218,6 +221,15 @@ def test_configurations_that_cannot_be(field, value):
         fj.EngineConfig(**{field: value})
     with pytest.raises(ValueError, match="int3"):
         fj.EngineConfig(kv_dtype="int3")
+
+
+def test_a_configuration_as_a_dict(model):
+    assert fj.Engine(model, {"page_size": 8, "num_pages": 4}).config == fj.EngineConfig(page_size=8, num_pages=4)
+    for config, message in (({"max_rows": 4}, "no field 'max_rows'; its fields are page_size"), (None, "not NoneType")):
+        with pytest.raises(ValueError, match=message):
+            fj.Engine(model, config)
+    with pytest.raises(ValueError, match=r"EngineConfig\.max_seqs must be"):
+        fj.Engine(model, {"max_seqs": 0})
 
 
 def test_aborts_in_every_state(model, engine):

@@ -244,6 +244,34 @@ def test_an_interrupted_task_leaves_the_request_to_the_next():
     check(engine)
 
 
+def test_an_interrupt_between_taking_in_and_handing_out_loses_nothing():
+    engine, main = stand_in(), threading.main_thread().ident
+    params = fj.SamplingParams(max_tokens=8, ignore_eos=True, seed=0)
+    request = engine.submit([1, 2, 3], params)
+    take = request._watcher.take
+
+    def interrupted(*args):
+        found = take(*args)
+        signal.pthread_kill(main, signal.SIGINT)
+        time.sleep(0.02)  # the caller meets it now
+        return found
+
+    request._watcher.take = interrupted
+    while request.state != "finished":
+        with contextlib.suppress(KeyboardInterrupt):
+            engine.step()
+    right = expected([1, 2, 3], params, 0, 60).token_ids
+    assert request.token_ids == right == [id for output in request for id in output.token_ids]
+
+
+def test_a_loop_that_is_left_loses_no_output():
+    engine = stand_in()
+    request = engine.submit([1, 2, 3], fj.SamplingParams(max_tokens=20, ignore_eos=True, seed=0))
+    engine.run()
+    first = next(iter(request))
+    assert [id for output in (first, *request) for id in output.token_ids] == request.token_ids
+
+
 def test_what_is_interrupted_is_done_or_taken_back():
     engine = stand_in()
     request = engine.submit([1, 2], fj.SamplingParams(n=2))

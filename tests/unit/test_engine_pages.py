@@ -4,6 +4,9 @@ computes anything: tests/faults calls them too."""
 import asyncio
 import contextlib
 import hashlib
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +17,7 @@ from ferrum_jax.engine import EngineConfig
 from ferrum_jax.engine.pages import PagePool
 from ferrum_jax.engine.scheduler import Scheduler
 from ferrum_jax.engine.sequence import Sequence
+from ferrum_jax.prompts import Prompts
 
 GREEDY = fj.SamplingParams(max_tokens=6, ignore_eos=True, seed=0)
 
@@ -501,3 +505,81 @@ def test_a_reader_whose_event_loop_is_closed_harms_nobody():
     asyncio.run(read_for_a_moment())
     engine.serving = False
     answers(engine, request)
+
+
+# ---- what is wrong with one request
+
+
+def beside(engine, spoil):
+    """Three requests, of which `spoil` changes the first before anything runs: the others must not notice."""
+    first, *others = [engine.submit([1, 2, 3, 4, i], GREEDY) for i in range(3)]
+    spoil(first)
+    answers(engine, *others)
+    check(engine)
+    return first
+
+
+def test_a_poisoned_request_at_the_head_of_the_queue_ends_alone():
+    def spoil(request):
+        request._sequence.tokens[1] = 2**40  # no int32
+
+    first = beside(engine_of(), spoil)
+    assert first.finish_reason == "error" and "OverflowError" in first.error
+
+
+def test_a_request_that_can_never_fit_ends_alone():
+    def spoil(request):
+        request._sequence.tokens += [1] * 100
+
+    first = beside(engine_of(context=200), spoil)
+    assert first.finish_reason == "error" and "105 tokens do not fit into 12 pages" in first.error
+
+
+def test_tokens_that_cannot_be_taken_in_end_their_request_alone():
+    def spoil(request):
+        request._watcher._decoder = None
+
+    first = beside(engine_of(), spoil)
+    assert first.finish_reason == "error" and "AttributeError" in first.error
+
+
+def test_booleans_are_no_token_ids():
+    model = SimpleNamespace(max_seq_len=9, config=Model().config)
+    assert Prompts.checked(model, [[1, np.int64(2)]]) == [[1, 2]]
+    for ids in ([1, True], [False], np.asarray([True])):
+        with pytest.raises(ValueError, match="token ids must be integers"):
+            Prompts.checked(model, [ids])
+
+
+def test_a_request_of_another_engine_is_refused():
+    ours, theirs = engine_of(), engine_of()
+    request = theirs.submit([1, 2], GREEDY)
+    for use_it in (ours.abort, lambda request: ours.snapshot(request, "nowhere")):
+        with pytest.raises(ValueError, match="of another engine"):
+            use_it(request)
+        with pytest.raises(ValueError, match="expected a Request"):
+            use_it(None)
+    answers(theirs, request)
+
+
+def test_a_restore_that_fails_leaves_no_page_behind():
+    with tempfile.TemporaryDirectory() as folder:
+        engine, path = engine_of(), Path(folder) / "snapshot"
+        origin = engine.submit([1, 2, 3, 4, 5, 1, 2, 3, 4], GREEDY)
+        step(engine)
+        step(engine)
+        engine.snapshot(origin, path)
+        other = engine_of()
+        running = other.submit([5, 5, 5, 5, 5], GREEDY)
+        step(other)
+        write = other._device.write_pages
+        other._device.write_pages = None
+        with pytest.raises(TypeError):
+            other.restore(path)
+        check(other)
+        other._device.write_pages = write
+        copy = other.restore(path)
+        check(other)
+        answers(other, running)
+        answers(engine, origin)
+        assert copy.result() == origin.result() and other.metrics()["prefix_hit_pages"] == 2

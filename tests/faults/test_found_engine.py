@@ -1,0 +1,85 @@
+"""Faults that users' interrupts, damaged snapshots and foreign requests have found in the engine."""
+
+import pytest
+import test_engine_interrupts as interrupts
+import test_engine_pages as pages
+from patching import Fault, applied
+
+from ferrum_jax.engine.engine import Engine
+from ferrum_jax.engine.request import Request
+from ferrum_jax.engine.scheduler import Scheduler
+from ferrum_jax.engine.worker import Worker
+from ferrum_jax.prompts import Prompts
+
+FAULTS = {
+    "caller": Fault(
+        "the caller's thread does the work, where an interrupt cuts it short",
+        Worker.call,
+        "if _ending.is_set():",
+        "if True:",
+        interrupts.test_an_interrupt_between_taking_in_and_handing_out_loses_nothing,
+    ),
+    "undone": Fault(
+        "a request whose submission was interrupted stays",
+        Worker.call,
+        "if undo is not None:",
+        "if False:",
+        interrupts.test_what_is_interrupted_is_done_or_taken_back,
+    ),
+    "once": Fault(
+        "an output that a reader was about to get is lost",
+        Request.__iter__,
+        "yield from iter(self._outputs.popleft, None)",
+        "yield from [self._outputs.popleft() for _ in range(len(self._outputs))]",
+        interrupts.test_a_loop_that_is_left_loses_no_output,
+    ),
+    "restore": Fault(
+        "a restore that fails keeps its pages",
+        Engine._fill_prefix_cache,
+        "self._start_over()",
+        "pass",
+        pages.test_a_restore_that_fails_leaves_no_page_behind,
+    ),
+    "head": Fault(
+        "an error that one request brings stops the queue",
+        Engine._step,
+        "return self._fail({self._scheduler.current.owner: error})",
+        "raise",
+        pages.test_a_poisoned_request_at_the_head_of_the_queue_ends_alone,
+    ),
+    "too large": Fault(
+        "what never fits waits for ever",
+        Scheduler._prompts,
+        "if not self.running:",
+        "if False:",
+        pages.test_a_request_that_can_never_fit_ends_alone,
+    ),
+    "taken in": Fault(
+        "tokens that cannot be taken in stop all others",
+        Engine._take_in,
+        "errors[row.sequence.owner] = error",
+        "raise",
+        pages.test_tokens_that_cannot_be_taken_in_end_their_request_alone,
+    ),
+    "foreign": Fault(
+        "a request of another engine is ended in this one's pages",
+        Engine._own,
+        "if request._engine is not self:",
+        "if False:",
+        pages.test_a_request_of_another_engine_is_refused,
+    ),
+    "booleans": Fault(
+        "True is a token id",
+        Prompts.checked,
+        "if any(bool in map(type, ids) for ids in batch):",
+        "if False:",
+        pages.test_booleans_are_no_token_ids,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_the_guard_notices(name):
+    with applied(FAULTS[name]), pytest.raises((AssertionError, pytest.fail.Exception)):
+        FAULTS[name].guard()
+    FAULTS[name].guard()
