@@ -321,6 +321,16 @@ def test_the_threads_end_with_their_engine():
     assert alive.acquire(timeout=10)
 
 
+def test_a_finalizer_in_a_thread_of_the_engine_waits_for_nothing():
+    """The garbage collector may end a stream anywhere, in the middle of short work under the lock too."""
+    engine = stand_in()
+    first, second = (engine.submit([1, 2], fj.SamplingParams(seed=0)) for _ in range(2))
+    engine._driver.call(lambda: engine.abort(first))
+    assert first.state == "finished"
+    engine._do(engine.abort, second)
+    assert engine.metrics()["requests_waiting"] == 0 and second.state == "finished"
+
+
 def test_an_error_and_a_context_pass_through_a_thread():
     doing = Worker("one of a test")
     with pytest.raises(ZeroDivisionError):

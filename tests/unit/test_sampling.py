@@ -105,7 +105,7 @@ def test_parameters_are_normalised():
     ("field", "value"),
     [
         ("presence_penalty", 2.5), ("frequency_penalty", -3), ("frequency_penalty", float("nan")), ("min_tokens", -1),
-        ("min_tokens", 17), ("n", 0), ("n", True), ("bad_words", [""]), ("bad_words", 3), ("logit_bias", {-1: 1.0}),
+        ("min_tokens", 17), ("n", 0), ("n", True), ("n", 129), ("bad_words", [""]), ("bad_words", 3), ("logit_bias", {-1: 1.0}),
         ("logit_bias", {5: float("inf")}), ("logit_bias", {5: float("nan")}), ("logit_bias", {1.5: 1.0}),
         ("logit_bias", dict.fromkeys(range(1025), 1.0)), ("prompt_logprobs", 65),
     ],
