@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ferrum_jax.cli import common
-from ferrum_jax.cli.terminal import say
+from ferrum_jax.cli.writer import say
 
 
 @dataclasses.dataclass

@@ -1,5 +1,5 @@
 """The chat of `ferrum-jax run` in a terminal: reads a line, obeys it as a command or has it answered, and says how that
-ended. What is said is kept by `conversation`, what the terminal does is in `terminal`, and the commands are in `commands`.
+ended. What is said is kept by `conversation`, lines are edited by `terminal` and written by `writer`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from typing import Any
 from ferrum_jax.cli import commands
 from ferrum_jax.cli.answer import print_stats
 from ferrum_jax.cli.conversation import Conversation, Message, open_engine
-from ferrum_jax.cli.terminal import Writer, line_editor, message_of, quiet, say, waiting
+from ferrum_jax.cli.terminal import line_editor, message_of, quiet
+from ferrum_jax.cli.writer import Writer, say, waiting
 from ferrum_jax.errors import FerrumError
 from ferrum_jax.hub.cache import cache_root
 

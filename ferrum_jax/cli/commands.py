@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ferrum_jax.chat import variables
 from ferrum_jax.cli.output import harmless, print_facts
-from ferrum_jax.cli.terminal import say
+from ferrum_jax.cli.writer import say
 from ferrum_jax.units import readable_bytes
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ SAMPLING = (
 _GIVEN = {
     "messages", "tools", "documents", "bos_token", "eos_token", "add_generation_prompt", "raise_exception", "strftime_now",
 }  # fmt: skip
-_LONG = 200  # letters of a message that /show shows
+_LONG = 200  # characters of a message that /show shows
 _KEYS = """
 A line that ends in a backslash goes on in the next one, Alt-Enter starts a new line, and \"\"\" opens a block of lines \
 that \"\"\" closes. A message that begins with / needs a space before it; what begins with a space is not kept in the \
@@ -204,6 +204,12 @@ def _help(_chat: Chat, _argument: str) -> None:
     say(_KEYS)
 
 
+def _settings(chat: Chat) -> Any:
+    from prompt_toolkit.completion import WordCompleter
+
+    return WordCompleter(lambda: _names(chat))
+
+
 def _files(_chat: Chat) -> Any:
     from prompt_toolkit.completion import PathCompleter
 
@@ -214,7 +220,7 @@ COMMANDS = {
     "/regenerate": Command("", "answer the last message again", _regenerate),
     "/set": Command(
         "[NAME [VALUE]]", "set a sampling parameter, the system message or a switch of the chat template; without VALUE "
-        "as it was at first; without NAME list them", _set, lambda chat: dict.fromkeys(_names(chat)),
+        "as it was at first; without NAME list them", _set, _settings,
     ),
     "/show": Command("", "the model, what is set, and the conversation", _show),
     "/save": Command("FILE", "write the conversation as JSON", _save, _files),

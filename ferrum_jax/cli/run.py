@@ -16,7 +16,7 @@ import click
 import ferrum_jax as fj
 from ferrum_jax.cli import common
 from ferrum_jax.cli.answer import Answer, answer, encode, print_stats
-from ferrum_jax.cli.terminal import Writer
+from ferrum_jax.cli.writer import Writer
 
 TEMPERATURE, TOP_P = 0.7, 0.95
 

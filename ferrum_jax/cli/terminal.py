@@ -1,163 +1,19 @@
-"""The terminal around a chat: what is shown, what is typed meanwhile, and the line that is edited.
+"""The terminal of a chat: the line that is edited, and what is typed while none is.
 
-Text comes in pieces, so a word is held until it is whole and then put where it fits. While no line is edited, the
-terminal echoes nothing and keeps what is typed, which the next line begins with.
+Meanwhile the terminal echoes nothing and keeps what is typed, which the next line begins with.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import re
 import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NoReturn, TextIO
-
-from ferrum_jax.cli.common import harmless
+from typing import Any, NoReturn
 
 FENCE = '"""'
-
-# What is not parted at the edge: a line break, blanks, or a word. Scripts without blanks are parted after each character,
-# but no opening mark stays alone at the end of a line and no closing one at the beginning of the next.
-_OPENING, _CLOSING = "（［｛「『【〈《", "、。，．：；！？）］｝」』】〉》ー々"
-_WIDE = "\u2e80-\u30ff\u3100-\ua4cf\uf900-\ufaff\ufe30-\ufe6f\uff01-\uff60\U00020000-\U0003ffff"
-_NO_BREAK = "\xa0\u202f"
-_UNITS = re.compile(
-    rf"\n|[^\S\n{_NO_BREAK}]+|[{_OPENING}]*(?:(?![{_OPENING}{_CLOSING}])[{_WIDE}]|(?:[^\s{_WIDE}]|[{_NO_BREAK}])+)"
-    rf"[{_CLOSING}]*|[{_OPENING}{_CLOSING}]+"
-)
-_FENCE_LINE = re.compile(r"(`{3,})[^`]*|(~{3,}).*")
-_BULLET = re.compile(r"[-*+•]|\d+[.)]")
-
-
-class Writer:
-    """Writes a model's text as it comes. In a terminal words are not broken at its edge, however its width changes, lines of
-    code and tables are left as they are, and control characters are made visible; elsewhere the text is not changed."""
-
-    def __init__(self, out: TextIO | None = None):
-        self.out = out or sys.stdout
-        self._terminal = self.out.isatty()
-        self._last = ""
-        self._held = ""  # what may go on: not written yet
-        self._blanks = ""  # before the next word, unless that begins a line
-        self._column = 0  # cells used of the line on the screen
-        self._fence = ""  # the marks that opened a block of code
-        self._begins = True  # no word of the text's own line was written yet
-        self._as_is = self._in_list = self._in_word = False
-
-    def write(self, text: str) -> None:
-        if self._terminal:
-            text = self._laid_out(harmless(text))
-        self._put(text)
-
-    def close(self) -> None:
-        """The end of the text, and of its line."""
-        if self._held:
-            self._put("".join(map(self._place, _UNITS.findall(self._held))))
-        self._held = ""
-        if self._last != "\n":
-            self._put("\n")
-
-    def _put(self, text: str) -> None:
-        self.out.write(text)
-        self.out.flush()
-        self._last = text[-1:] or self._last
-
-    def _laid_out(self, text: str) -> str:
-        units = _UNITS.findall(self._held + text)
-        self._held = ""
-        if units and units[-1] != "\n" and len(units[-1]) <= self._width():
-            self._held = units.pop()
-            return "".join(map(self._place, units))
-        pieces = [self._place(unit) for unit in units]
-        self._in_word = bool(units) and not units[-1].isspace()  # too long for any line
-        return "".join(pieces)
-
-    def _width(self) -> int:
-        """Cells of a line; very many where the terminal does not say."""
-        try:
-            return os.get_terminal_size(self.out.fileno()).columns or 1 << 30
-        except (OSError, ValueError):
-            return 1 << 30
-
-    def _place(self, unit: str) -> str:
-        """The unit as it is to be written: after the blanks before it, or after a line break."""
-        from rich.cells import cell_len
-
-        if unit == "\n":
-            trailing = self._blanks if self._as_is else ""
-            self._blanks, self._column, self._begins, self._in_word = "", 0, True, False
-            self._as_is = bool(self._fence)
-            return trailing + unit
-        if unit.isspace():
-            self._blanks += unit
-            self._in_word = False
-            return ""
-        if self._begins:
-            self._begin_line(unit)
-        width, goes_on = self._width(), self._in_word
-        self._in_word = False
-        lead = (" " * self._column + self._blanks).expandtabs()[self._column :]
-        cells = cell_len(unit)
-        if not (self._as_is or goes_on) and self._column and self._column + len(lead) + cells > width:
-            self._blanks, self._column, written, lead = "", 0, "\n" + unit, ""
-        else:
-            written, self._blanks = self._blanks + unit, ""
-        self._column += len(lead) + cells
-        if self._column > width:  # the terminal has gone on in the next line
-            self._column = (self._column - 1) % width + 1
-        return written
-
-    def _begin_line(self, word: str) -> None:
-        """Decides how the line is written that begins with these blanks and this word."""
-        self._begins = False
-        indent = len(self._blanks.expandtabs())
-        if self._fence:
-            if word.startswith(self._fence) and not word.strip(self._fence[0]):
-                self._fence = ""
-        elif mark := _FENCE_LINE.fullmatch(word):
-            self._fence, self._as_is = mark[1] or mark[2], True
-        elif _BULLET.fullmatch(word):
-            self._in_list, self._as_is = True, False
-        else:
-            self._in_list &= indent > 0
-            self._as_is = word.startswith("|") or (indent >= 4 and not self._in_list)
-
-
-def say(text: str, out: TextIO | None = None) -> None:
-    """Writes a text and ends its line."""
-    writer = Writer(out)
-    writer.write(text)
-    writer.close()
-
-
-@contextlib.contextmanager
-def waiting(text: Callable[[], str]) -> Iterator[Callable[[], None]]:
-    """A line that says what is waited for, until the yielded function is called or the block ends; none where that is soon,
-    or where standard output is not a terminal."""
-    ended = threading.Event()
-
-    def show() -> None:
-        from rich.console import Console
-
-        if not ended.wait(0.5):
-            with Console().status(text()) as line:
-                while not ended.wait(0.5):
-                    line.update(text())
-
-    def end() -> None:
-        ended.set()
-        thread.join()
-
-    thread = threading.Thread(target=show if sys.stdout.isatty() else ended.wait)
-    thread.start()
-    try:
-        yield end
-    finally:
-        end()
 
 
 @contextlib.contextmanager
@@ -199,10 +55,19 @@ def quiet(output: Any) -> Iterator[None]:
 
 def line_editor(history: Path | None, completions: dict[str, Any]) -> Any:
     """Reads messages: a `PromptSession` with a history of earlier chats in a file of the user's own, without one where that
-    cannot be."""
+    cannot be. `completions`: the commands, and what completes the argument of each."""
     from prompt_toolkit import PromptSession
-    from prompt_toolkit.completion import NestedCompleter
+    from prompt_toolkit.completion import Completer, Completion
+    from prompt_toolkit.document import Document
     from prompt_toolkit.history import FileHistory
+
+    class Commands(Completer):
+        def get_completions(self, document: Any, complete_event: Any) -> Iterator[Completion]:
+            name, blank, argument = document.text_before_cursor.partition(" ")
+            if not blank and name:
+                yield from (Completion(known, -len(name)) for known in completions if known.startswith(name))
+            elif inner := completions.get(name):
+                yield from inner.get_completions(Document(argument), complete_event)
 
     class History(FileHistory):
         def store_string(self, string: str) -> None:
@@ -217,9 +82,8 @@ def line_editor(history: Path | None, completions: dict[str, Any]) -> Any:
             os.close(os.open(history, os.O_RDWR | os.O_CREAT, 0o600))
             os.chmod(history, 0o600)
             kept = History(history)
-    completer = NestedCompleter.from_nested_dict(completions)
     return PromptSession(
-        multiline=True, key_bindings=_key_bindings(), history=kept, completer=completer, complete_while_typing=False
+        multiline=True, key_bindings=_key_bindings(), history=kept, completer=Commands(), complete_while_typing=False
     )
 
 

@@ -13,7 +13,7 @@ from patching import Fault, applied
 from tiny_gguf import write_tiny_llama
 
 import ferrum_jax as fj
-from ferrum_jax.cli import conversation, terminal
+from ferrum_jax.cli import conversation, terminal, writer
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ FAULTS = {
         "", terminal.quiet, "termios.tcsetattr(terminal, termios.TCSADRAIN, before)", "pass", terminal_guard
     ),
     "words are broken at the edge": Fault(
-        "", terminal.Writer._place, "self._column + len(lead) + cells > width", "False", wrapping_guard
+        "", writer.Writer._place, "self._column + len(lead) + cells > width", "False", wrapping_guard
     ),
 }  # fmt: skip
 

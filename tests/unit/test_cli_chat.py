@@ -12,9 +12,12 @@ import types
 
 import pytest
 from cli_fakes import FakeEngine, FakeModel, FakeStream
+from prompt_toolkit.completion import CompleteEvent
+from prompt_toolkit.document import Document
 
 import ferrum_jax as fj
 from ferrum_jax.cli import chat, commands
+from ferrum_jax.cli import terminal as terminal_module
 
 
 @pytest.fixture(autouse=True)
@@ -292,6 +295,27 @@ def test_save_without_a_template(capsys, tmp_path):
     chatting(FakeModel("m"), f"one\r/save {tmp_path}/f\r/bye\r", template=None)
     assert "Without a chat template there is no conversation." in capsys.readouterr().out
     assert not (tmp_path / "f").exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "completed"),
+    [
+        ("/s", ["/set", "/show", "/save"]),
+        ("/set te", ["/set temperature"]),
+        ("/set enable", ["/set enable_thinking"]),
+        ("/load {folder}/ta", ["/load {folder}/talk.json"]),
+        ("/clear s", []),
+        ("s", []),
+    ],
+)
+def test_tab_completes_commands_and_what_they_take(tmp_path, line, completed):
+    (tmp_path / "talk.json").touch()
+    talk = chat.Chat(FakeModel("m"), fj.SamplingParams(), template={})
+    editor = terminal_module.line_editor(None, {name: command.completions(talk) for name, command in commands.COMMANDS.items()})
+    line = line.format(folder=tmp_path)
+    found = editor.completer.get_completions(Document(line), CompleteEvent(completion_requested=True))
+    made = [line[: len(line) + choice.start_position] + choice.text for choice in found]
+    assert made == [text.format(folder=tmp_path) for text in completed]
 
 
 # History

@@ -20,7 +20,7 @@ import wcwidth
 from cli_fakes import child
 from prompt_toolkit.output import DummyOutput
 
-from ferrum_jax.cli import terminal
+from ferrum_jax.cli import terminal, writer
 
 CODE = """
 import os, fcntl, termios
@@ -38,15 +38,15 @@ class Screen(io.StringIO):
 
 def shown(text, width, monkeypatch, seed=None):
     """What a terminal so wide is given of a text that comes in pieces."""
-    monkeypatch.setattr(terminal.Writer, "_width", lambda self: width)
+    monkeypatch.setattr(writer.Writer, "_width", lambda self: width)
     screen = Screen()
-    writer = terminal.Writer(screen)
+    out = writer.Writer(screen)
     rng = random.Random(seed)
     while text:
         count = len(text) if seed is None else rng.randint(1, 7)
-        writer.write(text[:count])
+        out.write(text[:count])
         text = text[count:]
-    writer.close()
+    out.close()
     return screen.getvalue()
 
 
@@ -112,13 +112,13 @@ def test_a_word_longer_than_a_line_is_not_changed(monkeypatch):
 
 def test_the_width_is_that_of_the_moment(monkeypatch):
     screen, width = Screen(), [40]
-    monkeypatch.setattr(terminal.Writer, "_width", lambda self: width[0])
-    writer = terminal.Writer(screen)
-    writer.write(ENGLISH * 2)
+    monkeypatch.setattr(writer.Writer, "_width", lambda self: width[0])
+    out = writer.Writer(screen)
+    out.write(ENGLISH * 2)
     before = len(screen.getvalue())
     width[0] = 20
-    writer.write(ENGLISH * 2)
-    writer.close()
+    out.write(ENGLISH * 2)
+    out.close()
     assert max(map(len, screen.getvalue()[:before].split("\n"))) <= 40
     assert max(map(len, screen.getvalue()[before:].split("\n"))) <= 20
 
@@ -127,10 +127,10 @@ def test_control_characters_are_shown_and_a_pipe_gets_the_text_unchanged(monkeyp
     text = f"a\x1b[2J\x9bb\r {ENGLISH * 3}\n\n    x"
     assert shown("a\x1b[2J\x9bb\r", 80, monkeypatch) == "a␛[2J\ufffdb␍\n"
     pipe = io.StringIO()
-    writer = terminal.Writer(pipe)
-    writer.write(text)
+    out = writer.Writer(pipe)
+    out.write(text)
     assert pipe.getvalue() == text
-    writer.close()
+    out.close()
     assert pipe.getvalue() == text + "\n"
 
 

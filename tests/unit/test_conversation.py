@@ -11,6 +11,7 @@ from tiny_gguf import TEMPLATE, write_tiny_llama
 from transformers.utils.chat_template_utils import render_jinja_template
 
 import ferrum_jax as fj
+from ferrum_jax.cli import chat, commands
 from ferrum_jax.cli.conversation import Conversation, Transcript, open_engine
 
 PAGE = fj.EngineConfig().page_size
@@ -196,3 +197,22 @@ def test_another_conversation_begins_anew(model):
     transcript = Transcript(model)
     for text in (rendered([{"role": "user", "content": words(20, seed)}]) for seed in (1, 2, 1, 1)):
         assert transcript.encode(text) == model.tokenizer.encode(text, True, True)
+
+
+# The chat around it
+
+
+def test_show(model, capsys):
+    params = fj.SamplingParams(max_tokens=4, temperature=0.5, stop=["END"])
+    talk = chat.Chat(model, params, system="be brief", template={"enable_thinking": False})
+    talk.name = "tiny"
+    with talk.engine:
+        talk.answer([{"role": "user", "content": "the " * 100}])
+        capsys.readouterr()
+        assert commands.obey(talk, "/show")
+    rows = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    used = len(model.encode_chat([{"role": "system", "content": "be brief"}, *talk.conversation.asked])) + 4
+    assert rows["model"] == "tiny: llama, 2 layers, float32"
+    assert (rows["temperature"], rows["stop"], rows["enable_thinking"]) == ("0.5", '["END"]', "off")
+    assert rows["system"] == "be brief" and rows["conversation"] == f"2 messages, {used} of 2,048 tokens"
+    assert rows["user"].startswith("the the the") and rows["user"].endswith("...") and "assistant" in rows
