@@ -18,6 +18,7 @@ from prompt_toolkit.document import Document
 import ferrum_jax as fj
 from ferrum_jax.cli import chat, commands
 from ferrum_jax.cli import terminal as terminal_module
+from ferrum_jax.cli.run import run_command
 
 
 @pytest.fixture(autouse=True)
@@ -335,6 +336,16 @@ def test_history_of_earlier_chats(tmp_path):
 def test_history_can_be_turned_off(tmp_path):
     chatting(FakeModel("m"), "one\r/bye\r", history=False)
     assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "kept"),
+    [([], None, True), (["--no-history"], "1", False), ([], "0", False), ([], "off", False)],
+)
+def test_the_history_switch(monkeypatch, arguments, environment, kept):
+    if environment is not None:
+        monkeypatch.setenv("FERRUM_JAX_HISTORY", environment)
+    assert run_command.make_context("run", arguments).params["history"] is kept
 
 
 @pytest.mark.parametrize("spoilt", ["a folder", "no folder"])

@@ -7,6 +7,7 @@ import fcntl
 import io
 import os
 import random
+import re
 import select
 import signal
 import struct
@@ -19,6 +20,7 @@ import pytest
 import wcwidth
 from cli_fakes import child
 from prompt_toolkit.output import DummyOutput
+from tiny_gguf import write_tiny_llama
 
 from ferrum_jax.cli import terminal, writer
 
@@ -190,7 +192,7 @@ def test_quiet_again_after_a_pause(typed):
 class Talk:
     """A chat with the fake model in another process, and the terminal that it has."""
 
-    def __init__(self, tmp_path, code, columns=80, *arguments):
+    def __init__(self, tmp_path, code, columns=80, *arguments, model="m"):
         self.master, self.slave = os.openpty()
         self.resize(columns)
         self.before = termios.tcgetattr(self.slave)
@@ -199,7 +201,9 @@ class Talk:
             "PYTHONPATH": os.pathsep.join(sys.path),
         }  # fmt: skip
         pipes = dict.fromkeys(("stdin", "stdout", "stderr"), self.slave)
-        self.process = child("run", "m", *arguments, code=CODE + textwrap.dedent(code), env=environment, **pipes)
+        self.process = child(
+            "run", model, *arguments, code=CODE + textwrap.dedent(code), fake=model == "m", env=environment, **pipes
+        )
         self.seen = ""
 
     def resize(self, columns):
@@ -244,6 +248,19 @@ def test_two_turns_and_ctrl_c(tmp_path):
     talk.until("ab cd " * 8)
     talk.until(">>>")
     talk.type("\x04")
+    talk.ends(0)
+
+
+def test_turns_with_a_model(tmp_path):
+    file = write_tiny_llama(tmp_path / "tiny.gguf", context=512)
+    talk = Talk(tmp_path, "", 80, "--stats", "--seed", "1", "--max-tokens", "40", model=str(file))
+    for text, most in (("hello there " * 9, None), ("and then", 17 + 30)):
+        talk.until(">>>")
+        talk.type(f"{text}\r")
+        prompt, before = re.search(r"prompt (\d+) tokens(?: \((\d+) read before\))?", talk.until(" compile ")).groups()
+        assert most is None or int(prompt) - int(before) <= most
+    talk.until(">>>")
+    talk.type("/bye\r")
     talk.ends(0)
 
 

@@ -4,15 +4,18 @@ import os
 import random
 import signal
 import time
+from types import SimpleNamespace
 
 import jax
 import pytest
+from test_tokenizer import BPE, SPM, TIES
 from tiny_gguf import TEMPLATE, write_tiny_llama
-from transformers.utils.chat_template_utils import render_jinja_template
 
 import ferrum_jax as fj
+from ferrum_jax.chat import render
 from ferrum_jax.cli import chat, commands
 from ferrum_jax.cli.conversation import Conversation, Transcript, open_engine
+from ferrum_jax.tokenizer import Tokenizer
 
 PAGE = fj.EngineConfig().page_size
 NO_CONTROL = {id: float("-inf") for id in range(3)}  # an answer of the length that is asked for, all of it text
@@ -137,9 +140,8 @@ def chars(tokenizer, text):
     return [id for letter in text for id in tokenizer.encode(letter, False)]
 
 
-def rendered(messages, template=TEMPLATE, **variables):
-    texts, _ = render_jinja_template([messages], chat_template=template, add_generation_prompt=True, **variables)
-    return texts[0]
+def rendered(messages, template=TEMPLATE):
+    return render(template, messages)
 
 
 def sampled_ids_stay(model):
@@ -197,6 +199,32 @@ def test_another_conversation_begins_anew(model):
     transcript = Transcript(model)
     for text in (rendered([{"role": "user", "content": words(20, seed)}]) for seed in (1, 2, 1, 1)):
         assert transcript.encode(text) == model.tokenizer.encode(text, True, True)
+
+
+@pytest.mark.parametrize("data", [BPE, SPM, TIES], ids=["bpe", "spm", "spm_ties"])
+@pytest.mark.parametrize("adds_end", [False, True])
+def test_ids_of_other_vocabularies(data, adds_end):
+    """What was sampled stays, whatever spaces a vocabulary puts where; not so where it ends every text with a token."""
+    metadata = data["metadata"] | {"tokenizer.ggml.pre": "gpt-2", "tokenizer.ggml.add_eos_token": adds_end}
+    tokenizer = Tokenizer.from_gguf(metadata)
+
+    def whole(text):
+        return tokenizer.encode(text, True, True)
+
+    transcript, text, end = Transcript(SimpleNamespace(tokenizer=tokenizer, encode_rendered=whole)), "", "</s>"
+    for number, message in enumerate(data["texts"]):
+        text += f"{message}{end}"
+        ids = transcript.encode(text)
+        if adds_end:
+            assert ids == whole(text)
+            continue
+        answer = tokenizer.encode(f"the answer {number} of  some", False)
+        said = b"".join(map(tokenizer.token_bytes, answer)).decode()
+        transcript.said(said, answer)
+        text += said
+        rest = f"{end}more{end}"
+        assert transcript.encode(text + rest) == ids + answer + tokenizer.encode(rest, False, True)
+        text += end
 
 
 # The chat around it
