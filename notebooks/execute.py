@@ -15,6 +15,7 @@ import argparse
 import base64
 import hashlib
 import re
+import socket
 import sys
 import tomllib
 from pathlib import Path
@@ -27,6 +28,7 @@ FOLDER = Path(__file__).resolve().parent
 PAGES = FOLDER.parent / "docs" / "notebooks"
 ROOTS = "home|root|tmp|var|usr|opt|mnt|work|content|private|Users"
 TRACE = re.compile(rf"(?<![\w.:/])/(?:{ROOTS})/[\w./-]+|\b[A-Z]:\\+\w+")
+ADDRESS = re.compile(r'(?<=ferrum-jax @ git\+)https://[^"\s]+')  # in pages
 
 
 def facts() -> dict[str, str]:
@@ -61,8 +63,9 @@ def digests(notebook: NotebookNode) -> list[str]:
     return found
 
 
-def faults(notebook: NotebookNode) -> list[str]:
-    """Outputs that are stale, failed, or show the machine that they were made on."""
+def faults(notebook: NotebookNode, host: str = "") -> list[str]:
+    """Outputs that are stale, failed, or show the machine that they were made on: paths
+    and, where it is given, its name."""
     wrong = []
     cells = zip(code_cells(notebook), digests(notebook), strict=True)
     for number, (cell, digest) in enumerate(cells, 1):
@@ -74,7 +77,10 @@ def faults(notebook: NotebookNode) -> list[str]:
             if output.output_type == "error" or output.get("name") == "stderr":
                 wrong.append(f"{where} has an error or a warning")
             traces = TRACE.findall(text_of(output))
-            wrong += [f"{where} shows a path of a machine: {each}" for each in traces]
+            traces += (
+                re.findall(rf"\b{re.escape(host)}\b", text_of(output)) if host else []
+            )
+            wrong += [f"{where} shows the machine: {each}" for each in traces]
     return wrong
 
 
@@ -123,9 +129,9 @@ def page(notebook: NotebookNode, name: str) -> tuple[str, dict[str, bytes]]:
 def origin(name: str) -> str:
     """Where the notebook of a page is, and how to open it in Colab."""
     text = (
-        f"This page is `notebooks/{name}.ipynb` with its outputs. Its first cell, left"
+        f"This page is `notebooks/{name}.ipynb` with its outputs. Its first cell, "
+        "left out here, installs the package where it is missing."
     )
-    text += " out here, installs the package where it is missing."
     site, _, repository = facts()["REPOSITORY"].partition("github.com/")
     if not site or repository.startswith("OWNER/"):
         return text
@@ -150,7 +156,7 @@ def main() -> None:
         if not asked.render and (not asked.names or path.stem in asked.names):
             print(f"executing {path.name}", file=sys.stderr)
             execute(notebook)
-        if found := faults(notebook):
+        if found := faults(notebook, socket.gethostname()):
             wrong += [f"{path.name}: {each}" for each in found]
             continue
         nbformat.write(notebook, path)
@@ -160,10 +166,9 @@ def main() -> None:
         for name, content in {f"{path.stem}.md": text.encode(), **pictures}.items():
             (PAGES / name).parent.mkdir(parents=True, exist_ok=True)
             (PAGES / name).write_bytes(content)
-    place = re.compile(r"https://github\.com/[\w.-]+/ferrum_jax")
     for path in PAGES.parent.glob("*.md"):
         text = path.read_text(encoding="utf-8")
-        path.write_text(place.sub(facts()["REPOSITORY"], text), encoding="utf-8")
+        path.write_text(ADDRESS.sub(facts()["REPOSITORY"], text), encoding="utf-8")
     sys.exit("\n".join(wrong) or None)
 
 

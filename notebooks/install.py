@@ -22,7 +22,7 @@ class NoSource(Exception):
 versions = {each.name: each.version for each in metadata.distributions()}
 if "ferrum-jax" not in versions:
     folders = [*(Path.cwd() / "_").parents, *Path.cwd().glob("*/")]
-    checkouts = [each for each in folders if (each / "ferrum_jax/loading.py").exists()]
+    checkouts = [f for f in folders if os.path.exists(f / "ferrum_jax/loading.py")]
     address = os.environ.get("FERRUM_JAX_GIT") or f"git+{REPOSITORY}"
     if not checkouts and "/OWNER/" in address:
         raise NoSource(

@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import importlib.util
-import re
 import shutil
 import struct
 import subprocess
@@ -58,21 +57,24 @@ def test_a_change_of_code_makes_all_later_outputs_stale():
     assert [fault.split()[2] for fault in execute.faults(notebook)] == [str(n) for n in range(3, len(cells) + 1)]
 
 
-@pytest.mark.parametrize("trace", ["/home/me/x.py", "/tmp/y", "from /root/.cache/z", "C:\\Users\\me", "/Users/me/a.gguf"])
+@pytest.mark.parametrize(
+    "trace", ["/home/me/x.py", "/tmp/y", "from /root/.cache/z", "C:\\Users\\me", "/Users/me/a.gguf", "my-laptop"]
+)
 def test_a_path_of_a_machine_is_found_in_outputs(trace):
     notebook = copy.deepcopy(read(NAMES[0]))
     execute.code_cells(notebook)[1].outputs = [nbformat.v4.new_output("stream", text=f"loaded {trace} in 3 s")]
-    assert len(execute.faults(notebook)) == 1
-    execute.code_cells(notebook)[1].outputs[0].text = "12 tokens/s, https://example.org/home/page, a/tmp/b, 3 /work"
-    assert execute.faults(notebook) == []
+    assert len(execute.faults(notebook, host="my-laptop")) == 1
+    execute.code_cells(notebook)[1].outputs[0].text = "my-laptops, 12 tokens/s, https://example.org/home/page, a/tmp/b, 3 /work"
+    assert execute.faults(notebook, host="my-laptop") == []
 
 
 def test_the_address_is_in_one_place():
-    """What repeats it has it from pyproject.toml, and a page leads to Colab once there is an address."""
-    pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *NOTEBOOKS]
-    text = "".join(page.read_text(encoding="utf-8") for page in pages)
-    found = set(re.findall(r"https://github\.com/[\w.-]+/ferrum_jax", text))
-    assert found == {execute.facts()["REPOSITORY"]}
+    """What repeats it has it from pyproject.toml."""
+    pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
+    found = [address for page in pages for address in execute.ADDRESS.findall(page.read_text(encoding="utf-8"))]
+    code = {line for name in NAMES for line in execute.code_cells(read(name))[0].source.splitlines() if "REPOSITORY =" in line}
+    address = execute.facts()["REPOSITORY"]
+    assert set(found) == {address} and code == {f'REPOSITORY = "{address}"'}
 
 
 def test_a_page_leads_to_colab_once_there_is_an_address(monkeypatch):
