@@ -82,14 +82,10 @@ def load(
         raise ValueError("mesh= is not supported: a model runs on one device")
     if device is not None and not isinstance(device, jax.Device):
         raise ValueError(f"device must be a jax.Device, as in jax.devices(), not {device!r}")
-    device = device or jax.devices()[0]
-    asked, dtype = dtype, auto_dtype(target_of(device)) if dtype == "auto" else dtype
-    kv_dtype = "float8_e4m3fn" if kv_dtype == "fp8" else kv_dtype or ("float16" if dtype == "int8" else dtype)
-    for name, value, known in (("dtype", dtype, DTYPES), ("kv_dtype", kv_dtype, KV_DTYPES)):
+    kv_dtype = "float8_e4m3fn" if kv_dtype == "fp8" else kv_dtype
+    for name, value, known in (("dtype", dtype, (*DTYPES, "auto")), ("kv_dtype", kv_dtype or KV_DTYPES[0], KV_DTYPES)):
         if value not in known:
             raise ValueError(f"{name} {value!r} is not supported; supported: {', '.join(known)}")
-    if dtype == "int8" and device.platform != "cpu":
-        raise ValueError(f'dtype "int8" is for CPUs, not {device.platform}')
     if max_seq_len is not None and (isinstance(max_seq_len, bool) or not isinstance(max_seq_len, int) or max_seq_len < 2):
         raise ValueError(f"max_seq_len must be an integer of at least 2, not {max_seq_len!r}")
 
@@ -104,11 +100,14 @@ def load(
         if (encoder := checkpoint.encoder()) is not None:
             if adapters:
                 raise UnsupportedModelError(f"{path}: adapters are for decoders, not for an embedding model")
-            encoder = dataclasses.replace(encoder, dtype="float32" if asked == "auto" else dtype)
+            device, dtype = _device_and_dtype(device, "float32" if dtype == "auto" else dtype, progress)
+            encoder = dataclasses.replace(encoder, dtype=dtype)
             embedding = _load_encoder(checkpoint, encoder, device, max_seq_len, progress)
             embedding.load_s = time.perf_counter() - begin
             return embedding
         config, places, tokenizer = check(checkpoint)
+        device, dtype = _device_and_dtype(device, dtype, progress)
+        kv_dtype = kv_dtype or ("float16" if dtype == "int8" else dtype)
         config = dataclasses.replace(config, dtype=dtype)
         beside = {name: read_adapter(directory, config, checkpoint) for name, directory in (adapters or {}).items()}
         factors = [adapter.factors for adapter in beside.values()]
@@ -130,6 +129,16 @@ def load(
     model = Model(config, params, tokenizer, device, kv_dtype, max_seq_len, digests)
     model.load_s = time.perf_counter() - begin
     return model
+
+
+def _device_and_dtype(device: jax.Device | None, dtype: str, progress: Progress | None) -> tuple[jax.Device, str]:
+    """What is meant, chosen when the file is known to be a model: the kernels are built for it where they are not yet."""
+    device = device or jax.devices()[0]
+    if dtype == "int8" and device.platform != "cpu":
+        raise ValueError(f'dtype "int8" is for CPUs, not {device.platform}')
+    if dtype in ("auto", "int8") and device.platform == "cpu":
+        native.prepare(progress)
+    return device, auto_dtype(target_of(device)) if dtype == "auto" else dtype
 
 
 def validate(path: str | Path) -> None:

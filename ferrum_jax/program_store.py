@@ -5,7 +5,8 @@ which takes longer than loading it. Here a program is found by what decides what
 these packages, the versions and settings of JAX, the device, and the function with its static choices and shapes. What is
 in doubt makes another key, never another program under the same one.
 
-The files lie beside XLA's, in the user's own cache, and are trusted like those.
+The files lie in a folder next to XLA's. They are run as they are, so one that is damaged is dropped unread, and none is read
+from a folder that others can write to (`pallas_kernels.cache`).
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ import os
 import pickle
 import platform
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ import jax
 import jaxlib
 
 import pallas_kernels
-from pallas_kernels import dispatch, native
+from pallas_kernels import cache, dispatch, native
 
 _LOG = logging.getLogger(__name__)
 _LIMIT = 1 << 30  # bytes of all programs; beyond, those unused for longest go
@@ -63,18 +63,20 @@ def key(device: jax.Device, function: Callable, static: dict[str, Any], shapes: 
 def load(name: str, device: jax.Device) -> Any:
     """The compiled program of this name, None where there is none that can be used."""
     path = _path(name)
-    try:
-        with open(path, "rb") as file:
-            payload, ins, outs = pickle.load(file)
-        os.utime(path)
-    except FileNotFoundError:
+    if reason := cache.distrusted(path.parent):
+        _LOG.info("no program is taken from %s: %s", path.parent, reason)
         return None
-    except Exception as error:
-        return _unusable(path, error)
     try:
+        content = cache.read_sealed(path)
+        if content is None:
+            return _unusable(path, "it is damaged")
+        payload, ins, outs = pickle.loads(content)
+        os.utime(path)
         from jax.experimental import serialize_executable
 
         return serialize_executable.deserialize_and_load(payload, ins, outs, execution_devices=[device])
+    except FileNotFoundError:
+        return None
     except Exception as error:
         return _unusable(path, error)
 
@@ -85,16 +87,7 @@ def save(name: str, compiled: Any) -> None:
     try:
         from jax.experimental import serialize_executable
 
-        content = pickle.dumps(serialize_executable.serialize(compiled))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            try:
-                file.write(content)
-                file.flush()
-                os.replace(file.name, path)
-            except BaseException:
-                os.unlink(file.name)
-                raise
+        cache.write_sealed(path, pickle.dumps(serialize_executable.serialize(compiled)))
         _make_room(path.parent)
     except Exception as error:
         _LOG.info("program %s was not kept: %s", name, error)
@@ -106,14 +99,14 @@ def _path(name: str) -> Path:
     return found / name
 
 
-def _unusable(path: Path, error: Exception) -> None:
+def _unusable(path: Path, error: object) -> None:
     _LOG.info("%s cannot be used and is dropped: %s", path, error)
     with contextlib.suppress(OSError):
         path.unlink()
 
 
 def _make_room(folder: Path) -> None:
-    files = sorted((entry.stat().st_mtime, entry.stat().st_size, entry.path) for entry in os.scandir(folder))
+    files = sorted((entry.stat().st_mtime, entry.stat().st_size, entry.path) for entry in os.scandir(folder) if entry.is_file())
     total = sum(size for _, size, _ in files)
     for _, size, path in files:
         if total <= _LIMIT:

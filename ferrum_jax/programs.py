@@ -8,7 +8,7 @@ the program takes.
 
 from __future__ import annotations
 
-import os
+import logging
 import secrets
 import time
 from collections.abc import Callable
@@ -20,6 +20,9 @@ import jax
 from ferrum_jax import memory, program_store
 from ferrum_jax.kv_cache import KVCache
 from ferrum_jax.units import readable_bytes
+from pallas_kernels import cache
+
+_LOG = logging.getLogger(__name__)
 
 # LLVM's third level promotes the layer index to an argument that the loops then reload for each weight, and the unpacking
 # of most formats is no longer vectorised: the second level runs it up to twice as fast and compiles faster.
@@ -120,11 +123,16 @@ def _is_cache(node: Any) -> bool:
 
 
 def enable_compilation_cache() -> Path:
-    """Turns XLA's persistent cache on, unless the user has chosen a place for it, and returns the place."""
+    """Turns XLA's persistent cache on, unless the user has chosen a place for it or code is not to be kept there, and returns
+    the place."""
     chosen = jax.config.values["jax_compilation_cache_dir"]
     if not chosen:
-        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        chosen = str(Path(base) / "ferrum_jax" / "xla")
+        chosen = str(cache.cache_root() / "xla")
+        try:
+            cache.make_private(Path(chosen))
+        except OSError as error:
+            _LOG.warning("compiled programs are not kept: %s", error)
+            return Path(chosen)
         jax.config.update("jax_compilation_cache_dir", chosen)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

@@ -1,8 +1,8 @@
 """Where this machine's copies of things are kept: models, built kernels, compiled programs.
 
 The idea: one root for all of it, and for what is run as code (kernels, programs) three rules. A file carries the digest of
-its content, so a damaged one is made again and never run. It appears whole or not at all, through a crash too. And a folder
-that another user owns or can write to is not taken code from.
+its content, so a damaged one is made again and never run. It appears whole or not at all, through a crash too. And code is
+not taken from a folder that another user owns or can write to.
 
     <root>/hub  wheels  records  tmp  locks     models: `ferrum_jax.hub.cache`
     <root>/native                               kernels: `pallas_kernels.native.build`
@@ -16,14 +16,24 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import shutil
 import stat
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 _DIGEST = 32  # bytes, after the content
-_STALE = 3600.0  # seconds after which what a killed process left is swept away
-_FRESH = ".fresh-"
+_STALE = 3600.0  # seconds after which unfinished work without a lock is taken for a killed process's
+_WORK = ".work-"
+_NOBODY = 65534  # owns, in a sandbox, what the system owns outside it
+_OTHERS = stat.S_IWGRP | stat.S_IWOTH
 
 
 def cache_root() -> Path:
@@ -34,66 +44,130 @@ def cache_root() -> Path:
     return (Path(shared) if shared and os.path.isabs(shared) else Path("~/.cache").expanduser()) / "ferrum_jax"
 
 
+# ---- folders
+
+
 def distrusted(folder: Path) -> str | None:
-    """Why no code is loaded from a folder, in words: another user owns it or what it lies in, or can write there. None where
-    code is; a folder that is not there yet is judged by what it would lie in."""
+    """Why no code is loaded from a folder, in words: another user owns it or what it lies in, or can write there; else None.
+    A folder that is not there yet is judged by what it would lie in."""
     if not hasattr(os, "getuid"):  # Windows: the profile that the cache lies in is its user's own
         return None
-    trusted, folder = (0, os.getuid()), Path(os.path.realpath(folder))
+    folder = Path(os.path.realpath(folder))
     for place in (folder, *folder.parents):
-        with contextlib.suppress(FileNotFoundError):
+        try:
             found = place.stat()
-            if found.st_uid not in trusted:
-                return f"{place} belongs to another user"
-            # Where others may write, only the sticky bit keeps them from putting another folder in this one's place.
-            if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and (place == folder or not found.st_mode & stat.S_ISVTX):
-                return f"other users can write to {place}"
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError as error:
+            return f"{place}: {error.strerror}"
+        if found.st_uid not in (0, os.getuid()) and (place == folder or found.st_uid != _NOBODY):
+            return f"{place} belongs to another user"
+        # Further up the sticky bit will do, and a group of the user alone, which some systems give everyone.
+        others = found.st_mode & _OTHERS
+        if place != folder and (found.st_mode & stat.S_ISVTX or (others == stat.S_IWGRP and _is_own(found.st_gid))):
+            continue
+        if others:
+            return f"other users can write to {place}"
     return None
 
 
+def _is_own(gid: int) -> bool:
+    """Whether a group is the user's private one."""
+    import grp
+    import pwd
+
+    try:
+        group, user = grp.getgrgid(gid), pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
+        return False
+    return group.gr_name == user and set(group.gr_mem) <= {user}
+
+
 def make_private(folder: Path) -> None:
-    """Makes a folder for code, writable by its user alone. OSError where that cannot be or code would not be loaded from it."""
+    """Makes a folder for code, writable by its user alone. One of the user's own that others could write to is emptied first.
+
+    OSError where that cannot be, or where code would not be loaded from it.
+    """
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = folder.stat()
+    if hasattr(os, "getuid") and found.st_uid == os.getuid() and found.st_mode & _OTHERS:
+        folder.chmod(0o700)
+        for entry in folder.iterdir():
+            _remove(entry)
     if reason := distrusted(folder):
-        raise PermissionError(f"{reason}; chmod go-w it, or FERRUM_JAX_CACHE sets another place")
+        raise PermissionError(f"{reason}, so no code is kept there (FERRUM_JAX_CACHE sets another place)")
+
+
+# ---- files
 
 
 def read_sealed(path: Path) -> bytes | None:
-    """The content of a file that `write_sealed` wrote; None where it is damaged. FileNotFoundError where there is none."""
-    with open(path, "rb") as file:
-        sealed = file.read()
+    """The content of a file that `write_sealed` wrote, None where it is damaged; FileNotFoundError where there is none."""
+    sealed = path.read_bytes()
     content = sealed[:-_DIGEST]
     return content if hashlib.sha256(content).digest() == sealed[-_DIGEST:] else None
 
 
 def write_sealed(path: Path, content: bytes) -> None:
-    """Content with its digest after it, in place in one step and on disk before it is; leftovers of others are swept away."""
-    sweep(path.parent)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=_FRESH, delete=False) as file:
-        try:
-            file.write(content + hashlib.sha256(content).digest())
-            file.flush()
-            os.fsync(file.fileno())
-            os.replace(file.name, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(file.name)
-            raise
+    """Content with its digest after it, in a folder for code."""
+    make_private(path.parent)
+    with workspace(path.parent) as folder:
+        fresh = folder / "content"
+        fresh.write_bytes(content + hashlib.sha256(content).digest())
+        put(fresh, path)
 
 
-def sweep(folder: Path) -> None:
-    """Removes what killed processes left unfinished in a folder."""
+def put(fresh: Path, path: Path) -> None:
+    """Moves a finished file to its place in one step, when all of it is on the disk."""
+    with open(fresh, "rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(fresh, path)
+
+
+@contextlib.contextmanager
+def workspace(folder: Path) -> Iterator[Path]:
+    """A directory in `folder` for unfinished work, removed afterwards; those that killed processes left are removed too."""
+    for entry in folder.iterdir():
+        if entry.name.startswith((_WORK, "tmp")) and _is_abandoned(entry):
+            _remove(entry)
+    made = Path(tempfile.mkdtemp(prefix=_WORK, dir=folder))
+    try:
+        with open(made / "lock", "w") as lock:
+            if _taken(lock):
+                lock.write("held while this process lives\n")
+                lock.flush()
+            yield made
+    finally:
+        _remove(made)
+
+
+def _taken(lock: IO[str]) -> bool:
+    """Takes a lock unless another process holds it, or there are none here."""
+    if fcntl is None:
+        return False
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def _is_abandoned(entry: Path) -> bool:
+    """Whether the process that worked here is gone. A lock is written to when it is held, so an empty one says nothing."""
+    try:
+        with open(entry / "lock", "r+") as lock:
+            if lock.read(1):
+                return _taken(lock)
+    except OSError:
+        pass
     with contextlib.suppress(OSError):
-        for entry in os.scandir(folder):
-            with contextlib.suppress(OSError):
-                if entry.name.startswith((_FRESH, "tmp")) and time.time() - entry.stat(follow_symlinks=False).st_mtime > _STALE:
-                    _remove(entry)
+        return time.time() - entry.lstat().st_mtime > _STALE
+    return False
 
 
-def _remove(entry: os.DirEntry) -> None:
-    import shutil
-
-    if entry.is_dir(follow_symlinks=False):
-        shutil.rmtree(entry.path, ignore_errors=True)
+def _remove(entry: Path) -> None:
+    if entry.is_dir() and not entry.is_symlink():
+        shutil.rmtree(entry, ignore_errors=True)
     else:
-        os.unlink(entry.path)
+        with contextlib.suppress(OSError):
+            entry.unlink()

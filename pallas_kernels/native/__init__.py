@@ -17,7 +17,7 @@ import numpy as np
 from pallas_kernels import blocks, dispatch
 from pallas_kernels.blocks.matrix import Matrix
 from pallas_kernels.native import build
-from pallas_kernels.native.build import isa, refusal
+from pallas_kernels.native.build import isa, prepare, refusal
 
 __all__ = [
     "FORMATS",
@@ -27,6 +27,7 @@ __all__ = [
     "isa",
     "matmuls",
     "matmuls_twice",
+    "prepare",
     "refusal",
     "refuses",
     "swiglu",

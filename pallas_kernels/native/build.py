@@ -1,7 +1,9 @@
 """Builds the C++ kernels against the jaxlib that is running, once, and registers them with XLA.
 
-The library is kept in the user's cache under a name that is a digest of its sources, the headers it was built against, the
-compiler and the machine, so another jaxlib or compiler gets one of its own and an old one is never loaded by mistake.
+The library is kept in the user's cache under a name with two digests. The first is of its sources, the headers it was built
+against, the compiler and the instruction set, so another jaxlib, compiler or CPU gets one of its own and an old one is never
+loaded by mistake; the second is of its content, so a damaged one is built again and never loaded (`pallas_kernels.cache`).
+Only what this CPU takes is compiled.
 """
 
 from __future__ import annotations
@@ -14,31 +16,65 @@ import os
 import platform
 import shutil
 import subprocess
-import tempfile
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextvars import ContextVar
 from pathlib import Path
 
 import jax
 import jaxlib
 
+from pallas_kernels import cache
+
 SOURCES = Path(__file__).parent / "src"
+Progress = Callable[[int, int | None, str], None]
 _LOG = logging.getLogger(__name__)
 TARGETS = ("ferrum_matmuls", "ferrum_swiglu", "ferrum_experts", "ferrum_layers")
 _SECONDS = 300  # a compiler may take
+_LOCK = threading.Lock()
+_PROGRESS: ContextVar[Progress | None] = ContextVar("progress", default=None)
+_INSTEAD = "; XLA's own code serves instead, more slowly"
+
+# The best first: what it is compiled from, and what /proc/cpuinfo has to list for it. The longest unit comes first.
+_AVX512 = {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "avx2", "fma", "f16c", "bmi2"}
+_UNITS = {
+    "amx": (("avx512_vnni", "avx512_few", "amx"), _AVX512 | {"amx_tile", "amx_int8"}),
+    "avx512_vnni": (("avx512_vnni", "avx512_few"), _AVX512),
+    "avx2": (("avx2",), {"avx2", "fma", "f16c", "bmi2"}),
+    "portable": (("portable",), set()),
+}
+_COMMON = ("ffi", "layers", "kernels")
 
 
 @functools.cache
 def library() -> ctypes.CDLL | str:
     """The kernels, built where they are not yet and registered with XLA; or, in words, why they cannot be had."""
-    compiler = _compiler()
-    if compiler is None:
-        return "there is no C++ compiler (c++, g++, clang++ or $CXX)"
+    with _LOCK:
+        compiler = _compiler()
+        if compiler is None:
+            return "there is no C++ compiler (c++, g++, clang++ or $CXX)" + _INSTEAD
+        try:
+            path = _built(compiler)
+            try:
+                return _registered(path)
+            except (OSError, AttributeError):  # such as one for another C++ runtime library, in a shared home
+                path.unlink(missing_ok=True)
+                return _registered(_built(compiler))
+        except subprocess.CalledProcessError as error:
+            last = error.stderr.strip().splitlines()[-1:] if error.stderr else []
+            return f"{compiler} failed: {last[0] if last else error}{_INSTEAD}"
+        except (OSError, AttributeError, subprocess.TimeoutExpired, jax.errors.JaxRuntimeError) as error:
+            return f"{type(error).__name__}: {error}{_INSTEAD}"
+
+
+def prepare(progress: Progress | None = None) -> None:
+    """Has the kernels built where they are not yet. progress: called with (parts done, all parts, what is going on)."""
+    token = _PROGRESS.set(progress)
     try:
-        return _registered(_built(compiler))
-    except subprocess.CalledProcessError as error:
-        return f"{compiler} failed: {error.stderr.strip().splitlines()[-1] if error.stderr.strip() else error}"
-    except (OSError, AttributeError, subprocess.TimeoutExpired, jax.errors.JaxRuntimeError) as error:
-        return f"{type(error).__name__}: {error}"
+        library()
+    finally:
+        _PROGRESS.reset(token)
 
 
 def refusal() -> str | None:
@@ -57,8 +93,11 @@ def isa() -> str:
 def _registered(path: Path) -> ctypes.CDLL:
     found = ctypes.CDLL(str(path))
     found.ferrum_native_isa.restype = ctypes.c_char_p
-    for name in TARGETS:
-        jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(found, name)), platform="cpu")
+    handlers = {name: jax.ffi.pycapsule(getattr(found, name)) for name in TARGETS}
+    if not found.ferrum_native_isa():
+        raise OSError("this CPU lacks instructions that the operating system lists for it")
+    for name, handler in handlers.items():
+        jax.ffi.register_ffi_target(name, handler, platform="cpu")
     return found
 
 
@@ -68,30 +107,63 @@ def _compiler() -> str | None:
     )
 
 
+def _instruction_sets() -> tuple[str, ...]:
+    """The best one that this CPU has; all of them where the operating system does not list what it has."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return ("portable",)
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        flags = set(next(line for line in lines if line.startswith("flags")).split())
+    except (OSError, StopIteration):
+        return tuple(_UNITS)
+    return (next(name for name, (_, needed) in _UNITS.items() if needed <= flags),)
+
+
 def _built(compiler: str) -> Path:
     """The path of the library. OSError and CalledProcessError where it cannot be made."""
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True, timeout=_SECONDS).stdout
-    digest = hashlib.blake2b(f"{jaxlib.__version__} {version} {platform.machine()}".encode(), digest_size=12)
-    sources = sorted(SOURCES.iterdir())
-    for source in sources:
+    sets = _instruction_sets()
+    digest = hashlib.blake2b(f"{jaxlib.__version__} {version} {platform.machine()} {sets}".encode(), digest_size=12)
+    for source in sorted(SOURCES.iterdir()):
         digest.update(source.name.encode() + source.read_bytes())
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    path = Path(base) / "ferrum_jax" / "native" / f"kernels-{digest.hexdigest()}.so"
-    if path.exists():
-        return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _LOG.warning("building the C++ kernels for this CPU, which is done once and takes up to half a minute")
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        fresh = Path(folder) / "kernels.so"
-        flags = ["-O3", "-std=c++17", "-fPIC", f"-I{jax.ffi.include_dir()}"]
-        units = {str(source): f"{folder}/{source.stem}.o" for source in sources if source.suffix == ".cc"}
-
-        def run(*arguments: str) -> None:
-            subprocess.run([compiler, *arguments], capture_output=True, text=True, check=True, timeout=_SECONDS)
-
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            for _ in pool.map(lambda unit: run(*flags, "-c", *unit), ((unit, "-o", made) for unit, made in units.items())):
-                pass
-        run("-shared", *units.values(), "-o", str(fresh))
-        fresh.replace(path)  # in one step, so that nobody loads half of it
+    folder, name = cache.cache_root() / "native", f"kernels-{digest.hexdigest()}"
+    cache.make_private(folder)
+    for path in sorted(folder.glob(f"{name}.*.so")):
+        if path.name == _named(name, path):
+            return path
+        path.unlink()
+    with cache.workspace(folder) as work:
+        fresh = _compiled(compiler, sets, work)
+        path = folder / _named(name, fresh)
+        cache.put(fresh, path)
     return path
+
+
+def _named(name: str, path: Path) -> str:
+    with path.open("rb") as file:
+        return f"{name}.{hashlib.file_digest(file, 'sha256').hexdigest()[:32]}.so"
+
+
+def _compiled(compiler: str, sets: tuple[str, ...], work: Path) -> Path:
+    units = list(dict.fromkeys(unit for name in sets for unit in _UNITS[name][0]))
+    without = [f"-DFERRUM_WITHOUT_{name.upper()}" for name in _UNITS if name not in units]
+    flags = ["-std=c++17", "-fPIC", f"-I{jax.ffi.include_dir()}", *without]
+    units[2:2] = _COMMON
+    report = _PROGRESS.get()
+    if report is None:
+        _LOG.warning("building the C++ kernels for this CPU, which is done once and takes up to half a minute")
+
+    def run(*arguments: str) -> None:
+        subprocess.run([compiler, *arguments], capture_output=True, text=True, check=True, timeout=_SECONDS)
+
+    def compile(unit: str) -> None:
+        level = "-O1" if unit == "ffi" else "-O3"  # there is no arithmetic in ffi.cc, and much for a compiler to look through
+        run(level, *flags, "-c", str(SOURCES / f"{unit}.cc"), "-o", str(work / f"{unit}.o"))
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for done, future in enumerate(as_completed([pool.submit(compile, unit) for unit in units])):
+            future.result()
+            if report:
+                report(done + 1, len(units), "building the C++ kernels for this CPU, once")
+    run("-shared", *(str(work / f"{unit}.o") for unit in units), "-o", str(work / "kernels.so"))
+    return work / "kernels.so"

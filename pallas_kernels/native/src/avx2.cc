@@ -40,11 +40,6 @@ void float_dots(const Rows& w, const float* const* x, int64_t m, Output y) {
 
 const Isa avx2 = {"avx2", quantise_row, rest_of_row, pack_panel, dots, nullptr, float_dots, FERRUM_BESIDE};
 
-bool has_avx2() {
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2") &&
-         __builtin_cpu_supports("f16c");
-}
-
 }  // namespace ferrum
 
 #if defined(__clang__)

@@ -15,6 +15,8 @@ namespace {
 using V = __m512i;
 using F = __m512;
 
+FERRUM_INLINE V dpbusd(V acc, V u, V s) { return _mm512_dpbusd_epi32(acc, u, s); }
+FERRUM_INLINE V load512(const void* p) { return _mm512_load_si512(p); }
 FERRUM_INLINE V bytes(int v) { return _mm512_set1_epi8(char(v)); }
 FERRUM_INLINE __m256i load256(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
 FERRUM_INLINE __m128i load128(const uint8_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }

@@ -1,7 +1,8 @@
 // Many rows of x: 16 rows of the matrix are decoded once, then multiplied by panels of 16 rows of x.
 //
 // Lanes are the rows of x here, so the eight float lanes of the arithmetic (see kernels.h) are eight registers, and each
-// integer dot product needs no sum across lanes. `Dots` makes the integers of a panel; everything after is the same.
+// integer dot product needs no sum across lanes. Formats differ in the
+// decoding alone.
 #pragma once
 
 #include "avx512.h"
@@ -25,7 +26,7 @@ FERRUM_INLINE void put(V q, int j, int64_t row, Decoded& out) {
 
 // Without their bias where Signed.
 template <Type T, bool Signed>
-FERRUM_INLINE void decode_rows(const Rows& w, int64_t groups, Decoded* out) {
+inline void decode_rows(const Rows& w, int64_t groups, Decoded* out) {
   alignas(64) uint8_t room[2][kWidest];
   const uint8_t* end = w.blocks + w.count * w.stride;
   for (int64_t i = 0; i < w.count; i += 2) {
@@ -77,10 +78,15 @@ FERRUM_INLINE void add_block(const Decoded& w, const PanelGroup& x, int row, int
     lane = _mm512_fnmadd_ps(_mm512_load_ps(x.scaled_sum[block]), _mm512_set1_ps(w.offset[row][block]), lane);
 }
 
-// Multiply<T>::run(decoded rows, count, groups, panel, results [row][lane]) makes a tile of 16 x 16 results of weights that
-// are signed or have their bias, as Multiply<T>::is_signed says.
-template <Type T, template <Type> class Multiply>
-void panels_of_type(Rows w, const PanelGroup* x, int64_t m, Output y) {
+// What is known of a type once its rows are decoded: the first type of which the same is known.
+constexpr Type once_decoded(Type t) {
+  return has_parts(t) ? t : has_offset(t) ? Type::Q4_1 : bias_shift(t) == 3 ? Type::Q4_0 : bias_shift(t) == 4 ? Type::Q5_0 : Type::Q8_0;
+}
+
+using Decode = void(const Rows& w, int64_t groups, Decoded* out);
+using Multiply = void(const Decoded* w, int count, int64_t groups, const PanelGroup* x, float (*out)[kPanel]);
+
+[[gnu::noinline]] inline void panels_by(Decode* decode, Multiply* multiply, Rows w, const PanelGroup* x, int64_t m, Output y) {
   const int64_t groups = groups_of(w.k), all = w.count;
   auto* decoded = static_cast<Decoded*>(scratch(kDecoded, size_t(groups) * sizeof(Decoded)));
   // So many panels at a time that they stay in the second-level cache while the rows of the matrix go by.
@@ -89,10 +95,10 @@ void panels_of_type(Rows w, const PanelGroup* x, int64_t m, Output y) {
     Rows left = w;
     for (int64_t done = 0; done < all; done += kPanel, left.blocks += kPanel * left.stride) {
       left.count = all - done < kPanel ? all - done : kPanel;
-      decode_rows<T, Multiply<T>::is_signed>(left, groups, decoded);
+      decode(left, groups, decoded);
       for (int64_t r = first; r < m && r < first + some; r += kPanel) {
         alignas(64) Lanes tile[kPanel];
-        Multiply<T>::run(decoded, int(left.count), groups, x + r / kPanel * groups, reinterpret_cast<float(*)[kPanel]>(tile));
+        multiply(decoded, int(left.count), groups, x + r / kPanel * groups, reinterpret_cast<float(*)[kPanel]>(tile));
         transpose(tile);
         const auto inside = __mmask16((1u << left.count) - 1);
         for (int64_t lane = 0; lane < kPanel && r + lane < m; ++lane)
@@ -100,6 +106,13 @@ void panels_of_type(Rows w, const PanelGroup* x, int64_t m, Output y) {
       }
     }
   }
+}
+
+// By<T>::run makes a tile of 16 x 16 results of decoded weights that are signed or have their bias, as By<T>::is_signed says.
+template <Type T, template <Type> class By>
+inline void panels_of_type(const Rows& w, const PanelGroup* x, int64_t m, Output y) {
+  constexpr Type like = once_decoded(T);
+  panels_by(decode_rows<T, By<T>::is_signed>, By<like>::run, w, x, m, y);
 }
 
 }  // namespace

@@ -1,4 +1,7 @@
 // XLA's view of the kernels: four FFI handlers that check shapes, and its thread pool as a Pool.
+//
+// All handlers have one signature and look at their operands by number: a signature each, with types, would be checked by
+// templates that take a compiler longer than most of the kernels do.
 #include <cstdint>
 #include <cstring>
 #include <new>
@@ -15,16 +18,38 @@ namespace ffi = xla::ffi;
 namespace {
 
 using ferrum::Matrix;
-using FloatMatrix = ffi::Buffer<ffi::F32, 2>;
-using IntMatrix = ffi::Buffer<ffi::S32, 2>;
 
 constexpr size_t kMaxMatrices = 16;
 
 ffi::Error wrong(std::string words) { return ffi::Error::InvalidArgument("ferrum: " + std::move(words)); }
 
-// Everything that can be wrong with the arguments of one call; the first complaint is kept.
+// The arguments of one call and everything that can be wrong with them; the first complaint is kept.
 class Checker {
  public:
+  Checker(ffi::RemainingArgs operands, ffi::RemainingRets results, ffi::Dictionary attributes)
+      : operands_(operands), results_(results), attributes_(attributes) {}
+
+  // What is not there is a buffer without axes, and a complaint.
+  ffi::AnyBuffer operand(size_t i) {
+    const auto found = operands_.get<ffi::AnyBuffer>(i);
+    return found.has_value() ? *found : missing();
+  }
+  ffi::AnyBuffer result(size_t i) {
+    auto found = results_.get<ffi::AnyBuffer>(i);
+    return found.has_value() ? **found : missing();
+  }
+  ffi::AnyBuffer of(ffi::DataType type, size_t axes, ffi::AnyBuffer buffer) {
+    return buffer.element_type() == type && buffer.dimensions().size() == axes ? buffer : missing();
+  }
+  template <typename T>
+  T attribute(const char* name) {
+    const auto found = attributes_.get<T>(name);
+    require(found.has_value(), "an attribute is missing");
+    return found.has_value() ? *found : T{};
+  }
+  size_t operands() const { return operands_.size(); }
+  size_t results() const { return results_.size(); }
+
   bool require(bool holds, const char* words) {
     if (!holds && words_.empty()) words_ = words;
     return holds;
@@ -33,7 +58,8 @@ class Checker {
   bool failed() const { return !words_.empty(); }
   ffi::Error error() const { return wrong(words_); }
 
-  ferrum::Arithmetic arithmetic(std::string_view name) {
+  ferrum::Arithmetic arithmetic() {
+    const auto name = attribute<std::string_view>("arithmetic");
     require(name == "int8" || name == "int8x2" || name == "float32", "arithmetic must be int8, int8x2 or float32");
     return name == "float32" ? ferrum::Arithmetic::float32
            : name == "int8x2" ? ferrum::Arithmetic::int8x2
@@ -80,8 +106,24 @@ class Checker {
   }
 
  private:
+  ffi::AnyBuffer missing() {
+    static const XLA_FFI_Buffer none{};
+    require(false, "operands do not fit");
+    return ffi::AnyBuffer(&none);
+  }
+
+  ffi::RemainingArgs operands_;
+  ffi::RemainingRets results_;
+  ffi::Dictionary attributes_;
   std::string words_;
 };
+
+float* floats(ffi::AnyBuffer buffer) { return static_cast<float*>(buffer.untyped_data()); }
+int32_t* ints(ffi::AnyBuffer buffer) { return static_cast<int32_t*>(buffer.untyped_data()); }
+
+using Args = ffi::RemainingArgs;
+using Rets = ffi::RemainingRets;
+using Attrs = ffi::Dictionary;
 
 template <typename F>
 ffi::Error with_pool(ffi::ThreadPool& threads, F&& run) {
@@ -95,69 +137,70 @@ ffi::Error with_pool(ffi::ThreadPool& threads, F&& run) {
   return ffi::Error::Success();
 }
 
-ffi::Error matmuls(ffi::ThreadPool threads, FloatMatrix x, ffi::RemainingArgs args, ffi::RemainingRets results,
-                   std::string_view formats, std::string_view arithmetic) {
-  const int64_t m = x.dimensions()[0], k = x.dimensions()[1];
-  const size_t count = results.size();
-  Checker check;
-  const ferrum::Arithmetic how = check.arithmetic(arithmetic);
-  if (!check.require(args.size() == 2 * count, "an index and blocks are wanted for each result") ||
-      !check.require(count <= kMaxMatrices, "more than 16 matrices in one call"))
+ffi::Error matmuls(ffi::ThreadPool threads, Args args, Rets rets, Attrs attrs) {
+  Checker check(args, rets, attrs);
+  const auto x = check.of(ffi::F32, 2, check.operand(0));
+  const auto formats = check.attribute<std::string_view>("formats");
+  const ferrum::Arithmetic how = check.arithmetic();
+  const size_t count = check.results();
+  if (!check.require(check.operands() == 1 + 2 * count, "an index and blocks are wanted for each result") ||
+      !check.require(count <= kMaxMatrices, "more than 16 matrices in one call") || check.failed())
     return check.error();
+  const int64_t m = x.dimensions()[0], k = x.dimensions()[1];
   Matrix matrices[kMaxMatrices];
   float* y[kMaxMatrices];
   for (size_t i = 0; i < count; ++i) {
-    auto index = args.get<ffi::AnyBuffer>(2 * i);
-    auto blocks = args.get<ffi::AnyBuffer>(2 * i + 1);
-    auto result = results.get<FloatMatrix>(i);
-    if (!index.has_value() || !blocks.has_value() || !result.has_value()) return wrong("results must be float32 [m, n]");
-    matrices[i] = check.matrix(check.format(formats, i), *index, *blocks, k, 0);
+    const auto result = check.result(i);
+    const auto dims = result.dimensions();
+    if (!check.require(result.element_type() == ffi::F32 && dims.size() == 2, "results must be float32 [m, n]")) return check.error();
+    matrices[i] = check.matrix(check.format(formats, i), check.operand(1 + 2 * i), check.operand(2 + 2 * i), k, 0);
     if (check.failed()) return check.error();
-    const auto dims = (*result)->dimensions();
     if (!check.require(dims[0] == m && dims[1] == matrices[i].n, "a result does not fit its matrix")) return check.error();
-    y[i] = (*result)->typed_data();
+    y[i] = floats(result);
   }
-  return with_pool(threads, [&](ferrum::Pool& pool) { ferrum::matmuls(pool, how, x.typed_data(), m, k, matrices, int(count), y); });
+  return with_pool(threads, [&](ferrum::Pool& pool) { ferrum::matmuls(pool, how, floats(x), m, k, matrices, int(count), y); });
 }
 
-ffi::Error swiglu(ffi::ThreadPool threads, FloatMatrix x, ffi::AnyBuffer gate_index, ffi::AnyBuffer gate_blocks,
-                  ffi::AnyBuffer up_index, ffi::AnyBuffer up_blocks, ffi::Result<FloatMatrix> y, std::string_view formats,
-                  std::string_view arithmetic) {
-  const int64_t m = x.dimensions()[0], k = x.dimensions()[1];
-  Checker check;
-  const ferrum::Arithmetic how = check.arithmetic(arithmetic);
-  const Matrix gate = check.matrix(check.format(formats, 0), gate_index, gate_blocks, k, 0);
-  const Matrix up = check.matrix(check.format(formats, 1), up_index, up_blocks, k, 0);
+ffi::Error swiglu(ffi::ThreadPool threads, Args args, Rets rets, Attrs attrs) {
+  Checker check(args, rets, attrs);
+  const auto x = check.of(ffi::F32, 2, check.operand(0)), y = check.of(ffi::F32, 2, check.result(0));
+  const auto formats = check.attribute<std::string_view>("formats");
+  const ferrum::Arithmetic how = check.arithmetic();
   if (check.failed()) return check.error();
-  if (gate.n != up.n || y->dimensions()[0] != m || y->dimensions()[1] != gate.n) return wrong("gate, up and y do not fit");
-  return with_pool(threads, [&](ferrum::Pool& pool) { ferrum::swiglu(pool, how, x.typed_data(), m, k, gate, up, y->typed_data()); });
+  const int64_t m = x.dimensions()[0], k = x.dimensions()[1];
+  const Matrix gate = check.matrix(check.format(formats, 0), check.operand(1), check.operand(2), k, 0);
+  const Matrix up = check.matrix(check.format(formats, 1), check.operand(3), check.operand(4), k, 0);
+  if (check.failed()) return check.error();
+  if (gate.n != up.n || y.dimensions()[0] != m || y.dimensions()[1] != gate.n) return wrong("gate, up and y do not fit");
+  return with_pool(threads, [&](ferrum::Pool& pool) { ferrum::swiglu(pool, how, floats(x), m, k, gate, up, floats(y)); });
 }
 
-ffi::Error experts(ffi::ThreadPool threads, FloatMatrix x, IntMatrix ids, FloatMatrix weights, ffi::AnyBuffer gate_index,
-                   ffi::AnyBuffer gate_blocks, ffi::AnyBuffer up_index, ffi::AnyBuffer up_blocks, ffi::AnyBuffer down_index,
-                   ffi::AnyBuffer down_blocks, ffi::Result<FloatMatrix> y, std::string_view formats,
-                   std::string_view arithmetic) {
+ffi::Error experts(ffi::ThreadPool threads, Args args, Rets rets, Attrs attrs) {
+  Checker check(args, rets, attrs);
+  const auto x = check.of(ffi::F32, 2, check.operand(0)), y = check.of(ffi::F32, 2, check.result(0));
+  const auto ids = check.of(ffi::S32, 2, check.operand(1)), weights = check.of(ffi::F32, 2, check.operand(2));
+  const auto formats = check.attribute<std::string_view>("formats");
+  const ferrum::Arithmetic how = check.arithmetic();
+  if (check.failed()) return check.error();
   const int64_t tokens = x.dimensions()[0], k = x.dimensions()[1], top_k = ids.dimensions()[1];
-  Checker check;
-  const ferrum::Arithmetic how = check.arithmetic(arithmetic);
-  const auto stack = gate_blocks.dimensions();
+  const auto stack = check.operand(4).dimensions();
   if (stack.size() < 3 || stack[stack.size() - 3] < 1) return wrong("blocks of experts are [..., experts, rows, width]");
   const int64_t num_experts = stack[stack.size() - 3];
-  const Matrix gate = check.matrix(check.format(formats, 0), gate_index, gate_blocks, k, num_experts);
-  const Matrix up = check.matrix(check.format(formats, 1), up_index, up_blocks, k, num_experts);
-  const Matrix down = check.matrix(check.format(formats, 2), down_index, down_blocks, gate.n, num_experts);
+  const auto matrix = [&](size_t i, int64_t k) {
+    return check.matrix(check.format(formats, i), check.operand(3 + 2 * i), check.operand(4 + 2 * i), k, num_experts);
+  };
+  const Matrix gate = matrix(0, k), up = matrix(1, k), down = matrix(2, gate.n);
   if (check.failed()) return check.error();
   if (gate.n != up.n || down.n != k) return wrong("gate, up and down do not fit");
   if (ids.dimensions()[0] != tokens || weights.dimensions()[0] != tokens || weights.dimensions()[1] != top_k ||
-      y->dimensions()[0] != tokens || y->dimensions()[1] != k)
+      y.dimensions()[0] != tokens || y.dimensions()[1] != k)
     return wrong("x, ids, weights and y do not fit");
-  const int32_t* id = ids.typed_data();
+  const int32_t* id = ints(ids);
   for (int64_t i = 0; i < tokens * top_k; ++i)
     if (id[i] < 0 || id[i] > num_experts)
       return wrong("expert " + std::to_string(id[i]) + " of " + std::to_string(num_experts));
   return with_pool(threads, [&](ferrum::Pool& pool) {
-    ferrum::experts(pool, how, x.typed_data(), tokens, k, id, weights.typed_data(), top_k, num_experts, gate, up, down,
-                    y->typed_data());
+    ferrum::experts(pool, how, floats(x), tokens, k, id, floats(weights), top_k, num_experts, gate, up, down, floats(y));
   });
 }
 
@@ -174,38 +217,43 @@ bool find_kv_type(std::string_view name, ferrum::KvType& type) {
   return false;
 }
 
-using IntVector = ffi::Buffer<ffi::S32, 1>;
-
-// `places`, of each layer and part: number of the operand among `stacks` (-1: none) and place in its first axis. `kept`: the
+// Operands: x, slots, positions, query_starts, kv_lengths, page_table, cosine, sine, stacks. `places`, of each layer and part: number of the operand among `stacks` (-1: none) and place in its first axis. Results: y, the
 // pages of the cache, the scales of an int8 one, and where they are wanted experts and weights [routers, tokens, top_k].
-ffi::Error layers(ffi::ThreadPool threads, FloatMatrix x, IntVector slots, IntVector positions, IntVector query_starts,
-                  IntVector kv_lengths, IntMatrix page_table, FloatMatrix cosine, FloatMatrix sine, ffi::RemainingArgs stacks,
-                  ffi::Result<FloatMatrix> y, ffi::RemainingRets kept, ffi::Span<const int64_t> places, std::string_view formats,
-                  std::string_view kv_dtype, int64_t top_k, int64_t window, float eps, float scale, float expert_scale,
-                  bool normalise) {
-  const int64_t tokens = x.dimensions()[0], hidden = x.dimensions()[1];
-  Checker check;
+ffi::Error layers(ffi::ThreadPool threads, Args args, Rets rets, Attrs attrs) {
+  constexpr size_t kFirstStack = 8;
+  Checker check(args, rets, attrs);
+  const auto x = check.of(ffi::F32, 2, check.operand(0)), y = check.of(ffi::F32, 2, check.result(0));
+  const auto vector_of_ints = [&](size_t i) { return check.of(ffi::S32, 1, check.operand(i)); };
+  const auto slots = vector_of_ints(1), positions = vector_of_ints(2), query_starts = vector_of_ints(3), kv_lengths = vector_of_ints(4);
+  const auto page_table = check.of(ffi::S32, 2, check.operand(5));
+  const auto cosine = check.of(ffi::F32, 2, check.operand(6)), sine = check.of(ffi::F32, 2, check.operand(7));
+  const auto pages = check.result(1);
+  const auto places = check.attribute<ffi::Span<const int64_t>>("places");
+  const auto formats = check.attribute<std::string_view>("formats");
+  const auto top_k = check.attribute<int64_t>("top_k"), window = check.attribute<int64_t>("window");
+  const auto eps = check.attribute<float>("eps"), scale = check.attribute<float>("scale");
+  const auto expert_scale = check.attribute<float>("expert_scale");
+  const auto normalise = check.attribute<bool>("normalise");
   ferrum::KvCache store{};
-  check.require(find_kv_type(kv_dtype, store.type), "no kernels for this dtype of the KV cache");
-  auto pages = kept.get<ffi::AnyBuffer>(0);
-  if (!pages.has_value() || (*pages)->dimensions().size() != 5 || places.size() % (2 * kRoles)) return wrong("operands do not fit");
-  const auto dims = (*pages)->dimensions();
+  check.require(find_kv_type(check.attribute<std::string_view>("kv_dtype"), store.type), "no kernels for this dtype of the KV cache");
+  check.require(pages.dimensions().size() == 5 && places.size() % (2 * kRoles) == 0, "operands do not fit");
+  if (check.failed()) return check.error();
+  const int64_t tokens = x.dimensions()[0], hidden = x.dimensions()[1];
+  const auto dims = pages.dimensions();
   const int64_t count = int64_t(places.size()) / (2 * kRoles);
-  store = {static_cast<uint8_t*>((*pages)->untyped_data()), nullptr, store.type, dims[1], dims[2], dims[3] / 2, dims[4]};
+  store = {static_cast<uint8_t*>(pages.untyped_data()), nullptr, store.type, dims[1], dims[2], dims[3] / 2, dims[4]};
   if (store.type == ferrum::KvType::int8) {
-    auto scales = kept.get<ffi::Buffer<ffi::F32, 3>>(1);
-    if (!scales.has_value()) return wrong("an int8 cache needs its scales");
-    store.scales = (*scales)->typed_data();
+    store.scales = floats(check.of(ffi::F32, 3, check.result(2)));
+    if (check.failed()) return wrong("an int8 cache needs its scales");
   }
-  check.require(int64_t(ffi::ByteWidth((*pages)->element_type())) == store.item_bytes(), "the cache holds other elements");
+  check.require(int64_t(ffi::ByteWidth(pages.element_type())) == store.item_bytes(), "the cache holds other elements");
   check.require(count <= dims[0] && store.head_dim % 16 == 0 && store.num_pages > 0, "the cache does not fit");
-  ferrum::Batch batch{tokens, page_table.dimensions()[0], page_table.dimensions()[1], slots.typed_data(), positions.typed_data(),
-                      query_starts.typed_data(), kv_lengths.typed_data(), page_table.typed_data(), cosine.typed_data(),
-                      sine.typed_data(), cosine.dimensions()[1]};
+  ferrum::Batch batch{tokens, page_table.dimensions()[0], page_table.dimensions()[1], ints(slots), ints(positions),
+                      ints(query_starts), ints(kv_lengths), ints(page_table), floats(cosine), floats(sine), cosine.dimensions()[1]};
   check.require(slots.dimensions()[0] == tokens && positions.dimensions()[0] == tokens && cosine.dimensions()[0] == tokens &&
                     sine.dimensions()[0] == tokens && sine.dimensions()[1] == batch.rotated && 2 * batch.rotated <= store.head_dim &&
                     query_starts.dimensions()[0] == batch.sequences + 1 && kv_lengths.dimensions()[0] == batch.sequences &&
-                    y->dimensions()[0] == tokens && y->dimensions()[1] == hidden && hidden % 32 == 0,
+                    y.dimensions()[0] == tokens && y.dimensions()[1] == hidden && hidden % 32 == 0,
                 "the tables of the batch do not fit");
   if (check.failed()) return check.error();
   for (int64_t s = 0; s < batch.sequences; ++s) {
@@ -219,14 +267,13 @@ ffi::Error layers(ffi::ThreadPool threads, FloatMatrix x, IntVector slots, IntVe
   int64_t heads = 0, routers = 0, wanted = 0;
   int32_t* ids = nullptr;
   float* weights = nullptr;
-  if (const size_t first = store.scales ? 2 : 1; kept.size() > first) {
-    auto experts = kept.get<ffi::Buffer<ffi::S32, 3>>(first);
-    auto shares = kept.get<ffi::Buffer<ffi::F32, 3>>(first + 1);
-    if (!experts.has_value() || !shares.has_value()) return wrong("what records the routing does not fit");
-    const auto one = (*experts)->dimensions(), other = (*shares)->dimensions();
+  if (const size_t first = store.scales ? 3 : 2; check.results() > first) {
+    const auto experts = check.of(ffi::S32, 3, check.result(first)), shares = check.of(ffi::F32, 3, check.result(first + 1));
+    if (check.failed()) return wrong("what records the routing does not fit");
+    const auto one = experts.dimensions();
     wanted = one[0];
-    check.require(one == other && one[1] == tokens && one[2] == top_k, "what records the routing does not fit");
-    ids = (*experts)->typed_data(), weights = (*shares)->typed_data();
+    check.require(one == shares.dimensions() && one[1] == tokens && one[2] == top_k, "what records the routing does not fit");
+    ids = ints(experts), weights = floats(shares);
   }
   for (int64_t l = 0; l < count && !check.failed(); ++l) {
     ferrum::Layer& layer = all[size_t(l)];
@@ -234,20 +281,19 @@ ffi::Error layers(ffi::ThreadPool threads, FloatMatrix x, IntVector slots, IntVe
     caches[size_t(l)].pages += rows * store.head_dim * store.item_bytes();
     if (store.scales) caches[size_t(l)].scales += rows;
     const int64_t* place = places.begin() + l * 2 * kRoles;
-    const auto at = [&](Role role) { return stacks.get<ffi::AnyBuffer>(size_t(place[2 * role])); };
+    const auto at = [&](Role role) { return check.operand(kFirstStack + size_t(place[2 * role])); };
     const auto has = [&](Role role) { return place[2 * role] >= 0; };
     const auto vector = [&](Role role, int64_t n) -> const float* {
       if (!has(role)) return nullptr;
-      auto stack = at(role);
-      const bool fits = stack.has_value() && stack->element_type() == ffi::F32 && stack->dimensions().size() == 2 &&
-                        stack->dimensions()[1] == n && place[2 * role + 1] < stack->dimensions()[0];
+      const auto stack = at(role);
+      const auto dims = stack.dimensions();
+      const bool fits = stack.element_type() == ffi::F32 && dims.size() == 2 && dims[1] == n && place[2 * role + 1] < dims[0];
       if (!check.require(fits, "a norm or bias does not fit")) return nullptr;
-      return static_cast<const float*>(stack->untyped_data()) + place[2 * role + 1] * n;
+      return floats(stack) + place[2 * role + 1] * n;
     };
     const auto matrix = [&](Role role, int64_t k, int64_t n, int64_t experts = 0) {
-      auto stack = has(role) ? at(role) : stacks.get<ffi::AnyBuffer>(stacks.size());
-      if (!check.require(stack.has_value(), "a matrix is missing")) return Matrix{};
-      const Matrix found = check.matrix(check.format(formats, size_t(place[2 * role])), place[2 * role + 1], *stack, k, experts);
+      if (!check.require(has(role), "a matrix is missing")) return Matrix{};
+      const Matrix found = check.matrix(check.format(formats, size_t(place[2 * role])), place[2 * role + 1], at(role), k, experts);
       check.require(n == 0 || found.n == n, "a matrix does not fit");
       return found;
     };
@@ -288,72 +334,18 @@ ffi::Error layers(ffi::ThreadPool threads, FloatMatrix x, IntVector slots, IntVe
   check.require(routers == wanted, "there are fewer routers than are recorded");
   if (check.failed()) return check.error();
   const ferrum::Shape shape{hidden, heads, window, top_k, eps, scale, expert_scale, normalise};
-  std::memcpy(y->typed_data(), x.typed_data(), size_t(tokens * hidden) * sizeof(float));
-  return with_pool(threads, [&](ferrum::Pool& pool) { ferrum::decoder_layers(pool, shape, batch, all.data(), caches.data(), count, y->typed_data()); });
+  std::memcpy(floats(y), floats(x), size_t(tokens * hidden) * sizeof(float));
+  return with_pool(threads, [&](ferrum::Pool& pool) { ferrum::decoder_layers(pool, shape, batch, all.data(), caches.data(), count, floats(y)); });
 }
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(ferrum_layers, layers,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<FloatMatrix>()
-                                  .Arg<IntVector>()
-                                  .Arg<IntVector>()
-                                  .Arg<IntVector>()
-                                  .Arg<IntVector>()
-                                  .Arg<IntMatrix>()
-                                  .Arg<FloatMatrix>()
-                                  .Arg<FloatMatrix>()
-                                  .RemainingArgs()
-                                  .Ret<FloatMatrix>()
-                                  .RemainingRets()
-                                  .Attr<ffi::Span<const int64_t>>("places")
-                                  .Attr<std::string_view>("formats")
-                                  .Attr<std::string_view>("kv_dtype")
-                                  .Attr<int64_t>("top_k")
-                                  .Attr<int64_t>("window")
-                                  .Attr<float>("eps")
-                                  .Attr<float>("scale")
-                                  .Attr<float>("expert_scale")
-                                  .Attr<bool>("normalise"));
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(ferrum_experts, experts,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<FloatMatrix>()
-                                  .Arg<IntMatrix>()
-                                  .Arg<FloatMatrix>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Ret<FloatMatrix>()
-                                  .Attr<std::string_view>("formats")
-                                  .Attr<std::string_view>("arithmetic"));
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(ferrum_matmuls, matmuls,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<FloatMatrix>()
-                                  .RemainingArgs()
-                                  .RemainingRets()
-                                  .Attr<std::string_view>("formats")
-                                  .Attr<std::string_view>("arithmetic"));
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(ferrum_swiglu, swiglu,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<FloatMatrix>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Ret<FloatMatrix>()
-                                  .Attr<std::string_view>("formats")
-                                  .Attr<std::string_view>("arithmetic"));
+#define FERRUM_HANDLER(name, handler) \
+  XLA_FFI_DEFINE_HANDLER_SYMBOL(name, handler, ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().RemainingArgs().RemainingRets().Attrs())
+FERRUM_HANDLER(ferrum_layers, layers);
+FERRUM_HANDLER(ferrum_experts, experts);
+FERRUM_HANDLER(ferrum_matmuls, matmuls);
+FERRUM_HANDLER(ferrum_swiglu, swiglu);
 
 extern "C" const char* ferrum_native_isa() { return ferrum::isa(); }
 extern "C" int ferrum_native_set_isa(const char* name) { return ferrum::set_isa(name) ? 1 : 0; }

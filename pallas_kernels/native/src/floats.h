@@ -7,29 +7,34 @@
 namespace ferrum {
 namespace {
 
-// A row of weights as float32 in their order, zeros behind, a whole number of groups long.
+// A row of weights as float32 in their order, zeros behind, a whole number of groups long. Blocks are decoded for the tests
+// alone, which compare int8 arithmetic with this one: cold, so that a compiler spends little time on them.
+template <Type T>
+[[gnu::cold]] inline void decode_blocks(const uint8_t* p, int64_t k, float* out) {
+  uint8_t room[kWidest];
+  Weights w;
+  for (int64_t first = 0; first < k; first += kGroup, p += group_bytes(T), out += kGroup) {
+    decode<T>(whole<T>(p, k - first, room), w);
+    for (int b = 0; b < kBlocks; ++b)
+      for (int j = 0; j < 32; ++j) {
+        const float scale = has_parts(T) ? w.scale[b] * float(w.part[2 * b + j / 16]) : w.scale[b];
+        const float q = float(w.q[32 * place(b) + j]);
+        out[32 * b + j] = has_offset(T) ? __builtin_fmaf(scale, q, -w.offset[b]) : scale * q;
+      }
+  }
+}
+
 template <Type T>
 inline void decode_floats(const uint8_t* p, int64_t k, float* out) {
-  const int64_t whole_length = groups_of(k) * kGroup;
-  if constexpr (block_weights(T) == 1) {
+  if constexpr (block_weights(T) != 1) {
+    decode_blocks<T>(p, k, out);
+  } else {
     int64_t j = 0;
     for (; j + kLanes <= k; j += kLanes)
       store(T == Type::F16 ? from_half(p + 2 * j) : T == Type::BF16 ? from_bfloat(p + 2 * j) : load(reinterpret_cast<const float*>(p) + j), out + j);
     for (; j < k; ++j)
       out[j] = T == Type::F16 ? half_at(p + 2 * j) : T == Type::BF16 ? float_of(uint32_t(load16(p + 2 * j)) << 16) : float_of(load32(p + 4 * j));
-    std::memset(out + k, 0, size_t(whole_length - k) * sizeof(float));
-  } else {
-    uint8_t room[kWidest];
-    Weights w;
-    for (int64_t first = 0; first < k; first += kGroup, p += group_bytes(T), out += kGroup) {
-      decode<T>(whole<T>(p, k - first, room), w);
-      for (int b = 0; b < kBlocks; ++b)
-        for (int j = 0; j < 32; ++j) {
-          const float scale = has_parts(T) ? w.scale[b] * float(w.part[2 * b + j / 16]) : w.scale[b];
-          const float q = float(w.q[32 * place(b) + j]);
-          out[32 * b + j] = has_offset(T) ? __builtin_fmaf(scale, q, -w.offset[b]) : scale * q;
-        }
-    }
+    std::memset(out + k, 0, size_t(groups_of(k) * kGroup - k) * sizeof(float));
   }
 }
 
@@ -54,15 +59,15 @@ inline void dots_of_four(const float* const* x, const float* const* w, int64_t l
   store(lanes[0], sums);
 }
 
-template <Type T>
-inline void float_dots_of(const Rows& w, const float* const* x, int64_t m, Output y) {
+[[gnu::noinline]] inline void float_dots_by(void (*decode)(const uint8_t*, int64_t, float*), const Rows& w,
+                                            const float* const* x, int64_t m, Output y) {
   const int64_t length = groups_of(w.k) * kGroup;
   auto* decoded = static_cast<float*>(scratch(kDecoded, size_t(kFour * length) * sizeof(float)));
   const float* rows[kFour];
   for (int i = 0; i < kFour; ++i) rows[i] = decoded + i * length;
   for (int64_t first = 0; first < w.count; first += kFour) {
     const int64_t count = w.count - first < kFour ? w.count - first : kFour;
-    for (int64_t i = 0; i < count; ++i) decode_floats<T>(w.blocks + (first + i) * w.stride, w.k, decoded + i * length);
+    for (int64_t i = 0; i < count; ++i) decode(w.blocks + (first + i) * w.stride, w.k, decoded + i * length);
     for (int64_t r = 0; r < m; r += kFour) {
       float sums[kLanes];
       const int64_t some = m - r < kFour ? m - r : kFour;
@@ -75,6 +80,11 @@ inline void float_dots_of(const Rows& w, const float* const* x, int64_t m, Outpu
       for (int64_t t = 0; t < some; ++t) std::memcpy(y.at(r + t) + first, sums + kFour * t, size_t(count) * sizeof(float));
     }
   }
+}
+
+template <Type T>
+inline void float_dots_of(const Rows& w, const float* const* x, int64_t m, Output y) {
+  float_dots_by(decode_floats<T>, w, x, m, y);
 }
 
 }  // namespace

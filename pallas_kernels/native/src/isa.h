@@ -99,6 +99,8 @@ extern const Isa portable;
 extern const Isa avx2;
 extern const Isa avx512_vnni;
 const Isa& amx();
+void avx512_quantise(const float* x, int64_t k, Group* out);  // avx512_few.cc's part of avx512_vnni
+void avx512_dots(const Rows& w, const Group* const* x, int64_t m, Output y);
 bool has_avx2();
 bool has_avx512_vnni();
 bool has_amx();  // asks the kernel for the tile registers too

@@ -20,17 +20,37 @@ constexpr Format kFormats[] = {
     {"U4_64_F16", Type::U4_64, 64, 35}, {"U4_128_F16", Type::U4_128, 128, 67},
 };
 
-const Isa* best() {
+// What this library was built with, the best first: build.py leaves out what its machine does not take.
+constexpr struct {
+  const char* name;
+  bool (*here)();
+  const Isa* (*isa)();
+} kSets[] = {
 #if defined(__x86_64__)
-  if (has_amx()) return &amx();
-  if (has_avx512_vnni()) return &avx512_vnni;
-  if (has_avx2()) return &avx2;
+#ifndef FERRUM_WITHOUT_AMX
+    {"amx", has_amx, [] { return &amx(); }},
 #endif
-  return &portable;
+#ifndef FERRUM_WITHOUT_AVX512_VNNI
+    {"avx512_vnni", has_avx512_vnni, [] { return &avx512_vnni; }},
+#endif
+#ifndef FERRUM_WITHOUT_AVX2
+    {"avx2", has_avx2, [] { return &avx2; }},
+#endif
+#endif
+#ifndef FERRUM_WITHOUT_PORTABLE
+    {"portable", [] { return true; }, [] { return &portable; }},
+#endif
+};
+
+// nullptr where nothing here is for this machine.
+const Isa* find_set(const char* name) {
+  for (const auto& set : kSets)
+    if ((!name || std::strcmp(name, set.name) == 0) && set.here()) return set.isa();
+  return nullptr;
 }
 
 std::atomic<const Isa*>& chosen() {
-  static std::atomic<const Isa*> isa{best()};
+  static std::atomic<const Isa*> isa{find_set(nullptr)};
   return isa;
 }
 
@@ -42,16 +62,25 @@ const Format* find_format(const char* name, size_t length) {
   return nullptr;
 }
 
-const char* isa() { return chosen().load()->name; }
+#if defined(__x86_64__)
+bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2") &&
+         __builtin_cpu_supports("f16c");
+}
+
+bool has_avx512_vnni() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni") && has_avx2();
+}
+#endif
+
+const char* isa() {
+  const Isa* isa = chosen().load();
+  return isa ? isa->name : nullptr;
+}
 
 bool set_isa(const char* name) {
-  const Isa* found = nullptr;
-  if (std::strcmp(name, "portable") == 0) found = &portable;
-#if defined(__x86_64__)
-  if (std::strcmp(name, "avx2") == 0 && has_avx2()) found = &avx2;
-  if (std::strcmp(name, "avx512_vnni") == 0 && has_avx512_vnni()) found = &avx512_vnni;
-  if (std::strcmp(name, "amx") == 0 && has_amx()) found = &amx();
-#endif
+  const Isa* found = find_set(name);
   if (found) chosen().store(found);
   return found != nullptr;
 }

@@ -113,7 +113,8 @@ struct Layer {
 void decoder_layers(Pool& pool, const Shape& shape, const Batch& batch, const Layer* layers, const KvCache* caches,
                     int64_t count, float* x);
 
-// The instruction set in use: "portable", "avx2", "avx512_vnni" or "amx". set_isa says whether this machine has it.
+// The instruction set in use: "portable", "avx2", "avx512_vnni" or "amx"; nullptr where the library has none for this
+// machine. set_isa says whether this machine has it.
 const char* isa();
 bool set_isa(const char* name);
 
