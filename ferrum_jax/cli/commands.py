@@ -7,16 +7,13 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from ferrum_jax.chat import variables
+from ferrum_jax.cli.conversation import Conversation, Message
 from ferrum_jax.cli.output import harmless, print_facts
 from ferrum_jax.cli.writer import say
 from ferrum_jax.units import readable_bytes
-
-if TYPE_CHECKING:
-    from ferrum_jax.cli.chat import Chat
-    from ferrum_jax.cli.conversation import Conversation
 
 SAMPLING = (
     "max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
@@ -31,6 +28,16 @@ A line that ends in a backslash goes on in the next one, Alt-Enter starts a new 
 that \"\"\" closes. A message that begins with / needs a space before it; what begins with a space is not kept in the \
 history. Ctrl-C stops an answer; what was said so far stays in the conversation."""
 _WORDS: dict[str, Any] = {"on": True, "off": False, "none": None}
+
+
+class Chat(Protocol):
+    """What a command acts on. `first`: the parameters, system message and template arguments that the chat began with."""
+
+    conversation: Conversation
+    name: str
+    first: Any
+
+    def answer(self, messages: list[Message]) -> None: ...
 
 
 class Command(NamedTuple):
