@@ -75,6 +75,8 @@ class EmbeddingModel:
         for i, ids in enumerate(encoded):
             if not ids:
                 raise ValueError(f"text {i} has no tokens, and the tokenizer adds none")
+            if (largest := max(ids)) >= self.config.vocab_size:
+                raise ValueError(f"text {i} has the token {largest}, but the embedding has {self.config.vocab_size} rows")
             if len(ids) > limit:
                 long += 1
                 end = ids[-1:] if self.tokenizer.is_control(ids[-1]) else []

@@ -174,10 +174,10 @@ def check(checkpoint: ModelSource) -> tuple[ModelConfig, Parameters, Tokenizer]:
 def _places(checkpoint: ModelSource, config: ModelConfig | EncoderConfig) -> tuple[Parameters, Tokenizer]:
     places = parameters(checkpoint, config)
     tokenizer = checkpoint.tokenizer()
-    if tokenizer.vocab_size > config.vocab_size:
+    if tokenizer.vocab_size > config.vocab_size and "tokenizer.ggml.tokens" in checkpoint.metadata:
         raise ModelFileError(
-            f"{checkpoint.path}: the tokenizer (tokenizer.ggml.tokens, tokenizer.json) has {tokenizer.vocab_size} tokens, but "
-            f"tensor {checkpoint.own_name('token_embd.weight')} has only {config.vocab_size} rows"
+            f"{checkpoint.path}: the tokenizer (tokenizer.ggml.tokens) has {tokenizer.vocab_size} tokens, but tensor "
+            f"{checkpoint.own_name('token_embd.weight')} has only {config.vocab_size} rows"
         )
     return places, tokenizer
 

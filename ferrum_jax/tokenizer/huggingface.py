@@ -8,7 +8,6 @@ tokens known by their text end a generation whatever the files say.
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,11 @@ from ferrum_jax.errors import ModelFileError, UnsupportedModelError
 from ferrum_jax.tokenizer.bpe import byte_values
 from ferrum_jax.tokenizer.library import LibraryTokenizer
 from ferrum_jax.tokenizer.spm import SPACE
-from ferrum_jax.tokenizer.vocabulary import SPECIAL_TYPES, TokenType, mend_types
+from ferrum_jax.tokenizer.vocabulary import BYTE, SPECIAL_TYPES, TokenType, mend_types
 from ferrum_jax.weights.json_file import parse_object, read_object, read_text
 
+_FLAGS = ("single_word", "lstrip", "rstrip", "special")
 EXTRA_TEMPLATES = "additional_chat_templates"
-_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _SILENT = (TokenType.CONTROL, TokenType.UNKNOWN)
 
 
@@ -33,6 +32,7 @@ class DirectoryTokenizer(LibraryTokenizer):
         if text is None:
             raise ModelFileError(f"{self._path}: is missing; other forms of a tokenizer are not supported")
         content = parse_object(text, str(self._path))
+        elsewhere = self._add_elsewhere(content, directory)
         self._tokens, self._types = self._read_tokens(content)
         self._kind = self._kind_of(content)
         self.vocab_size = len(self._tokens)
@@ -44,7 +44,7 @@ class DirectoryTokenizer(LibraryTokenizer):
             if self._types[token] == TokenType.NORMAL:
                 self._types[token] = TokenType.CONTROL
         self.chat_templates = chat_templates(directory)
-        self._use(self._build(content, text))
+        self._use(self._build(content, None if elsewhere else text))
         self._flags = {}
         if content.get("post_processor") is None:
             self._flags = {end: files.config.get(f"add_{end}_token") is True for end in ("bos", "eos")}
@@ -103,7 +103,45 @@ class DirectoryTokenizer(LibraryTokenizer):
             return "words"
         raise UnsupportedModelError(f"{self._path}: key decoder: {', '.join(map(str, decoders))} is not supported")
 
-    def _build(self, content: dict[str, Any], text: str) -> Any:
+    def _add_elsewhere(self, content: dict[str, Any], directory: Path) -> bool:
+        """Adds the tokens that only tokenizer_config.json's added_tokens_decoder, or without that added_tokens.json, has;
+        whether there are any. An id is the next free one, whatever is said there, as with transformers."""
+        path, key = directory / "tokenizer_config.json", "added_tokens_decoder"
+        declared = (read_object(path) or {}).get(key)
+        if declared is None:
+            path, key = directory / "added_tokens.json", ""
+            legacy = read_object(path) or {}
+            declared = {str(i): {"content": token} for token, i in legacy.items()}
+        entries = declared.items() if isinstance(declared, dict) else [("", declared)]
+        for number, entry in entries:
+            is_id = number.isdecimal() and len(number) < 10
+            if not is_id or not isinstance(entry, dict) or not isinstance(entry.get("content"), str):
+                raise ModelFileError(f"{path}: {key and f'key {key}: '}must give tokens by their ids, not {entry!r:.100}")
+        added, model = content.get("added_tokens") or [], content.get("model")
+        vocab = model.get("vocab") if isinstance(model, dict) else None
+        if not isinstance(added, list) or not isinstance(vocab, dict | list):
+            return False  # an error of tokenizer.json
+        known = {str(entry.get("content")): entry for entry in added if isinstance(entry, dict)}
+        pairs = enumerate(vocab) if isinstance(vocab, list) else ()  # of Unigram: [token, score]
+        ids = vocab if isinstance(vocab, dict) else {str(pair[0]): i for i, pair in pairs if isinstance(pair, list) and pair}
+        taken = (entry.get("id") for entry in known.values())
+        free = max([len(vocab), *(1 + i for i in taken if isinstance(i, int))])
+        changed = False
+        for _, entry in sorted(entries, key=lambda item: int(item[0])):
+            token, flags = entry["content"], {name: entry.get(name) is True for name in _FLAGS}
+            if token in known:
+                if flags["special"] and known[token].get("special") is not True:
+                    known[token]["special"] = changed = True
+                continue
+            flags["normalized"] = entry.get("normalized", not flags["special"]) is True
+            added.append({"id": ids.get(token, free), "content": token, **flags})
+            known[token] = added[-1]
+            free += token not in ids
+            changed = True
+        content["added_tokens"] = added
+        return changed
+
+    def _build(self, content: dict[str, Any], text: str | None) -> Any:
         from tokenizers import Tokenizer as Library
 
         changed = False
@@ -112,7 +150,7 @@ class DirectoryTokenizer(LibraryTokenizer):
             changed |= entry.get("special") is not silent
             entry["special"] = silent
         try:
-            made = Library.from_str(json.dumps(content) if changed else text)
+            made = Library.from_str(json.dumps(content) if changed or text is None else text)
             made.no_truncation()
             made.no_padding()
             made.encode("a b")
@@ -145,7 +183,7 @@ class DirectoryTokenizer(LibraryTokenizer):
         if self._kind == "words":
             goes_on = self._goes_on and text.startswith(self._goes_on)
             return (text[len(self._goes_on) :] if goes_on else " " + text).encode(errors="replace")
-        if byte := _BYTE.fullmatch(text):
+        if byte := BYTE.fullmatch(text):
             return bytes([int(byte[1], 16)])
         return text.replace(SPACE, " ").encode(errors="replace")
 

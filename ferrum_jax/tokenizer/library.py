@@ -9,7 +9,10 @@ from ferrum_jax.tokenizer.tokenizer import Tokenizer, check_text
 
 
 class LibraryTokenizer(Tokenizer):
-    """Who derives from it calls `_use` with the library's tokenizer."""
+    """Who derives from it calls `_use` with the library's tokenizer. lowercase: texts are put into lower case before they
+    are looked at, as sentence-transformers does it."""
+
+    lowercase = False
 
     def _use(self, made: Any) -> None:
         self._tokenizer = made
@@ -23,6 +26,8 @@ class LibraryTokenizer(Tokenizer):
         """As `Tokenizer.encode_batch`."""
         for text in texts:
             check_text(text)
+        if self.lowercase:
+            texts = [text.lower() for text in texts]
         with self._lock:
             self._tokenizer.encode_special_tokens = not parse_special
             return [one.ids for one in self._tokenizer.encode_batch_fast(texts, add_special_tokens=add_special)]

@@ -5,16 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from ferrum_jax.errors import ModelFileError
 from ferrum_jax.tokenizer.huggingface import DirectoryTokenizer
+from ferrum_jax.tokenizer.library import LibraryTokenizer
 from ferrum_jax.tokenizer.tokenizer import Tokenizer
 from ferrum_jax.tokenizer.vocabulary import PREFIX
 from ferrum_jax.tokenizer.wordpiece import WordPieceTokenizer
+from ferrum_jax.weights.json_file import read_object
 
 
 def tokenizer_of_gguf(metadata: Mapping[str, object], source: str = "") -> Tokenizer:
     """The tokenizer that the metadata of a GGUF file describe: WordPiece (model "bert") or BPE. Raises as
     `Tokenizer.from_gguf`."""
-    kind = WordPieceTokenizer if str(metadata.get(PREFIX + "model")) == "bert" else Tokenizer
+    model = metadata.get(PREFIX + "model")
+    kind = WordPieceTokenizer if isinstance(model, str) and model == "bert" else Tokenizer
     return kind.from_gguf(metadata, source)
 
 
@@ -24,6 +28,13 @@ def tokenizer_of_directory(directory: Path) -> Tokenizer:
     Raises ModelFileError, naming the file, where one is missing or inconsistent, UnsupportedModelError for a kind that is
     not supported.
     """
+    made: LibraryTokenizer
     if not (directory / "tokenizer.json").exists() and (directory / "vocab.txt").exists():
-        return WordPieceTokenizer.from_vocabulary(directory)
-    return DirectoryTokenizer(directory)
+        made = WordPieceTokenizer.from_vocabulary(directory)
+    else:
+        made = DirectoryTokenizer(directory)
+    path = directory / "sentence_bert_config.json"
+    made.lowercase = (read_object(path) or {}).get("do_lower_case") or False
+    if not isinstance(made.lowercase, bool):
+        raise ModelFileError(f"{path}: key do_lower_case: must be true or false, not {made.lowercase!r:.100}")
+    return made

@@ -19,7 +19,7 @@ from ferrum_jax.tokenizer.bpe import splitter
 from ferrum_jax.tokenizer.huggingface import DirectoryTokenizer
 from ferrum_jax.tokenizer.pretokenizers import PRE_TOKENIZERS
 from ferrum_jax.tokenizer.tokenizer import Tokenizer
-from ferrum_jax.tokenizer.vocabulary import PREFIX, TokenType
+from ferrum_jax.tokenizer.vocabulary import BYTE, PREFIX, TokenType
 from ferrum_jax.weights.json_file import parse_object, read_text
 from ferrum_jax.weights.metadata import Typed
 
@@ -40,13 +40,16 @@ def tokenizer_metadata(directory: Path, vocab_size: int) -> dict[str, Typed]:
     path = directory / "tokenizer.json"
     tokenizer = DirectoryTokenizer(directory)
     content = parse_object(read_text(path) or "", str(path))
-    tokens = [token if token is not None else f"[PAD{i}]" for i, token in enumerate(tokenizer._tokens)]
+    known = tokenizer._tokens[:vocab_size]  # what is beyond the embedding cannot be in a GGUF file
+    tokens = [token if token is not None else f"[PAD{i}]" for i, token in enumerate(known)]
     tokens += [f"[PAD{i}]" for i in range(len(tokens), vocab_size)]
-    types = [*tokenizer._types, *[int(TokenType.UNUSED)] * (vocab_size - len(tokenizer._types))]
+    types = [*tokenizer._types[:vocab_size], *[int(TokenType.UNUSED)] * (vocab_size - len(known))]
     model = content["model"]
     if model.get("type", "BPE") != "BPE" or tokenizer._kind not in ("bytes", "spaces"):
         raise UnsupportedModelError(f"{path}: a model of type {model.get('type')!r} cannot be written as GGUF")
     merges = [tuple(merge) if isinstance(merge, list) else tuple(merge.split(" ", 1)) for merge in model.get("merges", ())]
+    there = set(tokens)
+    merges = [merge for merge in merges if {*merge, "".join(merge)} <= there]
     if tokenizer._kind == "bytes":
         keys = {
             "model": Typed("gpt2", "string"),
@@ -54,7 +57,7 @@ def tokenizer_metadata(directory: Path, vocab_size: int) -> dict[str, Typed]:
             "merges": Typed([" ".join(merge) for merge in merges], "array string"),
         }
     else:
-        types = [int(TokenType.BYTE) if _is_byte(token) else kind for token, kind in zip(tokens, types, strict=True)]
+        types = [int(TokenType.BYTE) if BYTE.fullmatch(token) else kind for token, kind in zip(tokens, types, strict=True)]
         keys = {
             "model": Typed("llama", "string"),
             "scores": Typed(_scores(tokens, merges), "array float32"),
@@ -63,7 +66,7 @@ def tokenizer_metadata(directory: Path, vocab_size: int) -> dict[str, Typed]:
     keys |= {"tokens": Typed(tokens, "array string"), "token_type": Typed(np.array(types, np.int32), "array int32")}
     unknown = types.index(TokenType.UNKNOWN) if TokenType.UNKNOWN in types else None
     ids = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "padding": tokenizer.pad_id, "unknown": unknown}
-    keys |= {f"{name}_token_id": Typed(i, "uint32") for name, i in ids.items() if i is not None}
+    keys |= {f"{name}_token_id": Typed(i, "uint32") for name, i in ids.items() if i is not None and i < vocab_size}
     plain, special = tokenizer.encode("a", add_special=False), tokenizer.encode("a", add_special=True)
     keys["add_bos_token"] = Typed(special[:1] == [tokenizer.bos_id] != plain[:1], "bool")
     keys["add_eos_token"] = Typed(special[-1:] == [tokenizer.eos_id] != plain[-1:], "bool")
@@ -77,7 +80,8 @@ def tokenizer_metadata(directory: Path, vocab_size: int) -> dict[str, Typed]:
         metadata["tokenizer.chat_templates"] = Typed(sorted(named), "array string")
     made = Tokenizer.from_gguf({key: entry.value for key, entry in metadata.items()}, str(path))
     _compare(made, tokenizer, path)
-    for key, end in zip(("eot", "eom"), sorted(tokenizer.eos_ids - made.eos_ids), strict=False):
+    ends = sorted(end for end in tokenizer.eos_ids - made.eos_ids if end < vocab_size)
+    for key, end in zip(("eot", "eom"), ends, strict=False):
         metadata[f"{PREFIX}{key}_token_id"] = Typed(end, "uint32")
     return metadata
 
@@ -97,10 +101,6 @@ def _scores(tokens: list[str], merges: list[tuple[str, ...]]) -> np.ndarray:
     for rank, merge in enumerate(merges):
         ranks.setdefault("".join(merge), rank)
     return np.array([-ranks.get(token, len(merges)) for token in tokens], np.float32)
-
-
-def _is_byte(token: str) -> bool:
-    return len(token) == 6 and token.startswith("<0x") and token.endswith(">")
 
 
 def _compare(made: Any, tokenizer: DirectoryTokenizer, path: Path) -> None:

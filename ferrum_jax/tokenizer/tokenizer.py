@@ -167,7 +167,7 @@ class Tokenizer:
                 return bytes([byte_values()[letter] for letter in text])
             except KeyError:  # not written in byte letters
                 return text.encode()
-        if kind == TokenType.BYTE and len(text) == 6:
+        if kind == TokenType.BYTE:
             return bytes([int(text[3:5], 16)])
         return text.replace(SPACE, " ").encode()
 

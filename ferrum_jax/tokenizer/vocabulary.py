@@ -6,6 +6,8 @@ generation from both the keys and the texts. The same corrections are made here 
 trust the types.
 """
 
+import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import IntEnum
@@ -16,6 +18,7 @@ from ferrum_jax.errors import ModelFileError, UnsupportedModelError
 from ferrum_jax.tokenizer.pretokenizers import PreTokenizer, pre_tokenizer
 
 PREFIX = "tokenizer.ggml."
+BYTE = re.compile("<0x([0-9A-Fa-f]{2})>")
 
 
 class TokenType(IntEnum):
@@ -142,13 +145,18 @@ class _Keys:
         return bool(value)
 
     def token(self, key: str, count: int, default: int | None = None) -> int | None:
-        """The id under `<key>_token_id`; a default that the vocabulary does not reach is None."""
+        """The id under `<key>_token_id`; one that the vocabulary does not reach counts as absent, with a warning, as in
+        llama.cpp, and such a default is None."""
         value = self.metadata.get(f"{PREFIX}{key}_token_id")
+        if isinstance(value, int | np.integer) and not isinstance(value, bool) and value >= count:
+            message = f"is {value}, outside the vocabulary of {count} tokens, and is ignored"
+            warnings.warn(str(self.error(f"{key}_token_id", message)), stacklevel=2)
+            value = None
         if value is None:
             return default if default is not None and default < count else None
         if isinstance(value, bool) or not isinstance(value, int | np.integer):
             raise self.error(f"{key}_token_id", f"must be an integer, not {type(value).__name__}")
-        if not 0 <= value < count:
+        if value < 0:
             raise self.error(f"{key}_token_id", f"is {value}, outside the vocabulary of {count} tokens")
         return int(value)
 
@@ -257,15 +265,20 @@ def read_vocabulary(metadata: Mapping[str, object], source: str = "") -> Vocabul
     pre = pre_tokenizer(pre_name, keys.source) if byte_level else None
     tokens, ids = _read_tokens(keys)
     count = len(tokens)
-    types = keys.numbers("token_type", count, "iu").tolist()
+    types = [int(TokenType.NORMAL)] * count
+    if PREFIX + "token_type" in metadata:
+        types = keys.numbers("token_type", count, "iu").tolist()
     if types and not (min(types) >= 0 and max(types) <= max(TokenType)):
         raise keys.error("token_type", f"holds values outside 0 to {max(TokenType)}")
-    scores: list[float] = []
-    if not byte_level:
+    scores = [0.0] * (0 if byte_level else count)
+    if scores and PREFIX + "scores" in metadata:
         array = keys.numbers("scores", count, "f")
         if np.isnan(array).any():
             raise keys.error("scores", f"token {int(np.isnan(array).argmax())} has a score that is not a number")
         scores = array.tolist()
+    for i, kind in enumerate(types):
+        if kind == TokenType.BYTE and not byte_level and not BYTE.fullmatch(tokens[i]):
+            raise keys.error("tokens", f"token {i}, {tokens[i]!r}, is a byte by its type; <0x00> to <0xFF> are")
     bos = keys.token("bos", count, default=11 if byte_level else 1)
     eos = keys.token("eos", count, default=11 if byte_level else 2)
     end_ids = _correct_types(keys, ids, types, eos)

@@ -7,12 +7,17 @@ from pathlib import Path
 import pytest
 import test_continuation_text as continuation
 import test_templates as templates
+import test_vocabularies as vocabularies
 from patching import Fault, applied
+from test_directory_tokenizer import byte_level
 
 from ferrum_jax import chat
 from ferrum_jax.errors import ChatTemplateError
 from ferrum_jax.templates import Budget, Environment, Limits
 from ferrum_jax.tokenizer import TextStream
+from ferrum_jax.tokenizer.huggingface import DirectoryTokenizer
+from ferrum_jax.tokenizer.library import LibraryTokenizer
+from ferrum_jax.tokenizer.vocabulary import _Keys, read_vocabulary
 
 
 def a_loop_has_an_end(path: Path) -> None:
@@ -28,6 +33,34 @@ def a_list_counts_once_for_each_mention(path: Path) -> None:
 
 
 FAULTS = {
+    "ids beyond": Fault(
+        "an id beyond the vocabulary is taken for one of it",
+        _Keys.token,
+        "value >= count:",
+        "False:",
+        lambda path: vocabularies.test_an_id_beyond_the_vocabulary_counts_as_absent("eot", path),
+    ),
+    "tokens elsewhere": Fault(
+        "a token of added_tokens_decoder keeps the number that is said there",
+        DirectoryTokenizer._add_elsewhere,
+        "ids.get(token, free)",
+        "int(_)",
+        lambda path: vocabularies.test_tokens_that_stand_elsewhere(byte_level, vocabularies.ELSEWHERE["with gaps"], path),
+    ),
+    "lower case": Fault(
+        "do_lower_case is not looked at",
+        LibraryTokenizer.encode_batch,
+        "if self.lowercase:",
+        "if False:",
+        lambda path: vocabularies.test_do_lower_case("vocab.txt", path),
+    ),
+    "byte tokens": Fault(
+        "a byte token may be spelled anyhow",
+        read_vocabulary,
+        "and not byte_level and not BYTE.fullmatch(tokens[i])",
+        "and False",
+        lambda path: vocabularies.test_a_byte_that_is_none_is_an_error("byte"),
+    ),
     "endless loop": Fault(
         "a loop in a template is not counted",
         Environment.tick.fget,
