@@ -36,6 +36,7 @@ from pallas_kernels.dispatch import Target, target_of
 Progress = Callable[[int, int | None, str], None]
 _READERS = 2  # threads
 _ALIGNMENT = 64  # bytes; what the CPU backend asks for to take over a buffer as it is
+_LEAST_FACTOR = 0.01  # of a rotary frequency: less, and angles of far positions are no numbers
 ROTATED: tuple[Path, ...] = tuple(("attention", name) for name in ("query", "key", "query_bias", "key_bias"))
 
 
@@ -155,7 +156,7 @@ class _Reader:
         """Fills `place` (a contiguous array of the format's storage) with one tensor."""
         if len(tensor.shape) == 1:
             place[...] = _plain_numbers(self.source.read(tensor), tensor.format)
-            if not np.isfinite(place).all() or (path == ("rope_factors",) and (place <= 0).any()):
+            if not np.isfinite(place).all() or (path == ("rope_factors",) and (place < _LEAST_FACTOR).any()):
                 raise ModelFileError(f"{self.source.path}: tensor {tensor.name}: holds values that no model can have")
         elif isinstance(innermost(self.source), GGUFFile) and not isinstance(self.source, Quantised):
             read_blocks(self.source, tensor, place.reshape(-1).view(np.uint8))

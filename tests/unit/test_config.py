@@ -92,7 +92,11 @@ def test_rope_scaling(keys, expected, tmp_path):
 
 
 def test_vectors_that_no_model_has_are_refused(tmp_path):
-    for name, values in (("output_norm.weight", np.full(64, np.nan)), ("rope_freqs.weight", np.zeros(8))):
+    for name, values in (
+        ("output_norm.weight", np.full(64, np.nan)),
+        ("rope_freqs.weight", np.zeros(8)),
+        ("rope_freqs.weight", np.full(8, 1e-30)),
+    ):
         path = write_tiny_llama(tmp_path / "model.gguf", tensors={name: values.astype(np.float32)})
         with pytest.raises(fj.ModelFileError, match=f"model.gguf: tensor {name}"):
             fj.load(path)
