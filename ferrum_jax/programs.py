@@ -131,7 +131,7 @@ def enable_compilation_cache() -> Path:
         try:
             cache.make_private(Path(chosen))
         except OSError as error:
-            _LOG.warning("compiled programs are not kept: %s", error)
+            _LOG.warning("compiled programs are not kept, so each start compiles again: %s", error)
             return Path(chosen)
         jax.config.update("jax_compilation_cache_dir", chosen)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

@@ -147,7 +147,7 @@ def _named(name: str, path: Path) -> str:
 def _compiled(compiler: str, sets: tuple[str, ...], work: Path) -> Path:
     units = list(dict.fromkeys(unit for name in sets for unit in _UNITS[name][0]))
     without = [f"-DFERRUM_WITHOUT_{name.upper()}" for name in _UNITS if name not in units]
-    flags = ["-std=c++17", "-fPIC", f"-I{jax.ffi.include_dir()}", *without]
+    flags = ["-O3", "-std=c++17", "-fPIC", f"-I{jax.ffi.include_dir()}", *without]
     units[2:2] = _COMMON
     report = _PROGRESS.get()
     if report is None:
@@ -157,8 +157,7 @@ def _compiled(compiler: str, sets: tuple[str, ...], work: Path) -> Path:
         subprocess.run([compiler, *arguments], capture_output=True, text=True, check=True, timeout=_SECONDS)
 
     def compile(unit: str) -> None:
-        level = "-O1" if unit == "ffi" else "-O3"  # there is no arithmetic in ffi.cc, and much for a compiler to look through
-        run(level, *flags, "-c", str(SOURCES / f"{unit}.cc"), "-o", str(work / f"{unit}.o"))
+        run(*flags, "-c", str(SOURCES / f"{unit}.cc"), "-o", str(work / f"{unit}.o"))
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for done, future in enumerate(as_completed([pool.submit(compile, unit) for unit in units])):

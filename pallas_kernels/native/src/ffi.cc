@@ -1,7 +1,4 @@
-// XLA's view of the kernels: four FFI handlers that check shapes, and its thread pool as a Pool.
-//
-// All handlers have one signature and look at their operands by number: a signature each, with types, would be checked by
-// templates that take a compiler longer than most of the kernels do.
+// XLA's view of the kernels: four handlers that check shapes, and XLA's thread pool as a Pool.
 #include <cstdint>
 #include <cstring>
 #include <new>
@@ -11,44 +8,36 @@
 
 #include "kernels.h"
 #include "pool.h"
-#include "xla/ffi/api/ffi.h"
-
-namespace ffi = xla::ffi;
+#include "xla.h"
 
 namespace {
 
+using ferrum::Array;
+using ferrum::Call;
+using ferrum::kF32;
+using ferrum::kS32;
 using ferrum::Matrix;
 
 constexpr size_t kMaxMatrices = 16;
 
-ffi::Error wrong(std::string words) { return ffi::Error::InvalidArgument("ferrum: " + std::move(words)); }
+XLA_FFI_Error* wrong(const Call& call, const std::string& words) {
+  return call.error(XLA_FFI_Error_Code_INVALID_ARGUMENT, "ferrum: " + words);
+}
 
 // The arguments of one call and everything that can be wrong with them; the first complaint is kept.
 class Checker {
  public:
-  Checker(ffi::RemainingArgs operands, ffi::RemainingRets results, ffi::Dictionary attributes)
-      : operands_(operands), results_(results), attributes_(attributes) {}
+  explicit Checker(const Call& call) : call_(call) {}
 
-  // What is not there is a buffer without axes, and a complaint.
-  ffi::AnyBuffer operand(size_t i) {
-    const auto found = operands_.get<ffi::AnyBuffer>(i);
-    return found.has_value() ? *found : missing();
-  }
-  ffi::AnyBuffer result(size_t i) {
-    auto found = results_.get<ffi::AnyBuffer>(i);
-    return found.has_value() ? **found : missing();
-  }
-  ffi::AnyBuffer of(ffi::DataType type, size_t axes, ffi::AnyBuffer buffer) {
-    return buffer.element_type() == type && buffer.dimensions().size() == axes ? buffer : missing();
-  }
+  // An operand or result of this type and number of axes; what does not fit is a complaint.
+  Array operand(size_t i, XLA_FFI_DataType type, size_t axes) { return fitting(call_.operand(i), type, axes); }
+  Array result(size_t i, XLA_FFI_DataType type, size_t axes) { return fitting(call_.result(i), type, axes); }
   template <typename T>
   T attribute(const char* name) {
-    const auto found = attributes_.get<T>(name);
-    require(found.has_value(), "an attribute is missing");
-    return found.has_value() ? *found : T{};
+    T value{};
+    require(call_.get(name, value), "an attribute is missing");
+    return value;
   }
-  size_t operands() const { return operands_.size(); }
-  size_t results() const { return results_.size(); }
 
   bool require(bool holds, const char* words) {
     if (!holds && words_.empty()) words_ = words;
@@ -56,7 +45,7 @@ class Checker {
   }
   bool require(bool holds, const std::string& words) { return require(holds, words.c_str()); }
   bool failed() const { return !words_.empty(); }
-  ffi::Error error() const { return wrong(words_); }
+  XLA_FFI_Error* error() const { return wrong(call_, words_); }
 
   ferrum::Arithmetic arithmetic() {
     const auto name = attribute<std::string_view>("arithmetic");
@@ -80,127 +69,111 @@ class Checker {
   }
 
   // Entry `layer` of the stack `blocks` [..., experts, n, stored width] as its first matrix; experts 0: no such axis.
-  Matrix matrix(const ferrum::Format* format, int64_t layer, ffi::AnyBuffer blocks, int64_t k, int64_t experts) {
+  Matrix matrix(const ferrum::Format* format, int64_t layer, Array blocks, int64_t k, int64_t experts) {
     Matrix result{format, nullptr, 0, k};
-    const auto dims = blocks.dimensions();
     const size_t axes = experts ? 3 : 2;
-    if (!format || !require(dims.size() >= axes, "blocks have too few axes")) return result;
-    const int64_t item = int64_t(ffi::ByteWidth(blocks.element_type()));
-    const int64_t n = dims[dims.size() - 2], width = dims.back() * item;
+    if (!format || !require(blocks.axes() >= axes, "blocks have too few axes")) return result;
+    const int64_t n = blocks.from_end(2), width = blocks.from_end(1) * blocks.item_bytes();
     if (!require(k % format->block_weights == 0 && width == format->row_bytes(k),
                  std::string(format->name) + " rows of " + std::to_string(width) + " bytes do not hold " +
                      std::to_string(k) + " weights"))
       return result;
-    if (experts && !require(dims[dims.size() - 3] == experts, "stacks of different numbers of experts")) return result;
+    if (experts && !require(blocks.from_end(3) == experts, "stacks of different numbers of experts")) return result;
     int64_t layers = 1;
-    for (size_t i = 0; i + axes < dims.size(); ++i) layers *= dims[i];
+    for (size_t i = 0; i + axes < blocks.axes(); ++i) layers *= blocks.dim(i);
     if (!require(layer >= 0 && layer < layers, "index " + std::to_string(layer) + " of a stack of " + std::to_string(layers)))
       return result;
     result.n = n;
-    result.blocks = static_cast<const uint8_t*>(blocks.untyped_data()) + layer * (experts ? experts : 1) * n * width;
+    result.blocks = static_cast<const uint8_t*>(blocks.data()) + layer * (experts ? experts : 1) * n * width;
     return result;
   }
-  Matrix matrix(const ferrum::Format* format, ffi::AnyBuffer index, ffi::AnyBuffer blocks, int64_t k, int64_t experts) {
-    const bool scalar = require(index.element_type() == ffi::S32 && index.element_count() == 1, "an index must be one int32");
-    return matrix(format, scalar ? *static_cast<const int32_t*>(index.untyped_data()) : -1, blocks, k, experts);
+
+  // Matrix number `which`, of which the index is operand `at` and the stack the next one.
+  Matrix matrix(std::string_view formats, size_t which, size_t at, int64_t k, int64_t experts) {
+    const Array index = call_.operand(at);
+    const bool one = require(index.is_one_int(), "an index must be one int32");
+    return matrix(format(formats, which), one ? *index.ints() : -1, call_.operand(at + 1), k, experts);
   }
 
  private:
-  ffi::AnyBuffer missing() {
-    static const XLA_FFI_Buffer none{};
-    require(false, "operands do not fit");
-    return ffi::AnyBuffer(&none);
+  Array fitting(Array array, XLA_FFI_DataType type, size_t axes) {
+    return require(array.is(type, axes), "operands do not fit") ? array : Array();
   }
 
-  ffi::RemainingArgs operands_;
-  ffi::RemainingRets results_;
-  ffi::Dictionary attributes_;
+  const Call& call_;
   std::string words_;
 };
 
-float* floats(ffi::AnyBuffer buffer) { return static_cast<float*>(buffer.untyped_data()); }
-int32_t* ints(ffi::AnyBuffer buffer) { return static_cast<int32_t*>(buffer.untyped_data()); }
-
-using Args = ffi::RemainingArgs;
-using Rets = ffi::RemainingRets;
-using Attrs = ffi::Dictionary;
-
 template <typename F>
-ffi::Error with_pool(ffi::ThreadPool& threads, F&& run) {
-  auto schedule = [&](auto task) { threads.Schedule(std::move(task)); };
-  ferrum::HelpedPool<decltype(schedule)> pool(int(threads.num_threads()), schedule);
+XLA_FFI_Error* with_pool(const Call& call, F&& run) {
+  auto schedule = [&](auto task) { call.schedule(std::move(task)); };
+  ferrum::HelpedPool<decltype(schedule)> pool(call.threads(), schedule);
   try {
     run(pool);
   } catch (const std::bad_alloc&) {
-    return ffi::Error(ffi::ErrorCode::kResourceExhausted, "ferrum: out of memory for the rows of a step");
+    return call.error(XLA_FFI_Error_Code_RESOURCE_EXHAUSTED, "ferrum: out of memory for the rows of a step");
   }
-  return ffi::Error::Success();
+  return nullptr;
 }
 
-ffi::Error matmuls(ffi::ThreadPool threads, Args args, Rets rets, Attrs attrs) {
-  Checker check(args, rets, attrs);
-  const auto x = check.of(ffi::F32, 2, check.operand(0));
+XLA_FFI_Error* matmuls(const Call& call) {
+  Checker check(call);
+  const Array x = check.operand(0, kF32, 2);
   const auto formats = check.attribute<std::string_view>("formats");
   const ferrum::Arithmetic how = check.arithmetic();
-  const size_t count = check.results();
-  if (!check.require(check.operands() == 1 + 2 * count, "an index and blocks are wanted for each result") ||
+  const size_t count = call.results();
+  if (!check.require(call.operands() == 1 + 2 * count, "an index and blocks are wanted for each result") ||
       !check.require(count <= kMaxMatrices, "more than 16 matrices in one call") || check.failed())
     return check.error();
-  const int64_t m = x.dimensions()[0], k = x.dimensions()[1];
+  const int64_t m = x.dim(0), k = x.dim(1);
   Matrix matrices[kMaxMatrices];
   float* y[kMaxMatrices];
   for (size_t i = 0; i < count; ++i) {
-    const auto result = check.result(i);
-    const auto dims = result.dimensions();
-    if (!check.require(result.element_type() == ffi::F32 && dims.size() == 2, "results must be float32 [m, n]")) return check.error();
-    matrices[i] = check.matrix(check.format(formats, i), check.operand(1 + 2 * i), check.operand(2 + 2 * i), k, 0);
+    const Array result = call.result(i);
+    if (!check.require(result.is(kF32, 2), "results must be float32 [m, n]")) return check.error();
+    matrices[i] = check.matrix(formats, i, 1 + 2 * i, k, 0);
     if (check.failed()) return check.error();
-    if (!check.require(dims[0] == m && dims[1] == matrices[i].n, "a result does not fit its matrix")) return check.error();
-    y[i] = floats(result);
+    if (!check.require(result.dim(0) == m && result.dim(1) == matrices[i].n, "a result does not fit its matrix")) return check.error();
+    y[i] = result.floats();
   }
-  return with_pool(threads, [&](ferrum::Pool& pool) { ferrum::matmuls(pool, how, floats(x), m, k, matrices, int(count), y); });
+  return with_pool(call, [&](ferrum::Pool& pool) { ferrum::matmuls(pool, how, x.floats(), m, k, matrices, int(count), y); });
 }
 
-ffi::Error swiglu(ffi::ThreadPool threads, Args args, Rets rets, Attrs attrs) {
-  Checker check(args, rets, attrs);
-  const auto x = check.of(ffi::F32, 2, check.operand(0)), y = check.of(ffi::F32, 2, check.result(0));
+XLA_FFI_Error* swiglu(const Call& call) {
+  Checker check(call);
+  const Array x = check.operand(0, kF32, 2), y = check.result(0, kF32, 2);
   const auto formats = check.attribute<std::string_view>("formats");
   const ferrum::Arithmetic how = check.arithmetic();
   if (check.failed()) return check.error();
-  const int64_t m = x.dimensions()[0], k = x.dimensions()[1];
-  const Matrix gate = check.matrix(check.format(formats, 0), check.operand(1), check.operand(2), k, 0);
-  const Matrix up = check.matrix(check.format(formats, 1), check.operand(3), check.operand(4), k, 0);
+  const int64_t m = x.dim(0), k = x.dim(1);
+  const Matrix gate = check.matrix(formats, 0, 1, k, 0), up = check.matrix(formats, 1, 3, k, 0);
   if (check.failed()) return check.error();
-  if (gate.n != up.n || y.dimensions()[0] != m || y.dimensions()[1] != gate.n) return wrong("gate, up and y do not fit");
-  return with_pool(threads, [&](ferrum::Pool& pool) { ferrum::swiglu(pool, how, floats(x), m, k, gate, up, floats(y)); });
+  if (gate.n != up.n || y.dim(0) != m || y.dim(1) != gate.n) return wrong(call, "gate, up and y do not fit");
+  return with_pool(call, [&](ferrum::Pool& pool) { ferrum::swiglu(pool, how, x.floats(), m, k, gate, up, y.floats()); });
 }
 
-ffi::Error experts(ffi::ThreadPool threads, Args args, Rets rets, Attrs attrs) {
-  Checker check(args, rets, attrs);
-  const auto x = check.of(ffi::F32, 2, check.operand(0)), y = check.of(ffi::F32, 2, check.result(0));
-  const auto ids = check.of(ffi::S32, 2, check.operand(1)), weights = check.of(ffi::F32, 2, check.operand(2));
+XLA_FFI_Error* experts(const Call& call) {
+  Checker check(call);
+  const Array x = check.operand(0, kF32, 2), y = check.result(0, kF32, 2);
+  const Array ids = check.operand(1, kS32, 2), weights = check.operand(2, kF32, 2), stack = call.operand(4);
   const auto formats = check.attribute<std::string_view>("formats");
   const ferrum::Arithmetic how = check.arithmetic();
   if (check.failed()) return check.error();
-  const int64_t tokens = x.dimensions()[0], k = x.dimensions()[1], top_k = ids.dimensions()[1];
-  const auto stack = check.operand(4).dimensions();
-  if (stack.size() < 3 || stack[stack.size() - 3] < 1) return wrong("blocks of experts are [..., experts, rows, width]");
-  const int64_t num_experts = stack[stack.size() - 3];
-  const auto matrix = [&](size_t i, int64_t k) {
-    return check.matrix(check.format(formats, i), check.operand(3 + 2 * i), check.operand(4 + 2 * i), k, num_experts);
-  };
-  const Matrix gate = matrix(0, k), up = matrix(1, k), down = matrix(2, gate.n);
+  const int64_t tokens = x.dim(0), k = x.dim(1), top_k = ids.dim(1);
+  if (stack.axes() < 3 || stack.from_end(3) < 1) return wrong(call, "blocks of experts are [..., experts, rows, width]");
+  const int64_t num_experts = stack.from_end(3);
+  const Matrix gate = check.matrix(formats, 0, 3, k, num_experts), up = check.matrix(formats, 1, 5, k, num_experts);
+  const Matrix down = check.matrix(formats, 2, 7, gate.n, num_experts);
   if (check.failed()) return check.error();
-  if (gate.n != up.n || down.n != k) return wrong("gate, up and down do not fit");
-  if (ids.dimensions()[0] != tokens || weights.dimensions()[0] != tokens || weights.dimensions()[1] != top_k ||
-      y.dimensions()[0] != tokens || y.dimensions()[1] != k)
-    return wrong("x, ids, weights and y do not fit");
-  const int32_t* id = ints(ids);
+  if (gate.n != up.n || down.n != k) return wrong(call, "gate, up and down do not fit");
+  if (ids.dim(0) != tokens || weights.dim(0) != tokens || weights.dim(1) != top_k || y.dim(0) != tokens || y.dim(1) != k)
+    return wrong(call, "x, ids, weights and y do not fit");
+  const int32_t* id = ids.ints();
   for (int64_t i = 0; i < tokens * top_k; ++i)
     if (id[i] < 0 || id[i] > num_experts)
-      return wrong("expert " + std::to_string(id[i]) + " of " + std::to_string(num_experts));
-  return with_pool(threads, [&](ferrum::Pool& pool) {
-    ferrum::experts(pool, how, floats(x), tokens, k, id, floats(weights), top_k, num_experts, gate, up, down, floats(y));
+      return wrong(call, "expert " + std::to_string(id[i]) + " of " + std::to_string(num_experts));
+  return with_pool(call, [&](ferrum::Pool& pool) {
+    ferrum::experts(pool, how, x.floats(), tokens, k, id, weights.floats(), top_k, num_experts, gate, up, down, y.floats());
   });
 }
 
@@ -219,16 +192,14 @@ bool find_kv_type(std::string_view name, ferrum::KvType& type) {
 
 // Operands: x, slots, positions, query_starts, kv_lengths, page_table, cosine, sine, stacks. `places`, of each layer and part: number of the operand among `stacks` (-1: none) and place in its first axis. Results: y, the
 // pages of the cache, the scales of an int8 one, and where they are wanted experts and weights [routers, tokens, top_k].
-ffi::Error layers(ffi::ThreadPool threads, Args args, Rets rets, Attrs attrs) {
+XLA_FFI_Error* layers(const Call& call) {
   constexpr size_t kFirstStack = 8;
-  Checker check(args, rets, attrs);
-  const auto x = check.of(ffi::F32, 2, check.operand(0)), y = check.of(ffi::F32, 2, check.result(0));
-  const auto vector_of_ints = [&](size_t i) { return check.of(ffi::S32, 1, check.operand(i)); };
-  const auto slots = vector_of_ints(1), positions = vector_of_ints(2), query_starts = vector_of_ints(3), kv_lengths = vector_of_ints(4);
-  const auto page_table = check.of(ffi::S32, 2, check.operand(5));
-  const auto cosine = check.of(ffi::F32, 2, check.operand(6)), sine = check.of(ffi::F32, 2, check.operand(7));
-  const auto pages = check.result(1);
-  const auto places = check.attribute<ffi::Span<const int64_t>>("places");
+  Checker check(call);
+  const Array x = check.operand(0, kF32, 2), slots = check.operand(1, kS32, 1), positions = check.operand(2, kS32, 1);
+  const Array query_starts = check.operand(3, kS32, 1), kv_lengths = check.operand(4, kS32, 1);
+  const Array page_table = check.operand(5, kS32, 2), cosine = check.operand(6, kF32, 2), sine = check.operand(7, kF32, 2);
+  const Array y = check.result(0, kF32, 2), pages = call.result(1);
+  const auto [places, size] = check.attribute<std::pair<const int64_t*, size_t>>("places");
   const auto formats = check.attribute<std::string_view>("formats");
   const auto top_k = check.attribute<int64_t>("top_k"), window = check.attribute<int64_t>("window");
   const auto eps = check.attribute<float>("eps"), scale = check.attribute<float>("scale");
@@ -236,24 +207,23 @@ ffi::Error layers(ffi::ThreadPool threads, Args args, Rets rets, Attrs attrs) {
   const auto normalise = check.attribute<bool>("normalise");
   ferrum::KvCache store{};
   check.require(find_kv_type(check.attribute<std::string_view>("kv_dtype"), store.type), "no kernels for this dtype of the KV cache");
-  check.require(pages.dimensions().size() == 5 && places.size() % (2 * kRoles) == 0, "operands do not fit");
+  check.require(pages.axes() == 5 && size % (2 * kRoles) == 0, "operands do not fit");
   if (check.failed()) return check.error();
-  const int64_t tokens = x.dimensions()[0], hidden = x.dimensions()[1];
-  const auto dims = pages.dimensions();
-  const int64_t count = int64_t(places.size()) / (2 * kRoles);
-  store = {static_cast<uint8_t*>(pages.untyped_data()), nullptr, store.type, dims[1], dims[2], dims[3] / 2, dims[4]};
+  const int64_t tokens = x.dim(0), hidden = x.dim(1), count = int64_t(size) / (2 * kRoles);
+  store = {static_cast<uint8_t*>(pages.data()), nullptr, store.type, pages.dim(1), pages.dim(2), pages.dim(3) / 2, pages.dim(4)};
   if (store.type == ferrum::KvType::int8) {
-    store.scales = floats(check.of(ffi::F32, 3, check.result(2)));
-    if (check.failed()) return wrong("an int8 cache needs its scales");
+    const Array scales = call.result(2);
+    if (!scales.is(kF32, 3)) return wrong(call, "an int8 cache needs its scales");
+    store.scales = scales.floats();
   }
-  check.require(int64_t(ffi::ByteWidth(pages.element_type())) == store.item_bytes(), "the cache holds other elements");
-  check.require(count <= dims[0] && store.head_dim % 16 == 0 && store.num_pages > 0, "the cache does not fit");
-  ferrum::Batch batch{tokens, page_table.dimensions()[0], page_table.dimensions()[1], ints(slots), ints(positions),
-                      ints(query_starts), ints(kv_lengths), ints(page_table), floats(cosine), floats(sine), cosine.dimensions()[1]};
-  check.require(slots.dimensions()[0] == tokens && positions.dimensions()[0] == tokens && cosine.dimensions()[0] == tokens &&
-                    sine.dimensions()[0] == tokens && sine.dimensions()[1] == batch.rotated && 2 * batch.rotated <= store.head_dim &&
-                    query_starts.dimensions()[0] == batch.sequences + 1 && kv_lengths.dimensions()[0] == batch.sequences &&
-                    y.dimensions()[0] == tokens && y.dimensions()[1] == hidden && hidden % 32 == 0,
+  check.require(pages.item_bytes() == store.item_bytes(), "the cache holds other elements");
+  check.require(count <= pages.dim(0) && store.head_dim % 16 == 0 && store.num_pages > 0, "the cache does not fit");
+  ferrum::Batch batch{tokens, page_table.dim(0), page_table.dim(1), slots.ints(), positions.ints(), query_starts.ints(),
+                      kv_lengths.ints(), page_table.ints(), cosine.floats(), sine.floats(), cosine.dim(1)};
+  check.require(slots.dim(0) == tokens && positions.dim(0) == tokens && cosine.dim(0) == tokens && sine.dim(0) == tokens &&
+                    sine.dim(1) == batch.rotated && 2 * batch.rotated <= store.head_dim &&
+                    query_starts.dim(0) == batch.sequences + 1 && kv_lengths.dim(0) == batch.sequences && y.dim(0) == tokens &&
+                    y.dim(1) == hidden && hidden % 32 == 0,
                 "the tables of the batch do not fit");
   if (check.failed()) return check.error();
   for (int64_t s = 0; s < batch.sequences; ++s) {
@@ -267,29 +237,26 @@ ffi::Error layers(ffi::ThreadPool threads, Args args, Rets rets, Attrs attrs) {
   int64_t heads = 0, routers = 0, wanted = 0;
   int32_t* ids = nullptr;
   float* weights = nullptr;
-  if (const size_t first = store.scales ? 3 : 2; check.results() > first) {
-    const auto experts = check.of(ffi::S32, 3, check.result(first)), shares = check.of(ffi::F32, 3, check.result(first + 1));
-    if (check.failed()) return wrong("what records the routing does not fit");
-    const auto one = experts.dimensions();
-    wanted = one[0];
-    check.require(one == shares.dimensions() && one[1] == tokens && one[2] == top_k, "what records the routing does not fit");
-    ids = ints(experts), weights = floats(shares);
+  if (const size_t first = store.scales ? 3 : 2; call.results() > first) {
+    const Array experts = call.result(first), shares = call.result(first + 1);
+    const bool fits = experts.is(kS32, 3) && shares.is(kF32, 3) && experts.same_shape(shares);
+    if (!fits || experts.dim(1) != tokens || experts.dim(2) != top_k) return wrong(call, "what records the routing does not fit");
+    wanted = experts.dim(0), ids = experts.ints(), weights = shares.floats();
   }
   for (int64_t l = 0; l < count && !check.failed(); ++l) {
     ferrum::Layer& layer = all[size_t(l)];
     const int64_t rows = l * store.num_pages * store.page_size * 2 * store.kv_heads;
     caches[size_t(l)].pages += rows * store.head_dim * store.item_bytes();
     if (store.scales) caches[size_t(l)].scales += rows;
-    const int64_t* place = places.begin() + l * 2 * kRoles;
-    const auto at = [&](Role role) { return check.operand(kFirstStack + size_t(place[2 * role])); };
+    const int64_t* place = places + l * 2 * kRoles;
+    const auto at = [&](Role role) { return call.operand(kFirstStack + size_t(place[2 * role])); };
     const auto has = [&](Role role) { return place[2 * role] >= 0; };
     const auto vector = [&](Role role, int64_t n) -> const float* {
       if (!has(role)) return nullptr;
-      const auto stack = at(role);
-      const auto dims = stack.dimensions();
-      const bool fits = stack.element_type() == ffi::F32 && dims.size() == 2 && dims[1] == n && place[2 * role + 1] < dims[0];
+      const Array stack = at(role);
+      const bool fits = stack.is(kF32, 2) && stack.dim(1) == n && place[2 * role + 1] < stack.dim(0);
       if (!check.require(fits, "a norm or bias does not fit")) return nullptr;
-      return floats(stack) + place[2 * role + 1] * n;
+      return stack.floats() + place[2 * role + 1] * n;
     };
     const auto matrix = [&](Role role, int64_t k, int64_t n, int64_t experts = 0) {
       if (!check.require(has(role), "a matrix is missing")) return Matrix{};
@@ -334,18 +301,16 @@ ffi::Error layers(ffi::ThreadPool threads, Args args, Rets rets, Attrs attrs) {
   check.require(routers == wanted, "there are fewer routers than are recorded");
   if (check.failed()) return check.error();
   const ferrum::Shape shape{hidden, heads, window, top_k, eps, scale, expert_scale, normalise};
-  std::memcpy(floats(y), floats(x), size_t(tokens * hidden) * sizeof(float));
-  return with_pool(threads, [&](ferrum::Pool& pool) { ferrum::decoder_layers(pool, shape, batch, all.data(), caches.data(), count, floats(y)); });
+  std::memcpy(y.floats(), x.floats(), size_t(tokens * hidden) * sizeof(float));
+  return with_pool(call, [&](ferrum::Pool& pool) { ferrum::decoder_layers(pool, shape, batch, all.data(), caches.data(), count, y.floats()); });
 }
 
 }  // namespace
 
-#define FERRUM_HANDLER(name, handler) \
-  XLA_FFI_DEFINE_HANDLER_SYMBOL(name, handler, ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().RemainingArgs().RemainingRets().Attrs())
-FERRUM_HANDLER(ferrum_layers, layers);
-FERRUM_HANDLER(ferrum_experts, experts);
-FERRUM_HANDLER(ferrum_matmuls, matmuls);
-FERRUM_HANDLER(ferrum_swiglu, swiglu);
+extern "C" XLA_FFI_Error* ferrum_layers(XLA_FFI_CallFrame* frame) { return ferrum::answered(frame) ? nullptr : layers(Call(frame)); }
+extern "C" XLA_FFI_Error* ferrum_experts(XLA_FFI_CallFrame* frame) { return ferrum::answered(frame) ? nullptr : experts(Call(frame)); }
+extern "C" XLA_FFI_Error* ferrum_matmuls(XLA_FFI_CallFrame* frame) { return ferrum::answered(frame) ? nullptr : matmuls(Call(frame)); }
+extern "C" XLA_FFI_Error* ferrum_swiglu(XLA_FFI_CallFrame* frame) { return ferrum::answered(frame) ? nullptr : swiglu(Call(frame)); }
 
 extern "C" const char* ferrum_native_isa() { return ferrum::isa(); }
 extern "C" int ferrum_native_set_isa(const char* name) { return ferrum::set_isa(name) ? 1 : 0; }
