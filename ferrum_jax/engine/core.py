@@ -146,10 +146,16 @@ class Core:
             self._looping = False
             self._keep_serving()
 
+    def _halt(self) -> None:
+        """Ends the loop; a reader that waits for it drives the engine from now on. The lock is held."""
+        self.serving = False
+        for sequence in [*self._scheduler.waiting, *self._scheduler.running]:
+            sequence.owner._wake_readers()
+
     def _close(self) -> None:
         with self._lock:
-            self.serving = False
             self._end_all("abort")
+            self._halt()
         while self._advance():
             pass
 
@@ -323,8 +329,8 @@ class Core:
                 "adapter": request.adapter,
                 "prompt": request.prompt_token_ids,
                 "output": list(request.token_ids),
-                "logprobs": _copied(request.logprobs),
-                "prompt_logprobs": _copied(request.prompt_logprobs),
+                "logprobs": request.logprobs and list(request.logprobs),
+                "prompt_logprobs": request.prompt_logprobs and list(request.prompt_logprobs),
                 "finish_reason": request.finish_reason,
             }
             pages = sequence.pages[: sequence.written // pool.page_size] if sequence.state == "running" else []
@@ -375,7 +381,3 @@ class Core:
 
 def _said(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
-
-
-def _copied(found: list | None) -> list | None:
-    return None if found is None else list(found)

@@ -62,9 +62,9 @@ class Engine(Core):
         self._seconds = dict.fromkeys(("host_seconds", "device_seconds"), 0.0)
 
         def set_up() -> None:
-            config, window = self.config, model.config.sliding_window
+            config = self.config
             self.num_pages = config.num_pages or choose_num_pages(model, config)
-            self.context = model.max_seq_len
+            self.context, window = model.max_seq_len, model.config.sliding_window
             if not window:
                 self.context = min(self.context, self.num_pages * config.page_size)
             self._device = Device(model, config, self.num_pages, self.context)
@@ -185,7 +185,7 @@ class Engine(Core):
             progress(len(programs), len(programs), "ready")
 
     def __enter__(self) -> Engine:
-        self._do(self._open)
+        self._do(self._open, undo=self._halt)
         return self
 
     def __exit__(self, *_: object) -> None:

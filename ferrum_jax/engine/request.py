@@ -162,7 +162,7 @@ class Request:
         Args:
           params: how to go on; None: as this request.
         """
-        return self._engine._fork(self, params or self.params)
+        return self._engine._fork(self, self.params if params is None else params)
 
     # Inside
 

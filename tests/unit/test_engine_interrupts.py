@@ -283,6 +283,20 @@ def test_what_is_interrupted_is_done_or_taken_back():
     assert engine.metrics()["requests_waiting"] == 0 and request.finish_reason == "abort"
 
 
+def test_a_block_whose_beginning_is_interrupted_leaves_no_reader_waiting():
+    engine = stand_in()
+    request = engine.submit([1, 2], fj.SamplingParams(max_tokens=9, seed=0, ignore_eos=True))
+    engine.serving = True  # a reader waits for the loop
+    reader = threading.Thread(target=request.result, daemon=True)
+    reader.start()
+    strike = partial(signal.pthread_kill, threading.main_thread().ident, signal.SIGINT)
+    with engine._lock, pytest.raises(KeyboardInterrupt):
+        threading.Timer(0.1, strike).start()
+        engine.__enter__()
+    reader.join(60)
+    assert not reader.is_alive() and not engine.serving and len(request.token_ids) == 9
+
+
 def test_a_snapshot_that_is_interrupted_leaves_nothing(tmp_path, monkeypatch):
     from ferrum_jax.engine import snapshot
 
