@@ -58,6 +58,7 @@ class Core:
     _scheduler: Scheduler
     _flight: _Flight | None
     _looping: bool
+    _stale: bool = False
     _steps_at_once: int
     _busy_until: float
     _counts: dict[str, int]
@@ -101,9 +102,10 @@ class Core:
 
     def _start_over(self) -> None:
         """Gives up what is on its way and on the device; running requests are computed again."""
-        self._flight = None
+        self._flight, self._stale = None, True
         self._scheduler.start_over()
         self._device.reset()
+        self._stale = False
 
     def _measure(self) -> dict[str, float]:
         scheduler, pool = self._scheduler, self._scheduler.pool
@@ -185,6 +187,7 @@ class Core:
     def _advance(self) -> bool:
         """A step, and whether anything is left to do."""
         try:
+            self._renew()
             self._step()
         except BaseException:  # what was on its way is asked for again
             with self._lock:
@@ -192,6 +195,12 @@ class Core:
             raise
         with self._lock:
             return self._busy()
+
+    def _renew(self) -> None:
+        """Starts over where that has failed before: a cache that did not fit may fit now."""
+        if self._stale:
+            with self._lock:
+                self._start_over()
 
     def _step(self) -> None:
         begin = time.thread_time()  # of this thread alone: neither waiting for the device nor for a core is the host's work
@@ -347,6 +356,7 @@ class Core:
 
     def _fill_prefix_cache(self, text: list[int], content: KVCache, adapter: int) -> None:
         """Puts the pages of a text that are not cached yet into free ones. They are found once they hold it."""
+        self._renew()
         pool = self._scheduler.pool
         size = pool.page_size
         taken: list[tuple[int, int, bytes, list[int]]] = []

@@ -131,7 +131,7 @@ class Request:
                 continue
             self._wake.append(wake)
             try:
-                if not self._outputs and self.state != "finished":
+                if not self._outputs and self.state != "finished" and self._engine.serving:
                     await ready.wait()
             finally:
                 with contextlib.suppress(ValueError):
@@ -177,7 +177,7 @@ class Request:
                 continue
             woken: SimpleQueue[None] = SimpleQueue()
             self._wake.append(partial(woken.put, None))
-            if not reached():  # else there may be nobody to wake this reader
+            if not reached() and self._engine.serving:  # else nothing may come that wakes this reader
                 woken.get()
         return True
 

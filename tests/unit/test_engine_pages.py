@@ -551,6 +551,24 @@ def test_booleans_are_no_token_ids():
             Prompts.checked(model, [ids])
 
 
+def test_a_recovery_that_fails_is_made_again():
+    engine = engine_of()
+    requests = [engine.submit([1, 2, 3, 4, i], GREEDY) for i in range(3)]
+    step(engine)
+    fetch, reset = engine._device.fetch, engine._device.reset
+
+    def fails(*_):
+        raise KeyboardInterrupt
+
+    engine._device.fetch = engine._device.reset = fails
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            engine.step()
+    engine._device.fetch, engine._device.reset = fetch, reset
+    answers(engine, *requests)
+    check(engine)
+
+
 def test_a_request_of_another_engine_is_refused():
     ours, theirs = engine_of(), engine_of()
     request = theirs.submit([1, 2], GREEDY)
