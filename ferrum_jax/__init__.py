@@ -33,11 +33,13 @@ _HOMES = {
     "functional": "",
     "load": "loading",
     "plotting": "",
+    "progress": "",
 }
 
 if TYPE_CHECKING:
     from ferrum_jax import functional as functional
     from ferrum_jax import plotting as plotting
+    from ferrum_jax import progress as progress
     from ferrum_jax.completion import Completion as Completion
     from ferrum_jax.config import ModelConfig as ModelConfig
     from ferrum_jax.embedding import EmbeddingModel as EmbeddingModel

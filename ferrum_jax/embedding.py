@@ -13,12 +13,16 @@ from typing import Any, NoReturn
 import jax
 import numpy as np
 
+from ferrum_jax import checks
 from ferrum_jax.config import refuse_encoder
 from ferrum_jax.encoder_config import EncoderConfig
 from ferrum_jax.errors import NotFiniteError
+from ferrum_jax.memory import nbytes
 from ferrum_jax.models import bert
 from ferrum_jax.programs import Programs
+from ferrum_jax.progress import track
 from ferrum_jax.tokenizer import Tokenizer
+from ferrum_jax.units import readable_bytes
 from ferrum_jax.weights.stream import bytes_by_format
 
 _LENGTHS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)  # then powers of two
@@ -41,6 +45,10 @@ class EmbeddingModel:
         self.programs = Programs(device)
         self.load_s = 0.0
 
+    def __repr__(self) -> str:
+        config, size = self.config, readable_bytes(nbytes(self.params))
+        return f"<EmbeddingModel {config.architecture}, width {config.hidden_size}, {size}, {config.dtype}, {self.device}>"
+
     def embed(self, texts: Sequence[str], *, normalize: bool = True) -> np.ndarray:
         """One vector for each text.
 
@@ -53,16 +61,15 @@ class EmbeddingModel:
 
         Raises:
           ValueError: for what is not a list of texts.
+          NotFiniteError: where an embedding is.
         """
-        if isinstance(texts, str | bytes) or not all(isinstance(text, str) for text in texts):
-            raise ValueError("texts must be a list of texts; for one text write [text]")
-        encoded = self._encode(list(texts))
+        encoded = self._encode(checks.texts(texts))
         out = np.empty((len(encoded), self.config.hidden_size), np.float32)
         pending = []
         for members, tokens, lengths in _batches(encoded, self.config.context_length):
             inputs = (self.params, tokens, lengths)
             pending.append((members, self.programs.run(bert.embed, *inputs, config=self.config, normalize=bool(normalize))))
-        for members, rows in pending:
+        for members, rows in track(pending, "embedding, batch"):
             out[members] = self.programs.fetch(rows)[: len(members)]
         if not np.isfinite(out).all():
             row = int(np.isfinite(out).all(axis=1).argmin())

@@ -5,19 +5,21 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Mapping
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from ferrum_jax import adapters as lora
-from ferrum_jax import hub, memory
+from ferrum_jax import checks, hub, memory
 from ferrum_jax.chat import check_template
 from ferrum_jax.config import ModelConfig
 from ferrum_jax.embedding import EmbeddingModel
 from ferrum_jax.encoder_config import EncoderConfig
 from ferrum_jax.errors import ModelFileError, UnsupportedModelError
-from ferrum_jax.kv_cache import KV_DTYPES
+from ferrum_jax.kv_cache import kv_dtype as named_kv_dtype
+from ferrum_jax.kv_cache import shown
 from ferrum_jax.model import Model
 from ferrum_jax.programs import enable_compilation_cache
 from ferrum_jax.runtime import PAGE
@@ -82,11 +84,19 @@ def load(
         raise ValueError("mesh= is not supported: a model runs on one device")
     if device is not None and not isinstance(device, jax.Device):
         raise ValueError(f"device must be a jax.Device, as in jax.devices(), not {device!r}")
-    kv_dtype = "float8_e4m3fn" if kv_dtype == "fp8" else kv_dtype
-    for name, value, known in (("dtype", dtype, (*DTYPES, "auto")), ("kv_dtype", kv_dtype or KV_DTYPES[0], KV_DTYPES)):
-        if value not in known:
-            raise ValueError(f"{name} {value!r} is not supported; supported: {', '.join(known)}")
-    if max_seq_len is not None and (isinstance(max_seq_len, bool) or not isinstance(max_seq_len, int) or max_seq_len < 2):
+    source = checks.path(source, "source")
+    for name, directory in (("merge_adapter", merge_adapter), *(adapters.items() if isinstance(adapters, Mapping) else ())):
+        if directory is not None:
+            checks.path(directory, f"{name}, the directory of an adapter,")
+    if progress is not None and not callable(progress):
+        raise ValueError(
+            f"progress must be a function of (bytes done, bytes in all or None, text), not {checks.kind(progress)}"
+        )
+    dtype = checks.dtype_name(dtype)
+    if dtype not in (*DTYPES, "auto"):
+        raise ValueError(f"dtype {dtype!r} is not supported; supported: auto, {', '.join(DTYPES)}")
+    kv_dtype = None if kv_dtype is None else named_kv_dtype(kv_dtype)
+    if max_seq_len is not None and (isinstance(max_seq_len, bool) or not isinstance(max_seq_len, Integral) or max_seq_len < 2):
         raise ValueError(f"max_seq_len must be an integer of at least 2, not {max_seq_len!r}")
 
     if adapters is not None and not (
@@ -118,7 +128,7 @@ def load(
         cache = memory.abstract_cache(config, -(-max_seq_len // PAGE), PAGE, kv_dtype, target_of(device))
         count = (
             f"{path}: weights {readable_bytes(weights)}, KV cache {readable_bytes(memory.nbytes(cache))} for one row of "
-            f"{max_seq_len:,} tokens ({kv_dtype})"
+            f"{max_seq_len:,} tokens ({shown(kv_dtype)})"
         )
         memory.require(weights, device, f"the weights do not fit: {count}")
         with jax.default_device(device), memory.explained(device, lambda: f"loading {count}"):

@@ -13,16 +13,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ferrum_jax import functional
+from ferrum_jax import checks, functional
 from ferrum_jax.completion import Completion
 from ferrum_jax.config import require_experts
 from ferrum_jax.engine import Engine, EngineConfig, Request
 from ferrum_jax.errors import NotFiniteError
 from ferrum_jax.kv_cache import bytes_per_token
+from ferrum_jax.memory import nbytes
+from ferrum_jax.progress import track
 from ferrum_jax.prompts import Prompt, Prompts
 from ferrum_jax.runtime import PAGE
 from ferrum_jax.sampling_params import SamplingParams
 from ferrum_jax.shapes import bucket, by_fours, padded, power_of_two
+from ferrum_jax.units import readable_bytes
 from ferrum_jax.weights.stream import bytes_by_format
 
 _ROWS = 32  # sequences that run at once at most
@@ -96,6 +99,14 @@ class Model(Prompts):
       tokenizer (Tokenizer): from the same file.
     """
 
+    def __repr__(self) -> str:
+        config = self.config
+        size = readable_bytes(nbytes(self.params))
+        return (
+            f"<Model {config.architecture}, {config.num_layers} layers, {size}, {config.dtype}, context {self.max_seq_len:,}, "
+            f"{self.device}>"
+        )
+
     # Text in and out
 
     def generate(
@@ -115,14 +126,8 @@ class Model(Prompts):
         Raises:
           ValueError: for an empty prompt, an id out of range, a prompt that fills the context or an unknown adapter.
         """
-        if isinstance(prompts, str | bytes) or any(isinstance(prompt, int | np.integer) for prompt in prompts):
-            raise ValueError("prompts must be a list of prompts; for one prompt write [prompt]")
-        encoded = [self.encode(prompt) for prompt in prompts]
-        each = [params] * len(encoded) if isinstance(params, SamplingParams) else list(params or ())
-        if not all(isinstance(p, SamplingParams) for p in each):
-            raise ValueError("params must be SamplingParams, one for all prompts or a list with one for each")
-        if len(each) != len(encoded):
-            raise ValueError(f"{len(encoded)} prompts and {len(each)} sampling parameters; give one for all or one for each")
+        encoded = [self.encode(prompt) for prompt in checks.prompts(prompts)]
+        each = checks.each_sampling_params(params, len(encoded))
         names: list[Any] = list(adapter) if isinstance(adapter, list | tuple) else [adapter] * len(encoded)
         if len(names) != len(encoded):
             raise ValueError(f"{len(encoded)} prompts and {len(names)} adapters; give one for all or one for each")
@@ -130,7 +135,7 @@ class Model(Prompts):
             return []
         engine = self._engine(encoded, each)
         requests = [engine.submit(*each) for each in zip(encoded, each, names, strict=True)]
-        completions = [completion for request in requests for completion in request.results()]
+        completions = [completion for request in track(requests, "generating, prompt") for completion in request.results()]
         for choice in (choice for request in requests for choice in request.choices):
             _raise_cause(choice)
         return completions
@@ -146,6 +151,7 @@ class Model(Prompts):
         Raises:
           ValueError: as of `generate`, and for parameters that a stream cannot meet (n > 1, prompt_logprobs).
         """
+        checks.sampling_params(params)
         if params.n > 1 or params.prompt_logprobs is not None:
             raise ValueError("SamplingParams.n and prompt_logprobs: a stream is of one completion's output; use generate")
         ids = self.encode(prompt)
@@ -184,9 +190,9 @@ class Model(Prompts):
         Returns:
           For each list float32 [length, vocab_size].
         """
-        if not batch:
-            return []
         checked = self.checked(batch)
+        if not checked:
+            return []
         results = [np.empty((len(ids), self.config.vocab_size), np.float32) for ids in checked]
         for row, position, hidden in self._chunks(functional.hidden_chunk, checked, adapter):
             for first in range(0, hidden.shape[0], functional.ROWS):
@@ -204,15 +210,13 @@ class Model(Prompts):
           window: tokens of each window, independent of the others, a last partial one dropped; None: one window.
           adapter: the name of a LoRA adapter that the model was loaded with; None: the model alone.
         """
-        ids = text_or_ids
-        if isinstance(ids, str):
-            ids = self.tokenizer.encode(ids, add_special=False, parse_special=False)
-        size = len(ids) if window is None else window
-        if size < 2 or len(ids) < size:
-            raise ValueError(f"a window needs at least two tokens and no more than the text has ({len(ids)}), not {size}")
+        if isinstance(text_or_ids, str):
+            text_or_ids = self.tokenizer.encode(text_or_ids, add_special=False, parse_special=False)
+        ids = checks.token_ids(text_or_ids)
+        size = checks.window(window, len(ids), self.max_seq_len)
         windows = [list(ids[i : i + size]) for i in range(0, len(ids) - size + 1, size)]
         total, rows = 0.0, max(1, functional.CHUNK // size)
-        for first in range(0, len(windows), rows):
+        for first in track(range(0, len(windows), rows), "scoring, part"):
             part = self.checked(windows[first : first + rows])
             for row, position, hidden in self._chunks(functional.hidden_chunk, part, adapter):
                 scored = position < size - 1

@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 
-from ferrum_jax import memory, program_store
+from ferrum_jax import memory, program_store, progress
 from ferrum_jax.kv_cache import KVCache
 from ferrum_jax.units import readable_bytes
 from pallas_kernels import cache
@@ -57,7 +57,9 @@ class Programs:
         key = (function, tuple(sorted(static.items())), structure, shapes)
         if key not in self._compiled:
             begin = time.perf_counter()
+            name = getattr(function, "__name__", "a program").strip("_")
             with (
+                progress.task(f"compiling {name} (program {len(self._compiled) + 1})"),
                 jax.default_device(self.device),
                 memory.explained(self.device, lambda: _count(jax.eval_shape(lambda *args: args, *args))),
             ):

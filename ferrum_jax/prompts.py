@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ferrum_jax import chat
+from ferrum_jax import chat, checks
 from ferrum_jax.errors import UnsupportedModelError
 from ferrum_jax.runtime import Runtime
 
@@ -74,12 +73,9 @@ class Prompts(Runtime):
         return ids[1:] if doubled else ids
 
     def encode(self, prompt: Prompt) -> list[int]:
-        if isinstance(prompt, str):
-            ids = self.tokenizer.encode(prompt, add_special=True, parse_special=True) if prompt else []
-        elif isinstance(prompt, bytes) or not hasattr(prompt, "__iter__"):
-            raise ValueError(f"a prompt must be a text or a list of token ids, not {type(prompt).__name__}")
-        else:
-            ids = list(prompt)
+        ids = checks.prompt(prompt)
+        if isinstance(ids, str):
+            ids = self.tokenizer.encode(ids, add_special=True, parse_special=True) if ids else []
         (ids,) = self.checked([ids])
         if len(ids) >= self.max_seq_len:
             raise ValueError(f"the prompt has {len(ids)} tokens and leaves no room in a context of {self.max_seq_len}")
@@ -87,12 +83,7 @@ class Prompts(Runtime):
 
     def checked(self, batch: Sequence[Sequence[int]]) -> list[list[int]]:
         """The batch as lists of int; ValueError for an empty one, one beyond the context or an id out of range."""
-        try:
-            lists = [[operator.index(i) for i in ids] for ids in batch]
-        except TypeError:
-            raise ValueError("token ids must be integers") from None
-        if any(bool in map(type, ids) for ids in batch):
-            raise ValueError("token ids must be integers, not True or False")
+        lists = checks.batch(batch)
         for ids in lists:
             if not ids:
                 raise ValueError("an empty prompt: at least one token is needed")

@@ -19,6 +19,7 @@ from typing import Any
 
 import click
 
+from ferrum_jax import progress
 from ferrum_jax.cli.bench import bench_command
 from ferrum_jax.cli.convert import convert_command
 from ferrum_jax.cli.doctor import doctor_command
@@ -85,6 +86,7 @@ def main(argv: list[str] | None = None) -> int:
     state = {"debug": False}
     try:
         with contextlib.redirect_stdout(_open_streams()):  # type: ignore[type-var]
+            progress.show(sys.stderr.isatty())
             arguments = list(sys.argv[1:] if argv is None else argv)
             with verbs.make_context(PROGRAM, arguments, obj=state) as context:
                 verbs.invoke(context)

@@ -39,7 +39,7 @@ def embed_command(model: str, texts: tuple[str, ...], max_seq_len: int | None, d
 
 
 def _lines() -> list[str]:
-    if sys.stdin.isatty():
+    if getattr(sys.stdin, "isatty", bool)():
         click.echo("reading texts from the terminal, one a line; Ctrl-D ends them", err=True)
     try:
         text = sys.stdin.buffer.read().decode("utf-8")

@@ -14,6 +14,7 @@ from typing import Any
 import click
 
 import ferrum_jax as fj
+from ferrum_jax import progress
 from ferrum_jax.cli import common
 from ferrum_jax.cli.answer import Answer, answer, encode, print_stats
 from ferrum_jax.cli.writer import Writer
@@ -71,7 +72,12 @@ def _template_arguments(model: Any, source: str, *, system: str | None, think: b
 
 def _print_text(model: Any, ids: list[int], params: Any) -> Answer:
     writer = Writer()
-    result = answer(model, ids, params, lambda text, _tokens: writer.write(text))
+
+    def emit(text: str, _tokens: list[int]) -> None:
+        progress.show(False)  # the line that it would take away is the answer's now
+        writer.write(text)
+
+    result = answer(model, ids, params, emit)
     writer.close()
     if result.finish_reason == "length":
         count = result.usage["completion_tokens"]
@@ -162,6 +168,7 @@ def run_command(
     if talk:
         from ferrum_jax.cli.chat import Chat
 
+        progress.show(False)
         return Chat(loaded, params, system=system, template=template, stats=stats, history=history).run(model)
 
     messages = [{"role": "system", "content": system}] if system is not None else []

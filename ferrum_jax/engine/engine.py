@@ -27,6 +27,7 @@ from ferrum_jax.engine.scheduler import Scheduler
 from ferrum_jax.engine.sequence import Extras, Sequence
 from ferrum_jax.engine.worker import Job, Worker
 from ferrum_jax.errors import ModelFileError
+from ferrum_jax.progress import task
 from ferrum_jax.prompts import Prompt, Prompts
 from ferrum_jax.sampling_params import MAX_BIAS, SamplingParams
 
@@ -73,6 +74,11 @@ class Engine(Core):
             self._scheduler = Scheduler(config, pool, self.context, window)
 
         self._driver.call(set_up)
+
+    def __repr__(self) -> str:
+        return (
+            f"<Engine of {self.model!r}, {self.config.max_seqs} sequences, {self.num_pages} pages of {self.config.page_size}>"
+        )
 
     # Requests
 
@@ -175,11 +181,13 @@ class Engine(Core):
           progress: called with programs that are ready, programs in all, and what comes next.
         """
         programs = self._device.programs()
-        for number, (name, pages) in enumerate(programs):
-            self.warmed_up = number, len(programs)
-            if progress is not None:
-                progress(number, len(programs), str(name))
-            self._compiler.call(partial(self._device.compile, name, pages))
+        with task("warming up, program", len(programs)) as update:
+            for number, (name, pages) in enumerate(programs):
+                self.warmed_up = number, len(programs)
+                update(number + 1)
+                if progress is not None:
+                    progress(number, len(programs), str(name))
+                self._compiler.call(partial(self._device.compile, name, pages))
         self.warmed_up = len(programs), len(programs)
         if progress is not None:
             progress(len(programs), len(programs), "ready")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from typing import Any
 
+from ferrum_jax import checks
 from ferrum_jax.tokenizer.tokenizer import Tokenizer, check_text
 
 
@@ -20,10 +21,12 @@ class LibraryTokenizer(Tokenizer):
 
     def encode(self, text: str, add_special: bool = True, parse_special: bool = False) -> list[int]:
         """As `Tokenizer.encode`."""
+        check_text(text)
         return self.encode_batch([text], add_special, parse_special)[0]
 
     def encode_batch(self, texts: list[str], add_special: bool = True, parse_special: bool = False) -> list[list[int]]:
         """As `Tokenizer.encode_batch`."""
+        texts = checks.texts(texts)
         for text in texts:
             check_text(text)
         if self.lowercase:

@@ -7,6 +7,7 @@ to the BPE of the file. Nothing is normalised.
 import functools
 from collections.abc import Iterable, Mapping
 
+from ferrum_jax import checks
 from ferrum_jax.errors import ModelFileError
 from ferrum_jax.tokenizer.bpe import ByteLevelBPE, byte_values
 from ferrum_jax.tokenizer.spm import SPACE, SentencePieceBPE
@@ -29,9 +30,9 @@ def named_templates(metadata: Mapping[str, object], source: str = "") -> dict[st
 
 
 def check_text(text: str) -> None:
-    """Raises ValueError for half of a surrogate pair, which no UTF-8 text can hold."""
+    """Raises ValueError for what is not a text, and for half of a surrogate pair, which no UTF-8 text can hold."""
     try:
-        text.encode()
+        checks.text(text).encode()
     except UnicodeEncodeError as error:
         raise ValueError(f"text: character {error.start} is an unpaired surrogate") from None
 
@@ -109,7 +110,7 @@ class Tokenizer:
 
     def encode_batch(self, texts: list[str], add_special: bool = True, parse_special: bool = False) -> list[list[int]]:
         """`encode` of each text."""
-        return [self.encode(text, add_special, parse_special) for text in texts]
+        return [self.encode(text, add_special, parse_special) for text in checks.texts(texts)]
 
     def _parts(self, text: str, parse_special: bool) -> list[int | str]:
         """The text as ids of special tokens and the raw texts between them."""
@@ -145,7 +146,7 @@ class Tokenizer:
         Raises:
           ValueError: the id is outside the vocabulary.
         """
-        found = self._pieces.get(token)
+        found = self._pieces.get(token) if isinstance(token, int) else None
         if found is None:
             self._check(token)
             found = self._pieces[token] = self._piece(token)
@@ -194,8 +195,13 @@ class Tokenizer:
         from ferrum_jax.tokenizer.stream import TextStream
 
         stream = TextStream(self, skip_special)
-        return "".join([stream.push(token) for token in ids]) + stream.flush()
+        return "".join([stream.push(token) for token in checks.token_ids(ids)]) + stream.flush()
+
+    def __repr__(self) -> str:
+        kind = "chat template" if self.chat_template else "no chat template"
+        return f"<{type(self).__name__} of {self.vocab_size:,} tokens, {kind}>"
 
     def _check(self, token: int) -> None:
+        checks.token_ids([token])
         if not 0 <= token < self.vocab_size:
             raise ValueError(f"token id {token} is outside the vocabulary of {self.vocab_size} tokens")

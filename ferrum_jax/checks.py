@@ -1,0 +1,141 @@
+"""What a caller gave, compared with what a function takes: one sentence says what it was and what would be right.
+
+The one idea: each kind of argument (sampling parameters, token ids, a prompt, a batch, a path) has one function here, so
+that every method that takes it says the same. All raise ValueError.
+"""
+
+from __future__ import annotations
+
+import operator
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from ferrum_jax.sampling_params import SamplingParams
+
+
+def kind(value: object) -> str:
+    """What a value is, for an error."""
+    return "None" if value is None else f"{type(value).__name__} ({value!r:.40})"
+
+
+def sampling_params(value: object) -> SamplingParams:
+    if not isinstance(value, SamplingParams):
+        raise ValueError(f"params must be SamplingParams, as in SamplingParams(max_tokens=100), not {kind(value)}")
+    return value
+
+
+def each_sampling_params(value: Any, count: int) -> list[SamplingParams]:
+    """One for all of `count` prompts, or a list with one for each."""
+    if isinstance(value, SamplingParams):
+        return [value] * count
+    if not isinstance(value, Sequence) or isinstance(value, str) or not all(isinstance(p, SamplingParams) for p in value):
+        raise ValueError(
+            "params must be SamplingParams, one for all prompts or a list with one for each, as in "
+            f"SamplingParams(max_tokens=100), not {kind(value)}"
+        )
+    if len(value) != count:
+        raise ValueError(f"{count} prompts and {len(value)} sampling parameters; give one for all or one for each")
+    return list(value)
+
+
+def text(value: object) -> str:
+    if not isinstance(value, str):
+        hint = "; encode_batch takes several" if isinstance(value, list | tuple) else ""
+        raise ValueError(f"a text must be a str, not {kind(value)}{hint}")
+    return value
+
+
+def texts(value: Any) -> list[str]:
+    if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
+        raise ValueError(f"texts must be a list of texts, not {kind(value)}; for one text write [text]")
+    return [text(part) for part in value]
+
+
+def path(value: object, what: str) -> str:
+    if not isinstance(value, str | os.PathLike):
+        raise ValueError(f"{what} must be a path or a name, not {kind(value)}")
+    return os.fspath(value)
+
+
+def token_ids(value: Any) -> list[int]:
+    """Integers of any type, also of an array of one axis; booleans and floats are a mistake."""
+    if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
+        hint = f"; for one id write [{value}]" if isinstance(value, int) else ""
+        raise ValueError(f"token ids must be a list of integers, not {kind(value)}{hint}")
+    ids: list[int] = []
+    for item in value.tolist() if hasattr(value, "tolist") else value:
+        if isinstance(item, bool | np.bool_):
+            raise ValueError(f"token ids must be integers, not bool ({item})")
+        try:
+            ids.append(operator.index(item))
+        except TypeError:
+            raise ValueError(f"token ids must be integers, not {kind(item)}") from None
+    return ids
+
+
+def prompt(value: Any) -> str | list[int]:
+    """A text or its token ids; one prompt, and no conversation."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, Mapping) or (isinstance(value, list | tuple) and any(isinstance(part, Mapping) for part in value)):
+        raise ValueError("a prompt must be a text or a list of token ids, not messages; a conversation goes to chat(messages)")
+    if isinstance(value, list | tuple) and any(isinstance(part, str) for part in value):
+        raise ValueError(
+            "a prompt must be one text or one list of token ids, not a list of texts; generate(prompts) takes several"
+        )
+    if isinstance(value, bytes) or not hasattr(value, "__iter__"):
+        raise ValueError(f"a prompt must be a text or a list of token ids, not {kind(value)}")
+    return token_ids(value)
+
+
+def prompts(value: Any) -> list[Any]:
+    """The prompts of a batch, each for `prompt` to look at."""
+    if isinstance(value, Mapping) or (isinstance(value, list | tuple) and any(isinstance(part, Mapping) for part in value)):
+        raise ValueError("prompts must be texts or lists of token ids, not messages; a conversation goes to chat(messages)")
+    if isinstance(value, str | bytes):
+        raise ValueError("prompts must be a list of prompts; for one prompt write [prompt]")
+    if not isinstance(value, Iterable):
+        raise ValueError(f"prompts must be a list of texts or of lists of token ids, not {kind(value)}")
+    listed = list(value)
+    if any(isinstance(part, int | np.integer) or getattr(part, "ndim", 1) == 0 for part in listed):
+        raise ValueError("prompts must be a list of prompts; for one prompt write [prompt]")
+    return listed
+
+
+def batch(value: Any) -> list[list[int]]:
+    """Lists of token ids."""
+    if isinstance(value, str) or (isinstance(value, Sequence) and any(isinstance(part, str) for part in value)):
+        raise ValueError("a batch must be lists of token ids, not texts; tokenizer.encode(text) gives the ids of a text")
+    if isinstance(value, Mapping) or not isinstance(value, Iterable):
+        raise ValueError(f"a batch must be lists of token ids, not {kind(value)}")
+    return [token_ids(part) for part in value]
+
+
+def window(value: Any, length: int, context: int) -> int:
+    """Tokens of a window over a text of `length` tokens; None is one window."""
+    if length < 2:
+        raise ValueError(f"the text has {length or 'no'} token{'s' * (length != 1)}; at least two are needed")
+    if value is None:
+        value, name = length, f"the text of {length:,} tokens"
+    elif isinstance(value, bool) or not hasattr(value, "__index__") or value < 2:
+        raise ValueError(f"window must be None or an integer of at least 2, not {kind(value)}")
+    else:
+        name = f"a window of {value:,} tokens"
+    if value > length:
+        raise ValueError(f"{name} is more than the text has ({length:,})")
+    if value > context:
+        raise ValueError(f"{name} does not fit into a context of {context:,}; give a window of at most that")
+    return operator.index(value)
+
+
+def dtype_name(value: Any) -> Any:
+    """The name of a NumPy or JAX dtype, or scalar type; anything else as it is."""
+    if isinstance(value, str) or value is None:
+        return value
+    try:
+        return np.dtype(value).name
+    except TypeError:
+        return value
