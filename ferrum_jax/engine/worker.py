@@ -26,7 +26,7 @@ _ending = threading.Event()  # the interpreter is
 
 
 class Job:
-    """Something to do in the context of whoever made it; `then` is called once it is done."""
+    """Something to do in the context variables of its maker; `then` is called once it is done."""
 
     def __init__(self, work: Callable[[], Any], then: Callable[[], object] = lambda: None):
         self._context, self._work, self._then = contextvars.copy_context(), work, then

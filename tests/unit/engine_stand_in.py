@@ -272,12 +272,13 @@ class Device:
         """The page of a position. One behind the window may have been given back when this dispatch was chosen: nobody
         else can have it yet."""
         sequence, number = row.sequence, position // self.config.page_size
-        if not row.valid:  # aborted between: what it had alone is nobody's before the next dispatch
-            return int(sequence.table[number])
-        require(number < len(sequence.pages), f"position {position} has no page")
-        page, given_back = int(sequence.table[number]), number < sequence.behind
-        require(given_back or sequence.pages[number] == page, f"position {position}: the table and the pages differ")
-        require(self.pool.holders(page) > 0 or given_back, f"position {position}: nobody holds page {page}")
+        page, pages, given_back = int(sequence.table[number]), sequence.pages, number < sequence.behind
+        holders = self.pool.holders(page)
+        if not row.valid:  # aborted between or just now: what it had alone is nobody's before the next dispatch
+            return page
+        require(number < len(pages), f"position {position} has no page")
+        require(given_back or pages[number] == page, f"position {position}: the table and the pages differ")
+        require(holders > 0 or given_back, f"position {position}: nobody holds page {page}")
         return page
 
     def _writable(self, page: int, valid: bool = True) -> None:
