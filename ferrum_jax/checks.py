@@ -117,18 +117,16 @@ def batch(value: Any) -> list[list[int]]:
 def window(value: Any, length: int, context: int) -> int:
     """Tokens of a window over a text of `length` tokens; None is one window."""
     if length < 2:
-        raise ValueError(f"the text has {length or 'no'} token{'s' * (length != 1)}; at least two are needed")
-    if value is None:
-        value, name = length, f"the text of {length:,} tokens"
-    elif isinstance(value, bool) or not hasattr(value, "__index__") or value < 2:
-        raise ValueError(f"window must be None or an integer of at least 2, not {kind(value)}")
-    else:
-        name = f"a window of {value:,} tokens"
-    if value > length:
-        raise ValueError(f"{name} is more than the text has ({length:,})")
-    if value > context:
-        raise ValueError(f"{name} does not fit into a context of {context:,}; give a window of at most that")
-    return operator.index(value)
+        raise ValueError(f"the text has {length or 'no'} token{'s' * (length != 1)}; a window needs at least two tokens")
+    size: Any = length if value is None else value
+    if isinstance(size, bool) or not hasattr(size, "__index__") or size < 2:
+        raise ValueError(f"window must be None or an integer; a window needs at least two tokens, not {kind(value)}")
+    if size > length:
+        raise ValueError(f"a window needs at least two tokens and no more than the text has ({length}), not {size}")
+    if size > context:
+        what = f"the text of {length} tokens" if value is None else f"a window of {size} tokens"
+        raise ValueError(f"{what} does not fit into a context of {context}; give a window of at most that")
+    return int(size)
 
 
 def dtype_name(value: Any) -> Any:

@@ -7,23 +7,19 @@ from jax.typing import DTypeLike
 
 from ferrum_jax import checks
 from ferrum_jax.config import ModelConfig
+from ferrum_jax.units import shown_dtype
 from pallas_kernels import paged_attention
 from pallas_kernels.paged_attention import KV_DTYPES, KVCache
 
-__all__ = ["KV_DTYPES", "KVCache", "bytes_per_token", "kv_dtype", "new_cache", "shown"]
+__all__ = ["KV_DTYPES", "KVCache", "bytes_per_token", "kv_dtype", "new_cache"]
 
 
 def kv_dtype(dtype: DTypeLike) -> str:
     """JAX's name of a KV dtype, one of KV_DTYPES; users write "fp8" for float8_e4m3fn. ValueError for anything else."""
     name = "float8_e4m3fn" if isinstance(dtype, str) and dtype == "fp8" else checks.dtype_name(dtype)
     if name not in KV_DTYPES:
-        raise ValueError(f"kv_dtype {dtype!r} is not supported; supported: {', '.join(map(shown, KV_DTYPES))}")
+        raise ValueError(f"kv_dtype {dtype!r} is not supported; supported: {', '.join(map(shown_dtype, KV_DTYPES))}")
     return name
-
-
-def shown(name: str) -> str:
-    """A KV dtype as users write it."""
-    return "fp8" if name == "float8_e4m3fn" else name
 
 
 def bytes_per_token(config: ModelConfig, dtype: DTypeLike) -> int:

@@ -19,12 +19,11 @@ from ferrum_jax.embedding import EmbeddingModel
 from ferrum_jax.encoder_config import EncoderConfig
 from ferrum_jax.errors import ModelFileError, UnsupportedModelError
 from ferrum_jax.kv_cache import kv_dtype as named_kv_dtype
-from ferrum_jax.kv_cache import shown
 from ferrum_jax.model import Model
 from ferrum_jax.programs import enable_compilation_cache
 from ferrum_jax.runtime import PAGE
 from ferrum_jax.tokenizer import Tokenizer
-from ferrum_jax.units import readable_bytes
+from ferrum_jax.units import readable_bytes, shown_dtype
 from ferrum_jax.weights.adapter import read_adapter
 from ferrum_jax.weights.names import Parameters, parameters
 from ferrum_jax.weights.opening import open_model
@@ -128,7 +127,7 @@ def load(
         cache = memory.abstract_cache(config, -(-max_seq_len // PAGE), PAGE, kv_dtype, target_of(device))
         count = (
             f"{path}: weights {readable_bytes(weights)}, KV cache {readable_bytes(memory.nbytes(cache))} for one row of "
-            f"{max_seq_len:,} tokens ({shown(kv_dtype)})"
+            f"{max_seq_len:,} tokens ({shown_dtype(kv_dtype)})"
         )
         memory.require(weights, device, f"the weights do not fit: {count}")
         with jax.default_device(device), memory.explained(device, lambda: f"loading {count}"):

@@ -11,10 +11,10 @@ import numpy as np
 
 from ferrum_jax import memory
 from ferrum_jax.config import ModelConfig
-from ferrum_jax.kv_cache import KVCache, bytes_per_token, new_cache, shown
+from ferrum_jax.kv_cache import KVCache, bytes_per_token, new_cache
 from ferrum_jax.programs import Programs
 from ferrum_jax.tokenizer import Tokenizer
-from ferrum_jax.units import readable_bytes
+from ferrum_jax.units import readable_bytes, shown_dtype
 from pallas_kernels.dispatch import target_of
 
 PAGE = 16  # tokens
@@ -45,7 +45,9 @@ class Runtime:
         """An empty cache of `num_pages` pages of 16 tokens on the model's device; OutOfMemoryError where it does not fit."""
         tokens = num_pages * PAGE
         cache = memory.abstract_cache(self.config, num_pages, PAGE, self.kv_dtype, target_of(self.device))
-        count = f"the KV cache for {tokens:,} tokens ({shown(self.kv_dtype)}) takes {readable_bytes(memory.nbytes(cache))}"
+        count = (
+            f"the KV cache for {tokens:,} tokens ({shown_dtype(self.kv_dtype)}) takes {readable_bytes(memory.nbytes(cache))}"
+        )
         memory.require(memory.nbytes(cache), self.device, count)
         with jax.default_device(self.device), memory.explained(self.device, lambda: count):
             return new_cache(self.config, num_pages=num_pages, page_size=PAGE, dtype=self.kv_dtype)

@@ -8,3 +8,8 @@ def readable_bytes(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1024
     return f"{count:.1f} TiB"
+
+
+def shown_dtype(name: str) -> str:
+    """A dtype as users write it."""
+    return "fp8" if name == "float8_e4m3fn" else name

@@ -13,6 +13,7 @@ import click
 from ferrum_jax.cli import common
 from ferrum_jax.cli.common import readable_bytes
 from ferrum_jax.cli.output import print_facts, print_table
+from ferrum_jax.units import shown_dtype
 
 
 def _folder(path: Path, *parts: str) -> dict[str, Any]:
@@ -58,7 +59,8 @@ def examine() -> dict[str, Any]:
         from ferrum_jax import diagnostics
 
         keys = ("operation", "format", "backend", "reason")
-        return [{key: str(getattr(choice, key)) for key in keys} for choice in diagnostics.trial(report["auto_dtype"])]
+        choices = diagnostics.trial(report["auto_dtype"])
+        return [{key: shown_dtype(str(getattr(choice, key))) for key in keys} for choice in choices]
 
     def auto_dtype() -> str:
         import jax

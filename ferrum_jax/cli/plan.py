@@ -10,6 +10,7 @@ import click
 from ferrum_jax.cli import common
 from ferrum_jax.cli.common import figure, readable_bytes
 from ferrum_jax.cli.output import plain, plain_path, print_facts, print_table
+from ferrum_jax.units import shown_dtype
 
 if TYPE_CHECKING:
     from ferrum_jax.plan import Plan
@@ -39,7 +40,7 @@ def _json(plan: Plan) -> dict[str, Any]:
 
 
 def _print_plan(plan: Plan) -> None:
-    click.echo(f"{plan.target}: {plan.device}, {plan.dtype}, KV cache {plan.kv_dtype}")
+    click.echo(f"{plan.target}: {plan.device}, {plan.dtype}, KV cache {shown_dtype(plan.kv_dtype)}")
     if plan.error:
         click.echo(f"  {plan.error}")
         return
@@ -63,7 +64,7 @@ def _print_plan(plan: Plan) -> None:
     print_facts((f"  {name}", text) for name, text in rows.items())
     formats: dict[tuple[str, str, str], list[str]] = {}
     for row in plan.backends:
-        formats.setdefault((row["operation"], row["backend"], row["reason"]), []).append(row["format"])
+        formats.setdefault((row["operation"], row["backend"], row["reason"]), []).append(shown_dtype(row["format"]))
     table = [("  " + operation, *rest, " ".join(served)) for (operation, *rest), served in formats.items()]
     print_table(table, ("  operation", "backend", "reason", "formats"))
 

@@ -51,7 +51,7 @@ MODEL = {
         lambda m: m.perplexity("a b c", 1), lambda m: m.perplexity("a b c", "2"), lambda m: m.perplexity("a b c", 2.0),
         lambda m: m.perplexity("a b c", True),
     ],
-    "a window of 400 tokens is more than the text has": [lambda m: m.perplexity("a b c", 400)],
+    "no more than the text has": [lambda m: m.perplexity("a b c", 400)],
     "does not fit into a context of 512": [
         lambda m: m.perplexity([1] * 600), lambda m: m.perplexity([1] * 600, 513),
     ],

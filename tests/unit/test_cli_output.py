@@ -156,3 +156,14 @@ def test_where_there_is_no_terminal_a_row_is_a_line(monkeypatch, capsys):
     monkeypatch.setattr(hub, "list_cached", lambda: [cached])
     assert main(["list", "--long"]) == 0
     assert capsys.readouterr().out.splitlines()[-1].split() == ["a", "2.0", "GiB", str(LONG), "hub"]
+
+
+def test_a_word_is_never_broken():
+    text = "x" * 60 + " 1,234,567,890,123,456,789,012,345 GiB of a-word-with-hyphens-in-it"
+    lines = output.wrapped(text, 30, "  ").splitlines()
+    assert [line.strip() for line in lines] == [
+        "x" * 60,
+        "1,234,567,890,123,456,789,012,345 GiB",
+        "of a-word-with-hyphens-in-it",
+    ]
+    assert output.wrapped(Path("/a b/c d"), 3, "") == "/a b/c d"

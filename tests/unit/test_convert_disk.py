@@ -62,3 +62,18 @@ def test_directories_that_others_use_meanwhile_stay(tmp_path):
         raise OSError(errno.ENOSPC, "full")
     assert caught.value.filename == str(out)
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["a", "other"]
+
+
+def test_directories_made_for_an_output_go_with_it(tmp_path):
+    with pytest.raises(OSError, match="full"), fresh(tmp_path / "a" / "b" / "out", 1) as partial:
+        partial.touch()
+        raise OSError(errno.ENOSPC, "full")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_space_is_compared_first(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=1000))
+    with pytest.raises(OSError, match="are needed"), fresh(tmp_path / "out", 1001):
+        raise AssertionError("begun")
+    with fresh(tmp_path / "out", 1000) as partial:
+        partial.touch()
