@@ -4,8 +4,8 @@
 # Expected: export of jit(f, donate_argnums=0) reuses the argument's memory when called, as jit(f, ...) does.
 # Seen: the serialized module says that output 0 aliases argument 0, but after call the argument is still
 # alive and the compiled program aliases nothing, without a warning, deserialized or not. A decoding step that
-# is shipped this way holds its KV cache twice. jit(exported.call, donate_argnums=0) donates, so whoever loads
-# the file has to know what was donated; Exported has no field for it.
+# is shipped this way holds its KV cache twice. jit(exported.call, donate_argnums=0) donates, so the program
+# that loads the file has to know what was donated; Exported does not have a field for it.
 # Cause: the exported module becomes an inner function of the program that call traces, and aliasing
 # attributes count on the entry function only, which has those of the outer jit.
 set -eu
