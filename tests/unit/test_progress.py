@@ -78,8 +78,8 @@ def test_the_engine_the_programs_and_many_prompts_say_what_they_do(lines, monkey
     model.generate([[1 + i] for i in range(40)], fj.SamplingParams(max_tokens=2, logprobs=None, n=1, min_tokens=1))
     assert ("generating, prompt", 40) in told
     assert any(text.startswith("compiling ") and text.endswith("(program 1)") for text, total in told)
-    told.clear()
     engine = fj.Engine(model, fj.EngineConfig(max_seqs=1, num_pages=4, token_budget=16))
+    told.clear()
     engine.warm_up()
     assert told[0] == ("warming up, program", 2 + len(engine.buckets()))
 
