@@ -154,7 +154,7 @@ def test_perplexity_is_that_of_the_logits(model):
 
     assert abs(model.perplexity(ids) / by_hand([ids]) - 1) <= 1e-5
     assert abs(model.perplexity(ids, window=20) / by_hand([ids[0:20], ids[20:40], ids[40:60]]) - 1) <= 1e-5
-    for window, message in ((1, "at least 2"), (76, r"more than the text has \(75\)")):
+    for window, message in ((1, "at least two tokens"), (76, r"more than the text has \(75\)")):
         with pytest.raises(ValueError, match=message):
             model.perplexity(ids, window=window)
 
