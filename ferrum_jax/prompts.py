@@ -54,9 +54,9 @@ class Prompts(Runtime):
             f"{name}_token": "" if id is None else self.tokenizer.token_bytes(id).decode("utf-8", "replace")
             for name, id in (("bos", self.tokenizer.bos_id), ("eos", self.tokenizer.eos_id))
         } | template_kwargs
-        known = {"bos_token", "eos_token", "documents"}.union(*map(chat.variables, templates.values()))
-        if unknown := sorted(given.keys() - known):
-            raise ValueError(f"{unknown[0]}: no chat template of this model reads a variable of this name")
+        unknown = given.keys() - {"bos_token", "eos_token", "documents"} - chat.variables(template)
+        if unknown and (unknown := unknown.difference(*map(chat.variables, templates.values()))):
+            raise ValueError(f"{min(unknown)}: no chat template of this model reads a variable of this name")
         asked: dict[str, Any] = {"tools": tools, "add_generation_prompt": add_generation_prompt}
         asked["limits"] = self.template_limits
         return chat.render(template, messages, **asked, **given)

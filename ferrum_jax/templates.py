@@ -30,6 +30,7 @@ from jinja2.utils import Namespace
 _LONGEST = 1 << 18  # characters of a template
 _BITS = 1 << 14  # of an integer
 _DIGITS = 1000  # that `round` may ask for
+_CONTAINER = 200  # bytes of one without its parts, and of what is noted of it
 
 
 class Limits(NamedTuple):
@@ -92,6 +93,7 @@ class Budget:
         if known is None:
             parts = value if not isinstance(value, dict) else [part for item in value.items() for part in item]
             known = self._sizes[id(value)] = value, sum(16 + self.size(part) for part in parts)
+            self.left -= _CONTAINER
             self.tick()
         return known[1]
 
@@ -392,7 +394,8 @@ class Environment(ImmutableSandboxedEnvironment):
 
     def _sum(self, values: Iterable, attribute: str | int | None = None, start: Any = 0) -> Any:
         for value in values:
-            part = value if attribute is None else functools.reduce(self.getitem, str(attribute).split("."), value)
+            names = [] if attribute is None else [int(n) if n.isdigit() else n for n in str(attribute).split(".")]
+            part = functools.reduce(self.getitem, names, value)
             start = self.call_binop(None, "+", start, part)
         return start
 

@@ -46,6 +46,10 @@ def test_files_of_a_directory() -> None:
     )
     assert files(pooled) == ["config.json", "1_Pooling/config.json", "modules.json", "vocab.txt", "model.safetensors"]
     assert files("model.safetensors tokenizer.json") == files("config.json pytorch_model.bin") == []
+    named = "config.json model.safetensors chat_template.jinja additional_chat_templates/a.jinja added_tokens.json x/a.jinja"
+    assert files(named) == [
+        "config.json", "additional_chat_templates/a.jinja", "added_tokens.json", "chat_template.jinja", "model.safetensors",
+    ]  # fmt: skip
     sharded = "config.json model-00001-of-00002.safetensors model-00002-of-00002.safetensors model.safetensors.index.json"
     assert files(sharded + " consolidated.safetensors adapter_model.safetensors") == [
         "config.json", "model.safetensors.index.json", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors",

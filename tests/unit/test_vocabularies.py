@@ -15,6 +15,7 @@ import gguf
 import numpy as np
 import pytest
 from directories import LLAMA, edit, write
+from encoders import tiny_encoders
 from gguf import GGUFValueType as T
 from test_directory_tokenizer import byte_level, directory, spm
 from test_tokenizer import BPE, SPM
@@ -196,3 +197,19 @@ def test_do_lower_case(kind: str, tmp_path: Path) -> None:
     path.write_text('{"do_lower_case": "yes"}')
     with pytest.raises(fj.ModelFileError, match=r"sentence_bert_config\.json: key do_lower_case: must be true or false"):
         tokenizer_of_directory(tmp_path)
+
+
+def test_embeddings_of_lower_case_and_of_tokens_beyond_the_rows(tmp_path: Path) -> None:
+    tiny_encoders.write_directory(tiny_encoders.CASES[2], tmp_path)
+    path, texts = tmp_path / "sentence_bert_config.json", ["Iron AND Rust"]
+    plain = fj.load(tmp_path)
+    path.write_text(json.dumps({"do_lower_case": True, "max_seq_length": 32}))
+    model = fj.load(tmp_path)
+    assert np.array_equal(model.embed(texts), plain.embed(["iron and rust"]))
+    assert not np.array_equal(model.embed(texts), plain.embed(texts))
+    rows = model.config.vocab_size
+    edit(tmp_path / "tokenizer.json", lambda content: content["added_tokens"].append({"id": rows, **entry("<x>")}))
+    model = fj.load(tmp_path)
+    assert model.tokenizer.vocab_size == rows + 1
+    with pytest.raises(ValueError, match=f"text 1 has the token {rows}, but the embedding has {rows} rows"):
+        model.embed(["iron", "<x>"])
