@@ -176,6 +176,8 @@ class DirectoryTokenizer(LibraryTokenizer):
         if text is None:
             return b""
         if self._types[token] in SPECIAL_TYPES:
+            if self._kind == "spaces" and self._types[token] == TokenType.USER_DEFINED:  # shown as the normalizer spells it
+                text = self._tokenizer.id_to_token(token).replace(SPACE, " ")
             return text.encode(errors="replace")
         if self._kind == "bytes":
             letters = [byte_values().get(letter) for letter in text]

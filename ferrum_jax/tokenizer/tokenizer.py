@@ -20,6 +20,9 @@ _SILENT = frozenset({TokenType.CONTROL, TokenType.UNKNOWN})
 
 def named_templates(metadata: Mapping[str, object], source: str = "") -> dict[str, str]:
     """The chat templates of a file by name. ModelFileError for one that is no string."""
+    names = metadata.get(_TEMPLATE + "s", [])  # what the file says that it has; the keys themselves are looked at
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ModelFileError(f"{source or 'model'}: {_TEMPLATE}s: must be an array of strings")
     found = {}
     for key, template in metadata.items():
         if key == _TEMPLATE or key.startswith(_TEMPLATE + "."):

@@ -49,7 +49,7 @@ from pallas_kernels.blocks.unpacking import unpack_blocks
 VERSION = 1
 _ARRAYS, _TOKENIZER = "parameters", "tokenizer"
 _TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
     *("config.json", "generation_config.json"),
 )
 _READ_BYTES = 16 << 20

@@ -15,14 +15,14 @@ from gguf import GGUFValueType as T
 from test_directory_tokenizer import KINDS, directory, spm
 from test_tokenizer import BPE, SPM, TIES
 from tiny_gguf import write_tiny_llama
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Library
-from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 import ferrum_jax as fj
 from ferrum_jax.tokenizer import TextStream, Tokenizer
 from ferrum_jax.tokenizer.opening import tokenizer_of_directory
 
-TEXTS = ["the cat", " the  cat\n", "Straße 東京 🧪 the", "<s>the</s> the", "  the", "é"]
+TEXTS = ["the cat", " the  cat\n", "Straße 東京 🧪 the", "<s>the</s> the", "  the", "é", "<x>a <x> the<y>▁▁t <y>"]
 
 
 def gemma() -> Library:
@@ -30,6 +30,14 @@ def gemma() -> Library:
     made = spm()
     made.normalizer = normalizers.Replace(" ", "▁")
     made.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    return made
+
+
+def added(made: Library) -> Library:
+    """With tokens of its own: one that is found in the normalized text, one of spaces."""
+    made.add_tokens(
+        [AddedToken("<x>", normalized=True), AddedToken("▁▁", normalized=False), AddedToken("<y>", normalized=False)]
+    )
     return made
 
 
@@ -49,6 +57,11 @@ def wordpiece() -> Library:
 
 
 ALL = KINDS | {"gemma": gemma, "wordpiece": wordpiece}
+ALL |= {
+    "spm added": lambda: added(spm()),
+    "gemma added": lambda: added(gemma()),
+    "bytes added": lambda: added(KINDS["bytes"]()),
+}
 ALL |= {scheme: lambda scheme=scheme: metaspace(scheme) for scheme in ("first", "always", "never")}
 
 

@@ -114,9 +114,10 @@ def test_templates_of_a_wrong_kind(value: object, tmp_path: Path) -> None:
     path = directory(tmp_path, byte_level(), tokenizer_config={"chat_template": value})
     with pytest.raises(fj.ModelFileError, match=r"tokenizer_config\.json: key chat_template: must be"):
         tokenizer_of_directory(path)
-    bad = {"tokenizer.chat_template.rag": (7, T.UINT32)}
-    with pytest.raises(fj.ModelFileError, match=r"tokenizer\.chat_template\.rag: must be a string, not int"):
-        fj.load(write_tiny_llama(tmp_path / "m.gguf", metadata=bad))
+    bad = {"chat_template.rag": (7, T.UINT32), "chat_templates": ("rag", T.STRING)}
+    for key, content in bad.items():
+        with pytest.raises(fj.ModelFileError, match=rf"tokenizer\.{key}: must be a"):
+            fj.load(write_tiny_llama(tmp_path / "m.gguf", metadata={f"tokenizer.{key}": content}))
 
 
 def test_variables() -> None:

@@ -136,8 +136,7 @@ def test_tokens_that_stand_elsewhere(kind, files: dict[str, Any], tmp_path: Path
     for text in ("the <x> cat<y><think>", "<x>", "<y>the"):
         ids = theirs.encode(text, add_special_tokens=False)
         assert ours.encode(text, add_special=False, parse_special=True) == ids
-        if "added_tokens" not in files:  # those are normalized, and the library shows them as they are found
-            assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     assert ours.vocab_size == len(theirs)
 
 
