@@ -63,7 +63,7 @@ class Budget:
         return True
 
     def need(self, nbytes: int) -> None:
-        """Raises OverBudgetError where so much is not left."""
+        """Raises OverBudgetError where less is left."""
         self.tick()
         if nbytes > self.left:
             raise OverBudgetError(f"needs more than {self.limits.nbytes >> 20} MiB")
@@ -144,6 +144,7 @@ def _of_format(budget: Budget, text: str, args: Any) -> int:
 
 def _of_percent(budget: Budget, text: str, args: Any) -> int:
     """Of `text % args`."""
+    budget.need(len(text) * text.count("%(") >> 2)  # a name without its end is looked for up to the end of the text
     fields = re.findall(r"%(?:\([^)]*\))?([-#0 +]*(?:\*|\d+)?(?:\.(?:\*|\d+)?)?)", text)
     values = [abs(arg) for arg in (args if isinstance(args, tuple) else (args,)) if isinstance(arg, int)]
     stars = sum("*" in field for field in fields) * sum(values)
@@ -164,8 +165,9 @@ def _of_operator(budget: Budget, operator: str, left: Any, right: Any) -> int:
 
 
 _PADDING = {"center", "ljust", "rjust", "zfill", "expandtabs", "to_bytes", "batch", "slice", "indent"}
-_BACKWARDS = {"rfind", "rindex", "rsplit", "rpartition"}  # Python looks at each place for all of the text
-_SQUARE = {"pprint", "striptags", "urlize", "wordwrap"}  # the time grows with the square of the text
+# Python compares each place of the text with all of the other one.
+_EACH_WITH_ALL = {"rfind", "rindex", "rsplit", "rpartition", "strip", "lstrip", "rstrip", "trim"}
+_SQUARE = {"pprint", "striptags", "urlize", "wordwrap", "encode", "decode"}  # the time grows with the square of the text
 _TIMES = {"escape": 5, "e": 5, "forceescape": 5, "urlencode": 9, "xmlattr": 6, "tojson": 6, "splitlines": 32, "title": 32,
           "wordcount": 32, "upper": 3, "lower": 3, "capitalize": 3, "string": 1}  # fmt: skip
 _BY_ITEM = {"list", "sort", "unique", "map", "select", "reject", "selectattr", "rejectattr", "groupby", "min", "max", "sum",
@@ -190,7 +192,7 @@ def _of_call(budget: Budget, name: str, value: Any, args: tuple, kwargs: dict[st
         need = whole + count * (16 + sum(map(budget.size, given)))
     elif name == "translate" and args and isinstance(args[0], dict):
         need += count * max(map(budget.size, args[0].values()), default=0)
-    elif name in _BACKWARDS:
+    elif name in _EACH_WITH_ALL:
         need += whole * max(map(len, texts), default=0) >> 6
     elif name in _SQUARE:
         need += (whole * whole >> 8) + count * sum(map(len, texts))

@@ -182,6 +182,7 @@ COSTLY = [
     *("{{ ('x' * 10**6) | join('y' * 10**6) }}", "{{ range(99999) | map('string') | join('y' * 10**6) }}"),
     *("{{ ('a' * 10**6).translate({97: 'x' * 10**6}) }}", "{{ ('a' * 3 * 10**7) | list }}", "{{ ('a ' * 10**7).split() }}"),
     *("{{ ('<!--' * 10**6) | striptags }}", "{{ ('a' * 2 * 10**7).rfind('b' + 'a' * 10**7) }}"),
+    *("{{ '%(' * 10**7 % {} }}", "{{ ('é' * 10**6).encode('punycode') }}", "{{ ('a' * 3 * 10**7).strip('b' * 10**7 + 'a') }}"),
     *("{% filter center(10**9) %}x{% endfilter %}", "{% autoescape 'a' | center(10**9) %}{% endautoescape %}"),
     "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
     "{% for a in range(99999) %}{% for b in range(99999) if false %}{% endfor %}{% endfor %}",
