@@ -121,8 +121,16 @@ def progress_bar() -> Iterator[Progress]:
 def _bar() -> Iterator[Progress]:
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.text import Text
 
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    class Amount(DownloadColumn):
+        """Bytes, or where there are few of them parts, such as files that are compiled."""
+
+        def render(self, task: Any) -> Text:
+            few = task.total is not None and task.total < 100
+            return Text(f"{task.completed:.0f}/{task.total:.0f} parts") if few else super().render(task)
+
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), Amount(), TimeRemainingColumn())
     bars = Progress(*columns, console=Console(stderr=True), transient=True)
     task = bars.add_task("", total=None)
 

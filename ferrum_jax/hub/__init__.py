@@ -140,7 +140,7 @@ def _first(name: str, sources: tuple[Source, ...], progress: Report | None, offl
     """The first source that has the model: the caches of all, then all in order."""
     report = progress or (lambda done, total, text: None)
     damaged: list[str] = []
-    if thorough:
+    if thorough and any(isinstance(source, HubSource) and huggingface.snapshots(source.repo) for source in sources):
         report(0, None, f"comparing what is here of {name} with what came")
     for source in sources:
         if path := _cached(source, thorough, damaged):

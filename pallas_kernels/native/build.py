@@ -149,9 +149,11 @@ def _compiled(compiler: str, sets: tuple[str, ...], work: Path) -> Path:
     without = [f"-DFERRUM_WITHOUT_{name.upper()}" for name in _UNITS if name not in units]
     flags = ["-O3", "-std=c++17", "-fPIC", f"-I{jax.ffi.include_dir()}", *without]
     units[2:2] = _COMMON
-    report = _PROGRESS.get()
-    if report is None:
-        _LOG.warning("building the C++ kernels for this CPU, which is done once and takes up to half a minute")
+    report, text = _PROGRESS.get(), "building the C++ kernels for this CPU, which is done once"
+    if report:
+        report(0, None, text)
+    else:
+        _LOG.warning("%s and takes some seconds", text)
 
     def run(*arguments: str) -> None:
         subprocess.run([compiler, *arguments], capture_output=True, text=True, check=True, timeout=_SECONDS)
@@ -163,6 +165,6 @@ def _compiled(compiler: str, sets: tuple[str, ...], work: Path) -> Path:
         for done, future in enumerate(as_completed([pool.submit(compile, unit) for unit in units])):
             future.result()
             if report:
-                report(done + 1, len(units), "building the C++ kernels for this CPU, once")
+                report(done + 1, len(units), text)
     run("-shared", *(str(work / f"{unit}.o") for unit in units), "-o", str(work / "kernels.so"))
     return work / "kernels.so"
