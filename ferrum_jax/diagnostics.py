@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ferrum_jax.progress import track
 from pallas_kernels import dispatch
 from pallas_kernels.append import append
 from pallas_kernels.blocks import FORMATS
@@ -29,7 +30,7 @@ def trial(dtype: str = "float32") -> list[dispatch.Choice]:
     x = _array((_TOKENS, _SIZE), "float32" if dtype == "int8" else dtype)
     index, ids = _array((), "int32"), _array((_TOKENS,), "int32")
     with dispatch.record() as choices:
-        for name in FORMATS:
+        for name in track(tuple(FORMATS), "trying the kernels, format"):
             layout = choose(name, _SIZE, _SIZE, dispatch.target())
             shapes = LAYOUTS[layout].plane_shapes(name, _SIZE, _SIZE)
             one, experts = (tuple(_array((*lead, *p.shape), p.dtype) for p in shapes) for lead in ((1,), (1, 2)))

@@ -214,7 +214,7 @@ def _axes(ax: Axes | None, height: float = 4.0) -> Any:
     except ImportError as error:
         from pallas_kernels import extras
 
-        raise ImportError(f"plots need matplotlib: {extras.install('plot')}") from error
+        raise ImportError(f"plots need matplotlib, which the extra brings: {extras.install('plot')}") from error
     return pyplot.subplots(figsize=(_WIDTH, height), layout="constrained")[1]
 
 

@@ -1,4 +1,4 @@
-"""What is going on, for someone who waits: a line of text while something takes more than half a second.
+"""What is going on, for a user who waits: a line of text while something takes more than half a second.
 
 The one idea: code that works says so in a `task`, and what is drawn, if anything, is decided here. Notebooks draw a line
 under the cell, the command line turns the drawing on where standard error is a terminal, and everything else is silent

@@ -39,7 +39,7 @@ def convert_command(
             convert(model, out, to=to, quantize=quantize, merge_adapter=merge_adapter, force=force, progress=progress)
     except OSError as error:
         reason = error.strerror or str(error)
-        hint = "" if force or not isinstance(error, FileExistsError) else "; --force replaces it"
+        hint = "; --force replaces it" if not force and isinstance(error, FileExistsError) and not error.filename else ""
         raise click.UsageError(f"{error.filename or ''}{': ' * bool(error.filename)}{reason}{hint}") from None
     files = [out] if out.is_file() else [path for path in out.rglob("*") if path.is_file()]
     size, seconds = sum(path.stat().st_size for path in files), time.perf_counter() - begin

@@ -50,7 +50,7 @@ def width() -> int | None:
 
 
 def wrapped(value: str | Path, columns: int | None, indent: str) -> str:
-    """The text in lines of so many columns, those after the first indented; a path is one line."""
+    """The text in lines of up to `columns` letters with their indent, which those after the first get; a path is one line."""
     if isinstance(value, Path) or columns is None:
         return plain_path(value) if isinstance(value, Path) else value
     glued = re.sub(r"(?<=\d) (?=[A-Za-z%])", "\xa0", value)  # 2.0 KiB

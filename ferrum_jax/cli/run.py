@@ -35,7 +35,7 @@ def _read_stdin() -> str:
 
 
 def _model_and_prompt(words: tuple[str, ...], prompt: str | None) -> tuple[str, str | None]:
-    """What the arguments name: a model, then the words of a prompt. A text with white space that is no path is no model."""
+    """What the arguments name: a model, then the words of a prompt. A text with white space is one only as a path."""
     model, *rest = words or (common.DEFAULT_MODEL,)
     if not rest and len(model.split()) > 1 and not os.path.exists(os.path.expanduser(model)):
         model, rest = common.DEFAULT_MODEL, [model]
@@ -144,7 +144,7 @@ def run_command(
     """Answer PROMPT, --prompt, a piped text, or what is typed in a chat, by MODEL (default: tiny, of the package).
 
     With a chat template in the file the prompt becomes a user message; otherwise, and with --raw, it is completed as
-    it is. A single argument with white space that is no file is the PROMPT.
+    it is. A single argument with white space that is not a file is the PROMPT.
     """
     model, prompt = _model_and_prompt(words, prompt)
     if raw and (system is not None or think is not None):

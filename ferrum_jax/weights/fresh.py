@@ -30,12 +30,13 @@ def fresh(out: Path, needed: int) -> Iterator[Path]:
         yield partial
         missing.clear()
     except OSError as error:
-        if error.errno is None:  # NumPy's, which does not pass on why
+        if type(error) is OSError and error.errno is None:  # NumPy's, which does not pass on why
             raise OSError(errno.ENOSPC, f"the system refused a part of it, the disk may be full ({error})", str(out)) from error
-        error.filename = error.filename or str(out)
+        if error.errno is not None:
+            error.filename = error.filename or str(out)
         raise
     finally:
-        shutil.rmtree(partial, ignore_errors=True) if partial.is_dir() else partial.unlink(missing_ok=True)
-        for folder in missing:
+        shutil.rmtree(partial, ignore_errors=True)
+        for remove in (partial.unlink, *(folder.rmdir for folder in missing)):
             with contextlib.suppress(OSError):  # it was not made, or another process uses it
-                folder.rmdir()
+                remove()

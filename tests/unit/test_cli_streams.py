@@ -65,7 +65,7 @@ def test_the_other_streams_may_be_missing(model, redirection):
     assert through_a_shell(redirection, ["info", "no-such-file.gguf"], "")[:2] == (2, "")
 
 
-def test_a_reader_that_went_away_is_no_error(model):
+def test_a_reader_that_went_away_is_not_an_error(model):
     command = f"{sys.executable} -m ferrum_jax info {model} | true; echo ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == ("0\n", "")

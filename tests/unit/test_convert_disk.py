@@ -44,6 +44,20 @@ def test_a_limit_that_is_met_while_writing_leaves_nothing(tmp_path, to):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("to", KINDS)
+def test_a_file_in_the_place_of_a_folder_is_named(tmp_path, capsys, to):
+    (tmp_path / "file").touch()
+    assert main(["convert", "tiny", str(tmp_path / "file" / "out"), "--to", to]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and str(tmp_path / "file") in err and "--force" not in err
+    assert [path.name for path in tmp_path.rglob("*")] == ["file"]
+
+
+def test_an_output_that_appears_meanwhile_is_not_a_full_disk(tmp_path):
+    with pytest.raises(FileExistsError, match=r"^out exists$"), fresh(tmp_path / "out", 1):
+        raise FileExistsError("out exists")
+
+
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "full"), KeyboardInterrupt()])
 @pytest.mark.parametrize("kind", ["file", "directory"])
 def test_what_was_there_stays(tmp_path, error, kind):
