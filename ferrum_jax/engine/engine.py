@@ -170,8 +170,8 @@ class Engine(Core):
         return self._driver.call(self._advance)
 
     def run(self) -> None:
-        """Drives until every request is finished."""
-        while self.step():
+        """Drives until every request is finished, one whose submission was interrupted included."""
+        while self.step() or self._do(self._busy):
             pass
 
     def warm_up(self, progress: Callable[[int, int, str], None] | None = None) -> None:
