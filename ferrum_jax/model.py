@@ -31,6 +31,7 @@ from ferrum_jax.weights.stream import bytes_by_format
 _ROWS = 32  # sequences that run at once at most
 _CACHE_BYTES = 2 << 30  # KV cache at most, where more than one sequence asks for it
 _SHORT = 256  # tokens of the smallest cache of a single sequence
+_UNWATCHED = 0.25  # seconds that a dispatch may take where no text is shown before the end
 _AHEAD = 512  # tokens of output that a single sequence's cache has room for from the beginning
 
 
@@ -133,7 +134,7 @@ class Model(Prompts):
             raise ValueError(f"{len(encoded)} prompts and {len(names)} adapters; give one for all or one for each")
         if not encoded:
             return []
-        engine = self._engine(encoded, each)
+        engine = self._engine(encoded, each, dispatch_seconds=_UNWATCHED)
         requests = [engine.submit(*each) for each in zip(encoded, each, names, strict=True)]
         completions = [completion for request in track(requests, "generating, prompt") for completion in request.results()]
         for choice in (choice for request in requests for choice in request.choices):
@@ -259,7 +260,7 @@ class Model(Prompts):
 
     # Inside
 
-    def _engine(self, prompts: list[list[int]], params: list[SamplingParams]) -> Engine:
+    def _engine(self, prompts: list[list[int]], params: list[SamplingParams], **fields: Any) -> Engine:
         """An engine for some prompts: as many rows as their number and the cache's bytes allow, with pages for each to its
         end; a single sequence begins with fewer, since most end early."""
         longest = max(min(len(ids) + p.max_tokens, self.max_seq_len) for ids, p in zip(prompts, params, strict=True))
@@ -267,11 +268,11 @@ class Model(Prompts):
         if rows == 1:
             pages = min(by_fours(longest, _SHORT), self.max_seq_len + -self.max_seq_len % PAGE) // PAGE
             initial = by_fours(min(longest, len(prompts[0]) + _AHEAD), _SHORT) // PAGE
-            return Engine(self, EngineConfig(num_pages=pages, initial_pages=min(initial, pages), max_seqs=1))
+            return Engine(self, EngineConfig(num_pages=pages, initial_pages=min(initial, pages), max_seqs=1, **fields))
         pages = -(-bucket(longest) // PAGE)
         fitting = max(1, _CACHE_BYTES // (pages * PAGE * self.memory()["kv_bytes_per_token"]))
         rows = min(rows, 1 << (fitting.bit_length() - 1))
-        return Engine(self, EngineConfig(num_pages=rows * pages, max_seqs=rows))
+        return Engine(self, EngineConfig(num_pages=rows * pages, max_seqs=rows, **fields))
 
     def _chunks(
         self, function: Callable, batch: list[list[int]], adapter: str | None

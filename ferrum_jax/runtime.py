@@ -39,6 +39,8 @@ class Runtime:
         self.adapters = dict(adapters or {})
         self.programs = Programs(device)
         self.load_s = 0.0
+        self.step_seconds = 0.0  # of the decode steps that an engine has timed last; 0: none yet
+        self._fingerprint = ""
         self._counters: dict[str, float] = {f"{kind}_{unit}": 0 for kind in ("prefill", "decode") for unit in ("tokens", "s")}
 
     def new_cache(self, num_pages: int) -> KVCache:
@@ -70,11 +72,14 @@ class Runtime:
 
     def fingerprint(self) -> str:
         """A few words that differ between models: architecture, dtype, and a digest of their shapes and of some weights."""
+        if self._fingerprint:
+            return self._fingerprint
         digest = hashlib.blake2b(repr((self.config, self.adapters)).encode(), digest_size=16)
         for leaf in jax.tree.leaves(self.params):
             digest.update(f"{leaf.shape} {leaf.dtype}".encode())
             digest.update(np.asarray(leaf[(0,) * (leaf.ndim - 1)][:64] if leaf.ndim else leaf).tobytes())
-        return f"{self.config.architecture} {self.config.dtype} {digest.hexdigest()}"
+        self._fingerprint = f"{self.config.architecture} {self.config.dtype} {digest.hexdigest()}"
+        return self._fingerprint
 
     def count(self, kind: str, tokens: int, seconds: float) -> None:
         """Adds to `timings`: kind is "prefill" or "decode"."""

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 from ferrum_jax.kv_cache import kv_dtype
 
-MAX_STEPS = 16  # decode steps of one dispatch at most, where the engine chooses
+MAX_STEPS = 64  # decode steps of one dispatch at most, where the engine chooses
+_DRAFTING_STEPS = 16  # the same with drafts, which need more room for results
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +25,8 @@ class EngineConfig:
         compiled for its new size; None: all at once.
       max_seqs: sequences that run at once.
       token_budget: tokens of a step at most, decodes first; at least one prompt token always finds a place next to them.
-      steps_per_dispatch: decode steps that one dispatch makes while nothing waits; None: as many as take about 50 ms.
+      steps_per_dispatch: decode steps that one dispatch makes while nothing waits; None: as many as take `dispatch_seconds`.
+      dispatch_seconds: how long a dispatch of several decode steps may take: less is smoother, more is faster.
       prefix_cache: whether pages are found again by their text.
       kv_dtype: of the KV cache; None: the model's.
       speculation: tokens to draft from the sequence's own text and verify at once; 0: none.
@@ -42,6 +44,7 @@ class EngineConfig:
     kv_dtype: str | None = None
     speculation: int = 0
     initial_pages: int | None = None
+    dispatch_seconds: float = 0.05
 
     def __post_init__(self) -> None:
         optional = ("num_pages", "steps_per_dispatch", "initial_pages")
@@ -51,6 +54,8 @@ class EngineConfig:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"EngineConfig.{field} must be an integer of at least {least}, not {value!r}")
+        if isinstance(self.dispatch_seconds, bool) or not 0 < self.dispatch_seconds < float("inf"):
+            raise ValueError(f"EngineConfig.dispatch_seconds must be a number above 0, not {self.dispatch_seconds!r}")
         if not isinstance(self.prefix_cache, bool):
             raise ValueError(f"EngineConfig.prefix_cache must be True or False, not {self.prefix_cache!r}")
         if self.kv_dtype is not None:
@@ -59,7 +64,7 @@ class EngineConfig:
     @property
     def steps(self) -> int:
         """Decode steps of one dispatch at most."""
-        return self.steps_per_dispatch or MAX_STEPS
+        return self.steps_per_dispatch or (_DRAFTING_STEPS if self.speculation else MAX_STEPS)
 
     @property
     def longest(self) -> int:

@@ -28,8 +28,6 @@ from ferrum_jax.engine.worker import Job, Worker
 from ferrum_jax.kv_cache import KVCache
 from ferrum_jax.prompts import Prompts
 
-_DISPATCH_SECONDS = 0.05  # what a dispatch of several decode steps aims at
-
 _LOG = logging.getLogger("ferrum_jax.engine.engine")
 
 
@@ -273,11 +271,16 @@ class Core:
             self.model.count("prefill", read, 0.0 if dispatch.steps else taken)
             self.model.count("decode", made, taken if dispatch.steps else 0.0)
             self._counts["steps"] += max(1, dispatch.steps)
-            if dispatch.steps and self.config.steps_per_dispatch is None:
-                aim = _DISPATCH_SECONDS / (taken / dispatch.steps) if taken > 0 else self.config.steps
-                self._steps_at_once = int(min(max(aim, 1), self.config.steps))
+            if dispatch.steps and taken > 0:
+                self.model.step_seconds = taken / dispatch.steps
+                self._choose_steps()
             if errors:
                 self._fail(errors)
+
+    def _choose_steps(self) -> None:
+        """As many decode steps a dispatch as are asked for, or as fit into its time by those that were timed last."""
+        aim = self.config.dispatch_seconds / self.model.step_seconds if self.model.step_seconds else 1
+        self._steps_at_once = self.config.steps_per_dispatch or int(min(max(aim, 1), self.config.steps))
 
     def _take_row(self, row: Row, i: int, tokens: list[int], results: steps.Results, dispatch: Dispatch) -> int:
         """Takes in the tokens of one row; how many there were."""

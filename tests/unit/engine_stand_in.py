@@ -67,6 +67,7 @@ class Model:
     """What `Engine` asks of a model."""
 
     kv_dtype = "float32"
+    step_seconds = 0.0
 
     def __init__(self, max_seq_len: int = 48, window: int = 0):
         self.max_seq_len, self.config, self.tokenizer = max_seq_len, Config(window), Tokenizer()
