@@ -6,9 +6,10 @@ that every method that takes it says the same. All raise ValueError.
 
 from __future__ import annotations
 
+import contextlib
 import operator
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,12 @@ from ferrum_jax.sampling_params import SamplingParams
 def kind(value: object) -> str:
     """What a value is, for an error."""
     return "None" if value is None else f"{type(value).__name__} ({value!r:.40})"
+
+
+def _is_list(value: object) -> bool:
+    """Whether it has items in an order: a list, an array of at least one axis, an iterator; a text is one item."""
+    has_items = isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping | Set)
+    return has_items and getattr(value, "ndim", 1) > 0
 
 
 def sampling_params(value: object) -> SamplingParams:
@@ -49,7 +56,7 @@ def text(value: object) -> str:
 
 
 def texts(value: Any) -> list[str]:
-    if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
+    if not _is_list(value):
         raise ValueError(f"texts must be a list of texts, not {kind(value)}; for one text write [text]")
     return [text(part) for part in value]
 
@@ -62,7 +69,7 @@ def path(value: object, what: str) -> str:
 
 def token_ids(value: Any) -> list[int]:
     """Integers of any type, also of an array of one axis; booleans and floats are a mistake."""
-    if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
+    if not _is_list(value):
         hint = f"; for one id write [{value}]" if isinstance(value, int) else ""
         raise ValueError(f"token ids must be a list of integers, not {kind(value)}{hint}")
     ids: list[int] = []
@@ -86,7 +93,7 @@ def prompt(value: Any) -> str | list[int]:
         raise ValueError(
             "a prompt must be one text or one list of token ids, not a list of texts; generate(prompts) takes several"
         )
-    if isinstance(value, bytes) or not hasattr(value, "__iter__"):
+    if not _is_list(value):
         raise ValueError(f"a prompt must be a text or a list of token ids, not {kind(value)}")
     return token_ids(value)
 
@@ -97,7 +104,7 @@ def prompts(value: Any) -> list[Any]:
         raise ValueError("prompts must be texts or lists of token ids, not messages; a conversation goes to chat(messages)")
     if isinstance(value, str | bytes):
         raise ValueError("prompts must be a list of prompts; for one prompt write [prompt]")
-    if not isinstance(value, Iterable):
+    if not _is_list(value):
         raise ValueError(f"prompts must be a list of texts or of lists of token ids, not {kind(value)}")
     listed = list(value)
     if any(isinstance(part, int | np.integer) or getattr(part, "ndim", 1) == 0 for part in listed):
@@ -109,7 +116,7 @@ def batch(value: Any) -> list[list[int]]:
     """Lists of token ids."""
     if isinstance(value, str) or (isinstance(value, Sequence) and any(isinstance(part, str) for part in value)):
         raise ValueError("a batch must be lists of token ids, not texts; tokenizer.encode(text) gives the ids of a text")
-    if isinstance(value, Mapping) or not isinstance(value, Iterable):
+    if not _is_list(value):
         raise ValueError(f"a batch must be lists of token ids, not {kind(value)}")
     return [token_ids(part) for part in value]
 
@@ -118,22 +125,23 @@ def window(value: Any, length: int, context: int) -> int:
     """Tokens of a window over a text of `length` tokens; None is one window."""
     if length < 2:
         raise ValueError(f"the text has {length or 'no'} token{'s' * (length != 1)}; a window needs at least two tokens")
-    size: Any = length if value is None else value
-    if isinstance(size, bool) or not hasattr(size, "__index__") or size < 2:
+    try:
+        size = length if value is None else operator.index(value)
+    except TypeError:
+        size = 0
+    if isinstance(value, bool) or size < 2:
         raise ValueError(f"window must be None or an integer; a window needs at least two tokens, not {kind(value)}")
     if size > length:
         raise ValueError(f"a window needs at least two tokens and no more than the text has ({length}), not {size}")
     if size > context:
         what = f"the text of {length} tokens" if value is None else f"a window of {size} tokens"
         raise ValueError(f"{what} does not fit into a context of {context}; give a window of at most that")
-    return int(size)
+    return size
 
 
 def dtype_name(value: Any) -> Any:
-    """The name of a NumPy or JAX dtype, or scalar type; anything else as it is."""
-    if isinstance(value, str) or value is None:
-        return value
-    try:
-        return np.dtype(value).name
-    except TypeError:
-        return value
+    """The name of a NumPy or JAX dtype, or scalar type; an array in words, anything else as it is."""
+    if isinstance(value, type | np.dtype):
+        with contextlib.suppress(TypeError):
+            return np.dtype(value).name
+    return kind(value) if hasattr(value, "ndim") else value

@@ -60,6 +60,9 @@ class Stream:
     def __init__(self, request: Request, pieces: Generator[tuple[str, list[int]], None, None]):
         self.prompt_token_ids, self._request, self._pieces = request.prompt_token_ids, request, pieces
 
+    def __repr__(self) -> str:
+        return f"<Stream of {self._request!r}>"
+
     def __iter__(self) -> Stream:
         return self
 

@@ -44,7 +44,7 @@ class Prompts(Runtime):
           ChatTemplateError: where the template fails on the messages or refuses them.
           ValueError: for an unknown name, a variable that no template of the model reads, and content that is not text.
         """
-        if not messages:
+        if isinstance(messages, list | tuple) and not messages:
             raise ValueError("a conversation needs at least one message")
         templates = self.tokenizer.chat_templates
         template = chat.choose(templates, chat_template, tools=tools is not None)

@@ -13,6 +13,7 @@ import numpy as np
 
 MAX_LOGPROBS = 64
 MAX_CHOICES = 128  # completions of one prompt, as in OpenAI's API
+_LARGEST = 1e30  # of a bias; float32 holds it
 MAX_BIAS = 1024  # ids that one request may bias or ban
 _OF_AN_ENGINE: dict[str, Any] = {"logit_bias": None, "min_tokens": 0, "bad_words": (), "n": 1, "prompt_logprobs": None}
 
@@ -115,7 +116,7 @@ class SamplingParams:
             pairs = sorted((operator.index(id), float(value)) for id, value in dict(self.logit_bias).items())
         except (TypeError, ValueError):
             pairs = [(-1, 0.0)]
-        if len(pairs) > MAX_BIAS or any(id < 0 or not value < math.inf for id, value in pairs):
+        if len(pairs) > MAX_BIAS or any(id < 0 or not (value == -math.inf or abs(value) <= _LARGEST) for id, value in pairs):
             right = f"None or a mapping of at most {MAX_BIAS} token ids to numbers (-inf bans a token)"
             raise self._error("logit_bias", right)
         return tuple(pairs)

@@ -11,6 +11,10 @@ from ferrum_jax.kv_cache import kv_dtype
 
 MAX_STEPS = 64  # decode steps of one dispatch at most, where the engine chooses
 _DRAFTING_STEPS = 16  # the same with drafts, which need more room for results
+_MOST = {
+    "page_size": 1 << 16, "max_seqs": 1 << 16, "token_budget": 1 << 20, "speculation": 1 << 10, "num_pages": 2**31 - 1,
+    "steps_per_dispatch": 1 << 12, "initial_pages": 2**31 - 1,
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,13 +52,16 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         optional = ("num_pages", "steps_per_dispatch", "initial_pages")
-        for field in ("page_size", "max_seqs", "token_budget", "speculation", *optional):
+        for field, most in _MOST.items():
             value, least = getattr(self, field), 0 if field == "speculation" else 1
             if value is None and field in optional:
                 continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"EngineConfig.{field} must be an integer of at least {least}, not {value!r}")
-        if isinstance(self.dispatch_seconds, bool) or not 0 < self.dispatch_seconds < float("inf"):
+            if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+                raise ValueError(
+                    f"EngineConfig.{field} must be an integer of at least {least} and at most {most}, not {value!r:.40}"
+                )
+        seconds = self.dispatch_seconds
+        if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 < seconds < float("inf"):
             raise ValueError(f"EngineConfig.dispatch_seconds must be a number above 0, not {self.dispatch_seconds!r}")
         if not isinstance(self.prefix_cache, bool):
             raise ValueError(f"EngineConfig.prefix_cache must be True or False, not {self.prefix_cache!r}")

@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ferrum_jax import checks
 from ferrum_jax.engine import snapshot, steps, worker
 from ferrum_jax.engine.config import EngineConfig, config_of
 from ferrum_jax.engine.core import Core
@@ -44,10 +45,13 @@ class Engine(Core):
       config: an EngineConfig, or a dict of its fields.
 
     Raises:
+      ValueError: for anything else.
       OutOfMemoryError: where the KV cache does not fit.
     """
 
     def __init__(self, model: Prompts, config: EngineConfig | Mapping[str, Any] = EngineConfig()):
+        if not isinstance(model, Prompts):
+            raise ValueError(f"an engine runs a Model, as ferrum_jax.load gives it, not {checks.kind(model)}")
         self.model, self.config = model, config_of(config)
         self.serving = False
         self.warmed_up = 0, 1  # programs that are ready of those that warming up makes, and all
@@ -127,7 +131,7 @@ class Engine(Core):
           path: a directory that does not exist yet.
         """
         self._own(request)
-        path = snapshot.free(Path(path))
+        path = snapshot.free(Path(checks.path(path, "path")))
         facts, content = self._driver.call(partial(self._read, request))
         write = partial(snapshot.save, path, self.identity, facts, content)
         self._files.call(write, undo=lambda _: shutil.rmtree(path))
@@ -143,7 +147,7 @@ class Engine(Core):
           ModelFileError: for a directory that is not a snapshot, or is damaged.
           ValueError: for a snapshot of another model, and for a request that does not fit into this engine.
         """
-        path, vocab = Path(path).absolute(), self.model.config.vocab_size
+        path, vocab = Path(checks.path(path, "path")).absolute(), self.model.config.vocab_size
         saved = self._files.call(lambda: snapshot.load(path, self.identity, vocab, self._device._abstract_cache()))
         text = [*saved.prompt, *saved.output]
         try:

@@ -34,6 +34,12 @@ MODEL = {
         lambda m: m.trace_routing(["a"]),
     ],
     "a prompt must be a text": [lambda m: m.stream(None), lambda m: m.stream(5), lambda m: m.generate([None, "a"])],
+    r"not ndarray \(array\(3\)\)": [
+        lambda m: m.generate(np.array(3)), lambda m: m.stream(np.array(3)), lambda m: m.logits(np.array(3)),
+        lambda m: m.logits([np.array(3)]), lambda m: m.perplexity(np.array(3)), lambda m: m.tokenizer.decode(np.array(3)),
+    ],
+    r"not set": [lambda m: m.stream({1, 2}), lambda m: m.perplexity({1, 2}), lambda m: m.logits([{1, 2}])],
+    "token ids must be a list": [lambda m: m.logits(jnp.array([1, 2]))],
     "must be SamplingParams": [
         lambda m: m.generate(["a"], None), lambda m: m.generate(["a"], 5), lambda m: m.generate(["a"], {"max_tokens": 5}),
         lambda m: m.generate(["a"], "greedy"), lambda m: m.stream("a", None), lambda m: m.stream("a", [P()]),
@@ -49,7 +55,8 @@ MODEL = {
     "the text has 1 token;": [lambda m: m.perplexity("a")],
     "window must be None or an integer": [
         lambda m: m.perplexity("a b c", 1), lambda m: m.perplexity("a b c", "2"), lambda m: m.perplexity("a b c", 2.0),
-        lambda m: m.perplexity("a b c", True),
+        lambda m: m.perplexity("a b c", True), lambda m: m.perplexity("a b c", np.array([1, 2])),
+        lambda m: m.perplexity("a b c", int),
     ],
     "no more than the text has": [lambda m: m.perplexity("a b c", 400)],
     "does not fit into a context of 512": [
@@ -128,6 +135,7 @@ LOAD = [
     ({"source": None}, "source must be a path or a name"), ({"source": 5}, "source must be a path or a name"),
     ({"source": ["tiny"]}, "source must be a path or a name"), ({"source": b"tiny"}, "source must be a path or a name"),
     ({"dtype": None}, "dtype None"), ({"dtype": 5}, "dtype 5"), ({"dtype": np.float64}, "supported: auto, float32"),
+    ({"dtype": np.ones(2)}, r"dtype 'ndarray \(array"), ({"kv_dtype": np.float32(2)}, "kv_dtype"),
     ({"kv_dtype": 5}, "kv_dtype 5"), ({"kv_dtype": ""}, "kv_dtype ''"),
     ({"progress": True}, "progress must be a function"), ({"merge_adapter": 5}, "merge_adapter"),
     ({"adapters": {"a": 5}}, "a, the directory of an adapter"), ({"max_seq_len": True}, "max_seq_len"),
@@ -153,3 +161,4 @@ def test_objects_are_a_line(model):
     assert repr(model.tokenizer) == "<Tokenizer of 4,096 tokens, no chat template>"
     engine = repr(fj.Engine(model, fj.EngineConfig(max_seqs=2, num_pages=8)))
     assert engine == f"<Engine of {model!r}, 2 sequences, 8 pages of 16>"
+    assert repr(model.stream("a")) == "<Stream of <Request 0 waiting, 0 tokens>>"

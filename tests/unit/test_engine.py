@@ -214,8 +214,11 @@ def test_requests_that_can_never_be_run_are_refused_with_the_numbers(model, prom
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("page_size", 0), ("max_seqs", 0), ("num_pages", -1), ("token_budget", 1.5), ("prefix_cache", 1), ("speculation", -1)],
-)
+    [
+        ("page_size", 0), ("max_seqs", 0), ("num_pages", -1), ("token_budget", 1.5), ("prefix_cache", 1), ("speculation", -1),
+        ("max_seqs", 10**7), ("page_size", 10**6), ("token_budget", 10**9), ("num_pages", 10**30), ("speculation", 10**6),
+    ],
+)  # fmt: skip
 def test_configurations_that_cannot_be(field, value):
     with pytest.raises(ValueError, match=rf"EngineConfig\.{field} must be"):
         fj.EngineConfig(**{field: value})
@@ -223,8 +226,18 @@ def test_configurations_that_cannot_be(field, value):
         fj.EngineConfig(kv_dtype="int3")
 
 
+def test_a_path_that_is_none(engine):
+    request = engine.submit([1, 2], fj.SamplingParams(max_tokens=1))
+    for call in (lambda: engine.snapshot(request, 5), lambda: engine.restore(None)):
+        with pytest.raises(ValueError, match="must be a path"):
+            call()
+
+
 def test_a_configuration_as_a_dict(model):
     assert fj.Engine(model, {"page_size": 8, "num_pages": 4}).config == fj.EngineConfig(page_size=8, num_pages=4)
+    for wrong in (None, "tiny", model.config):
+        with pytest.raises(ValueError, match="an engine runs a Model"):
+            fj.Engine(wrong)
     for config, message in (({"max_rows": 4}, "no field 'max_rows'; its fields are page_size"), (None, "not NoneType")):
         with pytest.raises(ValueError, match=message):
             fj.Engine(model, config)
