@@ -51,6 +51,7 @@ def answer(model: Any, ids: list[int], params: Any, emit: Callable[[str, list[in
             "prefill_tok_s": common.rate(spent["prefill_tokens"], spent["prefill_s"]),
             "decode_tok_s": common.rate(spent["decode_tokens"], spent["decode_s"]),
         },
+        error=stream.error,
     )
 
 

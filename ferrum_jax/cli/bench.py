@@ -54,6 +54,8 @@ def measure(model: Any, batch: int, prompt_len: int, gen_len: int) -> tuple[dict
             start = time.perf_counter()
             done = model.generate(prompts, _greedy(tokens))
             taken.append(time.perf_counter() - start)
+        if error := next((completion.error for completion in done if completion.error), ""):
+            raise fj.NotFiniteError(error)
         if any(len(completion.token_ids) != tokens for completion in done):
             raise RuntimeError(f"a completion of {tokens} tokens was asked for and not given")
         return statistics.median(taken), list(done[0].token_ids)

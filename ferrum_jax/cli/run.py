@@ -90,7 +90,8 @@ def _print_json_lines(model: Any, ids: list[int], params: Any) -> Answer:
         click.echo(json.dumps({"text": text, "token_ids": [int(token) for token in tokens]}))
 
     result = answer(model, ids, params, emit)
-    click.echo(json.dumps({key: getattr(result, key) for key in ("finish_reason", "usage", "timings")}))
+    last = {key: getattr(result, key) for key in ("finish_reason", "usage", "timings")}
+    click.echo(json.dumps(last | ({"error": result.error} if result.error else {})))
     return result
 
 
@@ -177,3 +178,5 @@ def run_command(
     result = (_print_json_lines if output_format == "jsonl" else _print_text)(loaded, ids, params)
     if stats:
         print_stats(result)
+    if result.error:
+        raise fj.NotFiniteError(f"{model}: {result.error}")

@@ -57,6 +57,7 @@ class FakeStream:
         count = min(len(text), params.max_tokens)
         self.prompt_token_ids, self.token_ids = ids, []
         self._steps = [(letter, [ord(letter) % 128]) for letter in text[:count]]
+        self.error = ""
         self.finish_reason, self._reason, self.closed, self._delay = None, "length", False, delay
         if end and len(text) < params.max_tokens:
             self._steps.append(("", [END]))

@@ -5,6 +5,7 @@ XLA's maximum of 4,096 numbers or more loses NaN on a CPU, so one vocabulary her
 
 import dataclasses
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from tiny_gguf import write_tiny_llama
 import ferrum_jax as fj
 from ferrum_jax import functional
 from ferrum_jax.choice import NOT_FINITE, Choice, choose
+from ferrum_jax.cli import main
 from ferrum_jax.sampling import Sampling
 
 GREEDY = fj.SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True)
@@ -83,3 +85,21 @@ def test_an_embedding_that_is_not_finite_is_an_error(tmp_path):
     model.params = jax.tree.map(lambda leaf: leaf * np.nan if leaf.dtype == jnp.float32 else leaf, model.params)
     with pytest.raises(fj.NotFiniteError, match="embedding of text 0"):
         model.embed(["one", "two"])
+
+
+@pytest.mark.parametrize(
+    "verb", [["run", "--prompt", "the"], ["run", "--prompt", "the", "--output-format", "jsonl"], ["bench"]]
+)
+def test_the_command_line_says_so(monkeypatch, capsys, verb):
+    def damaged(*args, **options):
+        model = load(*args, **options)
+        model.params = {**model.params, "final_norm": model.params["final_norm"] * np.nan}
+        return model
+
+    load = fj.load
+    monkeypatch.setattr(fj, "load", damaged)
+    lengths = ["--prompt-len", "8", "--gen-len", "4"] if verb == ["bench"] else []
+    assert main([*verb, *lengths, "--dtype", "float32"]) == 2
+    out, err = capsys.readouterr()
+    assert err.splitlines()[-1].endswith("the model's logits are not finite")
+    assert "jsonl" not in verb or json.loads(out.splitlines()[-1])["finish_reason"] == "error"
