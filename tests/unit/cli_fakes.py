@@ -129,7 +129,7 @@ class FakeModel:
     def generate(self, prompts, params):
         time.sleep(0.0005 * params.max_tokens)
         tokens = list(range(7, 7 + params.max_tokens))
-        return [types.SimpleNamespace(token_ids=tokens) for _ in prompts]
+        return [types.SimpleNamespace(token_ids=tokens, error="") for _ in prompts]
 
     def logits(self, batch):
         """After a prompt of 5 ids the argmax is the greedy tokens, 2 above every other id."""
