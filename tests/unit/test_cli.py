@@ -41,18 +41,13 @@ def model(monkeypatch):
 # --- the frame ---------------------------------------------------------------------------------------------------
 
 
-def test_help_and_version_are_quick_and_import_no_jax(tmp_path):
-    code = "import sys; from ferrum_jax.cli import main; c = main(sys.argv[1:]); assert 'jax' not in sys.modules, 'jax'"
+def test_help_and_version_import_little(tmp_path):
+    slow = {"jax", "flax", "gguf", "jinja2", "rich", "prompt_toolkit", "tokenizers", "asyncio"}
+    code = f"import sys; from ferrum_jax.cli import main; c = main(sys.argv[1:]); assert not {slow} & set(sys.modules), c"
     for arguments in (["--help"], ["--version"], ["run", "--help"], []):
-        command = [sys.executable, "-c", code, *arguments]
-        took = []
-        for _ in range(3):
-            start = time.perf_counter()
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            took.append(time.perf_counter() - start)
+        done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         assert done.stdout and not done.stderr
-        assert min(took) < 0.3
 
 
 def test_module_is_the_command():
@@ -293,7 +288,7 @@ def test_bench(model, monkeypatch, capsys):
 def test_bench_table_prints_a_gap(model, monkeypatch, capsys):
     def generate(self, prompts, params):
         time.sleep(0.0005 * params.max_tokens)
-        return [types.SimpleNamespace(token_ids=list(range(8, 8 + params.max_tokens))) for _ in prompts]
+        return [types.SimpleNamespace(token_ids=list(range(8, 8 + params.max_tokens)), error="") for _ in prompts]
 
     monkeypatch.setattr(model, "generate", generate)
     flags = ["--batch", "1", "--prompt-len", "5", "--gen-len", "10", "--no-second-start", "--dtype", "float32"]
@@ -308,7 +303,7 @@ def test_bench_refuses_short_completions_and_nan(model, monkeypatch, capsys):
     monkeypatch.setattr(model, "logits", lambda self, batch: [np.full((len(batch[0]), 128), np.nan, np.float32)])
     assert main(["bench", "m", *flags]) == 1
     assert "finite" in capsys.readouterr().err
-    monkeypatch.setattr(model, "generate", lambda self, prompts, params: [types.SimpleNamespace(token_ids=[7])])
+    monkeypatch.setattr(model, "generate", lambda self, prompts, params: [types.SimpleNamespace(token_ids=[7], error="")])
     assert main(["bench", "m", *flags]) == 1
     assert "10 tokens" in capsys.readouterr().err
 
