@@ -16,10 +16,12 @@ from ferrum_jax.tokenizer.bpe import byte_values
 from ferrum_jax.tokenizer.library import LibraryTokenizer
 from ferrum_jax.tokenizer.spm import SPACE
 from ferrum_jax.tokenizer.vocabulary import BYTE, SPECIAL_TYPES, TokenType, mend_types
+from ferrum_jax.tokenizer.wordpiece import text_flags
 from ferrum_jax.weights.json_file import parse_object, read_object, read_text
 
 _FLAGS = ("single_word", "lstrip", "rstrip", "special")
 EXTRA_TEMPLATES = "additional_chat_templates"
+_BERT_CLASSES = (None, "BertTokenizer", "BertTokenizerFast", "DistilBertTokenizer", "DistilBertTokenizerFast")
 _SILENT = (TokenType.CONTROL, TokenType.UNKNOWN)
 
 
@@ -32,7 +34,8 @@ class DirectoryTokenizer(LibraryTokenizer):
         if text is None:
             raise ModelFileError(f"{self._path}: is missing; other forms of a tokenizer are not supported")
         content = parse_object(text, str(self._path))
-        elsewhere = self._add_elsewhere(content, directory)
+        changed = self._add_elsewhere(content, directory)
+        changed |= _follow_flags(content, directory)
         self._tokens, self._types = self._read_tokens(content)
         self._kind = self._kind_of(content)
         self.vocab_size = len(self._tokens)
@@ -44,7 +47,7 @@ class DirectoryTokenizer(LibraryTokenizer):
             if self._types[token] == TokenType.NORMAL:
                 self._types[token] = TokenType.CONTROL
         self.chat_templates = chat_templates(directory)
-        self._use(self._build(content, None if elsewhere else text))
+        self._use(self._build(content, None if changed else text))
         self._flags = {}
         if content.get("post_processor") is None:
             self._flags = {end: files.config.get(f"add_{end}_token") is True for end in ("bos", "eos")}
@@ -235,6 +238,20 @@ class _SpecialTokens:
             if type(i) is not int:
                 raise ModelFileError(f"{self.directory / name}: key eos_token_id: {i!r} is no id of a token")
         return [i for i in ids if 0 <= i < self.count]  # an id beyond the vocabulary is never sampled
+
+
+def _follow_flags(content: dict[str, Any], directory: Path) -> bool:
+    """Puts what tokenizer_config.json says of case, accents and ideographs into the normalizer of a BERT vocabulary, as
+    transformers does unless that file names a class for any tokenizer.json; whether anything is changed."""
+    kind = (read_object(directory / "tokenizer_config.json") or {}).get("tokenizer_class")
+    normalizer = content.get("normalizer")
+    if kind not in _BERT_CLASSES or not isinstance(normalizer, dict) or normalizer.get("type") != "BertNormalizer":
+        return False
+    lowercase, accents, chinese = text_flags(directory)
+    flags = {"lowercase": lowercase, "strip_accents": accents, "handle_chinese_chars": chinese}
+    changed = any(normalizer.get(name) is not flag for name, flag in flags.items())
+    normalizer.update(flags)
+    return changed
 
 
 def _parts(value: Any, key: str) -> list[dict[str, Any]]:

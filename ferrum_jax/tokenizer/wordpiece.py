@@ -82,19 +82,15 @@ class WordPieceTokenizer(LibraryTokenizer):
         path = directory / "vocab.txt"
         lines = (read_text(path) or "").split("\n")
         tokens = [line.removesuffix("\r") for line in (lines[:-1] if lines[-1] == "" else lines)]
-        texts = (read_object(directory / "special_tokens_map.json") or {}) | (
-            config := read_object(directory / "tokenizer_config.json") or {}
-        )
+        own, more = (read_object(directory / name) or {} for name in ("tokenizer_config.json", "special_tokens_map.json"))
+        texts = more | own
         special = dict(_SPECIAL)
         for name in special:
             text = texts.get(f"{name}_token")
             text = text.get("content") if isinstance(text, dict) else text
             special[name] = text if isinstance(text, str) else special[name]
-        flags = {"do_lower_case": True, "strip_accents": None, "tokenize_chinese_chars": True}
-        lowercase, accents, chinese = (config.get(key, default) for key, default in flags.items())
-        if not all(isinstance(flag, bool | None) for flag in (lowercase, accents, chinese)):
-            raise ModelFileError(f"{directory / 'tokenizer_config.json'}: {', '.join(flags)} must be true or false")
-        return cls(tokens, special, str(path), lowercase=bool(lowercase), strip_accents=accents, chinese=bool(chinese))
+        lowercase, accents, chinese = text_flags(directory)
+        return cls(tokens, special, str(path), lowercase=lowercase, strip_accents=accents, chinese=chinese)
 
     def _piece(self, token: int) -> bytes:
         text = self._tokens[token]
@@ -110,6 +106,16 @@ class WordPieceTokenizer(LibraryTokenizer):
     def adds_space_prefix(self) -> bool:
         """Whether `decode` takes a space from the front of a text."""
         return True
+
+
+def text_flags(directory: Path) -> tuple[bool, bool | None, bool]:
+    """`lowercase`, `strip_accents` and `chinese` as tokenizer_config.json says, by default as transformers' BertTokenizer."""
+    path = directory / "tokenizer_config.json"
+    config, flags = read_object(path) or {}, {"do_lower_case": True, "strip_accents": None, "tokenize_chinese_chars": True}
+    lowercase, accents, chinese = (config.get(key, default) for key, default in flags.items())
+    if not all(isinstance(flag, bool | None) for flag in (lowercase, accents, chinese)):
+        raise ModelFileError(f"{path}: {', '.join(flags)} must be true or false")
+    return bool(lowercase), accents, bool(chinese)
 
 
 def _respelled(token: str) -> str:

@@ -12,7 +12,7 @@ import hashlib
 import io
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,8 @@ from ferrum_jax.weights.wrapped import innermost
 
 PROJECTIONS = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
 _CONFIG, _TENSORS, _PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
-_KNOWN = {"peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "bias", "init_lora_weights"}
+_KNOWN = {"peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "bias", "init_lora_weights",
+          "modules_to_save"}  # fmt: skip
 # Of training, of where the adapter came from, of initialisation alone, or said by the tensors themselves.
 _HARMLESS = {
     "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config", "exclude_modules",
@@ -133,7 +134,9 @@ def _settings(path: Path) -> dict[str, Any]:
             raise ModelFileError(f"{file}: key {key}: alpha must be a number of sane size, not {value!r:.200}")
     if not isinstance(content.get("use_rslora", False), bool):
         raise ModelFileError(f"{file}: key use_rslora: must be true or false")
-    return {"r": rank, "lora_alpha": alpha, "use_rslora": content.get("use_rslora", False), **patterns}
+    used = {"r": rank, "lora_alpha": alpha, "use_rslora": content.get("use_rslora", False), **patterns}
+    saved = content.get("modules_to_save")
+    return used | ({"modules_to_save": saved} if saved else {})
 
 
 def _of_module(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
@@ -161,8 +164,12 @@ def _read(
     found: dict[tuple, dict[str, np.ndarray]] = {}
     digest = hashlib.blake2b(repr(sorted(settings.items())).encode(), digest_size=16)
     with opened:
-        for name, info in sorted(parse_header(file, opened.fileno(), status.st_size).items()):
-            if base is not None and name in _COPIES:
+        tensors = parse_header(file, opened.fileno(), status.st_size)
+        copies = _COPIES.keys() & tensors.keys() if base is not None else set()
+        _require_copies(path / _CONFIG, settings.get("modules_to_save", []), copies)
+        for name, info in sorted(tensors.items()):
+            if name in copies:
+                assert base is not None
                 _compare(opened, info, base)
                 continue
             layer, parameter, module, factor = _place(file, name, config)
@@ -181,6 +188,13 @@ def _read(
             digest.update(name.encode() + values.tobytes())
             found.setdefault((layer, parameter, module), {})[factor] = values
     return found, digest.hexdigest()
+
+
+def _require_copies(file: Path, saved: Any, copies: Collection[str]) -> None:
+    """Raises UnsupportedModelError unless each of the modules that PEFT saved whole is among the copies to be compared."""
+    names = {copy.removesuffix(".weight").rpartition(".")[2] for copy in copies}
+    if not isinstance(saved, list) or not {str(module).rpartition(".")[2] for module in saved} <= names:
+        raise UnsupportedModelError(f"{file}: key modules_to_save: {saved!r:.200} is not supported")
 
 
 def _compare(file: io.FileIO, copy: TensorInfo, base: ModelSource) -> None:

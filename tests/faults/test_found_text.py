@@ -14,7 +14,7 @@ from test_directory_tokenizer import byte_level
 from ferrum_jax import chat
 from ferrum_jax.errors import ChatTemplateError
 from ferrum_jax.templates import Budget, Environment, Limits
-from ferrum_jax.tokenizer import TextStream
+from ferrum_jax.tokenizer import TextStream, huggingface
 from ferrum_jax.tokenizer.huggingface import DirectoryTokenizer
 from ferrum_jax.tokenizer.library import LibraryTokenizer
 from ferrum_jax.tokenizer.vocabulary import _Keys, read_vocabulary
@@ -53,6 +53,13 @@ FAULTS = {
         "if self.lowercase:",
         "if False:",
         lambda path: vocabularies.test_do_lower_case("vocab.txt", path),
+    ),
+    "flags of bert": Fault(
+        "the normalizer of tokenizer.json counts more than tokenizer_config.json",
+        huggingface._follow_flags,
+        "normalizer.update(flags)",
+        "pass",
+        lambda path: vocabularies.test_the_flags_of_a_bert_vocabulary_are_those_of_tokenizer_config(True, path),
     ),
     "byte tokens": Fault(
         "a byte token may be spelled anyhow",

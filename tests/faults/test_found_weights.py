@@ -51,6 +51,12 @@ def a_copy_that_differs(folder: Path) -> None:
     adapters.test_a_copy_that_differs_is_refused_by_name(change, folder / "adapter", model)
 
 
+def modules_saved(folder: Path) -> None:
+    model = write(LLAMA, folder / "model")
+    adapters.tiny_adapters.write(adapters.PLAIN, folder / "adapter")
+    adapters.test_modules_saved_whole_are_passed_over_where_they_are_equal_copies(folder / "adapter", model)
+
+
 def an_array_of_counts(folder: Path) -> None:
     with open_gguf(write_tiny_llama(folder / "model.gguf")) as header:
         numbers.test_types_of_integers_in_gguf("context_length", header)
@@ -77,6 +83,13 @@ FAULTS = {
         "if not same_numbers(",
         "if False and not same_numbers(",
         in_folder(a_copy_that_differs),
+    ),
+    "3-saved": Fault(
+        "modules_to_save is not looked at",
+        adapter._require_copies,
+        "<= names:",
+        "<= names | {'norm', 'head'}:",
+        in_folder(modules_saved),
     ),
     "5-zeros": Fault(
         "the header says how zero points are stored",

@@ -316,6 +316,20 @@ def test_a_copy_that_differs_is_refused_by_name(change, adapter: Path, model: Pa
         with_copies(adapter, model, change)
 
 
+def test_modules_saved_whole_are_passed_over_where_they_are_equal_copies(adapter: Path, model: Path) -> None:
+    """PEFT's modules_to_save writes the embedding and the output under the same names; any other module is refused."""
+    want = fj.load(model, dtype="float32", adapters={"it": adapter}).logits([[5, 6, 7]], adapter="it")
+    with_copies(adapter, model)
+    for saved in (["lm_head"], ["embed_tokens", "model.lm_head"]):
+        edit(adapter / CONFIG, lambda content, saved=saved: content.update(modules_to_save=saved))
+        found = fj.load(model, dtype="float32", adapters={"it": adapter}).logits([[5, 6, 7]], adapter="it")
+        assert (found[0] == want[0]).all()
+    for saved in (["lm_head", "norm"], ["head"], "lm_head", [1]):
+        edit(adapter / CONFIG, lambda content, saved=saved: content.update(modules_to_save=saved))
+        with pytest.raises(UnsupportedModelError, match=r"adapter_config\.json: key modules_to_save: .* is not supported"):
+            fj.load(model, adapters={"it": adapter})
+
+
 def test_a_copy_beside_blocks_cannot_be_compared(adapter: Path, model: Path, tmp_path: Path) -> None:
     from ferrum_jax.convert import convert
 

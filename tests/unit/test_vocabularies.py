@@ -20,7 +20,8 @@ from gguf import GGUFValueType as T
 from test_directory_tokenizer import byte_level, directory, spm
 from test_tokenizer import BPE, SPM
 from tiny_gguf import write_tiny_llama
-from tokenizers import AddedToken
+from tokenizers import AddedToken, models, normalizers, pre_tokenizers, processors
+from tokenizers import Tokenizer as Library
 from transformers import AutoTokenizer
 
 import ferrum_jax as fj
@@ -212,3 +213,27 @@ def test_embeddings_of_lower_case_and_of_tokens_beyond_the_rows(tmp_path: Path) 
     assert model.tokenizer.vocab_size == rows + 1
     with pytest.raises(ValueError, match=f"text 1 has the token {rows}, but the embedding has {rows} rows"):
         model.embed(["iron", "<x>"])
+
+
+@pytest.mark.parametrize("lowercase", [True, False])
+def test_the_flags_of_a_bert_vocabulary_are_those_of_tokenizer_config(lowercase: bool, tmp_path: Path) -> None:
+    """As with transformers: they count more than the normalizer of tokenizer.json, and have defaults where they are absent."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "The", "cafe", "Café", "café", "中", "中文"]
+    library = Library(models.WordPiece({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    library.normalizer = normalizers.BertNormalizer(lowercase=lowercase, strip_accents=lowercase)
+    library.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    library.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    directory(tmp_path, library)
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    texts, seen = ["The Caf\u00e9", "caf\u00e9", "\u4e2d\u6587"], set()
+    for config in (
+        {},
+        {"do_lower_case": False},
+        {"do_lower_case": True, "strip_accents": False, "tokenize_chinese_chars": False},
+        {"tokenizer_class": "PreTrainedTokenizerFast", "do_lower_case": not lowercase},
+    ):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "BertTokenizer"} | config))
+        found = tokenizer_of_directory(tmp_path).encode_batch(texts)
+        assert found == AutoTokenizer.from_pretrained(tmp_path)(texts)["input_ids"]
+        seen.add(str(found))
+    assert len(seen) >= 3
