@@ -20,7 +20,8 @@ Message = Mapping[str, Any]
 KEY = "tokenizer.chat_template"  # of the default template; the name of another one follows after a dot
 _TEXT_PARTS = ("text", "input_text", "output_text")
 # What a template writes that takes no null and no list for content.
-_MISTAKEN = ("None", "'type': '", '"type": "', '"type":"')
+_MISTAKEN = ("None", "[]", "()", "'type': '", '"type": "', '"type":"')
+_RESULTS = ("tool", "ipython", "function")
 
 
 def choose(templates: Mapping[str, str], name: str | None = None, *, tools: bool = False) -> str | None:
@@ -66,7 +67,7 @@ def render(
         UnsupportedModelError: there is no template.
         ModelFileError: the template cannot be compiled.
         ChatTemplateError: it fails on these messages, refuses them (its `raise_exception`) or takes more than `limits`.
-        ValueError: the messages are no list of dicts with a role, or a part of one's content is no text.
+        ValueError: the messages are no list of dicts with a role, or the content of one is something else than text.
         TypeError: a tool is not a dict.
     """
     if template is None:
@@ -76,6 +77,9 @@ def render(
     for i, message in enumerate(messages):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise ValueError(f"messages: entry {i} must be a dict with a string under 'role'")
+        if not isinstance(content := message.get("content"), str | list | tuple | None) and not _is_data(message):
+            kind = type(content).__name__
+            raise ValueError(f"messages: entry {i}: its content must be a text, a list of text parts or None, not {kind}")
     for i, tool in enumerate(tools or ()):
         if not isinstance(tool, Mapping):
             name = getattr(tool, "__name__", type(tool).__name__)
@@ -97,8 +101,9 @@ def render(
         return rich
     parts = [part for message in conversation for part in _parts_of(message)]
     taken = all(isinstance(part, dict) and part["text"].strip() in rich for part in parts)
-    mistaken = [*_MISTAKEN, *map(str, parts)]
-    return rich if taken and all(rich.count(mark) <= plain.count(mark) for mark in mistaken) else plain
+    seen, right = rich.lower(), plain.lower()
+    mistaken = [mark.lower() for mark in (*_MISTAKEN, *map(str, parts))]
+    return rich if taken and all(seen.count(mark) <= right.count(mark) for mark in mistaken) else plain
 
 
 def check_template(template: str, source: str, name: str = "default") -> None:
@@ -127,12 +132,19 @@ def _rendered(compiled: "Compiled", given: dict[str, Any], limits: "Limits | Non
 def _parts_of(message: Mapping[str, Any]) -> list[Any]:
     """The parts of a message's content; [] where it is no list of parts."""
     content = message.get("content")
-    is_list = isinstance(content, list) and any(isinstance(part, str | dict) for part in content)
-    return content if is_list and content is not None else []
+    return list(content) if isinstance(content, list | tuple) and not _is_data(message) else []
+
+
+def _is_data(message: Mapping[str, Any]) -> bool:
+    """Whether content is what a tool gave, as data for the template: neither a text nor a list with texts or parts."""
+    content = message.get("content")
+    parts = content if isinstance(content, list | tuple) else [content if isinstance(content, str | None) else 0]
+    return message["role"] in _RESULTS and bool(parts) and not any(isinstance(part, str | dict | None) for part in parts)
 
 
 def _with_text(number: int, message: dict[str, Any]) -> dict[str, Any]:
     """The message without nulls and with a text for content, where that is null, absent or a list of parts."""
+    content = message.get("content")
     texts = []
     for i, part in enumerate(_parts_of(message)):
         text = part.get("text") if isinstance(part, dict) and part.get("type", "text") in _TEXT_PARTS else part
@@ -144,7 +156,7 @@ def _with_text(number: int, message: dict[str, Any]) -> dict[str, Any]:
             )
         texts.append(text)
     found = {key: value for key, value in message.items() if value is not None}
-    if texts or found.get("content") == []:
+    if texts or content in ([], ()):
         found["content"] = "".join(texts)
     return {"content": "", **found} if "content" not in found else found
 

@@ -113,7 +113,7 @@ def test_tools_are_schemas() -> None:
 
 
 def test_plain_data_only() -> None:
-    message = {"role": "user", "content": [np.int64(3), (1, object()), True]}
+    message = {"role": "tool", "content": [np.int64(3), (1, object()), True]}
     assert chat.render("{{ messages[0].content | tojson }}", [message]) == '[3, [1, "<object>"], true]'
     assert message["content"][2] is True
 

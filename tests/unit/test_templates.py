@@ -264,3 +264,19 @@ def test_json_is_pythons() -> None:
         arguments = eval(f"dict({options})", {"true": True})
         expected = json.dumps(value, **({"ensure_ascii": False} | arguments))
         assert chat.render("{{ messages | tojson(" + options + ") }}", value) == expected
+
+
+CONTENT = "{% for m in messages %}{{ m.role }}: {{ m.content }};{% endfor %}"
+
+
+@pytest.mark.parametrize("content", [5, True, 1.5, b"a", object(), {"type": "text", "text": "a"}, [1, 2], [None], [PARTS]])
+def test_content_of_other_kinds_is_refused_by_number(content: object) -> None:
+    with pytest.raises(ValueError, match=r"messages: entry 1: (its content must be a text|part 0 of its content is of)"):
+        chat.render(CONTENT, [*USER, {"role": "user", "content": content}])
+
+
+def test_content_without_parts_and_in_tuples() -> None:
+    assert chat.render(CONTENT, [{"role": "user", "content": []}]) == "user: ;"
+    assert chat.render(CONTENT, [{"role": "user", "content": tuple(PARTS)}]) == "user: Hello you;"
+    assert chat.render("{{ messages[0].content | upper }}", [{"role": "user", "content": PARTS}]) == "HELLO YOU"
+    assert chat.render(CONTENT, [{"role": "tool", "content": {"a": 1}}]) == "tool: {'a': 1};"
