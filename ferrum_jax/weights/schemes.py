@@ -26,6 +26,10 @@ _FOUND = {
     "modules_in_block_to_quantize", "modules_to_fuse", "modules_to_not_convert", "mse", "offload_to_disk",
     "offload_to_disk_path", "pack_impl", "pad_token_id", "parallel_packing", "static_groups", "sym", "tokenizer",
     "true_sequential", "use_cuda_fp16", "use_exllama", "v2", "v2_alpha", "zero_point",
+    # AutoRound's, where it writes the formats of the others
+    "amp", "autoround_version", "enable_minmax_tuning", "enable_norm_bias_tuning", "enable_quanted_input",
+    "gradient_accumulate_steps", "iters", "low_gpu_mem_usage", "lr", "minmax_lr", "not_use_best_mse", "nsamples", "provider",
+    "quant_block_list", "scale_dtype", "seqlen", "to_quant_block_names", "train_bs",
 }  # fmt: skip
 _COMPRESSED = {
     "dequantize", "global_compression_ratio", "ignore", "quantization_status", "quant_method", "run_compressed",
@@ -87,6 +91,8 @@ def scheme_of(content: Mapping[str, Any], where: str) -> Scheme:
     if type(group) is not int or (group != -1 and (group < 1 or group % SIZES[-1])):
         raise keys.refuse("group_size" if group is None else group_key, f"-1 and multiples of {SIZES[-1]}")
     keys.only("pack_dtype", ("int32",), "int32")
+    keys.only("data_type", ("int",), "int")
+    keys.only("act_bits", (16,), "16")
     dynamic = keys.get("dynamic") or {}
     if not isinstance(dynamic, Mapping) or any(not str(name).startswith("-:") for name in dynamic):
         raise keys.refuse("dynamic", "modules left out (-:)")
