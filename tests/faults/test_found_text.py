@@ -61,6 +61,13 @@ FAULTS = {
         "pass",
         lambda path: vocabularies.test_the_flags_of_a_bert_vocabulary_are_those_of_tokenizer_config(True, path),
     ),
+    "content": Fault(
+        "content of any kind goes to the template",
+        chat.render,
+        "and not _is_data(message)",
+        "and False",
+        lambda path: templates.test_content_of_other_kinds_is_refused_by_number(5),
+    ),
     "byte tokens": Fault(
         "a byte token may be spelled anyhow",
         read_vocabulary,
