@@ -241,6 +241,7 @@ class Model(Prompts):
 
         Raises:
           UnsupportedModelError: for a model without experts.
+          NotFiniteError: where the router gives no numbers.
           ValueError: as of `generate`.
         """
         require_experts(self.config)
@@ -250,6 +251,8 @@ class Model(Prompts):
             for row, _, chosen in self._chunks(functional.routing_chunk, [ids], adapter)
         ]
         experts, weights = (np.concatenate(arrays, axis=1) for arrays in zip(*parts, strict=True))
+        if not np.isfinite(weights).all():
+            raise NotFiniteError("the model's router is not finite: no expert is the right one on this text")
         layers = np.asarray(self.config.expert_layers, np.int32)
         return Routing(np.asarray(ids, np.int32), layers, experts, weights, self.config.num_experts)
 

@@ -85,7 +85,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line on `argv` (default: the process's arguments) and return the exit code."""
     state = {"debug": False}
     try:
-        with contextlib.redirect_stdout(_open_streams()):  # type: ignore[type-var]
+        output, notes = _open_streams()
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(notes):  # type: ignore[type-var]
             progress.show(sys.stderr.isatty())
             arguments = list(sys.argv[1:] if argv is None else argv)
             with verbs.make_context(PROGRAM, arguments, obj=state) as context:
@@ -115,15 +116,16 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _open_streams() -> _Output:
-    """Standard output. A closed one is an error before anything is done; what is read or noted may go without a stream."""
+def _open_streams() -> tuple[_Output, _Notes]:
+    """Standard output and error. A closed output is an error before anything is done; what is read or noted may go without
+    a stream."""
     sys.stdin = sys.stdin or open(os.devnull)  # noqa: SIM115
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     if sys.stdout is None:
         raise click.UsageError("standard output is closed; the result has nowhere to go (> /dev/null drops it)")
     with contextlib.suppress(AttributeError):  # a replaced stdout need not have it
         sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
-    return _Output(sys.stdout)
+    return _Output(sys.stdout), _Notes(sys.stderr)
 
 
 class _Output:
@@ -147,6 +149,16 @@ class _Output:
 
     def flush(self) -> None:
         self._try(self._stream.flush)
+
+
+class _Notes(_Output):
+    """A stream whose errors stop nothing; after one it goes nowhere."""
+
+    def _try(self, method: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            return super()._try(method, *arguments)
+        except OSError:
+            _drop(self._stream)
 
 
 # What a file system or a limit of the user says no with; any other errno is our mistake.

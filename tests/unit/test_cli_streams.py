@@ -63,6 +63,8 @@ def test_the_other_streams_may_be_missing(model, redirection):
     code, out, err = through_a_shell(redirection, ["info", model], "")
     assert (code, err) == (0, "") and "can be loaded" in out
     assert through_a_shell(redirection, ["info", "no-such-file.gguf"], "")[:2] == (2, "")
+    noted = ["info", model, "--context", "999999999"]  # a note that this is more than the model's own
+    assert through_a_shell(redirection, noted, "")[0] == 0
 
 
 def test_a_reader_that_went_away_is_not_an_error(model):

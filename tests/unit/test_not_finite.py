@@ -56,6 +56,13 @@ def test_scores_say_so(model):
     assert completion.finish_reason == "error"
 
 
+def test_a_router_that_is_not_finite_is_an_error():
+    model = fj.load("tiny", dtype="float32", max_seq_len=32)
+    model.params = jax.tree.map(lambda x: x * jnp.nan if jnp.issubdtype(x.dtype, jnp.floating) else x, model.params)
+    with pytest.raises(fj.NotFiniteError, match="router"):
+        model.trace_routing([5, 6])
+
+
 def test_the_pure_program_marks_the_place(model):
     sampling = Sampling.from_params([GREEDY, GREEDY], eos_ids=[2], vocab_limit=model.config.vocab_size)
     run = functools.partial(functional.generate, config=model.config, max_tokens=4)
