@@ -5,6 +5,7 @@ What is read is checked before it reaches an engine, as a model file is: a reque
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -98,7 +99,7 @@ def _checked(facts: dict[str, Any], vocab: int) -> Saved:
     prompt, output = facts["prompt"], facts["output"]
     if not prompt:
         raise ValueError("prompt is empty")
-    params = SamplingParams(**{**facts["params"], "n": 1})
+    params = dataclasses.replace(SamplingParams(**facts["params"]), n=1)  # a snapshot is of one of its choices
     if type(facts["seed"]) is not int or not 0 <= facts["seed"] < 2**32:
         raise ValueError(f"seed must be an integer below 2**32, not {facts['seed']!r}")
     reason = facts["finish_reason"]

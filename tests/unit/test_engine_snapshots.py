@@ -28,6 +28,7 @@ from ferrum_jax.engine import snapshot
         ("adapter", 7, "damaged"),
         ("params", {"temperature": -1.0}, "temperature"),
         ("params", {"unknown": 1}, "unknown"),
+        ("params", {"n": "x"}, r"SamplingParams\.n must be"),
         ("params", None, "damaged"),
         ("params", {"logit_bias": [[77, 1.0]]}, "token id 77 is out of range"),
         ("finish_reason", "done", "finish_reason must be"),
