@@ -22,8 +22,6 @@ def embed_command(model: str, texts: tuple[str, ...], max_seq_len: int | None, d
     A vector is a line of numbers, its Euclidean length is 1.
     """
     given = list(texts) or _lines()
-    if not given:
-        raise click.UsageError("no text is given: name some after MODEL, or write lines to standard input")
     loaded = common.load_model(model, embeds=True, dtype=dtype, max_seq_len=max_seq_len)
     with warnings.catch_warnings(record=True) as notes, common.users_mistake():
         warnings.simplefilter("always", UserWarning)

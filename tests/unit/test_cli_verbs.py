@@ -40,7 +40,6 @@ MISTAKES = [
     (["fly"], "--help lists them"),
     (["rm"], "MODEL"),
     (["rm", "no-such-model"], "ferrum-jax list"),
-    (["embed", "m"], "no text is given"),
 ]
 
 

@@ -230,7 +230,8 @@ def test_ids_of_other_vocabularies(data, adds_end):
 # The chat around it
 
 
-def test_show(model, capsys):
+def test_show(model, capsys, monkeypatch):
+    monkeypatch.setattr(model.tokenizer, "chat_template", TEMPLATE + "{% if enable_thinking %}{% endif %}")
     params = fj.SamplingParams(max_tokens=4, temperature=0.5, stop=["END"])
     talk = chat.Chat(model, params, system="be brief", template={"enable_thinking": False})
     talk.name = "tiny"
