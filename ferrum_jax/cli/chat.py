@@ -49,7 +49,7 @@ class Chat:
             with quiet(editor.output):
                 self.talk(editor)
         finally:
-            with waiting(lambda: "leaving when a program is compiled"):
+            with waiting(lambda: "leaving as soon as the program that is being compiled is ready"):
                 self.engine.__exit__()
 
     def talk(self, editor: Any) -> None:

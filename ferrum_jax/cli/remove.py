@@ -29,7 +29,7 @@ def rm_command(models: tuple[str, ...], yes: bool) -> None:
         found = [model for model in cached if model.name in (name, alias and alias.name) or str(model.path) == name]
         if not found:
             known = ", ".join(plain(model.name) for model in cached) or "nothing"
-            raise click.UsageError(f"{name} is not in the cache; there is {known} (`ferrum-jax list`)")
+            raise click.UsageError(f"{name or 'an empty name'} is not in the cache; there is {known} (`ferrum-jax list`)")
         if not (ours := [model for model in found if model.path.is_relative_to(root)]):
             raise click.UsageError(f"{found[0].path} is not of ferrum_jax; what fetched it can delete it")
         chosen += [model for model in ours if model not in chosen]
