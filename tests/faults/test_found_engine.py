@@ -5,11 +5,11 @@ import test_engine_interrupts as interrupts
 import test_engine_pages as pages
 from patching import Fault, applied
 
+from ferrum_jax import checks
 from ferrum_jax.engine.engine import Engine
 from ferrum_jax.engine.request import Request
 from ferrum_jax.engine.scheduler import Scheduler
 from ferrum_jax.engine.worker import Worker
-from ferrum_jax.prompts import Prompts
 
 FAULTS = {
     "caller": Fault(
@@ -30,7 +30,7 @@ FAULTS = {
         "an output that a reader was about to get is lost",
         Request.__iter__,
         "yield from iter(self._outputs.popleft, None)",
-        "yield from [self._outputs.popleft() for _ in range(len(self._outputs))]",
+        "yield from [self._outputs.popleft() for _ in range(len(self._outputs))]; raise IndexError",
         interrupts.test_a_loop_that_is_left_loses_no_output,
     ),
     "restore": Fault(
@@ -70,8 +70,8 @@ FAULTS = {
     ),
     "booleans": Fault(
         "True is a token id",
-        Prompts.checked,
-        "if any(bool in map(type, ids) for ids in batch):",
+        checks.token_ids,
+        "if isinstance(item, bool | np.bool_):",
         "if False:",
         pages.test_booleans_are_no_token_ids,
     ),
