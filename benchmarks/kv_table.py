@@ -16,6 +16,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 import jax.numpy as jnp
 
+from ferrum_jax.units import shown_dtype
 from pallas_kernels import aot, dispatch
 from pallas_kernels.paged_attention import KV_DTYPES, KVCache, Tables, make_plan, paged_attention
 
@@ -57,7 +58,7 @@ def table() -> str:
     reasons: dict[str, None] = {}
     for dtype in KV_DTYPES:
         cells = [choice(dtype, target) for target in TARGETS.values()]
-        rows.append([dtype, *(cell.backend for cell in cells)])
+        rows.append([shown_dtype(dtype), *(cell.backend for cell in cells)])
         for target, cell in zip(TARGETS.values(), cells, strict=True):
             own = {"gpu": "triton: ", "tpu": "mosaic_tpu: "}.get(target.platform)
             if own and cell.backend == "xla":

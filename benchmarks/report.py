@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from ferrum_jax.units import shown_dtype
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "performance.md"
@@ -379,7 +381,12 @@ def engine(results: list[dict[str, Any]]) -> list[str]:
     check = kv["content_check"]
     said = {"prefill": check["float32_prefill"], "difference": check["difference_percent"], "scored": kv["scored_tokens"]}
     costs = [
-        [row["dtype"], f"{row['bytes_per_token']:,g}", f"{row['perplexity']:.5f}", f"{row['change_percent']:+.4f} %"]
+        [
+            shown_dtype(row["dtype"]),
+            f"{row['bytes_per_token']:,g}",
+            f"{row['perplexity']:.5f}",
+            f"{row['change_percent']:+.4f} %",
+        ]
         for row in kv["rows"]
     ]
     columns = ["KV dtype", "bytes a token", "perplexity", "against float32"]

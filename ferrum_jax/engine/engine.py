@@ -61,7 +61,6 @@ class Engine(Core):
         self._lock = threading.Lock()
         self._numbers = itertools.count()
         self._flight, self._looping = None, False
-        self._choose_steps()
         self._busy_until = 0.0
         self._counts = dict.fromkeys(("steps", "prompt_tokens", "generated_tokens"), 0)
         self._seconds = dict.fromkeys(("host_seconds", "device_seconds"), 0.0)
@@ -76,6 +75,7 @@ class Engine(Core):
             self.identity = f"{model.fingerprint()} kv {self._device.kv_dtype}, pages of {config.page_size}"
             pool = PagePool(self.num_pages, config.page_size, self.identity.encode())
             self._scheduler = Scheduler(config, pool, self.context, window)
+            self._choose_steps()
 
         self._driver.call(set_up)
 

@@ -41,7 +41,8 @@ def route(
             left = jnp.where(lane == expert, -1.0, left)
         if normalise:
             total = jnp.sum(weights)
-            weights = jnp.where(total > 0, weights / jnp.where(total > 0, total, 1.0), 1.0 / top_k)
+            empty = total <= 0  # not where it is NaN, which has to be seen
+            weights = jnp.where(empty, 1.0 / top_k, weights / jnp.where(empty, 1.0, total))
         ids = jnp.where(live[token] != 0, ids, experts)
         compat.triton_store(ids_out.at[token, slot], ids, mask=slot < top_k)
         compat.triton_store(weights_out.at[token, slot], weights * scale, mask=slot < top_k)

@@ -15,5 +15,6 @@ def route(logits: jax.Array, live: jax.Array, top_k: int, normalise: bool, scale
     weights, experts = lax.top_k(odds / row_sum(odds), top_k)
     if normalise:
         total = row_sum(weights)
-        weights = jnp.where(total > 0, weights / jnp.where(total > 0, total, 1.0), 1.0 / top_k)
+        empty = total <= 0  # not where it is NaN, which has to be seen
+        weights = jnp.where(empty, 1.0 / top_k, weights / jnp.where(empty, 1.0, total))
     return jnp.where(live[:, None], experts, logits.shape[1]).astype(jnp.int32), weights * scale

