@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import base64
 import hashlib
+import os
 import re
 import socket
 import sys
@@ -87,6 +88,7 @@ def faults(notebook: NotebookNode, host: str = "") -> list[str]:
 def execute(notebook: NotebookNode) -> None:
     """Runs all cells and keeps their outputs, but none of a cell tagged no-output, such
     as one that prints speeds. Standard error is printed and not kept."""
+    os.environ["FERRUM_JAX_PROGRESS"] = "0"  # a line that comes and goes is not an output
     before, folder = notebook.metadata.copy(), {"metadata": {"path": str(FOLDER)}}
     NotebookClient(notebook, resources=folder, record_timing=False).execute()
     notebook.metadata = before
