@@ -88,7 +88,7 @@ def faults(notebook: NotebookNode, host: str = "") -> list[str]:
 def execute(notebook: NotebookNode) -> None:
     """Runs all cells and keeps their outputs, but none of a cell tagged no-output, such
     as one that prints speeds. Standard error is printed and not kept."""
-    os.environ["FERRUM_JAX_PROGRESS"] = "0"  # a line that comes and goes is not an output
+    os.environ["FERRUM_JAX_PROGRESS"] = "0"  # what comes and goes is no output
     before, folder = notebook.metadata.copy(), {"metadata": {"path": str(FOLDER)}}
     NotebookClient(notebook, resources=folder, record_timing=False).execute()
     notebook.metadata = before
