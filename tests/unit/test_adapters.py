@@ -34,7 +34,7 @@ NAMES = ["llama-all", None, "llama-patterns", "llama-some-rslora", None, "llama-
 PROMPTS = [list(range(5, 5 + length)) for length in (25, 31, 28, 26, 29, 28)]  # of one bucket
 GREEDY = fj.SamplingParams(temperature=0.0, max_tokens=10, ignore_eos=True)
 NOISY = dataclasses.replace(GREEDY, temperature=1.2, top_k=40, seed=3)
-ENGINE = fj.EngineConfig(page_size=8, num_pages=60, max_seqs=4, token_budget=16)
+ENGINE = fj.EngineConfig(page_size=8, num_pages=60, max_seqs=4, token_budget=16, steps_per_dispatch=2)
 
 
 class Adapted:
