@@ -43,7 +43,7 @@ class Chat:
         editor = line_editor(cache_root() / "history" if self.history else None, completions)
         say(f"{name}: /help lists the commands, Ctrl-D leaves")
         if self.conversation.template is None:
-            say("Without a chat template every text is completed by itself; there is no conversation.")
+            say("This model has no chat template: each text is completed by itself, not as a conversation.")
         self.engine.__enter__()
         try:
             with quiet(editor.output):

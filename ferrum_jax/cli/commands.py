@@ -61,7 +61,7 @@ def obey(chat: Chat, line: str) -> bool:
         say(f"{name} {command.argument or 'takes nothing after it'}")
         return True
     if chat.conversation.template is None and command.argument == "FILE":
-        say("Without a chat template there is no conversation.")
+        say("This model has no chat template, and so no conversation.")
         return True
     return command.action(chat, argument) is not False
 

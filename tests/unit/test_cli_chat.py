@@ -294,7 +294,7 @@ def test_commands_that_are_not_complete(capsys, line, said):
 
 def test_save_without_a_template(capsys, tmp_path):
     chatting(FakeModel("m"), f"one\r/save {tmp_path}/f\r/bye\r", template=None)
-    assert "Without a chat template there is no conversation." in capsys.readouterr().out
+    assert "This model has no chat template, and so no conversation." in capsys.readouterr().out
     assert not (tmp_path / "f").exists()
 
 

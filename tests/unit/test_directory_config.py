@@ -124,14 +124,15 @@ def test_keys_of_another_rope_type() -> None:
 
 
 def test_the_table_of_fields_is_what_the_script_writes() -> None:
-    pytest.importorskip("transformers")
+    pytest.importorskip("torch", reason="the script reads transformers' models, which need torch")
     scripts = Path(__file__).parents[1] / "goldens" / "scripts"
     spec = importlib.util.spec_from_file_location("make_config_fields", scripts / "make_config_fields.py")
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    if module.transformers.__version__ == "5.24.0":
-        assert module.text() == module.OUT.read_text()
+    if (found := module.transformers.__version__) != "5.24.0":
+        pytest.skip(f"the table is of transformers 5.24.0, not {found}")
+    assert module.text() == module.OUT.read_text()
 
 
 def test_windows_of_some_layers_are_refused() -> None:

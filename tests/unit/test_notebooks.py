@@ -58,7 +58,7 @@ def test_a_change_of_code_makes_all_later_outputs_stale():
 
 
 @pytest.mark.parametrize(
-    "trace", ["/home/me/x.py", "/tmp/y", "from /root/.cache/z", "C:\\Users\\me", "/Users/me/a.gguf", "my-laptop"]
+    "trace", [*(f"/{folder}/a/x.py" for folder in ("home", "tmp", "root", "Users")), "C:\\Users\\me", "my-laptop"]
 )
 def test_a_path_of_a_machine_is_found_in_outputs(trace):
     notebook = copy.deepcopy(read(NAMES[0]))
