@@ -6,6 +6,7 @@ The compiler here is a stand-in that takes no time: its library is any bytes. Wh
 from __future__ import annotations
 
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -202,7 +203,12 @@ def kept(tmp_path, monkeypatch) -> Path:
     """A program that was kept."""
     folder = tmp_path / "programs"
     monkeypatch.setattr(program_store, "directory", lambda: folder)
-    program_store.save("one", jax.jit(lambda x: x + 1).lower(np.zeros(3, np.float32)).compile())
+
+    def add(x):
+        return x + 1
+
+    add.__name__ = f"add_{secrets.token_hex(4)}"  # from XLA's cache a program would come without its code
+    program_store.save("one", jax.jit(add).lower(np.zeros(3, np.float32)).compile())
     assert [path.name for path in folder.iterdir()] == ["one"]
     return folder / "one"
 
