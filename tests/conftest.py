@@ -1,5 +1,6 @@
-"""Options of the test suite."""
+"""Options of the test suite, and what keeps its tests apart."""
 
+import functools
 from collections.abc import Iterator
 
 import pytest
@@ -19,3 +20,19 @@ def nothing_kept() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(program_store, "directory", lambda: None)
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def kernels_are_built(nothing_kept: None) -> None:
+    """Before any test changes where they are kept or what they are compiled with: the answer holds for the process."""
+    from pallas_kernels import native
+
+    native.prepare()
+
+
+@pytest.fixture
+def fresh_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The question for the C++ kernels is open again inside the test, and has its old answer afterwards."""
+    from pallas_kernels.native import build
+
+    monkeypatch.setattr(build, "library", functools.cache(build.library.__wrapped__))

@@ -356,7 +356,7 @@ def test_an_error_and_a_context_pass_through_a_thread():
 def test_the_interpreter_ends_in_the_middle_of_anything():
     """A background loop that nothing has ended, a step that was interrupted, a stream that the end finds open."""
     program = """
-        import signal, sys, threading
+        import signal, sys, threading, time
         sys.path[:0] = {path!r}
         from engine_stand_in import Model, use
         import ferrum_jax as fj
@@ -371,7 +371,11 @@ def test_the_interpreter_ends_in_the_middle_of_anything():
         next(opened)
         engine.__enter__()
         requests = [engine.submit([1, 2, i % 5], fj.SamplingParams(max_tokens=3000, ignore_eos=True)) for i in range(20)]
-        threading.Timer(0.1, lambda: signal.raise_signal(signal.SIGINT)).start()
+        def interrupt():
+            while not requests[0].token_ids:
+                time.sleep(0.001)
+            signal.raise_signal(signal.SIGINT)
+        threading.Thread(target=interrupt, daemon=True).start()
         try:
             requests[0].result()
         except KeyboardInterrupt:

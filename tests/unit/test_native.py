@@ -158,22 +158,17 @@ def test_zeros_and_huge_numbers():
     assert np.isfinite(big).all() and np.allclose(big / 2.0**80, np.asarray(multiply(x, (matrix,), 1)[0]), rtol=1e-5, atol=1e-6)
 
 
-def test_without_a_compiler_plain_xla_serves_and_says_why(monkeypatch):
-    build.library.cache_clear()
+def test_without_a_compiler_plain_xla_serves_and_says_why(monkeypatch, fresh_library):
     monkeypatch.setattr(build, "_compiler", lambda: None)
-    try:
-        stored, exact = blocks_of("Q8_0", 8, K)
-        with dispatch.record() as choices:
-            y = quantized_matmul(rows_of(2), Matrix.of(stored, "Q8_0"), "int8")
-        assert choices[0].backend == "xla" and "no C++ compiler" in choices[0].reason
-        assert np.allclose(np.asarray(y), rows_of(2) @ exact.T, atol=1e-4)
-        assert loading.auto_dtype(dispatch.Target("cpu")) == "float32"
-    finally:
-        build.library.cache_clear()
+    stored, exact = blocks_of("Q8_0", 8, K)
+    with dispatch.record() as choices:
+        y = quantized_matmul(rows_of(2), Matrix.of(stored, "Q8_0"), "int8")
+    assert choices[0].backend == "xla" and "no C++ compiler" in choices[0].reason
+    assert np.allclose(np.asarray(y), rows_of(2) @ exact.T, atol=1e-4)
+    assert loading.auto_dtype(dispatch.Target("cpu")) == "float32"
 
 
-def test_a_compiler_that_fails_is_quoted(monkeypatch, tmp_path):
-    build.library.cache_clear()
+def test_a_compiler_that_fails_is_quoted(monkeypatch, tmp_path, fresh_library):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     original = subprocess.run
 
@@ -181,10 +176,7 @@ def test_a_compiler_that_fails_is_quoted(monkeypatch, tmp_path):
         return original(["false"] if "-shared" in command else command, **options)
 
     monkeypatch.setattr(build.subprocess, "run", run)
-    try:
-        assert "failed" in build.refusal()
-    finally:
-        build.library.cache_clear()
+    assert "failed" in build.refusal()
 
 
 def call(name, results, *operands, **attributes):

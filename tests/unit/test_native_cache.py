@@ -60,7 +60,7 @@ class Kernels:
 
 
 @pytest.fixture
-def kernels(tmp_path, monkeypatch) -> Kernels:
+def kernels(tmp_path, monkeypatch, fresh_library) -> Kernels:
     monkeypatch.setenv("FERRUM_JAX_CACHE", str(tmp_path / "cache"))
     return Kernels(tmp_path)
 
@@ -92,14 +92,10 @@ def test_a_library_that_cannot_be_loaded_is_built_again_once(kernels, monkeypatc
     monkeypatch.setattr(
         build, "_registered", lambda path: tried.append(path) or (_ for _ in ()).throw(OSError("wrong ELF class"))
     )
-    build.library.cache_clear()
-    try:
-        kernels.get()
-        kernels.log.write_text("")
-        assert "OSError: wrong ELF class; XLA's own code serves instead" in str(build.refusal())
-        assert len(tried) == 2 and kernels.log.read_text().count("-shared") == 1
-    finally:
-        build.library.cache_clear()
+    kernels.get()
+    kernels.log.write_text("")
+    assert "OSError: wrong ELF class; XLA's own code serves instead" in str(build.refusal())
+    assert len(tried) == 2 and kernels.log.read_text().count("-shared") == 1
 
 
 def test_a_library_is_on_the_disk_before_it_is_in_its_place(kernels, monkeypatch):
@@ -174,11 +170,7 @@ def test_a_folder_of_another_user_gives_no_code(kernels, what, monkeypatch):
     with pytest.raises(PermissionError, match=r"belongs to another user, so no code is kept there .*FERRUM_JAX_CACHE"):
         kernels.get()
     monkeypatch.setattr(build, "_compiler", lambda: str(kernels.compiler))
-    build.library.cache_clear()
-    try:
-        assert "belongs to another user" in str(build.refusal()) and "XLA's own code serves" in str(build.refusal())
-    finally:
-        build.library.cache_clear()
+    assert "belongs to another user" in str(build.refusal()) and "XLA's own code serves" in str(build.refusal())
 
 
 def test_a_folder_above_that_others_can_write_to_counts(tmp_path):
@@ -319,7 +311,6 @@ def test_parts_done_are_reported(kernels, monkeypatch):
     for _ in range(2):
         build.library.cache_clear()
         native.prepare(lambda *call: seen.append(call))
-    build.library.cache_clear()
     total = kernels.log.read_text().count(" -c ")
     assert [call[:2] for call in seen] == [(0, None), *((done + 1, total) for done in range(total))]
     assert all("building the C++ kernels" in text for _, _, text in seen)
