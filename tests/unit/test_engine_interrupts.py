@@ -372,11 +372,11 @@ def test_the_interpreter_ends_in_the_middle_of_anything():
         engine.__enter__()
         requests = [engine.submit([1, 2, i % 5], fj.SamplingParams(max_tokens=3000, ignore_eos=True)) for i in range(20)]
         def interrupt():
-            while not requests[0].token_ids:
+            while len(requests[0].token_ids) < 20:
                 time.sleep(0.001)
             signal.raise_signal(signal.SIGINT)
-        threading.Thread(target=interrupt, daemon=True).start()
         try:
+            threading.Thread(target=interrupt, daemon=True).start()
             requests[0].result()
         except KeyboardInterrupt:
             print("interrupted")
