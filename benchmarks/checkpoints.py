@@ -1,10 +1,10 @@
-"""How fast checkpoints load, beside a plain read of the same bytes, and how fast weights are quantised.
+"""How fast checkpoints load, beside a plain read of the same bytes, and how fast weights are quantized.
 
     python -m benchmarks.checkpoints MODEL.gguf
 
 All files are in the page cache and every read goes to fresh memory. The three are taken in turns; the result holds the best of
 each, as what disturbs a read only ever slows it. Checks of the same run: the Orbax checkpoint loads as the same parameters,
-and the error of what was quantised is that of its format.
+and the error of what was quantized is that of its format.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ferrum_jax.loading import check
 from ferrum_jax.weights.opening import open_model
 from ferrum_jax.weights.stream import read_parameters
 from pallas_kernels.blocks import unpack
-from pallas_kernels.blocks.quantise import quantise
+from pallas_kernels.blocks.quantize import quantize
 
 TURNS = 12
 READ_BYTES = 16 << 20
@@ -70,10 +70,10 @@ def loading(path: Path, folder: Path) -> dict[str, Any]:
     }
 
 
-def quantising(format: str) -> dict[str, Any]:
+def quantizing(format: str) -> dict[str, Any]:
     values = np.random.default_rng(0).standard_normal((4096, 4096)).astype(np.float32)
-    quantise(values[:1], format)  # compiles
-    seconds, others, blocks = common.sample(lambda: quantise(values, format))
+    quantize(values[:1], format)  # compiles
+    seconds, others, blocks = common.sample(lambda: quantize(values, format))
     error = np.sqrt(np.mean((np.asarray(unpack(blocks[:64], format)) - values[:64]) ** 2))
     return {
         "format": format,
@@ -89,7 +89,7 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        result = {"loading": loading(options.model, Path(folder)), "quantising": [quantising(format) for format in FORMATS]}
+        result = {"loading": loading(options.model, Path(folder)), "quantizing": [quantizing(format) for format in FORMATS]}
     common.write("checkpoints", {"bytes": options.model.stat().st_size} | result)
 
 

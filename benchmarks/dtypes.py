@@ -3,7 +3,7 @@
     python -m benchmarks.dtypes smollm2:135m qwen2.5-coder-0.5b=PATH.gguf
 
 A model is NAME=SOURCE, or a source alone. The check is transformers' perplexity of the same windows on exactly
-dequantised weights, from tests/goldens/real, for the models whose text has the same ids there.
+dequantized weights, from tests/goldens/real, for the models whose text has the same ids there.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ programs were run in the same rounds and stand in a table of their own: prefill 
 Check: the tokens that were timed, against this package's float32, which the tests hold to transformers. "Equal" counts
 those at the start that are float32's own. At the first other one, "gap" says how far its float32 logit lies below the
 best; "worst" is the largest such distance over all tokens, each after the tokens that the engine itself chose before it.
-llama.cpp quantises activations to int8. "Others" is the largest number of cores that other processes used during
+llama.cpp quantizes activations to int8. "Others" is the largest number of cores that other processes used during
 a sample. Above {disturbed} the row is disturbed: its speeds are lower bounds, and no ratio to llama.cpp is given, because
 llama.cpp's threads wait for each other by spinning and lose far more by company than ours do.
 """
@@ -59,18 +59,18 @@ generates 64 tokens after 16; the limit is the parameters + 1.5 GiB. The files h
 models. What is read for a token: its experts and all other matrices. llama.cpp: a build for this machine, its llama-bench in
 turns with the processes of this package. Check: log-probabilities are finite and each token is the likeliest.
 """
-CHECKPOINTS = """## Loading and quantising
+CHECKPOINTS = """## Loading and quantizing
 
 `python -m benchmarks.checkpoints`. A GGUF file of {size} GiB, and the Orbax checkpoint made of it, from the page cache to
 arrays, beside a plain read into fresh memory, in turns; the best of each: {read:.2f} GB/s plain, {gguf:.2f} times that for
 GGUF and {orbax:.2f} times for Orbax. {equal}
 
-Quantising float32 weights on all cores; check: the RMS error, for numbers of a normal distribution.
+Quantizing float32 weights on all cores; check: the RMS error, for numbers of a normal distribution.
 """
 DTYPES = """## Cost of dtypes
 
 `python -m benchmarks.dtypes`. Perplexity of an English text in windows of {window} tokens, on CPU. Check: float32 against
-transformers on the exactly dequantised weights.
+transformers on the exactly dequantized weights.
 """
 EMBEDDING = """## Embeddings
 
@@ -284,7 +284,7 @@ def checkpoints(results: list[dict[str, Any]]) -> list[str]:
     )
     rows = [
         [row["format"], f"{row['weights_per_s'] / 1e6:,.0f}", f"{row['content_check']['rms_error']:.4f}"]
-        for row in result["quantising"]
+        for row in result["quantizing"]
     ]
     return [head, measured_on(result), table(["format", "million weights/s", "RMS error"], rows)]
 

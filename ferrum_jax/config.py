@@ -38,7 +38,7 @@ class ModelConfig:
     `rope_dim` of each head's `head_dim` values are rotated, in the half-split layout. `sliding_window` is the number of
     positions a query sees, itself included (0: all). `dense_layers` are those of a model of experts that have a dense
     feed-forward instead. `dtype` is the arithmetic of matrix products: "float32",
-    "bfloat16", "float16" or "int8" (float32 that a product may quantise in blocks); norms, softmax, router, residual
+    "bfloat16", "float16" or "int8" (float32 that a product may quantize in blocks); norms, softmax, router, residual
     stream and logits are float32 always.
     """
 
@@ -317,7 +317,7 @@ def _rope_theta(meta: Keys, architecture: str) -> float:
 
 
 def _norm_topk(meta: Keys, architecture: str) -> bool:
-    """Qwen3-MoE and Mixtral GGUF files are run with renormalised weights whether or not they carry the key."""
+    """Qwen3-MoE and Mixtral GGUF files are run with renormalized weights whether or not they carry the key."""
     if meta.has("expert_weights_norm") and not meta.boolean("expert_weights_norm"):
         raise meta.unsupported("expert_weights_norm", f"false contradicts how {architecture} files are run")
     return True

@@ -1,4 +1,4 @@
-"""One checkpoint to another: to a directory of our own (Orbax) or to a GGUF file, quantised on the way if asked.
+"""One checkpoint to another: to a directory of our own (Orbax) or to a GGUF file, quantized on the way if asked.
 
 Both appear under their name when they are whole, and nothing is overwritten unasked. A GGUF file is written tensor by
 tensor; a directory holds the parameters as one device keeps them, so the model is loaded for that device first.
@@ -25,7 +25,7 @@ from ferrum_jax.weights.gguf import GGUFFile
 from ferrum_jax.weights.merging import Merged
 from ferrum_jax.weights.metadata import Typed, of_config
 from ferrum_jax.weights.opening import open_model
-from ferrum_jax.weights.quantise import PLAIN, Quantised, checked_format, plain_numbers
+from ferrum_jax.weights.quantize import PLAIN, Quantized, checked_format, plain_numbers
 from ferrum_jax.weights.source import ModelSource
 from ferrum_jax.weights.stream import half_split_rows, read_parameters
 from ferrum_jax.weights.tensor_info import TensorInfo
@@ -79,7 +79,7 @@ def typed_metadata(source: ModelSource) -> dict[str, Typed]:
     """The metadata of a source with their GGUF types; of one that has none its facts alone."""
     if isinstance(source, Merged):
         return typed_metadata(source.source)
-    if isinstance(source, Quantised):
+    if isinstance(source, Quantized):
         typed = typed_metadata(source.source)
         name = _FILE_TYPES.get(source.format, source.format)
         typed["general.file_type"] = Typed(int(gguf.LlamaFileType[f"MOSTLY_{name}"]), "uint32")

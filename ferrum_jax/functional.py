@@ -119,7 +119,7 @@ def routing(params, cache: KVCache, batch: RaggedBatch, *, config: ModelConfig) 
 
     Returns:
       Ids int32 and weights float32, both [layers, T, top_k], of the layers `config.expert_layers`, by falling probability
-      (the id `num_experts` is padding's; weights are as the sum over experts has them, normalised and scaled where the
+      (the id `num_experts` is padding's; weights are as the sum over experts has them, normalized and scaled where the
       model does so), and the new cache.
 
     Raises:

@@ -27,7 +27,7 @@ from ferrum_jax.units import readable_bytes, shown_dtype
 from ferrum_jax.weights.adapter import read_adapter
 from ferrum_jax.weights.names import Parameters, parameters
 from ferrum_jax.weights.opening import open_model
-from ferrum_jax.weights.quantise import checked_format
+from ferrum_jax.weights.quantize import checked_format
 from ferrum_jax.weights.source import ModelSource
 from ferrum_jax.weights.stream import Progress, abstract_parameters, read_parameters
 from pallas_kernels import native
@@ -54,13 +54,13 @@ def load(
     Args:
       source: path of a .gguf (any part of a split file) or of a checkpoint directory (config.json and safetensors), an
         alias ("smollm2:135m"), or "owner/repo[:file or quant]".
-      dtype: arithmetic of activations: "float32" (exact), "bfloat16", "float16", "int8" (CPU: quantised in blocks inside
+      dtype: arithmetic of activations: "float32" (exact), "bfloat16", "float16", "int8" (CPU: quantized in blocks inside
         products); "auto" takes the fast one of the device, for an embedding model float32.
       kv_dtype: of the KV cache; None follows dtype (int8: float16).
       device: where the weights go; None: JAX's first device.
       mesh: not supported yet; anything but None is refused.
       max_seq_len: tokens of context, at most (and by default) the model's; an embedding model cuts texts there.
-      quantize: a block format ("q4_k"; weights.quantise.QUANTISATIONS) that the matrices of a checkpoint in F32, F16 or
+      quantize: a block format ("q4_k"; weights.quantize.QUANTIZATIONS) that the matrices of a checkpoint in F32, F16 or
         BF16 get while they are read.
       adapters: directories of LoRA adapters (PEFT) by names of your own, which `generate` and the others take: applied at
         run time, in float32, also next to compressed weights.

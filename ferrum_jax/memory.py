@@ -26,7 +26,7 @@ from ferrum_jax.units import readable_bytes
 from pallas_kernels import dispatch
 
 HELP = (
-    "What helps: a smaller quantisation of the model, a shorter context (--max-seq-len), fewer rows at a time, or a "
+    "What helps: a smaller quantization of the model, a shorter context (--max-seq-len), fewer rows at a time, or a "
     "narrower KV cache (--kv-dtype); `ferrum-jax plan` counts all of it for a device beforehand"
 )
 _DEFAULT_FRACTION = 0.75  # of a GPU's memory; what XLA takes without a setting

@@ -131,8 +131,8 @@ def token_probabilities(completion: Completion, tokenizer: Tokenizer, count: int
             place += 1
         place += 0.75
     ax = _axes(ax, 0.9 + 0.2 * place)
-    for kind, colour, mine in (("chosen", "C0", np.array(chosen, bool)), ("alternative", "0.7", ~np.array(chosen, bool))):
-        ax.barh(np.array(places)[mine], np.array(values)[mine], color=colour, label=kind)
+    for kind, color, mine in (("chosen", "C0", np.array(chosen, bool)), ("alternative", "0.7", ~np.array(chosen, bool))):
+        ax.barh(np.array(places)[mine], np.array(values)[mine], color=color, label=kind)
     ax.set_yticks(places, labels=labels)
     for label in ax.get_yticklabels():
         label.set_parse_math(False)  # a dollar is a dollar
@@ -163,12 +163,12 @@ def timeline(events: Sequence[Event], *, ax: Axes | None = None) -> Axes:
     ax = _axes(ax, 1.2 + 0.3 * len({event.request for event in events}))
     rows = {request: row for row, request in enumerate(dict.fromkeys(event.request for event in events))}
     first = min((event.begin_s for event in events), default=0.0)
-    for kind, colour in (("prefill", "C1"), ("decode", "C0")):
+    for kind, color in (("prefill", "C1"), ("decode", "C0")):
         mine = [event for event in events if event.kind == kind]
         widths = [event.end_s - event.begin_s for event in mine]
         begins = [event.begin_s - first for event in mine]
         places = [rows[event.request] for event in mine]
-        ax.barh(places, widths, 0.7, begins, color=colour, edgecolor="white", linewidth=0.3, label=kind)
+        ax.barh(places, widths, 0.7, begins, color=color, edgecolor="white", linewidth=0.3, label=kind)
     ax.set_yticks(list(rows.values()), labels=[str(request) for request in rows])
     ax.set(xlabel="time since the first event (s)", ylabel="request", ylim=(len(rows) - 0.5, -0.5), xlim=(0, None))
     _legend_above(ax)

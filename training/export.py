@@ -1,6 +1,6 @@
 """What was trained, as files: a checkpoint directory of Hugging Face's kind in float32, and from it a GGUF file.
 
-The directory is read, quantised and written by the package itself; transformers reads it too.
+The directory is read, quantized and written by the package itself; transformers reads it too.
 """
 
 from __future__ import annotations
@@ -100,8 +100,8 @@ def write_safetensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
             file.write(tensor.tobytes())
 
 
-def write_quantised(directory: Path, out: Path, format: str) -> None:
-    """The checkpoint directory as a GGUF file, its matrices quantised to `format` ("q8_0")."""
+def write_quantized(directory: Path, out: Path, format: str) -> None:
+    """The checkpoint directory as a GGUF file, its matrices quantized to `format` ("q8_0")."""
     with open_model(directory, quantize=format) as source:
         innermost(source).metadata |= FACTS
         write_gguf(source, out, force=True)

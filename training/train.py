@@ -1,4 +1,4 @@
-"""Trains the tiny Qwen3-MoE on the stories of this folder and writes it as a quantised GGUF file.
+"""Trains the tiny Qwen3-MoE on the stories of this folder and writes it as a quantized GGUF file.
 
     pip install '.[training]'
     python -m training.train                     (again after an interruption: it goes on from the last checkpoint)
@@ -288,7 +288,7 @@ def main() -> None:
     print(f"load of experts: from {load.min():.3f} to {load.max():.3f}, {1 / config.num_experts:.3f} would be even")
     export.write_directory(options.work / "float32", config, state.params, tokenizer)
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    export.write_quantised(options.work / "float32", options.out, FORMAT)
+    export.write_quantized(options.work / "float32", options.out, FORMAT)
     check(options.out, state.params, config, options.work / "float32", tokenizer, held_out[:8])
     if options.out.stat().st_size > LARGEST:
         raise SystemExit(f"{options.out}: is larger than {LARGEST:,} bytes")

@@ -62,7 +62,7 @@ def _print_version(context: click.Context, _option: click.Parameter, value: bool
     invoke_without_command=True,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Run language models in JAX. MODEL is a .gguf file, a checkpoint directory, an alias such as smollm2:135m "
-    "(`list --aliases`), or owner/repo[:file or quantisation] on the Hugging Face hub.",
+    "(`list --aliases`), or owner/repo[:file or quantization] on the Hugging Face hub.",
 )
 @click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_print_version, help="Print it.")
 @click.pass_context

@@ -1,4 +1,4 @@
-"""`ferrum-jax convert`: a model as a checkpoint directory (Orbax) or as a GGUF file, quantised on the way if asked."""
+"""`ferrum-jax convert`: a model as a checkpoint directory (Orbax) or as a GGUF file, quantized on the way if asked."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ KINDS = ("orbax", "gguf")
 @common.model_argument
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--to", type=click.Choice(KINDS), help="orbax: a directory; gguf: a file. Needed.")
-@click.option("--quantize", metavar="FORMAT", help="Quantise F32, F16 and BF16 matrices: q4_k, q6_k, q8_0, ...")
+@click.option("--quantize", metavar="FORMAT", help="Quantize F32, F16 and BF16 matrices: q4_k, q6_k, q8_0, ...")
 @click.option("--merge-adapter", type=click.Path(file_okay=False), metavar="DIR", help="Merge a LoRA adapter (PEFT) first.")
 @click.option("--force", is_flag=True, help="Replace OUT if it exists.")
 @common.json_option

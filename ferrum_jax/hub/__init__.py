@@ -1,6 +1,6 @@
 """From the name a user gives a model to the file on this machine.
 
-The idea: a name is a path, an alias or `owner/repo[:file or quantisation]`; the last two are lists of sources. Every
+The idea: a name is a path, an alias or `owner/repo[:file or quantization]`; the last two are lists of sources. Every
 source's cached copy is looked for first, then the sources are asked in order, and an error says of each why it failed.
 """
 
@@ -42,7 +42,7 @@ def resolve(source: str | os.PathLike[str], *, progress: Report | None = None, o
     """The file that a model name means, fetched if need be: the (first part of the) .gguf, or a directory's path (a
     repository without .gguf files is fetched as one).
 
-    source: path of a .gguf (any part of a split one) or of a directory, an alias, or owner/repo[:file or quantisation].
+    source: path of a .gguf (any part of a split one) or of a directory, an alias, or owner/repo[:file or quantization].
     progress(done_bytes, total_bytes or None, text): called while something is fetched, some times a second, and with
     remarks. offline: no network; None means what $HF_HUB_OFFLINE says.
     Raises ModelNotFoundError with every source that was tried and why it failed, one line each.
@@ -104,7 +104,7 @@ def _alias_key(text: str) -> str:
 
 
 def _on_hub(text: str) -> HubSource | None:
-    """What a text means as owner/repo[:file or quantisation]."""
+    """What a text means as owner/repo[:file or quantization]."""
     name = _HUB_PREFIX.sub("", text, count=1)
     match = _HUB_NAME.fullmatch(name)
     if match is None or (match["select"] is None and _looks_like_path(name)):
@@ -204,7 +204,7 @@ def _unknown(text: str) -> str:
     near = near or sorted({alias.split(":")[0] for alias in ALIASES})
     return (
         f"{text!r} is no file, no directory and no alias ({hint}{', '.join(near)});"
-        " a model on the hub is owner/repo or owner/repo:file-or-quantisation"
+        " a model on the hub is owner/repo or owner/repo:file-or-quantization"
     )
 
 

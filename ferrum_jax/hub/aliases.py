@@ -12,7 +12,7 @@ DATA = Path(__file__).parents[1] / "data"
 
 @dataclass(frozen=True)
 class HubSource:
-    """A GGUF file of a repository on the Hugging Face hub. `select` is a file name, a quantisation name or None."""
+    """A GGUF file of a repository on the Hugging Face hub. `select` is a file name, a quantization name or None."""
 
     repo: str
     select: str | None = None

@@ -36,7 +36,7 @@ from .cache import (
 )
 
 DEFAULT_QUANTS = ("Q4_K_M", "Q4_K_S", "Q5_K_M", "Q8_0", "Q6_K", "Q4_0", "BF16", "F16")
-"""Without a file or quantisation in the name, the first of these that the repository has."""
+"""Without a file or quantization in the name, the first of these that the repository has."""
 
 PATIENCE_SECONDS = 20.0  # a download that has begun is given up after this long without a byte
 
@@ -92,7 +92,7 @@ def directory_files(names: Iterable[str]) -> list[str]:
 
 
 def choose(names: Iterable[str], select: str | None) -> str:
-    """The one model file that `select` means: its path or name, or a quantisation, case ignored; None: DEFAULT_QUANTS.
+    """The one model file that `select` means: its path or name, or a quantization, case ignored; None: DEFAULT_QUANTS.
 
     Of a whole and a split copy of the same file the whole one is taken. Raises SourceError listing the candidates.
     """
@@ -103,7 +103,7 @@ def choose(names: Iterable[str], select: str | None) -> str:
         for quant in DEFAULT_QUANTS:
             if found := _of_quant(files, quant):
                 return _only(found, quant)
-        return _only(files, "no file or quantisation")
+        return _only(files, "no file or quantization")
     wanted = parts_of(select)[0].lower()
     found = [name for name in files if name.lower() in (wanted, wanted + ".gguf")]
     found = found or [name for name in files if PurePosixPath(name.lower()).name in (wanted, wanted + ".gguf")]

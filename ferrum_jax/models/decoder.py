@@ -99,8 +99,8 @@ def run_layers(config: ModelConfig, layers: Params, x, cache: KVCache, slots, ta
     """The residual stream x float32 [T, hidden_size] after all layers, the cache and, with `record`, what the routers chose:
     in one call where a backend has one."""
     parts = [_parts(layers, number) for number in range(config.num_layers)]
-    scale, normalise = config.expert_weights_scale, config.norm_topk_prob
-    shape = Shape(config.head_dim, config.rms_norm_eps, config.sliding_window, config.experts_per_token, normalise, scale)
+    scale, normalize = config.expert_weights_scale, config.norm_topk_prob
+    shape = Shape(config.head_dim, config.rms_norm_eps, config.sliding_window, config.experts_per_token, normalize, scale)
     backend = backend_for(parts, config.hidden_size, shape, config.dtype)
     if backend is None:
         return _composed(config, layers, x, cache, slots, tables, rope, record=record)

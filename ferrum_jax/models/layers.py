@@ -102,8 +102,8 @@ class FeedForward(LayerModule):
         config = self.config
         with jax.named_scope("router"):
             logits = linear(x, self.stack("router"), layer)
-            normalise, scale = config.norm_topk_prob, config.expert_weights_scale
-            experts, weights = route(logits, slots >= 0, config.experts_per_token, normalise=normalise, scale=scale)
+            normalize, scale = config.norm_topk_prob, config.expert_weights_scale
+            experts, weights = route(logits, slots >= 0, config.experts_per_token, normalize=normalize, scale=scale)
             self.sow(ROUTING, "chosen", (experts, weights))
         with jax.named_scope("experts"):
             gate, up, down = (self.stack(f"expert_{name}") for name in ("gate", "up", "down"))

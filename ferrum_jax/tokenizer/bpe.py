@@ -2,7 +2,7 @@
 
 The merging is the `tokenizers` library's; here are the file's pre-tokenizer in front of it and the corners in which
 that library differs from llama.cpp: letters are those of Unicode 15.1, and bytes that have no token (some
-vocabularies leave out those that their training text did not hold) part their neighbours and yield nothing.
+vocabularies leave out those that their training text did not hold) part their neighbors and yield nothing.
 """
 
 import re
@@ -45,10 +45,10 @@ def splitter(pre: PreTokenizer) -> Any:
     """The library's form of a pre-tokenizer: words, their bytes written as letters."""
     from tokenizers import Regex, pre_tokenizers
 
-    behaviours = ["merged_with_previous" if pre.glue_first else "isolated"] + ["isolated"] * len(pre.patterns)
+    behaviors = ["merged_with_previous" if pre.glue_first else "isolated"] + ["isolated"] * len(pre.patterns)
     splits = [
-        pre_tokenizers.Split(Regex(_dated(pattern)), behaviour)
-        for pattern, behaviour in zip(pre.patterns, behaviours, strict=False)
+        pre_tokenizers.Split(Regex(_dated(pattern)), behavior)
+        for pattern, behavior in zip(pre.patterns, behaviors, strict=False)
     ]
     return pre_tokenizers.Sequence([*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 

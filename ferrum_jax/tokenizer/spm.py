@@ -1,4 +1,4 @@
-"""SentencePiece-style BPE ("llama"): of the neighbouring pairs that together are a token, the best scored is joined
+"""SentencePiece-style BPE ("llama"): of the neighboring pairs that together are a token, the best scored is joined
 first.
 
 Ties go to the leftmost pair. A heap holds the candidate pairs, so a word of n characters costs O(n log n). Characters

@@ -20,7 +20,7 @@ class Pieces(Protocol):
 
 
 class TextStream:
-    """Detokenises step by step; the pieces together are `Tokenizer.decode` of all ids.
+    """Detokenizes step by step; the pieces together are `Tokenizer.decode` of all ids.
 
     A character spread over tokens comes with its last byte; bytes that can be no character come as U+FFFD with the
     token that shows it. Control tokens add nothing (their names where `skip_special` is False). The space that a

@@ -1,7 +1,7 @@
 """`Tokenizer`: text to ids and back, from a GGUF file's metadata alone, with llama.cpp's ids.
 
 Special tokens are found in the raw text first, the longest first over the whole text; what is left between them goes
-to the BPE of the file. Nothing is normalised.
+to the BPE of the file. Nothing is normalized.
 """
 
 import functools

@@ -25,7 +25,7 @@ from ferrum_jax.weights import names
 from ferrum_jax.weights.files import open_regular, read_range
 from ferrum_jax.weights.huggingface import DECODER_NAMES
 from ferrum_jax.weights.json_file import read_object
-from ferrum_jax.weights.quantise import PLAIN, plain_numbers
+from ferrum_jax.weights.quantize import PLAIN, plain_numbers
 from ferrum_jax.weights.safetensors import parse_header
 from ferrum_jax.weights.source import ModelSource
 from ferrum_jax.weights.tensor_info import TensorInfo
@@ -36,7 +36,7 @@ PROJECTIONS = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up"
 _CONFIG, _TENSORS, _PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 _KNOWN = {"peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "bias", "init_lora_weights",
           "modules_to_save"}  # fmt: skip
-# Of training, of where the adapter came from, of initialisation alone, or said by the tensors themselves.
+# Of training, of where the adapter came from, of initialization alone, or said by the tensors themselves.
 _HARMLESS = {
     "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config", "exclude_modules",
     "fan_in_fan_out", "inference_mode", "layers_pattern", "layers_to_transform", "loftq_config", "lora_dropout",

@@ -218,7 +218,7 @@ def open_directory(path: Path, *, header_only: bool = False) -> HuggingFaceDirec
     header_only: files cut off behind their headers are taken too; reading a tensor raises ModelFileError.
 
     Raises ModelFileError for whatever is damaged, missing or inconsistent, UnsupportedModelError for a model class, a
-    feature, a dtype or a quantisation that is not supported, and for pickled weights.
+    feature, a dtype or a quantization that is not supported, and for pickled weights.
     """
     content = read_object(path / "config.json")
     if content is None:
@@ -294,7 +294,7 @@ def _merge(raw: dict[str, TensorInfo], found: dict[str, TensorInfo], expected: s
 
 
 def _scheme(path: Path, config: ConfigFile) -> Scheme | None:
-    """How matrices are packed: config.json says so, or a file of the quantiser's own."""
+    """How matrices are packed: config.json says so, or a file of the quantizer's own."""
     if config.quantization is not None:
         return scheme_of(config.quantization, f"{path / 'config.json'}: key quantization_config")
     for name in ("quantize_config.json", "quant_config.json"):
@@ -405,7 +405,7 @@ class _Layout:
                 raise self._error(info.name, "is not 0, 1, 2, ...: other positions are not supported")
 
     def _is_no_bias(self, stem: str, number: int, info: TensorInfo, packed: bool) -> bool:
-        """Whether this is a bias of zeros that a quantiser has added to a matrix that has none."""
+        """Whether this is a bias of zeros that a quantizer has added to a matrix that has none."""
         if not packed or (number == -1 and stem.rpartition(".")[2] in self.config.biases):
             return False
         if not self.directory._header_only and self.directory._raw(info).any():

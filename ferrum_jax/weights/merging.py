@@ -9,7 +9,7 @@ import numpy as np
 from ferrum_jax.errors import ModelFileError, UnsupportedModelError
 from ferrum_jax.weights.adapter import PROJECTIONS, read_adapter
 from ferrum_jax.weights.names import LAYER
-from ferrum_jax.weights.quantise import PLAIN, plain_numbers, stored_numbers
+from ferrum_jax.weights.quantize import PLAIN, plain_numbers, stored_numbers
 from ferrum_jax.weights.source import ModelSource
 from ferrum_jax.weights.stream import ROTATED, half_split_rows
 from ferrum_jax.weights.tensor_info import TensorInfo
@@ -21,7 +21,7 @@ _RUN = 1 << 22  # weights at a time
 class Merged(Wrapped):
     """The source `source` with the adapter in the directory `path` merged into it while it is read.
 
-    Raises what `read_adapter` raises, and UnsupportedModelError where a matrix is quantised already.
+    Raises what `read_adapter` raises, and UnsupportedModelError where a matrix is quantized already.
     """
 
     def __init__(self, source: ModelSource, path: str | Path) -> None:
@@ -36,7 +36,7 @@ class Merged(Wrapped):
                 raise ModelFileError(f"{source.path}: tensor {source.own_name(name)}: is missing")
             if info.format not in PLAIN:
                 raise UnsupportedModelError(
-                    f"{info.path}: tensor {source.own_name(name)}: is {info.format}, and merging an adapter would quantise it "
+                    f"{info.path}: tensor {source.own_name(name)}: is {info.format}, and merging an adapter would quantize it "
                     "twice; merge into a checkpoint in F32, F16 or BF16, or apply the adapter at run time"
                 )
             if source.interleaved and parameter in ROTATED:

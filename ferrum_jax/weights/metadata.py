@@ -71,7 +71,7 @@ def of_config(config: ModelConfig, where: str) -> dict[str, Typed]:
     if config.dense_layers:
         raise UnsupportedModelError(f"{where}: layers without experts among layers with them cannot be written as GGUF")
     if config.num_experts and not config.norm_topk_prob:
-        raise UnsupportedModelError(f"{where}: norm_topk_prob false cannot be written as GGUF: llama.cpp renormalises always")
+        raise UnsupportedModelError(f"{where}: norm_topk_prob false cannot be written as GGUF: llama.cpp renormalizes always")
     width = config.intermediate_size
     if config.architecture == "llama" and config.num_experts:
         width = config.expert_intermediate_size

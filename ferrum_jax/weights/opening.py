@@ -7,7 +7,7 @@ from pathlib import Path
 from ferrum_jax.errors import ModelFileError
 from ferrum_jax.weights.gguf import GGUFFile, open_gguf
 from ferrum_jax.weights.huggingface import HuggingFaceDirectory, open_directory
-from ferrum_jax.weights.quantise import Quantised, checked_format
+from ferrum_jax.weights.quantize import Quantized, checked_format
 from ferrum_jax.weights.source import MARKER, ModelSource
 from ferrum_jax.weights.tied import tie
 
@@ -18,7 +18,7 @@ def open_model(
     """Opens a .gguf file (any part of a split one) or a checkpoint directory and checks everything but tensor data.
 
     header_only: files cut off behind their headers are taken too; reading a tensor of one raises ModelFileError.
-    quantize: one of QUANTISATIONS ("q4_k"), the format that matrices which are not quantised yet get while they are read.
+    quantize: one of QUANTIZATIONS ("q4_k"), the format that matrices which are not quantized yet get while they are read.
     merge_adapter: directory of a LoRA adapter that is merged into them before.
 
     Raises ModelNotFoundError where nothing is there, ModelFileError for whatever is damaged, missing or inconsistent,
@@ -44,7 +44,7 @@ def open_model(
             from ferrum_jax.weights.merging import Merged
 
             source = Merged(source, merge_adapter)
-        return source if format is None else Quantised(source, format)
+        return source if format is None else Quantized(source, format)
     except BaseException:
         source.close()
         raise

@@ -29,7 +29,7 @@ SUFFIXES = frozenset(
         *("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx"),
     )
 )
-_AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # where in its word each of eight neighbouring columns lies
+_AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # where in its word each of eight neighboring columns lies
 _SCALES = {"F16": 2, "BF16": 2, "F32": 4}
 _CHUNK = 4 << 20  # weights unpacked at a time
 

@@ -24,7 +24,7 @@ from ferrum_jax.weights.block_scales import read_blocks
 from ferrum_jax.weights.gguf import GGUFFile
 from ferrum_jax.weights.names import Parameters, Path, kept_format, kind_of
 from ferrum_jax.weights.orbax import OrbaxCheckpoint
-from ferrum_jax.weights.quantise import Quantised
+from ferrum_jax.weights.quantize import Quantized
 from ferrum_jax.weights.source import ModelSource
 from ferrum_jax.weights.tensor_info import TensorInfo
 from ferrum_jax.weights.wrapped import innermost
@@ -158,7 +158,7 @@ class _Reader:
             place[...] = _plain_numbers(self.source.read(tensor), tensor.format)
             if not np.isfinite(place).all() or (path == ("rope_factors",) and (place < _LEAST_FACTOR).any()):
                 raise ModelFileError(f"{self.source.path}: tensor {tensor.name}: holds values that no model can have")
-        elif isinstance(innermost(self.source), GGUFFile) and not isinstance(self.source, Quantised):
+        elif isinstance(innermost(self.source), GGUFFile) and not isinstance(self.source, Quantized):
             read_blocks(self.source, tensor, place.reshape(-1).view(np.uint8))
         else:
             self.source.read_into(tensor, place.reshape(-1).view(np.uint8))
@@ -186,7 +186,7 @@ def _put_packed(planes: tuple[jax.Array, ...], parts: tuple[jax.Array, ...], i: 
 
 
 def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """An uninitialised array that starts at a multiple of `_ALIGNMENT`."""
+    """An uninitialized array that starts at a multiple of `_ALIGNMENT`."""
     size = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
     raw = np.empty(size + _ALIGNMENT, np.uint8)
     start = -raw.ctypes.data % _ALIGNMENT

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from ferrum_jax.weights.quantise import PLAIN, plain_numbers
+from ferrum_jax.weights.quantize import PLAIN, plain_numbers
 from ferrum_jax.weights.source import ModelSource
 from ferrum_jax.weights.tensor_info import TensorInfo
 

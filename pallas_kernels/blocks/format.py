@@ -127,7 +127,7 @@ def take_half(blocks: jax.Array, start: int) -> jax.Array:
 
 
 def two_groups(first: jax.Array, second: jax.Array) -> jax.Array:
-    """Scales [..., blocks, 1] of two neighbouring groups of 16 weights -> [..., blocks, 32], one for each weight.
+    """Scales [..., blocks, 1] of two neighboring groups of 16 weights -> [..., blocks, 32], one for each weight.
 
     A select on the lane vectorises; jnp.repeat makes an index computation for each weight of it.
     """

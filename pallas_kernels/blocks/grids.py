@@ -1,6 +1,6 @@
 """What the IQ1, IQ2 and IQ3 formats share: rows of a grid, signs, and their spreading over the weights.
 
-A row of a grid gives the magnitudes of 8 (IQ3: 4) neighbouring weights. It is stored as one integer of codes
+A row of a grid gives the magnitudes of 8 (IQ3: 4) neighboring weights. It is stored as one integer of codes
 (tables.py), so a gather fetches one number for 8 weights, and shifts do the rest.
 """
 

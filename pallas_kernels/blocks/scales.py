@@ -112,8 +112,8 @@ def _better(a: tuple[jax.Array, ...], b: tuple[jax.Array, ...]) -> tuple[jax.Arr
     return tuple(jnp.where(b[0] < a[0], new, old) for old, new in zip(a, b, strict=True))
 
 
-_NEIGHBOURS = (0.0, -1.0, 1.0)
-_PAIRS = tuple((i, j) for j in _NEIGHBOURS for i in _NEIGHBOURS)
+_NEIGHBORS = (0.0, -1.0, 1.0)
+_PAIRS = tuple((i, j) for j in _NEIGHBORS for i in _NEIGHBORS)
 
 
 # ---- one scale, codes around zero
@@ -164,7 +164,7 @@ def double(x: jax.Array, grid: Grid, low: int, high: int) -> tuple[jax.Array, ja
             k = jnp.clip(middle + step, low, high)
             return total(lambda y: jnp.square(y - s * k * grid.nearest(y * _inverse(s * k))), y), k
 
-        errors, k = _best(trial, _NEIGHBOURS)
+        errors, k = _best(trial, _NEIGHBORS)
         return jnp.sum(errors, 0), half, s, k
 
     def refit(best):

@@ -2,7 +2,7 @@
 
 All bytes are random; then the scale fields are overwritten so that the weights are finite, have about the wanted
 standard deviation and no mean: the sign of a block's scale stays random, and formats with an offset get the one that
-centres them. NumPy alone, about a gigabyte a second.
+centers them. NumPy alone, about a gigabyte a second.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _HALF_SCALE = {
 }
 _IQ1_M_RMS = 7.20
 _FP4_RMS = 5.85
-# The offset that centres the weights, in units of the scale, and the byte where it lies.
+# The offset that centers the weights, in units of the scale, and the byte where it lies.
 _OFFSET = {"Q4_1": (-7.5, 2), "Q5_1": (-15.5, 2), "Q2_K": (1.5, 82), "Q4_K": (7.5, 2), "Q5_K": (15.5, 2)}
 
 _E8M0 = np.ldexp(1.0, np.arange(255) - 128)  # half of the scale that the byte stands for, as the weights use it

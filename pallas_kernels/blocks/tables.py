@@ -1,6 +1,6 @@
 """Grids of the IQ1, IQ2 and IQ3 formats; written by tests/goldens/scripts/make_block_tables.py.
 
-A row of a grid is a uint16 (here little-endian, base64): the codes of 8 neighbouring weights, 2 bits each, or for IQ3
+A row of a grid is a uint16 (here little-endian, base64): the codes of 8 neighboring weights, 2 bits each, or for IQ3
 of 4 weights, 3 bits each, the first weight lowest. What a code stands for is said by the format that uses the grid.
 """
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from . import format_of
 from .layouts import LAYOUTS
-from .quantise import on_host
+from .quantize import on_host
 
 _TILE_BITS = 1 << 26  # that are apart at a time, a byte each
 

@@ -38,13 +38,13 @@ class Part(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """What all layers share. window, scales and normalise: as in paged_attention and routing."""
+    """What all layers share. window, scales and normalize: as in paged_attention and routing."""
 
     head_dim: int
     eps: float
     window: int = 0
     top_k: int = 0
-    normalise: bool = True
+    normalize: bool = True
     expert_scale: float = 1.0
 
 

@@ -1,6 +1,6 @@
 """Kernels in C++ for CPUs, called from inside compiled programs (XLA FFI): compressed weights are never written out unpacked.
 
-Activations are float32 in memory; inside a product they are quantised to int8 in blocks of 32 ("int8" arithmetic). A row's
+Activations are float32 in memory; inside a product they are quantized to int8 in blocks of 32 ("int8" arithmetic). A row's
 result depends neither on the other rows nor on the number of threads.
 """
 
@@ -70,7 +70,7 @@ def matmuls(x: jax.Array, matrices: Sequence[Matrix], target: dispatch.Target) -
 
 
 def matmuls_twice(x: jax.Array, matrices: Sequence[Matrix], target: dispatch.Target) -> list[jax.Array]:
-    """`matmuls` with what the quantisation of x leaves out quantised and multiplied as well: "int8x2"."""
+    """`matmuls` with what the quantization of x leaves out quantized and multiplied as well: "int8x2"."""
     return _call("ferrum_matmuls", [matrix.rows for matrix in matrices], matrices, "int8x2", x)
 
 
@@ -114,7 +114,7 @@ def decoder_layers(x, cache, slots, tables, rope, layers, shape, record) -> tupl
         eps=np.float32(shape.eps),
         scale=np.float32(shape.head_dim**-0.5),
         expert_scale=np.float32(shape.expert_scale),
-        normalise=shape.normalise,
+        normalize=shape.normalize,
     )
     pages, *scales = results[: len(kept)]
     return y, dataclasses.replace(cache, pages=pages, scales=scales[0] if scales else None), tuple(results[len(kept) :])

@@ -3,7 +3,7 @@
 Contract of `quantized_matmul(x, matrix)`:
 
 * `x` [m, k] float32, bfloat16 or float16: its dtype is the arithmetic. float32 means float32 (`Precision.HIGHEST`).
-  With `arithmetic` "int8" x is float32 and a backend may quantise it in blocks inside the product, with "int8x2" twice,
+  With `arithmetic` "int8" x is float32 and a backend may quantize it in blocks inside the product, with "int8x2" twice,
   the rest of the first time as well; others stay exact.
 * `matrix`: a `Matrix` [n, k] in any layout; its stack is never sliced into a copy.
 * result [m, n] float32. Row i depends on row i of x alone; on CPU bit for bit, whatever m is.

@@ -217,7 +217,7 @@ def _scales(operand: Operand, rows: jax.Array, unit: jax.Array, ahead: Sequence[
     first = unit * groups
     offset = 128 if packing.levels else packing.offset
 
-    def centred(scale: jax.Array) -> Pair:
+    def centered(scale: jax.Array) -> Pair:
         return how.stored_scale(scale), how.stored_offset(scale * jnp.float32(-offset))
 
     if packing.scale == "pairs":
@@ -225,18 +225,18 @@ def _scales(operand: Operand, rows: jax.Array, unit: jax.Array, ahead: Sequence[
         return [(how.stored_scale(_half(w)), how.stored_offset(_half(w >> 16))) for w in both]
     if packing.scale == "halves":
         words = operand.at(plane, rows, first + every)
-        return [centred(_half(w)) for w in (words, words >> 16)]
+        return [centered(_half(w)) for w in (words, words >> 16)]
     if packing.scale == "bytes":
         words = operand.at(plane, rows, first + every)
         d = _half(ahead[0])
-        return [centred(d * (_number(words, 8 * p) - 128)) for p in range(4)]
+        return [centered(d * (_number(words, 8 * p) - 128)) for p in range(4)]
     if packing.scale == "xs":
         low, high = (operand.words(plane, rows, 2 * unit + i, 1) for i in range(2))
         d, pairs = _half(high), []
         for i in range(2):
             group = (2 * operand.counts[groups] + i).astype(jnp.uint32)[None]
             integer = ((low >> (4 * group)) & 15) | (((high >> (16 + 2 * group)) & 3) << 4)
-            pairs.append(centred(d * (integer.astype(jnp.int32).astype(jnp.float32) - 32)))
+            pairs.append(centered(d * (integer.astype(jnp.int32).astype(jnp.float32) - 32)))
         return pairs
     if packing.scale == "powers":
         words = operand.at(plane, rows, first + every).astype(jnp.int32)

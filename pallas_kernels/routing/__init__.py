@@ -1,10 +1,10 @@
 """Which experts a token goes to: the top_k of a router's softmax and their weights.
 
-Contract of `route(logits, live, top_k, normalise, scale)`:
+Contract of `route(logits, live, top_k, normalize, scale)`:
 
 * `logits` float32 [tokens, E]; `live` bool [tokens], False for padding.
 * result: experts int32 [tokens, top_k] by falling probability, ties to the smaller id, the id E (nobody's) where the
-  token is padding; weights float32 [tokens, top_k]: `scale` times the probabilities, with `normalise` divided by their
+  token is padding; weights float32 [tokens, top_k]: `scale` times the probabilities, with `normalize` divided by their
   sum over the chosen ones (equal weights where that sum is zero).
 * derivative: of the weights with respect to the logits.
 """
@@ -22,27 +22,27 @@ BACKENDS = (dispatch.kernels("triton", __name__, "gpu"), dispatch.Backend("xla",
 
 
 def route(
-    logits: jax.Array, live: jax.Array, top_k: int, *, normalise: bool = True, scale: float = 1.0
+    logits: jax.Array, live: jax.Array, top_k: int, *, normalize: bool = True, scale: float = 1.0
 ) -> tuple[jax.Array, jax.Array]:
     """(experts int32, weights float32), both [tokens, top_k]. See the module's contract."""
     if logits.ndim != 2 or live.shape != logits.shape[:1] or not 0 < top_k <= logits.shape[1]:
         raise ValueError(f"route: logits {logits.shape}, live {live.shape} and top_k {top_k} do not fit")
-    return _route(logits, live, top_k, normalise, scale, dispatch.target())
+    return _route(logits, live, top_k, normalize, scale, dispatch.target())
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
-def _route(logits, live, top_k, normalise, scale, target):
+def _route(logits, live, top_k, normalize, scale, target):
     case = dispatch.Case("route", target, "F32", logits.dtype.name, shape=(*logits.shape, top_k))
-    return dispatch.choose(case, BACKENDS).route(logits, live, top_k, normalise, scale)
+    return dispatch.choose(case, BACKENDS).route(logits, live, top_k, normalize, scale)
 
 
-def _forward(logits, live, top_k, normalise, scale, target):
-    return _route(logits, live, top_k, normalise, scale, target), (logits, live)
+def _forward(logits, live, top_k, normalize, scale, target):
+    return _route(logits, live, top_k, normalize, scale, target), (logits, live)
 
 
-def _backward(top_k, normalise, scale, target, residuals, cotangents):
+def _backward(top_k, normalize, scale, target, residuals, cotangents):
     logits, live = residuals
-    _, back = jax.vjp(lambda logits: xla.route(logits, live, top_k, normalise, scale)[1], logits)
+    _, back = jax.vjp(lambda logits: xla.route(logits, live, top_k, normalize, scale)[1], logits)
     return back(cotangents[1])[0], None
 
 

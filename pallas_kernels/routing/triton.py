@@ -19,9 +19,9 @@ def refuses(case: Case) -> str | None:
     return None if case.shape[1] <= 1024 else f"{case.shape[1]} experts; 1,024 at most"
 
 
-@functools.partial(jax.jit, static_argnames=("top_k", "normalise", "scale", "interpret"), inline=True)
+@functools.partial(jax.jit, static_argnames=("top_k", "normalize", "scale", "interpret"), inline=True)
 def route(
-    logits: jax.Array, live: jax.Array, top_k: int, normalise: bool, scale: float, interpret: bool = False
+    logits: jax.Array, live: jax.Array, top_k: int, normalize: bool, scale: float, interpret: bool = False
 ) -> tuple[jax.Array, jax.Array]:
     """experts int32 and weights float32 [tokens, top_k]."""
     tokens, experts = logits.shape
@@ -39,7 +39,7 @@ def route(
             expert = jnp.min(jnp.where(left == best, lane, lanes))  # ties: the smaller id
             ids, weights = jnp.where(slot == i, expert, ids), jnp.where(slot == i, best, weights)
             left = jnp.where(lane == expert, -1.0, left)
-        if normalise:
+        if normalize:
             total = jnp.sum(weights)
             empty = total <= 0  # not where it is NaN, which has to be seen
             weights = jnp.where(empty, 1.0 / top_k, weights / jnp.where(empty, 1.0, total))

@@ -9,11 +9,11 @@ from jax import lax
 from pallas_kernels.reductions import row_max, row_sum
 
 
-def route(logits: jax.Array, live: jax.Array, top_k: int, normalise: bool, scale: float) -> tuple[jax.Array, jax.Array]:
+def route(logits: jax.Array, live: jax.Array, top_k: int, normalize: bool, scale: float) -> tuple[jax.Array, jax.Array]:
     """experts int32 and weights float32 [tokens, top_k]."""
     odds = jnp.exp(logits - row_max(logits))
     weights, experts = lax.top_k(odds / row_sum(odds), top_k)
-    if normalise:
+    if normalize:
         total = row_sum(weights)
         empty = total <= 0  # not where it is NaN, which has to be seen
         weights = jnp.where(empty, 1.0 / top_k, weights / jnp.where(empty, 1.0, total))

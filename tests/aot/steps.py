@@ -115,7 +115,7 @@ def shorten(header, layers: int) -> None:
 
 
 def launches(text: str) -> list[int]:
-    """Kernels launched by one pass of each loop body of an optimised GPU program that is run once a layer or period,
+    """Kernels launched by one pass of each loop body of an optimized GPU program that is run once a layer or period,
     inner loops counted once: the loops that the entry computation runs."""
     bodies = _computations(text)
 

@@ -51,7 +51,7 @@ def test_qwen3_30b_from_its_header(target="h200"):
     file = sum(tensor.nbytes for tensor in header.tensors.values())
     assert found.error == "" and found.fits and found.weights <= 1.05 * file
     assert found.kv == 8 * 8192 * 96 * 1024
-    # No dequantised layer (1.2 GB in 16 bits), no product of every expert (2 GiB), no copy of the cache (6 GiB).
+    # No dequantized layer (1.2 GB in 16 bits), no product of every expert (2 GiB), no copy of the cache (6 GiB).
     assert found.temporaries <= 512 << 20
     assert found.total == found.weights + found.kv + found.temporaries
     room = (found.limit - found.weights) // (8192 * 96 * 1024)

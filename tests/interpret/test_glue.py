@@ -15,18 +15,18 @@ HOPPER = dispatch.Target("gpu", "9.0")
 
 
 @pytest.mark.parametrize(("tokens", "experts", "top_k"), [(1, 128, 8), (33, 60, 4), (4, 8, 2), (3, 7, 3), (2, 1, 1)])
-@pytest.mark.parametrize("normalise", [True, False])
-def test_routing(tokens, experts, top_k, normalise):
+@pytest.mark.parametrize("normalize", [True, False])
+def test_routing(tokens, experts, top_k, normalize):
     """Against NumPy in float64; rounded logits make ties, which go to the smaller id."""
     rng = np.random.default_rng(tokens * experts)
     logits = (rng.standard_normal((tokens, experts)) * 2).round(1).astype(np.float32)
     live = np.arange(tokens) != 2
-    ids, weights = route_triton.route(jnp.asarray(logits), jnp.asarray(live), top_k, normalise, 1.5, interpret=True)
+    ids, weights = route_triton.route(jnp.asarray(logits), jnp.asarray(live), top_k, normalize, 1.5, interpret=True)
     odds = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
     odds /= odds.sum(axis=1, keepdims=True)
     expected = np.argsort(-logits, axis=1, kind="stable")[:, :top_k]
     chosen = np.take_along_axis(odds, expected, axis=1)
-    chosen = 1.5 * (chosen / chosen.sum(axis=1, keepdims=True) if normalise else chosen)
+    chosen = 1.5 * (chosen / chosen.sum(axis=1, keepdims=True) if normalize else chosen)
     assert np.array_equal(ids, np.where(live[:, None], expected, experts))
     assert np.abs(np.asarray(weights) - chosen).max() <= 1e-6
 

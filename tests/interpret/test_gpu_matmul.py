@@ -2,7 +2,7 @@
 
 The bound is that of the arithmetic (see gpu_tiles.py): a weight n * scale + offset is formed from a rounded scale and a
 rounded offset and rounded once more; products are summed in float32 in some order. In float16, which has no room below
-2^-14, each rounding also errs by up to 2^-25. Uninitialised memory is NaN in interpret mode, so every bound also says
+2^-14, each rounding also errs by up to 2^-25. Uninitialized memory is NaN in interpret mode, so every bound also says
 that the value was written.
 """
 

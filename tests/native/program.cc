@@ -80,12 +80,12 @@ struct Expected {
 
 constexpr double kUlp = 1.0 / (1 << 24);
 
-struct Quantised {
+struct Quantized {
   std::vector<double> q, scale;
 };
 
-Quantised quantise(const float* x, int64_t k) {
-  Quantised out{std::vector<double>(size_t(k)), std::vector<double>(size_t(k / 32))};
+Quantized quantize(const float* x, int64_t k) {
+  Quantized out{std::vector<double>(size_t(k)), std::vector<double>(size_t(k / 32))};
   for (int64_t b = 0; b < k / 32; ++b) {
     float top = 0;
     for (int j = 0; j < 32; ++j) top = std::fmax(top, std::fabs(x[32 * b + j]));
@@ -96,7 +96,7 @@ Quantised quantise(const float* x, int64_t k) {
 }
 
 Expected expected(const Weight* row, const float* x, int64_t k, bool int8) {
-  const Quantised q = int8 ? quantise(x, k) : Quantised{};
+  const Quantized q = int8 ? quantize(x, k) : Quantized{};
   double value = 0, size = 0, block_scaled = 0, block_offset = 0;
   for (int64_t j = 0; j < k; ++j) {
     const Weight w = row[j];
@@ -158,7 +158,7 @@ void test_products(const std::string& name, int64_t n, int64_t k) {
       const std::vector<float> y = multiply(1, how, x.data(), kRows, {w.matrix});
       if (first.empty()) {
         first = y;
-        for (int64_t r = 0; r < kRows; r += n > 33 ? 18 : 6)  // row 1 is below what is quantised
+        for (int64_t r = 0; r < kRows; r += n > 33 ? 18 : 6)  // row 1 is below what is quantized
           for (int64_t i = 0; i < n; ++i) {
             const Expected e = expected(weights.data() + i * k, x.data() + r * k, k, int8);
             const double error = std::fabs(e.value - double(y[size_t(r * n + i)]));

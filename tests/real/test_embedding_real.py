@@ -50,7 +50,7 @@ def test_sentences_that_mean_the_same_are_near(model) -> None:
     assert iron @ metal > 0.5 and iron @ pasta < 0.3
 
 
-def test_quantised(model, minilm_path) -> None:
+def test_quantized(model, minilm_path) -> None:
     small = fj.load(minilm_path, quantize="q8_0")
     assert small.memory()["parameters_total"] < 0.35 * model.memory()["parameters_total"]
     assert (small.embed(TEXTS) * model.embed(TEXTS)).sum(axis=1).min() >= 0.999

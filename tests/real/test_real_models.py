@@ -1,4 +1,4 @@
-"""Two real models against transformers in float32 on exactly dequantised weights.
+"""Two real models against transformers in float32 on exactly dequantized weights.
 
 SmolLM2-135M (arch llama, Q4_1) and Qwen2.5-Coder-0.5B (arch qwen2, mostly Q5_0). Goldens: tests/goldens/real, made by
 tests/goldens/scripts/make_model_goldens.py; token ids there are llama.cpp's.

@@ -26,7 +26,7 @@ from ferrum_jax.engine.pages import PagePool
 from ferrum_jax.sampling import Sampling
 from ferrum_jax.weights.adapter import read_adapter
 from ferrum_jax.weights.opening import open_model
-from ferrum_jax.weights.quantise import PLAIN, plain_numbers
+from ferrum_jax.weights.quantize import PLAIN, plain_numbers
 from pallas_kernels.blocks import unpack
 
 LLAMA = adapter_cases.LLAMA
@@ -181,28 +181,28 @@ def test_merged_into_gguf(dtype: str, folder: Folder, tmp_path: Path) -> None:
         check_logits(Adapted(beside, "it"), folder.golden(case), tiny_models.prompts(LLAMA.vocab))
 
 
-def test_merged_into_orbax_and_quantised_after_it(folder: Folder, tmp_path: Path) -> None:
+def test_merged_into_orbax_and_quantized_after_it(folder: Folder, tmp_path: Path) -> None:
     case = CASES["llama-all"]
     paths = {"merge_adapter": folder(case)}
     merged = convert(folder(LLAMA), tmp_path / "merged", to="orbax", **paths)
     check_logits(fj.load(merged, dtype="float32"), folder.golden(case), tiny_models.prompts(LLAMA.vocab))
     plain = convert(folder(LLAMA), tmp_path / "plain", to="orbax")
     from_orbax = convert(plain, tmp_path / "from_orbax.gguf", to="gguf", **paths)
-    quantised = [
+    quantized = [
         fj.load(source, dtype="float32", quantize="q8_0", **more).logits(PROMPTS)
         for source, more in ((folder(LLAMA), paths), (plain, paths), (merged, {}), (from_orbax, {}))
     ]
-    quantised.append(
+    quantized.append(
         fj.load(convert(plain, tmp_path / "q", to="orbax", quantize="q8_0", **paths), dtype="float32").logits(PROMPTS)
     )
-    for other in quantised[1:]:
-        assert all(np.array_equal(one, same) for one, same in zip(quantised[0], other, strict=True))
+    for other in quantized[1:]:
+        assert all(np.array_equal(one, same) for one, same in zip(quantized[0], other, strict=True))
     exact = fj.load(merged, dtype="float32").logits(PROMPTS)
-    error = np.concatenate(quantised[0]) - np.concatenate(exact)
+    error = np.concatenate(quantized[0]) - np.concatenate(exact)
     assert np.sqrt(np.mean(error**2)) <= 0.05 * np.concatenate(exact).std()
 
 
-def test_merging_into_quantised_matrices_is_refused(folder: Folder, tmp_path: Path) -> None:
+def test_merging_into_quantized_matrices_is_refused(folder: Folder, tmp_path: Path) -> None:
     case = CASES["llama-all"]
     file = convert(folder(LLAMA), tmp_path / "q.gguf", to="gguf", quantize="q8_0")
     with pytest.raises(
@@ -274,7 +274,7 @@ def test_beside_packed_matrices(folder: Folder, tmp_path: Path) -> None:
 
 def test_other_arithmetics_are_near(folder: Folder) -> None:
     """What rounding costs with an adapter is what it costs without one, within a factor of two, where the weights are
-    quantised, so that int8 has something to multiply."""
+    quantized, so that int8 has something to multiply."""
     adapters = {"it": folder(CASES["llama-all"])}
     exact, *others = (
         fj.load(folder(LLAMA), dtype=d, quantize="q8_0", adapters=adapters) for d in ("float32", "bfloat16", "int8")
@@ -490,7 +490,7 @@ def test_convert(folder: Folder, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert np.array_equal(found.logits(PROMPTS[:1])[0], want.logits(PROMPTS[:1])[0])
     capsys.readouterr()
     assert main(["convert", str(tmp_path / "out.gguf"), str(tmp_path / "more.gguf"), *flags]) == 2
-    assert "is Q8_0, and merging an adapter would quantise it twice" in capsys.readouterr().err
+    assert "is Q8_0, and merging an adapter would quantize it twice" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,7 @@ def test_result_is_complete_and_its_content_was_right(path):
         assert abs(result["kv_dtypes"]["content_check"]["difference_percent"]) <= 1e-3
     elif path.stem == "checkpoints":
         assert result["loading"]["content_check"]["equal"]
-        assert all(0 < row["content_check"]["rms_error"] < 0.1 for row in result["quantising"])
+        assert all(0 < row["content_check"]["rms_error"] < 0.1 for row in result["quantizing"])
     elif path.stem == "embedding":
         assert all(row["content_check"]["error"] <= 1e-5 for row in result["rows"])
     else:

@@ -1,4 +1,4 @@
-"""Block formats: bits equal to gguf-py's dequantisation, alone and inside larger programs; errors; synthetic blocks."""
+"""Block formats: bits equal to gguf-py's dequantization, alone and inside larger programs; errors; synthetic blocks."""
 
 from functools import cache
 

@@ -72,7 +72,7 @@ def test_an_error_shows_no_control_characters(tmp_path, capsys):
 LONG = Path("/home/someone/.cache/ferrum_jax/hub/owner--a-model-with-a-long-name/0123456789abcdef/a-model-Q4_K_M.gguf")
 
 
-def lines_without_colour(shown: str) -> list[str]:
+def lines_without_color(shown: str) -> list[str]:
     return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown).replace("\r", "").splitlines()
 
 
@@ -83,7 +83,7 @@ def test_info_in_a_terminal(tmp_path, columns, flags):
     folder.mkdir(parents=True)
     path = small_gguf(folder / "tiny.gguf", experts=8)
     code, shown = in_terminal(columns, "info", str(path), *flags)
-    lines = lines_without_colour(shown)
+    lines = lines_without_color(shown)
     assert code == 0
     assert lines[0].startswith("tiny: can be loaded")
     assert any(line.endswith(str(path)) for line in lines)

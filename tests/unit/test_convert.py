@@ -1,4 +1,4 @@
-"""Converted and quantised models: they load again as they were, are written whole or not at all, and refuse by name."""
+"""Converted and quantized models: they load again as they were, are written whole or not at all, and refuse by name."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from ferrum_jax.convert import convert
 from ferrum_jax.loading import check, validate
 from ferrum_jax.weights import stream
 from ferrum_jax.weights.opening import open_model
-from ferrum_jax.weights.quantise import QUANTISATIONS
+from ferrum_jax.weights.quantize import QUANTIZATIONS
 from pallas_kernels.blocks import unpack
 from pallas_kernels.dispatch import Target
 
@@ -36,7 +36,7 @@ def contents(path: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
         return {name: (info.format, info.shape, model.read(info).tobytes()) for name, info in model.tensors.items()}
 
 
-# ---- quantise at load
+# ---- quantize at load
 
 
 @pytest.mark.parametrize(
@@ -47,17 +47,17 @@ def contents(path: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
         ("iq4_nl", {"attn_q": "IQ4_NL", "ffn_down": "IQ4_NL", "token_embd": "IQ4_NL", "output": "Q6_K"}),
     ],
 )
-def test_quantise_at_load(original: Path, name: str, formats: dict[str, str]):
+def test_quantize_at_load(original: Path, name: str, formats: dict[str, str]):
     seen = []
     model = fj.load(original, dtype="float32", quantize=name, progress=lambda done, total, text: seen.append((done, total)))
     assert seen[-1][0] == seen[-1][1] and len(seen) > 10
     assert set(model.memory()["parameters"]) == set(formats.values()) | {"F32"}
-    with open_model(original, quantize=name) as quantised, open_model(original) as plain:
+    with open_model(original, quantize=name) as quantized, open_model(original) as plain:
         for tensor, format in formats.items():
-            info = next(info for key, info in quantised.tensors.items() if key.split(".")[-2] == tensor)
+            info = next(info for key, info in quantized.tensors.items() if key.split(".")[-2] == tensor)
             assert info.format == format
             exact = plain.read(plain.tensors[info.name]).view(np.float32)
-            made = np.asarray(unpack(quantised.read(info), format))
+            made = np.asarray(unpack(quantized.read(info), format))
             assert np.sqrt(np.mean((made - exact) ** 2)) <= 0.1 * exact.std(), tensor
     exact, made = (m.logits(IDS)[0] for m in (fj.load(original, dtype="float32"), model))
     assert np.sqrt(np.mean((made - exact) ** 2)) <= (0.05 if name == "Q8_0" else 0.5) * exact.std()
@@ -74,7 +74,7 @@ def test_tied_embeddings_are_the_output_and_narrow_rows_fall_back(tmp_path: Path
         assert model.tensors["token_embd.weight"].format == "Q6_K"
 
 
-def test_what_is_quantised_already_is_refused_but_for_its_own_format(tmp_path: Path):
+def test_what_is_quantized_already_is_refused_but_for_its_own_format(tmp_path: Path):
     path = write_tiny_llama(tmp_path / "q8.gguf", tensor_type="Q8_0", **WIDE)
     with pytest.raises(fj.UnsupportedModelError, match=r"q8\.gguf: tensor token_embd\.weight: is Q8_0 already and would lose"):
         fj.load(path, quantize="q4_k")
@@ -93,10 +93,10 @@ def test_bad_values_are_refused_by_name(tmp_path: Path):
             fj.load(path, quantize="q4_k")
 
 
-def test_names_of_quantisations(original: Path):
+def test_names_of_quantizations(original: Path):
     with pytest.raises(ValueError, match=r"quantize 'q4_k_m' is a mix of formats, which is not supported; 'q4_k' gives"):
         fj.load(original, quantize="q4_k_m")
-    with pytest.raises(ValueError, match=rf"quantize 'q9' is not supported; supported: {', '.join(QUANTISATIONS)}"):
+    with pytest.raises(ValueError, match=rf"quantize 'q9' is not supported; supported: {', '.join(QUANTIZATIONS)}"):
         fj.load("no such model", quantize="q9")
 
 
@@ -116,7 +116,7 @@ def test_gguf_to_gguf_keeps_every_tensor_and_key(tmp_path: Path):
     assert {tensor.data_offset % 64 for tensor in gguf.GGUFReader(out).tensors} == {0}
 
 
-def test_quantised_gguf_is_what_loading_quantised_gives(original: Path, tmp_path: Path):
+def test_quantized_gguf_is_what_loading_quantized_gives(original: Path, tmp_path: Path):
     out = convert(original, tmp_path / "q.gguf", to="gguf", quantize="q5_k")
     made, loaded = fj.load(out, dtype="float32"), fj.load(original, dtype="float32", quantize="q5_k")
     assert np.array_equal(made.logits(IDS)[0], loaded.logits(IDS)[0])

@@ -150,7 +150,7 @@ def test_experts_that_do_not_fit(change, said: str, tmp_path: Path) -> None:
     refused(path, said)
 
 
-# Quantisation
+# Quantization
 
 
 @pytest.mark.parametrize(
@@ -171,7 +171,7 @@ def test_experts_that_do_not_fit(change, said: str, tmp_path: Path) -> None:
         ({"quant_method": "compressed-tensors"}, "config_groups"),
     ],
 )
-def test_unknown_quantisation_is_named(keys: dict, said: str, tmp_path: Path) -> None:
+def test_unknown_quantization_is_named(keys: dict, said: str, tmp_path: Path) -> None:
     path = write(GPTQ, tmp_path / "gptq")
     edit(path / "config.json", lambda content: content["quantization_config"].update(keys))
     refused(path, rf"config\.json: key quantization_config: key {said}", UnsupportedModelError)
@@ -219,7 +219,7 @@ def test_packed_tensors_that_do_not_fit(suffix: str, value, said: str, tmp_path:
     refused(path, said)
 
 
-def test_a_bias_of_zeros_that_a_quantiser_added_is_left_out(tmp_path: Path) -> None:
+def test_a_bias_of_zeros_that_a_quantizer_added_is_left_out(tmp_path: Path) -> None:
     path = write(GPTQ, tmp_path / "gptq")
     name = f"{LAYER}self_attn.q_proj.bias"
     edit_tensors(path / "model.safetensors", lambda t: t.update({name: ("F16", (64,), bytes(128))}))

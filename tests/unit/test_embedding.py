@@ -112,16 +112,16 @@ def test_length_of_vectors(mean) -> None:
 
 
 @pytest.mark.parametrize("format", ["Q8_0", "Q4_0", "F16"])
-def test_quantised_file_stays_compressed(format: str, tmp_path: Path) -> None:
+def test_quantized_file_stays_compressed(format: str, tmp_path: Path) -> None:
     """Against the same values in F32."""
     model = fj.load(tiny_encoders.write_gguf(MEAN, tmp_path / "a.gguf", format))
-    plain = fj.load(tiny_encoders.write_gguf(MEAN, tmp_path / "b.gguf", format, dequantised=True))
+    plain = fj.load(tiny_encoders.write_gguf(MEAN, tmp_path / "b.gguf", format, dequantized=True))
     sizes, whole = model.memory()["parameters"], plain.memory()["parameters"]
     assert sizes[format] < 0.6 * whole["F32"] and set(whole) == {"F32"}
     assert np.abs(quiet(model, TEXTS) - quiet(plain, TEXTS)).max() <= BOUND
 
 
-def test_quantised_while_loading(tmp_path: Path) -> None:
+def test_quantized_while_loading(tmp_path: Path) -> None:
     tiny_encoders.write_directory(MEAN, tmp_path / "model")
     model = fj.load(tmp_path / "model", quantize="q8_0")
     places = model.params["positions"].format, model.params["types"].format, model.params["embedding"].format

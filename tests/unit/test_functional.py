@@ -268,7 +268,7 @@ def decode_arguments():
 
 
 def test_the_step_survives_export(tmp_path):
-    """Serialised, read by another process, donated again: the same bits."""
+    """Serialized, read by another process, donated again: the same bits."""
     from jax import export
 
     step = jax.jit(functools.partial(F.forward, config=MOE), donate_argnums=1)

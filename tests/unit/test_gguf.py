@@ -235,8 +235,8 @@ def test_type_table_agrees_with_gguf_py() -> None:
     assert {tuple(ggml_type) for ggml_type in ggml_types.TYPES} >= theirs
     known_to_gguf_py = {kind.value for kind in GGMLQuantizationType}
     assert {tuple(t) for t in ggml_types.TYPES if t.type_id in known_to_gguf_py} == theirs
-    can_dequantise = {kind.name for kind in gguf.quants._type_traits} | {"F32", "F16"}
-    assert {t.name for t in ggml_types.TYPES if t.holds_weights} == can_dequantise
+    can_dequantize = {kind.name for kind in gguf.quants._type_traits} | {"F32", "F16"}
+    assert {t.name for t in ggml_types.TYPES if t.holds_weights} == can_dequantize
 
 
 def test_type_table_agrees_with_the_kernels() -> None:

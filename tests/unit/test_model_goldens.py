@@ -1,7 +1,7 @@
 """Tiny models of every architecture against transformers in float32.
 
 The numbers in tests/goldens/models were made by code that shares nothing with this package (see the script beside it).
-Each case is loaded and compiled once; its file is rebuilt from a seed, or committed where llama.cpp quantised it.
+Each case is loaded and compiled once; its file is rebuilt from a seed, or committed where llama.cpp quantized it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def loaded(request, tmp_path_factory):
     case = request.param
     with np.load(golden_cases.HERE / f"{case.name}.npz") as file:
         golden = dict(file)
-    if case.quantised:
+    if case.quantized:
         path = golden_cases.HERE / f"{case.name}.gguf"
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
     else:

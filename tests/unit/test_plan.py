@@ -438,7 +438,7 @@ def test_load_refuses_before_it_allocates(path, monkeypatch, capsys):
     text = str(caught.value)
     for part in ("weights ", "KV cache 256.0 KiB for one row of 1,024 tokens (float16)", "48.8 KiB free of 293.0 KiB"):
         assert part in text
-    assert "--kv-dtype" in text and "ferrum-jax plan" in text and "quantisation" in text
+    assert "--kv-dtype" in text and "ferrum-jax plan" in text and "quantization" in text
     assert isinstance(caught.value, fj.FerrumError) and isinstance(caught.value, MemoryError)
     assert main(["run", str(path), "--prompt", "a"]) == 2
     err = capsys.readouterr().err

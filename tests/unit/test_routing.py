@@ -79,8 +79,8 @@ def test_routing_is_that_of_transformers(folder, name):
     assert (found.ids.dtype, found.weights.dtype) == (np.int32, np.float32)
     assert (found.ids == ids).all()
     assert np.abs(found.weights - weights).max() <= 1e-4
-    normalised = np.abs(found.weights.sum(axis=-1) - 1).max() <= 1e-6
-    assert normalised == (name != "qwen3moe-mixed-bf16")
+    normalized = np.abs(found.weights.sum(axis=-1) - 1).max() <= 1e-6
+    assert normalized == (name != "qwen3moe-mixed-bf16")
 
 
 def test_a_token_does_not_see_what_follows(model):
@@ -140,7 +140,7 @@ def test_inside_a_program_of_ones_own(config):
 @pytest.mark.skipif(build._compiler() is None, reason="there is no C++ compiler here; plain XLA serves")
 @pytest.mark.parametrize("kv", ["float32", "int8"])
 def test_all_layers_in_one_call_record_too(monkeypatch, kv):
-    """Both quantise activations, so a weight may differ a little, and who is chosen in a near tie."""
+    """Both quantize activations, so a weight may differ a little, and who is chosen in a near tie."""
     from ferrum_jax.models import decoder
 
     batch, params = batch_of(TOKENS), params_of(NATIVE)

@@ -83,7 +83,7 @@ def test_a_wrong_parameter_is_refused_by_name(field, value):
         SamplingParams(**{field: value})
 
 
-def test_parameters_are_normalised():
+def test_parameters_are_normalized():
     p = SamplingParams(top_k=-1, stop="end", seed=2**32 + 5, temperature=1, max_tokens=np.int64(3), min_p=np.float32(0.5))
     assert (p.top_k, p.stop, p.seed, p.temperature, p.max_tokens, p.min_p) == (0, ("end",), 5, 1.0, 3, 0.5)
     assert type(p.temperature) is float and type(p.max_tokens) is int and type(p.min_p) is float
@@ -337,7 +337,7 @@ def test_frequencies(params):
     statistic = np.sum((counts - expected)[kept] ** 2 / expected[kept])
     freedom = len(kept) - 1
     assert abs(statistic - freedom) <= 5 * np.sqrt(2 * freedom), statistic
-    # Neighbouring positions are independent: so are their pairs' frequencies.
+    # Neighboring positions are independent: so are their pairs' frequencies.
     best = np.argmax(counts)
     share = counts[best] / 100_000
     pairs = np.mean((tokens[1:] == best) & (tokens[:-1] == best))

@@ -73,7 +73,7 @@ def test_sentencepiece_round_trip() -> None:
             assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-def test_no_normalisation() -> None:
+def test_no_normalization() -> None:
     tokenizer = bpe("qwen2")
     for text in ("e\u0301", "\u212b", "\ufb01", "\u1e9b\u0323"):
         assert tokenizer.decode(tokenizer.encode(text)) == text

@@ -246,7 +246,7 @@ def test_the_package_reads_what_was_trained(tmp_path, tokenizer, format):
     """Ids and float32 logits of the directory, and a file that loads and generates."""
     params, stories = model.init(SMALL, 0), ["An old fox.", "Hugo, 12 years!"]
     export.write_directory(tmp_path / "float32", SMALL, params, tokenizer)
-    export.write_quantised(tmp_path / "float32", tmp_path / "m.gguf", format)
+    export.write_quantized(tmp_path / "float32", tmp_path / "m.gguf", format)
     train.check(tmp_path / "m.gguf", params, SMALL, tmp_path / "float32", tokenizer, stories)
     loaded = fj.load(tmp_path / "m.gguf", dtype="float32")
     assert len(loaded.generate(["An"], fj.SamplingParams(max_tokens=4, ignore_eos=True))[0].token_ids) == 4

@@ -47,7 +47,7 @@ def write_tiny_llama(
 ) -> Path:
     """Writes a complete random model of arch `llama` and returns `path` (of a split model: its first part).
 
-    Matrices are quantised by gguf-py to `tensor_type` (F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0), vectors are F32.
+    Matrices are quantized by gguf-py to `tensor_type` (F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0), vectors are F32.
     `metadata` replaces, adds or (None) drops entries: a value, or (value, GGUFValueType). `tensors` does so with
     tensors, given as float32 arrays of shape [rows, columns] or [length].
     """

@@ -61,7 +61,7 @@ struct Tiles {
   static constexpr int parts = has_parts(T) ? 2 : 1;
   using Dots = int32_t[parts][kPanel][kPanel];
 
-  template <int Even>  // neighbouring groups take tiles of their own, so that they do not wait for each other
+  template <int Even>  // neighboring groups take tiles of their own, so that they do not wait for each other
   FERRUM_INLINE static void multiply(const Decoded& w, const PanelGroup& x, int b, Dots& dots) {
     const uint8_t* a = w.q[b][0];
     tile_product<Even, 2 + 2 * Even, 3 + 2 * Even>(a, 32, x.q[8 * place(b)], dots[0]);
@@ -119,7 +119,7 @@ void tile_panels(const Rows& w, const PanelGroup* x, int64_t m, Output y) {
 
 void panels(const Rows& w, const PanelGroup* x, int64_t m, Output y) {
   switch (w.format->type) {
-    FERRUM_QUANTISED(tile_panels, w, x, m, y)
+    FERRUM_QUANTIZED(tile_panels, w, x, m, y)
     default: break;
   }
   asm volatile("tilerelease" ::: "memory");

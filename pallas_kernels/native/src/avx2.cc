@@ -22,14 +22,14 @@ namespace {
 
 void dots(const Rows& w, const Group* const* x, int64_t m, Output y) {
   switch (w.format->type) {
-    FERRUM_QUANTISED(dots_of, w, x, m, y)
+    FERRUM_QUANTIZED(dots_of, w, x, m, y)
     default: break;
   }
 }
 
 void float_dots(const Rows& w, const float* const* x, int64_t m, Output y) {
   switch (w.format->type) {
-    FERRUM_QUANTISED(float_dots_of, w, x, m, y)
+    FERRUM_QUANTIZED(float_dots_of, w, x, m, y)
     FERRUM_CASE(F16, float_dots_of, w, x, m, y)
     FERRUM_CASE(BF16, float_dots_of, w, x, m, y)
     FERRUM_CASE(F32, float_dots_of, w, x, m, y)
@@ -38,7 +38,7 @@ void float_dots(const Rows& w, const float* const* x, int64_t m, Output y) {
 
 }  // namespace
 
-const Isa avx2 = {"avx2", quantise_row, rest_of_row, pack_panel, dots, nullptr, float_dots, FERRUM_BESIDE};
+const Isa avx2 = {"avx2", quantize_row, rest_of_row, pack_panel, dots, nullptr, float_dots, FERRUM_BESIDE};
 
 }  // namespace ferrum
 

@@ -23,7 +23,7 @@ FERRUM_INLINE F twice(const float* p) { return _mm512_broadcast_f32x8(_mm256_loa
 
 }  // namespace
 
-void avx512_quantise(const float* x, int64_t k, Group* out) {
+void avx512_quantize(const float* x, int64_t k, Group* out) {
   const int64_t groups = groups_of(k);
   bool finite = true;
   const V magnitude = _mm512_set1_epi32(0x7fffffff);
@@ -136,7 +136,7 @@ void dots_of_type(const Rows& w, const Group* const* x, int64_t m, Output y) {
 
 void avx512_dots(const Rows& w, const Group* const* x, int64_t m, Output y) {
   switch (w.format->type) {
-    FERRUM_QUANTISED(dots_of_type, w, x, m, y)
+    FERRUM_QUANTIZED(dots_of_type, w, x, m, y)
     default: break;
   }
 }

@@ -65,14 +65,14 @@ void broadcast_panels(const Rows& w, const PanelGroup* x, int64_t m, Output y) {
 
 void panels(const Rows& w, const PanelGroup* x, int64_t m, Output y) {
   switch (w.format->type) {
-    FERRUM_QUANTISED(broadcast_panels, w, x, m, y)
+    FERRUM_QUANTIZED(broadcast_panels, w, x, m, y)
     default: break;
   }
 }
 
 void float_dots(const Rows& w, const float* const* x, int64_t m, Output y) {
   switch (w.format->type) {
-    FERRUM_QUANTISED(float_dots_of, w, x, m, y)
+    FERRUM_QUANTIZED(float_dots_of, w, x, m, y)
     FERRUM_CASE(F16, float_dots_of, w, x, m, y)
     FERRUM_CASE(BF16, float_dots_of, w, x, m, y)
     FERRUM_CASE(F32, float_dots_of, w, x, m, y)
@@ -81,7 +81,7 @@ void float_dots(const Rows& w, const float* const* x, int64_t m, Output y) {
 
 }  // namespace
 
-const Isa avx512_vnni = {"avx512_vnni", avx512_quantise, rest_of_row, pack_panel, avx512_dots, panels, float_dots, FERRUM_BESIDE};
+const Isa avx512_vnni = {"avx512_vnni", avx512_quantize, rest_of_row, pack_panel, avx512_dots, panels, float_dots, FERRUM_BESIDE};
 
 }  // namespace ferrum
 

@@ -204,7 +204,7 @@ XLA_FFI_Error* layers(const Call& call) {
   const auto top_k = check.attribute<int64_t>("top_k"), window = check.attribute<int64_t>("window");
   const auto eps = check.attribute<float>("eps"), scale = check.attribute<float>("scale");
   const auto expert_scale = check.attribute<float>("expert_scale");
-  const auto normalise = check.attribute<bool>("normalise");
+  const auto normalize = check.attribute<bool>("normalize");
   ferrum::KvCache store{};
   check.require(find_kv_type(check.attribute<std::string_view>("kv_dtype"), store.type), "no kernels for this dtype of the KV cache");
   check.require(pages.axes() == 5 && size % (2 * kRoles) == 0, "operands do not fit");
@@ -300,7 +300,7 @@ XLA_FFI_Error* layers(const Call& call) {
   }
   check.require(routers == wanted, "there are fewer routers than are recorded");
   if (check.failed()) return check.error();
-  const ferrum::Shape shape{hidden, heads, window, top_k, eps, scale, expert_scale, normalise};
+  const ferrum::Shape shape{hidden, heads, window, top_k, eps, scale, expert_scale, normalize};
   std::memcpy(y.floats(), x.floats(), size_t(tokens * hidden) * sizeof(float));
   return with_pool(call, [&](ferrum::Pool& pool) { ferrum::decoder_layers(pool, shape, batch, all.data(), caches.data(), count, y.floats()); });
 }

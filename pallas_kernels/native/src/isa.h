@@ -16,7 +16,7 @@ constexpr int kBlocks = 8;
 inline constexpr int place(int block) { return 2 * (block & 3) + (block >> 2); }
 inline int64_t groups_of(int64_t k) { return (k + kGroup - 1) / kGroup; }
 
-// A group of one quantised row. half_sum is of 16 values each: half h of block b at 8 (b / 4) + 4 h + b % 4.
+// A group of one quantized row. half_sum is of 16 values each: half h of block b at 8 (b / 4) + 4 h + b % 4.
 struct alignas(64) Group {
   int8_t q[kGroup];
   float scale[kBlocks];
@@ -25,7 +25,7 @@ struct alignas(64) Group {
   int32_t half_sum[2 * kBlocks];
 };
 
-// The same group of 16 rows, for many rows at once: row r in lane r, four neighbouring values in each 32-bit word.
+// The same group of 16 rows, for many rows at once: row r in lane r, four neighboring values in each 32-bit word.
 constexpr int kPanel = 16;
 struct alignas(64) PanelGroup {
   int8_t q[kGroup / 4][kPanel][4];
@@ -64,12 +64,12 @@ struct Attending {
 struct Isa {
   const char* name;
   // k floats to groups_of(k) groups.
-  void (*quantise)(const float* x, int64_t k, Group* out);
-  // What quantisation leaves out of x.
+  void (*quantize)(const float* x, int64_t k, Group* out);
+  // What quantization leaves out of x.
   void (*rest)(const float* x, int64_t k, const Group* groups, float* out);
   // 16 rows as a panel; rows from `count` on are zero.
   void (*pack)(const Group* const* rows, int64_t count, int64_t groups, PanelGroup* out);
-  // The matrix's rows times m rows of quantised activations.
+  // The matrix's rows times m rows of quantized activations.
   void (*dots)(const Rows& w, const Group* const* x, int64_t m, Output y);
   // The same for the first m rows of panels, `x + p * groups` each. nullptr: dots serves.
   void (*panels)(const Rows& w, const PanelGroup* x, int64_t m, Output y);
@@ -99,7 +99,7 @@ extern const Isa portable;
 extern const Isa avx2;
 extern const Isa avx512_vnni;
 const Isa& amx();
-void avx512_quantise(const float* x, int64_t k, Group* out);  // avx512_few.cc's part of avx512_vnni
+void avx512_quantize(const float* x, int64_t k, Group* out);  // avx512_few.cc's part of avx512_vnni
 void avx512_dots(const Rows& w, const Group* const* x, int64_t m, Output y);
 bool has_avx2();
 bool has_avx512_vnni();

@@ -1,7 +1,7 @@
 // Compressed matmul on CPU: what the kernels take and give. No XLA types here; ffi.cc is the only file that knows XLA.
 //
 // One arithmetic serves every instruction set, any number of rows and of threads, so that a row's result has the same
-// bits everywhere. "int8": a row of activations is quantised in blocks of 32 (int8 values, a float32 scale). The dot
+// bits everywhere. "int8": a row of activations is quantized in blocks of 32 (int8 values, a float32 scale). The dot
 // product of two blocks is an exact integer; blocks are then summed in float32 in eight lanes, block b in lane b % 8,
 // in ascending order, each by
 //
@@ -48,7 +48,7 @@ class Pool {
   virtual void parallel_for(int64_t count, void (*fn)(void*, int64_t), void* arg) = 0;
 };
 
-// int8x2 is for matmuls alone: what the quantisation of a row leaves out is quantised as a second row, and the two results
+// int8x2 is for matmuls alone: what the quantization of a row leaves out is quantized as a second row, and the two results
 // are added, so activations keep about 15 bits.
 enum class Arithmetic { int8, int8x2, float32 };
 
@@ -95,7 +95,7 @@ struct Batch {
 struct Shape {
   int64_t hidden, heads, window, top_k;
   float eps, scale, expert_scale;
-  bool normalise;
+  bool normalize;
 };
 
 // The weights of one layer; what it does not have is nullptr, or a matrix without blocks. With a router the feed-forward

@@ -242,7 +242,7 @@ class Step {
       odds[best] = -1;
     }
     for (int64_t i = 0; i < shape_.top_k; ++i) {
-      if (shape_.normalise) weights[i] = total > 0 || total != total ? weights[i] / total : 1.0f / float(shape_.top_k);
+      if (shape_.normalize) weights[i] = total > 0 || total != total ? weights[i] / total : 1.0f / float(shape_.top_k);
       weights[i] *= shape_.expert_scale;
     }
   }

@@ -48,7 +48,7 @@ class Activations {
 
   // Writes one row's forms to `to`, row_bytes() long.
   void convert(const float* x, uint8_t* to) const {
-    if (groups_) isa_.quantise(x, k_, reinterpret_cast<Group*>(to));
+    if (groups_) isa_.quantize(x, k_, reinterpret_cast<Group*>(to));
     if (floats_) {
       float* out = reinterpret_cast<float*>(to + size_t(groups_) * sizeof(Group));
       bool finite = true;
@@ -98,7 +98,7 @@ inline void multiply(const Isa& isa, bool floats, const Rows& w, const Operand& 
 }
 
 // Rows of activations, converted on the threads of the pool, as an operand that lives in the scratch memory of this thread.
-// row(r) is row r as floats; twice: as m rows more, what the quantisation of each leaves out.
+// row(r) is row r as floats; twice: as m rows more, what the quantization of each leaves out.
 template <typename Source>
 Operand prepare(Pool& pool, const Isa& isa, const Activations& form, int64_t m, bool twice, bool alone, Source&& row) {
   const int64_t k = form.columns(), total = twice && form.groups() ? 2 * m : m;

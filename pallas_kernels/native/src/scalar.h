@@ -246,7 +246,7 @@ inline void poison(Group* out, int64_t groups) {
   }
 }
 
-inline void quantise_row(const float* x, int64_t k, Group* out) {
+inline void quantize_row(const float* x, int64_t k, Group* out) {
   const int64_t groups = groups_of(k);
   bool finite = true;
   for (int64_t g = 0; g < groups; ++g) {
@@ -347,12 +347,12 @@ inline void dots_of(const Rows& w, const Group* const* x, int64_t m, Output y) {
 }  // namespace
 }  // namespace ferrum
 
-// switch over the type of quantised (or all) formats: CALL is a template name, the rest its arguments.
+// switch over the type of quantized (or all) formats: CALL is a template name, the rest its arguments.
 #define FERRUM_CASE(T, CALL, ...) \
   case Type::T:                   \
     CALL<Type::T>(__VA_ARGS__);   \
     break;
-#define FERRUM_QUANTISED(CALL, ...)      \
+#define FERRUM_QUANTIZED(CALL, ...)      \
   FERRUM_CASE(Q4_0, CALL, __VA_ARGS__)   \
   FERRUM_CASE(Q4_1, CALL, __VA_ARGS__)   \
   FERRUM_CASE(Q5_0, CALL, __VA_ARGS__)   \

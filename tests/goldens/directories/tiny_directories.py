@@ -30,7 +30,7 @@ MODEL_TYPES = {
     "Qwen3ForCausalLM": "qwen3",
     "Qwen3MoeForCausalLM": "qwen3_moe",
 }
-AWQ_PACKS = (0, 2, 4, 6, 1, 3, 5, 7)  # which of eight neighbouring columns is in the lowest, second, ... four bits
+AWQ_PACKS = (0, 2, 4, 6, 1, 3, 5, 7)  # which of eight neighboring columns is in the lowest, second, ... four bits
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def config_json(s: Spec) -> dict[str, Any]:
 
 
 def quantization(p: Packing) -> dict[str, Any]:
-    """What a quantiser writes about its packing."""
+    """What a quantizer writes about its packing."""
     if p.method == "compressed-tensors":
         group = {"group_size": p.group_size, "strategy": "group"} if p.group_size > 0 else {"strategy": "channel"}
         weights = {"num_bits": p.bits, "type": "int", "symmetric": p.symmetric, "dynamic": False} | group
@@ -126,7 +126,7 @@ def quantization(p: Packing) -> dict[str, Any]:
 
 
 def matrices(s: Spec) -> Iterator[tuple[str, tuple[int, int], float]]:
-    """The matrices of the layers that a quantiser packs: module, shape, standard deviation."""
+    """The matrices of the layers that a quantizer packs: module, shape, standard deviation."""
     h, root = s.hidden, 1 / math.sqrt(s.hidden)
     for n in range(s.layers):
         b = f"model.layers.{n}."

@@ -179,10 +179,10 @@ def tokenizer_json(s: Spec) -> dict[str, Any]:
 
 
 def write_gguf(
-    s: Spec, path: Path, format: str = "", metadata: dict[str, Any] | None = None, dequantised: bool = False
+    s: Spec, path: Path, format: str = "", metadata: dict[str, Any] | None = None, dequantized: bool = False
 ) -> Path:
     """The same model as llama.cpp's converter writes it, matrices of layers in `format` (the directory's dtype by default).
-    metadata: replaces keys (None drops one). dequantised: in F32, with the values of that format."""
+    metadata: replaces keys (None drops one). dequantized: in F32, with the values of that format."""
     format = format or s.dtype
     writer = gguf.GGUFWriter(path, "bert")
     tokens = vocabulary(s)
@@ -217,7 +217,7 @@ def write_gguf(
         small = values.ndim == 1 or name in ("position_embd.weight", "token_types.weight")
         kind = gguf.GGMLQuantizationType["F32" if small else format if values.shape[-1] % 32 == 0 else s.dtype]
         stored = gguf.quants.quantize(_rounded(values, s.dtype), kind)
-        if dequantised:
+        if dequantized:
             stored, kind = gguf.quants.dequantize(stored, kind).astype(np.float32), gguf.GGMLQuantizationType.F32
         writer.add_tensor(name, stored, raw_dtype=kind)
     writer.write_header_to_file()

@@ -1,7 +1,7 @@
 """The committed cases: which tiny models there are, and which of their numbers are kept.
 
-Files are rebuilt from their `Spec` when the tests run; those that llama.cpp quantised are committed, because no Python
-quantiser makes K-quants. Each case has `<name>.npz` beside this file, made by scripts/make_model_goldens.py.
+Files are rebuilt from their `Spec` when the tests run; those that llama.cpp quantized are committed, because no Python
+quantizer makes K-quants. Each case has `<name>.npz` beside this file, made by scripts/make_model_goldens.py.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ NEW_TOKENS = 24
 
 @dataclass(frozen=True)
 class Case:
-    """`quantised`: llama.cpp's name of the mix in the committed file; `gradient`: has a golden of gradients too."""
+    """`quantized`: llama.cpp's name of the mix in the committed file; `gradient`: has a golden of gradients too."""
 
     spec: Spec
-    quantised: str = ""
+    quantized: str = ""
     gradient: bool = False
 
     @property

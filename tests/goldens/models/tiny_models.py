@@ -2,7 +2,7 @@
 
 A file is a function of its `Spec` alone: weights come from the raw 64-bit stream of PCG64 (which NumPy keeps stable) by
 integer sums and correctly rounded float32 operations, each tensor from a stream of its own. Formats that gguf-py can
-quantise are quantised by it; the others are random valid blocks whose float16 scales give the wanted spread. So a test
+quantize are quantized by it; the others are random valid blocks whose float16 scales give the wanted spread. So a test
 needs only NumPy and gguf, and its golden numbers are tied to the file by `digest`.
 
 The numbers are chosen so that mistakes show: head_dim is not hidden / heads, norm weights and biases are far from 1 and
@@ -22,7 +22,7 @@ import gguf
 import numpy as np
 
 # Formats made of random blocks: byte offset of the float16 scale, spread of the weights when that scale is 1, byte
-# offset of the float16 minimum and the multiple of the scale that centres the weights, whether scales may be negative.
+# offset of the float16 minimum and the multiple of the scale that centers the weights, whether scales may be negative.
 RANDOM_BLOCKS = {
     "Q2_K": (80, 13.8, 82, 1.5, False),
     "Q3_K": (108, 43.3, None, 0.0, True),

@@ -1,6 +1,6 @@
 """Write pallas_kernels/blocks/tables.py: the grids of the IQ1, IQ2 and IQ3 formats, as gguf-py holds them.
 
-A grid row lists the 8 (IQ3: 4) magnitudes of neighbouring weights. Each magnitude is one of a few levels, so a row is
+A grid row lists the 8 (IQ3: 4) magnitudes of neighboring weights. Each magnitude is one of a few levels, so a row is
 8 codes of 2 bits (IQ3: 4 of 3), first weight lowest: one uint16. Run it from the repository's root.
 """
 
@@ -13,7 +13,7 @@ import numpy as np
 GRIDS = ("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ1_S")
 HEADER = '''"""Grids of the IQ1, IQ2 and IQ3 formats; written by tests/goldens/scripts/make_block_tables.py.
 
-A row of a grid is a uint16 (here little-endian, base64): the codes of 8 neighbouring weights, 2 bits each, or for IQ3
+A row of a grid is a uint16 (here little-endian, base64): the codes of 8 neighboring weights, 2 bits each, or for IQ3
 of 4 weights, 3 bits each, the first weight lowest. What a code stands for is said by the format that uses the grid.
 """
 

@@ -1,6 +1,6 @@
 """Golden logits and greedy tokens of the tiny models and of two real ones, from transformers.
 
-The reference is transformers in float32 with eager attention on weights that gguf-py dequantised exactly. Of this
+The reference is transformers in float32 with eager attention on weights that gguf-py dequantized exactly. Of this
 project it uses only the generator of the tiny files, so that its numbers are answers our code did not make. Run
 `python make_model_goldens.py --help`; torch and transformers are needed here and nowhere in the tests.
 """
@@ -205,10 +205,10 @@ def make_tiny(scratch: Path, quantizer: str | None) -> None:
     for case in cases.CASES:
         path = scratch / f"{case.name}.gguf"
         digest = tiny_models.write(case.spec, path)
-        if case.quantised:
+        if case.quantized:
             kept = cases.HERE / f"{case.name}.gguf"
             if quantizer:
-                subprocess.run([*quantizer.split(), str(path), str(kept), case.quantised], check=True)
+                subprocess.run([*quantizer.split(), str(path), str(kept), case.quantized], check=True)
             path, digest = kept, hashlib.sha256(kept.read_bytes()).hexdigest()
         rope = llama3_rope(case.spec)
         arrays = golden(build(path, rope), case.spec.vocab)
@@ -223,7 +223,7 @@ def plant(scratch: Path) -> None:
     """Print how far mistakes planted in the reference move the logits: the tests' bounds must lie well below."""
     for case in cases.CASES:
         spec = case.spec
-        path = (cases.HERE if case.quantised else scratch) / f"{case.name}.gguf"
+        path = (cases.HERE if case.quantized else scratch) / f"{case.name}.gguf"
         rope = llama3_rope(spec)
         mistakes: dict[str, dict] = {f"eps {eps}": {"rms_norm_eps": eps} for eps in (1e-6, 1e-5) if eps != spec.eps}
         mistakes["theta"] = {"rope_changes": rope | {"rope_theta": spec.theta * 1.01}}
@@ -235,7 +235,7 @@ def plant(scratch: Path) -> None:
             mistakes["no window"] = {"sliding_window": None}
             mistakes["window + 1"] = {"sliding_window": spec.window + 1}
         if spec.arch == "qwen3moe":
-            mistakes["no renormalisation"] = {"norm_topk_prob": False}
+            mistakes["no renormalization"] = {"norm_topk_prob": False}
         if spec.experts:
             mistakes["top_k - 1"] = {"num_experts_per_tok": spec.top_k - 1}
         right = build(path, rope)
@@ -261,7 +261,7 @@ def perplexity(model: torch.nn.Module, ids: list[int], window: int | None) -> fl
 
 
 def make_real(name: str, path: Path, ids_file: Path) -> None:
-    """Goldens of a real model. `ids_file`: JSON {"prompts": [[id]], "text": [id]}, as llama.cpp tokenises them."""
+    """Goldens of a real model. `ids_file`: JSON {"prompts": [[id]], "text": [id]}, as llama.cpp tokenizes them."""
     given = json.loads(ids_file.read_text())
     model = build(path)
     vocab = model.config.vocab_size

@@ -2,7 +2,7 @@
 
     LLAMA_BINS=<directory of libllama> python tests/goldens/scripts/make_plan_header.py
 
-The sizes are those of the model's config.json. Which tensor gets which type llama.cpp itself says: it quantises a model
+The sizes are those of the model's config.json. Which tensor gets which type llama.cpp itself says: it quantizes a model
 of the same architecture, layers and number of experts, but narrow and all zeros. Its shared library (the npm package
 @node-llama-cpp/linux-x64 3.22.1 holds one) is called directly. Needs gguf and 3 GB of disk in the temporary directory.
 """
@@ -100,7 +100,7 @@ class _Params(c.Structure):
     _fields_ = (("threads", c.c_int32), ("file_type", c.c_int32), ("rest", c.c_uint8 * 1016))
 
 
-def quantise(source: Path, target: Path) -> None:
+def quantize(source: Path, target: Path) -> None:
     bins = Path(os.environ["LLAMA_BINS"])
     c.CDLL(str(bins / "libggml-base.so"), c.RTLD_GLOBAL)
     ggml = c.CDLL(str(bins / "libggml.v0.5.0.so"), c.RTLD_GLOBAL)
@@ -119,7 +119,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder, "f16.gguf"), Path(folder, "q4_k_m.gguf")
         write_zeros(source, METADATA | NARROW)
-        quantise(source, target)
+        quantize(source, target)
         types = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(target).tensors}
     tensors = [[name, types.pop(name), list(shape)] for name, shape in shapes(METADATA, VOCABULARY)]
     assert not types, types

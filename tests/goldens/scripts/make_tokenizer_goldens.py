@@ -247,7 +247,7 @@ def bpe_metadata() -> dict[str, object]:
 
 
 def spm_metadata(ties: int, **more: bool) -> dict[str, object]:
-    """Frequent substrings as pieces, `ties` neighbours to a score, so that joins cross and meet equal scores."""
+    """Frequent substrings as pieces, `ties` neighbors to a score, so that joins cross and meet equal scores."""
     text = "\n".join(_corpus()).replace(" ", "\u2581")
     found = Counter(text[i : i + n] for n in range(2, 8) for i in range(len(text) - n))
     ranked = sorted(found.items(), key=lambda item: (-item[1] * (len(item[0]) - 1), item[0]))

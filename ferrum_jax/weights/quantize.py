@@ -1,6 +1,6 @@
-"""A checkpoint read as if it were quantised: `Quantised` wraps a source and gives its matrices as blocks of one format.
+"""A checkpoint read as if it were quantized: `Quantized` wraps a source and gives its matrices as blocks of one format.
 
-Every matrix is read, quantised and handed over in runs of rows, on all cores, so neither the original nor a float32 copy of
+Every matrix is read, quantized and handed over in runs of rows, on all cores, so neither the original nor a float32 copy of
 it is ever whole in memory. Which format a tensor gets depends on its name and width alone (`formats`), so it is known, and
 its memory counted, before a byte is read.
 """
@@ -20,24 +20,24 @@ from ferrum_jax.weights.source import ModelSource
 from ferrum_jax.weights.tensor_info import TensorInfo
 from ferrum_jax.weights.wrapped import Wrapped, whole_rows
 
-QUANTISATIONS = ("q8_0", "q6_k", "q5_k", "q5_1", "q5_0", "q4_k", "q4_1", "q4_0", "iq4_nl", "iq4_xs", "q3_k", "q2_k")
+QUANTIZATIONS = ("q8_0", "q6_k", "q5_k", "q5_1", "q5_0", "q4_k", "q4_1", "q4_0", "iq4_nl", "iq4_xs", "q3_k", "q2_k")
 PLAIN: dict[str, np.dtype] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
-_RUN = 1 << 18  # weights that a thread reads and quantises at a time
+_RUN = 1 << 18  # weights that a thread reads and quantizes at a time
 _MIXES = ("_s", "_m", "_l", "_xl")
 
 
 def checked_format(name: str | None) -> str | None:
     """The block format that `quantize=` means, or None for None. ValueError for a name that is none."""
-    if name is None or (isinstance(name, str) and name.lower() in QUANTISATIONS):
+    if name is None or (isinstance(name, str) and name.lower() in QUANTIZATIONS):
         return name and name.upper()
-    known = ", ".join(QUANTISATIONS)
-    if isinstance(name, str) and name.lower().endswith(_MIXES) and (base := name.lower().rpartition("_")[0]) in QUANTISATIONS:
+    known = ", ".join(QUANTIZATIONS)
+    if isinstance(name, str) and name.lower().endswith(_MIXES) and (base := name.lower().rpartition("_")[0]) in QUANTIZATIONS:
         raise ValueError(f"quantize {name!r} is a mix of formats, which is not supported; {base!r} gives all matrices that one")
     raise ValueError(f"quantize {name!r} is not supported; supported: {known}")
 
 
 def format_of(name: str, tensor: TensorInfo, format: str, tied: bool) -> str:
-    """The format that a tensor gets when a model is quantised to `format`; its own where it is no matrix.
+    """The format that a tensor gets when a model is quantized to `format`; its own where it is no matrix.
 
     As llama.cpp does it: norms, biases, positions, token types and the router stay as they are, the output matrix (the
     embedding where the two are one) gets at least Q6_K, and where a row is no run of whole blocks Q8_0 takes their place, or
@@ -53,8 +53,8 @@ def format_of(name: str, tensor: TensorInfo, format: str, tied: bool) -> str:
     return next(fitting)
 
 
-class Quantised(Wrapped):
-    """The source `source` with its matrices quantised to `format` ("Q4_K") while they are read."""
+class Quantized(Wrapped):
+    """The source `source` with its matrices quantized to `format` ("Q4_K") while they are read."""
 
     def __init__(self, source: ModelSource, format: str) -> None:
         super().__init__(source)
@@ -67,7 +67,7 @@ class Quantised(Wrapped):
             if info.format != wanted.name and info.format not in PLAIN:
                 raise UnsupportedModelError(
                     f"{info.path}: tensor {source.own_name(name)}: is {info.format} already and would lose twice as "
-                    f"{wanted.name}; quantise a checkpoint in F32, F16 or BF16, or load this one as it is"
+                    f"{wanted.name}; quantize a checkpoint in F32, F16 or BF16, or load this one as it is"
                 )
             nbytes = math.prod(info.shape) // wanted.block_size * wanted.block_bytes
             tensors[name] = dataclasses.replace(info, format=wanted.name, nbytes=nbytes)
@@ -75,7 +75,7 @@ class Quantised(Wrapped):
         self.tensors = tensors
 
     def read_into(self, info: TensorInfo, out: np.ndarray, start: int = 0) -> None:
-        """As `ModelSource.read_into`; where a tensor is quantised, whole rows only."""
+        """As `ModelSource.read_into`; where a tensor is quantized, whole rows only."""
         original = self._originals.get(info, info)
         if original.format == info.format:
             self.source.read_into(original, out, start)
@@ -94,14 +94,14 @@ class Quantised(Wrapped):
                 pass
 
     def _rows(self, original: TensorInfo, format: str, first: int, count: int) -> np.ndarray:
-        """Rows first .. first + count - 1, quantised: uint8 [count, bytes]."""
-        from pallas_kernels.blocks.quantise import quantise
+        """Rows first .. first + count - 1, quantized: uint8 [count, bytes]."""
+        from pallas_kernels.blocks.quantize import quantize
 
         stored = np.empty((count, original.shape[-1]), PLAIN[original.format])
         self.source.read_into(original, stored.view(np.uint8), first * stored.strides[0])
         values = plain_numbers(stored, original.format)
         try:
-            return stored_numbers(values, format) if format in PLAIN else quantise(values, format)
+            return stored_numbers(values, format) if format in PLAIN else quantize(values, format)
         except ValueError as error:
             raise ModelFileError(f"{original.path}: tensor {original.name}: {error}") from None
 

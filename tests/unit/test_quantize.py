@@ -1,4 +1,4 @@
-"""Quantising: blocks that gguf-py reads, errors held against llama.cpp's own quantisers, and what is refused."""
+"""Quantizing: blocks that gguf-py reads, errors held against llama.cpp's own quantizers, and what is refused."""
 
 import json
 from pathlib import Path
@@ -6,25 +6,25 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-from quantise_cases import COLUMNS, cases, squared_error
+from quantize_cases import COLUMNS, cases, squared_error
 
 from pallas_kernels.blocks import FORMATS, unpack
-from pallas_kernels.blocks.quantise import QUANTISED, quantise
+from pallas_kernels.blocks.quantize import QUANTIZED, quantize
 
-GOLDEN = json.loads((Path(__file__).resolve().parents[1] / "goldens" / "quantise" / "errors.json").read_text())
+GOLDEN = json.loads((Path(__file__).resolve().parents[1] / "goldens" / "quantize" / "errors.json").read_text())
 CASES = dict(cases())
 WORSE = 1.05  # of the root mean square
 
 
 def test_the_goldens_are_of_these_weights():
-    assert set(GOLDEN["errors"]) == set(QUANTISED)
+    assert set(GOLDEN["errors"]) == set(QUANTIZED)
     for name, values in CASES.items():
         assert squared_error(values, np.zeros_like(values)) == pytest.approx(GOLDEN["squares"][name], rel=1e-5), name
 
 
-@pytest.mark.parametrize("format", QUANTISED)
+@pytest.mark.parametrize("format", QUANTIZED)
 def test_error_is_no_more_than_llama_cpps(format: str):
-    blocks = quantise(np.stack(list(CASES.values())), format)
+    blocks = quantize(np.stack(list(CASES.values())), format)
     assert blocks.shape == (len(CASES), len(next(iter(CASES.values()))), FORMATS[format].row_bytes(COLUMNS))
     weights = gguf.quants.dequantize(blocks.reshape(-1, blocks.shape[-1]), gguf.GGMLQuantizationType[format])
     ours = np.asarray(unpack(blocks, format))
@@ -33,18 +33,18 @@ def test_error_is_no_more_than_llama_cpps(format: str):
         assert squared_error(values, made) <= WORSE**2 * GOLDEN["errors"][format][name], name
 
 
-@pytest.mark.parametrize("format", QUANTISED)
-def test_a_row_does_not_depend_on_its_neighbours(format: str):
+@pytest.mark.parametrize("format", QUANTIZED)
+def test_a_row_does_not_depend_on_its_neighbors(format: str):
     values = np.concatenate([CASES["heavy"], CASES["sparse"]])
-    together = quantise(values, format)
+    together = quantize(values, format)
     for row in (0, 50, 95):
-        assert np.array_equal(quantise(values[row : row + 1], format)[0], together[row])
+        assert np.array_equal(quantize(values[row : row + 1], format)[0], together[row])
 
 
 def test_chunks_and_threads_leave_no_seam():
     values = np.random.default_rng(3).standard_normal((3, 401, 512)).astype(np.float32)  # four chunks and a part of one
-    together = quantise(values, "Q8_0")
-    assert np.array_equal(together[2, 400], quantise(values[2, 400], "Q8_0"))
+    together = quantize(values, "Q8_0")
+    assert np.array_equal(together[2, 400], quantize(values[2, 400], "Q8_0"))
     assert np.sqrt(squared_error(values, np.asarray(unpack(together, "Q8_0"))) / values.size) <= 0.01
 
 
@@ -54,16 +54,16 @@ def test_values_that_are_not_finite_are_refused(value: float):
     values[3, 255] = value
     for format in ("Q4_0", "Q4_1", "Q8_0", "Q4_K", "Q6_K", "IQ4_NL"):
         with pytest.raises(ValueError, match="not finite"):
-            quantise(values, format)
+            quantize(values, format)
 
 
-def test_what_cannot_be_quantised_is_refused():
+def test_what_cannot_be_quantized_is_refused():
     values = np.full((1, 256), 1e9, np.float32)
     with pytest.raises(ValueError, match=r"1e\+09 are too large for the half-precision scales of Q8_0"):
-        quantise(values, "Q8_0")
-    with pytest.raises(ValueError, match=r"'Q8_K' is no format that weights can be quantised to; those are Q4_0, "):
-        quantise(values, "Q8_K")
+        quantize(values, "Q8_0")
+    with pytest.raises(ValueError, match=r"'Q8_K' is no format that weights can be quantized to; those are Q4_0, "):
+        quantize(values, "Q8_K")
     with pytest.raises(ValueError, match="Q4_K: a row of 128 weights is no run of whole blocks of 256"):
-        quantise(values[:, :128], "Q4_K")
+        quantize(values[:, :128], "Q4_K")
     with pytest.raises(ValueError, match="takes float32 values, not float64"):
-        quantise(values.astype(np.float64), "Q8_0")
+        quantize(values.astype(np.float64), "Q8_0")

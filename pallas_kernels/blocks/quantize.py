@@ -1,6 +1,6 @@
 """Float32 weights to ggml blocks, the inverse of `unpack` as far as rounding allows.
 
-`quantise(values, format)` cuts the values into chunks of blocks; a jitted function of one shape finds the scales
+`quantize(values, format)` cuts the values into chunks of blocks; a jitted function of one shape finds the scales
 (scales.py) and writes the bytes, and one thread a core feeds it. Inside, codes are [weights of a block, blocks], blocks on
 the contiguous axis, so that the place of a byte in its block is a row and packing is plain vector arithmetic.
 """
@@ -19,7 +19,7 @@ import numpy as np
 
 from . import FORMATS, scales
 
-__all__ = ["QUANTISED", "quantise"]
+__all__ = ["QUANTIZED", "quantize"]
 
 _CHUNK = 1 << 17  # weights that a thread handles at a time: its temporaries stay in the cache
 
@@ -127,7 +127,7 @@ _ENCODERS: dict[str, tuple[int, Encoder]] = {
     "IQ4_NL": (32, functools.partial(_symmetric, grid=scales.UNEVEN)),
     "IQ4_XS": (32, _iq4_xs),
 }
-QUANTISED = tuple(_ENCODERS)
+QUANTIZED = tuple(_ENCODERS)
 
 
 @functools.partial(jax.jit, static_argnames="format")
@@ -142,17 +142,17 @@ def _encode(values: jax.Array, format: str) -> tuple[jax.Array, jax.Array]:
     return jnp.concatenate(rows).T, sound
 
 
-def quantise(values: np.ndarray, format: str) -> np.ndarray:
-    """The blocks of `format`, a member of QUANTISED, that come close to the values.
+def quantize(values: np.ndarray, format: str) -> np.ndarray:
+    """The blocks of `format`, a member of QUANTIZED, that come close to the values.
 
     values: float32 [..., columns], columns a multiple of the block. Returns uint8 [..., bytes], as `unpack` takes it.
     ValueError: another format or shape, a value that is not finite or too large for a half-precision scale.
     """
     if format not in _ENCODERS:
-        raise ValueError(f"{format!r} is no format that weights can be quantised to; those are {', '.join(QUANTISED)}")
+        raise ValueError(f"{format!r} is no format that weights can be quantized to; those are {', '.join(QUANTIZED)}")
     known = FORMATS[format]
     if values.dtype != np.float32:
-        raise ValueError(f"{format}: quantise takes float32 values, not {values.dtype}")
+        raise ValueError(f"{format}: quantize takes float32 values, not {values.dtype}")
     shape = (*values.shape[:-1], known.row_bytes(values.shape[-1]))
     blocks = values.reshape(-1, known.block_size)
     out = np.empty((blocks.shape[0], known.block_bytes), np.uint8)

@@ -1,4 +1,4 @@
-"""Weights that quantisers are measured on, made from seeds: what is easy, what is uneven, what is extreme."""
+"""Weights that quantizers are measured on, made from seeds: what is easy, what is uneven, what is extreme."""
 
 from collections.abc import Iterator
 

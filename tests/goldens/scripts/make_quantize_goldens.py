@@ -1,7 +1,7 @@
-"""Writes tests/goldens/quantise/errors.json: the squared error of llama.cpp's own quantisers, without an importance
-matrix, on the weights of tests/unit/quantise_cases.py.
+"""Writes tests/goldens/quantize/errors.json: the squared error of llama.cpp's own quantizers, without an importance
+matrix, on the weights of tests/unit/quantize_cases.py.
 
-    LLAMA_BINS=<folder with libggml-base.so of llama.cpp> python tests/goldens/scripts/make_quantise_goldens.py
+    LLAMA_BINS=<folder with libggml-base.so of llama.cpp> python tests/goldens/scripts/make_quantize_goldens.py
 
 Its blocks are unpacked by gguf-py, whose answer is exact. The sum of squares of the weights ties the numbers to the cases.
 """
@@ -17,12 +17,12 @@ import numpy as np
 
 HERE = Path(__file__).resolve()
 sys.path.insert(0, str(HERE.parents[2] / "unit"))
-from quantise_cases import cases, squared_error  # noqa: E402
+from quantize_cases import cases, squared_error  # noqa: E402
 
 FORMATS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS")
 
 
-def quantise(base: ctypes.CDLL, values: np.ndarray, name: str) -> np.ndarray:
+def quantize(base: ctypes.CDLL, values: np.ndarray, name: str) -> np.ndarray:
     """llama.cpp's blocks: uint8 [rows, bytes]."""
     kind = gguf.GGMLQuantizationType[name]
     size, width = gguf.GGML_QUANT_SIZES[kind]
@@ -42,10 +42,10 @@ def main() -> None:
     for case, values in cases():
         golden["squares"][case] = squared_error(values, np.zeros_like(values))
         for name in FORMATS:
-            blocks = quantise(base, values, name)
+            blocks = quantize(base, values, name)
             weights = gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType[name])
             golden["errors"].setdefault(name, {})[case] = squared_error(values, weights)
-    path = HERE.parents[1] / "quantise" / "errors.json"
+    path = HERE.parents[1] / "quantize" / "errors.json"
     path.write_text(json.dumps(golden, indent=1) + "\n")
 
 
