@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
 from collections.abc import Mapping
 from numbers import Integral
@@ -34,6 +35,7 @@ from pallas_kernels import native
 from pallas_kernels.dispatch import Target, target_of
 
 DTYPES = ("float32", "bfloat16", "float16", "int8")
+_LOG = logging.getLogger(__name__)
 
 
 def load(
@@ -147,6 +149,8 @@ def _device_and_dtype(device: jax.Device | None, dtype: str, progress: Progress 
         raise ValueError(f'dtype "int8" is for CPUs, not {device.platform}')
     if dtype in ("auto", "int8") and device.platform == "cpu":
         native.prepare(progress)
+        if reason := native.refusal():
+            _LOG.warning("the C++ kernels for CPUs are not used: %s", reason)
     return device, auto_dtype(target_of(device)) if dtype == "auto" else dtype
 
 

@@ -34,6 +34,7 @@ _STALE = 3600.0  # seconds after which unfinished work without a lock is taken f
 _WORK = ".work-"
 _NOBODY = 65534  # owns, in a sandbox, what the system owns outside it
 _OTHERS = stat.S_IWGRP | stat.S_IWOTH
+_ELSEWHERE = "FERRUM_JAX_CACHE sets another place"
 
 
 def cache_root() -> Path:
@@ -86,16 +87,19 @@ def _is_own(gid: int) -> bool:
 def make_private(folder: Path) -> None:
     """Makes a folder for code, writable by its user alone. One of the user's own that others could write to is emptied first.
 
-    OSError where that cannot be, or where code would not be loaded from it.
+    OSError, whose text says why and what sets another place, where that cannot be or code would not be loaded from it.
     """
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise type(error)(f"{folder} cannot be made: {error.strerror} ({_ELSEWHERE})") from error
     found = folder.stat()
     if hasattr(os, "getuid") and found.st_uid == os.getuid() and found.st_mode & _OTHERS:
         folder.chmod(0o700)
         for entry in folder.iterdir():
             _remove(entry)
     if reason := distrusted(folder):
-        raise PermissionError(f"{reason}, so no code is kept there (FERRUM_JAX_CACHE sets another place)")
+        raise PermissionError(f"{reason}, so no code is kept there ({_ELSEWHERE})")
 
 
 # ---- files

@@ -14,6 +14,7 @@ import contextlib
 import errno
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -86,8 +87,13 @@ def main(argv: list[str] | None = None) -> int:
     state = {"debug": False}
     try:
         output, notes = _open_streams()
-        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(notes):  # type: ignore[type-var]
+        with (
+            contextlib.redirect_stdout(output),  # type: ignore[type-var]
+            contextlib.redirect_stderr(notes),  # type: ignore[type-var]
+            warnings.catch_warnings(),
+        ):
             progress.show(sys.stderr.isatty())
+            _note_warnings()
             arguments = list(sys.argv[1:] if argv is None else argv)
             with verbs.make_context(PROGRAM, arguments, obj=state) as context:
                 verbs.invoke(context)
@@ -114,6 +120,24 @@ def main(argv: list[str] | None = None) -> int:
         hint = "" if state["debug"] else " (add --debug for the traceback)"
         return _report(1, f"{PROGRAM}: internal error: {type(error).__name__}: {error}{hint}", state["debug"])
     return 0
+
+
+def _note_warnings() -> None:
+    """What libraries warn of becomes a line without the place in their code, and no line comes twice."""
+    told = set()
+
+    def show(message: Warning | str, *_: Any) -> None:
+        text = str(message)
+        if text.startswith("Error reading persistent compilation cache entry"):  # JAX keeps a damaged one for ever
+            import jax
+
+            folder = jax.config.values["jax_compilation_cache_dir"]
+            text = f"an entry of XLA's cache is damaged and is compiled again at each start, until {folder} is deleted"
+        if text not in told:
+            told.add(text)
+            print(f"note: {harmless(text)}", file=sys.stderr)
+
+    warnings.showwarning = show  # type: ignore[assignment]
 
 
 def _open_streams() -> tuple[_Output, _Notes]:

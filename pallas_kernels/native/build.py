@@ -65,7 +65,13 @@ def library() -> ctypes.CDLL | str:
             last = error.stderr.strip().splitlines()[-1:] if error.stderr else []
             return f"{compiler} failed: {last[0] if last else error}{_INSTEAD}"
         except (OSError, AttributeError, subprocess.TimeoutExpired, jax.errors.JaxRuntimeError) as error:
-            return f"{type(error).__name__}: {error}{_INSTEAD}"
+            return f"{_reason(error)}{_INSTEAD}"
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, OSError):
+        return f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    return f"{type(error).__name__}: {error}"
 
 
 def prepare(progress: Progress | None = None) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import shutil
 import signal
 import subprocess
 import sys
@@ -94,7 +95,7 @@ def test_a_library_that_cannot_be_loaded_is_built_again_once(kernels, monkeypatc
     )
     kernels.get()
     kernels.log.write_text("")
-    assert "OSError: wrong ELF class; XLA's own code serves instead" in str(build.refusal())
+    assert "wrong ELF class; XLA's own code serves instead" in str(build.refusal())
     assert len(tried) == 2 and kernels.log.read_text().count("-shared") == 1
 
 
@@ -332,3 +333,33 @@ def test_nothing_is_built_for_what_is_no_model(tmp_path, monkeypatch):
         fj.load("tinny", dtype="int7")
     with pytest.raises(ValueError, match="kv_dtype 'int7' is not supported"):
         fj.load("tinny", kv_dtype="int7")
+
+
+def test_a_damaged_entry_of_the_cache_of_xla_is_one_line(tmp_path):
+    """JAX warns of it at each start, with a place in its own code, and never writes it anew."""
+    environment = {**os.environ, "FERRUM_JAX_CACHE": str(tmp_path), "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    options = {"prompt": "a", "max-tokens": 2, "temperature": 0, "dtype": "float32"}
+    command = [sys.executable, "-m", "ferrum_jax", "run", *(f"--{name}={value}" for name, value in options.items())]
+
+    def run() -> subprocess.CompletedProcess[str]:
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=True)
+
+    first = run()
+    shutil.rmtree(tmp_path / "xla" / "programs")
+    for entry in (tmp_path / "xla").glob("*-cache"):
+        content = bytearray(entry.read_bytes())
+        content[len(content) // 2] ^= 255
+        entry.write_bytes(content)
+    again = run()
+    assert again.stdout == first.stdout
+    expected = f"note: an entry of XLA's cache is damaged and is compiled again at each start, until {tmp_path}/xla is deleted"
+    assert [line for line in again.stderr.splitlines() if "XLA" in line or "arning" in line] == [expected]
+
+
+def test_kernels_that_cannot_be_had_are_said_at_load(kernels, monkeypatch, caplog):
+    monkeypatch.setenv("FERRUM_JAX_CACHE", str(kernels.folder.parent))
+    kernels.folder.parent.write_text("a file where the folder of the cache should be")
+    model = fj.load("tiny")
+    assert model.config.dtype == "float32"
+    assert f"the C++ kernels for CPUs are not used: {kernels.folder} cannot be made: Not a directory" in caplog.text
+    assert "FERRUM_JAX_CACHE sets another place" in caplog.text and "Errno" not in caplog.text
