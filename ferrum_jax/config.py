@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,6 +17,7 @@ import numpy as np
 from ferrum_jax.errors import ModelFileError, UnsupportedModelError
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "qwen3moe")
+MOST_LAYERS = 4096
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,37 +33,156 @@ class RopeScaling:
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelConfig:
-    """Shapes and constants of one decoder.
+class Rope:
+    """The rotation of positions: the first `dim` of a head's values are rotated, in the half-split layout."""
 
-    `rope_dim` of each head's `head_dim` values are rotated, in the half-split layout. `sliding_window` is the number of
-    positions a query sees, itself included (0: all). `dense_layers` are those of a model of experts that have a dense
-    feed-forward instead. `dtype` is the arithmetic of matrix products: "float32",
-    "bfloat16", "float16" or "int8" (float32 that a product may quantize in blocks); norms, softmax, router, residual
-    stream and logits are float32 always.
-    """
+    theta: float
+    dim: int
+    scaling: RopeScaling | None = None
 
-    architecture: str
-    num_layers: int
-    hidden_size: int
-    intermediate_size: int  # of the dense feed-forward; 0 where every layer is a mixture
+
+@dataclasses.dataclass(frozen=True)
+class Attention:
+    """A mixer: grouped-query attention. `window` is the number of positions a query sees, itself included (0: all)."""
+
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    rope: Rope
+    window: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Dense:
+    """A feed-forward: one SwiGLU of this width."""
+
+    width: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Mixture:
+    """A feed-forward: each token goes through `experts_per_token` of `num_experts` SwiGLUs of this width. Their weights are
+    normalized to a sum of 1 if `normalize`, then multiplied by `scale`."""
+
+    num_experts: int
+    experts_per_token: int
+    width: int
+    normalize: bool = False
+    scale: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerSpec:
+    """What one layer is. Layers with equal specs and formats share a compiled body."""
+
+    mixer: Attention
+    feed_forward: Dense | Mixture
+
+
+# Numbers of layers under the names that they have as keywords and properties of a ModelConfig: the part that has the number,
+# its field, and the value where no layer has such a part.
+_OF_LAYERS: dict[str, tuple[type, str, Any]] = {
+    "num_heads": (Attention, "num_heads", 0),
+    "num_kv_heads": (Attention, "num_kv_heads", 0),
+    "head_dim": (Attention, "head_dim", 0),
+    "sliding_window": (Attention, "window", 0),
+    "rope_theta": (Rope, "theta", 0.0),
+    "rope_dim": (Rope, "dim", 0),
+    "rope_scaling": (Rope, "scaling", None),
+    "intermediate_size": (Dense, "width", 0),
+    "num_experts": (Mixture, "num_experts", 0),
+    "experts_per_token": (Mixture, "experts_per_token", 0),
+    "expert_intermediate_size": (Mixture, "width", 0),
+    "norm_topk_prob": (Mixture, "normalize", False),
+    "expert_weights_scale": (Mixture, "scale", 1.0),
+}
+
+
+def _common(name: str) -> Any:
+    """A property: the number that all layers have that have it at all."""
+    kind, field, _ = _OF_LAYERS[name]
+
+    def common(config: ModelConfig) -> Any:
+        found = config.by_layer(name)
+        if isinstance(found, tuple):
+            raise ValueError(
+                f"{name} differs from layer to layer: by_layer({name!r}) has one value for each, config.layers all"
+            )
+        return found
+
+    return property(common, doc=f"`{kind.__name__}.{field}` of the layers; ValueError where they differ.")
+
+
+@dataclasses.dataclass(frozen=True, init=False)
+class ModelConfig:
+    """What is one for the whole decoder, and its layers.
+
+    `dtype` is the arithmetic of matrix products: "float32", "bfloat16", "float16" or "int8" (float32 that a product may
+    quantize in blocks); norms, softmax, router, residual stream and logits are float32 always.
+
+    A model whose layers are alike is made of keywords instead of `layers`: num_layers, num_heads, num_kv_heads, head_dim,
+    rope_theta, rope_dim, rope_scaling, sliding_window, intermediate_size (of a dense feed-forward), num_experts,
+    experts_per_token, expert_intermediate_size, norm_topk_prob, expert_weights_scale, dense_layers (those without experts).
+    They are properties too, and next to `layers`, as in `dataclasses.replace(config, experts_per_token=2)`, they change
+    every layer that has such a number.
+    """
+
+    architecture: str
+    hidden_size: int
     vocab_size: int
     context_length: int
     rms_norm_eps: float
-    rope_theta: float
-    rope_dim: int
-    rope_scaling: RopeScaling | None = None
-    sliding_window: int = 0
-    num_experts: int = 0
-    experts_per_token: int = 0
-    expert_intermediate_size: int = 0
-    norm_topk_prob: bool = False
-    expert_weights_scale: float = 1.0
-    dense_layers: tuple[int, ...] = ()
-    dtype: str = "float32"
+    layers: tuple[LayerSpec, ...]
+    dtype: str
+
+    def __init__(
+        self,
+        *,
+        architecture: str,
+        hidden_size: int,
+        vocab_size: int,
+        context_length: int,
+        rms_norm_eps: float,
+        layers: Iterable[LayerSpec] | None = None,
+        dtype: str = "float32",
+        **of_layers: Any,
+    ):
+        values = {
+            "architecture": architecture,
+            "hidden_size": hidden_size,
+            "vocab_size": vocab_size,
+            "context_length": context_length,
+            "rms_norm_eps": rms_norm_eps,
+            "layers": _alike(**of_layers) if layers is None else tuple(layers),
+            "dtype": dtype,
+        }
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+        if not self.layers:
+            raise ValueError("layers is empty")
+        if layers is not None and of_layers:
+            object.__setattr__(self, "layers", _changed(self, of_layers))
+
+    def __hash__(self) -> int:  # of few parts: jit asks for it at every call
+        return hash((self.architecture, self.hidden_size, self.vocab_size, self.dtype, len(self.layers), self.layers[0]))
+
+    num_heads = _common("num_heads")
+    num_kv_heads = _common("num_kv_heads")
+    head_dim = _common("head_dim")
+    sliding_window = _common("sliding_window")
+    rope_theta = _common("rope_theta")
+    rope_dim = _common("rope_dim")
+    rope_scaling = _common("rope_scaling")
+    intermediate_size = _common("intermediate_size")
+    num_experts = _common("num_experts")
+    experts_per_token = _common("experts_per_token")
+    expert_intermediate_size = _common("expert_intermediate_size")
+    norm_topk_prob = _common("norm_topk_prob")
+    expert_weights_scale = _common("expert_weights_scale")
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
 
     @property
     def activations(self) -> str:
@@ -72,20 +192,125 @@ class ModelConfig:
     @property
     def expert_layers(self) -> tuple[int, ...]:
         """The numbers of the layers that are a mixture of experts."""
-        return tuple(layer for layer in range(self.num_layers) if self.num_experts and layer not in self.dense_layers)
+        return tuple(number for number, layer in enumerate(self.layers) if isinstance(layer.feed_forward, Mixture))
+
+    @property
+    def dense_layers(self) -> tuple[int, ...]:
+        """The numbers of the dense layers of a model that has mixtures."""
+        return tuple(sorted(set(range(self.num_layers)) - set(self.expert_layers))) if self.expert_layers else ()
+
+    def by_layer(self, name: str) -> Any:
+        """A number of layers, by the name of its property: one value where all layers agree that have it, else a tuple of
+        one for each layer, None for a layer that does not have it."""
+        kind, field, absent = _OF_LAYERS[name]
+        values = {layer: [getattr(part, field) for part in parts(layer) if type(part) is kind] for layer in set(self.layers)}
+        found = {value for of_layer in values.values() for value in of_layer}
+        if len(found) > 1:
+            return tuple(values[layer][0] if values[layer] else None for layer in self.layers)
+        return found.pop() if found else absent
 
     @classmethod
     def from_fields(cls, fields: Mapping[str, Any]) -> ModelConfig:
-        """From what `dataclasses.asdict` gave, be it by way of JSON."""
+        """From what `dataclasses.asdict` gave, be it by way of JSON, of this version or of one before there were layers."""
         known = dict(fields)
-        if known.get("rope_scaling") is not None:
-            known["rope_scaling"] = RopeScaling(**known["rope_scaling"])
-        known["dense_layers"] = tuple(known.get("dense_layers", ()))
+        if "layers" in known:
+            known["layers"] = [_decoded((LayerSpec,), layer) for layer in known["layers"]]
+        elif known.get("rope_scaling") is not None:
+            known["rope_scaling"] = _decoded((RopeScaling,), known["rope_scaling"])
         return cls(**known)
 
     def kv_bytes_per_token(self, itemsize: int) -> int:
         """Bytes of keys and values of one token in all layers, with elements of `itemsize` bytes."""
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * itemsize
+        return sum(2 * layer.mixer.num_kv_heads * layer.mixer.head_dim * itemsize for layer in self.layers)
+
+
+def parts(value: Any) -> Iterator[Any]:
+    """The dataclasses that a configuration or a part of one is made of, itself first."""
+    if isinstance(value, tuple):
+        for item in value:
+            yield from parts(item)
+    elif dataclasses.is_dataclass(value):
+        yield value
+        for field in dataclasses.fields(value):
+            yield from parts(getattr(value, field.name))
+
+
+def _alike(
+    *,
+    num_layers: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    rope_theta: float,
+    rope_dim: int,
+    rope_scaling: RopeScaling | None = None,
+    sliding_window: int = 0,
+    dense_layers: Collection[int] = (),
+    **of_feed_forward: Any,
+) -> tuple[LayerSpec, ...]:
+    """Layers that differ in nothing but whether they have experts."""
+    if not 0 < num_layers <= MOST_LAYERS:
+        raise ValueError(f"num_layers is {num_layers}; it must be from 1 to {MOST_LAYERS}")
+    attention = Attention(num_heads, num_kv_heads, head_dim, Rope(rope_theta, rope_dim, rope_scaling), sliding_window)
+    layer = LayerSpec(attention, _feed_forward(**of_feed_forward))
+    dense = LayerSpec(attention, _feed_forward(**of_feed_forward | {"num_experts": 0}))
+    return tuple(dense if number in dense_layers else layer for number in range(num_layers))
+
+
+def _feed_forward(
+    *,
+    intermediate_size: int = 0,
+    num_experts: int = 0,
+    experts_per_token: int = 0,
+    expert_intermediate_size: int = 0,
+    norm_topk_prob: bool = False,
+    expert_weights_scale: float = 1.0,
+) -> Dense | Mixture:
+    if not num_experts:
+        return Dense(intermediate_size)
+    return Mixture(num_experts, experts_per_token, expert_intermediate_size, norm_topk_prob, expert_weights_scale)
+
+
+def _changed(config: ModelConfig, of_layers: Mapping[str, Any]) -> tuple[LayerSpec, ...]:
+    """The layers of `config` with other numbers, given as the keywords of ModelConfig."""
+    of_layers, layers = dict(of_layers), config.layers
+    count = of_layers.pop("num_layers", len(layers))
+    if count != len(layers):
+        if len(set(layers)) > 1:
+            raise ValueError(f"num_layers is {count}, but the {len(layers)} layers differ; state `layers`")
+        layers = layers[:1] * count
+    if "num_experts" in of_layers and bool(of_layers["num_experts"]) != bool(config.expert_layers):
+        names = [name for name, (kind, _, _) in _OF_LAYERS.items() if kind in (Dense, Mixture)]
+        feed_forward = _feed_forward(**{name: of_layers.get(name, getattr(config, name)) for name in names})
+        layers = tuple(dataclasses.replace(layer, feed_forward=feed_forward) for layer in layers)
+    if unknown := of_layers.keys() - _OF_LAYERS.keys():
+        raise TypeError(f"ModelConfig has no field {', '.join(sorted(unknown))} that can be changed in all layers")
+    changes = {_OF_LAYERS[name][:2]: value for name, value in of_layers.items()}
+
+    def revised(part: Any) -> Any:
+        values = {field.name: getattr(part, field.name) for field in dataclasses.fields(part)}
+        return type(part)(**{
+            name: changes.get((type(part), name), revised(value) if dataclasses.is_dataclass(value) else value)
+            for name, value in values.items()
+        })  # fmt: skip
+
+    return tuple(revised(layer) for layer in layers)
+
+
+_KINDS = {"mixer": (Attention,), "feed_forward": (Dense, Mixture), "rope": (Rope,), "scaling": (RopeScaling,)}
+
+
+def _decoded(kinds: tuple[type, ...], fields: Mapping[str, Any]) -> Any:
+    """The dataclass, of that kind whose fields these are."""
+    values = {
+        name: value if name not in _KINDS or value is None else _decoded(_KINDS[name], value) for name, value in fields.items()
+    }
+    for kind in kinds:
+        known = dataclasses.fields(kind)
+        required = {field.name for field in known if field.default is dataclasses.MISSING}
+        if required <= values.keys() <= {field.name for field in known}:
+            return kind(**values)
+    raise TypeError(f"{' or '.join(kind.__name__ for kind in kinds)}: not the fields of one: {', '.join(map(str, values))}")
 
 
 # Keys of an architecture's namespace that are read for some models only, or that say nothing about the computation.
@@ -261,7 +486,7 @@ def config_from_gguf(gguf) -> ModelConfig:
     _refuse_unsupported(meta)
     config = ModelConfig(
         architecture=architecture,
-        num_layers=meta.integer("block_count", high=4096),
+        num_layers=meta.integer("block_count", high=MOST_LAYERS),
         hidden_size=hidden,
         intermediate_size=0 if experts else meta.integer("feed_forward_length"),
         num_heads=heads,

@@ -18,6 +18,7 @@ from ferrum_jax.config import (
     ATTENTION_FACTOR,
     EPS,
     FACTOR,
+    MOST_LAYERS,
     SCALE,
     THETA,
     TURNS,
@@ -90,7 +91,7 @@ def read_config(content: dict[str, Any], path: Path) -> ConfigFile:
     if not is_neutral(packing := content.get("quantization")):  # of MLX, whose packing nothing here reads
         raise keys.unsupported("quantization", f"{shown(packing)} is not supported")
     hidden = keys.integer("hidden_size")
-    layers = keys.integer("num_hidden_layers", high=4096)
+    layers = keys.integer("num_hidden_layers", high=MOST_LAYERS)
     heads = keys.integer("num_attention_heads", high=2**16)
     kv_heads = keys.integer("num_key_value_heads", high=2**16) if keys.has("num_key_value_heads") else heads
     if heads % kv_heads:

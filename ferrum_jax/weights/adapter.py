@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from ferrum_jax.adapters import Factors
-from ferrum_jax.config import ModelConfig
+from ferrum_jax.config import Mixture, ModelConfig
 from ferrum_jax.errors import ModelFileError, ModelNotFoundError, UnsupportedModelError
 from ferrum_jax.weights import names
 from ferrum_jax.weights.files import open_regular, read_range
@@ -175,7 +175,7 @@ def _read(
             layer, parameter, module, factor = _place(file, name, config)
             if info.format not in PLAIN:
                 raise UnsupportedModelError(f"{file}: tensor {name}: dtype {info.format} is not supported")
-            rows, columns = names.matrix_shape(parameter, config)
+            rows, columns = names.matrix_shape(parameter, config, layer)
             fits = info.shape[1:] == (columns,) if factor == "A" else info.shape[:1] == (rows,)
             if len(info.shape) != 2 or 0 in info.shape or not fits:
                 expected = f"[rank, {columns}]" if factor == "A" else f"[{rows}, rank]"
@@ -230,6 +230,6 @@ def _place(file: Path, name: str, config: ModelConfig) -> tuple[int, names.Path,
     layer, parameter = int(inside[1]), names.LAYER[f"{stem}.weight"].path
     if layer >= config.num_layers:
         raise ModelFileError(f"{file}: tensor {name}: does not fit this model, which has {config.num_layers} layers")
-    if parameter[0] == "feed_forward" and config.num_experts and layer not in config.dense_layers:
+    if parameter[0] == "feed_forward" and isinstance(config.layers[layer].feed_forward, Mixture):
         raise ModelFileError(f"{file}: tensor {name}: does not fit this model: layer {layer} is a mixture of experts")
     return layer, parameter, match[1], match[2]

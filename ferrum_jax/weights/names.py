@@ -7,9 +7,10 @@ anything missing, unknown or of the wrong shape is an error, raised before a byt
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 
-from ferrum_jax.config import ModelConfig
+from ferrum_jax.config import Dense, Mixture, ModelConfig
 from ferrum_jax.encoder_config import EncoderConfig
 from ferrum_jax.errors import ModelFileError
 from ferrum_jax.weights.source import ModelSource
@@ -110,7 +111,7 @@ def kind_of(tensor: TensorInfo) -> str:
 def parameters(source: ModelSource, config: ModelConfig | EncoderConfig) -> Parameters:
     """Every tensor of the checkpoint in its place. Raises `ModelFileError` naming the tensor that is missing, unknown or
     misshapen."""
-    sizes = _sizes(config)
+    sizes = functools.cache(functools.partial(_sizes, config))
     of_model, of_layer = (ENCODER_GLOBAL, ENCODER_LAYER) if isinstance(config, EncoderConfig) else (GLOBAL, LAYER)
     whole: dict[Path, TensorInfo] = {}
     layers: dict[Path, list[TensorInfo | None]] = {}
@@ -124,7 +125,7 @@ def parameters(source: ModelSource, config: ModelConfig | EncoderConfig) -> Para
             raise ModelFileError(
                 f"{source.path}: tensor {tensor.name}: is unknown in a model of architecture {config.architecture}"
             )
-        expected = tuple(sizes[dimension] for dimension in entry.shape)
+        expected = tuple(sizes(layer)[dimension] for dimension in entry.shape)
         if tensor.shape != expected:
             raise ModelFileError(
                 f"{source.path}: tensor {tensor.name}: shape {list(tensor.shape)}; expected {list(expected)} "
@@ -147,39 +148,33 @@ def parameters(source: ModelSource, config: ModelConfig | EncoderConfig) -> Para
     return Parameters(whole, {path: tuple(tensors) for path, tensors in layers.items()})
 
 
-def matrix_shape(path: Path, config: ModelConfig) -> tuple[int, ...]:
+def matrix_shape(path: Path, config: ModelConfig, layer: int) -> tuple[int, ...]:
     """The shape of a layer's parameter."""
     entry = next(entry for entry in LAYER.values() if entry.path == path)
-    sizes = _sizes(config)
+    sizes = _sizes(config, layer)
     return tuple(sizes[dimension] for dimension in entry.shape)
 
 
-def _sizes(config: ModelConfig | EncoderConfig) -> dict[str, int]:
+def _sizes(config: ModelConfig | EncoderConfig, layer: int | None) -> dict[str, int]:
+    """The dimensions of tensors of one layer, or of those that are one for the model."""
+    sizes = {"vocab": config.vocab_size, "hidden": config.hidden_size}
     if isinstance(config, EncoderConfig):
-        return {
-            "vocab": config.vocab_size,
-            "hidden": config.hidden_size,
-            "width": config.intermediate_size,
-            "context": config.context_length,
-            "types": config.num_types,
-        }
-    return {
-        "vocab": config.vocab_size,
-        "hidden": config.hidden_size,
-        "queries": config.num_heads * config.head_dim,
-        "keys": config.num_kv_heads * config.head_dim,
-        "head_dim": config.head_dim,
-        "rotated": config.rope_dim // 2,
-        "width": config.intermediate_size,
-        "experts": config.num_experts,
-        "expert_width": config.expert_intermediate_size,
-    }
+        return sizes | {"width": config.intermediate_size, "context": config.context_length, "types": config.num_types}
+    if layer is None:
+        return sizes | {"rotated": max(spec.mixer.rope.dim for spec in config.layers) // 2}
+    spec = config.layers[layer]
+    attention, feed_forward = spec.mixer, spec.feed_forward
+    sizes |= {"queries": attention.num_heads * attention.head_dim, "keys": attention.num_kv_heads * attention.head_dim}
+    sizes |= {"head_dim": attention.head_dim}
+    if isinstance(feed_forward, Mixture):
+        return sizes | {"experts": feed_forward.num_experts, "expert_width": feed_forward.width, "width": 0}
+    return sizes | {"width": feed_forward.width}
 
 
 def _required(entry: Entry, config: ModelConfig | EncoderConfig, layer: int | None = None) -> bool:
     if isinstance(config, EncoderConfig):
         return True
-    kind = "experts" if config.num_experts and layer not in config.dense_layers else "dense"
+    kind = "dense" if layer is None or isinstance(config.layers[layer].feed_forward, Dense) else "experts"
     return entry.required in ("all", kind, config.architecture) or (
         entry.required == "qwen3" and config.architecture == "qwen3moe"
     )

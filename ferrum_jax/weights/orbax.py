@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from ferrum_jax.config import ModelConfig
+from ferrum_jax.config import ModelConfig, parts
 from ferrum_jax.errors import ModelFileError, UnsupportedModelError
 from ferrum_jax.quantized import LayerStack, QuantizedTensor
 from ferrum_jax.tokenizer import Tokenizer
@@ -370,16 +370,14 @@ def _header(path: Path) -> dict[str, Any]:
 def _config(fields: Mapping[str, Any]) -> ModelConfig:
     """The configuration; TypeError or ValueError for a value that no configuration has."""
     config = ModelConfig.from_fields(fields)
-    for part in (config, config.rope_scaling):
-        for field in dataclasses.fields(part) if part is not None else ():
+    for part in parts(config):
+        for field in dataclasses.fields(part):
             value = getattr(part, field.name)
             kind = {"int": int, "str": str, "bool": bool, "float": float}.get(str(field.type))
             if kind is not None and not (type(value) is kind or (kind is float and type(value) is int)):
                 raise TypeError(f"config: {field.name} is {value!r}")
             if kind in (int, float) and not 0 <= value < 2**40:
                 raise ValueError(f"config: {field.name} is {value!r}")
-    if not all(type(layer) is int for layer in config.dense_layers):
-        raise TypeError(f"config: dense_layers is {config.dense_layers!r}")
     return config
 
 

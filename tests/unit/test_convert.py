@@ -222,6 +222,25 @@ def test_an_unknown_version_is_named(saved: Path, tmp_path: Path):
         fj.load(path)
 
 
+# What the header of `saved` had as "config" when a ModelConfig had no layers.
+OLD_CONFIG = json.loads(
+    """{"architecture": "llama", "num_layers": 3, "hidden_size": 256, "intermediate_size": 320, "num_heads": 4,
+    "num_kv_heads": 2, "head_dim": 64, "vocab_size": 64, "context_length": 128, "rms_norm_eps": 9.999999747378752e-06,
+    "rope_theta": 10000.0, "rope_dim": 64, "rope_scaling": null, "sliding_window": 0, "num_experts": 0, "experts_per_token": 0,
+    "expert_intermediate_size": 0, "norm_topk_prob": false, "expert_weights_scale": 1.0, "dense_layers": [],
+    "dtype": "float32"}"""
+)
+
+
+def test_an_older_header_loads(saved: Path, tmp_path: Path):
+    path = copy(saved, tmp_path / "old")
+    changed(path, config=OLD_CONFIG)
+    assert fj.load(path, dtype="float32").config == fj.load(saved, dtype="float32").config
+    changed(path, config=OLD_CONFIG | {"num_layers": 2**40})
+    with pytest.raises(fj.ModelFileError, match=r"is damaged .*num_layers is 1099511627776; it must be from 1 to 4096"):
+        fj.load(path)
+
+
 def test_damage_is_named(saved: Path, tmp_path: Path):
     header = json.loads((saved / "ferrum_jax.json").read_text())
     parameters = header["parameters"]
