@@ -14,7 +14,7 @@ from pallas_kernels.append import append
 from pallas_kernels.blocks import FORMATS
 from pallas_kernels.blocks.layouts import LAYOUTS, choose
 from pallas_kernels.blocks.matrix import Matrix
-from pallas_kernels.decoder_layers import Part, Shape, backend_for
+from pallas_kernels.decoder_layers import Part, Shape, Stack, backend_for
 from pallas_kernels.grouped_matmul import expert_ffn
 from pallas_kernels.paged_attention import KV_DTYPES, KVCache, Tables, make_plan, paged_attention
 from pallas_kernels.quantized_matmul import quantized_matmul
@@ -45,7 +45,7 @@ def trial(dtype: str = "float32") -> list[dispatch.Choice]:
             def product(x, planes, index, matrix=matrix):
                 return quantized_matmul(x, matrix(planes, index), dtype)
 
-            backend_for([{"query": Part(one[0], 0, name, layout)}], _SIZE, Shape(_HEAD_DIM, 1e-6), dtype)
+            backend_for([Stack(one[0], name, layout)], [{"query": Part(0, 0)}], _SIZE, Shape(_HEAD_DIM, 1e-6), dtype)
             _compile(product, x, one, index)
             lowered = jax.jit(mixture).lower(x, experts, index, _array((_TOKENS, 2), "int32"), _array((_TOKENS, 2), "float32"))
             if name == "Q4_K":  # the others are chosen alike, and a minute is long

@@ -22,7 +22,8 @@ from ferrum_jax.models.layers import ROUTING, Block
 from ferrum_jax.models.rope import rope_angles
 from ferrum_jax.models.scan import scan_layers
 from ferrum_jax.quantized import Layer, LayerStack, QuantizedTensor, linear
-from pallas_kernels.decoder_layers import Part, Shape, backend_for
+from pallas_kernels.decoder_layers import Part, Shape, Stack, backend_for
+from pallas_kernels.derivatives import derivative_of
 from pallas_kernels.paged_attention import Tables, make_plan
 from pallas_kernels.reductions import rms_norm
 
@@ -98,37 +99,31 @@ class Decoder(nn.Module):
 def run_layers(config: ModelConfig, layers: Params, x, cache: KVCache, slots, tables: Tables, rope, record=False) -> Carry:
     """The residual stream x float32 [T, hidden_size] after all layers, the cache and, with `record`, what the routers chose:
     in one call where a backend has one."""
-    parts = [_parts(layers, number) for number in range(config.num_layers)]
     scale, normalize = config.expert_weights_scale, config.norm_topk_prob
     shape = Shape(config.head_dim, config.rms_norm_eps, config.sliding_window, config.experts_per_token, normalize, scale)
-    backend = backend_for(parts, config.hidden_size, shape, config.dtype)
+    backend = backend_for(*_parts(layers, config.num_layers), config.hidden_size, shape, config.dtype)
     if backend is None:
         return _composed(config, layers, x, cache, slots, tables, rope, record=record)
 
-    @jax.custom_vjp
+    @derivative_of(functools.partial(_composed, config, record=record))
     def together(layers, x, cache, slots, tables, rope):
-        parts = [_parts(layers, number) for number in range(config.num_layers)]
-        return backend.decoder_layers(x, cache, slots, tables, rope, parts, shape, record)
+        return backend.decoder_layers(x, cache, slots, tables, rope, *_parts(layers, config.num_layers), shape, record)
 
-    def forward(*arguments):
-        return together(*arguments), arguments
-
-    def backward(arguments, cotangents):
-        return jax.vjp(functools.partial(_composed, config, record=record), *arguments)[1](cotangents)
-
-    together.defvjp(forward, backward)
     with jax.named_scope("layers"):
         return together(layers, x, cache, slots, tables, rope)
 
 
-def _parts(layers: Params, number: int) -> dict[str, Part]:
-    """What layer `number` has, by the names of pallas_kernels.decoder_layers."""
-    found = {}
-    for path, stack in jax.tree.leaves_with_path(layers, is_leaf=lambda node: isinstance(node, LayerStack)):
-        if stack.has(Layer(number)):
-            tensor, place = stack.select(Layer(number))
-            found[path[-1].key] = Part(tensor.planes[0], place, tensor.format, tensor.layout)
-    return found
+def _parts(layers: Params, count: int) -> tuple[list[Stack], list[dict[str, Part]]]:
+    """The stacks of all parameters, and which of them each layer has by the names of pallas_kernels.decoder_layers."""
+    stacks: list[Stack] = []
+    parts: list[dict[str, Part]] = [{} for _ in range(count)]
+    for path, parameter in jax.tree.leaves_with_path(layers, is_leaf=lambda node: isinstance(node, LayerStack)):
+        numbers = {format: len(stacks) + i for i, format in enumerate(parameter.stacks)}
+        stacks += [Stack(tensor.planes[0], tensor.format, tensor.layout) for tensor in parameter.stacks.values()]
+        for layer in filter(parameter.has, map(Layer, range(count))):
+            _, place = parameter.select(layer)
+            parts[layer.first][path[-1].key] = Part(numbers[parameter.layout[layer.first]], place)
+    return stacks, parts
 
 
 def _composed(

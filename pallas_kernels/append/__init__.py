@@ -14,7 +14,6 @@ Contract of `append(q, k, v, cache, layer, slots, rope, q_norm, k_norm, eps)`:
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import jax
@@ -22,6 +21,7 @@ import jax
 from pallas_kernels import dispatch
 from pallas_kernels.append import xla
 from pallas_kernels.append.xla import rotate
+from pallas_kernels.derivatives import derivative_of
 from pallas_kernels.paged_attention import KVCache
 
 __all__ = ["BACKENDS", "Norm", "append", "rotate"]
@@ -50,19 +50,7 @@ def append(
     return _append(q, k, v, cache, layer, slots, rope, q_norm, k_norm, eps, dispatch.target())
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(9, 10))
+@derivative_of(lambda *arguments: xla.append(*arguments[:-1]), static=("eps", "target"))
 def _append(q, k, v, cache, layer, slots, rope, q_norm, k_norm, eps, target):
     case = dispatch.Case("append", target, cache.dtype, "float32", shape=(*q.shape, cache.kv_heads))
     return dispatch.choose(case, BACKENDS).append(q, k, v, cache, layer, slots, rope, q_norm, k_norm, eps)
-
-
-def _forward(q, k, v, cache, layer, slots, rope, q_norm, k_norm, eps, target):
-    arguments = (q, k, v, cache, layer, slots, rope, q_norm, k_norm)
-    return _append(*arguments, eps, target), arguments
-
-
-def _backward(eps, target, arguments, cotangents):
-    return jax.vjp(functools.partial(xla.append, eps=eps), *arguments)[1](cotangents)
-
-
-_append.defvjp(_forward, _backward)

@@ -1,12 +1,13 @@
 """All layers of a decoder in one call, where a backend has such a call: nothing between the products goes through memory
 and a step is one launch. Where none has, `backend_for` is None and the layers are the composition of the other operations.
 
-Contract of `backend.decoder_layers(x, cache, slots, tables, rope, layers, shape, record)`:
+Contract of `backend.decoder_layers(x, cache, slots, tables, rope, stacks, layers, shape, record)`:
 
 * `x` float32 [tokens, hidden]: the residual stream. `cache`, `slots`: as `KVCache.write`; `tables`: as paged_attention's;
   `rope`: as append's.
-* `layers`: for each layer a mapping from `ROLES` to the `Part` that the layer has. A layer with a router is a mixture of
-  experts, any other has gate, up and down.
+* `stacks`: the parameters, each `Stack` of one role and one format, with all layers that have it so.
+* `layers`: for each layer a mapping from `ROLES` to the `Part` that the layer has: which stack, and where in it. A layer
+  with a router is a mixture of experts, any other has gate, up and down.
 * result: x after the last layer, float32 [tokens, hidden]; the cache with this step's keys and values, updated in place
   where it was donated; with `record` the experts int32 and weights float32 of each router, both [layers with a router,
   tokens, top_k], as of pallas_kernels.routing, else ().
@@ -22,19 +23,24 @@ from typing import Any, NamedTuple
 import jax
 
 from pallas_kernels import dispatch, native
+from pallas_kernels.native.tables import ROLES, ROUTER_FORMAT
 
-__all__ = ["BACKENDS", "ROLES", "Part", "Shape", "backend_for"]
+__all__ = ["BACKENDS", "ROLES", "Part", "Shape", "Stack", "backend_for"]
 
-ROLES = native.ROLES
+
+class Stack(NamedTuple):
+    """A parameter of several layers: `array` has the layers first, then blocks of `format` in `layout`."""
+
+    array: jax.Array
+    format: str
+    layout: str
 
 
 class Part(NamedTuple):
-    """A parameter of one layer: `array` is its stack in the layout of `format`, layers first, `place` its place there."""
+    """A parameter of one layer: the number of its stack and its place along that stack's first axis."""
 
-    array: jax.Array
+    stack: int
     place: int
-    format: str
-    layout: str
 
 
 class Shape(NamedTuple):
@@ -54,11 +60,12 @@ BACKENDS = (
 )
 
 
-def backend_for(layers: Sequence[Mapping[str, Part]], hidden: int, shape: Shape, dtype: str) -> Any:
+def backend_for(stacks: Sequence[Stack], layers: Sequence[Mapping[str, Part]], hidden: int, shape: Shape, dtype: str) -> Any:
     """The functions of the backend that takes all these layers in one call, or None."""
     unknown = {role for layer in layers for role in layer} - set(ROLES)
-    matrices = ((role, part) for layer in layers for role, part in layer.items() if not role.endswith(("norm", "bias")))
-    kinds = {(part.format, part.layout) for role, part in matrices if (role, part.format) != ("router", "F32")}
+    matrices = {(role, part.stack) for layer in layers for role, part in layer.items() if not role.endswith(("norm", "bias"))}
+    named = ((role, stacks[number]) for role, number in matrices)
+    kinds = {(stack.format, stack.layout) for role, stack in named if (role, stack.format) != ("router", ROUTER_FORMAT)}
     sizes = (hidden, shape.head_dim, len(unknown))
     cases = [dispatch.Case("decoder_layers", dispatch.target(), *kind[:1], dtype, kind[1], sizes) for kind in sorted(kinds)]
     found = [dispatch.choose(case, BACKENDS) for case in cases]

@@ -29,6 +29,7 @@ from pallas_kernels import dispatch, native
 from pallas_kernels.blocks.layouts import open_axes
 from pallas_kernels.blocks.matrix import Matrix
 from pallas_kernels.blocks.ordered import is_ordered, natural_rows
+from pallas_kernels.derivatives import derivative_of, linear
 from pallas_kernels.grouped_matmul import xla
 from pallas_kernels.grouped_matmul.grouping import group
 from pallas_kernels.quantized_matmul import backend_for
@@ -92,30 +93,14 @@ def _check(operation: str, x: jax.Array, matrix: Matrix, experts: int) -> None:
         raise ValueError(f"{operation}: x {x.shape} and {open_axes(matrix)} {matrix} do not fit for {experts} experts")
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _transposed(dy, group_sizes, experts, target, arithmetic):
+    return xla.grouped(dy, group_sizes, experts, target, transposed=True)
+
+
+@linear(_transposed, static=("target", "arithmetic"))
 def _grouped(x, group_sizes, experts, target, arithmetic):
     backend = backend_for("grouped_matmul", x, (experts,), target, arithmetic, BACKENDS)
     return backend.grouped(x, group_sizes, experts, target)
-
-
-def _grouped_forward(x, group_sizes, experts, target, arithmetic):
-    return _grouped(x, group_sizes, experts, target, arithmetic), (x[:0], group_sizes, experts)
-
-
-def _grouped_backward(target, arithmetic, residuals, dy):
-    like, group_sizes, experts = residuals
-    dx = xla.grouped(dy.astype(like.dtype), group_sizes, experts, target, transposed=True)
-    return dx.astype(like.dtype), None, None
-
-
-_grouped.defvjp(_grouped_forward, _grouped_backward)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
-def _expert_ffn(x, experts, weights, gate, up, down, target, arithmetic):
-    backend = backend_for("expert_ffn", x, (gate, up, down), target, arithmetic, BACKENDS)
-    function = getattr(backend, "expert_ffn", functools.partial(_composed_ffn, arithmetic=arithmetic))
-    return function(x, experts, weights, gate, up, down, target)
 
 
 def _composed_ffn(x, experts, weights, gate, up, down, target, arithmetic):
@@ -133,18 +118,8 @@ def _composed_ffn(x, experts, weights, gate, up, down, target, arithmetic):
     return functools.reduce(jnp.add, (y[:, slot] * weights[:, slot, None] for slot in range(top_k)))
 
 
-def _ffn_forward(x, experts, weights, gate, up, down, target, arithmetic):
-    return _expert_ffn(x, experts, weights, gate, up, down, target, arithmetic), (x, experts, weights, gate, up, down)
-
-
-def _ffn_backward(target, arithmetic, residuals, dy):
-    x, experts, weights, gate, up, down = residuals
-
-    def composed(x, weights):
-        return _composed_ffn(x, experts, weights, gate, up, down, target, arithmetic)
-
-    dx, dweights = jax.vjp(composed, x, weights)[1](dy)
-    return dx, None, dweights, None, None, None
-
-
-_expert_ffn.defvjp(_ffn_forward, _ffn_backward)
+@derivative_of(_composed_ffn, of=("x", "weights"), static=("target", "arithmetic"))
+def _expert_ffn(x, experts, weights, gate, up, down, target, arithmetic):
+    backend = backend_for("expert_ffn", x, (gate, up, down), target, arithmetic, BACKENDS)
+    function = getattr(backend, "expert_ffn", functools.partial(_composed_ffn, arithmetic=arithmetic))
+    return function(x, experts, weights, gate, up, down, target)

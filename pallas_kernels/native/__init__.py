@@ -14,14 +14,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import blocks, dispatch
+from pallas_kernels import dispatch
+from pallas_kernels.blocks import format_of
 from pallas_kernels.blocks.matrix import Matrix
 from pallas_kernels.native import build
 from pallas_kernels.native.build import isa, prepare, refusal
+from pallas_kernels.native.tables import FORMATS, ROLES
 
 __all__ = [
     "FORMATS",
-    "ROLES",
     "decoder_layers",
     "expert_ffn",
     "isa",
@@ -32,15 +33,6 @@ __all__ = [
     "refuses",
     "swiglu",
 ]
-
-FORMATS = (
-    "Q4_K", "Q5_K", "Q6_K", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "IQ4_NL", "IQ4_XS", "MXFP4", "F16", "BF16",
-    "U4_32_F16", "U4_64_F16", "U4_128_F16",
-)  # fmt: skip
-ROLES = (
-    "attention_norm", "query", "key", "value", "query_bias", "key_bias", "value_bias", "query_norm", "key_norm", "output",
-    "output_bias", "feed_forward_norm", "gate", "up", "down", "down_bias", "router", "expert_gate", "expert_up", "expert_down",
-)  # fmt: skip
 
 
 def refuses(case: dispatch.Case) -> str | None:
@@ -84,16 +76,16 @@ def expert_ffn(x, experts, weights, gate: Matrix, up: Matrix, down: Matrix, targ
     return _call("ferrum_experts", [down.rows], (gate, up, down), "int8", x, experts, weights)[0]
 
 
-def decoder_layers(x, cache, slots, tables, rope, layers, shape, record) -> tuple[jax.Array, Any, tuple[jax.Array, ...]]:
+def decoder_layers(
+    x, cache, slots, tables, rope, stacks, layers, shape, record
+) -> tuple[jax.Array, Any, tuple[jax.Array, ...]]:
     """As the contract of pallas_kernels.decoder_layers says."""
-    stacks: dict[int, tuple[jax.Array, str]] = {}
     places = np.full((len(layers), len(ROLES), 2), -1, np.int64)
     for places_of, layer in zip(places, layers, strict=True):
         for role, part in layer.items():
-            stacks.setdefault(id(part.array), (part.array, part.format))
-            places_of[ROLES.index(role)] = list(stacks).index(id(part.array)), part.place
-    vectors = {id(part.array) for layer in layers for role, part in layer.items() if role.endswith(("norm", "bias"))}
-    arrays = [blocks.FORMATS[f].decode(array) if number in vectors else array for number, (array, f) in stacks.items()]
+            places_of[ROLES.index(role)] = part
+    vectors = {part.stack for layer in layers for role, part in layer.items() if role.endswith(("norm", "bias"))}
+    arrays = [format_of(s.format).decode(s.array) if number in vectors else s.array for number, s in enumerate(stacks)]
     kept = [cache.pages] if cache.scales is None else [cache.pages, cache.scales]
     cosine, sine = (part.reshape(x.shape[0], -1) for part in rope)
     operands = (x, slots, tables.positions, tables.query_starts, tables.kv_lengths, tables.page_table, cosine, sine, *arrays)
@@ -107,7 +99,7 @@ def decoder_layers(x, cache, slots, tables, rope, layers, shape, record) -> tupl
         *operands,
         *kept,
         places=places.reshape(-1),
-        formats=",".join(format for _, format in stacks.values()),
+        formats=",".join(stack.format for stack in stacks),
         kv_dtype=cache.dtype,
         top_k=np.int64(shape.top_k),
         window=np.int64(shape.window),

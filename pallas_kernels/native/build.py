@@ -1,9 +1,9 @@
 """Builds the C++ kernels against the jaxlib that is running, once, and registers them with XLA.
 
-The library is kept in the user's cache under a name with two digests. The first is of its sources, the headers it was built
-against, the compiler and the instruction set, so another jaxlib, compiler or CPU gets one of its own and an old one is never
-loaded by mistake; the second is of its content, so a damaged one is built again and never loaded (`pallas_kernels.cache`).
-Only what this CPU takes is compiled.
+The library is kept in the user's cache under a name with two digests. The first is of its sources, the tables that Python
+writes for them, the headers it was built against, the compiler and the instruction set, so another jaxlib, compiler or CPU
+gets one of its own and an old one is never loaded by mistake; the second is of its content, so a damaged one is built again
+and never loaded (`pallas_kernels.cache`). Only what this CPU takes is compiled.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import jax
 import jaxlib
 
 from pallas_kernels import cache
+from pallas_kernels.native import tables
 
 SOURCES = Path(__file__).parent / "src"
 Progress = Callable[[int, int | None, str], None]
@@ -132,6 +133,7 @@ def _built(compiler: str) -> Path:
     digest = hashlib.blake2b(f"{jaxlib.__version__} {version} {platform.machine()} {sets}".encode(), digest_size=12)
     for source in sorted(SOURCES.iterdir()):
         digest.update(source.name.encode() + source.read_bytes())
+    digest.update(tables.header().encode())
     folder, name = cache.cache_root() / "native", f"kernels-{digest.hexdigest()}"
     cache.make_private(folder)
     for path in sorted(folder.glob(f"{name}.*.so")):
@@ -153,7 +155,8 @@ def _named(name: str, path: Path) -> str:
 def _compiled(compiler: str, sets: tuple[str, ...], work: Path) -> Path:
     units = list(dict.fromkeys(unit for name in sets for unit in _UNITS[name][0]))
     without = [f"-DFERRUM_WITHOUT_{name.upper()}" for name in _UNITS if name not in units]
-    flags = ["-O3", "-std=c++17", "-fPIC", f"-I{jax.ffi.include_dir()}", *without]
+    flags = ["-O3", "-std=c++17", "-fPIC", f"-I{work}", f"-I{jax.ffi.include_dir()}", *without]
+    (work / "tables.h").write_text(tables.header())
     units[2:2] = _COMMON
     report, text = _PROGRESS.get(), "building the C++ kernels for this CPU, which is done once"
     if report:

@@ -17,13 +17,13 @@ page table may be any number. There is no limit to a length.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch
+from pallas_kernels.derivatives import derivative_of
 from pallas_kernels.paged_attention import xla
 from pallas_kernels.paged_attention.cache import KV_DTYPES, KVCache, bytes_per_token, storage_dtype
 
@@ -108,23 +108,11 @@ def paged_attention(q: jax.Array, cache: KVCache, layer: jax.Array | int, plan: 
     return _attention(q, cache, jnp.asarray(layer, jnp.int32), plan, scale)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _reference(q, cache, layer, plan, scale):
+    plan = dataclasses.replace(plan, work=xla.plan(plan.tables, cache, q.shape[1], plan.window))
+    return xla.attention(q, cache, layer, plan, scale, differentiable=True)  # with loops of a known length
+
+
+@derivative_of(_reference, of=("q", "cache"), static=("scale",))
 def _attention(q, cache, layer, plan, scale):
     return plan.backend.attention(q, cache, layer, plan, scale)
-
-
-def _forward(q, cache, layer, plan, scale):
-    return _attention(q, cache, layer, plan, scale), (q, cache, layer, plan)
-
-
-def _backward(scale, residuals, dy):
-    q, cache, layer, plan = residuals
-    plan = dataclasses.replace(plan, work=xla.plan(plan.tables, cache, q.shape[1], plan.window))
-
-    def static_loops(q, cache):
-        return xla.attention(q, cache, layer, plan, scale, differentiable=True)
-
-    return (*jax.vjp(static_loops, q, cache)[1](dy), None, None)
-
-
-_attention.defvjp(_forward, _backward)

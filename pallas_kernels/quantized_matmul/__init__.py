@@ -25,6 +25,7 @@ from pallas_kernels import dispatch, native
 from pallas_kernels.blocks.layouts import open_axes
 from pallas_kernels.blocks.matrix import Matrix
 from pallas_kernels.blocks.ordered import is_ordered, natural
+from pallas_kernels.derivatives import derivative_of, linear
 from pallas_kernels.quantized_matmul import xla
 
 BACKENDS = (
@@ -83,8 +84,8 @@ def swiglu(x: jax.Array, gate: Matrix, up: Matrix, arithmetic: str = "") -> jax.
     if gate.rows != up.rows:
         raise ValueError(f"swiglu: gate {gate} and up {up} do not fit")
     if is_ordered(gate) or is_ordered(up):
-        gated, linear = quantized_matmuls(x, (gate, up), arithmetic)
-        return (jax.nn.silu(gated) * linear).astype(x.dtype)
+        gated, plain = quantized_matmuls(x, (gate, up), arithmetic)
+        return (jax.nn.silu(gated) * plain).astype(x.dtype)
     return _swiglu(x, gate, up, dispatch.target(), arithmetic or x.dtype.name)
 
 
@@ -108,7 +109,12 @@ def backend_for(operation: str, x: jax.Array, matrices: Sequence[Matrix], target
     return found[0] if all(one is found[0] for one in found) else None
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _transposed(dys, matrices, target, arithmetic):
+    parts = (xla.matmul_transposed(dy, matrix, target) for dy, matrix in zip(dys, matrices, strict=True))
+    return functools.reduce(jax.numpy.add, parts)
+
+
+@linear(_transposed, static=("target", "arithmetic"))
 def _matmuls(x, matrices, target, arithmetic):
     together = backend_for("quantized_matmul", x, matrices, target, arithmetic, BACKENDS)
     if together is not None:
@@ -117,37 +123,12 @@ def _matmuls(x, matrices, target, arithmetic):
     return tuple(_matmuls(x, (matrix,), target, arithmetic)[0] for matrix in matrices)
 
 
-def _matmuls_forward(x, matrices, target, arithmetic):
-    return _matmuls(x, matrices, target, arithmetic), (x[:0], matrices)
+def _composed_swiglu(x, gate, up, target, arithmetic):
+    gated, plain = _matmuls(x, (gate, up), target, arithmetic)
+    return (jax.nn.silu(gated) * plain).astype(x.dtype)
 
 
-def _matmuls_backward(target, arithmetic, residuals, dys):
-    like, matrices = residuals
-    parts = [xla.matmul_transposed(dy.astype(like.dtype), matrix, target) for dy, matrix in zip(dys, matrices, strict=True)]
-    return functools.reduce(jax.numpy.add, parts).astype(like.dtype), None
-
-
-_matmuls.defvjp(_matmuls_forward, _matmuls_backward)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+@derivative_of(_composed_swiglu, of=("x",), static=("target", "arithmetic"))
 def _swiglu(x, gate, up, target, arithmetic):
     together = backend_for("swiglu", x, (gate, up), target, arithmetic, BACKENDS)
     return (together.swiglu if together else functools.partial(_composed_swiglu, arithmetic=arithmetic))(x, gate, up, target)
-
-
-def _composed_swiglu(x, gate, up, target, arithmetic):
-    gated, linear = _matmuls(x, (gate, up), target, arithmetic)
-    return (jax.nn.silu(gated) * linear).astype(x.dtype)
-
-
-def _swiglu_forward(x, gate, up, target, arithmetic):
-    return _swiglu(x, gate, up, target, arithmetic), (x, gate, up)
-
-
-def _swiglu_backward(target, arithmetic, residuals, dy):
-    x, gate, up = residuals
-    return (*jax.vjp(lambda x: _composed_swiglu(x, gate, up, target, arithmetic), x)[1](dy), None, None)
-
-
-_swiglu.defvjp(_swiglu_forward, _swiglu_backward)

@@ -11,11 +11,10 @@ Contract of `route(logits, live, top_k, normalize, scale)`:
 
 from __future__ import annotations
 
-import functools
-
 import jax
 
 from pallas_kernels import dispatch
+from pallas_kernels.derivatives import derivative_of
 from pallas_kernels.routing import xla
 
 BACKENDS = (dispatch.kernels("triton", __name__, "gpu"), dispatch.Backend("xla", lambda case: None, lambda: xla))
@@ -30,20 +29,7 @@ def route(
     return _route(logits, live, top_k, normalize, scale, dispatch.target())
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
+@derivative_of(lambda *arguments: xla.route(*arguments[:-1]), of=("logits",), static=("top_k", "normalize", "scale", "target"))
 def _route(logits, live, top_k, normalize, scale, target):
     case = dispatch.Case("route", target, "F32", logits.dtype.name, shape=(*logits.shape, top_k))
     return dispatch.choose(case, BACKENDS).route(logits, live, top_k, normalize, scale)
-
-
-def _forward(logits, live, top_k, normalize, scale, target):
-    return _route(logits, live, top_k, normalize, scale, target), (logits, live)
-
-
-def _backward(top_k, normalize, scale, target, residuals, cotangents):
-    logits, live = residuals
-    _, back = jax.vjp(lambda logits: xla.route(logits, live, top_k, normalize, scale)[1], logits)
-    return back(cotangents[1])[0], None
-
-
-_route.defvjp(_forward, _backward)

@@ -188,7 +188,7 @@ MISTAKES = {
     "index 2 of a stack of 2": {"index": 2},
     "no kernels for the block format 'Q9_K'": {"formats": "Q9_K"},
     "there are fewer formats than matrices": {"formats": "Q8_0", "count": 2},
-    "arithmetic must be int8, int8x2 or float32": {"arithmetic": "int7"},
+    "arithmetic must be one of int8, int8x2, float32, not 'int7'": {"arithmetic": "int7"},
     "rows of 272 bytes do not hold 128 weights": {"columns": 128},
     "a result does not fit its matrix": {"rows": 4},
 }

@@ -16,7 +16,9 @@ using ferrum::Array;
 using ferrum::Call;
 using ferrum::kF32;
 using ferrum::kS32;
+using ferrum::kRoles;
 using ferrum::Matrix;
+using ferrum::Role;
 
 constexpr size_t kMaxMatrices = 16;
 
@@ -47,13 +49,19 @@ class Checker {
   bool failed() const { return !words_.empty(); }
   XLA_FFI_Error* error() const { return wrong(call_, words_); }
 
-  ferrum::Arithmetic arithmetic() {
-    const auto name = attribute<std::string_view>("arithmetic");
-    require(name == "int8" || name == "int8x2" || name == "float32", "arithmetic must be int8, int8x2 or float32");
-    return name == "float32" ? ferrum::Arithmetic::float32
-           : name == "int8x2" ? ferrum::Arithmetic::int8x2
-                              : ferrum::Arithmetic::int8;
+  // The member of an enum of tables.h that an attribute names.
+  template <typename Enum, size_t n>
+  Enum named(const char* attribute_name, const char* const (&names)[n]) {
+    const auto name = attribute<std::string_view>(attribute_name);
+    std::string known;
+    for (size_t i = 0; i < n; ++i) {
+      if (name == names[i]) return Enum(i);
+      known += std::string(i ? ", " : "") + names[i];
+    }
+    require(false, std::string(attribute_name) + " must be one of " + known + ", not '" + std::string(name) + "'");
+    return Enum(0);
   }
+  ferrum::Arithmetic arithmetic() { return named<ferrum::Arithmetic>("arithmetic", ferrum::kArithmeticNames); }
 
   // Format number `which` of a comma-separated list.
   const ferrum::Format* format(std::string_view names, size_t which) {
@@ -177,19 +185,6 @@ XLA_FFI_Error* experts(const Call& call) {
   });
 }
 
-// The parts of a layer in the order of native.ROLES.
-enum Role {
-  kAttentionNorm, kQuery, kKey, kValue, kQueryBias, kKeyBias, kValueBias, kQueryNorm, kKeyNorm, kOutput, kOutputBias,
-  kFeedForwardNorm, kGate, kUp, kDown, kDownBias, kRouter, kExpertGate, kExpertUp, kExpertDown, kRoles
-};
-
-bool find_kv_type(std::string_view name, ferrum::KvType& type) {
-  const std::string_view names[] = {"float32", "float16", "bfloat16", "int8", "float8_e4m3fn"};
-  for (int i = 0; i < 5; ++i)
-    if (names[i] == name) return type = ferrum::KvType(i), true;
-  return false;
-}
-
 // Operands: x, slots, positions, query_starts, kv_lengths, page_table, cosine, sine, stacks. `places`, of each layer and part: number of the operand among `stacks` (-1: none) and place in its first axis. Results: y, the
 // pages of the cache, the scales of an int8 one, and where they are wanted experts and weights [routers, tokens, top_k].
 XLA_FFI_Error* layers(const Call& call) {
@@ -206,7 +201,7 @@ XLA_FFI_Error* layers(const Call& call) {
   const auto expert_scale = check.attribute<float>("expert_scale");
   const auto normalize = check.attribute<bool>("normalize");
   ferrum::KvCache store{};
-  check.require(find_kv_type(check.attribute<std::string_view>("kv_dtype"), store.type), "no kernels for this dtype of the KV cache");
+  store.type = check.named<ferrum::KvType>("kv_dtype", ferrum::kKvTypeNames);
   check.require(pages.axes() == 5 && size % (2 * kRoles) == 0, "operands do not fit");
   if (check.failed()) return check.error();
   const int64_t tokens = x.dim(0), hidden = x.dim(1), count = int64_t(size) / (2 * kRoles);
@@ -249,53 +244,55 @@ XLA_FFI_Error* layers(const Call& call) {
     caches[size_t(l)].pages += rows * store.head_dim * store.item_bytes();
     if (store.scales) caches[size_t(l)].scales += rows;
     const int64_t* place = places + l * 2 * kRoles;
-    const auto at = [&](Role role) { return call.operand(kFirstStack + size_t(place[2 * role])); };
-    const auto has = [&](Role role) { return place[2 * role] >= 0; };
+    const auto stack_of = [&](Role role) { return place[2 * int(role)]; };
+    const auto place_of = [&](Role role) { return place[2 * int(role) + 1]; };
+    const auto at = [&](Role role) { return call.operand(kFirstStack + size_t(stack_of(role))); };
+    const auto has = [&](Role role) { return stack_of(role) >= 0; };
     const auto vector = [&](Role role, int64_t n) -> const float* {
       if (!has(role)) return nullptr;
       const Array stack = at(role);
-      const bool fits = stack.is(kF32, 2) && stack.dim(1) == n && place[2 * role + 1] < stack.dim(0);
+      const bool fits = stack.is(kF32, 2) && stack.dim(1) == n && place_of(role) < stack.dim(0);
       if (!check.require(fits, "a norm or bias does not fit")) return nullptr;
-      return stack.floats() + place[2 * role + 1] * n;
+      return stack.floats() + place_of(role) * n;
     };
     const auto matrix = [&](Role role, int64_t k, int64_t n, int64_t experts = 0) {
       if (!check.require(has(role), "a matrix is missing")) return Matrix{};
-      const Matrix found = check.matrix(check.format(formats, size_t(place[2 * role])), place[2 * role + 1], at(role), k, experts);
+      const Matrix found = check.matrix(check.format(formats, size_t(stack_of(role))), place_of(role), at(role), k, experts);
       check.require(n == 0 || found.n == n, "a matrix does not fit");
       return found;
     };
     const int64_t keys = store.kv_heads * store.head_dim;
-    layer.attention_norm = vector(kAttentionNorm, hidden);
-    layer.query = matrix(kQuery, hidden, 0);
+    layer.attention_norm = vector(Role::attention_norm, hidden);
+    layer.query = matrix(Role::query, hidden, 0);
     heads = layer.query.n / store.head_dim;
     if (!check.require(heads % store.kv_heads == 0 && layer.query.n == heads * store.head_dim, "heads do not fit")) break;
-    layer.key = matrix(kKey, hidden, keys);
-    layer.value = matrix(kValue, hidden, keys);
-    layer.query_bias = vector(kQueryBias, layer.query.n);
-    layer.key_bias = vector(kKeyBias, keys);
-    layer.value_bias = vector(kValueBias, keys);
-    layer.query_norm = vector(kQueryNorm, store.head_dim);
-    layer.key_norm = vector(kKeyNorm, store.head_dim);
-    layer.output = matrix(kOutput, layer.query.n, hidden);
-    layer.output_bias = vector(kOutputBias, hidden);
-    layer.feed_forward_norm = vector(kFeedForwardNorm, hidden);
+    layer.key = matrix(Role::key, hidden, keys);
+    layer.value = matrix(Role::value, hidden, keys);
+    layer.query_bias = vector(Role::query_bias, layer.query.n);
+    layer.key_bias = vector(Role::key_bias, keys);
+    layer.value_bias = vector(Role::value_bias, keys);
+    layer.query_norm = vector(Role::query_norm, store.head_dim);
+    layer.key_norm = vector(Role::key_norm, store.head_dim);
+    layer.output = matrix(Role::output, layer.query.n, hidden);
+    layer.output_bias = vector(Role::output_bias, hidden);
+    layer.feed_forward_norm = vector(Role::feed_forward_norm, hidden);
     check.require(layer.attention_norm && layer.feed_forward_norm, "a layer has no norm");
-    if (has(kRouter)) {
-      layer.router = matrix(kRouter, hidden, 0);
+    if (has(Role::router)) {
+      layer.router = matrix(Role::router, hidden, 0);
       layer.experts = layer.router.n;
       check.require(layer.experts >= top_k && top_k > 0, "there are fewer experts than a token takes");
-      layer.gate = matrix(kExpertGate, hidden, 0, layer.experts);
-      layer.up = matrix(kExpertUp, hidden, layer.gate.n, layer.experts);
-      layer.down = matrix(kExpertDown, layer.gate.n, hidden, layer.experts);
+      layer.gate = matrix(Role::expert_gate, hidden, 0, layer.experts);
+      layer.up = matrix(Role::expert_up, hidden, layer.gate.n, layer.experts);
+      layer.down = matrix(Role::expert_down, layer.gate.n, hidden, layer.experts);
       if (ids && check.require(routers < wanted, "there are more routers than are recorded")) {
         layer.ids = ids + routers * tokens * top_k;
         layer.weights = weights + routers++ * tokens * top_k;
       }
     } else {
-      layer.gate = matrix(kGate, hidden, 0);
-      layer.up = matrix(kUp, hidden, layer.gate.n);
-      layer.down = matrix(kDown, layer.gate.n, hidden);
-      layer.down_bias = vector(kDownBias, hidden);
+      layer.gate = matrix(Role::gate, hidden, 0);
+      layer.up = matrix(Role::up, hidden, layer.gate.n);
+      layer.down = matrix(Role::down, layer.gate.n, hidden);
+      layer.down_bias = vector(Role::down_bias, hidden);
     }
   }
   check.require(routers == wanted, "there are fewer routers than are recorded");

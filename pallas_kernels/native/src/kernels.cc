@@ -11,15 +11,6 @@
 namespace ferrum {
 namespace {
 
-constexpr Format kFormats[] = {
-    {"Q4_0", Type::Q4_0, 32, 18},     {"Q4_1", Type::Q4_1, 32, 20},     {"Q5_0", Type::Q5_0, 32, 22},
-    {"Q5_1", Type::Q5_1, 32, 24},     {"Q8_0", Type::Q8_0, 32, 34},     {"IQ4_NL", Type::IQ4_NL, 32, 18},
-    {"MXFP4", Type::MXFP4, 32, 17},   {"Q4_K", Type::Q4_K, 256, 144},   {"Q5_K", Type::Q5_K, 256, 176},
-    {"Q6_K", Type::Q6_K, 256, 210},   {"IQ4_XS", Type::IQ4_XS, 256, 136}, {"F16", Type::F16, 1, 2},
-    {"BF16", Type::BF16, 1, 2},       {"F32", Type::F32, 1, 4},         {"U4_32_F16", Type::U4_32, 32, 19},
-    {"U4_64_F16", Type::U4_64, 64, 35}, {"U4_128_F16", Type::U4_128, 128, 67},
-};
-
 // What this library was built with, the best first: build.py leaves out what its machine does not take.
 constexpr struct {
   const char* name;

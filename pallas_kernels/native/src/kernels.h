@@ -14,20 +14,20 @@
 #include <cstddef>
 #include <cstdint>
 
-namespace ferrum {
+#include "tables.h"  // Type, Arithmetic, KvType and Role: see ../tables.py
 
-enum class Type : uint8_t {
-  Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, IQ4_NL, MXFP4, U4_32, U4_64, U4_128, Q4_K, Q5_K, Q6_K, IQ4_XS, F16, BF16, F32
-};
+namespace ferrum {
 
 // A block format, of ggml or of pallas_kernels.blocks.groups. In a block, w = scale * q - offset.
 struct Format {
   const char* name;
   Type type;
   int block_weights, block_bytes;
-  bool plain() const { return block_weights == 1; }
+  constexpr bool plain() const { return block_weights == 1; }
   int64_t row_bytes(int64_t k) const { return k / block_weights * block_bytes; }
 };
+
+constexpr Format kFormats[] = {FERRUM_FORMATS};  // in the order of Type
 
 // By ggml's name of `length` characters; nullptr where there are no kernels for it.
 const Format* find_format(const char* name, size_t length);
@@ -48,9 +48,8 @@ class Pool {
   virtual void parallel_for(int64_t count, void (*fn)(void*, int64_t), void* arg) = 0;
 };
 
-// int8x2 is for matmuls alone: what the quantization of a row leaves out is quantized as a second row, and the two results
-// are added, so activations keep about 15 bits.
-enum class Arithmetic { int8, int8x2, float32 };
+// Of the kinds of arithmetic int8x2 is for matmuls alone: what the quantization of a row leaves out is quantized as a second row, and
+// the two results are added, so activations keep about 15 bits.
 
 // y[i] [m, n_i] = x [m, k] times matrix i, transposed.
 void matmuls(Pool& pool, Arithmetic arithmetic, const float* x, int64_t m, int64_t k, const Matrix* matrices, int count,
@@ -66,13 +65,10 @@ void experts(Pool& pool, Arithmetic arithmetic, const float* x, int64_t tokens, 
              const float* weights, int64_t top_k, int64_t num_experts, const Matrix& gate, const Matrix& up,
              const Matrix& down, float* y);
 
-// What elements of a KV cache are; int8 has a scale for each row of head_dim elements.
-enum class KvType : uint8_t { float32, float16, bfloat16, int8, float8_e4m3fn };
-
 // One layer of a paged cache: [pages, page_size, 2 kv_heads, head_dim], keys of head h at 2 h, values at 2 h + 1.
 struct KvCache {
   uint8_t* pages;
-  float* scales;  // of int8
+  float* scales;  // of int8, one for each row of head_dim elements
   KvType type;
   int64_t num_pages, page_size, kv_heads, head_dim;
   int64_t item_bytes() const { return type == KvType::float32 ? 4 : type == KvType::float16 || type == KvType::bfloat16 ? 2 : 1; }

@@ -102,39 +102,24 @@ struct Weights {
 };
 
 // Half d | zero point z | for every 32 weights 16 bytes as in Q4_0; w = d * (q - z).
-constexpr bool has_zero_point(Type t) { return t == Type::U4_32 || t == Type::U4_64 || t == Type::U4_128; }
+constexpr bool has_zero_point(Type t) { return t == Type::U4_32_F16 || t == Type::U4_64_F16 || t == Type::U4_128_F16; }
 constexpr bool has_offset(Type t) {
   return t == Type::Q4_1 || t == Type::Q5_1 || t == Type::Q4_K || t == Type::Q5_K || has_zero_point(t);
 }
 constexpr bool has_parts(Type t) { return t == Type::Q6_K; }
 
-constexpr int block_weights(Type t) {
-  return t >= Type::F16 ? 1 : t >= Type::Q4_K ? 256 : t == Type::U4_128 ? 128 : t == Type::U4_64 ? 64 : 32;
-}
+constexpr int block_weights(Type t) { return kFormats[int(t)].block_weights; }
+constexpr int block_bytes(Type t) { return kFormats[int(t)].block_bytes; }
 
-constexpr int block_bytes(Type t) {
-  switch (t) {
-    case Type::Q4_0: case Type::IQ4_NL: return 18;
-    case Type::Q4_1: return 20;
-    case Type::Q5_0: return 22;
-    case Type::Q5_1: return 24;
-    case Type::Q8_0: return 34;
-    case Type::MXFP4: return 17;
-    case Type::U4_32: return 19;
-    case Type::U4_64: return 35;
-    case Type::U4_128: return 67;
-    case Type::Q4_K: return 144;
-    case Type::Q5_K: return 176;
-    case Type::Q6_K: return 210;
-    case Type::IQ4_XS: return 136;
-    case Type::F32: return 4;
-    default: return 2;
-  }
-}
-
-// Bytes of a group, and the widest of them: room for a padded one.
+// Bytes of a group, and the most of a quantized format: room for a padded one.
 constexpr int group_bytes(Type t) { return kGroup / block_weights(t) * block_bytes(t); }
-constexpr int kWidest = 8 * 34;
+constexpr int widest_group() {
+  int widest = 0;
+  for (const Format& format : kFormats)
+    if (!format.plain() && group_bytes(format.type) > widest) widest = group_bytes(format.type);
+  return widest;
+}
+constexpr int kWidest = widest_group();
 
 // Where 32 weights of a group of a type with zero points have their block, and their 16 bytes in it.
 template <Type T>
@@ -347,23 +332,9 @@ inline void dots_of(const Rows& w, const Group* const* x, int64_t m, Output y) {
 }  // namespace
 }  // namespace ferrum
 
-// switch over the type of quantized (or all) formats: CALL is a template name, the rest its arguments.
+// In a switch over the type of a format, by itself or by FERRUM_QUANTIZED (tables.h) for all that are quantized: CALL is the
+// name of a template, the rest its arguments.
 #define FERRUM_CASE(T, CALL, ...) \
   case Type::T:                   \
     CALL<Type::T>(__VA_ARGS__);   \
     break;
-#define FERRUM_QUANTIZED(CALL, ...)      \
-  FERRUM_CASE(Q4_0, CALL, __VA_ARGS__)   \
-  FERRUM_CASE(Q4_1, CALL, __VA_ARGS__)   \
-  FERRUM_CASE(Q5_0, CALL, __VA_ARGS__)   \
-  FERRUM_CASE(Q5_1, CALL, __VA_ARGS__)   \
-  FERRUM_CASE(Q8_0, CALL, __VA_ARGS__)   \
-  FERRUM_CASE(IQ4_NL, CALL, __VA_ARGS__) \
-  FERRUM_CASE(MXFP4, CALL, __VA_ARGS__)  \
-  FERRUM_CASE(U4_32, CALL, __VA_ARGS__)  \
-  FERRUM_CASE(U4_64, CALL, __VA_ARGS__)  \
-  FERRUM_CASE(U4_128, CALL, __VA_ARGS__) \
-  FERRUM_CASE(Q4_K, CALL, __VA_ARGS__)   \
-  FERRUM_CASE(Q5_K, CALL, __VA_ARGS__)   \
-  FERRUM_CASE(Q6_K, CALL, __VA_ARGS__)   \
-  FERRUM_CASE(IQ4_XS, CALL, __VA_ARGS__)
