@@ -396,7 +396,7 @@ def kv_dtypes(model: Any, ids: list[int], sizes: Sizes) -> dict[str, Any]:
         cache = functional.new_cache(model.config, num_pages=pages, page_size=PAGE, dtype=dtype)
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(cache)) / (pages * PAGE)
         begin = time.perf_counter()
-        _, found = model.programs.run(teacher_forced, model.params, cache, text, donate=(1,), config=model.config)
+        _, found = model._runtime.programs.run(teacher_forced, model.params, cache, text, donate=(1,), config=model.config)
         value = float(np.exp(-np.asarray(found, np.float64).mean()))
         if not np.isfinite(value):
             raise RuntimeError(f"KV dtype {dtype}: perplexity is {value}")

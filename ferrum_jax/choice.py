@@ -1,12 +1,13 @@
-"""Choosing the next token of a row: the one place where logits become a token.
+"""Choosing the next token of each row: the only place where logits become a token.
 
-`functional.generate` and the engine's steps both end here, so a request gets the same token on either way. `Choice` holds
-all that a choice depends on and changes next to the logits and the parameters of sampling.
+`functional.generate` and the engine's steps both end here, so a request gets the same tokens from either. `Choice` is the
+state that choosing a token reads and updates, in addition to the logits and the sampling parameters.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,33 +15,36 @@ from jax import lax
 
 from ferrum_jax.sampling import Sampling, is_end, occurred, sample, token_logprobs
 
-NOT_FINITE = -2  # in the place of a token: the row's logits hold NaN or +inf, or nothing but -inf
+NOT_FINITE = -2  # instead of a token: the row's logits contain NaN or +inf, or are all -inf
 
 
 class Adjustments(NamedTuple):
-    """What is done to the logits of S rows before one is sampled; V ids, texts of up to C tokens."""
+    """Changes to the logits of S rows before sampling; V ids, texts of up to C tokens."""
 
-    adjusted: jax.Array  # bool [S]: whether anything below says something
-    history: jax.Array  # int32 [S, C]: the text
+    adjusted: jax.Array  # bool [S]: whether the row uses any of these
+    history: jax.Array  # int32 [S, C]: the tokens of the text
     prompt_length: jax.Array  # int32 [S]
     bias: jax.Array  # float32 [S, V]: added to the logits
-    banned: jax.Array  # int32 [S, words, tokens]: right-aligned, -1 before the first; the last token is banned
+    banned: jax.Array  # int32 [S, words, tokens]: right-aligned and padded with -1; the last token of a word is banned
     min_tokens: jax.Array  # int32 [S]: end tokens are banned before the output has this many
 
 
 class Choice(NamedTuple):
-    """Where S rows stand. V ids."""
+    """The state of S rows; V ids."""
 
     length: jax.Array  # int32 [S]: tokens of prompt and output; the next one has this position
     generated: jax.Array  # int32 [S]: tokens of output
     done: jax.Array  # bool [S]: ended by an end token, max_tokens, or logits that are not finite
-    seen: jax.Array  # int32 [S, V]: what `sample` counts of prompt and output
-    adjustments: Adjustments | None = None  # None: no row has any
+    seen: jax.Array  # int32 [S, V]: which ids occurred in prompt and output, as `sample` counts them
+    adjustments: Adjustments | None = None  # None: no row uses any
 
 
 class Chosen(NamedTuple):
-    """Of R rows. token int32 [R]: -1 in a row that was not alive, NOT_FINITE where its logits were not; ids int32 and
-    logprobs float32 [R, k + 1]: the token and the k best, of the raw distribution, zeros where they were not wanted."""
+    """The tokens of R rows.
+
+    token int32 [R]: -1 in a row that was not alive, NOT_FINITE in a row whose logits were not finite. ids int32 and logprobs
+    float32 [R, k + 1]: the token and the k best of the raw distribution, or zeros if they were not requested.
+    """
 
     token: jax.Array
     ids: jax.Array
@@ -56,13 +60,19 @@ def choose(
     rows: jax.Array | None = None,
     *,
     logprobs: int | None = None,
-    wanted: jax.Array | None = None,
+    requested: jax.Array | None = None,
 ) -> tuple[Choice, Chosen]:
-    """Chooses the next token of the rows that are alive; in the others nothing changes.
+    """Chooses the next token of the rows that are alive. The other rows stay as they are.
 
-    logits float32 [R, V], of `rows` int32 [R] of the S that `choice` and `sampling` have (None: of all, in order); alive
-    bool [R]; key: as for `sample`; logprobs: how many of the best tokens to report (None: no log-probabilities at all);
-    wanted bool []: whether to compute them (None: yes).
+    Args:
+      logits: float32 [R, V].
+      choice: the state of S rows.
+      sampling: the parameters of the S rows.
+      key: as for `sample`.
+      alive: bool [R].
+      rows: int32 [R], which of the S rows the logits belong to; None: all, in order.
+      logprobs: the number of best tokens to report; None for no log-probabilities; static.
+      requested: bool [], whether this call computes log-probabilities; None: yes.
     """
     count, capacity = logits.shape[0], choice.length.shape[0]
     every = jnp.arange(count) if rows is None else rows
@@ -78,34 +88,36 @@ def choose(
             some = (alive & choice.adjustments.adjusted[every]).any()
             adjusted = lax.cond(some, _adjust, lambda x, *_: x, logits, choice, own, every)
         token = sample(adjusted, own, of(choice.seen), of(choice.length), key)
-        ids, scores = _scores(logits, token, logprobs, wanted)
+        ids, scores = _scores(logits, token, logprobs, requested)
         generated = of(choice.generated) + finite
         done = is_end(token, own) | (generated >= own.max_tokens) | ~finite
-        place = jnp.where(alive, every, capacity)  # out of range: nothing is written
+        target = jnp.where(alive, every, capacity)  # an index out of range writes nothing
         choice = choice._replace(
-            length=choice.length.at[place].add(1, mode="drop"),
-            generated=choice.generated.at[place].set(generated, mode="drop"),
-            done=choice.done.at[place].set(done, mode="drop"),
-            seen=occurred(choice.seen, place, token),
+            length=choice.length.at[target].add(1, mode="drop"),
+            generated=choice.generated.at[target].set(generated, mode="drop"),
+            done=choice.done.at[target].set(done, mode="drop"),
+            seen=occurred(choice.seen, target, token),
         )
         return choice, Chosen(jnp.where(alive, jnp.where(finite, token, NOT_FINITE), -1), ids, scores)
 
 
-def where_wanted(wanted, scores):
-    """ids and logprobs of `scores()`, or zeros."""
-    return lax.cond(wanted, scores, lambda: jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(scores)))
+def if_requested(requested: jax.Array, scores: Callable[[], Any]) -> Any:
+    """The arrays of `scores()`, or zeros of the same shapes."""
+    return lax.cond(requested, scores, lambda: jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(scores)))
 
 
-def _scores(logits, token, logprobs: int | None, wanted) -> tuple[jax.Array, jax.Array]:
+def _scores(
+    logits: jax.Array, token: jax.Array, logprobs: int | None, requested: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
     if logprobs is None:
         return jnp.zeros((logits.shape[0], 0), jnp.int32), jnp.zeros((logits.shape[0], 0), jnp.float32)
-    if wanted is None:
+    if requested is None:
         return token_logprobs(logits, token, logprobs)
-    return where_wanted(wanted, lambda: token_logprobs(logits, token, logprobs))
+    return if_requested(requested, lambda: token_logprobs(logits, token, logprobs))
 
 
-def _adjust(logits, choice: Choice, sampling: Sampling, rows) -> jax.Array:
-    """The logits with biases, words that are banned, and end tokens that come too early."""
+def _adjust(logits: jax.Array, choice: Choice, sampling: Sampling, rows: jax.Array) -> jax.Array:
+    """The logits with biases, and -inf for tokens that would complete a banned word or end the text too early."""
     what = choice.adjustments
     assert what is not None
     count, vocab = logits.shape

@@ -1,12 +1,14 @@
-"""What would run here: the backends that the dispatcher takes on this machine, seen by tracing small operations."""
+"""Which backends the dispatcher chooses on this machine, found by tracing small operations."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ferrum_jax.progress import track
 from pallas_kernels import dispatch
@@ -25,8 +27,9 @@ _TOKENS, _HEADS, _KV_HEADS, _HEAD_DIM = 4, 4, 2, 128
 
 
 def trial(dtype: str = "float32") -> list[dispatch.Choice]:
-    """Traces the operations of a step for every block format and KV dtype, in activations of `dtype`, with weights in the
-    layout they would be loaded in, and compiles them (of whole layers only the choice is made): the dispatcher's own record."""
+    """Traces and compiles the operations of a step for every block format and KV dtype, with activations in `dtype` and
+    weights in the layout that loading would choose. For whole layers only the choice is made. Returns the dispatcher's
+    record."""
     x = _array((_TOKENS, _SIZE), "float32" if dtype == "int8" else dtype)
     index, ids = _array((), "int32"), _array((_TOKENS,), "int32")
     with dispatch.record() as choices:
@@ -35,20 +38,20 @@ def trial(dtype: str = "float32") -> list[dispatch.Choice]:
             shapes = LAYOUTS[layout].plane_shapes(name, _SIZE, _SIZE)
             one, experts = (tuple(_array((*lead, *p.shape), p.dtype) for p in shapes) for lead in ((1,), (1, 2)))
 
-            def matrix(planes, index, name=name, layout=layout):
+            def matrix(planes: Any, index: Any, name: str = name, layout: str = layout) -> Any:
                 return Matrix(planes, (), name, layout, _SIZE, _SIZE).at(index)
 
-            def mixture(x, planes, index, chosen, weights, matrix=matrix):
+            def mixture(x: Any, planes: Any, index: Any, ids: Any, weights: Any, matrix: Any = matrix) -> Any:
                 experts = matrix(planes, index)
-                return expert_ffn(x, chosen, weights, experts, experts, experts, dtype)
+                return expert_ffn(x, ids, weights, experts, experts, experts, dtype)
 
-            def product(x, planes, index, matrix=matrix):
+            def product(x: Any, planes: Any, index: Any, matrix: Any = matrix) -> Any:
                 return quantized_matmul(x, matrix(planes, index), dtype)
 
             backend_for([Stack(one[0], name, layout)], [{"query": Part(0, 0)}], _SIZE, Shape(_HEAD_DIM, 1e-6), dtype)
             _compile(product, x, one, index)
             lowered = jax.jit(mixture).lower(x, experts, index, _array((_TOKENS, 2), "int32"), _array((_TOKENS, 2), "float32"))
-            if name == "Q4_K":  # the others are chosen alike, and a minute is long
+            if name == "Q4_K":  # the same backends are chosen for the others, and compiling all of them takes a minute
                 lowered.compile()
         _compile(lambda x: route(x, x[:, 0] > 0, 2), _array((_TOKENS, _SIZE), "float32"))
 
@@ -56,7 +59,7 @@ def trial(dtype: str = "float32") -> list[dispatch.Choice]:
         angles = _array((_TOKENS, 1, _HEAD_DIM // 2), "float32")
         tables = Tables(ids, _array((3,), "int32"), _array((2,), "int32"), _array((2, 1), "int32"))
 
-        def attend(q, k, v, cache, layer, slots, rope, tables):
+        def attend(q: Any, k: Any, v: Any, cache: Any, layer: Any, slots: Any, rope: Any, tables: Any) -> Any:
             q, cache = append(q, k, v, cache, layer, slots, rope)
             return paged_attention(q, cache, layer, make_plan(tables, cache, _HEADS), 1.0)
 
@@ -66,9 +69,9 @@ def trial(dtype: str = "float32") -> list[dispatch.Choice]:
     return choices
 
 
-def _array(shape: tuple[int, ...], dtype) -> Any:
+def _array(shape: tuple[int, ...], dtype: str | np.dtype) -> Any:
     return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
 
 
-def _compile(function, *arguments) -> None:
+def _compile(function: Callable, *arguments: Any) -> None:
     jax.jit(function).lower(*arguments).compile()

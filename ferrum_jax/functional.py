@@ -1,14 +1,16 @@
-"""The functional surface: pure functions of parameters, cache and inputs, ready for `jax.jit`, nothing hidden.
+"""Pure functions of parameters, cache and inputs, ready for `jax.jit`, without hidden state.
 
 `forward` runs one ragged batch. `generate` is prefill and the whole sampling loop as one program: `start` reads the
-prompts in chunks and samples once, `advance` decodes until every row has stopped. Whoever looks in between (a stream, stop
-strings, a server) uses the engine and gets the same tokens. Donate the cache: every program aliases it whole.
+prompts in chunks and samples once, `advance` decodes until every row has stopped. What has to look at the tokens in between
+(a stream, stop strings, a server) uses the engine, which gives the same tokens. Donate the cache: every program reuses its
+whole memory.
 
-Rows of a batch own equal runs of pages: row b has pages b * P .. (b + 1) * P - 1, P = num_pages // rows.
+In `generate`, the rows of a batch own equal runs of pages: row b has the pages b * P to (b + 1) * P - 1, P = num_pages // rows.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -29,29 +31,30 @@ __all__ = [
     "RaggedBatch",
     "Sampled",
     "Sampling",
-    "State",
-    "advance",
     "forward",
     "generate",
     "grouped_linear",
     "hidden",
-    "hidden_chunk",
     "linear",
-    "logprobs_of",
     "new_cache",
     "routing",
-    "routing_chunk",
-    "start",
     "unembed",
 ]
 
-CHUNK = 512  # tokens of a prefill step: bounds its temporaries, and XLA keeps a row's bits for up to 512 rows
-ROWS = 64  # rows of logits computed at a time where only their summary is wanted
+Params = Mapping[str, Any]  # a pytree of arrays
+
+CHUNK = 512  # tokens of a prefill step: limits its temporaries, and up to 512 rows XLA's results do not depend on their number
+ROWS = 64  # rows of logits that are computed together if only a summary of them is used
 
 
 class Sampled(NamedTuple):
-    """What was sampled: tokens int32 [B, N], -1 behind a row's end; with k logprobs asked for, ids int32 and logprobs
-    float32 [B, N, k + 1] of the raw distribution, the chosen token first (k + 1 is 0 where none were asked for)."""
+    """Sampled tokens and their log-probabilities in the raw distribution; k alternatives were requested.
+
+    Attributes:
+      tokens: int32 [B, N], -1 after the end of a row.
+      ids: int32 [B, N, k + 1], the sampled token, then the k best; [B, N, 0] without log-probabilities.
+      logprobs: float32, of the same shape: their log-probabilities.
+    """
 
     tokens: jax.Array
     ids: jax.Array
@@ -59,9 +62,9 @@ class Sampled(NamedTuple):
 
 
 class State(NamedTuple):
-    """Where each row of a generation stands. token int32 [B]: sampled, not yet in the cache; position int32 [B]: its
-    place in the sequence; generated int32 [B]: tokens made; done bool [B]; seen int32 [B, vocab]: what `sample`
-    counts of prompt and output."""
+    """The state of each row of a generation. token int32 [B]: sampled, but not in the cache yet; position int32 [B]: its
+    position in the sequence; generated int32 [B]: the number of tokens so far; done bool [B]; seen int32 [B, vocab]: which ids
+    occurred, as `sampling.sample` counts them."""
 
     token: jax.Array
     position: jax.Array
@@ -70,18 +73,18 @@ class State(NamedTuple):
     seen: jax.Array
 
 
-for _kind in (RaggedBatch, Sampled, Sampling, State):  # so that programs over them survive jax.export
+for _kind in (RaggedBatch, Sampled, Sampling, State):  # so that jax.export can save programs that take or return them
     export.register_namedtuple_serialization(_kind, serialized_name=f"ferrum_jax.{_kind.__name__}")
 
 
-def forward(params, cache: KVCache, batch: RaggedBatch, *, config: ModelConfig) -> tuple[jax.Array, KVCache]:
+def forward(params: Params, cache: KVCache, batch: RaggedBatch, *, config: ModelConfig) -> tuple[jax.Array, KVCache]:
     """One step over a ragged batch.
 
     Args:
-      params (dict): of the model.
-      cache: goes in, to be donated, and comes out.
+      params: the model's parameters.
+      cache: the KV cache, to be donated.
       batch: the tokens.
-      config: of the model; static.
+      config: the model's configuration; static.
 
     Returns:
       float32 logits [R, vocab_size] of `batch.logits_rows`, and the new cache.
@@ -89,18 +92,18 @@ def forward(params, cache: KVCache, batch: RaggedBatch, *, config: ModelConfig) 
     return _apply(params, config, cache, batch)
 
 
-def _apply(params, config: ModelConfig, *args, method: str = "__call__") -> Any:
+def _apply(params: Params, config: ModelConfig, *args: Any, method: str = "__call__") -> Any:
     return Decoder(config).apply({"params": params}, *args, method=method)
 
 
-def hidden(params, cache: KVCache, batch: RaggedBatch, *, config: ModelConfig) -> tuple[jax.Array, KVCache]:
+def hidden(params: Params, cache: KVCache, batch: RaggedBatch, *, config: ModelConfig) -> tuple[jax.Array, KVCache]:
     """`forward` without the output matrix.
 
     Args:
-      params (dict): of the model.
-      cache: goes in, to be donated, and comes out.
+      params: the model's parameters.
+      cache: the KV cache, to be donated.
       batch: the tokens.
-      config: of the model; static.
+      config: the model's configuration; static.
 
     Returns:
       Final hidden states float32 [T, hidden_size], and the new cache.
@@ -108,22 +111,24 @@ def hidden(params, cache: KVCache, batch: RaggedBatch, *, config: ModelConfig) -
     return _apply(params, config, cache, batch, method="hidden")
 
 
-def routing(params, cache: KVCache, batch: RaggedBatch, *, config: ModelConfig) -> tuple[tuple[jax.Array, jax.Array], KVCache]:
-    """The experts that `forward` computes with.
+def routing(
+    params: Params, cache: KVCache, batch: RaggedBatch, *, config: ModelConfig
+) -> tuple[tuple[jax.Array, jax.Array], KVCache]:
+    """The experts that `forward` uses.
 
     Args:
-      params (dict): of the model.
-      cache: goes in, to be donated, and comes out.
+      params: the model's parameters.
+      cache: the KV cache, to be donated.
       batch: the tokens.
-      config: of the model; static.
+      config: the model's configuration; static.
 
     Returns:
-      Ids int32 and weights float32, both [layers, T, top_k], of the layers `config.expert_layers`, by falling probability
-      (the id `num_experts` is padding's; weights are as the sum over experts has them, normalized and scaled where the
-      model does so), and the new cache.
+      (ids int32, weights float32), both [layers, T, top_k], of the layers `config.expert_layers`, most probable expert first,
+      and the new cache. Padding tokens have the id `num_experts`. The weights are those of the sum over experts: normalized
+      and scaled if the model does so.
 
     Raises:
-      UnsupportedModelError: for a model without experts.
+      UnsupportedModelError: if the model has no experts.
     """
     require_experts(config)
     decoder = Decoder(config)
@@ -131,13 +136,13 @@ def routing(params, cache: KVCache, batch: RaggedBatch, *, config: ModelConfig) 
     return recorded[ROUTING]["chosen"][0], cache
 
 
-def unembed(params, hidden: jax.Array, *, config: ModelConfig) -> jax.Array:
+def unembed(params: Params, hidden: jax.Array, *, config: ModelConfig) -> jax.Array:
     """Logits of hidden states.
 
     Args:
       params (dict): of the model.
       hidden: [R, hidden_size].
-      config: of the model; static.
+      config: the model's configuration; static.
 
     Returns:
       float32 [R, vocab_size].
@@ -146,7 +151,7 @@ def unembed(params, hidden: jax.Array, *, config: ModelConfig) -> jax.Array:
 
 
 def generate(
-    params,
+    params: Params,
     cache: KVCache,
     prompts: jax.Array,
     prompt_lengths: jax.Array,
@@ -157,29 +162,31 @@ def generate(
     max_tokens: int,
     logprobs: int | None = None,
     adapters: jax.Array | None = None,
-):
-    """Prefill and the whole loop in one program. It stops when every row has stopped: by an end token, its own
-    `sampling.max_tokens`, `max_tokens`, or logits that are not finite, which put `NOT_FINITE` (-2) in the place of a token
-    and do not count in lengths.
+) -> tuple[Any, ...]:
+    """Prefill and the whole decoding loop as one program.
+
+    It ends when every row has ended: with an end token, after its own `sampling.max_tokens` or after `max_tokens`, or when its
+    logits are not finite; then it gets `NOT_FINITE` (-2) instead of a token, which does not count in lengths.
 
     Args:
-      params (dict): of the model.
-      cache: goes in, to be donated, and comes out.
+      params: the model's parameters.
+      cache: the KV cache, to be donated.
       prompts: int32 [B, L], right-padded.
-      prompt_lengths: int32 [B], 0 for a row that is padding.
-      sampling: parameters of each row.
-      key: a PRNG key; the noise of a row depends on it, the row's seed and the position.
-      config: of the model; static.
-      max_tokens: tokens of a row at most; static.
-      logprobs: how many of the best alternatives to give as well; static.
-      adapters: int32 [B], each row's adapter by its place among those of `params`, -1 for none.
+      prompt_lengths: int32 [B], 0 for a padding row.
+      sampling: the sampling parameters of each row.
+      key: a PRNG key; the noise of a row depends on the key, the row's seed and the position.
+      config: the model's configuration; static.
+      max_tokens: limit of the output of every row; static.
+      logprobs: the number of best alternatives to report for each token; None for no log-probabilities; static.
+      adapters: int32 [B], the index of each row's LoRA adapter in `params`, -1 for none.
 
     Returns:
-      tuple: tokens int32 [B, max_tokens], -1 after the end; lengths int32 [B]; the new cache; with `logprobs` a fourth
-        value, `Sampled`, which has the alternatives.
+      tokens int32 [B, max_tokens], -1 after the end; lengths int32 [B]; the new cache; with `logprobs` also a `Sampled`,
+      which has the alternatives.
 
     Raises:
-      ValueError: where the cache is too small, and where `adapters` has another shape or `params` have none.
+      TypeError: if `sampling` is not a `Sampling`.
+      ValueError: if the cache is too small, `adapters` has another shape, or `params` have no adapters.
     """
     if not isinstance(sampling, Sampling):
         raise TypeError(f"sampling must be a Sampling, as Sampling.from_params makes it, not {type(sampling).__name__}")
@@ -201,26 +208,26 @@ def generate(
 
 
 def start(
-    params,
+    params: Params,
     cache: KVCache,
-    prompts,
-    prompt_lengths,
+    prompts: jax.Array,
+    prompt_lengths: jax.Array,
     sampling: Sampling,
-    key,
+    key: jax.Array,
     adapters: jax.Array | None = None,
     *,
     config: ModelConfig,
-    chunk=None,
-    logprobs=None,
+    chunk: int | None = None,
+    logprobs: int | None = None,
 ) -> tuple[KVCache, State, Sampled]:
-    """Reads the prompts into the cache, `chunk` tokens at a time (None: as many as there can be, at most `CHUNK`), and
-    samples each row's first token: `Sampled` with N = 1."""
+    """Reads the prompts into the cache, `chunk` tokens at a time (None: all at once, up to `CHUNK`), and samples the first
+    token of each row: `Sampled` with N = 1."""
     prompts, prompt_lengths = jnp.asarray(prompts), jnp.asarray(prompt_lengths)
     rows, longest = prompts.shape
     chunk = min(chunk or CHUNK, rows * longest)
     ends = jnp.cumsum(prompt_lengths)
 
-    def read(i, carry):
+    def read(i: jax.Array, carry: tuple[KVCache, jax.Array]) -> tuple[KVCache, jax.Array]:
         cache, last = carry
         hidden, cache = hidden_chunk(params, cache, prompts, prompt_lengths, i, adapters, chunk=chunk, config=config)
         place = ends - 1 - i * chunk
@@ -241,24 +248,24 @@ def start(
 
 
 def advance(
-    params,
+    params: Params,
     cache: KVCache,
     state: State,
     sampling: Sampling,
-    key,
-    limit,
+    key: jax.Array,
+    limit: jax.typing.ArrayLike,
     adapters: jax.Array | None = None,
     *,
     config: ModelConfig,
     steps: int,
-    logprobs=None,
+    logprobs: int | None = None,
 ) -> tuple[KVCache, State, Sampled]:
-    """Decodes up to min(limit, steps) further tokens of every row that is not done: `Sampled` with N = steps."""
+    """Decodes up to min(limit, steps) more tokens of every row that is not done: `Sampled` with N = steps."""
     rows = state.token.shape[0]
     per_row = cache.num_pages // rows
     page_table = jnp.arange(rows * per_row, dtype=jnp.int32).reshape(rows, per_row)
 
-    def step(carry):
+    def step(carry: Any) -> Any:
         i, cache, state, out = carry
         slots = jnp.where(state.done, -1, page_table[:, 0] * cache.page_size + state.position)
         batch = RaggedBatch(
@@ -290,8 +297,16 @@ def advance(
     return carry[1:]
 
 
-def _sample(params, hidden, state: State, sampling: Sampling, key, config, logprobs) -> tuple[State, Sampled]:
-    """Samples the token after `state.position` for every row that is not done."""
+def _sample(
+    params: Params,
+    hidden: jax.Array,
+    state: State,
+    sampling: Sampling,
+    key: jax.Array,
+    config: ModelConfig,
+    logprobs: int | None,
+) -> tuple[State, Sampled]:
+    """Samples the token after `state.position` in every row that is not done."""
     logits = unembed(params, hidden, config=config)
     before = Choice(state.position + 1, state.generated, state.done, state.seen)
     choice, (token, *scores) = choose(logits, before, sampling, key, ~state.done, logprobs=logprobs)
@@ -300,18 +315,40 @@ def _sample(params, hidden, state: State, sampling: Sampling, key, config, logpr
     return state, Sampled(token[:, None], *(array[:, None] for array in scores))
 
 
-def hidden_chunk(params, cache: KVCache, prompts, lengths, i, adapters=None, *, chunk: int, config: ModelConfig):
-    """Chunk i of the prompts' tokens, laid end to end: their final hidden states float32 [chunk, hidden_size] (those
-    behind the last token are of no meaning) and the cache with them written."""
+def hidden_chunk(
+    params: Params,
+    cache: KVCache,
+    prompts: jax.Array,
+    lengths: jax.Array,
+    i: jax.Array,
+    adapters: jax.Array | None = None,
+    *,
+    chunk: int,
+    config: ModelConfig,
+) -> tuple[jax.Array, KVCache]:
+    """`hidden` of chunk i of all prompts' tokens, one prompt after the other: float32 [chunk, hidden_size], in which rows
+    after the last token mean nothing, and the new cache."""
     return hidden(params, cache, _chunk(cache, prompts, lengths, i, adapters, chunk), config=config)
 
 
-def routing_chunk(params, cache: KVCache, prompts, lengths, i, adapters=None, *, chunk: int, config: ModelConfig):
-    """`routing` of chunk i of the prompts' tokens, laid end to end."""
+def routing_chunk(
+    params: Params,
+    cache: KVCache,
+    prompts: jax.Array,
+    lengths: jax.Array,
+    i: jax.Array,
+    adapters: jax.Array | None = None,
+    *,
+    chunk: int,
+    config: ModelConfig,
+) -> tuple[tuple[jax.Array, jax.Array], KVCache]:
+    """`routing` of chunk i of all prompts' tokens, one prompt after the other."""
     return routing(params, cache, _chunk(cache, prompts, lengths, i, adapters, chunk), config=config)
 
 
-def _chunk(cache: KVCache, prompts, lengths, i, adapters, chunk: int) -> RaggedBatch:
+def _chunk(
+    cache: KVCache, prompts: jax.Array, lengths: jax.Array, i: jax.Array, adapters: jax.Array | None, chunk: int
+) -> RaggedBatch:
     prompts, lengths = jnp.asarray(prompts), jnp.asarray(lengths)
     rows, longest = prompts.shape
     per_row = cache.num_pages // rows
@@ -331,7 +368,7 @@ def _chunk(cache: KVCache, prompts, lengths, i, adapters, chunk: int) -> RaggedB
     )
 
 
-def logprobs_of(params, hidden: jax.Array, targets: jax.Array, *, config: ModelConfig) -> jax.Array:
+def logprobs_of(params: Params, hidden: jax.Array, targets: jax.Array, *, config: ModelConfig) -> jax.Array:
     """Log-probability of targets int32 [T] after hidden [T, hidden_size]: float32 [T], `ROWS` rows of logits at a time."""
     count = hidden.shape[0]
     blocks = -(-count // ROWS)
@@ -339,7 +376,7 @@ def logprobs_of(params, hidden: jax.Array, targets: jax.Array, *, config: ModelC
     hidden = jnp.pad(hidden, ((0, padding), (0, 0))).reshape(blocks, ROWS, -1)
     targets = jnp.pad(targets, (0, padding)).reshape(blocks, ROWS)
 
-    def block(inputs):
+    def block(inputs: tuple[jax.Array, jax.Array]) -> jax.Array:
         hidden, targets = inputs
         logits = unembed(params, hidden, config=config)
         return jnp.take_along_axis(logits, targets[:, None], axis=1)[:, 0] - jax.nn.logsumexp(logits, axis=1)

@@ -138,7 +138,7 @@ def load(
                 params = lora.with_adapters(params, factors, config.num_layers, device)
     digests = {name: adapter.digest for name, adapter in beside.items()}
     model = Model(config, params, tokenizer, device, kv_dtype, max_seq_len, digests)
-    model.load_s = time.perf_counter() - begin
+    model._runtime.load_s = time.perf_counter() - begin
     return model
 
 

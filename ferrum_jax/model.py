@@ -1,49 +1,52 @@
-"""A loaded model: its parameters as one value, and the host's side of generation.
+"""A loaded model as its users see it: generate, score, measure.
 
-Everything that generates goes through an engine, made for the call: `generate` submits all prompts to it, `stream` follows
-one request, `chat` renders a conversation first. So there is one loop, and every way gives the same tokens. The pure
-program without a host is `functional.generate`.
+The one idea: every method that generates makes an engine for the call. `generate` submits all prompts to it, `stream` follows
+one request, `chat` renders a conversation first. So there is one loop, and all of them give the same tokens. What the engine
+needs of a model is in `Model._runtime`. The pure program that needs no host is `functional.generate`.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Generator, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import jax
 import numpy as np
 
 from ferrum_jax import checks, functional
 from ferrum_jax.completion import Completion
-from ferrum_jax.config import require_experts
+from ferrum_jax.config import ModelConfig, require_experts
 from ferrum_jax.engine import Engine, EngineConfig, Request
 from ferrum_jax.errors import NotFiniteError
 from ferrum_jax.kv_cache import bytes_per_token
-from ferrum_jax.memory import nbytes
 from ferrum_jax.progress import track
 from ferrum_jax.prompts import Prompt, Prompts
 from ferrum_jax.runtime import PAGE
 from ferrum_jax.sampling_params import SamplingParams
 from ferrum_jax.shapes import bucket, by_fours, padded, power_of_two
-from ferrum_jax.units import readable_bytes
+from ferrum_jax.tokenizer import Tokenizer
 from ferrum_jax.weights.stream import bytes_by_format
 
-_ROWS = 32  # sequences that run at once at most
-_CACHE_BYTES = 2 << 30  # KV cache at most, where more than one sequence asks for it
-_SHORT = 256  # tokens of the smallest cache of a single sequence
-_UNWATCHED = 0.25  # seconds that a dispatch may take where no text is shown before the end
-_AHEAD = 512  # tokens of output that a single sequence's cache has room for from the beginning
+if TYPE_CHECKING:
+    from ferrum_jax.templates import Limits
+
+_ROWS = 32  # sequences that run together, at most
+_CACHE_BYTES = 2 << 30  # limit of the KV cache for more than one sequence
+_SHORT = 256  # tokens of the smallest cache for a single sequence
+_UNWATCHED = 0.25  # seconds that a dispatch may take if no text is shown before the end
+_AHEAD = 512  # tokens of output that the cache of a single sequence can hold at first
 
 
 class Routing(NamedTuple):
-    """Which experts the tokens of a text went to; all on the host.
+    """The experts that the tokens of a text were routed to, as NumPy arrays.
 
     Attributes:
-      tokens: int32 [tokens], the ids of the text.
+      tokens: int32 [tokens], the token ids of the text.
       layers: int32 [layers], the numbers of the layers that have experts.
-      ids: int32 [layers, tokens, top_k], the chosen experts by falling probability.
-      weights: float32 [layers, tokens, top_k], as the model uses them.
-      num_experts: of each layer.
+      ids: int32 [layers, tokens, top_k], the experts chosen for each token, most probable first.
+      weights: float32 [layers, tokens, top_k], their weights, as the model uses them.
+      num_experts: experts in each of these layers.
     """
 
     tokens: np.ndarray
@@ -54,8 +57,7 @@ class Routing(NamedTuple):
 
 
 class Stream:
-    """Iterator of (text piece, token ids) of one request. `finish_reason`, `error`, `token_ids`, `text`, `logprobs`: of
-    what has come so far."""
+    """Iterator over (text piece, token ids) of one request. The properties describe what has been generated so far."""
 
     def __init__(self, request: Request, pieces: Generator[tuple[str, list[int]], None, None]):
         self.prompt_token_ids, self._request, self._pieces = request.prompt_token_ids, request, pieces
@@ -70,46 +72,79 @@ class Stream:
         return next(self._pieces)
 
     def close(self) -> None:
-        """Stops generating; what was generated so far stays readable."""
+        """Stops generating. What was generated so far can still be read."""
         self._pieces.close()
 
     @property
     def finish_reason(self) -> str | None:
+        """As of `Completion`; None until the end."""
         return self._request.finish_reason
 
     @property
     def error(self) -> str:
+        """What went wrong, if finish_reason is "error"."""
         return self._request.error
 
     @property
     def token_ids(self) -> list[int]:
+        """All token ids so far."""
         return self._request.token_ids
 
     @property
     def text(self) -> str:
+        """All text so far."""
         return self._request.text
 
     @property
     def logprobs(self) -> list[list[tuple[int, float]]] | None:
+        """As of `Completion`, for the tokens so far."""
         return self._request.logprobs
 
 
-class Model(Prompts):
-    """Made by `ferrum_jax.load`.
+def _shared(name: str) -> Any:
+    """An attribute that a model shares with its runtime."""
+    return property(lambda self: getattr(self._runtime, name), lambda self, value: setattr(self._runtime, name, value))
+
+
+class Model:
+    """A model that generates text, as `ferrum_jax.load` returns it.
 
     Attributes:
-      params (dict): a pytree of arrays, every weight once.
-      config (ModelConfig): the static configuration.
-      tokenizer (Tokenizer): from the same file.
+      params (dict): a pytree of arrays that holds every weight once.
+      config (ModelConfig): what the model is; static and hashable.
+      tokenizer (Tokenizer): from the same file or directory.
+      device (jax.Device): where the parameters are.
+      kv_dtype (str): the dtype of KV caches.
+      max_seq_len (int): tokens of prompt and output together, at most.
+      adapters (Mapping[str, str]): the LoRA adapters that can be used: a digest of each by its name.
+      template_limits (Limits | None): the time and memory for rendering a chat template (`ferrum_jax.templates.Limits`); None:
+        one second of processor time and 64 MiB.
     """
 
+    def __init__(
+        self,
+        config: ModelConfig,
+        params: Any,
+        tokenizer: Tokenizer,
+        device: jax.Device,
+        kv_dtype: str,
+        max_seq_len: int,
+        adapters: Mapping[str, str] | None = None,
+    ):
+        """adapters: a digest for each LoRA adapter in `params`, by name and in their order."""
+        self._runtime = Prompts(config, params, tokenizer, device, kv_dtype, max_seq_len, adapters)
+
     def __repr__(self) -> str:
-        config = self.config
-        size = readable_bytes(nbytes(self.params))
-        return (
-            f"<Model {config.architecture}, {config.num_layers} layers, {size}, {config.dtype}, context {self.max_seq_len:,}, "
-            f"{self.device}>"
-        )
+        return repr(self._runtime)
+
+    params: dict[str, Any] = _shared("params")
+    config: ModelConfig = _shared("config")
+    tokenizer: Tokenizer = _shared("tokenizer")
+    device: jax.Device = _shared("device")
+    kv_dtype: str = _shared("kv_dtype")
+    max_seq_len: int = _shared("max_seq_len")
+    adapters: Mapping[str, str] = _shared("adapters")
+    template_limits: Limits | None = _shared("template_limits")
 
     # Text in and out
 
@@ -119,18 +154,22 @@ class Model(Prompts):
         params: SamplingParams | Sequence[SamplingParams] = SamplingParams(),
         adapter: str | Sequence[str | None] | None = None,
     ) -> list[Completion]:
-        """Completions in the order of the prompts; with n > 1 a prompt has n completions, one after the other.
+        """Continues all prompts, in batches.
 
         Args:
-          prompts: texts or lists of token ids, mixed.
-          params: one for all prompts or one for each.
-          adapter: one for all prompts or one for each: the name of a LoRA adapter that the model was loaded with; None: the
-            model alone.
+          prompts: texts or lists of token ids, also mixed.
+          params: one for all prompts, or a list with one for each.
+          adapter: the name of a LoRA adapter that the model was loaded with, or None for the model alone; one for all prompts
+            or a list with one for each.
+
+        Returns:
+          The completions in the order of the prompts. With n > 1, each prompt has n completions in a row.
 
         Raises:
-          ValueError: for an empty prompt, an id out of range, a prompt that fills the context or an unknown adapter.
+          ValueError: if a prompt is empty or fills the context, a token id is out of range, or an adapter is unknown.
+          OutOfMemoryError: if the KV cache does not fit.
         """
-        encoded = [self.encode(prompt) for prompt in checks.prompts(prompts)]
+        encoded = [self._runtime.encode(prompt) for prompt in checks.prompts(prompts)]
         each = checks.each_sampling_params(params, len(encoded))
         names: list[Any] = list(adapter) if isinstance(adapter, list | tuple) else [adapter] * len(encoded)
         if len(names) != len(encoded):
@@ -145,20 +184,23 @@ class Model(Prompts):
         return completions
 
     def stream(self, prompt: Prompt, params: SamplingParams = SamplingParams(), adapter: str | None = None) -> Stream:
-        """An iterator of (text piece, token ids): the same tokens as `generate`, as they are made.
+        """Continues one prompt step by step, with the same tokens as `generate`.
 
         Args:
           prompt: a text or a list of token ids.
-          params: how to go on.
+          params: how to continue.
           adapter: the name of a LoRA adapter that the model was loaded with; None: the model alone.
 
+        Returns:
+          An iterator over (text piece, token ids).
+
         Raises:
-          ValueError: as of `generate`, and for parameters that a stream cannot meet (n > 1, prompt_logprobs).
+          ValueError: as for `generate`, and for parameters that do not work with a stream (n > 1, prompt_logprobs).
         """
         checks.sampling_params(params)
         if params.n > 1 or params.prompt_logprobs is not None:
-            raise ValueError("SamplingParams.n and prompt_logprobs: a stream is of one completion's output; use generate")
-        ids = self.encode(prompt)
+            raise ValueError("SamplingParams.n and prompt_logprobs: a stream gives the output of one completion; use generate")
+        ids = self._runtime.encode(prompt)
         engine = self._engine([ids], [params])
         request = engine.submit(ids, params, adapter)
         return Stream(request, _pieces(engine, request))
@@ -167,52 +209,112 @@ class Model(Prompts):
         self,
         messages: list[dict],
         params: SamplingParams = SamplingParams(),
-        tools=None,
+        tools: list[dict] | None = None,
         adapter: str | None = None,
-        **template_kwargs,
+        **template_kwargs: Any,
     ) -> Completion:
-        """The answer to a conversation, rendered by the model's chat template.
+        """Answers a conversation.
 
         Args:
-          messages: the conversation: dicts with "role" and "content".
+          messages: the conversation, dicts with "role" and "content".
           params: how to answer.
-          tools (list[dict] | None): descriptions of functions, as the template takes them.
+          tools: JSON schemas of functions that the model may call.
           adapter: the name of a LoRA adapter that the model was loaded with; None: the model alone.
-          template_kwargs (Any): variables of the template, such as enable_thinking.
+          template_kwargs: as for `render_chat`.
+
+        Raises:
+          UnsupportedModelError: if the model has no chat template.
+          ChatTemplateError: if the template rejects the messages or fails on them.
+          ValueError: as for `generate` and `render_chat`.
         """
-        return self.generate([self.encode_chat(messages, tools, **template_kwargs)], params, adapter)[0]
+        return self.generate([self._runtime.encode_chat(messages, tools, **template_kwargs)], params, adapter)[0]
+
+    def render_chat(
+        self,
+        messages: list[dict],
+        tools: list[dict] | None = None,
+        add_generation_prompt: bool = True,
+        chat_template: str | None = None,
+        **template_kwargs: Any,
+    ) -> str:
+        """The prompt that the model's chat template makes of a conversation.
+
+        Args:
+          messages: the conversation, dicts with "role" and "content".
+          tools: JSON schemas of functions that the model may call.
+          add_generation_prompt: end with the words that begin an answer.
+          chat_template: the name of one of the model's templates; None: "tool_use" if there are tools and the model has such
+            a template, otherwise the default.
+          template_kwargs: further variables of the template, such as enable_thinking.
+
+        Raises:
+          UnsupportedModelError: if the model has no chat template.
+          ChatTemplateError: if the template rejects the messages or fails on them.
+          ValueError: for an unknown template, a variable that none of the model's templates reads, or content that is not text.
+        """
+        return self._runtime.render_chat(messages, tools, add_generation_prompt, chat_template, **template_kwargs)
+
+    def encode_chat(self, messages: list[dict], tools: list[dict] | None = None, **template_kwargs: Any) -> list[int]:
+        """The token ids of a conversation, as `chat` gives them to the model.
+
+        Args:
+          messages: the conversation, dicts with "role" and "content".
+          tools: JSON schemas of functions that the model may call.
+          template_kwargs: as for `render_chat`.
+
+        Raises:
+          ValueError: as for `chat`, as are the other errors.
+        """
+        return self._runtime.encode_chat(messages, tools, **template_kwargs)
+
+    def encode_rendered(self, text: str) -> list[int]:
+        """The token ids of a text from `render_chat`.
+
+        Args:
+          text: the rendered conversation. If both the template and the tokenizer add a beginning-of-text token, one is kept.
+        """
+        return self._runtime.encode_rendered(text)
 
     # Scores
 
     def logits(self, batch: Sequence[Sequence[int]], adapter: str | None = None) -> list[np.ndarray]:
-        """Teacher-forced logits of each list of token ids, on the host.
+        """The logits after each token of some texts (teacher-forced), as NumPy arrays.
 
         Args:
-          batch: lists of token ids.
+          batch: the texts as lists of token ids.
           adapter: the name of a LoRA adapter that the model was loaded with; None: the model alone.
 
         Returns:
-          For each list float32 [length, vocab_size].
+          For each text float32 [length, vocab_size].
+
+        Raises:
+          ValueError: if a list is empty or longer than the context, or a token id is out of range.
         """
-        checked = self.checked(batch)
+        checked = self._runtime.checked(batch)
         if not checked:
             return []
         results = [np.empty((len(ids), self.config.vocab_size), np.float32) for ids in checked]
         for row, position, hidden in self._chunks(functional.hidden_chunk, checked, adapter):
             for first in range(0, hidden.shape[0], functional.ROWS):
                 block = hidden[first : first + functional.ROWS]
-                logits = self.programs.fetch(self.programs.run(functional.unembed, self.params, block, config=self.config))
+                logits = self._runtime.programs.fetch(
+                    self._runtime.programs.run(functional.unembed, self.params, block, config=self.config)
+                )
                 for source in range(first, min(first + functional.ROWS, len(row))):
                     results[row[source]][position[source]] = logits[source - first]
         return results
 
     def perplexity(self, text_or_ids: Prompt, window: int | None = None, adapter: str | None = None) -> float:
-        """exp of the mean negative log-probability of every token but the first of its window.
+        """The exponential of the mean negative log-probability of every token, except the first of each window.
 
         Args:
-          text_or_ids: a text, in which special tokens are not parsed and before which none is added, or token ids.
-          window: tokens of each window, independent of the others, a last partial one dropped; None: one window.
+          text_or_ids: token ids, or a text, which is encoded without a start token and without parsing special tokens.
+          window: split the text into independent windows of this many tokens and drop a last partial one; None: one window.
           adapter: the name of a LoRA adapter that the model was loaded with; None: the model alone.
+
+        Raises:
+          ValueError: if the window has fewer than 2 tokens, is longer than the text or does not fit the context.
+          NotFiniteError: if a log-probability is not finite.
         """
         if isinstance(text_or_ids, str):
             text_or_ids = self.tokenizer.encode(text_or_ids, add_special=False, parse_special=False)
@@ -221,86 +323,99 @@ class Model(Prompts):
         windows = [list(ids[i : i + size]) for i in range(0, len(ids) - size + 1, size)]
         total, rows = 0.0, max(1, functional.CHUNK // size)
         for first in track(range(0, len(windows), rows), "scoring, part"):
-            part = self.checked(windows[first : first + rows])
+            part = self._runtime.checked(windows[first : first + rows])
             for row, position, hidden in self._chunks(functional.hidden_chunk, part, adapter):
                 scored = position < size - 1
                 targets = np.zeros(hidden.shape[0], np.int32)
                 targets[: len(row)][scored] = [part[r][p + 1] for r, p in zip(row[scored], position[scored], strict=True)]
-                logprobs = self.programs.run(functional.logprobs_of, self.params, hidden, targets, config=self.config)
-                total += np.asarray(self.programs.fetch(logprobs), np.float64)[: len(row)][scored].sum()
+                logprobs = self._runtime.programs.run(functional.logprobs_of, self.params, hidden, targets, config=self.config)
+                total += np.asarray(self._runtime.programs.fetch(logprobs), np.float64)[: len(row)][scored].sum()
         if not np.isfinite(total):
-            raise NotFiniteError("the model's log-probabilities are not finite: it has no perplexity on this text")
+            raise NotFiniteError("the model's log-probabilities are not finite, so this text has no perplexity")
         return float(np.exp(-total / (len(windows) * (size - 1))))
 
     def trace_routing(self, prompt: Prompt, adapter: str | None = None) -> Routing:
-        """The experts that each token of a prompt goes to in each layer that has some.
+        """The experts that each token of a prompt is routed to.
 
         Args:
-          prompt: a text or a list of token ids, read as `generate` reads it.
+          prompt: a text or a list of token ids, encoded as by `generate`.
           adapter: the name of a LoRA adapter that the model was loaded with; None: the model alone.
 
         Raises:
-          UnsupportedModelError: for a model without experts.
-          NotFiniteError: where the router gives no numbers.
-          ValueError: as of `generate`.
+          UnsupportedModelError: if the model has no experts.
+          NotFiniteError: if the weights of the experts are not finite.
+          ValueError: as for `generate`.
         """
         require_experts(self.config)
-        ids = self.encode(prompt)
+        ids = self._runtime.encode(prompt)
         parts = [
-            [array[:, : len(row)] for array in self.programs.fetch(chosen)]
+            [array[:, : len(row)] for array in self._runtime.programs.fetch(chosen)]
             for row, _, chosen in self._chunks(functional.routing_chunk, [ids], adapter)
         ]
         experts, weights = (np.concatenate(arrays, axis=1) for arrays in zip(*parts, strict=True))
         if not np.isfinite(weights).all():
-            raise NotFiniteError("the model's router is not finite: no expert is the right one on this text")
+            raise NotFiniteError("the weights of the experts are not finite, so this text has no routing")
         layers = np.asarray(self.config.expert_layers, np.int32)
         return Routing(np.asarray(ids, np.int32), layers, experts, weights, self.config.num_experts)
 
     # Facts
 
     def memory(self) -> dict:
-        """Bytes: parameters by block format and in all, KV cache a token."""
+        """Sizes in bytes.
+
+        Returns:
+          "parameters": bytes by block format; "parameters_total": their sum; "kv_bytes_per_token": the KV cache of a token.
+        """
         formats = bytes_by_format(self.params)
         per_token = bytes_per_token(self.config, self.kv_dtype)
         return {"parameters": formats, "parameters_total": sum(formats.values()), "kv_bytes_per_token": per_token}
 
+    def timings(self) -> dict[str, float]:
+        """What has been done since the model was loaded.
+
+        Returns:
+          The seconds load_s, compile_s, prefill_s and decode_s, and the numbers of tokens prefill_tokens and decode_tokens.
+          A step that reads a prompt counts as prefill, including the rows that decode in it.
+        """
+        return self._runtime.timings()
+
     # Inside
 
     def _engine(self, prompts: list[list[int]], params: list[SamplingParams], **fields: Any) -> Engine:
-        """An engine for some prompts: as many rows as their number and the cache's bytes allow, with pages for each to its
-        end; a single sequence begins with fewer, since most end early."""
+        """An engine for some prompts. It has as many rows as the prompts and the limit of the cache allow, and pages for each
+        row's whole output. A single sequence starts with fewer pages, since most end early."""
         longest = max(min(len(ids) + p.max_tokens, self.max_seq_len) for ids, p in zip(prompts, params, strict=True))
         rows = min(_ROWS, power_of_two(sum(p.n for p in params)))
         if rows == 1:
             pages = min(by_fours(longest, _SHORT), self.max_seq_len + -self.max_seq_len % PAGE) // PAGE
             initial = by_fours(min(longest, len(prompts[0]) + _AHEAD), _SHORT) // PAGE
-            return Engine(self, EngineConfig(num_pages=pages, initial_pages=min(initial, pages), max_seqs=1, **fields))
+            return Engine(self._runtime, EngineConfig(num_pages=pages, initial_pages=min(initial, pages), max_seqs=1, **fields))
         pages = -(-bucket(longest) // PAGE)
         fitting = max(1, _CACHE_BYTES // (pages * PAGE * self.memory()["kv_bytes_per_token"]))
         rows = min(rows, 1 << (fitting.bit_length() - 1))
-        return Engine(self, EngineConfig(num_pages=rows * pages, max_seqs=rows, **fields))
+        return Engine(self._runtime, EngineConfig(num_pages=rows * pages, max_seqs=rows, **fields))
 
     def _chunks(
         self, function: Callable, batch: list[list[int]], adapter: str | None
     ) -> Iterator[tuple[np.ndarray, np.ndarray, Any]]:
-        """What functional.hidden_chunk or routing_chunk gives of all tokens, chunk by chunk: (row of each token, its
-        position, result); the result may have more tokens than there are."""
+        """Calls functional.hidden_chunk or routing_chunk for all tokens, chunk by chunk. Yields (row of each token, position of
+        each token, result); the last result may cover more tokens than there are."""
         prompts, lengths = padded(batch, bucket(max(map(len, batch))))
         rows, longest = prompts.shape
         chunk = min(functional.CHUNK, rows * longest)
-        cache = self.new_cache(rows * -(-longest // PAGE))
-        adapters = None if adapter is None else np.full(rows, self.place_of(adapter), np.int32)
+        cache = self._runtime.new_cache(rows * -(-longest // PAGE))
+        adapters = None if adapter is None else np.full(rows, self._runtime.adapter_index(adapter), np.int32)
         row = np.repeat(np.arange(rows), lengths)
         position = np.concatenate([np.arange(n) for n in lengths])
         for i in range(-(-len(row) // chunk)):
             inputs = (self.params, cache, prompts, lengths, np.int32(i), adapters)
-            result, cache = self.programs.run(function, *inputs, donate=(1,), chunk=chunk, config=self.config)
+            result, cache = self._runtime.programs.run(function, *inputs, donate=(1,), chunk=chunk, config=self.config)
             yield row[i * chunk : (i + 1) * chunk], position[i * chunk : (i + 1) * chunk], result
 
 
 def _pieces(engine: Engine, request: Request) -> Generator[tuple[str, list[int]], None, None]:
-    """The outputs of a request, which is aborted when its reader goes away; nothing is left running then."""
-    at_exit = sys.is_finalizing  # the module may be gone by then
+    """The outputs of a request. If its reader stops early, the request is aborted and the engine finishes its step."""
+    at_exit = sys.is_finalizing  # at exit, the module's globals may be gone
     try:
         yield from request
         _raise_cause(request)

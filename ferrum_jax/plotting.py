@@ -1,8 +1,8 @@
-"""Pictures for notebooks: routing, probabilities, the engine's work over time, the roofline.
+"""Plots for notebooks: routing, probabilities, the engine's work over time, the roofline.
 
-Each function draws into `ax`, or into a new figure of 8 inches width where that is None, and returns the Axes. Nothing is
-shown and no style is changed. matplotlib comes with the extra "plot" and is imported by the first call; ImportError where
-it is not installed.
+Each function draws into `ax`, or into a new figure 8 inches wide if that is None, and returns the Axes. It does not show the
+figure or change styles. The first call imports matplotlib, which the extra "plot" installs, and raises ImportError if it is
+missing.
 """
 
 from __future__ import annotations
@@ -19,18 +19,20 @@ if TYPE_CHECKING:
     from ferrum_jax.model import Routing
     from ferrum_jax.tokenizer import Tokenizer
 
+__all__ = ["Event", "Point", "expert_heatmap", "expert_load", "roofline", "timeline", "token_probabilities"]
+
 _WIDTH = 8.0  # inches
-_LABELS = 16  # of an axis with a name for each row, at most
+_LABELS = 16  # at most, on an axis that names each row
 
 
 class Event(NamedTuple):
-    """Work on a request, in seconds on one clock.
+    """Work on one request.
 
     Attributes:
       request: its id.
       kind: "prefill" or "decode".
-      begin_s: when the work began.
-      end_s: when it ended.
+      begin_s: when the work began, in seconds on any clock.
+      end_s: when it ended, on the same clock.
     """
 
     request: int | str
@@ -40,12 +42,12 @@ class Event(NamedTuple):
 
 
 class Point(NamedTuple):
-    """A program that was run.
+    """A measured program.
 
     Attributes:
-      name: for the legend.
-      flops: its operations.
-      bytes: what it moved.
+      name: its name in the legend.
+      flops: the number of its floating-point operations.
+      bytes: the bytes that it read and wrote.
       seconds: how long it took.
     """
 
@@ -56,7 +58,7 @@ class Point(NamedTuple):
 
 
 def expert_heatmap(routing: Routing, layer: int | None = None, *, ax: Axes | None = None) -> Axes:
-    """The share of tokens (%) that go to each expert of each layer, or of one layer the weight of each expert for each token.
+    """The share of tokens (%) routed to each expert of each layer, or for one layer the weight of each expert for each token.
 
     Args:
       routing: from `Model.trace_routing`.
@@ -64,7 +66,7 @@ def expert_heatmap(routing: Routing, layer: int | None = None, *, ax: Axes | Non
       ax: where to draw; None makes a figure.
 
     Raises:
-      ValueError: for a layer without experts.
+      ValueError: if the layer does not have experts.
     """
     if layer is None:
         ax = _axes(ax)
@@ -84,7 +86,7 @@ def expert_heatmap(routing: Routing, layer: int | None = None, *, ax: Axes | Non
 
 
 def expert_load(routing: Routing, layer: int | None = None, *, ax: Axes | None = None) -> Axes:
-    """The share of tokens (%) that go to each expert, and what it would be if all were used alike.
+    """The share of tokens (%) routed to each expert, and the share of a uniform distribution.
 
     Args:
       routing: from `Model.trace_routing`.
@@ -92,7 +94,7 @@ def expert_load(routing: Routing, layer: int | None = None, *, ax: Axes | None =
       ax: where to draw; None makes a figure.
 
     Raises:
-      ValueError: for a layer without experts.
+      ValueError: if the layer does not have experts.
     """
     load = 100 * _load(routing)
     shares = load.mean(axis=0) if layer is None else load[_place(routing, layer)]
@@ -107,16 +109,16 @@ def expert_load(routing: Routing, layer: int | None = None, *, ax: Axes | None =
 
 
 def token_probabilities(completion: Completion, tokenizer: Tokenizer, count: int = 12, *, ax: Axes | None = None) -> Axes:
-    """The probabilities of the first generated tokens and of the best alternatives to each.
+    """The probabilities of the first generated tokens and of their best alternatives.
 
     Args:
       completion: generated with `SamplingParams(logprobs=k)`.
-      tokenizer: of the model.
-      count: how many tokens to show.
+      tokenizer: the model's.
+      count: the number of tokens to show.
       ax: where to draw; None makes a figure.
 
     Raises:
-      ValueError: for a completion without logprobs.
+      ValueError: if the completion does not have logprobs.
     """
     if completion.logprobs is None:
         raise ValueError("the completion has no logprobs; generate it with SamplingParams(logprobs=k)")
@@ -142,10 +144,10 @@ def token_probabilities(completion: Completion, tokenizer: Tokenizer, count: int
 
 
 def timeline(events: Sequence[Event], *, ax: Axes | None = None) -> Axes:
-    """When each request was read and decoded, a row for each in the order in which they are met.
+    """When each request was prefilled and decoded, one row for each request in order of appearance.
 
-    An engine that is not served in the background is driven by `step`, and in each step everything that was running before
-    it gets on:
+    The events of an engine that does not run in the background can be recorded around `step`, since each step continues all
+    running requests:
 
         events, start, more = [], time.perf_counter(), True
         while more:
@@ -157,7 +159,7 @@ def timeline(events: Sequence[Event], *, ax: Axes | None = None) -> Axes:
             events += [Event(id, kind, begin, end) for id, kind in kinds]
 
     Args:
-      events: in any order, all of one clock.
+      events: in any order, all on the same clock.
       ax: where to draw; None makes a figure.
     """
     ax = _axes(ax, 1.2 + 0.3 * len({event.request for event in events}))
@@ -176,17 +178,18 @@ def timeline(events: Sequence[Event], *, ax: Axes | None = None) -> Axes:
 
 
 def roofline(points: Sequence[Point], bandwidth: float, flops: float, *, ax: Axes | None = None) -> Axes:
-    """What programs reach of what a device could: `bandwidth` bytes/s of its memory and `flops` operations/s at most
+    """The speed of programs compared with the limits of the device: its memory bandwidth and its operations a second
     (Williams, Waterman and Patterson, "Roofline", 2009).
 
     Args:
-      points: the programs, all in one arithmetic.
-      bandwidth: bytes a second that the memory of the device delivers.
+      points: the programs, all in the same arithmetic.
+      bandwidth: bytes a second that the device's memory delivers.
       flops: operations a second that the device reaches in the arithmetic of the points; each arithmetic has its own roof.
       ax: where to draw; None makes a figure.
 
     Returns:
-      The Axes. The legend says what part of its roof each point reaches, and that one more than 10 % above belongs to another.
+      The Axes. The legend gives each point's share of its roof, and marks points more than 10 % above it, which belong to
+        another roof.
     """
     ax = _axes(ax)
     ridge = flops / bandwidth
@@ -214,7 +217,7 @@ def _axes(ax: Axes | None, height: float = 4.0) -> Any:
     except ImportError as error:
         from pallas_kernels import extras
 
-        raise ImportError(f"plots need matplotlib, which the extra brings: {extras.install('plot')}") from error
+        raise ImportError(f"plots need matplotlib; install it with: {extras.install('plot')}") from error
     return pyplot.subplots(figsize=(_WIDTH, height), layout="constrained")[1]
 
 
@@ -223,7 +226,7 @@ def _legend_above(ax: Axes) -> None:
 
 
 def _place(routing: Routing, layer: int) -> int:
-    """Where a layer is among those with experts."""
+    """The index of a layer among those with experts."""
     if layer not in routing.layers:
         raise ValueError(f"layer {layer} has no experts; those that have: {', '.join(map(str, routing.layers))}")
     return routing.layers.tolist().index(layer)

@@ -1,9 +1,9 @@
 """Ahead-of-time compiled programs, one for each function, static choice and shape.
 
-A `Compiled` object cannot retrace: a shape that nobody foresaw is an error and not a silent compilation. Compile time is
-counted apart from run time. XLA's persistent cache is on from the first program, small ones included, and whole programs
-are kept beside it (`program_store`). Where memory runs out, in compiling, running or reading results, the error counts what
-the program takes.
+A `Compiled` object cannot retrace, so an unexpected shape is an error and not a silent compilation. Compile time is counted
+separately from run time. XLA's persistent cache is on from the first program, for small programs too, and whole programs are
+kept next to it (`program_store`). If memory runs out while compiling, running or reading results, the error says how much the
+program needs.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from pallas_kernels import cache
 
 _LOG = logging.getLogger(__name__)
 
-# LLVM's third level promotes the layer index to an argument that the loops then reload for each weight, and the unpacking
-# of most formats is no longer vectorised: the second level runs it up to twice as fast and compiles faster.
+# With LLVM's third level, the loops reload the layer index for each weight and the unpacking of most formats is not vectorized.
+# With the second level it runs up to twice as fast, and compiles faster.
 COMPILER_OPTIONS: dict[str, dict[str, Any]] = {"cpu": {"xla_backend_optimization_level": 2}}
 
 
 class Programs:
-    """Compiles on first use and keeps. `compile_s`: seconds spent in tracing and compilation so far.
+    """Compiles programs at first use and keeps them. `compile_s`: seconds spent on tracing and compiling so far.
 
-    Raises OutOfMemoryError where the device has not the memory.
+    Raises OutOfMemoryError if the device does not have the memory.
     """
 
     def __init__(self, platform_device: jax.Device):
@@ -43,14 +43,14 @@ class Programs:
 
     @property
     def compiled(self) -> int:
-        """How many programs there are."""
+        """The number of programs."""
         return len(self._compiled)
 
-    def run(self, function: Callable, *args, donate: tuple[int, ...] = (), **static):
-        """function(*args, **static) as one program; `donate` are positions of arguments that are given up."""
+    def run(self, function: Callable, *args: Any, donate: tuple[int, ...] = (), **static: Any) -> Any:
+        """function(*args, **static) as one program; `donate` has the positions of donated arguments."""
         return self.get(function, *args, donate=donate, **static)(*args)
 
-    def get(self, function: Callable, *args, donate: tuple[int, ...] = (), **static) -> Program:
+    def get(self, function: Callable, *args: Any, donate: tuple[int, ...] = (), **static: Any) -> Program:
         """The compiled program for arguments of these shapes (arrays or `jax.ShapeDtypeStruct`s)."""
         leaves, structure = jax.tree.flatten(args)
         shapes = tuple((jax.numpy.shape(leaf), jax.dtypes.result_type(leaf)) for leaf in leaves)
@@ -70,16 +70,16 @@ class Programs:
         return self._newest
 
     def _compile(self, function: Callable, args: tuple, donate: tuple[int, ...], static: dict[str, Any], shapes: tuple) -> Any:
-        """The program as it was kept on disk, or compiled and then kept."""
+        """The program from disk, or compiled and then kept on disk."""
         options = COMPILER_OPTIONS.get(self.device.platform)
         name = program_store.key(self.device, function, static, shapes, donate, options)
         if name is not None and (kept := program_store.load(name, self.device)) is not None:
             return kept
 
-        def program(*args):
+        def program(*args: Any) -> Any:
             return function(*args, **static)
 
-        # A name of its own, or XLA's cache may have it: from there a CPU's program comes without what `save` needs.
+        # A unique name, so that XLA's cache cannot have it: a CPU program from there lacks what `save` needs.
         program.__name__ = getattr(function, "__name__", "program") + (f"_{secrets.token_hex(4)}" if name else "")
         compiled = jax.jit(program, donate_argnums=donate).lower(*args).compile(options)
         if name is not None:
@@ -87,7 +87,7 @@ class Programs:
         return compiled
 
     def fetch(self, results: Any) -> Any:
-        """The results of a program on the host; here errors appear that an accelerator met while it computed."""
+        """Copies the results of a program to the host. Errors that an accelerator met while it computed are raised here."""
         with memory.explained(self.device, lambda: self._newest.count() if self._newest else "reading results"):
             return jax.device_get(results)
 
@@ -98,18 +98,18 @@ class Program:
     def __init__(self, compiled: Any, device: jax.Device):
         self.compiled, self.device = compiled, device
 
-    def __call__(self, *args):
+    def __call__(self, *args: Any) -> Any:
         with memory.explained(self.device, self.count):
             return self.compiled(*args)
 
     def count(self) -> str:
-        """What the program takes, in words."""
+        """The memory that the program needs, in words."""
         args, _ = self.compiled.in_avals
         return _count(args, self.compiled.memory_analysis())
 
 
 def _count(args: Any, analysis: Any = None) -> str:
-    """The bytes of a program's arguments, and of its temporaries and results where the compiler has said them."""
+    """The bytes of a program's arguments, and of its temporaries and results if the compiler's analysis is given."""
     caches = [leaf for leaf in jax.tree.leaves(args, is_leaf=_is_cache) if _is_cache(leaf)]
     cache = memory.nbytes(caches)
     parts = {"weights and inputs": memory.nbytes(args) - cache, "KV cache": cache}
@@ -125,8 +125,8 @@ def _is_cache(node: Any) -> bool:
 
 
 def enable_compilation_cache() -> Path:
-    """Turns XLA's persistent cache on, unless the user has chosen a place for it or code is not to be kept there, and returns
-    the place."""
+    """Turns XLA's persistent cache on and returns its folder. A cache that the user has configured stays as it is, and one
+    whose folder cannot be made private stays off."""
     chosen = jax.config.values["jax_compilation_cache_dir"]
     if not chosen:
         chosen = str(cache.cache_root() / "xla")

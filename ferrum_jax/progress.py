@@ -1,8 +1,8 @@
-"""What is going on, for a user who waits: a line of text while something takes more than half a second.
+"""Shows a line of text while something takes more than half a second.
 
-The one idea: code that works says so in a `task`, and what is drawn, if anything, is decided here. Notebooks draw a line
-under the cell, the command line turns the drawing on where standard error is a terminal, and everything else is silent
-unless `show()` is called. A line goes when its task is done.
+The one idea: code that may take long puts itself into a `task`, and this module decides whether to draw it. Notebooks draw a
+line under the cell, the command line draws if standard error is a terminal, and everything else is silent unless it calls
+`show()`. The line disappears when its task is done.
 """
 
 from __future__ import annotations
@@ -15,16 +15,20 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol, TypeVar
 
-_AFTER, _EVERY = 0.5, 0.2  # seconds until a task is drawn, and between two drawings
+__all__ = ["Line", "show"]
+
+_AFTER, _EVERY = 0.5, 0.2  # seconds before a task is drawn, and between two drawings
 _Item = TypeVar("_Item")
 
 
 class Line(Protocol):
-    """Where the text is drawn."""
+    """A place for the text."""
 
-    def draw(self, text: str) -> None: ...
+    def draw(self, text: str) -> None:
+        """Replaces the text."""
 
-    def clear(self) -> None: ...
+    def clear(self) -> None:
+        """Removes the text."""
 
 
 class _Terminal:
@@ -41,7 +45,7 @@ class _Terminal:
 
 
 class _Notebook:
-    """A line under the running cell, which is empty in the end."""
+    """A line under the running cell, empty at the end."""
 
     def __init__(self) -> None:
         self._handle: Any = None
@@ -70,7 +74,7 @@ class _Task:
         return f"{self.text}{far}, {time.monotonic() - self.begin:.0f} s"
 
     def update(self, done: int, text: str | None = None) -> None:
-        """How far it is, and what it does now."""
+        """Sets how much is done and, if given, a new text."""
         self.done, self.text = done, text or self.text
 
 
@@ -91,7 +95,7 @@ class _Drawing:
                 self._thread.start()
 
     def end(self, task: _Task | None = None) -> None:
-        """Takes away a task, or all, and what was drawn, at once: the caller may print next."""
+        """Ends a task, or all tasks, and clears the line right away, because the caller may print next."""
         with self._lock:
             self._tasks = [] if task is None else [other for other in self._tasks if other is not task]
             if self._shown and not self._tasks:
@@ -108,7 +112,7 @@ class _Drawing:
                     return
                 if old := [task for task in self._tasks if time.monotonic() - task.begin >= _AFTER]:
                     self._shown = True
-                    with contextlib.suppress(OSError):  # a terminal that went away does not stop the work
+                    with contextlib.suppress(OSError):  # a closed terminal does not stop the work
                         self._line.draw("; ".join(map(str, old)))
 
 
@@ -117,7 +121,12 @@ _chosen = False
 
 
 def show(on: bool = True, line: Line | None = None) -> None:
-    """Draws from now on, in a notebook under the cell, else on standard error; or, with False, draws nothing."""
+    """Turns the line of progress on or off.
+
+    Args:
+      on: whether to draw from now on.
+      line: where to draw; None: under the cell in a notebook, otherwise on standard error.
+    """
     global _drawing, _chosen
     before, _chosen = _drawing, True
     if line is None:
@@ -133,7 +142,7 @@ def _in_notebook() -> bool:
 
 @contextlib.contextmanager
 def task(text: str, total: int | None = None) -> Iterator[Callable[..., None]]:
-    """Around work that may take long. Yields `update(done, text=None)`; `total`: what `done` counts to."""
+    """Wraps work that may take long. Yields `update(done, text=None)`, where `done` counts up to `total`."""
     if not _chosen:
         show(_in_notebook() and os.environ.get("FERRUM_JAX_PROGRESS") != "0")
     drawing, work = _drawing, _Task(text, total)
@@ -147,7 +156,7 @@ def task(text: str, total: int | None = None) -> Iterator[Callable[..., None]]:
 
 
 def track(items: Sequence[_Item], text: str) -> Iterator[_Item]:
-    """The items, as a task that counts those that are done."""
+    """Yields the items, in a task that counts them."""
     with task(text, len(items)) as update:
         for number, item in enumerate(items):
             update(number)

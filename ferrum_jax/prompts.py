@@ -1,4 +1,4 @@
-"""From what a user gives to token ids: texts, lists of ids and conversations, checked against the model."""
+"""Turns a user's input (texts, lists of token ids, conversations) into token ids, and checks them against the model."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ Prompt = str | Sequence[int]
 
 
 class Prompts(Runtime):
-    """A model that understands prompts. template_limits: what a chat template may take (`templates.Limits`); None: 1 s and
-    64 MiB."""
+    """A runtime that understands prompts. template_limits: the time and memory for rendering a chat template."""
 
     template_limits: Limits | None = None
 
@@ -29,50 +28,37 @@ class Prompts(Runtime):
         chat_template: str | None = None,
         **template_kwargs: Any,
     ) -> str:
-        """The text that the model's chat template makes of messages.
-
-        Args:
-          messages: the conversation: dicts with "role" and "content".
-          tools: descriptions of functions, as the template takes them.
-          add_generation_prompt: end with the words that begin an answer.
-          chat_template: the name of one of the model's templates; None: with tools "tool_use", where there is one, else the
-            default.
-          template_kwargs: further variables of the template, such as enable_thinking.
-
-        Raises:
-          UnsupportedModelError: where the model has no template.
-          ChatTemplateError: where the template fails on the messages or refuses them.
-          ValueError: for an unknown name, a variable that no template of the model reads, and content that is not text.
-        """
+        """See `Model.render_chat`."""
         if isinstance(messages, list | tuple) and not messages:
-            raise ValueError("a conversation needs at least one message")
+            raise ValueError("messages: a conversation needs at least one message")
         templates = self.tokenizer.chat_templates
         template = chat.choose(templates, chat_template, tools=tools is not None)
         if template is None:
-            raise UnsupportedModelError("this model has no chat template; give it plain text instead")
+            raise UnsupportedModelError("this model does not have a chat template; give it plain text instead")
         given = {
             f"{name}_token": "" if id is None else self.tokenizer.token_bytes(id).decode("utf-8", "replace")
             for name, id in (("bos", self.tokenizer.bos_id), ("eos", self.tokenizer.eos_id))
         } | template_kwargs
         unknown = given.keys() - {"bos_token", "eos_token", "documents"} - chat.variables(template)
         if unknown and (unknown := unknown.difference(*map(chat.variables, templates.values()))):
-            raise ValueError(f"{min(unknown)}: no chat template of this model reads a variable of this name")
+            raise ValueError(f"{min(unknown)}: no chat template of this model reads a variable with this name")
         asked: dict[str, Any] = {"tools": tools, "add_generation_prompt": add_generation_prompt}
         asked["limits"] = self.template_limits
         return chat.render(template, messages, **asked, **given)
 
     def encode_chat(self, messages: list[dict], tools: list[dict] | None = None, **template_kwargs: Any) -> list[int]:
-        """Token ids of a conversation ready to be answered."""
+        """The token ids of a conversation, rendered for an answer."""
         return self.encode_rendered(self.render_chat(messages, tools, **template_kwargs))
 
     def encode_rendered(self, text: str) -> list[int]:
-        """Token ids of what `render_chat` gave, with one beginning-of-text token where both the template and the tokenizer
-        would put it."""
+        """The token ids of a text from `render_chat`, with only one beginning-of-text token if both the template and the
+        tokenizer add one."""
         ids = self.encode(text)
         doubled = len(ids) > 1 and ids[0] == ids[1] == self.tokenizer.bos_id
         return ids[1:] if doubled else ids
 
     def encode(self, prompt: Prompt) -> list[int]:
+        """The token ids of a prompt. Raises ValueError if it is empty, fills the context or has an id out of range."""
         ids = checks.prompt(prompt)
         if isinstance(ids, str):
             ids = self.tokenizer.encode(ids, add_special=True, parse_special=True) if ids else []
@@ -82,7 +68,7 @@ class Prompts(Runtime):
         return ids
 
     def checked(self, batch: Sequence[Sequence[int]]) -> list[list[int]]:
-        """The batch as lists of int; ValueError for an empty one, one beyond the context or an id out of range."""
+        """The batch as lists of int. Raises ValueError if one is empty or longer than the context or has an id out of range."""
         lists = checks.batch(batch)
         for ids in lists:
             if not ids:

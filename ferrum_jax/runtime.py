@@ -1,4 +1,7 @@
-"""What it takes to run a model: its parameters on a device, its compiled programs, and counters of what they did."""
+"""What it takes to run a model: its parameters on a device, its compiled programs, and counters of their work.
+
+The internals of a `Model`, which the engine works with.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +24,8 @@ PAGE = 16  # tokens
 
 
 class Runtime:
-    """`params` is a pytree of arrays, every weight once; `config` is static; `max_seq_len` counts prompt and output;
-    `adapters`: a digest of each LoRA adapter beside the weights by its name, in the order in which `params` has them."""
+    """The attributes that `Model` describes, and load_s, seconds that loading took, and step_seconds, duration of
+    the decode steps that an engine timed last (0 before)."""
 
     def __init__(
         self,
@@ -39,12 +42,19 @@ class Runtime:
         self.adapters = dict(adapters or {})
         self.programs = Programs(device)
         self.load_s = 0.0
-        self.step_seconds = 0.0  # of the decode steps that an engine has timed last; 0: none yet
+        self.step_seconds = 0.0
         self._fingerprint = ""
         self._counters: dict[str, float] = {f"{kind}_{unit}": 0 for kind in ("prefill", "decode") for unit in ("tokens", "s")}
 
+    def __repr__(self) -> str:
+        config, size = self.config, readable_bytes(memory.nbytes(self.params))
+        return (
+            f"<Model {config.architecture}, {config.num_layers} layers, {size}, {config.dtype}, context {self.max_seq_len:,}, "
+            f"{self.device}>"
+        )
+
     def new_cache(self, num_pages: int) -> KVCache:
-        """An empty cache of `num_pages` pages of 16 tokens on the model's device; OutOfMemoryError where it does not fit."""
+        """An empty cache of `num_pages` pages of 16 tokens on the device. Raises OutOfMemoryError if it does not fit."""
         tokens = num_pages * PAGE
         cache = memory.abstract_cache(self.config, num_pages, PAGE, self.kv_dtype, target_of(self.device))
         count = (
@@ -55,14 +65,14 @@ class Runtime:
             return new_cache(self.config, num_pages=num_pages, page_size=PAGE, dtype=self.kv_dtype)
 
     def room(self) -> int:
-        """Tokens of the longest row that may be asked for without asking what it takes: the context, or as much of it as a
-        quarter of the free memory holds keys and values of."""
+        """The longest row that is offered by default, in tokens: the context, or as much of it as fits its keys and values into
+        a quarter of the free memory."""
         limit = memory.device_limit(self.device)
         fitting = limit.free // 4 // bytes_per_token(self.config, self.kv_dtype) if limit else self.max_seq_len
         return max(1, min(self.max_seq_len, fitting))
 
-    def place_of(self, adapter: str | None) -> int:
-        """Where the adapter of this name is among those of `params`; -1 for None. ValueError for another name."""
+    def adapter_index(self, adapter: str | None) -> int:
+        """The index of the adapter with this name in `params`; -1 for None. Raises ValueError for an unknown name."""
         if adapter is None:
             return -1
         if not isinstance(adapter, str) or adapter not in self.adapters:
@@ -71,13 +81,13 @@ class Runtime:
         return list(self.adapters).index(adapter)
 
     def fingerprint(self) -> str:
-        """A few words that differ between models: architecture, dtype, and a digest of their shapes and of some weights."""
+        """A short text that identifies the model: architecture, dtype, and a digest of its shapes and of some weights."""
         if self._fingerprint:
             return self._fingerprint
         digest = hashlib.blake2b(repr((self.config, self.adapters)).encode(), digest_size=16)
         for leaf in jax.tree.leaves(self.params):
             digest.update(f"{leaf.shape} {leaf.dtype}".encode())
-            leaf = np.asarray(leaf) if self.device.platform == "cpu" else leaf  # there without a copy and a program
+            leaf = np.asarray(leaf) if self.device.platform == "cpu" else leaf  # no copy, no program
             digest.update(np.asarray(leaf[(0,) * (leaf.ndim - 1)][:64] if leaf.ndim else leaf).tobytes())
         self._fingerprint = f"{self.config.architecture} {self.config.dtype} {digest.hexdigest()}"
         return self._fingerprint
@@ -88,6 +98,5 @@ class Runtime:
         self._counters[f"{kind}_s"] += seconds
 
     def timings(self) -> dict[str, float]:
-        """Seconds and tokens since the model was made: load_s, compile_s, prefill_tokens, prefill_s, decode_tokens,
-        decode_s. A step that reads prompts counts as prefill, with all that decode in it."""
+        """See `Model.timings`."""
         return {"load_s": self.load_s, "compile_s": self.programs.compile_s, **self._counters}

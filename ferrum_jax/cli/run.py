@@ -164,7 +164,7 @@ def run_command(
 
     loaded = common.load_model(model, adapter=adapter, dtype=dtype, kv_dtype=kv_dtype, max_seq_len=max_seq_len)
     if not limited:
-        params = dataclasses.replace(params, max_tokens=loaded.room())
+        params = dataclasses.replace(params, max_tokens=loaded._runtime.room())
     template = _template_arguments(loaded, model, system=system, think=think, raw=raw)
     if talk:
         from ferrum_jax.cli.chat import Chat

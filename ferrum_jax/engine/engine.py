@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from ferrum_jax import checks
 from ferrum_jax.engine import snapshot, steps, worker
@@ -31,6 +31,9 @@ from ferrum_jax.errors import ModelFileError
 from ferrum_jax.progress import task
 from ferrum_jax.prompts import Prompt, Prompts
 from ferrum_jax.sampling_params import MAX_BIAS, SamplingParams
+
+if TYPE_CHECKING:
+    from ferrum_jax.model import Model
 
 
 class Engine(Core):
@@ -49,10 +52,11 @@ class Engine(Core):
       OutOfMemoryError: where the KV cache does not fit.
     """
 
-    def __init__(self, model: Prompts, config: EngineConfig | Mapping[str, Any] = EngineConfig()):
+    def __init__(self, model: Model | Prompts, config: EngineConfig | Mapping[str, Any] = EngineConfig()):
         if not hasattr(model, "max_seq_len"):  # whatever runs as one does
             raise ValueError(f"an engine runs a Model, as ferrum_jax.load gives it, not {checks.kind(model)}")
-        self.model, self.config = model, config_of(config)
+        self.model = cast(Prompts, getattr(model, "_runtime", model))
+        self.config = config_of(config)
         self.serving = False
         self.warmed_up = 0, 1  # programs that are ready of those that warming up makes, and all
         self._driver, self._desk, self._compiler, self._files = (
@@ -67,12 +71,12 @@ class Engine(Core):
 
         def set_up() -> None:
             config = self.config
-            self.num_pages = config.num_pages or choose_num_pages(model, config)
-            self.context, window = model.max_seq_len, model.config.sliding_window
+            self.num_pages = config.num_pages or choose_num_pages(self.model, config)
+            self.context, window = self.model.max_seq_len, self.model.config.sliding_window
             if not window:
                 self.context = min(self.context, self.num_pages * config.page_size)
-            self._device = Device(model, config, self.num_pages, self.context)
-            self.identity = f"{model.fingerprint()} kv {self._device.kv_dtype}, pages of {config.page_size}"
+            self._device = Device(self.model, config, self.num_pages, self.context)
+            self.identity = f"{self.model.fingerprint()} kv {self._device.kv_dtype}, pages of {config.page_size}"
             pool = PagePool(self.num_pages, config.page_size, self.identity.encode())
             self._scheduler = Scheduler(config, pool, self.context, window)
             self._choose_steps()
@@ -151,7 +155,7 @@ class Engine(Core):
         saved = self._files.call(lambda: snapshot.load(path, self.identity, vocab, self._device._abstract_cache()))
         text = [*saved.prompt, *saved.output]
         try:
-            place, extras = self.model.place_of(saved.adapter), self._extras(saved.params)
+            place, extras = self.model.adapter_index(saved.adapter), self._extras(saved.params)
         except ValueError as error:
             raise ModelFileError(f"{path}: is a damaged snapshot: {error}") from error
         limit = self._check(len(saved.prompt), saved.params)
@@ -257,7 +261,7 @@ class Engine(Core):
     ) -> Request:
         if not isinstance(params, SamplingParams):
             raise ValueError(f"params must be SamplingParams, not {type(params).__name__}")
-        place = self.model.place_of(adapter)
+        place = self.model.adapter_index(adapter)
         limit = self._check(len(tokens), params)
         extras = self._extras(params)
         seed = secrets.randbits(32) if params.seed is None else params.seed

@@ -14,7 +14,7 @@ from jax import lax
 
 from ferrum_jax import functional
 from ferrum_jax.adapters import COLUMNS
-from ferrum_jax.choice import NOT_FINITE, Chosen, choose, where_wanted
+from ferrum_jax.choice import NOT_FINITE, Chosen, choose, if_requested
 from ferrum_jax.config import ModelConfig
 from ferrum_jax.engine.draft import draft, learn, worth_it
 from ferrum_jax.engine.slots import BAD_WORD_TOKENS, BAD_WORDS, Asked, Slots, admit, new_slots
@@ -201,7 +201,7 @@ def _choose(logits, slots: Slots, rows, alive) -> tuple[Slots, Chosen]:
     """Chooses the next token of the rows int32 [R] that are alive, and puts it at the end of their texts."""
     best, key = _best(logits.shape[1]), jnp.zeros((2,), jnp.uint32)
     wanted = (alive & slots.scored[rows]).any()
-    choice, chosen = choose(logits, slots.choice, slots.sampling, key, alive, rows, logprobs=best, wanted=wanted)
+    choice, chosen = choose(logits, slots.choice, slots.sampling, key, alive, rows, logprobs=best, requested=wanted)
     slot = jnp.where(alive, rows, slots.length.shape[0])  # out of range: nothing is written
     history = slots.history.at[slot, slots.length[rows]].set(chosen.token, mode="drop")
     return slots.chosen(choice)._replace(history=history), chosen
@@ -228,7 +228,7 @@ def _prompt_scores(params, hidden, slots: Slots, rows, first, query_starts, conf
         found = lax.map(score, (blocks, jnp.pad(target, (0, padding)).reshape(-1, block)))
         return tuple(array.reshape(-1, array.shape[-1])[:tokens] for array in found)
 
-    return where_wanted(((rows >= 0) & slots.scored_prompt[rows]).any(), scores)
+    return if_requested(((rows >= 0) & slots.scored_prompt[rows]).any(), scores)
 
 
 def _best(vocab: int) -> int:

@@ -93,7 +93,7 @@ FAULTS = {
     "4-model": Fault(
         "the engine's hash knows no model",
         Engine.__init__,
-        "{model.fingerprint()} kv",
+        "{self.model.fingerprint()} kv",
         "kv",
         pages.test_engines_of_other_models_have_other_texts,
     ),
@@ -212,8 +212,8 @@ FAULTS = {
     "13-padding": Fault(
         "rows of padding write into the slot of another",
         choice.choose,
-        "place = jnp.where(alive, every, capacity)",
-        "place = every",
+        "target = jnp.where(alive, every, capacity)",
+        "target = every",
         guards.rows_of_padding_touch_no_slot,
     ),
     "13-finite": Fault(

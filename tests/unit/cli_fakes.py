@@ -97,6 +97,10 @@ class FakeModel:
         self.asked: list = []
         self.streams: list = []
 
+    @property
+    def _runtime(self):
+        return self
+
     def room(self):
         return self.max_seq_len
 

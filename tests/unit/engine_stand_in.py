@@ -81,7 +81,7 @@ class Model:
     def encode(self, prompt: list[int]) -> list[int]:
         return list(prompt)
 
-    def place_of(self, adapter: str | None) -> int:
+    def adapter_index(self, adapter: str | None) -> int:
         return -1 if adapter is None else ADAPTERS.index(adapter)
 
 

@@ -22,7 +22,7 @@ def model():
 MODEL = {
     "messages": [
         lambda m: m.generate(MESSAGES), lambda m: m.generate(MESSAGES[0]), lambda m: m.generate([MESSAGES]),
-        lambda m: m.stream(MESSAGES), lambda m: m.encode(MESSAGES), lambda m: m.trace_routing(MESSAGES),
+        lambda m: m.stream(MESSAGES), lambda m: m._runtime.encode(MESSAGES), lambda m: m.trace_routing(MESSAGES),
     ],
     r"write \[prompt\]": [
         lambda m: m.generate("text"), lambda m: m.generate([1, 2]), lambda m: m.generate(np.array([1, 2])),

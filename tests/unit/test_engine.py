@@ -382,12 +382,12 @@ def test_tasks_drive_an_engine_without_a_loop(model, engine):
 def test_nothing_compiles_while_serving(model, engine):
     said = []
     engine.warm_up(lambda *state: said.append(state))
-    before = model.programs.compiled
+    before = model._runtime.programs.compiled
     assert said[-1][:2] == (len(engine.buckets()) + 2,) * 2 and said[-1][2] == "ready"
     requests = [engine.submit(prompt, dataclasses.replace(NOISY, n=2)) for prompt in PROMPTS]
     engine.run()
     assert all(len(r.token_ids) == 12 for request in requests for r in request.results())
-    assert model.programs.compiled == before and engine.metrics()["compiles"] <= len(engine.buckets()) + 2
+    assert model._runtime.programs.compiled == before and engine.metrics()["compiles"] <= len(engine.buckets()) + 2
 
 
 def test_every_step_aliases_the_whole_cache(model, engine):

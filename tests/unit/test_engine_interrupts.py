@@ -164,7 +164,7 @@ def chosen(dice):
 
 def undisturbed(engine):
     def right(request, prompt, params, seed):
-        return expected(prompt, params, seed, engine.model.max_seq_len, engine.model.place_of(request.adapter))
+        return expected(prompt, params, seed, engine.model.max_seq_len, engine.model.adapter_index(request.adapter))
 
     return right
 

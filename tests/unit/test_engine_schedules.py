@@ -179,7 +179,7 @@ class Schedule(RuleBasedStateMachine):
         struck = {sequence.number for sequence in self.device.struck}
         for request, prompt, params, seed in self.requests:
             model = self.engine.model
-            right = expected(prompt, params, seed, model.max_seq_len, model.place_of(request.adapter))
+            right = expected(prompt, params, seed, model.max_seq_len, model.adapter_index(request.adapter))
             result = request.result()
             outputs = list(request)
             assert "".join(output.text for output in outputs) == result.text

@@ -88,7 +88,7 @@ def test_templates_of_a_gguf_file_and_of_what_it_is_converted_to(tmp_path: Path)
         assert model.render_chat(USER).startswith("<|im_start|>user")
         assert model.render_chat(USER, TOOLS).startswith("TOOLS [")
         assert model.render_chat(USER, TOOLS, chat_template="rag", documents=["d"]) == "RAG ['d']"
-        assert model.encode_chat(USER, chat_template="rag") == model.encode("RAG None")
+        assert model.encode_chat(USER, chat_template="rag") == model._runtime.encode("RAG None")
         with pytest.raises(ValueError, match="no chat template 'default2'; it has default, rag, tool_use"):
             model.render_chat(USER, chat_template="default2")
         with pytest.raises(ValueError, match="enable_thinkin: no chat template of this model reads"):
