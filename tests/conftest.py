@@ -1,9 +1,16 @@
 """Options of the test suite, and what keeps its tests apart."""
 
 import functools
+import sys
 from collections.abc import Iterator
 
 import pytest
+
+pytest.register_assert_rewrite("support")
+
+from support import ROOT  # noqa: E402
+
+sys.path.append(str(ROOT))  # benchmarks and training; after site-packages: ferrum_jax is the one that is installed
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

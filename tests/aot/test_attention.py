@@ -7,11 +7,11 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import ptx
 import pytest
 
 from pallas_kernels import aot, dispatch
 from pallas_kernels.paged_attention import KV_DTYPES, KVCache, Tables, make_plan, paged_attention
+from support.aot import ptx
 
 LAYERS, HEADS, KV_HEADS, HEAD_DIM, PAGE = 4, 32, 4, 128, 16
 GPUS, TPUS = ("a100-40g", "l4", "h200"), ("v5e", "v6e", "v5p")

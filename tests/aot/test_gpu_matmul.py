@@ -7,9 +7,7 @@ temporaries are checked with every version.
 
 import jax
 import jax.numpy as jnp
-import ptx
 import pytest
-from ptx import SEEN
 
 from pallas_kernels.aot import GPUS
 from pallas_kernels.blocks import gpu
@@ -17,6 +15,8 @@ from pallas_kernels.blocks.matrix import Matrix
 from pallas_kernels.grouped_matmul import triton as grouped
 from pallas_kernels.grouped_matmul import triton_grouping
 from pallas_kernels.quantized_matmul import triton as dense
+from support.aot import ptx
+from support.aot.ptx import SEEN
 
 TARGETS = ["a100-40g", "l4", "h200"]
 HIDDEN, EXPERT, LAYERS, EXPERTS, TOP_K = 2048, 768, 48, 128, 8

@@ -6,11 +6,11 @@ Each target is compiled in a process of its own, as the command does it.
 import json
 
 import pytest
-from tiny_gguf import write_tiny_llama
 
 from ferrum_jax import headers, plan
 from ferrum_jax.cli import main
 from pallas_kernels import aot
+from support.tiny_gguf import write_tiny_llama
 
 GIB = 1 << 30
 

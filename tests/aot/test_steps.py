@@ -7,11 +7,11 @@ import functools
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from pallas_kernels import aot
+from support import environment
 
 pytestmark = pytest.mark.timeout(1800)  # the first test waits for compilers
 
@@ -27,8 +27,8 @@ def compilations() -> dict[str, concurrent.futures.Future]:
 
 
 def compile_steps(target: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, Path(__file__).with_name("steps.py"), target]
-    return subprocess.run(command, capture_output=True, text=True, timeout=1500, check=False)
+    command = [sys.executable, "-m", "support.aot.steps", target]
+    return subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=1500, check=False)
 
 
 @functools.cache

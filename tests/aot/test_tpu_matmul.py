@@ -8,9 +8,10 @@ import functools
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+
+from support import environment
 
 TARGETS = ("v5e", "v6e", "v5p")
 HIDDEN, WIDTH, TOP_K, KIB = 2048, 768, 8, 1024
@@ -74,8 +75,8 @@ CEILINGS = {
 @functools.cache
 def report(target):
     """What tpu_kernels.py says, compiled once a run."""
-    script = Path(__file__).with_name("tpu_kernels.py")
-    done = subprocess.run([sys.executable, script, target], capture_output=True, text=True, timeout=800, check=False)
+    command = [sys.executable, "-m", "support.aot.tpu_kernels", target]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=800, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout)
 

@@ -8,12 +8,8 @@ from __future__ import annotations
 
 import contextlib
 
-import guards
 import jax
 import pytest
-import test_engine_pages as pages
-import test_not_finite as not_finite
-from patching import Fault, applied
 
 from ferrum_jax import choice, sampling
 from ferrum_jax.engine import Engine, steps
@@ -23,6 +19,10 @@ from ferrum_jax.engine.scheduler import Scheduler
 from ferrum_jax.models import decoder
 from ferrum_jax.models.rope import rope_angles, rope_frequencies
 from ferrum_jax.tokenizer import StopMatcher, TextStream
+from support import guards
+from support.patching import Fault, applied
+from unit import test_engine_pages as pages
+from unit import test_not_finite as not_finite
 
 
 def one_page_twice():

@@ -7,13 +7,13 @@ import os
 import sys
 
 import pytest
-import test_cli_terminal as terminal_guards
-import test_conversation as guards
-from patching import Fault, applied
-from tiny_gguf import write_tiny_llama
 
 import ferrum_jax as fj
 from ferrum_jax.cli import conversation, terminal, writer
+from support.patching import Fault, applied
+from support.tiny_gguf import write_tiny_llama
+from unit import test_cli_terminal as terminal_guards
+from unit import test_conversation as guards
 
 
 @pytest.fixture(scope="module")

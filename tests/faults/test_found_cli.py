@@ -7,16 +7,16 @@ import types
 from pathlib import Path
 
 import pytest
-import test_checks as checks_guards
-import test_cli_output as output_guards
-import test_convert_disk as disk_guards
-from patching import Fault, applied
 
 import ferrum_jax as fj
 from ferrum_jax import checks
 from ferrum_jax.cli import bench, inspect, output
 from ferrum_jax.sampling_params import SamplingParams
 from ferrum_jax.weights.fresh import fresh
+from support.patching import Fault, applied
+from unit import test_checks as checks_guards
+from unit import test_cli_output as output_guards
+from unit import test_convert_disk as disk_guards
 
 
 def in_a_folder(guard, *more):

@@ -1,15 +1,15 @@
 """Faults that users' interrupts, damaged snapshots and foreign requests have found in the engine."""
 
 import pytest
-import test_engine_interrupts as interrupts
-import test_engine_pages as pages
-from patching import Fault, applied
 
 from ferrum_jax import checks
 from ferrum_jax.engine.engine import Engine
 from ferrum_jax.engine.request import Request
 from ferrum_jax.engine.scheduler import Scheduler
 from ferrum_jax.engine.worker import Worker
+from support.patching import Fault, applied
+from unit import test_engine_interrupts as interrupts
+from unit import test_engine_pages as pages
 
 FAULTS = {
     "caller": Fault(

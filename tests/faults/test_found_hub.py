@@ -8,9 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import hub_server
 import pytest
-from patching import Fault, applied
 
 import ferrum_jax as fj
 from ferrum_jax import hub, loading, program_store
@@ -18,6 +16,8 @@ from ferrum_jax.hub import cache as hub_cache
 from ferrum_jax.hub import huggingface, web
 from pallas_kernels import cache
 from pallas_kernels.native import build
+from support import hub_server
+from support.patching import Fault, applied
 
 NAME = "someone/Tiny"
 FILES = {"config.json": b'{"model_type": "llama"}', "tokenizer.json": b"{}", "model.safetensors": bytes(range(256)) * 16}

@@ -1,11 +1,11 @@
 """Faults of notebooks and pictures, each put back: its guard has to notice."""
 
 import pytest
-import test_notebooks as notebooks
-import test_plotting as plots
-from patching import Fault, applied
 
 from ferrum_jax import plotting
+from support.patching import Fault, applied
+from unit import test_notebooks as notebooks
+from unit import test_plotting as plots
 
 FAULTS = {
     "digest": Fault(

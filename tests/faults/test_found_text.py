@@ -5,11 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import test_continuation_text as continuation
-import test_templates as templates
-import test_vocabularies as vocabularies
-from patching import Fault, applied
-from test_directory_tokenizer import byte_level
 
 from ferrum_jax import chat
 from ferrum_jax.errors import ChatTemplateError
@@ -18,6 +13,11 @@ from ferrum_jax.tokenizer import TextStream, huggingface
 from ferrum_jax.tokenizer.huggingface import DirectoryTokenizer
 from ferrum_jax.tokenizer.library import LibraryTokenizer
 from ferrum_jax.tokenizer.vocabulary import _Keys, read_vocabulary
+from support.patching import Fault, applied
+from unit import test_continuation_text as continuation
+from unit import test_templates as templates
+from unit import test_vocabularies as vocabularies
+from unit.test_directory_tokenizer import byte_level
 
 
 def a_loop_has_an_end(path: Path) -> None:

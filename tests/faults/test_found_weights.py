@@ -7,15 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import test_adapter_files as adapters
-import test_block_scales as block_scales
-import test_config_numbers as numbers
-import test_directory_config as directory_config
-import test_schemes as schemes
-import test_tied as tied
-from directories import LLAMA, tiny_directories, write
-from patching import Fault, applied
-from tiny_gguf import write_tiny_llama
 
 from ferrum_jax import config, config_json
 from ferrum_jax.errors import FerrumError
@@ -24,6 +15,16 @@ from ferrum_jax.weights import block_scales as reading
 from ferrum_jax.weights import schemes as headers
 from ferrum_jax.weights.gguf import open_gguf
 from ferrum_jax.weights.tied import same_numbers
+from support.directories import LLAMA, write
+from support.goldens import tiny_directories
+from support.patching import Fault, applied
+from support.tiny_gguf import write_tiny_llama
+from unit import test_adapter_files as adapters
+from unit import test_block_scales as block_scales
+from unit import test_config_numbers as numbers
+from unit import test_directory_config as directory_config
+from unit import test_schemes as schemes
+from unit import test_tied as tied
 
 
 def in_folder(test: Callable, *arguments) -> Callable[[], None]:

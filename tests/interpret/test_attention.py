@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_cases import HALF_ULPS, LAYER, case, expected
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import dispatch
 from pallas_kernels.paged_attention import KV_DTYPES, make_plan, mosaic_tpu, triton, xla
+from support.attention_cases import HALF_ULPS, LAYER, case, expected
 
 GPU, TPU = dispatch.Target("gpu", "9.0"), dispatch.Target("tpu", "v5e")
 

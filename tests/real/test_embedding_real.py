@@ -5,18 +5,14 @@ Goldens: tests/goldens/real/minilm.npz, made by tests/goldens/scripts/make_encod
 
 from __future__ import annotations
 
-import sys
 import warnings
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 import ferrum_jax as fj
-
-GOLDENS = Path(__file__).resolve().parents[1] / "goldens"
-sys.path.insert(0, str(GOLDENS / "encoders"))
-import tiny_encoders  # noqa: E402
+from support import GOLDENS
+from support.goldens import tiny_encoders
 
 pytestmark = pytest.mark.real
 PROSE = (GOLDENS / "real" / "text.txt").read_text(encoding="utf-8")

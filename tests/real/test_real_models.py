@@ -6,17 +6,12 @@ tests/goldens/scripts/make_model_goldens.py; token ids there are llama.cpp's.
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 
 import ferrum_jax as fj
-
-GOLDENS = Path(__file__).resolve().parents[1] / "goldens"
-sys.path.insert(0, str(GOLDENS / "models"))
-import golden_cases  # noqa: E402
+from support import GOLDENS
+from support.goldens import golden_cases
 
 pytestmark = pytest.mark.real
 PROMPTS = range(4)  # of 6, 17, 130 and 400 tokens

@@ -13,15 +13,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from adapter_directories import CASES, CONFIG, TENSORS, Folder, tiny_adapters
-from directories import LLAMA, MOE, edit, edit_tensors, tiny_directories
-from directories import write as write_directory
-from test_directory_fuzz import mutate
 
 import ferrum_jax as fj
 from ferrum_jax.errors import FerrumError, ModelFileError, ModelNotFoundError, UnsupportedModelError
 from ferrum_jax.weights.adapter import read_adapter
 from ferrum_jax.weights.opening import open_model
+from support.adapter_directories import CASES, CONFIG, TENSORS, Folder
+from support.directories import LLAMA, MOE, edit, edit_tensors
+from support.directories import write as write_directory
+from support.goldens import tiny_adapters, tiny_directories
+from unit.test_directory_fuzz import mutate
 
 PLAIN = tiny_adapters.Spec("adapter", LLAMA, rank=4)
 MODEL = "base_model.model.model."
@@ -371,7 +372,7 @@ def test_adapters_of_other_models(tmp_path: Path, model: Path) -> None:
 
 
 def test_an_embedding_model_has_no_adapters(tmp_path: Path) -> None:
-    from encoders import tiny_encoders  # writes checkpoints of the BERT family
+    from support.goldens import tiny_encoders  # writes checkpoints of the BERT family
 
     spec = tiny_encoders.Spec("encoder")
     tiny_encoders.write_directory(spec, tmp_path / "encoder")

@@ -12,10 +12,6 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from adapter_directories import CASES, CONFIG, TENSORS, Folder, adapter_cases, tiny_adapters
-from directories import GPTQ, edit, edit_tensors, tiny_directories
-from directories import write as write_directory
-from golden_checks import check_greedy, check_logits, tiny_models
 
 import ferrum_jax as fj
 from ferrum_jax import functional
@@ -28,6 +24,11 @@ from ferrum_jax.weights.adapter import read_adapter
 from ferrum_jax.weights.opening import open_model
 from ferrum_jax.weights.quantize import PLAIN, plain_numbers
 from pallas_kernels.blocks import unpack
+from support.adapter_directories import CASES, CONFIG, TENSORS, Folder
+from support.directories import GPTQ, edit, edit_tensors
+from support.directories import write as write_directory
+from support.golden_checks import check_greedy, check_logits
+from support.goldens import adapter_cases, tiny_adapters, tiny_directories, tiny_models
 
 LLAMA = adapter_cases.LLAMA
 NAMES = ["llama-all", None, "llama-patterns", "llama-some-rslora", None, "llama-all"]  # of the rows of a mixed batch

@@ -7,24 +7,21 @@ are quick, and those that can only be seen when something goes wrong.
 import json
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-
-from benchmarks import make_synthetic, report  # noqa: E402
-from benchmarks.gpu import check_kernels, kernels, run, starts, trace, weights, whole  # noqa: E402
-from benchmarks.gpu.lab import Lab  # noqa: E402
-from benchmarks.gpu.sizes import GOALS, REAL, SMALL, goal  # noqa: E402
-from ferrum_jax import functional  # noqa: E402
-from ferrum_jax.quantized import QuantizedTensor  # noqa: E402
-from pallas_kernels import aot  # noqa: E402
-from pallas_kernels.blocks import FORMATS  # noqa: E402
+from benchmarks import make_synthetic, report
+from benchmarks.gpu import check_kernels, kernels, run, starts, trace, weights, whole
+from benchmarks.gpu.lab import Lab
+from benchmarks.gpu.sizes import GOALS, REAL, SMALL, goal
+from ferrum_jax import functional
+from ferrum_jax.quantized import QuantizedTensor
+from pallas_kernels import aot
+from pallas_kernels.blocks import FORMATS
+from support import ROOT
 
 
 def test_model_is_the_one_that_make_synthetic_writes():

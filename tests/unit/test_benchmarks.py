@@ -1,16 +1,13 @@
 """The page of measurements says what the committed results say, and those were checked when they were taken."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
-sys.path.insert(0, str(ROOT))
+from benchmarks import common, report
+from support import ROOT
 
-from benchmarks import common, report  # noqa: E402
+RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
 
 
 def test_page_is_generated_from_the_results():

@@ -7,12 +7,12 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-from tiny_gguf import write_tiny_llama
 
 import ferrum_jax as fj
 from ferrum_jax.weights import ggml_types
 from ferrum_jax.weights.block_scales import read_blocks
 from ferrum_jax.weights.gguf import open_gguf
+from support.tiny_gguf import write_tiny_llama
 
 INFINITY, NAN, LARGEST = 0x7C00, 0xFE01, 0x7BFF
 

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cli_fakes import END, FakeModel, FakeParams, FakeTokenizer, child, failing_load, finished
 
 import ferrum_jax as fj
 from ferrum_jax.cli import common, main
 from ferrum_jax.errors import ModelFileError, ModelNotFoundError
+from support.cli_fakes import END, FakeModel, FakeParams, FakeTokenizer, child, failing_load, finished
 
 
 @pytest.fixture

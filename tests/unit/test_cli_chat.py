@@ -11,7 +11,6 @@ import time
 import types
 
 import pytest
-from cli_fakes import FakeEngine, FakeModel, FakeStream
 from prompt_toolkit.completion import CompleteEvent
 from prompt_toolkit.document import Document
 
@@ -19,6 +18,7 @@ import ferrum_jax as fj
 from ferrum_jax.cli import chat, commands
 from ferrum_jax.cli import terminal as terminal_module
 from ferrum_jax.cli.run import run_command
+from support.cli_fakes import FakeEngine, FakeModel, FakeStream
 
 
 @pytest.fixture(autouse=True)

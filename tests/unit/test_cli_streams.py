@@ -7,7 +7,8 @@ import subprocess
 import sys
 
 import pytest
-from test_cli import small_gguf
+
+from unit.test_cli import small_gguf
 
 FULL = "/dev/full"
 pytestmark = pytest.mark.skipif(not os.path.exists(FULL), reason="needs /dev/full")

@@ -18,11 +18,12 @@ import time
 
 import pytest
 import wcwidth
-from cli_fakes import child
 from prompt_toolkit.output import DummyOutput
-from tiny_gguf import write_tiny_llama
 
 from ferrum_jax.cli import terminal, writer
+from support import environment
+from support.cli_fakes import child
+from support.tiny_gguf import write_tiny_llama
 
 CODE = """
 import os, fcntl, termios
@@ -196,13 +197,10 @@ class Talk:
         self.master, self.slave = os.openpty()
         self.resize(columns)
         self.before = termios.tcgetattr(self.slave)
-        environment = os.environ | {
-            "TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1", "FERRUM_JAX_CACHE": str(tmp_path),
-            "PYTHONPATH": os.pathsep.join(sys.path),
-        }  # fmt: skip
+        variables = environment(TERM="xterm", PROMPT_TOOLKIT_NO_CPR="1", FERRUM_JAX_CACHE=str(tmp_path))
         pipes = dict.fromkeys(("stdin", "stdout", "stderr"), self.slave)
         self.process = child(
-            "run", model, *arguments, code=CODE + textwrap.dedent(code), fake=model == "m", env=environment, **pipes
+            "run", model, *arguments, code=CODE + textwrap.dedent(code), fake=model == "m", env=variables, **pipes
         )
         self.seen = ""
 

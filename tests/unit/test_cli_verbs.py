@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 
 import pytest
-from test_cli import model  # noqa: F401
 
 import ferrum_jax as fj
 from ferrum_jax import hub
 from ferrum_jax.cli import bench, main
+from unit.test_cli import model  # noqa: F401
 
 PROMPTS = [
     (["m", "hi there"], "m", "hi there"),

@@ -3,12 +3,12 @@
 import gguf
 import numpy as np
 import pytest
-from tiny_gguf import write_tiny_llama
 
 import ferrum_jax as fj
 from ferrum_jax.config import config_from_gguf
 from ferrum_jax.loading import validate
 from ferrum_jax.weights.gguf import open_gguf
+from support.tiny_gguf import write_tiny_llama
 
 T = gguf.GGUFValueType
 NEEDED = [

@@ -7,13 +7,13 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-from test_directory_config import read
-from tiny_gguf import write_tiny_llama
 
 import ferrum_jax as fj
 from ferrum_jax.config import config_from_gguf
 from ferrum_jax.loading import validate
 from ferrum_jax.weights.gguf import GGUFFile, open_gguf
+from support.tiny_gguf import write_tiny_llama
+from unit.test_directory_config import read
 
 NAN, INF = float("nan"), float("inf")
 # Each key and values beyond what it may be; those before are of real models.

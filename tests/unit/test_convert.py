@@ -10,7 +10,6 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-from tiny_gguf import write_tiny_llama
 
 import ferrum_jax as fj
 from ferrum_jax.convert import convert
@@ -20,6 +19,7 @@ from ferrum_jax.weights.opening import open_model
 from ferrum_jax.weights.quantize import QUANTIZATIONS
 from pallas_kernels.blocks import unpack
 from pallas_kernels.dispatch import Target
+from support.tiny_gguf import write_tiny_llama
 
 IDS = [[5, 9, 13, 2, 40, 41, 42]]
 WIDE = {"hidden": 256, "heads": 4, "kv_heads": 2, "head_dim": 64, "ffn": 320, "layers": 3}

@@ -3,16 +3,17 @@
 import json
 from pathlib import Path
 
-import directories
 import numpy as np
 import pytest
-from directories import GPTQ, MOE, directory_cases
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 import ferrum_jax as fj
 from ferrum_jax.convert import convert
 from ferrum_jax.tokenizer.to_gguf import PROBE, tokenizer_metadata
 from ferrum_jax.weights.opening import open_model
+from support import directories
+from support.directories import GPTQ, MOE
+from support.goldens import directory_cases
 
 IDS = [[5, 9, 13, 2, 40, 41, 42]]
 CASES = {case.name: case for case in directory_cases.CASES}

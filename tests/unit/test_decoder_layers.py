@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from random_models import DENSE, MOE, tiny_params
 
 from ferrum_jax import functional as F
 from ferrum_jax.models import decoder
@@ -15,6 +14,7 @@ from ferrum_jax.quantized import LayerStack, QuantizedTensor
 from pallas_kernels import dispatch
 from pallas_kernels.native import build
 from pallas_kernels.paged_attention import KV_DTYPES
+from support.random_models import DENSE, MOE, tiny_params
 
 pytestmark = pytest.mark.skipif(build._compiler() is None, reason="there is no C++ compiler here; plain XLA serves")
 PAGE = 4

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from directories import GPTQ, LLAMA, MOE, Packing, Spec, edit, edit_tensors, tiny_directories, write
 
 import ferrum_jax as fj
 from ferrum_jax.errors import ModelFileError, UnsupportedModelError
 from ferrum_jax.loading import validate
 from ferrum_jax.weights.opening import open_model
+from support.directories import GPTQ, LLAMA, MOE, Packing, Spec, edit, edit_tensors, write
+from support.goldens import tiny_directories
 
 INDEX = "model.safetensors.index.json"
 LAYER = "model.layers.0."

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from directories import tiny_directories
-from tiny_directories import Spec
 
 import ferrum_jax as fj
 from ferrum_jax.config import ModelConfig, RopeScaling
 from ferrum_jax.config_json import FAMILIES, ConfigFile, read_config
+from support.goldens import tiny_directories
+from support.goldens.tiny_directories import Spec
 
 PATH = Path("somewhere/config.json")
 NAMES = {family.model_type: name for name, family in FAMILIES.items()}

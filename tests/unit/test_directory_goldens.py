@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from directories import directory_cases, tiny_directories
-from golden_checks import check_greedy, check_logits, tiny_models
 
 import ferrum_jax as fj
+from support.golden_checks import check_greedy, check_logits
+from support.goldens import directory_cases, tiny_directories, tiny_models
 
 
 def name_of(case: tiny_directories.Spec) -> str:

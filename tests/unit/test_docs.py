@@ -12,12 +12,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from golden_checks import golden_cases, tiny_models
 from matplotlib import pyplot
-from tiny_gguf import tiny_vocabulary, write_tiny_llama
 
 import ferrum_jax as fj
 from pallas_kernels.blocks import FORMATS
+from support.goldens import golden_cases, tiny_models
+from support.tiny_gguf import tiny_vocabulary, write_tiny_llama
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [*(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")), *sorted((ROOT / "docs").rglob("*.md"))]

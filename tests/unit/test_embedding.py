@@ -15,9 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from directories import LLAMA, edit, edit_tensors
-from directories import write as write_decoder
-from encoders import GOLDENS, tiny_encoders
 
 import ferrum_jax as fj
 from ferrum_jax.cli import main
@@ -25,6 +22,9 @@ from ferrum_jax.convert import convert
 from ferrum_jax.loading import validate
 from ferrum_jax.models.bert import embed
 from ferrum_jax.weights.opening import open_model
+from support.directories import LLAMA, edit, edit_tensors
+from support.directories import write as write_decoder
+from support.goldens import tiny_encoders
 
 TEXTS, CASES = tiny_encoders.TEXTS, tiny_encoders.CASES
 MEAN, CLS, CASED = CASES
@@ -36,7 +36,7 @@ BOUND = 1e-5
 def loaded(request, tmp_path_factory):
     """(model, golden arrays) of one case."""
     spec, kind = request.param
-    with np.load(GOLDENS / f"{spec.name}.npz") as file:
+    with np.load(tiny_encoders.HERE / f"{spec.name}.npz") as file:
         golden = dict(file)
     path = tmp_path_factory.mktemp("encoder")
     digest = tiny_encoders.write_directory(spec, path / "model")
@@ -126,7 +126,7 @@ def test_quantized_while_loading(tmp_path: Path) -> None:
     model = fj.load(tmp_path / "model", quantize="q8_0")
     places = model.params["positions"].format, model.params["types"].format, model.params["embedding"].format
     assert places == ("F32", "F32", "Q8_0")
-    with np.load(GOLDENS / f"{MEAN.name}.npz") as file:
+    with np.load(tiny_encoders.HERE / f"{MEAN.name}.npz") as file:
         cosines = (quiet(model, TEXTS) * file["vectors"]).sum(axis=1)
     assert cosines.min() >= 0.999
 
@@ -134,7 +134,7 @@ def test_quantized_while_loading(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "int8"])
 def test_other_arithmetic(dtype: str, tmp_path: Path) -> None:
     model = fj.load(tiny_encoders.write_gguf(MEAN, tmp_path / "a.gguf", "Q8_0"), dtype=dtype)
-    with np.load(GOLDENS / f"{MEAN.name}.npz") as file:
+    with np.load(tiny_encoders.HERE / f"{MEAN.name}.npz") as file:
         cosines = (quiet(model, TEXTS) * file["vectors"]).sum(axis=1)
     assert cosines.min() >= 0.999
 

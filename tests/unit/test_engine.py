@@ -7,12 +7,12 @@ import threading
 import jax
 import numpy as np
 import pytest
-from tiny_gguf import write_tiny_llama
 
 import ferrum_jax as fj
 from ferrum_jax.engine import snapshot
 from ferrum_jax.engine.pages import PagePool
 from ferrum_jax.sampling_params import MAX_LOGPROBS
+from support.tiny_gguf import write_tiny_llama
 
 GREEDY = fj.SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True, logprobs=2)
 NOISY = dataclasses.replace(GREEDY, temperature=1.3, top_k=30, top_p=0.9, repetition_penalty=1.1, seed=5)

@@ -19,12 +19,13 @@ import time
 from functools import partial
 
 import pytest
-from engine_stand_in import ADAPTERS, Model, check, expected, use
-from tiny_gguf import write_tiny_llama
 
 import ferrum_jax as fj
 from ferrum_jax.engine import EngineConfig, worker
 from ferrum_jax.engine.worker import Worker
+from support import environment
+from support.engine_stand_in import ADAPTERS, Model, check, expected, use
+from support.tiny_gguf import write_tiny_llama
 
 SECONDS = float(os.environ.get("ENGINE_STORM", "0"))
 SIGNALS = (signal.SIGINT, signal.SIGUSR1)
@@ -357,8 +358,7 @@ def test_the_interpreter_ends_in_the_middle_of_anything():
     """A background loop that nothing has ended, a step that was interrupted, a stream that the end finds open."""
     program = """
         import signal, sys, threading, time
-        sys.path[:0] = {path!r}
-        from engine_stand_in import Model, use
+        from support.engine_stand_in import Model, use
         import ferrum_jax as fj
         engine = use(Model(4000), fj.EngineConfig(page_size=16, num_pages=400, steps_per_dispatch=1))
         def stream(engine=engine):
@@ -382,6 +382,6 @@ def test_the_interpreter_ends_in_the_middle_of_anything():
             print("interrupted")
             sys.exit(3)
     """
-    program = textwrap.dedent(program).replace("{path!r}", repr([path for path in sys.path if path]))
-    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
+    command, pipes = [sys.executable, "-c", textwrap.dedent(program)], {"capture_output": True, "text": True}
+    found = subprocess.run(command, **pipes, env=environment(), timeout=120, check=False)
     assert (found.returncode, found.stdout, found.stderr) == (3, "interrupted\n", ""), found.stderr

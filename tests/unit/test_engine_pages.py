@@ -10,7 +10,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from engine_stand_in import Model, check, drive, expected, step, use
 
 import ferrum_jax as fj
 from ferrum_jax.engine import EngineConfig
@@ -18,6 +17,7 @@ from ferrum_jax.engine.pages import PagePool
 from ferrum_jax.engine.scheduler import Scheduler
 from ferrum_jax.engine.sequence import Sequence
 from ferrum_jax.prompts import Prompts
+from support.engine_stand_in import Model, check, drive, expected, step, use
 
 GREEDY = fj.SamplingParams(max_tokens=6, ignore_eos=True, seed=0)
 

@@ -9,24 +9,19 @@ import contextlib
 import dataclasses
 import os
 import random
-import sys
 import threading
-from pathlib import Path
 
 import pytest
-from engine_stand_in import ADAPTERS, VOCAB, Injected, Model, check, expected, step, use
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
-from tiny_gguf import write_tiny_llama
 
 import ferrum_jax as fj
 from ferrum_jax.engine import EngineConfig
 from ferrum_jax.engine.pages import PagePool
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "goldens" / "models"))
-import golden_cases
-import tiny_models
+from support.engine_stand_in import ADAPTERS, VOCAB, Injected, Model, check, expected, step, use
+from support.goldens import golden_cases, tiny_models
+from support.tiny_gguf import write_tiny_llama
 
 SCHEDULES = int(os.environ.get("ENGINE_SCHEDULES", "0"))
 RULES = 50  # of one schedule

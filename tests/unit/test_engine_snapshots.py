@@ -4,11 +4,11 @@ import dataclasses
 
 import numpy as np
 import pytest
-from engine_stand_in import check, step
-from test_engine_pages import GREEDY, engine_of
 
 import ferrum_jax as fj
 from ferrum_jax.engine import snapshot
+from support.engine_stand_in import check, step
+from unit.test_engine_pages import GREEDY, engine_of
 
 
 @pytest.mark.parametrize(

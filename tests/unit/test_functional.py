@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from random_models import DENSE, MOE, tiny_params
 
 from ferrum_jax import functional as F
 from ferrum_jax.models.scan import layer_segments
 from ferrum_jax.sampling import Sampling, SamplingParams
+from support import environment
+from support.random_models import DENSE, MOE, tiny_params
 
 PAGE = 16
 RNG = np.random.default_rng(5)
@@ -245,10 +246,9 @@ def test_half_precision_stays_near_float32(name, dtype):
 
 
 EXPORTED = """
-import sys, jax, numpy as np
+import jax, numpy as np
 from jax import export
-sys.path.insert(0, {folder!r})
-import test_functional as t
+from unit import test_functional as t
 blob = open({path!r}, "rb").read()
 step = export.deserialize(bytearray(blob))
 args = t.decode_arguments()
@@ -275,7 +275,7 @@ def test_the_step_survives_export(tmp_path):
     path = tmp_path / "step.bin"
     path.write_bytes(export.export(step)(*decode_arguments()).serialize())
     here = np.asarray(step(*decode_arguments())[0])
-    code = EXPORTED.format(folder=__file__.rsplit("/", 1)[0], path=str(path))
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    code = EXPORTED.format(path=str(path))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment(), check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == here.tobytes().hex()

@@ -11,11 +11,11 @@ import gguf
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType, GGUFValueType
-from tiny_gguf import write_tiny_llama
 
 from ferrum_jax.errors import ModelFileError, ModelNotFoundError
 from ferrum_jax.weights import ggml_types
 from ferrum_jax.weights.gguf import GGUFFile, open_gguf
+from support.tiny_gguf import write_tiny_llama
 
 SCALARS = {
     "UINT8": 255,

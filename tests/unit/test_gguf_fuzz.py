@@ -15,12 +15,12 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-from tiny_gguf import write_tiny_llama
 
 import ferrum_jax as fj
 from ferrum_jax.errors import ModelFileError, UnsupportedModelError
 from ferrum_jax.loading import validate
 from ferrum_jax.weights.gguf import open_gguf
+from support.tiny_gguf import write_tiny_llama
 
 SAMPLES = 8
 EXTREMES = [0, 1, 7, 8, 2**7, 2**8 - 1, 2**15, 2**16, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**60, 2**63, 2**64 - 1]

@@ -12,11 +12,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tiny_gguf import write_tiny_llama
 
 from ferrum_jax.errors import FerrumError, ModelFileError, UnsupportedModelError
 from ferrum_jax.weights import gguf_header
 from ferrum_jax.weights.gguf import open_gguf
+from support.tiny_gguf import write_tiny_llama
 
 MAX_SECONDS = 1.0
 MAX_BYTES = 4 << 20

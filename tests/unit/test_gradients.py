@@ -1,8 +1,5 @@
 """The gradient of a loss with respect to norm weights, through compressed weights and the cache, against torch's."""
 
-import sys
-from pathlib import Path
-
 import jax
 import numpy as np
 import pytest
@@ -10,10 +7,7 @@ import pytest
 import ferrum_jax as fj
 from ferrum_jax import functional as F
 from ferrum_jax.quantized import LayerStack, QuantizedTensor
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "goldens" / "models"))
-import golden_cases
-import tiny_models
+from support.goldens import golden_cases, tiny_models
 
 NORMS = {
     "attn_norm": ("attention_norm",),

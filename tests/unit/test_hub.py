@@ -14,7 +14,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from hub_server import COMMIT, black_hole, serve
 
 from ferrum_jax import hub as hub_module
 from ferrum_jax.errors import ModelNotFoundError
@@ -31,6 +30,7 @@ from ferrum_jax.hub import (
     web,
     wheel,
 )
+from support.hub_server import COMMIT, black_hole, serve
 
 DATA = random.Random(0).randbytes(3_000_000)
 REPO = "someone/Tiny-GGUF"

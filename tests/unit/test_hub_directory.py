@@ -5,9 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from directories import LLAMA, tiny_directories, write
-from hub_server import COMMIT
-from test_hub import failure, hub, leftovers, surroundings  # noqa: F401
 
 import ferrum_jax as fj
 from ferrum_jax import hub as hub_module
@@ -15,6 +12,10 @@ from ferrum_jax import plan
 from ferrum_jax.hub import huggingface, list_cached, resolve
 from ferrum_jax.loading import validate
 from ferrum_jax.weights.opening import open_model
+from support.directories import LLAMA, write
+from support.goldens import tiny_directories
+from support.hub_server import COMMIT
+from unit.test_hub import failure, hub, leftovers, surroundings  # noqa: F401
 
 REPO = "someone/Tiny"
 SHARDED = tiny_directories.Spec("s", "LlamaForCausalLM", layers=1, hidden=64, heads=2, kv_heads=1, head_dim=32, ff=64, shards=2)

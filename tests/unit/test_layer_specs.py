@@ -5,9 +5,9 @@ import json
 from collections.abc import Mapping
 
 import pytest
-from random_models import DENSE, MOE
 
 from ferrum_jax.config import Attention, Dense, LayerSpec, Mixture, ModelConfig, Rope, RopeScaling
+from support.random_models import DENSE, MOE
 
 # Written by `json.dumps(dataclasses.asdict(config))` when a ModelConfig had no layers, into Orbax checkpoints among others.
 OLD: Mapping = json.loads(

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from random_models import stored
 
 from pallas_kernels import dispatch
 from pallas_kernels.blocks import FORMATS
@@ -12,6 +11,7 @@ from pallas_kernels.blocks.matrix import Matrix
 from pallas_kernels.grouped_matmul import grouped_matmul
 from pallas_kernels.quantized_matmul import quantized_matmul, xla
 from pallas_kernels.reductions import row_sum
+from support.random_models import stored
 
 RNG = np.random.default_rng(11)
 

@@ -5,13 +5,13 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from tiny_gguf import write_tiny_llama
 
 import ferrum_jax as fj
 from ferrum_jax.loading import auto_dtype
 from ferrum_jax.weights.gguf import open_gguf
 from pallas_kernels import native
 from pallas_kernels.dispatch import Target
+from support.tiny_gguf import write_tiny_llama
 
 GREEDY = fj.SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)
 NOISY = dataclasses.replace(GREEDY, temperature=1.5, top_k=30, top_p=0.9, min_p=0.01, repetition_penalty=1.1, seed=5)

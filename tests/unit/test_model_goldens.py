@@ -10,9 +10,10 @@ import hashlib
 
 import numpy as np
 import pytest
-from golden_checks import check_greedy, check_logits, golden_cases, tiny_models
 
 import ferrum_jax as fj
+from support.golden_checks import check_greedy, check_logits
+from support.goldens import golden_cases, tiny_models
 
 
 @pytest.fixture(scope="module", params=golden_cases.CASES, ids=lambda case: case.name)

@@ -11,14 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from encoders import tiny_encoders
-from tiny_gguf import write_tiny_llama
 
 import ferrum_jax as fj
 from ferrum_jax import functional
 from ferrum_jax.choice import NOT_FINITE, Choice, choose
 from ferrum_jax.cli import main
 from ferrum_jax.sampling import Sampling
+from support.goldens import tiny_encoders
+from support.tiny_gguf import write_tiny_llama
 
 GREEDY = fj.SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True)
 WAYS = {

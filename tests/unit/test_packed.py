@@ -10,8 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from directories import LLAMA, MOE, Packing, edit_tensors, tiny_directories, write
-from random_models import stored
 
 import ferrum_jax as fj
 from ferrum_jax.weights.names import parameters
@@ -23,6 +21,9 @@ from pallas_kernels.blocks import FORMATS, GROUPS, format_of, unpack
 from pallas_kernels.blocks.layouts import gather_rows, unpack_rows
 from pallas_kernels.blocks.matrix import Matrix
 from pallas_kernels.dispatch import Target
+from support.directories import LLAMA, MOE, Packing, edit_tensors, write
+from support.goldens import tiny_directories
+from support.random_models import stored
 
 DOWN = "model.layers.0.mlp.down_proj"
 PACKINGS = {

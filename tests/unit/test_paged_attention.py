@@ -1,21 +1,16 @@
 """Contract of paged attention in plain XLA: numbers against float64, ragged shapes, pages that hold garbage; the cache."""
 
 import functools
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_cases import LAYER, case, expected, rounded
-
-from pallas_kernels import dispatch
-from pallas_kernels.paged_attention import KV_DTYPES, KVCache, Tables, bytes_per_token, make_plan, paged_attention
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks import kv_table
+from pallas_kernels import dispatch
+from pallas_kernels.paged_attention import KV_DTYPES, KVCache, Tables, bytes_per_token, make_plan, paged_attention
+from support.attention_cases import LAYER, case, expected, rounded
 
 
 @functools.partial(jax.jit, static_argnames="window")

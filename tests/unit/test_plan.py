@@ -6,18 +6,15 @@ No compiler for a device runs here: it is replaced by one whose temporaries are 
 import json
 import math
 import random
-import sys
 import types
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
-from hub_server import serve
-from random_models import DENSE
-from tiny_gguf import write_tiny_llama
 
 import ferrum_jax as fj
+from benchmarks.make_synthetic import SHAPES, list_tensors
 from ferrum_jax import headers, loading, memory, plan
 from ferrum_jax.cli import main
 from ferrum_jax.config import config_from_gguf
@@ -30,10 +27,9 @@ from ferrum_jax.weights.names import parameters
 from ferrum_jax.weights.stream import abstract_parameters
 from pallas_kernels import aot
 from pallas_kernels.dispatch import Target
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-from benchmarks.make_synthetic import SHAPES, list_tensors
+from support.hub_server import serve
+from support.random_models import DENSE
+from support.tiny_gguf import write_tiny_llama
 
 GIB = 1 << 30
 QWEN = "qwen3:30b-a3b"

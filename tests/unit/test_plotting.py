@@ -11,12 +11,12 @@ import pytest
 matplotlib.use("Agg")
 from matplotlib import pyplot
 from matplotlib.colors import to_rgba
-from tiny_gguf import write_tiny_llama
 
 import ferrum_jax as fj
 from ferrum_jax import plotting
 from ferrum_jax.completion import Completion
 from ferrum_jax.plotting import Event, Point
+from support.tiny_gguf import write_tiny_llama
 
 ROUTING = fj.Routing(
     tokens=np.asarray([5, 6, 7, 8], np.int32),

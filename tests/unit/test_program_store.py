@@ -9,11 +9,11 @@ import jax
 import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
-from random_models import DENSE, tiny_params
 
 from ferrum_jax import functional as F
 from ferrum_jax import program_store, programs
 from pallas_kernels import dispatch
+from support.random_models import DENSE, tiny_params
 
 DEVICE, DIRECTORY = jax.devices()[0], program_store.directory
 

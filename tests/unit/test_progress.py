@@ -8,10 +8,10 @@ import threading
 import time
 
 import pytest
-from terminals import in_terminal
 
 import ferrum_jax as fj
 from ferrum_jax import progress
+from support.terminals import in_terminal
 
 
 class Lines(list):
@@ -86,7 +86,7 @@ def test_the_engine_the_programs_and_many_prompts_say_what_they_do(lines, monkey
 
 SLOW = """
 import time
-import cli_fakes
+from support import cli_fakes
 from ferrum_jax import progress
 cli_fakes.install_fake()
 plain = cli_fakes.FakeModel.stream

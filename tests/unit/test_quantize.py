@@ -6,10 +6,10 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-from quantize_cases import COLUMNS, cases, squared_error
 
 from pallas_kernels.blocks import FORMATS, unpack
 from pallas_kernels.blocks.quantize import QUANTIZED, quantize
+from support.quantize_cases import COLUMNS, cases, squared_error
 
 GOLDEN = json.loads((Path(__file__).resolve().parents[1] / "goldens" / "quantize" / "errors.json").read_text())
 CASES = dict(cases())

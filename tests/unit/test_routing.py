@@ -8,10 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from directories import directory_cases, tiny_directories
-from golden_checks import tiny_models
-from random_models import DENSE, MOE, tiny_params
-from tiny_gguf import write_tiny_llama
 
 import ferrum_jax as fj
 from ferrum_jax import functional as F
@@ -20,6 +16,9 @@ from ferrum_jax.quantized import QuantizedTensor, linear
 from pallas_kernels import dispatch
 from pallas_kernels.native import build
 from pallas_kernels.routing import route, xla
+from support.goldens import directory_cases, tiny_directories, tiny_models
+from support.random_models import DENSE, MOE, tiny_params
+from support.tiny_gguf import write_tiny_llama
 
 CASES = {spec.name: spec for spec in directory_cases.CASES}
 TOKENS = np.random.default_rng(3).integers(0, 320, 20).astype(np.int32)

@@ -9,11 +9,11 @@ import tracemalloc
 from pathlib import Path
 
 import pytest
-from directories import LLAMA, write
 
 from ferrum_jax.errors import ModelFileError
 from ferrum_jax.weights.huggingface import open_directory
 from ferrum_jax.weights.safetensors import MAX_HEADER_BYTES, MAX_TENSORS, parse_header
+from support.directories import LLAMA, write
 
 
 def parsed(path: Path, raw: bytes, header_only: bool = False):

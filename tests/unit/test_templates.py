@@ -10,11 +10,8 @@ from typing import Any
 
 import gguf
 import pytest
-from directories import LLAMA, write
 from gguf import GGUFValueType as T
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from test_directory_tokenizer import byte_level, directory
-from tiny_gguf import TEMPLATE, write_tiny_llama
 from transformers import AutoTokenizer
 
 import ferrum_jax as fj
@@ -22,6 +19,9 @@ from ferrum_jax import chat
 from ferrum_jax.convert import convert
 from ferrum_jax.templates import Limits
 from ferrum_jax.tokenizer.opening import tokenizer_of_directory
+from support.directories import LLAMA, write
+from support.tiny_gguf import TEMPLATE, write_tiny_llama
+from unit.test_directory_tokenizer import byte_level, directory
 
 USER = [{"role": "user", "content": "Hi"}]
 TOOLS = [{"type": "function", "function": {"name": "w", "description": "", "parameters": {}}}]

@@ -10,12 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from directories import GPTQ, LLAMA, edit, edit_tensors, tiny_directories, write
-from tiny_gguf import write_tiny_llama
 
 import ferrum_jax as fj
 from ferrum_jax.weights.names import parameters
 from ferrum_jax.weights.opening import open_model
+from support.directories import GPTQ, LLAMA, edit, edit_tensors, write
+from support.goldens import tiny_directories
+from support.tiny_gguf import write_tiny_llama
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 IDS = [[5, 6, 7, 8]]

@@ -3,17 +3,13 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 import ferrum_jax as fj
-
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-
-from training import corpus, data, peer, train  # noqa: E402
+from support import ROOT
+from training import corpus, data, peer, train
 
 
 @pytest.fixture(scope="module")

@@ -5,15 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import sys
 from itertools import islice, product
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import ferrum_jax as fj
 from training import card, corpus, data, export, model, train

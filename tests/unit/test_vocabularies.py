@@ -14,12 +14,7 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
-from directories import LLAMA, edit, write
-from encoders import tiny_encoders
 from gguf import GGUFValueType as T
-from test_directory_tokenizer import byte_level, directory, spm
-from test_tokenizer import BPE, SPM
-from tiny_gguf import write_tiny_llama
 from tokenizers import AddedToken, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as Library
 from transformers import AutoTokenizer
@@ -28,6 +23,11 @@ import ferrum_jax as fj
 from ferrum_jax.convert import convert
 from ferrum_jax.tokenizer import Tokenizer
 from ferrum_jax.tokenizer.opening import tokenizer_of_directory, tokenizer_of_gguf
+from support.directories import LLAMA, edit, write
+from support.goldens import tiny_encoders
+from support.tiny_gguf import write_tiny_llama
+from unit.test_directory_tokenizer import byte_level, directory, spm
+from unit.test_tokenizer import BPE, SPM
 
 PREFIX = "tokenizer.ggml."
 IDS = ("bos", "eos", "unknown", "padding", "seperator", "cls", "mask", "eot", "eom", "fim_pad", "fim_sep")

@@ -2,8 +2,9 @@
 
 transformers loads the checkpoint in float32, PEFT the adapter; the numbers are those after `merge_and_unload`, checked
 against the ones that PEFT computes with the adapter beside the weights. Of this project it uses only the generators of
-the directories. `python make_adapter_goldens.py SCRATCH [NAME ...]`; torch, transformers and peft are needed here and
-nowhere in the tests.
+the directories. torch, transformers and peft are needed here and nowhere in the tests.
+
+    PYTHONPATH=tests python tests/goldens/scripts/make_adapter_goldens.py SCRATCH [NAME ...]
 """
 
 from __future__ import annotations
@@ -15,16 +16,13 @@ import numpy as np
 import peft
 import peft.utils.transformers_weight_conversion as conversion
 import torch
+from make_directory_goldens import build
+from make_model_goldens import golden, logits
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent / "adapters"))
-sys.path.insert(0, str(HERE))
-import adapter_cases as cases  # noqa: E402
-import tiny_adapters as tiny  # noqa: E402
-from make_directory_goldens import build  # noqa: E402
-from make_model_goldens import golden, logits  # noqa: E402
-from tiny_directories import write as write_base  # noqa: E402
-from tiny_models import prompts  # noqa: E402
+from support.goldens import adapter_cases as cases
+from support.goldens import tiny_adapters as tiny
+from support.goldens.tiny_directories import write as write_base
+from support.goldens.tiny_models import prompts
 
 torch.set_num_threads(1)
 # Where transformers fuses experts, PEFT takes the projections of dense layers, which have the same names, for the experts'.

@@ -1,8 +1,10 @@
 """Golden logits and greedy tokens of the tiny checkpoint directories, from transformers.
 
 transformers loads each directory as a user would have it load; of a packed one a copy with the float32 matrices that the
-packing stands for. Of this project it uses only the generator of the directories. `python make_directory_goldens.py
-SCRATCH [NAME ...]`; torch, transformers and safetensors are needed here and nowhere in the tests.
+packing stands for. Of this project it uses only the generator of the directories. torch, transformers and safetensors are
+needed here and nowhere in the tests.
+
+    PYTHONPATH=tests python tests/goldens/scripts/make_directory_goldens.py SCRATCH [NAME ...]
 """
 
 from __future__ import annotations
@@ -15,13 +17,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
+from make_model_goldens import golden
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent / "directories"))
-sys.path.insert(0, str(HERE))
-import directory_cases as cases  # noqa: E402
-import tiny_directories as tiny  # noqa: E402
-from make_model_goldens import golden  # noqa: E402
+from support.goldens import directory_cases as cases
+from support.goldens import tiny_directories as tiny
 
 torch.set_num_threads(1)
 

@@ -1,7 +1,9 @@
 """Golden embeddings of the tiny encoders and of MiniLM, from transformers in float32, a text at a time.
 
-`python make_encoder_goldens.py SCRATCH [MINILM]`: MINILM is the unpacked directory of all-MiniLM-L6-v2; torch and transformers
-are needed here and nowhere in the tests. Of this project it uses only the generator of the tiny encoders.
+    PYTHONPATH=tests python tests/goldens/scripts/make_encoder_goldens.py SCRATCH [MINILM]
+
+MINILM is the unpacked directory of all-MiniLM-L6-v2; torch and transformers are needed here and nowhere in the tests. Of this
+project it uses only the generator of the tiny encoders.
 """
 
 from __future__ import annotations
@@ -13,9 +15,8 @@ import numpy as np
 import torch
 import transformers
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent / "encoders"))
-import tiny_encoders as tiny  # noqa: E402
+from support import GOLDENS
+from support.goldens import tiny_encoders as tiny
 
 torch.set_num_threads(1)
 
@@ -48,9 +49,9 @@ def main() -> None:
         cosines = arrays["vectors"] @ arrays["vectors"].T
         print(spec.name, [len(arrays[f"ids{i}"]) for i in range(len(tiny.TEXTS))], f"smallest cosine {cosines.min():.3f}")
     if len(sys.argv) > 2:
-        prose = (HERE.parent / "real" / "text.txt").read_text(encoding="utf-8")
+        prose = (GOLDENS / "real" / "text.txt").read_text(encoding="utf-8")
         texts = [*tiny.TEXTS, *(prose[i : i + 40 * (i // 400 + 1)] for i in range(0, 4000, 400))]
-        np.savez_compressed(HERE.parent / "real" / "minilm.npz", **golden(Path(sys.argv[2]), texts, "mean", 256))
+        np.savez_compressed(GOLDENS / "real" / "minilm.npz", **golden(Path(sys.argv[2]), texts, "mean", 256))
 
 
 if __name__ == "__main__":

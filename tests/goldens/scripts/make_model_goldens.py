@@ -1,8 +1,10 @@
 """Golden logits and greedy tokens of the tiny models and of two real ones, from transformers.
 
 The reference is transformers in float32 with eager attention on weights that gguf-py dequantized exactly. Of this
-project it uses only the generator of the tiny files, so that its numbers are answers our code did not make. Run
-`python make_model_goldens.py --help`; torch and transformers are needed here and nowhere in the tests.
+project it uses only the generator of the tiny files, so that its numbers are answers our code did not make. torch and
+transformers are needed here and nowhere in the tests.
+
+    PYTHONPATH=tests python tests/goldens/scripts/make_model_goldens.py --help
 """
 
 from __future__ import annotations
@@ -11,7 +13,6 @@ import argparse
 import hashlib
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import gguf
@@ -19,10 +20,9 @@ import numpy as np
 import torch
 import transformers
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent / "models"))
-import golden_cases as cases  # noqa: E402
-import tiny_models  # noqa: E402
+from support import GOLDENS
+from support.goldens import golden_cases as cases
+from support.goldens import tiny_models
 
 torch.set_num_threads(1)
 CLASSES = {
@@ -280,7 +280,7 @@ def make_real(name: str, path: Path, ids_file: Path) -> None:
     out["perplexity512"] = np.array(perplexity(model, given["text"], 512))
     out["perplexity"] = np.array(perplexity(model, given["text"], None))
     print(name, len(given["text"]), out["perplexity512"], out["perplexity"])
-    np.savez_compressed(HERE.parent / "real" / f"{name}.npz", **out)
+    np.savez_compressed(GOLDENS / "real" / f"{name}.npz", **out)
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """Writes tests/goldens/quantize/errors.json: the squared error of llama.cpp's own quantizers, without an importance
-matrix, on the weights of tests/unit/quantize_cases.py.
+matrix, on the weights of tests/support/quantize_cases.py.
 
-    LLAMA_BINS=<folder with libggml-base.so of llama.cpp> python tests/goldens/scripts/make_quantize_goldens.py
+    LLAMA_BINS=<folder with libggml-base.so of llama.cpp> PYTHONPATH=tests python tests/goldens/scripts/make_quantize_goldens.py
 
 Its blocks are unpacked by gguf-py, whose answer is exact. The sum of squares of the weights ties the numbers to the cases.
 """
@@ -9,15 +9,13 @@ Its blocks are unpacked by gguf-py, whose answer is exact. The sum of squares of
 import ctypes
 import json
 import os
-import sys
 from pathlib import Path
 
 import gguf
 import numpy as np
 
-HERE = Path(__file__).resolve()
-sys.path.insert(0, str(HERE.parents[2] / "unit"))
-from quantize_cases import cases, squared_error  # noqa: E402
+from support import GOLDENS
+from support.quantize_cases import cases, squared_error
 
 FORMATS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS")
 
@@ -45,7 +43,7 @@ def main() -> None:
             blocks = quantize(base, values, name)
             weights = gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType[name])
             golden["errors"].setdefault(name, {})[case] = squared_error(values, weights)
-    path = HERE.parents[1] / "quantize" / "errors.json"
+    path = GOLDENS / "quantize" / "errors.json"
     path.write_text(json.dumps(golden, indent=1) + "\n")
 
 

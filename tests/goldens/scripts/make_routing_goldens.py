@@ -1,7 +1,9 @@
 """Golden choices of experts of some tiny checkpoint directories, from the routers of transformers.
 
-`python make_routing_goldens.py SCRATCH` writes routing.npz beside the other goldens: for each case what its routers gave for
-the prompt of 17 tokens, ids and weights [layers with experts, tokens, top_k].
+    PYTHONPATH=tests python tests/goldens/scripts/make_routing_goldens.py SCRATCH
+
+writes routing.npz next to the other goldens: for each case what its routers gave for the prompt of 17 tokens, ids and weights
+[layers with experts, tokens, top_k].
 """
 
 from __future__ import annotations

@@ -11,7 +11,6 @@ import hashlib
 import json
 import math
 import struct
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,8 +18,7 @@ from typing import Any
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "models"))
-from tiny_models import SPECIALS, bell, between, bytes_to_unicode, raw
+from support.goldens.tiny_models import SPECIALS, bell, between, bytes_to_unicode, raw
 
 MODEL_TYPES = {
     "LlamaForCausalLM": "llama",

@@ -1,18 +1,20 @@
 """The committed cases: which tiny models there are, and which of their numbers are kept.
 
 Files are rebuilt from their `Spec` when the tests run; those that llama.cpp quantized are committed, because no Python
-quantizer makes K-quants. Each case has `<name>.npz` beside this file, made by scripts/make_model_goldens.py.
+quantizer makes K-quants. Each case has `<name>.npz` in tests/goldens/models, made by scripts/make_model_goldens.py.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
-from tiny_models import Spec, raw
 
-HERE = Path(__file__).resolve().parent
+from support import GOLDENS
+from support.goldens.tiny_models import Spec, raw
+
+HERE = GOLDENS / "models"
+
 NEW_TOKENS = 24
 
 

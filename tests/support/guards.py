@@ -12,8 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from engine_stand_in import Model
-from random_models import DENSE, tiny_params
 
 from ferrum_jax import choice, functional, sampling
 from ferrum_jax.config import RopeScaling
@@ -23,6 +21,8 @@ from ferrum_jax.engine.sequence import Dispatch, Row, Sequence
 from ferrum_jax.models.rope import rope_angles, rope_frequencies
 from ferrum_jax.sampling import Sampling, SamplingParams, filtered_logits, is_end, sample
 from ferrum_jax.tokenizer import TextStream
+from support.engine_stand_in import Model
+from support.random_models import DENSE, tiny_params
 
 VOCAB, CAPACITY, END, MADE = 12, 48, 2, 5
 TABLE = np.random.default_rng(3).normal(0, 2, (VOCAB, VOCAB)).astype(np.float32)  # logits after each token

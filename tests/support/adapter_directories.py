@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import numpy as np
-from directories import GOLDENS, tiny_directories
 
-sys.path.insert(0, str(GOLDENS / "adapters"))
-import adapter_cases as adapter_cases
-import tiny_adapters as tiny_adapters
+from support.goldens import adapter_cases, tiny_adapters, tiny_directories
 
 CASES = {case.name: case for case in adapter_cases.CASES}
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"

@@ -1,6 +1,6 @@
 """Compiles the TPU kernels for compressed matrices for one target and prints what came out, as JSON.
 
-    python tpu_kernels.py v5e
+    python -m support.aot.tpu_kernels v5e
 
 For each case: bytes of temporaries, launches of kernels, and of each kernel the bundles of its final program (one is
 issued a cycle; loops and both sides of branches count once) and the vector registers spilled in it, from libtpu's own

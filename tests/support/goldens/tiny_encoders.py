@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +14,11 @@ import gguf
 import numpy as np
 from gguf import GGUFValueType as T
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent / "models"), str(HERE.parent / "directories")]
-from tiny_directories import safetensors, to_bytes  # noqa: E402
-from tiny_models import bell, between  # noqa: E402
+from support import GOLDENS
+from support.goldens.tiny_directories import safetensors, to_bytes
+from support.goldens.tiny_models import bell, between
+
+HERE = GOLDENS / "encoders"
 
 SPECIALS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 TEXTS = [

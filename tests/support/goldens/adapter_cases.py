@@ -1,15 +1,13 @@
-"""The committed cases of LoRA adapters. Each has `<name>.npz` beside this file, made by scripts/make_adapter_goldens.py;
+"""The committed cases of LoRA adapters. Each has `<name>.npz` in tests/goldens/adapters, made by make_adapter_goldens.py;
 adapters and their models are rebuilt from their `Spec` when the tests run."""
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
+from support import GOLDENS
+from support.goldens.tiny_adapters import ATTENTION, DENSE, Spec
+from support.goldens.tiny_directories import Spec as Base
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE))
-from tiny_adapters import ATTENTION, DENSE, Spec  # noqa: E402
-from tiny_directories import Spec as Base  # noqa: E402
+HERE = GOLDENS / "adapters"
 
 SMALL = {"layers": 3, "heads": 4, "kv_heads": 2, "head_dim": 64, "hidden": 256, "ff": 512}
 LLAMA = Base("llama-f32", "LlamaForCausalLM", "F32", **SMALL, seed=71)

@@ -9,19 +9,20 @@ import struct
 import subprocess
 import sys
 import termios
-from pathlib import Path
+
+from support import environment
 
 
-def in_terminal(columns: int, *arguments: str, both: bool = True, code: str = "", **environment: str) -> tuple[int, str]:
+def in_terminal(columns: int, *arguments: str, both: bool = True, code: str = "", **variables: str) -> tuple[int, str]:
     """Exit code and what a terminal is sent, on standard output and, if `both`, on standard error."""
     master, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
-    lines = [f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})", code]
-    command = [sys.executable, "-c", "\n".join([*lines, "from ferrum_jax.cli import main; sys.exit(main())"]), *arguments]
-    plain = {key: value for key, value in os.environ.items() if key not in ("COLUMNS", "LINES")}
+    lines = ["import sys", code, "from ferrum_jax.cli import main; sys.exit(main())"]
+    command = [sys.executable, "-c", "\n".join(lines), *arguments]
+    plain = {key: value for key, value in environment().items() if key not in ("COLUMNS", "LINES")}
     process = subprocess.Popen(
         command, stdin=slave, stdout=slave, stderr=slave if both else subprocess.DEVNULL,
-        env=plain | {"TERM": "xterm"} | environment,
+        env=plain | {"TERM": "xterm"} | variables,
     )  # fmt: skip
     os.close(slave)
     shown = b""

@@ -8,11 +8,11 @@ import sys
 import textwrap
 import time
 import types
-from pathlib import Path
 
 import numpy as np
 
 import ferrum_jax as fj
+from support import environment
 
 END = 3  # the fake's end token
 
@@ -200,14 +200,14 @@ def failing_load(error):
 
 def child(*arguments, code="", fake=True, **options):
     """Run the command line in another process, with the fake model unless told otherwise."""
-    lines = ["import signal, sys", f"sys.path.insert(0, {str(Path(__file__).parent)!r})"]
+    lines = ["import signal, sys"]
     lines += ["signal.signal(signal.SIGINT, signal.default_int_handler)"]  # ignored where the tests run in the background
     if fake:
-        lines += ["import cli_fakes", "cli_fakes.install_fake()", textwrap.dedent(code)]
+        lines += ["from support import cli_fakes", "cli_fakes.install_fake()", textwrap.dedent(code)]
     lines += ["from ferrum_jax.cli import main", "sys.exit(main())"]
     command = [sys.executable, "-c", "\n".join(lines), *arguments]
     pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, **(pipes | options))
+    return subprocess.Popen(command, **({"env": environment()} | pipes | options))
 
 
 def finished(process, **options):

@@ -1,13 +1,14 @@
-"""The committed cases of checkpoint directories. Each has `<name>.npz` beside this file, made by
-scripts/make_directory_goldens.py; the directories are rebuilt from their `Spec` when the tests run."""
+"""The committed cases of checkpoint directories. Each has `<name>.npz` in
+tests/goldens/directories, made by make_directory_goldens.py; the directories are rebuilt from their `Spec` when the tests
+run."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from support import GOLDENS
+from support.goldens.tiny_directories import Packing, Spec
 
-from tiny_directories import Packing, Spec
+HERE = GOLDENS / "directories"
 
-HERE = Path(__file__).resolve().parent
 SMALL = {"layers": 2, "heads": 4, "kv_heads": 1}
 MOE = {"experts": 8, "top_k": 3, "expert_ff": 128, **SMALL}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}

@@ -1,6 +1,8 @@
-"""Compiles the whole steps of Qwen3-30B-A3B (Q4_K_M, real shapes, no weights) for one target: python steps.py TARGET.
+"""Compiles the whole steps of Qwen3-30B-A3B (Q4_K_M, real shapes, no weights) for one target.
 
-Prints one JSON object: for each step what its program takes and what was chosen. A process of its own, because a compiler
+    python -m support.aot.steps TARGET
+
+prints one JSON object: for each step what its program takes and what was chosen. A process of its own, because a compiler
 may abort.
 """
 

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-GOLDENS = Path(__file__).resolve().parents[1] / "goldens"
-sys.path[:0] = [str(GOLDENS / "models"), str(GOLDENS / "directories")]
-import directory_cases as directory_cases  # noqa: E402
-import tiny_directories  # noqa: E402
-from tiny_directories import Packing, Spec  # noqa: E402
+from support.goldens import tiny_directories
+from support.goldens.tiny_directories import Packing, Spec
 
 SMALL = {"layers": 1, "hidden": 64, "heads": 2, "kv_heads": 1, "head_dim": 32, "ff": 64}
 LLAMA = Spec("llama", "LlamaForCausalLM", **SMALL)

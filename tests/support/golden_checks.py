@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 import ferrum_jax as fj
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "goldens" / "models"))
-import golden_cases as golden_cases
-import tiny_models as tiny_models
+from support.goldens import golden_cases
 
 LARGEST = 1e-3  # of any logit
 RMS = 1e-4  # over a prompt's rows; float32 noise gives 1e-6 to 2e-5, a wrong eps 1e-3 and more
