@@ -31,8 +31,8 @@ from benchmarks.cpu import check
 from benchmarks.llama_cpp import LlamaCpp
 from ferrum_jax import functional, hub
 from ferrum_jax.engine.config import MAX_STEPS
-from ferrum_jax.kv_cache import KV_DTYPES, bytes_per_token
 from ferrum_jax.models.decoder import RaggedBatch
+from ferrum_jax.state import KV_DTYPES, bytes_per_token
 
 DTYPES = ("float32", "int8")
 SLOTS = 16

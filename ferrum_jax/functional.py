@@ -19,11 +19,11 @@ from jax import export, lax
 
 from ferrum_jax.choice import NOT_FINITE, Choice, choose
 from ferrum_jax.config import ModelConfig, require_experts
-from ferrum_jax.kv_cache import KVCache, new_cache
-from ferrum_jax.models.decoder import Decoder, RaggedBatch
+from ferrum_jax.models.decoder import Cache, Decoder, RaggedBatch
 from ferrum_jax.models.layers import ROUTING
 from ferrum_jax.quantized import grouped_linear, linear
 from ferrum_jax.sampling import Sampling
+from ferrum_jax.state import KVCache, new_cache
 
 __all__ = [
     "NOT_FINITE",
@@ -77,7 +77,7 @@ for _kind in (RaggedBatch, Sampled, Sampling, State):  # so that jax.export can 
     export.register_namedtuple_serialization(_kind, serialized_name=f"ferrum_jax.{_kind.__name__}")
 
 
-def forward(params: Params, cache: KVCache, batch: RaggedBatch, *, config: ModelConfig) -> tuple[jax.Array, KVCache]:
+def forward(params: Params, cache: Cache, batch: RaggedBatch, *, config: ModelConfig) -> tuple[jax.Array, Cache]:
     """One step over a ragged batch.
 
     Args:
@@ -96,7 +96,7 @@ def _apply(params: Params, config: ModelConfig, *args: Any, method: str = "__cal
     return Decoder(config).apply({"params": params}, *args, method=method)
 
 
-def hidden(params: Params, cache: KVCache, batch: RaggedBatch, *, config: ModelConfig) -> tuple[jax.Array, KVCache]:
+def hidden(params: Params, cache: Cache, batch: RaggedBatch, *, config: ModelConfig) -> tuple[jax.Array, Cache]:
     """`forward` without the output matrix.
 
     Args:
@@ -112,8 +112,8 @@ def hidden(params: Params, cache: KVCache, batch: RaggedBatch, *, config: ModelC
 
 
 def routing(
-    params: Params, cache: KVCache, batch: RaggedBatch, *, config: ModelConfig
-) -> tuple[tuple[jax.Array, jax.Array], KVCache]:
+    params: Params, cache: Cache, batch: RaggedBatch, *, config: ModelConfig
+) -> tuple[tuple[jax.Array, jax.Array], Cache]:
     """The experts that `forward` uses.
 
     Args:
@@ -152,7 +152,7 @@ def unembed(params: Params, hidden: jax.Array, *, config: ModelConfig) -> jax.Ar
 
 def generate(
     params: Params,
-    cache: KVCache,
+    cache: Cache,
     prompts: jax.Array,
     prompt_lengths: jax.Array,
     sampling: Sampling,
@@ -209,7 +209,7 @@ def generate(
 
 def start(
     params: Params,
-    cache: KVCache,
+    cache: Cache,
     prompts: jax.Array,
     prompt_lengths: jax.Array,
     sampling: Sampling,
@@ -219,7 +219,7 @@ def start(
     config: ModelConfig,
     chunk: int | None = None,
     logprobs: int | None = None,
-) -> tuple[KVCache, State, Sampled]:
+) -> tuple[Cache, State, Sampled]:
     """Reads the prompts into the cache, `chunk` tokens at a time (None: all at once, up to `CHUNK`), and samples the first
     token of each row: `Sampled` with N = 1."""
     prompts, prompt_lengths = jnp.asarray(prompts), jnp.asarray(prompt_lengths)
@@ -227,7 +227,7 @@ def start(
     chunk = min(chunk or CHUNK, rows * longest)
     ends = jnp.cumsum(prompt_lengths)
 
-    def read(i: jax.Array, carry: tuple[KVCache, jax.Array]) -> tuple[KVCache, jax.Array]:
+    def read(i: jax.Array, carry: tuple[Cache, jax.Array]) -> tuple[Cache, jax.Array]:
         cache, last = carry
         hidden, cache = hidden_chunk(params, cache, prompts, prompt_lengths, i, adapters, chunk=chunk, config=config)
         place = ends - 1 - i * chunk
@@ -249,7 +249,7 @@ def start(
 
 def advance(
     params: Params,
-    cache: KVCache,
+    cache: Cache,
     state: State,
     sampling: Sampling,
     key: jax.Array,
@@ -259,7 +259,7 @@ def advance(
     config: ModelConfig,
     steps: int,
     logprobs: int | None = None,
-) -> tuple[KVCache, State, Sampled]:
+) -> tuple[Cache, State, Sampled]:
     """Decodes up to min(limit, steps) more tokens of every row that is not done: `Sampled` with N = steps."""
     rows = state.token.shape[0]
     per_row = cache.num_pages // rows
@@ -317,7 +317,7 @@ def _sample(
 
 def hidden_chunk(
     params: Params,
-    cache: KVCache,
+    cache: Cache,
     prompts: jax.Array,
     lengths: jax.Array,
     i: jax.Array,
@@ -325,7 +325,7 @@ def hidden_chunk(
     *,
     chunk: int,
     config: ModelConfig,
-) -> tuple[jax.Array, KVCache]:
+) -> tuple[jax.Array, Cache]:
     """`hidden` of chunk i of all prompts' tokens, one prompt after the other: float32 [chunk, hidden_size], in which rows
     after the last token mean nothing, and the new cache."""
     return hidden(params, cache, _chunk(cache, prompts, lengths, i, adapters, chunk), config=config)
@@ -333,7 +333,7 @@ def hidden_chunk(
 
 def routing_chunk(
     params: Params,
-    cache: KVCache,
+    cache: Cache,
     prompts: jax.Array,
     lengths: jax.Array,
     i: jax.Array,
@@ -341,13 +341,13 @@ def routing_chunk(
     *,
     chunk: int,
     config: ModelConfig,
-) -> tuple[tuple[jax.Array, jax.Array], KVCache]:
+) -> tuple[tuple[jax.Array, jax.Array], Cache]:
     """`routing` of chunk i of all prompts' tokens, one prompt after the other."""
     return routing(params, cache, _chunk(cache, prompts, lengths, i, adapters, chunk), config=config)
 
 
 def _chunk(
-    cache: KVCache, prompts: jax.Array, lengths: jax.Array, i: jax.Array, adapters: jax.Array | None, chunk: int
+    cache: Cache, prompts: jax.Array, lengths: jax.Array, i: jax.Array, adapters: jax.Array | None, chunk: int
 ) -> RaggedBatch:
     prompts, lengths = jnp.asarray(prompts), jnp.asarray(lengths)
     rows, longest = prompts.shape

@@ -19,10 +19,10 @@ from ferrum_jax.config import ModelConfig
 from ferrum_jax.embedding import EmbeddingModel
 from ferrum_jax.encoder_config import EncoderConfig
 from ferrum_jax.errors import ModelFileError, UnsupportedModelError
-from ferrum_jax.kv_cache import kv_dtype as named_kv_dtype
 from ferrum_jax.model import Model
 from ferrum_jax.programs import enable_compilation_cache
 from ferrum_jax.runtime import PAGE
+from ferrum_jax.state import kv_dtype as named_kv_dtype
 from ferrum_jax.tokenizer import Tokenizer
 from ferrum_jax.units import readable_bytes, shown_dtype
 from ferrum_jax.weights.adapter import read_adapter
@@ -126,7 +126,7 @@ def load(
             raise ValueError(f"max_seq_len {max_seq_len} is beyond the model's context of {config.context_length} tokens")
         max_seq_len = max_seq_len or config.context_length
         weights = memory.nbytes(abstract_parameters(places, target_of(device))) + lora.nbytes(factors)
-        cache = memory.abstract_cache(config, -(-max_seq_len // PAGE), PAGE, kv_dtype, target_of(device))
+        cache = memory.abstract_state(config, -(-max_seq_len // PAGE), PAGE, kv_dtype, target_of(device))
         count = (
             f"{path}: weights {readable_bytes(weights)}, KV cache {readable_bytes(memory.nbytes(cache))} for one row of "
             f"{max_seq_len:,} tokens ({shown_dtype(kv_dtype)})"

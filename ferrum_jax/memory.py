@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ import jax
 
 from ferrum_jax.config import ModelConfig
 from ferrum_jax.errors import OutOfMemoryError
-from ferrum_jax.kv_cache import KVCache, new_cache
+from ferrum_jax.state import DecodeState, new_state
 from ferrum_jax.units import readable_bytes
 from pallas_kernels import dispatch
 
@@ -53,9 +53,11 @@ def nbytes(tree: Any) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def abstract_cache(config: ModelConfig, num_pages: int, page_size: int, dtype: str, target: dispatch.Target) -> KVCache:
-    """The KV cache that a device of the kind `target` would hold, as `jax.ShapeDtypeStruct`s."""
-    make = functools.partial(new_cache, config, num_pages=num_pages, page_size=page_size, dtype=dtype)
+def abstract_state(
+    config: ModelConfig, pages: int | Sequence[int], page_size: int, dtype: str, target: dispatch.Target
+) -> DecodeState:
+    """The state that a device of the kind `target` would hold, as `jax.ShapeDtypeStruct`s."""
+    make = functools.partial(new_state, config, pages=pages, page_size=page_size, dtype=dtype)
     with dispatch.on(target):
         return jax.eval_shape(make)
 

@@ -19,12 +19,12 @@ from ferrum_jax.completion import Completion
 from ferrum_jax.config import ModelConfig, require_experts
 from ferrum_jax.engine import Engine, EngineConfig, Request
 from ferrum_jax.errors import NotFiniteError
-from ferrum_jax.kv_cache import bytes_per_token
 from ferrum_jax.progress import track
 from ferrum_jax.prompts import Prompt, Prompts
 from ferrum_jax.runtime import PAGE
 from ferrum_jax.sampling_params import SamplingParams
 from ferrum_jax.shapes import bucket, by_fours, padded, power_of_two
+from ferrum_jax.state import bytes_per_token
 from ferrum_jax.tokenizer import Tokenizer
 from ferrum_jax.weights.stream import bytes_by_format
 

@@ -24,7 +24,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ferrum_jax import functional, headers, hub, memory
+from ferrum_jax import headers, hub, memory
 from ferrum_jax.config import ModelConfig
 from ferrum_jax.engine import EngineConfig, steps
 from ferrum_jax.engine.config import MAX_STEPS
@@ -33,6 +33,7 @@ from ferrum_jax.loading import auto_dtype
 from ferrum_jax.programs import COMPILER_OPTIONS
 from ferrum_jax.runtime import PAGE
 from ferrum_jax.sampling import Sampling, SamplingParams
+from ferrum_jax.state import DecodeState
 from ferrum_jax.weights.names import parameters
 from ferrum_jax.weights.opening import open_model
 from ferrum_jax.weights.source import ModelSource
@@ -132,12 +133,12 @@ class _Model:
         self.weights = memory.nbytes(self.params)
         self.compile_s: dict[str, float] = {}
 
-    def cache(self, batch: int, context: int) -> functional.KVCache:
+    def state(self, batch: int, context: int) -> DecodeState:
         pages = batch * -(-context // PAGE)
-        return memory.abstract_cache(self.config, pages, PAGE, self.kv_dtype, self.target)
+        return memory.abstract_state(self.config, pages, PAGE, self.kv_dtype, self.target)
 
     def kv_bytes(self, batch: int, context: int) -> int:
-        return memory.nbytes(self.cache(batch, context))
+        return memory.nbytes(self.state(batch, context))
 
     def row_bytes(self, batch: int, context: int) -> int:
         """What grows with rows and context alone: the KV cache and the prompts."""
@@ -163,15 +164,15 @@ class _Model:
     def _temporaries(self, name: str, function: Callable, batch: int, context: int, *args: Any) -> int:
         """Bytes that a step needs next to weights and KV cache: temporaries, slots and inputs, and results that alias
         nothing."""
-        cache = self.cache(batch, context)
-        ours = self.weights + memory.nbytes(cache)
+        state = self.state(batch, context)
+        ours = self.weights + memory.nbytes(state)
         begin = time.perf_counter()
         options = COMPILER_OPTIONS.get(self.target.platform)
         step = functools.partial(function, config=self.config)
         rows = self._slots(batch, context), _numbers(batch), _numbers(batch, -(-context // PAGE))
         try:
             compiled = aot.compile_for(
-                self.name, step, self.params, cache, *rows, *args, donate_argnums=(1, 2), compiler_options=options
+                self.name, step, self.params, state, *rows, *args, donate_argnums=(1, 2), compiler_options=options
             )
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):

@@ -18,7 +18,7 @@ from typing import Any
 import jax
 
 from ferrum_jax import memory, program_store, progress
-from ferrum_jax.kv_cache import KVCache
+from ferrum_jax.state import DecodeState, KVCache
 from ferrum_jax.units import readable_bytes
 from pallas_kernels import cache
 
@@ -121,7 +121,7 @@ def _count(args: Any, analysis: Any = None) -> str:
 
 
 def _is_cache(node: Any) -> bool:
-    return isinstance(node, KVCache)
+    return isinstance(node, KVCache | DecodeState)
 
 
 def enable_compilation_cache() -> Path:

@@ -14,8 +14,8 @@ import numpy as np
 
 from ferrum_jax import memory
 from ferrum_jax.config import ModelConfig
-from ferrum_jax.kv_cache import KVCache, bytes_per_token, new_cache
 from ferrum_jax.programs import Programs
+from ferrum_jax.state import DecodeState, KVCache, bytes_per_token, new_cache
 from ferrum_jax.tokenizer import Tokenizer
 from ferrum_jax.units import readable_bytes, shown_dtype
 from pallas_kernels.dispatch import target_of
@@ -53,14 +53,12 @@ class Runtime:
             f"{self.device}>"
         )
 
-    def new_cache(self, num_pages: int) -> KVCache:
+    def new_cache(self, num_pages: int) -> KVCache | DecodeState:
         """An empty cache of `num_pages` pages of 16 tokens on the device. Raises OutOfMemoryError if it does not fit."""
         tokens = num_pages * PAGE
-        cache = memory.abstract_cache(self.config, num_pages, PAGE, self.kv_dtype, target_of(self.device))
-        count = (
-            f"the KV cache for {tokens:,} tokens ({shown_dtype(self.kv_dtype)}) takes {readable_bytes(memory.nbytes(cache))}"
-        )
-        memory.require(memory.nbytes(cache), self.device, count)
+        size = memory.nbytes(memory.abstract_state(self.config, num_pages, PAGE, self.kv_dtype, target_of(self.device)))
+        count = f"the KV cache for {tokens:,} tokens ({shown_dtype(self.kv_dtype)}) takes {readable_bytes(size)}"
+        memory.require(size, self.device, count)
         with jax.default_device(self.device), memory.explained(self.device, lambda: count):
             return new_cache(self.config, num_pages=num_pages, page_size=PAGE, dtype=self.kv_dtype)
 

@@ -19,9 +19,9 @@ from benchmarks.gpu import trace, weights, whole
 from benchmarks.gpu.lab import Lab
 from benchmarks.gpu.sizes import goal
 from ferrum_jax import functional
-from ferrum_jax.kv_cache import bytes_per_token
 from ferrum_jax.models import layers
 from ferrum_jax.models.decoder import RaggedBatch
+from ferrum_jax.state import bytes_per_token
 from ferrum_jax.weights.stream import bytes_by_format
 
 

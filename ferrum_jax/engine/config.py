@@ -7,7 +7,7 @@ import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from ferrum_jax.kv_cache import kv_dtype
+from ferrum_jax.state import kv_dtype
 
 MAX_STEPS = 64  # decode steps of one dispatch at most, where the engine chooses
 _DRAFTING_STEPS = 16  # the same with drafts, which need more room for results

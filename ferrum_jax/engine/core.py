@@ -14,7 +14,6 @@ import threading
 import time
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from ferrum_jax.engine import steps
@@ -25,8 +24,8 @@ from ferrum_jax.engine.scheduler import Scheduler
 from ferrum_jax.engine.sequence import Dispatch, Row
 from ferrum_jax.engine.watcher import listed
 from ferrum_jax.engine.worker import Job, Worker
-from ferrum_jax.kv_cache import KVCache
 from ferrum_jax.prompts import Prompts
+from ferrum_jax.state import DecodeState, read_places
 
 _LOG = logging.getLogger("ferrum_jax.engine.engine")
 
@@ -94,9 +93,9 @@ class Core:
             self._end(sequence.owner, reason, error)
 
     def _forget(self) -> None:
-        self._scheduler.pool.reset()
+        self._scheduler.ledger.forget()
         for sequence in self._scheduler.running:
-            sequence.digests = []
+            sequence.held.digests = []
 
     def _start_over(self) -> None:
         """Gives up what is on its way and on the device; running requests are computed again."""
@@ -106,17 +105,17 @@ class Core:
         self._stale = False
 
     def _measure(self) -> dict[str, float]:
-        scheduler, pool = self._scheduler, self._scheduler.pool
+        scheduler, ledger = self._scheduler, self._scheduler.ledger
         return {
             "compiles": self._device.compiles,
             **self._counts,
             "prefix_lookups": scheduler.lookups,
             "prefix_hit_pages": scheduler.hit_pages,
             "prefix_saved_tokens": scheduler.saved_tokens,
-            "prefix_evictions": pool.evictions,
+            "prefix_evictions": ledger.evictions,
             "preemptions": scheduler.preemptions,
-            "pages_free": pool.free,
-            "pages_cached": pool.cached,
+            "pages_free": ledger.free,
+            "pages_cached": ledger.cached,
             "requests_waiting": len(scheduler.waiting),
             "requests_running": len(scheduler.running),
             **self._seconds,
@@ -328,13 +327,13 @@ class Core:
         with self._lock:
             self._fail({row.sequence.owner: error for row in dispatch.rows if row.valid})
 
-    # Pages
+    # What a snapshot holds of the state
 
-    def _read(self, request: Request) -> tuple[dict[str, Any], KVCache | None]:
+    def _read(self, request: Request) -> tuple[dict[str, Any], DecodeState | None]:
         """What a snapshot holds: facts that JSON can hold, and the full pages. What runs already writes after the text that
         is known."""
         with self._lock:
-            sequence, pool = request._sequence, self._scheduler.pool
+            sequence, ledger = request._sequence, self._scheduler.ledger
             facts = {
                 "params": dataclasses.asdict(request.params),
                 "seed": request._seed,
@@ -345,51 +344,35 @@ class Core:
                 "prompt_logprobs": request.prompt_logprobs and list(request.prompt_logprobs),
                 "finish_reason": request.finish_reason,
             }
-            pages = sequence.pages[: sequence.written // pool.page_size] if sequence.state == "running" else []
-            if not pages:
-                pages, _ = pool.find_prefix([*request.prompt_token_ids, *request.token_ids], sequence.adapter)
-            pages = [] if -1 in pages else pages
-            for page in pages:
-                pool.share(page)
+            found = ledger.written(sequence.held, sequence.written) if sequence.state == "running" else ledger.nothing()
+            if not found.full:
+                found = ledger.find([*request.prompt_token_ids, *request.token_ids], sequence.adapter)
+            if any(-1 in pages for pages in found.pages):
+                found = ledger.nothing()
+            ledger.share(found)
         try:
-            return facts, self._device.read_pages(pages) if pages else None
+            return facts, self._device.read(found.pages) if found.full else None
         finally:
             with self._lock:
-                self._give_back(pages)
+                ledger.release(found)
 
-    def _fill_prefix_cache(self, text: list[int], content: KVCache, adapter: int) -> None:
-        """Puts the pages of a text that are not cached yet into free ones. They are found once they hold it."""
+    def _fill_prefix_cache(self, text: list[int], content: DecodeState, adapter: int) -> None:
+        """Puts what is not cached yet of the state of a text into free places. It is found once they hold it."""
         self._renew()
-        pool = self._scheduler.pool
-        size = pool.page_size
-        taken: list[tuple[int, int, bytes, list[int]]] = []
+        ledger = self._scheduler.ledger
         with self._lock:
-            parent = pool.root(adapter)
-            for number in range(content.num_pages):
-                tokens = text[number * size : (number + 1) * size]
-                if pool.find(parent, tokens) is None:
-                    if not pool.free:
-                        break
-                    taken.append((pool.take(), number, parent, tokens))
-                parent = pool.register(-1, parent, tokens)
-        if not taken:
+            reserved = ledger.reserve(text, content.num_pages, adapter)
+        if not any(reserved):
             return
         try:
-            numbers = np.asarray([number for _, number, *_ in taken])
-            part = jax.tree.map(lambda array: array[:, numbers], content)
-            self._device.write_pages([page for page, *_ in taken], part)
-        except BaseException:  # the cache was donated
+            part = read_places(content, [np.asarray([number for _, number, _ in pages], np.int32) for pages in reserved])
+            self._device.write([[page for page, *_ in pages] for pages in reserved], part)
+        except BaseException:  # the state was donated
             with self._lock:
                 self._start_over()
             raise
         with self._lock:
-            for page, _, parent, tokens in taken:
-                pool.register(page, parent, tokens)
-            self._give_back([page for page, *_ in taken])
-
-    def _give_back(self, pages: list[int]) -> None:
-        for page in reversed(pages):
-            self._scheduler.pool.give_back(page)
+            ledger.publish(reserved)
 
 
 def _said(error: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""The engine's half on the device: KV cache and slots as donated values, the compiled steps, and what goes up and down.
+"""The engine's half on the device: the state and the slots as donated values, the compiled steps, and what goes up and down.
 
 Programs are few (`Device.buckets`), compiled before they are needed where there is time, and kept by the model. A dispatch
 is started and its results are fetched later, one dispatch behind, so that the device does not wait for the host.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -19,25 +19,26 @@ from ferrum_jax import memory
 from ferrum_jax.engine import steps
 from ferrum_jax.engine.config import Bucket, EngineConfig
 from ferrum_jax.engine.sequence import Dispatch, Extras, Sequence
-from ferrum_jax.kv_cache import KVCache, bytes_per_token, new_cache
 from ferrum_jax.runtime import Runtime
 from ferrum_jax.sampling import Sampling
 from ferrum_jax.sampling_params import MAX_BIAS, SamplingParams
+from ferrum_jax.state import DecodeState, bytes_per_token, copy_places, grow, new_state, read_places, write_places
 from ferrum_jax.units import readable_bytes
 from pallas_kernels.dispatch import target_of
 
-_COPIES = 8  # pages of one copy
+_COPIES = 8  # places of each part of one copy
 _HOST_CACHE_BYTES = 1 << 30  # KV cache on a CPU at most, where the user does not say
 _FREE_FRACTION = 0.9  # of an accelerator's free memory
 
 
 class Device:
-    """`num_pages`: of the cache at most; `pages`: of the cache now. `context`: tokens of a sequence at most."""
+    """`num_pages`: of each pool at most; `pages`: of the largest now. `context`: tokens of a sequence at most."""
 
-    def __init__(self, model: Runtime, config: EngineConfig, num_pages: int, context: int):
-        self.model, self.config, self.num_pages = model, config, num_pages
+    def __init__(self, model: Runtime, config: EngineConfig, num_pages: Iterable[int], context: int):
+        self.model, self.config, self.num_pages = model, config, tuple(num_pages)
         self.kv_dtype = config.kv_dtype or model.kv_dtype
-        self.pages = min(config.initial_pages or num_pages, num_pages)
+        self.most = max(self.num_pages)
+        self.pages = min(config.initial_pages or self.most, self.most)
         self.pages_a_sequence = -(-context // config.page_size)
         self.compiles = 0
         self._locks: dict[Any, threading.Lock] = {}
@@ -46,13 +47,14 @@ class Device:
         self.reset()
 
     def reset(self) -> None:
-        """Empties the cache and all slots; compiled programs stay. OutOfMemoryError where the cache does not fit."""
+        """Empties the state and all slots; compiled programs stay. OutOfMemoryError where the state does not fit."""
         self._placed_key: Any = None
-        self.cache: Any = None
+        self.state: Any = None
         self.slots: Any = None
         with self._room(self.pages):
-            self.cache = self._new_cache()
-            self.slots = self.model.programs.run(steps.new_slots, self._sampling([], self.config.max_seqs), **self._sizes())
+            self.state = new_state(self.model.config, **self._state_sizes(self.pages))
+            sampling = self._sampling([], self.config.max_seqs)
+            self.slots = self.model.programs.run(steps.new_slots, sampling, **self._slot_sizes())
 
     # What the engine calls
 
@@ -61,16 +63,16 @@ class Device:
         return sorted(self.config.buckets, key=lambda bucket: bucket.rows)
 
     def programs(self) -> list[tuple[Bucket | str, int]]:
-        """All programs that can occur, each with the pages that the cache has then, those first that are met first."""
+        """All programs that can occur, each with the pages that there are then, those first that are met first."""
         sizes = [self.pages]
-        while sizes[-1] < self.num_pages:
-            sizes.append(min(4 * sizes[-1], self.num_pages))
+        while sizes[-1] < self.most:
+            sizes.append(min(4 * sizes[-1], self.most))
         names: list[Bucket | str] = ["copy", *self.buckets()]
         growth = [("grow", pages) for pages in sizes[:-1]]
         return [("admit", self.pages), *((name, pages) for pages in sizes for name in names), *growth]
 
     def compile(self, bucket: Bucket | str, pages: int | None = None) -> Callable:
-        """The program of a bucket, or "admit", "copy" or "grow", for a cache of so many pages (None: as it is), compiled
+        """The program of a bucket, or "admit", "copy" or "grow", for so many pages (None: as there are now), compiled
         where it is not yet; safe in any thread."""
         pages = pages or self.pages
         key = bucket, 0 if bucket == "admit" else pages
@@ -89,22 +91,19 @@ class Device:
         self.slots = self.compile("admit")(self.slots, asked)
 
     def ready(self, dispatch: Dispatch) -> bool:
-        """Whether a dispatch can be started at once: its program is compiled and the cache has its pages."""
+        """Whether a dispatch can be started at once: its program is compiled and its pages are there."""
         return self._pages(dispatch) <= self.pages and (self._bucket(dispatch), self.pages) in self._programs
 
     def prepare(self, dispatch: Dispatch) -> Callable:
-        """The program of a dispatch, and a cache that has its pages: what may take long, and only once."""
+        """The program of a dispatch, and a state that has its pages: what may take long, and only once."""
         self._grow(self._pages(dispatch))
         return self.compile(self._bucket(dispatch))
 
     def launch(self, dispatch: Dispatch) -> steps.Results:
         """Starts a dispatch; its results are still on the device, row by row as the dispatch has them."""
         bucket, program = self._bucket(dispatch), self.prepare(dispatch)
-        for first in range(0, len(dispatch.copies), _COPIES):
-            pairs = np.full((2, _COPIES), self.num_pages, np.int32)
-            part = dispatch.copies[first : first + _COPIES]
-            pairs[:, : len(part)] = np.asarray(part, np.int32).T
-            self.cache = self.compile("copy")(self.cache, *pairs)
+        if dispatch.copies:
+            self._copy(dispatch.copies)
         rows, table, ends = self._placed(dispatch, bucket.rows)
         last: tuple[Any, ...] = ends, np.int32(dispatch.steps)
         if bucket.tokens:
@@ -114,7 +113,7 @@ class Device:
             for i, row in enumerate(dispatch.rows):
                 starts[i], counts[i + 1], samples[i] = row.start, row.length, row.samples
             last = starts, counts.cumsum(dtype=np.int32), samples
-        self.cache, self.slots, results = program(self.model.params, self.cache, self.slots, rows, table, *last)
+        self.state, self.slots, results = program(self.model.params, self.state, self.slots, rows, table, *last)
         return results
 
     def fetch(self, results: steps.Results, scored: bool, scored_prompt: bool) -> steps.Results:
@@ -122,16 +121,21 @@ class Device:
         nothing = results._replace(ids=None, logprobs=None) if not scored else results
         return self.model.programs.fetch(nothing if scored_prompt else nothing._replace(prompt_ids=None, prompt_logprobs=None))
 
-    def read_pages(self, pages: list[int]) -> KVCache:
-        """What some pages hold, on the host."""
-        read = self.model.programs.get(steps.read_pages, self._abstract_cache(self.pages), np.zeros(len(pages), np.int32))
-        return self.model.programs.fetch(read(self.cache, np.asarray(pages, np.int32)))
+    def read(self, places: list[list[int]]) -> DecodeState:
+        """What some places of each part hold, on the host."""
+        arguments = self.state, _arrays(places)
+        return self.model.programs.fetch(self.model.programs.get(read_places, *arguments)(*arguments))
 
-    def write_pages(self, pages: list[int], content: KVCache) -> None:
-        """Puts what `read_pages` gave into some pages."""
-        self._grow(1 + max(pages))
-        arguments = self.cache, np.asarray(pages, np.int32), content
-        self.cache = self.model.programs.get(steps.write_pages, *arguments, donate=(0,))(*arguments)
+    def write(self, places: list[list[int]], content: DecodeState) -> None:
+        """Puts what `read` gave into some places."""
+        self._grow(1 + max(max(pages, default=-1) for pages in places))
+        arguments = self.state, _arrays(places), content
+        self.state = self.model.programs.get(write_places, *arguments, donate=(0,))(*arguments)
+
+    def abstract_state(self, pages: int = 1) -> DecodeState:
+        """The state as `jax.ShapeDtypeStruct`s, with so many pages in the largest pool."""
+        sizes = self._state_sizes(pages)
+        return memory.abstract_state(self.model.config, target=target_of(self.model.device), **sizes)
 
     # Inside
 
@@ -140,24 +144,36 @@ class Device:
         return self.config.bucket(tokens, len(dispatch.rows))
 
     def _pages(self, dispatch: Dispatch) -> int:
-        """How many pages the cache must have for a dispatch, where it may still grow."""
-        if self.pages == self.num_pages:
+        """How many pages there must be for a dispatch, where there may still be more."""
+        if self.pages == self.most:
             return 0
-        used = (page for row in dispatch.rows for page in row.sequence.pages)
-        return 1 + max(*used, *(target for _, target in dispatch.copies), -1, -1)
+        used = (page for row in dispatch.rows for pages in row.held.pages for page in pages)
+        return 1 + max(*used, *(target for *_, target in dispatch.copies), -1, -1)
+
+    def _copy(self, copies: list[tuple[int, int, int]]) -> None:
+        """Copies places, given as (part, source, target), in this order."""
+        parts: list[list[tuple[int, int]]] = [[] for _ in self.state.parts]
+        for part, source, target in copies:
+            parts[part].append((source, target))
+        for first in range(0, max(map(len, parts)), _COPIES):
+            pairs = np.full((len(parts), _COPIES, 2), np.iinfo(np.int32).max, np.int32)
+            for row, pairs_of in zip(pairs, parts, strict=True):
+                some = pairs_of[first : first + _COPIES]
+                row[: len(some)] = np.asarray(some, np.int32).reshape(-1, 2)
+            self.state = self.compile("copy")(self.state, pairs[..., 0], pairs[..., 1])
 
     def _grow(self, pages: int) -> None:
-        """Sees to it that the cache has so many pages: 4, 16, ... times those it began with."""
+        """Sees to it that there are so many pages: 4, 16, ... times those at the beginning."""
         while self.pages < pages:
-            size = min(4 * self.pages, self.num_pages)
+            size = min(4 * self.pages, self.most)
             with self._room(size):
-                self.cache = self.compile("grow")(self.cache)
+                self.state = self.compile("grow")(self.state)
             self.pages = size
 
     @contextlib.contextmanager
     def _room(self, pages: int) -> Iterator[None]:
-        """A block that makes a cache of so many pages; OutOfMemoryError, which counts it, where it does not fit."""
-        size, device = memory.nbytes(self._abstract_cache(pages)), self.model.device
+        """A block that makes a state of so many pages; OutOfMemoryError, which counts it, where it does not fit."""
+        size, device = memory.nbytes(self.abstract_state(pages)), self.model.device
         tokens = pages * self.config.page_size
         count = f"a KV cache of {pages:,} pages ({tokens:,} tokens, {self.kv_dtype}) takes {readable_bytes(size)}"
         memory.require(size, device, count)
@@ -166,41 +182,42 @@ class Device:
 
     def _placed(self, dispatch: Dispatch, count: int) -> tuple:
         """Slots, pages and limits of a dispatch's rows on the device; the same arrays as long as nothing has changed."""
-        key = count, *[(row.sequence.number, row.epoch, row.slot, len(row.sequence.pages)) for row in dispatch.rows]
+        key = count, *[(row.sequence.number, row.epoch, row.slot, row.held.count) for row in dispatch.rows]
         if key != self._placed_key:
             rows = np.full(count, -1, np.int32)
-            table = np.zeros((count, self.pages_a_sequence), np.int32)
+            table = np.zeros((len(self.num_pages), count, self.pages_a_sequence), np.int32)
             ends = np.zeros(count, np.int32)
             for i, row in enumerate(dispatch.rows):
-                rows[i], table[i], ends[i] = row.slot, row.sequence.table, row.sequence.limit
-            self._placed_key, self._arrays = key, jax.device_put((rows, table, ends), self.model.device)
+                rows[i], table[:, i], ends[i] = row.slot, row.held.table, row.sequence.limit
+            arrays = rows, table.reshape(-1, table.shape[2]), ends
+            self._placed_key, self._arrays = key, jax.device_put(arrays, self.model.device)
         return self._arrays
 
     def _compile(self, bucket: Bucket | str, pages: int) -> Callable:
         programs, config = self.model.programs, self.model.config
-        cache, slots = self._abstract_cache(pages), jax.eval_shape(self._new_slots)
+        state, slots = self.abstract_state(pages), jax.eval_shape(self._new_slots)
         if bucket == "admit":
             return programs.get(steps.admit, slots, jax.eval_shape(self._example), donate=(0,))
         if bucket == "copy":
-            return programs.get(steps.copy_pages, cache, *(np.zeros(_COPIES, np.int32),) * 2, donate=(0,))
+            places = np.zeros((len(state.parts), _COPIES), np.int32)
+            return programs.get(copy_places, state, places, places, donate=(0,))
         if bucket == "grow":
-            return programs.get(steps.grow, cache, pages=min(4 * pages, self.num_pages))
+            return programs.get(grow, state, pages=self._sizes_of_pools(min(4 * pages, self.most)))
         assert isinstance(bucket, Bucket)
         number = np.zeros(bucket.rows, np.int32)
-        rows = number, np.zeros((bucket.rows, self.pages_a_sequence), np.int32), number
+        rows = number, np.zeros((len(self.num_pages) * bucket.rows, self.pages_a_sequence), np.int32), number
         if bucket.tokens:
             arguments = *rows, np.zeros(bucket.rows + 1, np.int32), np.zeros(bucket.rows, bool)
             static = {"tokens": bucket.tokens, "config": config}
-            return programs.get(steps.mixed, self.model.params, cache, slots, *arguments, donate=(1, 2), **static)
+            return programs.get(steps.mixed, self.model.params, state, slots, *arguments, donate=(1, 2), **static)
         static = {"steps": self.config.steps, "speculation": self.config.speculation, "config": config}
-        return programs.get(steps.decode, self.model.params, cache, slots, *rows, np.int32(0), donate=(1, 2), **static)
+        return programs.get(steps.decode, self.model.params, state, slots, *rows, np.int32(0), donate=(1, 2), **static)
 
-    def _new_cache(self) -> KVCache:
-        return new_cache(self.model.config, num_pages=self.pages, page_size=self.config.page_size, dtype=self.kv_dtype)
+    def _sizes_of_pools(self, pages: int) -> tuple[int, ...]:
+        return tuple(min(pages, most) for most in self.num_pages)
 
-    def _abstract_cache(self, pages: int = 1) -> KVCache:
-        size = self.config.page_size
-        return memory.abstract_cache(self.model.config, pages, size, self.kv_dtype, target_of(self.model.device))
+    def _state_sizes(self, pages: int) -> dict[str, Any]:
+        return {"pages": self._sizes_of_pools(pages), "page_size": self.config.page_size, "dtype": self.kv_dtype}
 
     def _sampling(self, params: list[SamplingParams], rows: int) -> Sampling:
         tokenizer = self.model.tokenizer
@@ -211,12 +228,12 @@ class Device:
             pad_to=rows,
         )
 
-    def _sizes(self) -> dict[str, Any]:
+    def _slot_sizes(self) -> dict[str, Any]:
         capacity = self.pages_a_sequence * self.config.page_size
         return {"slots": self.config.max_seqs, "capacity": capacity, "vocab": self.model.config.vocab_size}
 
     def _new_slots(self) -> steps.Slots:
-        return steps.new_slots(self._sampling([], self.config.max_seqs), **self._sizes())
+        return steps.new_slots(self._sampling([], self.config.max_seqs), **self._slot_sizes())
 
     def _example(self) -> steps.Asked:
         return jax.tree.map(jnp.asarray, self._asked(Sequence(0, [0], 1, 2), 0, SamplingParams(), 0, Extras([], [])))
@@ -246,6 +263,10 @@ class Device:
             adapter=np.int32(sequence.adapter),
             sampling=self._sampling([params.row(seed, room)], 1),
         )
+
+
+def _arrays(places: list[list[int]]) -> tuple[np.ndarray, ...]:
+    return tuple(np.asarray(ids, np.int32) for ids in places)
 
 
 def choose_num_pages(model: Runtime, config: EngineConfig) -> int:

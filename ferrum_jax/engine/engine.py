@@ -22,7 +22,7 @@ from ferrum_jax.engine import snapshot, steps, worker
 from ferrum_jax.engine.config import EngineConfig, config_of
 from ferrum_jax.engine.core import Core
 from ferrum_jax.engine.device import Device, choose_num_pages
-from ferrum_jax.engine.pages import PagePool
+from ferrum_jax.engine.ledger import Ledger
 from ferrum_jax.engine.request import Request
 from ferrum_jax.engine.scheduler import Scheduler
 from ferrum_jax.engine.sequence import Extras, Sequence
@@ -31,6 +31,7 @@ from ferrum_jax.errors import ModelFileError
 from ferrum_jax.progress import task
 from ferrum_jax.prompts import Prompt, Prompts
 from ferrum_jax.sampling_params import MAX_BIAS, SamplingParams
+from ferrum_jax.state import page_kinds
 
 if TYPE_CHECKING:
     from ferrum_jax.model import Model
@@ -72,13 +73,12 @@ class Engine(Core):
         def set_up() -> None:
             config = self.config
             self.num_pages = config.num_pages or choose_num_pages(self.model, config)
-            self.context, window = self.model.max_seq_len, self.model.config.sliding_window
-            if not window:
+            self.context, kinds = self.model.max_seq_len, page_kinds(self.model.config)
+            if not all(kind.window for kind in kinds):
                 self.context = min(self.context, self.num_pages * config.page_size)
-            self._device = Device(self.model, config, self.num_pages, self.context)
+            self._device = Device(self.model, config, [self.num_pages] * len(kinds), self.context)
             self.identity = f"{self.model.fingerprint()} kv {self._device.kv_dtype}, pages of {config.page_size}"
-            pool = PagePool(self.num_pages, config.page_size, self.identity.encode())
-            self._scheduler = Scheduler(config, pool, self.context, window)
+            self._scheduler = Scheduler(config, self._new_ledger(self.num_pages))
             self._choose_steps()
 
         self._driver.call(set_up)
@@ -152,7 +152,7 @@ class Engine(Core):
           ValueError: for a snapshot of another model, and for a request that does not fit into this engine.
         """
         path, vocab = Path(checks.path(path, "path")).absolute(), self.model.config.vocab_size
-        saved = self._files.call(lambda: snapshot.load(path, self.identity, vocab, self._device._abstract_cache()))
+        saved = self._files.call(lambda: snapshot.load(path, self.identity, vocab, self._device.abstract_state()))
         text = [*saved.prompt, *saved.output]
         try:
             place, extras = self.model.adapter_index(saved.adapter), self._extras(saved.params)
@@ -227,6 +227,18 @@ class Engine(Core):
 
     # Inside
 
+    def _new_ledger(self, num_pages: int) -> Ledger:
+        windows = [kind.window for kind in page_kinds(self.model.config)]
+        return Ledger(
+            [num_pages] * len(windows),
+            windows,
+            self.config.page_size,
+            context=self.context,
+            at_once=max(self.config.longest, 1 + self.config.speculation),
+            remembers=self.config.prefix_cache,
+            salt=self.identity.encode(),
+        )
+
     def _do(self, work: Callable[..., Any], *args: Any, undo: Callable[[], object] | None = None) -> Any:
         """What short work on the host's state gives, done under the lock."""
         guarded = partial(self._guarded, work, *args)
@@ -287,7 +299,7 @@ class Engine(Core):
         if length >= self.model.max_seq_len:
             raise ValueError(f"the prompt has {length} tokens and leaves no room in a context of {self.model.max_seq_len}")
         limit = min(length + params.max_tokens, self.model.max_seq_len)
-        needed = self._scheduler.pages_needed(limit)
+        needed = max(self._scheduler.ledger.pages_needed(limit))
         if needed > self.num_pages:
             raise ValueError(
                 f"a prompt of {length} tokens with max_tokens={params.max_tokens} needs {needed} pages of "

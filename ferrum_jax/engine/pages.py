@@ -1,4 +1,4 @@
-"""Who holds which page of the KV cache, and which pages hold text that another request may want: all on the host.
+"""Who holds which page of one pool, and which pages hold text that another request may want: all on the host.
 
 A page is free, held by one or more sequences (counted), or cached: held by nobody, but full of known tokens and found
 again by their hash until the page is needed. Only full pages are registered, and a full page is never written again, so
@@ -24,15 +24,22 @@ class Entry(NamedTuple):
     tokens: bytes
 
 
+def entry(parent: bytes, tokens: Sequence[int]) -> Entry:
+    """Of a page full of `tokens` after the page with digest `parent`."""
+    data = np.asarray(tokens, np.int32).tobytes()
+    return Entry(hashlib.blake2b(parent + data, digest_size=16).digest(), parent, data)
+
+
+def root(salt: bytes, adapter: int = -1) -> bytes:
+    """The parent of the first page of a text that is read with an adapter (-1: with none) by the model that `salt` names."""
+    return hashlib.blake2b(salt + f" adapter {adapter}".encode(), digest_size=16).digest()
+
+
 class PagePool:
-    """Pages 0 .. num_pages - 1 of `page_size` tokens. `salt` names the model that the contents depend on.
+    """Pages 0 .. num_pages - 1. Counts `evictions`: cached pages given to another text."""
 
-    Counts: `hits` pages found, `evictions` cached pages given to somebody else.
-    """
-
-    def __init__(self, num_pages: int, page_size: int, salt: bytes = b""):
-        self.num_pages, self.page_size = num_pages, page_size
-        self._salt = salt
+    def __init__(self, num_pages: int):
+        self.num_pages = num_pages
         self.evictions = 0
         self._free = list(range(num_pages - 1, -1, -1))
         self._holders = [0] * num_pages
@@ -86,38 +93,16 @@ class PagePool:
             else:
                 self._free.append(page)
 
-    def register(self, page: int, parent: bytes, tokens: Sequence[int]) -> bytes:
-        """Says that a held page is full of `tokens`, after the page with digest `parent`; returns its digest. A page whose
-        text is registered already stays as it is: the first one serves. Page -1 is none."""
-        entry = self._entry(parent, tokens)
-        if page >= 0 and entry.digest not in self._pages and page not in self._entries:
+    def register(self, page: int, entry: Entry) -> None:
+        """Says that a held page is full of the text of `entry`. A page whose text is registered already stays as it is: the
+        first one serves."""
+        if entry.digest not in self._pages and page not in self._entries:
             self._entries[page], self._pages[entry.digest] = entry, page
-        return entry.digest
 
-    def find(self, parent: bytes, tokens: Sequence[int]) -> tuple[int, bytes] | None:
-        """The page that holds `tokens` after `parent`, and its digest. Contents are compared, not digests alone."""
-        entry = self._entry(parent, tokens)
+    def find(self, entry: Entry) -> int | None:
+        """The page that holds a text. Contents are compared, not digests alone."""
         page = self._pages.get(entry.digest)
-        return None if page is None or self._entries[page] != entry else (page, entry.digest)
-
-    def root(self, adapter: int = -1) -> bytes:
-        """The parent of the first page of a text that is read with an adapter (-1: with none)."""
-        return hashlib.blake2b(self._salt + f" adapter {adapter}".encode(), digest_size=16).digest()
-
-    def find_prefix(self, tokens: Sequence[int], adapter: int = -1) -> tuple[list[int], list[bytes]]:
-        """Pages that hold the longest cached beginning of `tokens`, in order, and their digests. The last token is always
-        left out: its logits have to be computed, in a page that nobody shares."""
-        pages: list[int] = []
-        digests: list[bytes] = []
-        parent = self.root(adapter)
-        for start in range(0, len(tokens) - self.page_size, self.page_size):
-            found = self.find(parent, tokens[start : start + self.page_size])
-            if found is None:
-                break
-            page, parent = found
-            pages.append(page)
-            digests.append(parent)
-        return pages, digests
+        return None if page is None or self._entries[page] != entry else page
 
     def reset(self) -> None:
         """Forgets all registered text; pages that are held stay held."""
@@ -131,10 +116,6 @@ class PagePool:
         self.reset()
         self._free = list(range(self.num_pages - 1, -1, -1))
         self._holders = [0] * self.num_pages
-
-    def _entry(self, parent: bytes, tokens: Sequence[int]) -> Entry:
-        data = np.asarray(tokens, np.int32).tobytes()
-        return Entry(hashlib.blake2b(parent + data, digest_size=16).digest(), parent, data)
 
     def _forget(self, page: int) -> None:
         del self._pages[self._entries.pop(page).digest]

@@ -14,35 +14,24 @@ from __future__ import annotations
 import bisect
 from collections.abc import Iterator
 
-import numpy as np
-
 from ferrum_jax.engine.config import EngineConfig
-from ferrum_jax.engine.pages import PagePool
+from ferrum_jax.engine.ledger import Found, Held, Ledger
 from ferrum_jax.engine.sequence import Dispatch, Row, Sequence
 
 
 class Scheduler:
-    """`context`: tokens of a sequence at most; `window`: positions a query sees, 0 for all.
+    """`ledger`: who holds what of the state.
 
     Counts: `preemptions`, `lookups` (prefixes looked for), `hit_pages`, `saved_tokens` (prompt tokens not computed).
     """
 
-    def __init__(self, config: EngineConfig, pool: PagePool, context: int, window: int = 0):
-        self.config, self.pool, self.window = config, pool, window
-        self.pages_a_sequence = -(-context // pool.page_size)
+    def __init__(self, config: EngineConfig, ledger: Ledger):
+        self.config, self.ledger = config, ledger
         self.waiting: list[Sequence] = []  # both in order of arrival
         self.running: list[Sequence] = []
         self.preemptions = self.lookups = self.hit_pages = self.saved_tokens = 0
         self.current: Sequence | None = None  # which `next` looks at: the one that an error came with
         self._slots = list(range(config.max_seqs - 1, -1, -1))
-
-    def pages_needed(self, tokens: int) -> int:
-        """Pages that a sequence alone needs at once to grow to so many tokens; the last one is never written."""
-        pages = self._pages(tokens - 1)
-        if not self.window:
-            return pages
-        at_once = max(self.config.longest, 1 + self.config.speculation)
-        return min(pages, self._pages(self.window + at_once) + 2)
 
     def add(self, sequence: Sequence) -> None:
         """Lets a sequence wait in its place."""
@@ -70,14 +59,14 @@ class Scheduler:
             self.preemptions += 1
             self.add(sequence)
         self.running.clear()
-        self.pool.clear()
+        self.ledger.clear()
         self._slots = list(range(self.config.max_seqs - 1, -1, -1))
 
     def next(self, steps: int) -> Dispatch | None:
         """The next dispatch, or None where there is nothing to do until results arrive. `steps`: decode steps to make at
         once where nothing waits and nobody reads a prompt."""
         before, self.current = self.preemptions, None
-        copies: list[tuple[int, int]] = []
+        copies: list[tuple[int, int, int]] = []
         admitted: list[tuple[Sequence, int]] = []
         width = 1 + self.config.speculation
         if self.waiting or any(sequence.prefilled != sequence.target for sequence in self.running):
@@ -86,10 +75,10 @@ class Scheduler:
             growing = [sequence for sequence in self.running if _growing(sequence)]
             steps = min(steps, max((s.limit - len(s.tokens) - s.due for s in growing), default=0))
             missing = sum(self._missing(sequence, _decoded(sequence, steps * width)) for sequence in growing)
-            if missing > self.pool.available:
+            if missing > self.ledger.available:
                 steps = 1
         rows = [
-            Row(sequence, sequence.epoch, -1, 1, True, sequence.slot)
+            Row(sequence, sequence.epoch, -1, 1, True, sequence.slot, sequence.held)
             for sequence in self._running()
             if sequence.prefilled == sequence.target
             and _growing(sequence)
@@ -124,9 +113,6 @@ class Scheduler:
 
     # Inside
 
-    def _pages(self, tokens: int) -> int:
-        return -(-tokens // self.pool.page_size)
-
     def _running(self) -> Iterator[Sequence]:
         """Running sequences, oldest first, while some of them may be preempted."""
         for sequence in list(self.running):
@@ -150,7 +136,8 @@ class Scheduler:
                 continue  # its prompt is computed there first
             if not self._admit(sequence, copies):
                 if not self.running:  # it would wait for ever, and all others after it
-                    raise RuntimeError(f"{len(sequence.tokens)} tokens do not fit into {self.pool.num_pages} pages")
+                    pages = " and ".join(str(pool.num_pages) for pool in self.ledger.pools)
+                    raise RuntimeError(f"{len(sequence.tokens)} tokens do not fit into {pages} pages")
                 return
             admitted.append((sequence, sequence.slot))
             count = min(budget, sequence.target - sequence.prefilled)
@@ -158,115 +145,65 @@ class Scheduler:
             budget -= count
             yield _prompt_row(sequence, count)
 
-    def _admit(self, sequence: Sequence, copies: list[tuple[int, int]]) -> bool:
-        """Gives a waiting sequence a slot and what is there already of its pages, if enough are left for the rest."""
-        pages, digests, copied = self._found(sequence)
-        for page in pages:
-            if page >= 0:
-                self.pool.share(page)
-        watermark = max(1, self.pool.num_pages // 100) if self.running else 0
-        missing = self.pages_needed(len(sequence.tokens) + 1) - sum(page >= 0 for page in pages)
-        if self.pool.available < missing + watermark:
-            for page in reversed(pages):
-                if page >= 0:
-                    self.pool.give_back(page)
+    def _admit(self, sequence: Sequence, copies: list[tuple[int, int, int]]) -> bool:
+        """Gives a waiting sequence a slot and what is there already of its state, if there is room for the rest."""
+        found = self._found(sequence)
+        admitted = self.ledger.admit(found, len(sequence.tokens) + 1, bool(self.running))
+        if admitted is None:
             return False
         self.waiting.remove(sequence)
         bisect.insort(self.running, sequence, key=_number)
+        sequence.held, needed = admitted
+        copies += needed
         sequence.state, sequence.slot, sequence.origin = "running", self._slots.pop(), None
-        sequence.table = np.zeros(self.pages_a_sequence, np.int32)
-        sequence.pages, sequence.digests, sequence.pending, sequence.due = [], digests, 0, 0
-        sequence.target, sequence.prefilled = len(sequence.tokens), len(pages) * self.pool.page_size
-        for page in pages:
-            self._append(sequence, page)
-        if copied >= 0:
-            self._append(sequence, self.pool.take())
-            copies.append((copied, sequence.pages[-1]))
-            sequence.prefilled = sequence.target - 1
+        sequence.pending = sequence.due = 0
+        sequence.target = len(sequence.tokens)
+        sequence.prefilled = sequence.target - 1 if needed else found.full * self.ledger.page_size
         self.lookups += sequence.cacheable and self.config.prefix_cache
-        self.hit_pages += len(pages)
+        self.hit_pages += found.full
         self.saved_tokens += sequence.prefilled
         return True
 
-    def _found(self, sequence: Sequence) -> tuple[list[int], list[bytes], int]:
-        """Full pages that hold the beginning of a sequence (-1 for those behind the window), the digests of registered ones,
-        and the page to copy whose beginning holds the rest of it (-1: none). The last token is computed again in any
-        case."""
+    def _found(self, sequence: Sequence) -> Found:
+        """What is there of the beginning of a sequence. Its last token is computed again in any case."""
         origin, last = sequence.origin, len(sequence.tokens) - 1
-        full = last // self.pool.page_size
         if not sequence.cacheable:
-            return [], [], -1
-        if origin is not None and origin.decoding and origin.written >= last and self._visible(origin, last):
-            copied = origin.pages[full] if last % self.pool.page_size else -1
-            return origin.pages[:full], origin.digests[:full], copied
-        if not self.config.prefix_cache:
-            return [], [], -1
-        pages, digests = self.pool.find_prefix(sequence.tokens, sequence.adapter)
-        if self.window:
-            behind = self._behind(len(pages) * self.pool.page_size)
-            pages[:behind] = [-1] * behind
-        return pages, digests, -1
+            return self.ledger.nothing()
+        if origin is not None and origin.decoding and origin.written >= last:
+            found = self.ledger.branch(origin.held, last)
+            if found is not None:
+                return found
+        return self.ledger.find(sequence.tokens, sequence.adapter) if self.config.prefix_cache else self.ledger.nothing()
 
     def _grow(self, sequence: Sequence, tokens: int) -> bool:
-        """Gives a running sequence pages for so many tokens, preempting the youngest where there are none. False where that
+        """Gives a running sequence room for so many tokens, preempting the youngest where there is none. False where that
         is the sequence itself, which first waits for what is on its way: it may end with it."""
-        needed = self._pages(tokens)
-        while len(sequence.pages) < needed:
-            while not self.pool.available:
-                victim = self.running[-1]
-                if victim is sequence and sequence.pending:
-                    return False
-                self.preempt(victim)
-                if victim is sequence:
-                    return False
-            self._append(sequence, self.pool.take())
+        while not self.ledger.grow(sequence.held, tokens):
+            victim = self.running[-1]
+            if victim is sequence and sequence.pending:
+                return False
+            self.preempt(victim)
+            if victim is sequence:
+                return False
         return True
 
-    def _visible(self, origin: Sequence, last: int) -> bool:
-        """Whether a branch of `origin` that goes on with position `last` finds all pages that it looks at."""
-        return not self.window or origin.behind <= self._behind(last)
-
-    def _behind(self, position: int) -> int:
-        """How many pages nobody looks at from this position on."""
-        return max(0, position + 1 - self.window) // self.pool.page_size
-
-    def _append(self, sequence: Sequence, page: int) -> None:
-        sequence.table[len(sequence.pages)] = max(page, 0)
-        sequence.pages.append(page)
-
     def _missing(self, sequence: Sequence, tokens: int) -> int:
-        return max(0, self._pages(tokens) - len(sequence.pages))
+        return max(0, self.ledger.count(tokens) - sequence.held.count)
 
     def _settle(self, sequence: Sequence) -> None:
-        """Registers the pages that are now full of known tokens, and gives back those that nobody will look at again."""
-        size = self.pool.page_size
-        if len(sequence.tokens) < (len(sequence.digests) + 1) * size and not self.window:
-            return
-        written = sequence.written
-        while self.config.prefix_cache and (len(sequence.digests) + 1) * size <= written:
-            number = len(sequence.digests)
-            parent = sequence.digests[-1] if number else self.pool.root(sequence.adapter)
-            tokens = sequence.tokens[number * size : (number + 1) * size]
-            sequence.digests.append(self.pool.register(sequence.pages[number], parent, tokens))
-        while self.window and sequence.behind < self._behind(written):
-            if sequence.pages[sequence.behind] >= 0:
-                self.pool.give_back(sequence.pages[sequence.behind])
-                sequence.pages[sequence.behind] = -1
-            sequence.behind += 1
+        self.ledger.settle(sequence.held, sequence.tokens, sequence.written, sequence.adapter)
 
     def _give_up(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
-        for page in reversed(sequence.pages):
-            if page >= 0:
-                self.pool.give_back(page)
+        self.ledger.give_back(sequence.held)
         self._slots.append(sequence.slot)
         _let_go(sequence)
 
 
 def _let_go(sequence: Sequence) -> None:
     """A sequence that has stopped running, without what it held."""
-    sequence.slot, sequence.pages, sequence.digests = -1, [], []
-    sequence.target = sequence.prefilled = sequence.pending = sequence.due = sequence.behind = 0
+    sequence.slot, sequence.held = -1, Held()
+    sequence.target = sequence.prefilled = sequence.pending = sequence.due = 0
     sequence.epoch += 1
 
 
@@ -286,4 +223,4 @@ def _decoded(sequence: Sequence, tokens: int) -> int:
 
 def _prompt_row(sequence: Sequence, count: int) -> Row:
     samples = sequence.prefilled + count == sequence.target
-    return Row(sequence, sequence.epoch, sequence.prefilled, count, samples, sequence.slot)
+    return Row(sequence, sequence.epoch, sequence.prefilled, count, samples, sequence.slot, sequence.held)

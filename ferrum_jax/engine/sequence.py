@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import numpy as np
+from ferrum_jax.engine.ledger import Held
 
 
 class Sequence:
@@ -14,10 +14,9 @@ class Sequence:
     take cached pages. origin: a sequence that this one is a branch of. adapter: its place among the model's, -1 for none.
     owner: whoever watches it.
 
-    While it runs it has a `slot`, `pages` (-1 where one was given back: `behind` of them lie behind the window) with a
-    `table` of them, and `digests`, those of its first full pages that are registered. `target`: tokens known when it was
-    admitted; `prefilled`: of these, sent to the device. `pending`: tokens at most that were asked of the device and are
-    not known yet; `due` of them come unless the sequence ends. `epoch` changes when results on their way are of no more use.
+    While it runs it has a `slot`, and `held` is what it holds of the state. `target`: tokens known when it was admitted;
+    `prefilled`: of these, sent to the device. `pending`: tokens at most that were asked of the device and are not known yet;
+    `due` of them come unless the sequence ends. `epoch` changes when results on their way are of no more use.
     """
 
     def __init__(
@@ -36,10 +35,8 @@ class Sequence:
         self.origin, self.cacheable, self.adapter, self.owner = origin, cacheable, adapter, owner
         self.state = "waiting"
         self.slot = -1
-        self.pages: list[int] = []
-        self.table = np.zeros(0, np.int32)
-        self.digests: list[bytes] = []
-        self.target = self.prefilled = self.pending = self.due = self.epoch = self.behind = 0
+        self.held = Held()
+        self.target = self.prefilled = self.pending = self.due = self.epoch = 0
 
     @property
     def decoding(self) -> bool:
@@ -48,7 +45,7 @@ class Sequence:
 
     @property
     def written(self) -> int:
-        """Tokens whose keys and values are in the pages when the dispatches so far have run; all of them known."""
+        """Tokens that the state has taken in when the dispatches so far have run; all of them known."""
         return len(self.tokens) - 1 if self.decoding else self.prefilled
 
 
@@ -61,7 +58,8 @@ class Extras(NamedTuple):
 
 class Row(NamedTuple):
     """A sequence's part in a dispatch: `length` known tokens from `start` on; start -1: its newest token, from the device.
-    `samples`: whether the next token is chosen. `slot`: where it runs, whatever becomes of it before the launch."""
+    `samples`: whether the next token is chosen. `slot`, `held`: where it runs and what it holds, whatever becomes of it
+    before the launch."""
 
     sequence: Sequence
     epoch: int
@@ -69,6 +67,7 @@ class Row(NamedTuple):
     length: int
     samples: bool
     slot: int
+    held: Held
 
     @property
     def valid(self) -> bool:
@@ -77,13 +76,14 @@ class Row(NamedTuple):
 
 
 class Dispatch(NamedTuple):
-    """What the device is to do next: fill the slots of `admitted` (sequence, slot), copy pages, then one step over `rows`,
-    or where `steps` is not 0 so many decode steps. `width`: tokens that a row may make in a step."""
+    """What the device is to do next: fill the slots of `admitted` (sequence, slot), make `copies` in its state (part, source,
+    target), then one step over `rows`, or where `steps` is not 0 so many decode steps. `width`: tokens that a row may make
+    in a step."""
 
     rows: list[Row]
     steps: int
     admitted: list[tuple[Sequence, int]]
-    copies: list[tuple[int, int]]
+    copies: list[tuple[int, int, int]]
     width: int = 1
 
     @property

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ferrum_jax.errors import ModelFileError
-from ferrum_jax.kv_cache import KVCache
 from ferrum_jax.sampling_params import SamplingParams
+from ferrum_jax.state import DecodeState, KVCache
 
 _VERSION = 2
 _MAX_FACTS = 1 << 28  # bytes
@@ -32,7 +32,7 @@ class Saved(NamedTuple):
     logprobs: list | None
     prompt_logprobs: list | None
     finish_reason: str | None
-    content: KVCache | None
+    content: DecodeState | None
 
 
 def free(path: Path) -> Path:
@@ -43,21 +43,19 @@ def free(path: Path) -> Path:
     return path
 
 
-def save(path: Path, identity: str, facts: dict[str, Any], content: KVCache | None) -> None:
+def save(path: Path, identity: str, facts: dict[str, Any], content: DecodeState | None) -> None:
     """Writes a new directory. identity: of the model and engine that made it; facts: what JSON can hold; content: full
     pages, on the host."""
     header = {"version": _VERSION, "identity": identity, **facts}
     tree: dict[str, Any] = {"facts": np.frombuffer(json.dumps(header).encode(), np.uint8)}
     if content is not None:
-        tree["pages"] = content.pages
-        if content.scales is not None:
-            tree["scales"] = content.scales
+        tree |= _arrays(content)
     with _checkpointer() as checkpointer:
         checkpointer.save(free(path), tree)
 
 
-def load(path: Path, identity: str, vocab: int, like: KVCache) -> Saved:
-    """What a directory holds. `vocab`: how many token ids there are; `like`: a cache whose pages its pages must be like.
+def load(path: Path, identity: str, vocab: int, like: DecodeState) -> Saved:
+    """What a directory holds. `vocab`: how many token ids there are; `like`: a state whose pages its pages must be like.
     ModelFileError where it is no snapshot or a damaged one, ValueError where it is of another model or engine."""
     try:
         if not (path / "_METADATA").is_file():
@@ -82,7 +80,8 @@ def load(path: Path, identity: str, vocab: int, like: KVCache) -> Saved:
         _check_pages(parts, like, len(saved.prompt) + len(saved.output))
         with _checkpointer() as checkpointer:
             content = _part(checkpointer, path, parts)
-        return saved._replace(content=KVCache(content["pages"], content.get("scales"), like.dtype))
+        pools = (KVCache(content["pages"], content.get("scales"), pool.dtype) for pool in like.pools)
+        return saved._replace(content=DecodeState(tuple(pools)))
     except Exception as error:
         raise ModelFileError(f"{path}: is a damaged snapshot: {error}") from error
 
@@ -134,9 +133,9 @@ def _pairs(field: str, rows: Any, best: int | None, lengths: range, vocab: int) 
     return pairs
 
 
-def _check_pages(parts: dict[str, Any], like: KVCache, tokens: int) -> None:
-    """That the arrays hold pages like those of a cache, and no more than so many tokens fill."""
-    expected = {"pages": like.pages} | ({} if like.scales is None else {"scales": like.scales})
+def _check_pages(parts: dict[str, Any], like: DecodeState, tokens: int) -> None:
+    """That the arrays hold pages like those of a state, and no more than so many tokens fill."""
+    expected = _arrays(like)
     if parts.keys() != expected.keys():
         raise ValueError(f"it has {', '.join(parts)} where this engine has {', '.join(expected)}")
     pages = {part.shape[1:2] for part in parts.values()}
@@ -146,6 +145,11 @@ def _check_pages(parts: dict[str, Any], like: KVCache, tokens: int) -> None:
             raise ValueError(f"{name} {dtype}{list(shape)} are not pages of this engine, {right.dtype}{list(right.shape)}")
     if not 0 < parts["pages"].shape[1] <= tokens // like.page_size:
         raise ValueError(f"{parts['pages'].shape[1]} full pages of {like.page_size} tokens where the text has {tokens}")
+
+
+def _arrays(state: DecodeState) -> dict[str, Any]:
+    (pool,) = state.pools
+    return {"pages": pool.pages} | ({} if pool.scales is None else {"scales": pool.scales})
 
 
 def _part(checkpointer: Any, path: Path, parts: dict[str, Any]) -> dict[str, Any]:

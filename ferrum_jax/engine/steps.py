@@ -1,4 +1,4 @@
-"""What the engine compiles: pure functions of parameters, the KV cache and the state of all slots, both donated.
+"""What the engine compiles: pure functions of parameters, the state of all sequences and the slots, both donated.
 
 `mixed` runs prompt tokens and single decodes on one ragged axis, `decode` several steps of decodes alone; both end in the
 same sampling. A row that has ended, or whose slot is -1, writes nothing and reads nothing.
@@ -18,9 +18,9 @@ from ferrum_jax.choice import NOT_FINITE, Chosen, choose, if_requested
 from ferrum_jax.config import ModelConfig
 from ferrum_jax.engine.draft import draft, learn, worth_it
 from ferrum_jax.engine.slots import BAD_WORD_TOKENS, BAD_WORDS, Asked, Slots, admit, new_slots
-from ferrum_jax.kv_cache import KVCache
 from ferrum_jax.models.decoder import RaggedBatch
 from ferrum_jax.sampling import MAX_LOGPROBS, token_logprobs
+from ferrum_jax.state import DecodeState
 
 __all__ = [
     "BAD_WORDS",
@@ -30,13 +30,9 @@ __all__ = [
     "Results",
     "Slots",
     "admit",
-    "copy_pages",
     "decode",
-    "grow",
     "mixed",
     "new_slots",
-    "read_pages",
-    "write_pages",
 ]
 
 
@@ -52,27 +48,27 @@ class Results(NamedTuple):
 
 
 def mixed(
-    params, cache: KVCache, slots: Slots, rows, table, starts, query_starts, samples, *, config: ModelConfig, tokens: int
-) -> tuple[KVCache, Slots, Results]:
+    params, state: DecodeState, slots: Slots, rows, table, starts, query_starts, samples, *, config: ModelConfig, tokens: int
+) -> tuple[DecodeState, Slots, Results]:
     """One step over `tokens` tokens of R rows.
 
-    rows int32 [R]: the slot of each, -1 for none; table int32 [R, P]: their pages; starts int32 [R]: the position of a
-    row's first token, -1 for its newest token alone; query_starts int32 [R + 1]; samples bool [R]: rows that choose their
-    next token.
+    rows int32 [R]: the slot of each, -1 for none; table int32 [pools * R, P]: their pages, pool after pool; starts int32 [R]:
+    the position of a row's first token, -1 for its newest token alone; query_starts int32 [R + 1]; samples bool [R]: rows
+    that choose their next token.
     """
     live = (rows >= 0) & ((starts >= 0) | ~slots.done[rows])
     first = jnp.where(starts >= 0, starts, slots.length[rows] - 1)
-    hidden, cache = _hidden(params, cache, slots, rows, table, first, query_starts, live, tokens, config)
+    hidden, state = _hidden(params, state, slots, rows, table, first, query_starts, live, tokens, config)
     last = jnp.clip(query_starts[1:] - 1, 0, tokens - 1)
     logits = functional.unembed(params, hidden[last], config=config)
     scores = _prompt_scores(params, hidden, slots, rows, first, query_starts, config)
     slots, chosen = _choose(logits, slots, rows, live & samples)
-    return cache, slots, Results(*(array[:, None] for array in chosen), *scores)
+    return state, slots, Results(*(array[:, None] for array in chosen), *scores)
 
 
 def decode(
-    params, cache: KVCache, slots: Slots, rows, table, ends, limit, *, config: ModelConfig, steps: int, speculation: int
-) -> tuple[KVCache, Slots, Results]:
+    params, state: DecodeState, slots: Slots, rows, table, ends, limit, *, config: ModelConfig, steps: int, speculation: int
+) -> tuple[DecodeState, Slots, Results]:
     """Up to min(limit, steps) steps of rows that each go on from their newest token.
 
     rows, table: as in `mixed`; ends int32 [R]: the tokens that a row has at most in the end (drafts stay below).
@@ -102,18 +98,18 @@ def decode(
 
         return slots, token, lax.cond(wanted, keep, lambda results: results, results)
 
-    def single(cache, slots, results, alive):
+    def single(state, slots, results, alive):
         starts = jnp.arange(count + 1, dtype=jnp.int32)
         first = slots.length[rows] - 1
-        hidden, cache = _hidden(params, cache, slots, rows, table, first, starts, alive, count, config)
+        hidden, state = _hidden(params, state, slots, rows, table, first, starts, alive, count, config)
         slots, _, results = choose(functional.unembed(params, hidden, config=config), slots, alive, results)
-        return cache, slots, results
+        return state, slots, results
 
-    def verify(cache, slots, results, alive, drafted):
+    def verify(state, slots, results, alive, drafted):
         """The newest token and the draft after it as one prompt; then tokens are chosen while they are those drafted."""
         first, lengths = slots.length[rows] - 1, jnp.where(alive, drafted + 1, 0)
         starts = jnp.concatenate([jnp.zeros((1,), jnp.int32), jnp.cumsum(lengths)])
-        hidden, cache = _hidden(params, cache, slots, rows, table, first, starts, alive, count * width, config)
+        hidden, state = _hidden(params, state, slots, rows, table, first, starts, alive, count * width, config)
         place = jnp.clip(starts[:-1, None] + jnp.arange(width), 0, count * width - 1)
         logits = functional.unembed(params, hidden[place].reshape(count * width, -1), config=config)
         logits = logits.reshape(count, width, -1)
@@ -126,75 +122,47 @@ def decode(
             return slots, results, going
 
         slots, results, _ = lax.fori_loop(0, width, one, (slots, results, alive))
-        return cache, learn(slots, rows, drafted, slots.length[rows] - first - 2), results
+        return state, learn(slots, rows, drafted, slots.length[rows] - first - 2), results
 
     def step(carry):
-        i, cache, slots, results = carry
+        i, state, slots, results = carry
         alive = (rows >= 0) & ~slots.done[rows]
         if not speculation:
-            return i + 1, *single(cache, slots, results, alive)
+            return i + 1, *single(state, slots, results, alive)
         slots, drafted = draft(slots, rows, alive, ends, speculation)
-        # Loops of one round or none: around a conditional XLA copies the whole cache.
+        # Loops of one round or none: around a conditional XLA copies the whole state.
         guessed = worth_it(drafted, alive).astype(jnp.int32)
-        state = lax.fori_loop(0, guessed, lambda _, s: verify(*s, alive, drafted), (cache, slots, results))  # type: ignore
-        return i + 1, *lax.fori_loop(0, 1 - guessed, lambda _, s: single(*s, alive), state)  # type: ignore
+        after = lax.fori_loop(0, guessed, lambda _, s: verify(*s, alive, drafted), (state, slots, results))  # type: ignore
+        return i + 1, *lax.fori_loop(0, 1 - guessed, lambda _, s: single(*s, alive), after)  # type: ignore
 
     def going(carry):
         i, _, slots, _ = carry
         return (i < jnp.minimum(limit, steps)) & ((rows >= 0) & ~slots.done[rows]).any()
 
     with jax.named_scope("decode"):
-        carry = (jnp.zeros((), jnp.int32), cache, slots, results)
+        carry = (jnp.zeros((), jnp.int32), state, slots, results)
         return lax.while_loop(going, step, carry)[1:]
 
 
-def copy_pages(cache: KVCache, source, target) -> KVCache:
-    """Copies pages int32 [N] to pages int32 [N] of all layers; a target of num_pages copies nothing."""
-
-    def copy(array: jax.Array) -> jax.Array:
-        return array.at[:, target].set(array.at[:, source].get(mode="clip"), mode="drop")
-
-    return jax.tree.map(copy, cache)
-
-
-def grow(cache: KVCache, *, pages: int) -> KVCache:
-    """The same cache with so many pages."""
-
-    def pad(array: jax.Array) -> jax.Array:
-        return jnp.pad(array, [(0, pages - size if axis == 1 else 0) for axis, size in enumerate(array.shape)])
-
-    return jax.tree.map(pad, cache)
-
-
-def read_pages(cache: KVCache, pages) -> KVCache:
-    """What pages int32 [N] hold, as a cache of N pages."""
-    return jax.tree.map(lambda array: array[:, pages], cache)
-
-
-def write_pages(cache: KVCache, pages, content: KVCache) -> KVCache:
-    """Puts a cache of N pages into pages int32 [N]; nothing where a page is num_pages."""
-    return jax.tree.map(lambda array, new: array.at[:, pages].set(new, mode="drop"), cache, content)
-
-
-def _hidden(params, cache: KVCache, slots: Slots, rows, table, first, query_starts, live, tokens: int, config):
-    """Final hidden states [tokens, hidden_size] of the texts of rows from position `first` on, and the cache."""
+def _hidden(params, state: DecodeState, slots: Slots, rows, table, first, query_starts, live, tokens: int, config):
+    """Final hidden states [tokens, hidden_size] of the texts of rows from position `first` on, and the state."""
     place = jnp.arange(tokens, dtype=jnp.int32)
     row = jnp.clip(jnp.searchsorted(query_starts, place, side="right") - 1, 0, rows.shape[0] - 1).astype(jnp.int32)
     there = (place < query_starts[-1]) & live[row]
     position = jnp.where(there, first[row] + place - query_starts[row], 0)
-    page = table[row, position // cache.page_size]
+    page = table.reshape(-1, rows.shape[0], table.shape[1])[:, row, position // state.page_size]  # [pools, tokens]
     lengths = jnp.diff(query_starts)
     batch = RaggedBatch(
         tokens=slots.history[rows[row], position],
         positions=position,
-        slots=jnp.where(there, page * cache.page_size + position % cache.page_size, -1),
+        slots=jnp.where(there, page * state.page_size + position % state.page_size, -1).reshape(-1),
         query_starts=query_starts,
         kv_lengths=jnp.where(live & (lengths > 0), first + lengths, 0),
         page_table=table,
         logits_rows=jnp.zeros((0,), jnp.int32),
         adapters=slots.adapter[rows[row]] if COLUMNS in params else None,
     )
-    return functional.hidden(params, cache, batch, config=config)
+    return functional.hidden(params, state, batch, config=config)
 
 
 def _choose(logits, slots: Slots, rows, alive) -> tuple[Slots, Chosen]:

@@ -17,16 +17,17 @@ import numpy as np
 
 from ferrum_jax.adapters import COLUMNS, without_adapters
 from ferrum_jax.config import ModelConfig
-from ferrum_jax.kv_cache import KVCache
 from ferrum_jax.models.layers import ROUTING, Block
 from ferrum_jax.models.rope import rope_angles
 from ferrum_jax.models.scan import scan_layers
 from ferrum_jax.quantized import Layer, LayerStack, QuantizedTensor, linear
+from ferrum_jax.state import DecodeState, KVCache
 from pallas_kernels.decoder_layers import Part, Shape, Stack, backend_for
 from pallas_kernels.derivatives import derivative_of
 from pallas_kernels.paged_attention import Tables, make_plan
 from pallas_kernels.reductions import rms_norm
 
+Cache = KVCache | DecodeState  # of layers of one kind, or of several
 Params = Mapping[str, Any]
 Chosen = tuple[jax.Array, ...]  # experts and their weights, or nothing
 Carry = tuple[jax.Array, KVCache, Chosen]
@@ -65,8 +66,9 @@ class Decoder(nn.Module):
 
     config: ModelConfig
 
-    def hidden(self, cache: KVCache, batch: RaggedBatch) -> tuple[jax.Array, KVCache]:
-        """The last layer's output, normed: float32 [T, hidden_size], and the cache with this batch written."""
+    def hidden(self, state: Cache, batch: RaggedBatch) -> tuple[jax.Array, Cache]:
+        """The last layer's output, normed: float32 [T, hidden_size], and the state with this batch written."""
+        cache = state.pools[0] if isinstance(state, DecodeState) else state
         with jax.named_scope("embedding"):
             x: jax.Array = self.get_variable("params", "embedding").gather(batch.tokens)
         rope = rope_angles(self.config, batch.positions, self.get_variable("params", "rope_factors"))
@@ -83,7 +85,8 @@ class Decoder(nn.Module):
             chosen = batch.adapters[:, None] == columns
             x, cache, routing = _composed(self.config, layers, x, cache, batch.slots, tables, rope, chosen, record)
         self.sow(ROUTING, "chosen", routing)
-        return rms_norm(x, self.get_variable("params", "final_norm"), self.config.rms_norm_eps), cache
+        state = DecodeState((cache,)) if isinstance(state, DecodeState) else cache
+        return rms_norm(x, self.get_variable("params", "final_norm"), self.config.rms_norm_eps), state
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """hidden [R, hidden_size] -> float32 [R, vocab_size]."""
@@ -91,9 +94,9 @@ class Decoder(nn.Module):
         with jax.named_scope("unembedding"):
             return linear(hidden.astype(self.config.activations), matrix, arithmetic=self.config.dtype)
 
-    def __call__(self, cache: KVCache, batch: RaggedBatch) -> tuple[jax.Array, KVCache]:
-        hidden, cache = self.hidden(cache, batch)
-        return self.logits(hidden[batch.logits_rows]), cache
+    def __call__(self, state: Cache, batch: RaggedBatch) -> tuple[jax.Array, Cache]:
+        hidden, state = self.hidden(state, batch)
+        return self.logits(hidden[batch.logits_rows]), state
 
 
 def run_layers(config: ModelConfig, layers: Params, x, cache: KVCache, slots, tables: Tables, rope, record=False) -> Carry:

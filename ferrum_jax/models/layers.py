@@ -12,8 +12,8 @@ import jax.numpy as jnp
 
 from ferrum_jax import adapters
 from ferrum_jax.config import ModelConfig
-from ferrum_jax.kv_cache import KVCache
 from ferrum_jax.quantized import Layer, LayerStack, gated_linear, linear, linears, mixture
+from ferrum_jax.state import KVCache
 from pallas_kernels.append import Norm, append
 from pallas_kernels.paged_attention import paged_attention
 from pallas_kernels.reductions import rms_norm

@@ -12,8 +12,9 @@ import jax
 import pytest
 
 from ferrum_jax import choice, sampling
-from ferrum_jax.engine import Engine, steps
+from ferrum_jax.engine import Engine, ledger, steps
 from ferrum_jax.engine.device import Device
+from ferrum_jax.engine.ledger import Ledger
 from ferrum_jax.engine.pages import PagePool
 from ferrum_jax.engine.scheduler import Scheduler
 from ferrum_jax.models import decoder
@@ -36,30 +37,30 @@ def nan_in_a_large_vocabulary():
 FAULTS = {
     "1": Fault(
         "a continuation chunk is hashed as if it began the prompt",
-        Scheduler._settle,
-        "parent = sequence.digests[-1] if number else self.pool.root(sequence.adapter)",
-        "parent = self.pool.root(sequence.adapter)",
+        Ledger.settle,
+        "parent = held.digests[-1] if number else self.root(adapter)",
+        "parent = self.root(adapter)",
         pages.test_every_chunk_of_a_prompt_is_known_by_all_that_is_before_it,
     ),
     "2": Fault(
         "a prompt of exactly one page hits fully",
-        PagePool.find_prefix,
+        Ledger.find,
         "len(tokens) - self.page_size, self.page_size",
         "len(tokens) - self.page_size + 1, self.page_size",
         one_page_twice,
     ),
     "3": Fault(
         "the rest of a hit is computed into the shared page: no copy on write",
-        Scheduler._admit,
-        "self._append(sequence, self.pool.take())\n",
-        "self.pool.share(copied); self._append(sequence, copied)\n",
+        Ledger.admit,
+        "held.append([pool.take() for pool in self.pools])",
+        "self.share(found._replace(pages=[[page] for page in found.rest])); held.append(found.rest)",
         pages.test_a_branch_writes_into_a_page_of_its_own,
     ),
     "4-idle": Fault(
         "going idle discards the prefix cache",
         Scheduler.finish,
         'sequence.state = "finished"',
-        'sequence.state = "finished"\n    if not (self.waiting or self.running): self.pool.reset()',
+        'sequence.state = "finished"\n    if not (self.waiting or self.running): self.ledger.forget()',
         pages.test_texts_are_kept_while_nothing_runs,
     ),
     "4-order": Fault(
@@ -78,14 +79,14 @@ FAULTS = {
     ),
     "4-salt": Fault(
         "the hash knows no salt",
-        PagePool.root,
-        "self._salt + ",
+        ledger.root,
+        "salt + ",
         "",
         pages.test_other_models_and_adapters_have_other_texts,
     ),
     "4-adapter": Fault(
         "the hash knows no adapter",
-        PagePool.root,
+        ledger.root,
         'f" adapter {adapter}".encode()',
         "b''",
         pages.test_other_models_and_adapters_have_other_texts,
@@ -100,29 +101,29 @@ FAULTS = {
     "5-generated": Fault(
         "only pages of the prompt are cached",
         Scheduler._settle,
-        "written = sequence.written",
-        "written = min(sequence.written, sequence.prompt_length)",
+        "sequence.written",
+        "min(sequence.written, sequence.prompt_length)",
         pages.test_generated_pages_are_found_too,
     ),
     "5-mixed": Fault(
         "mixed batches do not look texts up",
         Scheduler._found,
-        "if not self.config.prefix_cache:",
-        "if self.running or not self.config.prefix_cache:",
+        "if self.config.prefix_cache",
+        "if self.config.prefix_cache and not self.running",
         pages.test_requests_beside_others_look_texts_up_and_leave_theirs,
     ),
     "6-up-front": Fault(
         "a sequence takes all the pages that it may ever need at once",
         Scheduler._grow,
-        "needed = self._pages(tokens)",
-        "needed = self._pages(sequence.limit - 1)",
+        "self.ledger.grow(sequence.held, tokens)",
+        "self.ledger.grow(sequence.held, sequence.limit - 1)",
         pages.test_pages_are_taken_as_a_sequence_grows,
     ),
     "6-exhausted": Fault(
         "an exhausted pool is a panic",
-        Scheduler._grow,
-        "while not self.pool.available:",
-        "while False:",
+        Ledger.grow,
+        "if not self.available:",
+        "if False:",
         pages.test_a_pool_that_runs_out_lets_requests_wait,
     ),
     "6-overflow": Fault(
@@ -134,9 +135,9 @@ FAULTS = {
     ),
     "7-leak": Fault(
         "a release forgets a page",
-        Scheduler._give_up,
-        "for page in reversed(sequence.pages):",
-        "for page in reversed(sequence.pages[:-1]):",
+        Ledger.give_back,
+        "held.pages",
+        "[pages[:-1] for pages in held.pages]",
         pages.test_sixty_forgotten_requests_leave_the_pool_whole,
     ),
     "7-forgotten": Fault(
@@ -190,9 +191,9 @@ FAULTS = {
     ),
     "12-pages": Fault(
         "pages behind the window are kept",
-        Scheduler._settle,
-        "while self.window and",
-        "while False and",
+        Ledger.settle,
+        "for windowed in self._windowed:",
+        "for windowed in ():",
         pages.test_pages_behind_the_window_are_given_back,
     ),
     "12-yarn": Fault(

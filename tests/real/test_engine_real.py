@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import ferrum_jax as fj
-from ferrum_jax.kv_cache import KV_DTYPES, bytes_per_token
+from ferrum_jax.state import KV_DTYPES, bytes_per_token
 
 pytestmark = pytest.mark.real
 TEXT = Path(__file__).resolve().parents[1] / "goldens" / "real" / "text.txt"
@@ -75,7 +75,7 @@ def test_perplexity_of_kv_dtypes_through_pages(model: fj.Model, ids: list[int]) 
         scores = prompt_scores(engine, text)
         assert np.isfinite(scores).all()
         losses[dtype] = -scores.mean()
-        held = sum(leaf.nbytes for leaf in jax.tree.leaves(engine._device.cache))
+        held = sum(leaf.nbytes for leaf in jax.tree.leaves(engine._device.state))
         assert held == engine.num_pages * 16 * bytes_per_token(model.config, dtype)
     exact = losses["float32"]
     change = {dtype: 100 * abs(np.exp(loss - exact) - 1) for dtype, loss in losses.items()}

@@ -16,10 +16,11 @@ import numpy as np
 import pytest
 
 from ferrum_jax.completion import Completion
+from ferrum_jax.config import Attention, Dense, LayerSpec, Rope
 from ferrum_jax.engine import Engine, EngineConfig, engine, steps
 from ferrum_jax.engine.sequence import Dispatch, Row, Sequence
-from ferrum_jax.kv_cache import KVCache
 from ferrum_jax.sampling_params import SamplingParams
+from ferrum_jax.state import DecodeState, KVCache
 
 VOCAB, END = 6, 0  # ids 1 .. 5 are the letters a .. e
 ADAPTERS = ("one", "other")
@@ -59,8 +60,12 @@ class Tokenizer:
 
 
 class Config(NamedTuple):
-    sliding_window: int = 0
+    layers: tuple[LayerSpec, ...]
     vocab_size: int = VOCAB
+
+
+def layer(window: int) -> LayerSpec:
+    return LayerSpec(Attention(1, 1, 1, Rope(1e4, 0), window), Dense(1))
 
 
 class Model:
@@ -70,7 +75,7 @@ class Model:
     step_seconds = 0.0
 
     def __init__(self, max_seq_len: int = 48, window: int = 0):
-        self.max_seq_len, self.config, self.tokenizer = max_seq_len, Config(window), Tokenizer()
+        self.max_seq_len, self.config, self.tokenizer = max_seq_len, Config((layer(window),)), Tokenizer()
 
     def fingerprint(self) -> str:
         return "stand-in"
@@ -125,8 +130,8 @@ class Device:
     """`ferrum_jax.engine.device.Device` as far as the engine can tell. `fault`: where to fail next ("admit", "launch" or
     "fetch"); `struck`: sequences of the dispatches that failed so."""
 
-    def __init__(self, model: Model, config: EngineConfig, num_pages: int, context: int):
-        self.model, self.config, self.num_pages = model, config, num_pages
+    def __init__(self, model: Model, config: EngineConfig, num_pages: list[int], context: int):
+        self.model, self.config, (self.num_pages,) = model, config, num_pages
         self.kv_dtype, self.compiles = model.kv_dtype, 0
         self.capacity = -(-context // config.page_size) * config.page_size
         self.fault = ""
@@ -151,7 +156,7 @@ class Device:
     def watch(self, scheduler: Any) -> None:
         """Notes which pages are registered before the scheduler decides, and so must not be written any more. `between` is
         called once between a decision and its launch, where another thread may come in."""
-        self.pool, choose = scheduler.pool, scheduler.next
+        (self.pool,), choose = scheduler.ledger.pools, scheduler.next
 
         def next(steps: int) -> Dispatch | None:
             self.registered = dict(self.pool._entries)
@@ -179,7 +184,7 @@ class Device:
         require(not self.broken, "a failed device goes on without a reset")
         self.launches += 1
         for first in range(0, len(dispatch.copies), _COPIES):
-            source, target = np.asarray(dispatch.copies[first : first + _COPIES]).T
+            _, source, target = np.asarray(dispatch.copies[first : first + _COPIES]).T
             for page in target.tolist():
                 self._writable(page)
             self.pages[target] = self.pages[source]
@@ -198,19 +203,20 @@ class Device:
         self._strike("fetch", pending.dispatch)
         return steps.Results(pending.tokens, None, None)
 
-    def read_pages(self, pages: list[int]) -> KVCache:
-        return KVCache(self.pages[None, pages, :, :, None], None, self.kv_dtype)  # type: ignore[arg-type]
+    def read(self, places: list[list[int]]) -> DecodeState:
+        (pages,) = places
+        return DecodeState((KVCache(self.pages[None, pages, :, :, None], None, self.kv_dtype),))  # type: ignore[arg-type]
 
-    def write_pages(self, pages: list[int], content: KVCache) -> None:
-        for page, new in zip(pages, np.asarray(content.pages)[0, ..., 0], strict=True):
+    def write(self, places: list[list[int]], content: DecodeState) -> None:
+        for page, new in zip(*places, np.asarray(content.pools[0].pages)[0, ..., 0], strict=True):
             self._writable(page)
             self.pages[page] = new
 
-    # Inside
-
-    def _abstract_cache(self) -> KVCache:
+    def abstract_state(self) -> DecodeState:
         shape = (1, self.num_pages, self.config.page_size, 3, 1)
-        return KVCache(jax.ShapeDtypeStruct(shape, np.int32), None, self.kv_dtype)  # type: ignore[arg-type]
+        return DecodeState((KVCache(jax.ShapeDtypeStruct(shape, np.int32), None, self.kv_dtype),))  # type: ignore[arg-type]
+
+    # Inside
 
     def _strike(self, where: str, dispatch: Dispatch) -> None:
         if self.fault == where:
@@ -272,8 +278,9 @@ class Device:
     def _page(self, row: Row, position: int) -> int:
         """The page of a position. One behind the window may have been given back when this dispatch was chosen: nobody
         else can have it yet."""
-        sequence, number = row.sequence, position // self.config.page_size
-        page, pages, given_back = int(sequence.table[number]), sequence.pages, number < sequence.behind
+        number = position // self.config.page_size
+        held, (pages,) = row.held, row.held.pages
+        page, given_back = int(held.table[0, number]), number < held.behind[0]
         holders = self.pool.holders(page)
         if not row.valid:  # aborted between or just now: what it had alone is nobody's before the next dispatch
             return page
@@ -295,7 +302,7 @@ class Device:
 
     def _read(self, row: Row, first: int, length: int) -> None:
         """Everything that the queries from `first` on look at is the text of the row."""
-        text, window = self.slots[row.slot].text, self.model.config.sliding_window
+        text, window = self.slots[row.slot].text, self.model.config.layers[0].mixer.window
         for position in range(max(0, first + 1 - window) if window else 0, first + length):
             page = self._page(row, position)
             held = tuple(self.pages[page, position % self.config.page_size].tolist())
@@ -333,13 +340,14 @@ def drive(engine: Engine, steps: int = 1000) -> None:
 def check(engine: Engine) -> None:
     """Every page is free, cached or held, by exactly those who say so; registered pages hold what they are said to hold;
     slots are free or in use."""
-    scheduler, pool, device = engine._scheduler, engine._scheduler.pool, engine._device
+    scheduler, ledger, device = engine._scheduler, engine._scheduler.ledger, engine._device
+    (pool,) = ledger.pools
     held = [0] * pool.num_pages
     for sequence in scheduler.running:
-        for number, page in enumerate(sequence.pages):
+        for number, page in enumerate(sequence.held.pages[0]):
             if page >= 0:
                 held[page] += 1
-                assert sequence.table[number] == page, "the table is not that of the pages"
+                assert sequence.held.table[0, number] == page, "the table is not that of the pages"
     assert held == [pool.holders(page) for page in range(pool.num_pages)], "holders are not those of the sequences"
     parts = [*pool._free, *pool._cached, *(page for page, count in enumerate(held) if count)]
     assert sorted(parts) == list(range(pool.num_pages)), f"pages lost or doubled: {sorted(parts)}"
@@ -351,18 +359,19 @@ def check(engine: Engine) -> None:
         content = device.pages[page]  # type: ignore[attr-defined]
         tokens = np.frombuffer(entry.tokens, np.int32)
         first, adapter = content[0, 1:]
-        positions = np.arange(first, first + pool.page_size)
-        right = first % pool.page_size == 0 and (content[:, 0] == tokens).all() and (content[:, 1] == positions).all()
+        positions = np.arange(first, first + ledger.page_size)
+        right = first % ledger.page_size == 0 and (content[:, 0] == tokens).all() and (content[:, 1] == positions).all()
         right = right and (content[:, 2] == adapter).all()
         assert bool(right), f"page {page} does not hold the text that it is registered with"
         if entry.parent in pool._pages:
             parent = device.pages[pool._pages[entry.parent]]  # type: ignore[attr-defined]
-            assert parent[0, 1] == first - pool.page_size, "a page does not follow its parent"
-        assert (entry.parent == pool.root(adapter)) == (first == 0), "a page at the beginning has another parent"
+            assert parent[0, 1] == first - ledger.page_size, "a page does not follow its parent"
+        assert (entry.parent == ledger.root(adapter)) == (first == 0), "a page at the beginning has another parent"
     used = [sequence.slot for sequence in scheduler.running]
     assert sorted([*used, *scheduler._slots]) == list(range(engine.config.max_seqs)), "slots lost or doubled"
     for sequence in scheduler.waiting:
-        assert sequence.state == "waiting" and not sequence.pages and sequence.slot < 0, "a waiting sequence holds something"
+        assert sequence.state == "waiting", "a sequence waits in another state"
+        assert not sequence.held.count and sequence.slot < 0, "a waiting sequence holds something"
     assert all(sequence.state == "running" for sequence in scheduler.running), "a sequence runs in another state"
     for sequences in (scheduler.waiting, scheduler.running):
         numbers = [sequence.number for sequence in sequences]

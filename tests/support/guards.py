@@ -17,6 +17,7 @@ from ferrum_jax import choice, functional, sampling
 from ferrum_jax.config import RopeScaling
 from ferrum_jax.engine import EngineConfig, steps
 from ferrum_jax.engine.device import Bucket, Device
+from ferrum_jax.engine.ledger import Held
 from ferrum_jax.engine.sequence import Dispatch, Row, Sequence
 from ferrum_jax.models.rope import rope_angles, rope_frequencies
 from ferrum_jax.sampling import Sampling, SamplingParams, filtered_logits, is_end, sample
@@ -117,22 +118,22 @@ def rows_of_padding_have_no_slot():
 
     class Recorder(Device):
         def reset(self):
-            self.cache = self.slots = self._placed_key = None
+            self.state = self.slots = self._placed_key = None
 
         def compile(self, bucket):
-            def program(params, cache, slots, rows, table, *rest):
+            def program(params, state, slots, rows, table, *rest):
                 seen.append((bucket, np.asarray(rows), rest))
-                return cache, slots, None
+                return state, slots, None
 
             return program
 
     model = Model()
     model.params, model.device = None, jax.devices()[0]
-    device = Recorder(model, EngineConfig(num_pages=4, max_seqs=9, token_budget=20), 4, 48)
+    device = Recorder(model, EngineConfig(num_pages=4, max_seqs=9, token_budget=20), [4], 48)
     sequence = Sequence(0, [1, 2, 3], 3, 9)
-    sequence.table = np.zeros(3, np.int32)
-    device.launch(Dispatch([Row(sequence, 0, 0, 3, True, 0)] * 5, 0, [], []))
-    device.launch(Dispatch([Row(sequence, 0, -1, 1, True, 0)] * 5, 2, [], []))
+    held = Held(1, 3)
+    device.launch(Dispatch([Row(sequence, 0, 0, 3, True, 0, held)] * 5, 0, [], []))
+    device.launch(Dispatch([Row(sequence, 0, -1, 1, True, 0, held)] * 5, 2, [], []))
     (mixed, rows, (starts, query_starts, samples)), (decode, decoded, _) = seen
     assert mixed == Bucket(20, 9) and rows.tolist() == [0] * 5 + [-1] * 4 and samples.tolist() == [True] * 5 + [False] * 4
     assert starts.tolist() == [0] * 5 + [-1] * 4 and query_starts.tolist() == [0, 3, 6, 9, 12, 15, 15, 15, 15, 15]

@@ -18,7 +18,6 @@ from ferrum_jax import functional
 from ferrum_jax.adapters import nbytes
 from ferrum_jax.cli import main
 from ferrum_jax.convert import convert
-from ferrum_jax.engine.pages import PagePool
 from ferrum_jax.sampling import Sampling
 from ferrum_jax.weights.adapter import read_adapter
 from ferrum_jax.weights.opening import open_model
@@ -404,7 +403,7 @@ def test_requests_of_an_engine(model: fj.Model, alone) -> None:
         assert [request.adapter for request in requests] == NAMES
         assert [request.result().token_ids for request in requests] == alone(params)
     engine = fj.Engine(model, ENGINE)
-    engine.num_pages, engine._scheduler.pool = 9, PagePool(9, ENGINE.page_size)
+    engine.num_pages, engine._scheduler.ledger = 9, engine._new_ledger(9)
     requests = [engine.submit(prompt, NOISY, adapter=name) for prompt, name in zip(PROMPTS, NAMES, strict=True)]
     assert [request.result().token_ids for request in requests] == alone(NOISY)
     assert engine.metrics()["preemptions"] > 0

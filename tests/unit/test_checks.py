@@ -8,7 +8,7 @@ import pytest
 
 import ferrum_jax as fj
 from ferrum_jax import checks
-from ferrum_jax.kv_cache import kv_dtype
+from ferrum_jax.state import kv_dtype
 
 MESSAGES = [{"role": "user", "content": "hi"}]
 P = fj.SamplingParams

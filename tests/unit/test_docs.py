@@ -67,9 +67,7 @@ def test_the_site_builds(tmp_path: Path) -> None:
 def test_public_names_are_those_of_the_reference() -> None:
     """dir() and help() show exactly `__all__`, each name has a docstring, and the reference has each of them and no other."""
     pages = set(re.findall(r"^::: ferrum_jax\.(\w+(?:\.\w+)?)$", _page("reference.md"), re.MULTILINE))
-    assert dir(fj) == sorted(fj.__all__) and {name.split(".")[0] for name in pages} - {"kv_cache", "sampling"} == set(
-        fj.__all__
-    )
+    assert dir(fj) == sorted(fj.__all__) and {name.split(".")[0] for name in pages} - {"state", "sampling"} == set(fj.__all__)
     shown = pydoc.render_doc(fj, renderer=pydoc.plaintext)
     for name in fj.__all__:
         value = getattr(fj, name)

@@ -10,7 +10,6 @@ import pytest
 
 import ferrum_jax as fj
 from ferrum_jax.engine import snapshot
-from ferrum_jax.engine.pages import PagePool
 from ferrum_jax.sampling_params import MAX_LOGPROBS
 from support.tiny_gguf import write_tiny_llama
 
@@ -34,7 +33,7 @@ def engine(model):
 def limited(model, num_pages):
     """An engine that may use so many pages, with the compiled programs of the others."""
     engine = fj.Engine(model, SMALL)
-    engine.num_pages, engine._scheduler.pool = num_pages, PagePool(num_pages, SMALL.page_size)
+    engine.num_pages, engine._scheduler.ledger = num_pages, engine._new_ledger(num_pages)
     return engine
 
 
@@ -392,7 +391,7 @@ def test_nothing_compiles_while_serving(model, engine):
 
 def test_every_step_aliases_the_whole_cache(model, engine):
     engine.warm_up()
-    cache = sum(leaf.nbytes for leaf in jax.tree.leaves(engine._device.cache))
+    cache = sum(leaf.nbytes for leaf in jax.tree.leaves(engine._device.state))
     for bucket in engine._device.buckets():
         assert engine._device.compile(bucket).compiled.memory_analysis().alias_size_in_bytes >= cache
 

@@ -13,7 +13,8 @@ import pytest
 
 import ferrum_jax as fj
 from ferrum_jax.engine import EngineConfig
-from ferrum_jax.engine.pages import PagePool
+from ferrum_jax.engine.ledger import Ledger
+from ferrum_jax.engine.pages import PagePool, entry
 from ferrum_jax.engine.scheduler import Scheduler
 from ferrum_jax.engine.sequence import Sequence
 from ferrum_jax.prompts import Prompts
@@ -22,13 +23,25 @@ from support.engine_stand_in import Model, check, drive, expected, step, use
 GREEDY = fj.SamplingParams(max_tokens=6, ignore_eos=True, seed=0)
 
 
-def filled(pool, tokens):
-    """Pages full of `tokens`, held once."""
-    pages, parent = [], pool.root()
-    for start in range(0, len(tokens), pool.page_size):
+def ledger_of(num_pages, page_size=2, salt=b"", windows=(0,)):
+    return Ledger([num_pages] * len(windows), windows, page_size, context=100, salt=salt)
+
+
+def filled(ledger, tokens, adapter=-1):
+    """Pages full of `tokens`, held once, and their digests."""
+    (pool,), pages, digests = ledger.pools, [], [ledger.root(adapter)]
+    for start in range(0, len(tokens), ledger.page_size):
+        known = entry(digests[-1], tokens[start : start + ledger.page_size])
         pages.append(pool.take())
-        parent = pool.register(pages[-1], parent, tokens[start : start + pool.page_size])
-    return pages
+        digests.append(known.digest)
+        pool.register(pages[-1], known)
+    return pages, digests[1:]
+
+
+def found(ledger, tokens, adapter=-1):
+    """The pages that are found, and their digests."""
+    (pages,), digests, _ = ledger.find(tokens, adapter)
+    return pages, digests
 
 
 def returned(pool, pages):
@@ -50,49 +63,48 @@ def answers(engine, *requests):
         outputs = list(request)
         assert [id for output in outputs for id in output.token_ids] == right.token_ids
         assert "".join(output.text for output in outputs) == right.text
-    found = engine.metrics()
-    assert found["pages_free"] + found["pages_cached"] == engine.num_pages
+    metrics = engine.metrics()
+    assert metrics["pages_free"] + metrics["pages_cached"] == engine.num_pages
 
 
 # ---- the pool
 
 
 def test_a_page_is_found_by_its_text_and_all_that_is_before_it():
-    pool = PagePool(8, 2)
-    pages = filled(pool, [1, 2, 3, 4, 5, 6])
-    assert pool.find_prefix([1, 2, 3, 4, 5, 6, 7])[0] == pages
-    assert pool.find_prefix([1, 2, 3, 4, 9, 9, 9])[0] == pages[:2]
-    assert pool.find_prefix([3, 4, 5, 6, 7])[0] == []  # the same text at another place is another text
-    assert pool.find_prefix([1, 2, 5, 6, 7])[0] == pages[:1]
-    assert pool.find_prefix([9, 1, 2, 3, 4])[0] == []
-    digests = pool.find_prefix([1, 2, 3, 4, 5, 6, 7])[1]
-    assert len(set(digests)) == 3 and pool.find(digests[1], [5, 6]) == (pages[2], digests[2])
+    ledger = ledger_of(8)
+    pages, digests = filled(ledger, [1, 2, 3, 4, 5, 6])
+    assert found(ledger, [1, 2, 3, 4, 5, 6, 7]) == (pages, digests)
+    assert found(ledger, [1, 2, 3, 4, 9, 9, 9])[0] == pages[:2]
+    assert found(ledger, [3, 4, 5, 6, 7])[0] == []  # the same text at another place is another text
+    assert found(ledger, [1, 2, 5, 6, 7])[0] == pages[:1]
+    assert found(ledger, [9, 1, 2, 3, 4])[0] == []
+    assert len(set(digests)) == 3 and ledger.pools[0].find(entry(digests[1], [5, 6])) == pages[2]
 
 
 def test_the_last_token_is_never_found():
-    pool = PagePool(4, 2)
-    pages = filled(pool, [1, 2, 3, 4])
-    assert pool.find_prefix([1]) == pool.find_prefix([1, 2]) == ([], [])
-    assert pool.find_prefix([1, 2, 3])[0] == pool.find_prefix([1, 2, 3, 4])[0] == pages[:1]
-    assert pool.find_prefix([1, 2, 3, 4, 5])[0] == pages
+    ledger = ledger_of(4)
+    pages, _ = filled(ledger, [1, 2, 3, 4])
+    assert found(ledger, [1]) == found(ledger, [1, 2]) == ([], [])
+    assert found(ledger, [1, 2, 3])[0] == found(ledger, [1, 2, 3, 4])[0] == pages[:1]
+    assert found(ledger, [1, 2, 3, 4, 5])[0] == pages
 
 
 def test_other_models_and_adapters_have_other_texts():
-    one, other = PagePool(4, 2, b"one"), PagePool(4, 2, b"other")
-    assert one.register(one.take(), one.root(), [1, 2]) != other.register(other.take(), other.root(), [1, 2])
-    assert one.find(other.root(), [1, 2]) is None
-    with_adapter = one.register(one.take(), one.root(0), [1, 2])
-    assert one.find_prefix([1, 2, 3]) != one.find_prefix([1, 2, 3], 0) and one.find_prefix([1, 2, 3], 0)[1] == [with_adapter]
-    assert one.find_prefix([1, 2, 3], 1) == ([], [])
+    one, other = ledger_of(4, salt=b"one"), ledger_of(4, salt=b"other")
+    assert filled(one, [1, 2])[1] != filled(other, [1, 2])[1]
+    assert one.pools[0].find(entry(other.root(), [1, 2])) is None
+    with_adapter = filled(one, [1, 2], 0)
+    assert found(one, [1, 2, 3]) != found(one, [1, 2, 3], 0) == with_adapter
+    assert found(one, [1, 2, 3], 1) == ([], [])
 
 
 def test_engines_of_other_models_have_other_texts():
     one, other, same = Model(), Model(), Model()
     other.fingerprint = lambda: "another"
-    roots = [use(model, EngineConfig(num_pages=4))._scheduler.pool.root() for model in (one, other, same)]
+    roots = [use(model, EngineConfig(num_pages=4))._scheduler.ledger.root() for model in (one, other, same)]
     assert roots[0] != roots[1] and roots[0] == roots[2]
     wider = use(one, EngineConfig(num_pages=4, page_size=8))
-    assert wider._scheduler.pool.root() != roots[0]
+    assert wider._scheduler.ledger.root() != roots[0]
 
 
 def test_a_digest_that_collides_is_no_hit():
@@ -107,34 +119,34 @@ def test_a_digest_that_collides_is_no_hit():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(hashlib, "blake2b", Same)
-        pool = PagePool(4, 2)
+        pool = PagePool(4)
         first, second = pool.take(), pool.take()
-        pool.register(first, pool.root(), [1, 2])
-        pool.register(second, pool.root(), [3, 4])  # the first one serves
-        assert pool.find(pool.root(), [1, 2]) == (first, b"the same")
-        assert pool.find(pool.root(), [3, 4]) is None and pool.find(b"elsewhere", [1, 2]) is None
+        pool.register(first, entry(b"root", [1, 2]))
+        pool.register(second, entry(b"root", [3, 4]))  # the first one serves
+        assert pool.find(entry(b"root", [1, 2])) == first and entry(b"root", [1, 2]).digest == b"the same"
+        assert pool.find(entry(b"root", [3, 4])) is None and pool.find(entry(b"elsewhere", [1, 2])) is None
         returned(pool, [first, second])
         assert (pool.free, pool.cached) == (3, 1)
 
 
 def test_the_text_unused_for_longest_goes_first_and_its_end_before_its_beginning():
-    pool = PagePool(6, 2)
-    old, new = filled(pool, [1, 2, 3, 4]), filled(pool, [5, 6, 7, 8])
+    ledger = ledger_of(6)
+    (pool,), (old, _), (new, _) = ledger.pools, filled(ledger, [1, 2, 3, 4]), filled(ledger, [5, 6, 7, 8])
     returned(pool, old)
     returned(pool, new)
-    for page in pool.find_prefix([1, 2, 9])[0]:  # used again: now it is the newest
+    for page in found(ledger, [1, 2, 9])[0]:  # used again: now it is the newest
         pool.share(page)
         pool.give_back(page)
     assert (pool.free, pool.cached, pool.available, pool.evictions) == (2, 4, 6, 0)
     assert {pool.take(), pool.take()}.isdisjoint(old + new)  # free ones first
     assert [pool.take() for _ in range(4)] == [old[1], new[1], new[0], old[0]]
     assert (pool.available, pool.evictions) == (0, 4)
-    assert pool.find_prefix([1, 2, 9]) == pool.find_prefix([5, 6, 9]) == ([], [])
+    assert found(ledger, [1, 2, 9]) == found(ledger, [5, 6, 9]) == ([], [])
 
 
 def test_a_page_of_several_holders_is_returned_by_the_last():
-    pool = PagePool(2, 2)
-    (page,) = filled(pool, [1, 2])
+    ledger = ledger_of(2)
+    (pool,), ((page,), _) = ledger.pools, filled(ledger, [1, 2])
     pool.share(page)
     assert pool.holders(page) == 2
     pool.give_back(page)
@@ -144,12 +156,13 @@ def test_a_page_of_several_holders_is_returned_by_the_last():
 
 
 def test_a_page_that_nobody_holds_cannot_be_given_back():
-    pool = PagePool(2, 2)
+    ledger = ledger_of(2)
+    (pool,) = ledger.pools
     page = pool.take()
     pool.give_back(page)
     with pytest.raises(RuntimeError, match=f"page {page} was given back more often"):
         pool.give_back(page)
-    (page,) = filled(pool, [1, 2])
+    ((page,), _) = filled(ledger, [1, 2])
     pool.give_back(page)
     with pytest.raises(RuntimeError, match="more often"):
         pool.give_back(page)
@@ -157,14 +170,14 @@ def test_a_page_that_nobody_holds_cannot_be_given_back():
 
 
 def test_a_reset_forgets_texts_and_leaves_pages_to_their_holders():
-    pool = PagePool(4, 2)
-    held, cached = filled(pool, [1, 2]), filled(pool, [3, 4])
+    ledger = ledger_of(4)
+    (pool,), (held, _), (cached, _) = ledger.pools, filled(ledger, [1, 2]), filled(ledger, [3, 4])
     returned(pool, cached)
-    pool.reset()
+    ledger.forget()
     assert (pool.free, pool.cached, pool.holders(held[0])) == (3, 0, 1)
-    assert pool.find_prefix([1, 2, 9]) == pool.find_prefix([3, 4, 9]) == ([], [])
-    pool.register(held[0], pool.root(), [1, 2])  # it may be registered once more
-    assert pool.find_prefix([1, 2, 9])[0] == held
+    assert found(ledger, [1, 2, 9]) == found(ledger, [3, 4, 9]) == ([], [])
+    pool.register(held[0], entry(ledger.root(), [1, 2]))  # it may be registered once more
+    assert found(ledger, [1, 2, 9])[0] == held
     returned(pool, held)
     assert (pool.free, pool.cached) == (3, 1)
 
@@ -174,7 +187,8 @@ def test_a_reset_forgets_texts_and_leaves_pages_to_their_holders():
 
 def scheduler_of(num_pages=12, page_size=4, context=48, window=0, **config):
     config = EngineConfig(page_size=page_size, num_pages=num_pages, **config)
-    return Scheduler(config, PagePool(num_pages, page_size), context, window)
+    ledger = Ledger([num_pages], [window], page_size, context=context, at_once=config.longest, remembers=config.prefix_cache)
+    return Scheduler(config, ledger)
 
 
 def added(scheduler, number, length, more=10):
@@ -222,7 +236,7 @@ def test_pages_are_taken_as_a_sequence_grows():
     held = []
     for _ in range(10):
         run(scheduler)
-        held.append(len(sequence.pages))
+        held.append(sequence.held.count)
     assert held == [1, 1, 2, 2, 2, 2, 3, 3, 3, 3]
 
 
@@ -234,7 +248,7 @@ def test_the_youngest_is_preempted_and_waits_in_its_old_place():
     epoch = young.epoch
     while young.state == "running":
         run(scheduler)
-    assert (old.state, young.state, young.slot, young.pages, young.pending) == ("running", "waiting", -1, [], 0)
+    assert (old.state, young.state, young.slot, young.held.count, young.pending) == ("running", "waiting", -1, 0, 0)
     assert scheduler.waiting == [young, later] and young.epoch > epoch and scheduler.preemptions == 1
     assert young.tokens[0] == 1 and young.tokens[1:] == [7] * (len(young.tokens) - 1)  # what it said stays said
 
@@ -249,7 +263,7 @@ def test_admission_leaves_a_page_for_those_that_run():
     scheduler = scheduler_of(num_pages=3)
     alone = added(scheduler, 0, 12)
     run(scheduler)
-    assert alone.state == "running" and scheduler.pool.available == 0  # alone it may have all
+    assert alone.state == "running" and scheduler.ledger.available == 0  # alone it may have all
 
 
 def test_a_sequence_is_ended_once():
@@ -260,7 +274,7 @@ def test_a_sequence_is_ended_once():
     for _ in range(3):
         scheduler.finish(running)
         scheduler.finish(waiting)
-    assert scheduler.pool.available == 12 and not scheduler.waiting and not scheduler.running
+    assert scheduler.ledger.available == 12 and not scheduler.waiting and not scheduler.running
     assert len(scheduler._slots) == scheduler.config.max_seqs
 
 
@@ -292,10 +306,10 @@ def test_pages_behind_the_window_are_given_back():
     sequence = added(scheduler, 0, 3, more=30)
     for _ in range(25):
         run(scheduler)
-        assert sum(page >= 0 for page in sequence.pages) <= 3
+        assert sum(page >= 0 for page in sequence.held.pages[0]) <= 3
         seen = range(max(0, sequence.written + 1 - 5), sequence.written)
-        assert all(sequence.pages[position // 4] >= 0 for position in seen)
-    assert scheduler.pool.available >= 9
+        assert all(sequence.held.pages[0][position // 4] >= 0 for position in seen)
+    assert scheduler.ledger.available >= 9
 
 
 # ---- both under the engine
@@ -369,7 +383,7 @@ def test_a_branch_writes_into_a_page_of_its_own():
         step(engine)
     branch = origin.fork(fj.SamplingParams(max_tokens=9, ignore_eos=True, seed=1))
     step(engine)
-    ours, theirs = origin._sequence.pages, branch._sequence.pages
+    (ours,), (theirs,) = origin._sequence.held.pages, branch._sequence.held.pages
     assert ours[0] == theirs[0] and ours[1] != theirs[1]
     answers(engine, origin, branch)
     assert engine.metrics()["prompt_tokens"] == 5 + 1 and branch.token_ids != origin.token_ids[2:]
@@ -413,7 +427,7 @@ def test_a_hit_longer_than_the_window_leaves_room_to_go_on(prompts):
 @pytest.mark.parametrize(("steps", "drafts"), [(1, 0), (4, 0), (4, 2), (1, 4), (4, 4)])
 def test_a_window_in_the_fewest_pages(steps, drafts):
     sizes = {"page_size": 1, "max_seqs": 1, "token_budget": 1, "steps_per_dispatch": steps, "speculation": drafts}
-    needed = engine_of(window=3, **sizes)._scheduler.pages_needed(50)
+    (needed,) = engine_of(window=3, **sizes)._scheduler.ledger.pages_needed(50)
     engine = engine_of(window=3, **{**sizes, "num_pages": needed})
     answers(engine, engine.submit([1, 2, 3, 4], fj.SamplingParams(max_tokens=40, ignore_eos=True, seed=0)))
 
@@ -435,7 +449,7 @@ def test_the_table_has_a_place_for_every_token_of_the_context():
     scheduler = scheduler_of(context=9, page_size=4)
     sequence = added(scheduler, 0, 8, more=1)
     run(scheduler)
-    assert sequence.table.shape == (3,) and sequence.table.dtype == np.int32
+    assert sequence.held.table.shape == (1, 3) and sequence.held.table.dtype == np.int32
 
 
 def test_a_stop_string_of_several_tokens_is_never_shown():
@@ -591,12 +605,12 @@ def test_a_restore_that_fails_leaves_no_page_behind():
         other = engine_of()
         running = other.submit([5, 5, 5, 5, 5], GREEDY)
         step(other)
-        write = other._device.write_pages
-        other._device.write_pages = None
+        write = other._device.write
+        other._device.write = None
         with pytest.raises(TypeError):
             other.restore(path)
         check(other)
-        other._device.write_pages = write
+        other._device.write = write
         copy = other.restore(path)
         check(other)
         answers(other, running)

@@ -18,7 +18,6 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 
 import ferrum_jax as fj
 from ferrum_jax.engine import EngineConfig
-from ferrum_jax.engine.pages import PagePool
 from support.engine_stand_in import ADAPTERS, VOCAB, Injected, Model, check, expected, step, use
 from support.goldens import golden_cases, tiny_models
 from support.tiny_gguf import write_tiny_llama
@@ -69,7 +68,7 @@ class Schedule(RuleBasedStateMachine):
         except ValueError:
             assert never
             return
-        assert not never or self.engine.model.config.sliding_window
+        assert not never or self.engine.model.config.layers[0].mixer.window
         for i, choice in enumerate(request.choices):
             self.requests.append((choice, list(prompt), params, params.seed + i))
 
@@ -257,7 +256,7 @@ def test_busy_schedules():
         found["dispatches"] += schedule.device.launches
         found["preemptions"] += schedule.scheduler.preemptions
         found["hits"] += schedule.scheduler.hit_pages
-        found["evictions"] += schedule.scheduler.pool.evictions
+        found["evictions"] += schedule.scheduler.ledger.evictions
         found["faults"] += len(schedule.device.struck)
     print(found)
     assert min(found.values()) > (SCHEDULES or 150) / 2, found  # the schedules do meet what they are for
@@ -303,7 +302,7 @@ def test_threads_and_tasks_at_once(serving):
         assert not errors and not any(thread.is_alive() for thread in threads), errors
     engine.run()
     check(engine)
-    assert engine._scheduler.pool.available == 16
+    assert engine._scheduler.ledger.available == 16
 
 
 async def leave(request):
@@ -366,8 +365,8 @@ def test_compiled_steps_give_the_bits_of_each_request_alone(models, plan, monkey
     for seed in range(25):
         dice = random.Random(f"{plan} {seed}")
         engine = fj.Engine(model, dataclasses.replace(config, prefix_cache=dice.random() < 0.8))
-        fewer = PagePool(dice.choice([7, 9]), config.page_size)  # with the programs of the others
-        engine.num_pages, engine._scheduler.pool = fewer.num_pages, fewer
+        engine.num_pages = dice.choice([7, 9])  # with the programs of the others
+        engine._scheduler.ledger = engine._new_ledger(engine.num_pages)
         requests = []
         for _ in range(24):
             move, params, known = dice.random(), sampled(dice), [r for r in requests if len(r[1]) + len(r[0].token_ids) <= 16]

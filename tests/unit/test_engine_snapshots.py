@@ -7,6 +7,7 @@ import pytest
 
 import ferrum_jax as fj
 from ferrum_jax.engine import snapshot
+from ferrum_jax.state import DecodeState
 from support.engine_stand_in import check, step
 from unit.test_engine_pages import GREEDY, engine_of
 
@@ -61,11 +62,12 @@ def test_pages_that_are_not_those_of_the_engine_are_refused(tmp_path, change):
     request = engine.submit([1, 2, 3, 4, 5, 1, 2], GREEDY)
     step(engine)
     facts, content = engine._driver.call(lambda: engine._read(request))
-    pages = content.pages
+    (pool,) = content.pools
+    pages = pool.pages
     if change == "scales":
-        content = dataclasses.replace(content, scales=np.zeros((1, 1, 8), np.float32))
+        pool = dataclasses.replace(pool, scales=np.zeros((1, 1, 8), np.float32))
     changed = {"layers": pages[[0, 0]], "heads": pages[..., :2, :], "dtype": pages.astype(np.float32), "many": pages[:, [0, 0]]}
-    content = dataclasses.replace(content, pages=changed.get(change, pages))
+    content = DecodeState((dataclasses.replace(pool, pages=changed.get(change, pages)),))
     snapshot.save(tmp_path / "one", engine.identity, facts, content)
     with pytest.raises(fj.ModelFileError, match=r"damaged snapshot: .*(pages|scales)"):
         engine.restore(tmp_path / "one")

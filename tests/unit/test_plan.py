@@ -20,8 +20,8 @@ from ferrum_jax.cli import main
 from ferrum_jax.config import config_from_gguf
 from ferrum_jax.errors import ModelFileError, ModelNotFoundError, OutOfMemoryError
 from ferrum_jax.hub import huggingface
-from ferrum_jax.kv_cache import new_cache
 from ferrum_jax.programs import Programs
+from ferrum_jax.state import new_cache
 from ferrum_jax.weights.gguf import open_gguf
 from ferrum_jax.weights.names import parameters
 from ferrum_jax.weights.stream import abstract_parameters
@@ -267,7 +267,7 @@ def test_dtypes_of_a_target():
 def test_kv_bytes_are_those_of_the_cache(kv_dtype):
     cache = new_cache(DENSE, num_pages=7, dtype=kv_dtype)
     for kind in ("cpu", "gpu", "tpu"):
-        assert memory.nbytes(memory.abstract_cache(DENSE, 7, 16, kv_dtype, Target(kind))) == memory.nbytes(cache)
+        assert memory.nbytes(memory.abstract_state(DENSE, 7, 16, kv_dtype, Target(kind))) == memory.nbytes(cache)
 
 
 def test_last():

@@ -1,0 +1,144 @@
+"""`DecodeState`, one donated value of all that sequences have read, and what is done to it: new, grow, copy, read, write.
+
+Each of its parts is a tree of arrays [layers, places, ...]; what a place holds is of one sequence, or of several that
+share it. So the functions here ask of a part nothing but its second axis.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import export
+from jax.typing import DTypeLike
+
+from ferrum_jax import checks
+from ferrum_jax.config import ModelConfig
+from ferrum_jax.state.kinds import page_kinds
+from ferrum_jax.units import shown_dtype
+from pallas_kernels import paged_attention
+from pallas_kernels.paged_attention import KV_DTYPES, KVCache
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DecodeState:
+    """The state of a model. pools: a KVCache for each of the model's `page_kinds`, all with the same page_size."""
+
+    pools: tuple[KVCache, ...]
+
+    @property
+    def parts(self) -> tuple[Any, ...]:
+        """Trees of arrays [layers, places, ...]."""
+        return self.pools
+
+    def with_parts(self, parts: Sequence[Any]) -> DecodeState:
+        return DecodeState(tuple(parts))
+
+    @property
+    def num_pages(self) -> int:
+        """Of the smallest pool."""
+        return min(pool.num_pages for pool in self.pools)
+
+    @property
+    def page_size(self) -> int:
+        return self.pools[0].page_size
+
+
+def kv_dtype(dtype: DTypeLike) -> str:
+    """JAX's name of a KV dtype, one of KV_DTYPES; users write "fp8" for float8_e4m3fn. ValueError for anything else."""
+    name = "float8_e4m3fn" if isinstance(dtype, str) and dtype == "fp8" else checks.dtype_name(dtype)
+    if name not in KV_DTYPES:
+        raise ValueError(f"kv_dtype {dtype!r} is not supported; supported: {', '.join(map(shown_dtype, KV_DTYPES))}")
+    return name
+
+
+def bytes_per_token(config: ModelConfig, dtype: DTypeLike) -> int:
+    """Bytes of one token's keys and values in all layers, scales included."""
+    name = kv_dtype(dtype)
+    return sum(
+        len(kind.layers) * paged_attention.bytes_per_token(name, kind.kv_heads, kind.head_dim) for kind in page_kinds(config)
+    )
+
+
+def new_cache(
+    config: ModelConfig, *, num_pages: int, page_size: int = 16, dtype: DTypeLike = "float32"
+) -> KVCache | DecodeState:
+    """An empty cache: the KVCache of a model whose layers are all of one kind, else a DecodeState with a pool for each kind.
+
+    Args:
+      config: of the model.
+      num_pages: pages of each pool; page p has the slots p * page_size to (p + 1) * page_size - 1.
+      page_size: tokens of a page.
+      dtype: float32, bfloat16, float16, int8 (one scale for each token and head) or float8_e4m3fn ("fp8").
+
+    Raises:
+      ValueError: for another dtype, and for a cache without pages or tokens.
+    """
+    state = new_state(config, pages=num_pages, page_size=page_size, dtype=dtype)
+    return state if len(state.parts) > 1 else state.pools[0]
+
+
+def new_state(config: ModelConfig, *, pages: int | Sequence[int], page_size: int, dtype: DTypeLike) -> DecodeState:
+    """An empty state with so many pages for each of the model's kinds, or for all of them. ValueError as `new_cache`."""
+    dtype, kinds = kv_dtype(dtype), page_kinds(config)
+    counts = [pages] * len(kinds) if isinstance(pages, int) else pages
+    if min(counts) < 1 or page_size < 1:
+        raise ValueError(f"a cache needs at least one page and one token a page, not {min(counts)} and {page_size}")
+    pools = (
+        KVCache.empty(len(kind.layers), count, page_size, kind.kv_heads, kind.head_dim, dtype)
+        for kind, count in zip(kinds, counts, strict=True)
+    )
+    return DecodeState(tuple(pools))
+
+
+def copy_places(state: DecodeState, sources: jax.Array, targets: jax.Array) -> DecodeState:
+    """Copies places to places of the same part in all layers: int32 [parts, N] each; a target beyond the end copies nothing."""
+
+    def copy(part: Any, source: jax.Array, target: jax.Array) -> Any:
+        return jax.tree.map(lambda a: a.at[:, target].set(a.at[:, source].get(mode="clip"), mode="drop"), part)
+
+    return state.with_parts([copy(*each) for each in zip(state.parts, sources, targets, strict=True)])
+
+
+def grow(state: DecodeState, *, pages: tuple[int, ...]) -> DecodeState:
+    """The same state with so many pages in each pool."""
+
+    def pad(array: jax.Array, size: int) -> jax.Array:
+        return jnp.pad(array, [(0, size - extent if axis == 1 else 0) for axis, extent in enumerate(array.shape)])
+
+    pools = [jax.tree.map(lambda array: pad(array, size), pool) for pool, size in zip(state.pools, pages, strict=True)]  # noqa: B023
+    return dataclasses.replace(state, pools=tuple(pools))
+
+
+def read_places(state: DecodeState, places: Sequence[Any]) -> DecodeState:
+    """What places of each part, int32 [N] of its own N, hold: a state of these alone."""
+    return state.with_parts(
+        [jax.tree.map(lambda array: array[:, ids], part) for part, ids in zip(state.parts, places, strict=True)]  # noqa: B023
+    )
+
+
+def write_places(state: DecodeState, places: Sequence[Any], content: DecodeState) -> DecodeState:
+    """Puts what `read_places` gave into places of each part; nothing where a place is beyond the end."""
+
+    def write(part: Any, ids: jax.Array, new: Any) -> Any:
+        return jax.tree.map(lambda array, rows: array.at[:, ids].set(rows, mode="drop"), part, new)
+
+    return state.with_parts([write(*each) for each in zip(state.parts, places, content.parts, strict=True)])
+
+
+export.register_pytree_node_serialization(
+    KVCache,
+    serialized_name="ferrum_jax.KVCache",
+    serialize_auxdata=lambda static: static[0].encode(),
+    deserialize_auxdata=lambda data: (data.decode(),),
+)
+export.register_pytree_node_serialization(
+    DecodeState,
+    serialized_name="ferrum_jax.DecodeState",
+    serialize_auxdata=lambda static: b"",
+    deserialize_auxdata=lambda data: (),
+)
