@@ -45,9 +45,9 @@ def plain_read(path: Path) -> float:
 def load(path: Path) -> tuple[float, Any]:
     """Bytes of weights a second, from the checked header to arrays on the device, and the arrays."""
     with open_model(path) as source:
-        config, places, _ = check(source)
+        _, places, _ = check(source)
         begin = time.perf_counter()
-        params = jax.block_until_ready(read_parameters(source, places, config, jax.devices()[0]))
+        params = jax.block_until_ready(read_parameters(source, places, jax.devices()[0]))
         return source.tensor_bytes / (time.perf_counter() - begin), params
 
 

@@ -21,20 +21,15 @@ from ferrum_jax.errors import UnsupportedModelError
 from ferrum_jax.loading import check
 from ferrum_jax.weights import ggml_types, orbax
 from ferrum_jax.weights.fresh import fresh
-from ferrum_jax.weights.gguf import GGUFFile
-from ferrum_jax.weights.merging import Merged
 from ferrum_jax.weights.metadata import Typed, of_config
 from ferrum_jax.weights.opening import open_model
-from ferrum_jax.weights.quantize import PLAIN, Quantized, checked_format, plain_numbers
+from ferrum_jax.weights.quantize import PLAIN, checked_format, plain_numbers
 from ferrum_jax.weights.source import ModelSource
-from ferrum_jax.weights.stream import half_split_rows, read_parameters
+from ferrum_jax.weights.stream import read_parameters
 from ferrum_jax.weights.tensor_info import TensorInfo
-from ferrum_jax.weights.wrapped import innermost
 
 KINDS = ("orbax", "gguf")
 Progress = Callable[[int, int | None, str], None]
-_ROTATED = ("attn_q.weight", "attn_k.weight", "attn_q.bias", "attn_k.bias")
-_FILE_TYPES = {"Q2_K": "Q2_K_S", "Q3_K": "Q3_K_S", "Q4_K": "Q4_K_S", "Q5_K": "Q5_K_S"}  # as llama.cpp calls unmixed ones
 
 
 def convert(
@@ -68,28 +63,11 @@ def convert(
         else:
             config, places, _ = check(checkpoint)
             with jax.default_device(device or jax.devices()[0]):
-                params = read_parameters(checkpoint, places, config, device or jax.devices()[0], progress)
+                params = read_parameters(checkpoint, places, device or jax.devices()[0], progress)
             if progress is not None:
                 progress(checkpoint.tensor_bytes, checkpoint.tensor_bytes, "writing")
-            orbax.save(out, config, typed_metadata(checkpoint), params, orbax.tokenizer_files(checkpoint), force=force)
+            orbax.save(out, config, checkpoint.typed_metadata(), params, orbax.tokenizer_files(checkpoint), force=force)
     return out
-
-
-def typed_metadata(source: ModelSource) -> dict[str, Typed]:
-    """The metadata of a source with their GGUF types; of one that has none its facts alone."""
-    if isinstance(source, Merged):
-        return typed_metadata(source.source)
-    if isinstance(source, Quantized):
-        typed = typed_metadata(source.source)
-        name = _FILE_TYPES.get(source.format, source.format)
-        typed["general.file_type"] = Typed(int(gguf.LlamaFileType[f"MOSTLY_{name}"]), "uint32")
-        typed["general.quantization_version"] = Typed(gguf.GGML_QUANT_VERSION, "uint32")
-        return typed
-    if isinstance(source, orbax.OrbaxCheckpoint):
-        return dict(source.typed_metadata)
-    if isinstance(source, GGUFFile):
-        return {key: Typed(value, source.types[key]) for key, value in source.metadata.items() if not key.startswith("split.")}
-    return {key: Typed(value, "string") for key, value in source.metadata.items() if isinstance(value, str) and value}
 
 
 # ---- GGUF
@@ -130,7 +108,7 @@ def write_gguf(source: ModelSource, out: Path, *, force: bool = False, progress:
 
 
 def _metadata(source: ModelSource, config: ModelConfig) -> dict[str, Typed]:
-    metadata = typed_metadata(source)
+    metadata = source.typed_metadata()
     if f"{config.architecture}.block_count" not in metadata:
         metadata |= {"general.architecture": Typed(config.architecture, "string"), "general.type": Typed("model", "string")}
         metadata |= of_config(config, str(source.path))
@@ -138,7 +116,7 @@ def _metadata(source: ModelSource, config: ModelConfig) -> dict[str, Typed]:
         metadata = {key: entry for key, entry in metadata.items() if not key.startswith("tokenizer.")}
         from ferrum_jax.tokenizer.to_gguf import tokenizer_metadata
 
-        metadata |= tokenizer_metadata(orbax.tokenizer_directory(source), config.vocab_size)
+        metadata |= tokenizer_metadata(source.tokenizer_directory, config.vocab_size)
     return metadata
 
 
@@ -161,17 +139,15 @@ def _add_metadata(writer: gguf.GGUFWriter, metadata: Mapping[str, Typed]) -> Non
 def _kept(source: ModelSource, name: str, info: TensorInfo) -> TensorInfo:
     """The tensor as the file will have it: norms, biases and routers of other checkpoints are float32 in GGUF."""
     where = f"{info.path}: tensor {source.own_name(name)}"
-    if name.endswith(".bias") and source.config().architecture.startswith("qwen3"):
-        raise UnsupportedModelError(f"{where}: llama.cpp's Qwen3 has no biases")
+    tensor, _ = source.family.tensors.find(name)
+    assert tensor is not None  # `check` has found it there
+    if tensor.not_in_gguf:
+        raise UnsupportedModelError(f"{where}: {tensor.not_in_gguf}")
     if info.order is not None:
         raise UnsupportedModelError(f"{where}: GGUF cannot say that its columns are reordered")
     if info.format not in ggml_types.BY_NAME:
         raise UnsupportedModelError(f"{where}: {info.format} has no place in a GGUF file")
-    if (
-        isinstance(innermost(source), GGUFFile)
-        or info.format not in PLAIN
-        or not (len(info.shape) == 1 or name.endswith("ffn_gate_inp.weight"))
-    ):
+    if source.is_gguf or info.format not in PLAIN or (len(info.shape) > 1 and tensor.quantize):
         return info
     values = info.nbytes // PLAIN[info.format].itemsize
     return TensorInfo(info.name, "F32", info.shape, info.path, info.offset, 4 * values)
@@ -183,8 +159,9 @@ def _bytes(source: ModelSource, config: ModelConfig, name: str, kept: TensorInfo
     raw = source.read(info)
     if info.format != kept.format:
         raw = plain_numbers(raw.view(PLAIN[info.format]), info.format).view(np.uint8)
-    if config.architecture == "llama" and not source.interleaved and name.endswith(_ROTATED):
+    tensor, layer = source.family.tensors.find(name)
+    if tensor is not None and tensor.gguf_rows and layer is not None and not source.is_gguf:
         rows = raw.reshape(kept.shape[0], -1)
         raw = np.empty_like(rows)
-        raw[half_split_rows(kept.shape[0], config)] = rows
+        raw[tensor.gguf_rows(config.layers[layer], kept.shape[0])] = rows
     return raw

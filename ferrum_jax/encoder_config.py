@@ -49,6 +49,11 @@ class EncoderConfig:
     num_experts: ClassVar[int] = 0
 
     @property
+    def layers(self) -> tuple[EncoderConfig, ...]:
+        """What each layer is: all are as this says."""
+        return (self,) * self.num_layers
+
+    @property
     def activations(self) -> str:
         """The dtype in which activations reach matrix products."""
         return "float32" if self.dtype == "int8" else self.dtype

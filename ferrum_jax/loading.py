@@ -133,7 +133,7 @@ def load(
         )
         memory.require(weights, device, f"the weights do not fit: {count}")
         with jax.default_device(device), memory.explained(device, lambda: f"loading {count}"):
-            params = read_parameters(checkpoint, places, config, device, progress)
+            params = read_parameters(checkpoint, places, device, progress)
             if factors:
                 params = lora.with_adapters(params, factors, config.num_layers, device)
     digests = {name: adapter.digest for name, adapter in beside.items()}
@@ -171,7 +171,7 @@ def _load_encoder(
     count = f"{checkpoint.path}: weights {readable_bytes(weights)}"
     memory.require(weights, device, f"the weights do not fit: {count}")
     with jax.default_device(device), memory.explained(device, lambda: f"loading {count}"):
-        params = read_parameters(checkpoint, places, config, device, progress)
+        params = read_parameters(checkpoint, places, device, progress)
     return EmbeddingModel(config, params, tokenizer, device, max_seq_len or config.text_length)
 
 

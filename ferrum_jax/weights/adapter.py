@@ -1,6 +1,6 @@
 """LoRA adapters as PEFT writes them: adapter_config.json beside adapter_model.safetensors.
 
-The one idea: an adapter is a table of pairs (A, B) under the paths of names.py, checked against the model's configuration
+The one idea: an adapter is a table of pairs (A, B) under the paths of parameters, checked against the model's configuration
 before anything is computed. Applied at run time, x W^T gains (x A^T) B^T; merged, W gains B A. As in config_json.py, what
 might change the answer and is not known is refused by name.
 """
@@ -18,12 +18,14 @@ from typing import Any
 
 import numpy as np
 
+from ferrum_jax import families
 from ferrum_jax.adapters import Factors
-from ferrum_jax.config import Mixture, ModelConfig
+from ferrum_jax.config import ModelConfig
 from ferrum_jax.errors import ModelFileError, ModelNotFoundError, UnsupportedModelError
-from ferrum_jax.weights import names
+from ferrum_jax.families import Family
+from ferrum_jax.families.table import Path as TensorPath
+from ferrum_jax.families.table import Tensor
 from ferrum_jax.weights.files import open_regular, read_range
-from ferrum_jax.weights.huggingface import DECODER_NAMES
 from ferrum_jax.weights.json_file import read_object
 from ferrum_jax.weights.quantize import PLAIN, plain_numbers
 from ferrum_jax.weights.safetensors import parse_header
@@ -32,7 +34,6 @@ from ferrum_jax.weights.tensor_info import TensorInfo
 from ferrum_jax.weights.tied import same_numbers
 from ferrum_jax.weights.wrapped import innermost
 
-PROJECTIONS = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
 _CONFIG, _TENSORS, _PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 _KNOWN = {"peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "bias", "init_lora_weights",
           "modules_to_save"}  # fmt: skip
@@ -46,11 +47,8 @@ _HARMLESS = {
 _STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")  # of the factors alone
 _LARGEST = 2.0**64
 _FACTOR = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
-# Copies of the model's own matrices, and what the model may call each: the output that is tied is the embedding.
-_COPIES = {
-    "base_model.model.model.embed_tokens.weight": ("token_embd.weight",),
-    "base_model.model.lm_head.weight": ("output.weight", "token_embd.weight"),
-}
+# What an adapter may have copies of, and what it is where the model does not have it: the output that is tied is the embedding.
+_COPIED = {"token_embd.weight": "token_embd.weight", "output.weight": "token_embd.weight"}
 _PLAIN_PATTERN = re.compile(r"\^?[\w.]+")
 
 
@@ -76,7 +74,7 @@ def read_adapter(path: str | Path, config: ModelConfig, base: ModelSource | None
         raise ModelNotFoundError(f"{path}: an adapter is a directory with {_CONFIG} and {_TENSORS}; there is none")
     settings = _settings(path)
     raw, digest = _read(path, config, settings, base)
-    factors: dict[tuple[int, names.Path], tuple[np.ndarray, np.ndarray]] = {}
+    factors: dict[tuple[int, TensorPath], tuple[np.ndarray, np.ndarray]] = {}
     for (layer, parameter, module), pair in raw.items():
         if missing := {"A", "B"} - pair.keys():
             raise ModelFileError(f"{path / _TENSORS}: module {module} has no lora_{missing.pop()}")
@@ -161,21 +159,23 @@ def _read(
                 f"{_TENSORS} is read"
             ) from None
         raise ModelFileError(f"{file}: is missing") from None
+    family = families.of_architecture(config.architecture, str(path))
     found: dict[tuple, dict[str, np.ndarray]] = {}
     digest = hashlib.blake2b(repr(sorted(settings.items())).encode(), digest_size=16)
     with opened:
         tensors = parse_header(file, opened.fileno(), status.st_size)
-        copies = _COPIES.keys() & tensors.keys() if base is not None else set()
+        own_names = {f"base_model.model.{family.tensors.own_name(name)}": name for name in _COPIED}
+        copies = own_names.keys() & tensors.keys() if base is not None else set()
         _require_copies(path / _CONFIG, settings.get("modules_to_save", []), copies)
         for name, info in sorted(tensors.items()):
             if name in copies:
                 assert base is not None
-                _compare(opened, info, base)
+                _compare(opened, info, own_names[name], base)
                 continue
-            layer, parameter, module, factor = _place(file, name, config)
+            layer, tensor, module, factor = _place(file, name, config, family)
             if info.format not in PLAIN:
                 raise UnsupportedModelError(f"{file}: tensor {name}: dtype {info.format} is not supported")
-            rows, columns = names.matrix_shape(parameter, config, layer)
+            rows, columns = family.shape(tensor, config, layer)
             fits = info.shape[1:] == (columns,) if factor == "A" else info.shape[:1] == (rows,)
             if len(info.shape) != 2 or 0 in info.shape or not fits:
                 expected = f"[rank, {columns}]" if factor == "A" else f"[{rows}, rank]"
@@ -186,7 +186,7 @@ def _read(
             if not np.isfinite(values).all():
                 raise ModelFileError(f"{file}: tensor {name}: holds values that are not finite")
             digest.update(name.encode() + values.tobytes())
-            found.setdefault((layer, parameter, module), {})[factor] = values
+            found.setdefault((layer, tensor.path, module), {})[factor] = values
     return found, digest.hexdigest()
 
 
@@ -197,11 +197,11 @@ def _require_copies(file: Path, saved: Any, copies: Collection[str]) -> None:
         raise UnsupportedModelError(f"{file}: key modules_to_save: {saved!r:.200} is not supported")
 
 
-def _compare(file: io.FileIO, copy: TensorInfo, base: ModelSource) -> None:
-    """Raises UnsupportedModelError unless `copy` in the adapter's file holds the numbers of the matrix of `base`."""
+def _compare(file: io.FileIO, copy: TensorInfo, name: str, base: ModelSource) -> None:
+    """Raises UnsupportedModelError unless `copy` in the adapter's file holds the numbers of the tensor `name` of `base`."""
     source = innermost(base)
-    name = next((name for name in _COPIES[copy.name] if name in source.tensors), None)
-    if name is None:
+    name = name if name in source.tensors else _COPIED[name]
+    if name not in source.tensors:
         raise ModelFileError(f"{source.path}: tensor {source.own_name('token_embd.weight')}: is missing")
     own = source.tensors[name]
 
@@ -217,19 +217,17 @@ def _compare(file: io.FileIO, copy: TensorInfo, base: ModelSource) -> None:
         )
 
 
-def _place(file: Path, name: str, config: ModelConfig) -> tuple[int, names.Path, str, str]:
-    """Layer, parameter path, module and factor that a tensor's name means."""
+def _place(file: Path, name: str, config: ModelConfig, family: Family) -> tuple[int, Tensor, str, str]:
+    """Layer, tensor, module and factor that a tensor's name means."""
     match = _FACTOR.fullmatch(name)
-    inside = DECODER_NAMES.in_layer(match[1]) if match else None
-    stem = DECODER_NAMES.layer.get(inside[2]) if inside else None
-    if match is None or inside is None or stem not in PROJECTIONS:
+    tensor, layer = family.tensors.find(f"{family.tensors.locate(match[1])[0]}.weight" if match else "")
+    if match is None or tensor is None or layer is None or not tensor.is_projection:
         raise UnsupportedModelError(
             f"{file}: tensor {name}: is not supported; LoRA is applied to the projections of attention and of dense "
             "feed-forward layers"
         )
-    layer, parameter = int(inside[1]), names.LAYER[f"{stem}.weight"].path
     if layer >= config.num_layers:
         raise ModelFileError(f"{file}: tensor {name}: does not fit this model, which has {config.num_layers} layers")
-    if parameter[0] == "feed_forward" and isinstance(config.layers[layer].feed_forward, Mixture):
+    if not tensor.layers(config.layers[layer]):
         raise ModelFileError(f"{file}: tensor {name}: does not fit this model: layer {layer} is a mixture of experts")
-    return layer, parameter, match[1], match[2]
+    return layer, tensor, match[1], match[2]

@@ -12,6 +12,7 @@ from typing import Self
 import numpy as np
 
 from ferrum_jax.errors import ModelFileError
+from ferrum_jax.weights.metadata import Typed
 from ferrum_jax.weights.tensor_info import TensorInfo
 
 _READ_BYTES = 16 << 20  # of one positioned read
@@ -37,9 +38,31 @@ def open_regular(path: Path, kind: str) -> tuple[io.FileIO, os.stat_result]:
 
 
 class Opened:
-    """What every open checkpoint does alike: tensors read whole, files closed at the end of a `with`."""
+    """What most open checkpoints (`ModelSource`s) do alike: tensors read whole, files closed at the end of a `with`."""
 
+    is_gguf, checks_scales = False, True
+    path: Path
+    metadata: Mapping[str, object]
+    tensors: Mapping[str, TensorInfo]
     _files: Mapping[Path, io.FileIO] = {}
+
+    @property
+    def tensor_bytes(self) -> int:
+        """Bytes of all tensors, as reading them gives."""
+        return sum(info.nbytes + (info.order.nbytes if info.order else 0) for info in self.tensors.values())
+
+    @property
+    def tokenizer_directory(self) -> Path:
+        """As `ModelSource.tokenizer_directory`."""
+        return self.path
+
+    def typed_metadata(self) -> dict[str, Typed]:
+        """As `ModelSource.typed_metadata`."""
+        return {key: Typed(value, "string") for key, value in self.metadata.items() if isinstance(value, str) and value}
+
+    def packed(self, info: TensorInfo, layout: str) -> tuple[np.ndarray, ...] | None:
+        """As `ModelSource.packed`."""
+        return None
 
     def read_into(self, info: TensorInfo, out: np.ndarray, start: int = 0) -> None:
         """As `ModelSource.read_into`."""

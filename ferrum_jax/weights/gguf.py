@@ -16,9 +16,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ferrum_jax import families
 from ferrum_jax.errors import ModelFileError, ModelNotFoundError
+from ferrum_jax.families import Family
 from ferrum_jax.weights.files import Opened, checked_range, open_regular, read_range
 from ferrum_jax.weights.gguf_header import Header, parse_header
+from ferrum_jax.weights.metadata import Typed
 from ferrum_jax.weights.tensor_info import TensorInfo
 
 if TYPE_CHECKING:
@@ -39,6 +42,9 @@ class GGUFFile(Opened):
     first part, `parts` are all of them in order.
     """
 
+    is_gguf, checks_scales = True, False
+    tensors: dict[str, TensorInfo]
+
     def __init__(
         self,
         parts: tuple[Path, ...],
@@ -55,14 +61,13 @@ class GGUFFile(Opened):
         self._files = files
 
     @property
-    def tensor_bytes(self) -> int:
-        """Bytes of all tensors, without padding."""
-        return sum(info.nbytes for info in self.tensors.values())
+    def family(self) -> Family:
+        """The family that `general.architecture` means."""
+        return families.of_metadata(self.metadata, str(self.path))
 
-    @property
-    def interleaved(self) -> bool:
-        """Whether rows of queries and keys are in the order of interleaved rotation."""
-        return self.metadata.get("general.architecture") == "llama"
+    def typed_metadata(self) -> dict[str, Typed]:
+        """The metadata with their types, without those of a split file."""
+        return {key: Typed(value, self.types[key]) for key, value in self.metadata.items() if not key.startswith("split.")}
 
     def config(self) -> ModelConfig:
         """What the model is."""

@@ -1,6 +1,6 @@
 """A Hugging Face checkpoint directory (config.json, one or many safetensors) as a `ModelSource`.
 
-The idea: when the directory is opened, every tensor of the table in names.py is laid out as a list of parts, each bytes of
+The idea: when the directory is opened, every tensor of the family's table is laid out as a list of parts, each bytes of
 a file or a packed matrix; reading goes from the files straight into the caller's array. So the experts of a layer are
 stacked by being read one behind the other, and nothing is in memory twice.
 """
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ferrum_jax import families
 from ferrum_jax.config import ModelConfig, refuse_encoder
 from ferrum_jax.config_json import ConfigFile, read_config
 from ferrum_jax.encoder_config import EncoderConfig
@@ -36,70 +37,6 @@ if TYPE_CHECKING:
 _INDEX = "model.safetensors.index.json"
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _WEIGHTS = ("F32", "F16", "BF16")
-_GLOBAL = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
-_LAYER = {
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "mlp.gate": "ffn_gate_inp",
-    "block_sparse_moe.gate": "ffn_gate_inp",
-}
-_EXPERT = {
-    "gate_proj": "ffn_gate_exps",
-    "up_proj": "ffn_up_exps",
-    "down_proj": "ffn_down_exps",
-    "w1": "ffn_gate_exps",
-    "w3": "ffn_up_exps",
-    "w2": "ffn_down_exps",
-}
-_IN_EXPERT = re.compile(r"(?:mlp|block_sparse_moe)\.experts\.(0|[1-9][0-9]{0,4})\.(\w+)")
-_NUMBER = r"(0|[1-9][0-9]{0,3})"
-
-
-@dataclasses.dataclass(frozen=True)
-class Names:
-    """What a kind of model calls its modules: `whole` and those of `layer`, whose names `stem` begins, to stems of names.py;
-    `ignored`: tensors that say nothing or are not needed."""
-
-    stem: str
-    whole: Mapping[str, str]
-    layer: Mapping[str, str]
-    ignored: re.Pattern[str]
-
-    def in_layer(self, module: str) -> re.Match[str] | None:
-        return re.fullmatch(re.escape(self.stem) + _NUMBER + r"\.(.+)", module)
-
-
-DECODER_NAMES = Names("model.layers.", _GLOBAL, _LAYER, re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"))
-_ENCODER = Names(
-    "encoder.layer.",
-    {
-        "embeddings.word_embeddings": "token_embd",
-        "embeddings.position_embeddings": "position_embd",
-        "embeddings.token_type_embeddings": "token_types",
-        "embeddings.LayerNorm": "token_embd_norm",
-    },
-    {
-        "attention.self.query": "attn_q",
-        "attention.self.key": "attn_k",
-        "attention.self.value": "attn_v",
-        "attention.output.dense": "attn_output",
-        "attention.output.LayerNorm": "attn_output_norm",
-        "intermediate.dense": "ffn_up",
-        "output.dense": "ffn_down",
-        "output.LayerNorm": "layer_output_norm",
-    },
-    re.compile(r"embeddings\.position_ids|pooler\.dense\.(weight|bias)"),
-)
-_BIASED = {"attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,12 +67,12 @@ class Laid(TensorInfo):
 class HuggingFaceDirectory(Opened):
     """An open checkpoint directory, a `ModelSource`; made by `open_directory`. `model_class` is what config.json names."""
 
-    interleaved = False
-
     def __init__(self, path: Path, config: ConfigFile, files: Mapping[Path, io.FileIO], header_only: bool) -> None:
         self.path, self.parts = path, tuple(files)
         self.model_class, self._config, self._files, self._header_only = config.model_class, config, files, header_only
-        self.names = _ENCODER if isinstance(config.config, EncoderConfig) else DECODER_NAMES
+        family = families.of_class(config.model_class)
+        assert family is not None  # or config.json would have been refused
+        self.family = family
         self.tensors: dict[str, TensorInfo] = {}
         self.metadata: dict[str, object] = {
             "general.architecture": config.config.architecture,
@@ -145,11 +82,6 @@ class HuggingFaceDirectory(Opened):
             self.metadata["tokenizer.ggml.model"] = "tokenizer.json"
         for name, template in chat_templates(path).items():
             self.metadata["tokenizer.chat_template" + (f".{name}" if name != "default" else "")] = template
-
-    @property
-    def tensor_bytes(self) -> int:
-        """Bytes of all tensors, as reading them gives."""
-        return sum(info.nbytes + (info.order.nbytes if info.order else 0) for info in self.tensors.values())
 
     def config(self) -> ModelConfig:
         """What the model is."""
@@ -169,12 +101,7 @@ class HuggingFaceDirectory(Opened):
 
     def own_name(self, name: str) -> str:
         """What the checkpoint calls the tensor `name`, `*` for the number of an expert."""
-        *stem, suffix = name.split(".")
-        if stem[0] == "blk":
-            module = next((own for own, kind in self.names.layer.items() if kind == stem[2]), None)
-            expert = next((f"mlp.experts.*.{own}" for own, kind in _EXPERT.items() if kind == stem[2]), None)
-            return f"{self.names.stem}{stem[1]}.{module or expert or stem[2]}.{suffix}"
-        return f"{next((own for own, kind in self.names.whole.items() if kind == stem[0]), stem[0])}.{suffix}"
+        return self.family.tensors.own_name(name)
 
     def read_into(self, info: TensorInfo, out: np.ndarray, start: int = 0) -> None:
         """Fills the contiguous uint8 array `out` with the bytes [start, start + out.nbytes) of the tensor."""
@@ -304,10 +231,11 @@ def _scheme(path: Path, config: ConfigFile) -> Scheme | None:
 
 
 class _Layout:
-    """Tensors of the files to tensors of the table in names.py."""
+    """Tensors of the files to tensors of the family's table."""
 
     def __init__(self, directory: HuggingFaceDirectory, config: ConfigFile, scheme: Scheme | None, raw: dict[str, TensorInfo]):
         self.directory, self.config, self.scheme, self.raw = directory, config, scheme, raw
+        self.table = directory.family.tensors
 
     def lay_out(self) -> None:
         """Fills `directory.tensors`. Every tensor of the files is used, or known to be of no use, or an error."""
@@ -322,7 +250,10 @@ class _Layout:
                     raise self._error(part.name, f"is there twice: also as {parts[number].name}")
                 parts[number] = part
         for name, parts in stacks.items():
-            self._add(name, [parts[number] for number in sorted(parts)] if -1 in parts else self._experts(name, parts))
+            if -1 in parts:
+                self._add(name, [parts[number] for number in sorted(parts)])
+            else:
+                self._add(name, self._experts(name, parts), (len(parts),))
         if self.config.rope_factors is not None:
             size = self.config.rope_factors.size
             path = self.directory.path / "config.json"
@@ -347,20 +278,13 @@ class _Layout:
 
     def _parts(self, module: str, tensors: dict[str, TensorInfo]) -> Iterator[tuple[str, int, Slice | PackedMatrix]]:
         """(name in the table, number of the expert or -1, part) for the tensors of one module."""
-        names = self.directory.names
-        match = names.in_layer(module)
-        expert = _IN_EXPERT.fullmatch(match[2]) if match else None
-        if match and match[2] == "mlp.experts":
-            yield from self._fused(f"blk.{match[1]}.", tensors)
+        if parts := self.table.parts(module):
+            yield from self._fused(parts, tensors)
             return
-        if expert and expert[2] in _EXPERT:
-            stem, number = f"blk.{match[1]}.{_EXPERT[expert[2]]}", int(expert[1])  # type: ignore[index]
-        else:
-            kind = names.layer.get(match[2]) if match else names.whole.get(module)
-            stem, number = f"blk.{match[1]}.{kind}" if match and kind else kind or "", -1
+        stem, number = self.table.locate(module)
         packed = {suffix: info for suffix, info in tensors.items() if suffix in SUFFIXES}
         for suffix, info in tensors.items():
-            if suffix in packed or names.ignored.fullmatch(info.name):
+            if suffix in packed or re.fullmatch(self.table.ignored, info.name):
                 self._check_positions(info)
                 continue
             if not stem or suffix not in ("weight", "bias") or (suffix == "weight" and packed):
@@ -381,10 +305,11 @@ class _Layout:
             read = None if self.directory._header_only else self.directory._raw
             yield f"{stem}.weight", number, packed_matrix(module, packed, self.scheme, read)
 
-    def _fused(self, layer: str, tensors: dict[str, TensorInfo]) -> Iterator[tuple[str, int, Slice]]:
-        """Experts as newer versions of transformers keep them: gate_up_proj [experts, 2 * width, hidden] and down_proj."""
+    def _fused(self, parts: dict[str, list[str]], tensors: dict[str, TensorInfo]) -> Iterator[tuple[str, int, Slice]]:
+        """All experts in one tensor, as newer versions of transformers keep them: [experts, parts * rows, columns]. parts: the
+        names of what lies one after the other, by the tensor's suffix."""
         for suffix, info in tensors.items():
-            names = {"gate_up_proj": ("ffn_gate_exps", "ffn_up_exps"), "down_proj": ("ffn_down_exps",)}.get(suffix, ())
+            names = parts.get(suffix, [])
             if not names or len(info.shape) != 3 or 0 in info.shape or info.shape[1] % len(names):
                 raise self._error(info.name, f"is unknown in a {self.config.model_class}, or of a wrong shape")
             if info.format not in _WEIGHTS:
@@ -394,7 +319,7 @@ class _Layout:
             for number in range(experts):
                 for i, name in enumerate(names):
                     start = (number * len(names) + i) * nbytes
-                    yield f"{layer}{name}.weight", number, Slice(info, (rows // len(names), columns), start, nbytes)
+                    yield name, number, Slice(info, (rows // len(names), columns), start, nbytes)
 
     def _check_positions(self, info: TensorInfo) -> None:
         """The buffer `position_ids` is passed over: it must be 0, 1, 2, ... (That of rotary frequencies need not be what
@@ -434,10 +359,9 @@ class _Layout:
                 )
         return found
 
-    def _add(self, name: str, parts: Sequence[Slice | PackedMatrix]) -> None:
+    def _add(self, name: str, parts: Sequence[Slice | PackedMatrix], lead: tuple[int, ...] = ()) -> None:
         first = parts[0]
         at = first.info if isinstance(first, Slice) else first.codes
-        lead = (len(parts),) if "_exps." in name else ()
         kind: dict[str, Any] = {"path": at.path, "offset": at.offset, "parts": tuple(parts)}
         order = None
         if isinstance(first, PackedMatrix) and first.ordered:
@@ -451,7 +375,7 @@ class _Layout:
         """Biases are there exactly where config.json says so."""
         tensors = self.directory.tensors
         for number in range(self.config.config.num_layers):
-            for kind in sorted(_BIASED):
+            for kind in sorted(self.table.biased):
                 name = f"blk.{number}.{kind}.bias"
                 expected = kind in self.config.biases and f"blk.{number}.{kind}.weight" in tensors
                 if expected and name not in tensors:

@@ -7,11 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from ferrum_jax.errors import ModelFileError, UnsupportedModelError
-from ferrum_jax.weights.adapter import PROJECTIONS, read_adapter
-from ferrum_jax.weights.names import LAYER
+from ferrum_jax.weights.adapter import read_adapter
 from ferrum_jax.weights.quantize import PLAIN, plain_numbers, stored_numbers
 from ferrum_jax.weights.source import ModelSource
-from ferrum_jax.weights.stream import ROTATED, half_split_rows
 from ferrum_jax.weights.tensor_info import TensorInfo
 from ferrum_jax.weights.wrapped import Wrapped, whole_rows
 
@@ -27,10 +25,11 @@ class Merged(Wrapped):
     def __init__(self, source: ModelSource, path: str | Path) -> None:
         super().__init__(source)
         config = source.config()
-        tensors = {LAYER[f"{stem}.weight"].path: stem for stem in PROJECTIONS}
         self._factors: dict[TensorInfo, tuple[np.ndarray, np.ndarray]] = {}
         for (layer, parameter), (a, b) in read_adapter(path, config, source).factors.items():
-            name = f"blk.{layer}.{tensors[parameter]}.weight"
+            tensor = source.family.tensors.at(parameter)
+            assert tensor is not None  # read_adapter has found it there
+            name = f"blk.{layer}.{tensor.name}"
             info = source.tensors.get(name)
             if info is None:
                 raise ModelFileError(f"{source.path}: tensor {source.own_name(name)}: is missing")
@@ -39,10 +38,10 @@ class Merged(Wrapped):
                     f"{info.path}: tensor {source.own_name(name)}: is {info.format}, and merging an adapter would quantize it "
                     "twice; merge into a checkpoint in F32, F16 or BF16, or apply the adapter at run time"
                 )
-            if source.interleaved and parameter in ROTATED:
-                interleaved = np.empty_like(b)
-                interleaved[half_split_rows(len(b), config)] = b
-                b = interleaved
+            if source.is_gguf and tensor.gguf_rows:
+                reordered = np.empty_like(b)
+                reordered[tensor.gguf_rows(config.layers[layer], len(b))] = b
+                b = reordered
             self._factors[info] = a, b
 
     def read_into(self, info: TensorInfo, out: np.ndarray, start: int = 0) -> None:

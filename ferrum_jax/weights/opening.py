@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from ferrum_jax.errors import ModelFileError
-from ferrum_jax.weights.gguf import GGUFFile, open_gguf
-from ferrum_jax.weights.huggingface import HuggingFaceDirectory, open_directory
+from ferrum_jax.weights.gguf import open_gguf
+from ferrum_jax.weights.huggingface import open_directory
 from ferrum_jax.weights.quantize import Quantized, checked_format
 from ferrum_jax.weights.source import MARKER, ModelSource
+from ferrum_jax.weights.tensor_info import TensorInfo
 from ferrum_jax.weights.tied import tie
 
 
@@ -27,19 +28,19 @@ def open_model(
     format = checked_format(quantize)
     path = Path(path)
     source: ModelSource
+    untied: dict[str, TensorInfo] | None = None  # of which two may be one matrix
     if path.is_dir() and (path / MARKER).is_file():
         from ferrum_jax.weights.orbax import open_checkpoint  # imports JAX, which a header alone does not need
 
         source = open_checkpoint(path)
     elif path.is_dir() and ".partial-" in path.name:
         raise ModelFileError(f"{path}: is what an interrupted conversion left; convert the model again")
-    elif path.is_dir():
-        source = open_directory(path, header_only=header_only)
     else:
-        source = open_gguf(path, header_only=header_only)
+        opened = open_directory(path, header_only=header_only) if path.is_dir() else open_gguf(path, header_only=header_only)
+        source, untied = opened, None if header_only else opened.tensors
     try:
-        if not header_only and isinstance(source, GGUFFile | HuggingFaceDirectory):
-            tie(source, source.tensors)
+        if untied is not None:
+            tie(source, untied)
         if merge_adapter is not None:
             from ferrum_jax.weights.merging import Merged
 

@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 
+from ferrum_jax import families
 from ferrum_jax.config import ModelConfig, parts
 from ferrum_jax.errors import ModelFileError, UnsupportedModelError
 from ferrum_jax.quantized import LayerStack, QuantizedTensor
@@ -37,10 +38,8 @@ from ferrum_jax.weights.files import Opened, checked_range
 from ferrum_jax.weights.fresh import fresh
 from ferrum_jax.weights.json_file import read_object
 from ferrum_jax.weights.metadata import Typed, from_json, plain, to_json
-from ferrum_jax.weights.names import GLOBAL, LAYER
 from ferrum_jax.weights.source import MARKER, ModelSource
 from ferrum_jax.weights.tensor_info import TensorInfo
-from ferrum_jax.weights.wrapped import innermost
 from pallas_kernels.blocks import FORMATS, GROUPS, format_of
 from pallas_kernels.blocks.layouts import LAYOUTS
 from pallas_kernels.blocks.ordered import SUFFIX
@@ -54,7 +53,6 @@ _TOKENIZER_FILES = (
 )
 _READ_BYTES = 16 << 20
 _SPLIT_BYTES = 64 << 20  # arrays above have a file for each layer
-_NAMES = {entry.path: name for name, entry in GLOBAL.items()} | {entry.path: name for name, entry in LAYER.items()}
 
 
 # ---- writing
@@ -76,16 +74,11 @@ class Stack:
         return ".".join((*self.path, self.format, ordered, str(plane)))
 
 
-def tokenizer_directory(source: ModelSource) -> Path:
-    """Where the tokenizer files of a source lie whose metadata hold no tokenizer."""
-    return source.path / _TOKENIZER if isinstance(innermost(source), OrbaxCheckpoint) else source.path
-
-
 def tokenizer_files(source: ModelSource) -> list[Path]:
     """The files that its tokenizer is read from; none where the metadata hold it."""
     if "tokenizer.ggml.tokens" in source.metadata:
         return []
-    directory = tokenizer_directory(source)
+    directory = source.tokenizer_directory
     names = [*_TOKENIZER_FILES, *(f"{EXTRA_TEMPLATES}/{file.name}" for file in (directory / EXTRA_TEMPLATES).glob("*.jinja"))]
     return [directory / name for name in names if (directory / name).is_file()]
 
@@ -213,8 +206,6 @@ class _Array:
 class OrbaxCheckpoint(Opened):
     """An open directory, a `ModelSource`; made by `open_checkpoint`."""
 
-    interleaved = False
-
     def __init__(self, path: Path) -> None:
         header = _header(path)
         self.path = path
@@ -225,8 +216,9 @@ class OrbaxCheckpoint(Opened):
             stacks = [_stack(fields) for fields in header["parameters"]]
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ModelFileError(f"{path / MARKER}: is damaged ({type(error).__name__}: {error})") from None
+        self.family = families.of_architecture(self._config.architecture, str(path / MARKER))
         self.metadata: Mapping[str, object] = plain(typed)
-        self.typed_metadata: Mapping[str, Typed] = typed
+        self._typed = typed
         self.tensors: Mapping[str, TensorInfo] = {}
         self._places: dict[TensorInfo, tuple[Stack, int, tuple[_Array, ...]]] = {}
         parts: list[Path] = []
@@ -246,7 +238,7 @@ class OrbaxCheckpoint(Opened):
     def _arrays(self, stack: Stack) -> tuple[_Array, ...]:
         """The planes of a stack, each checked against what the stack's format and layout make them."""
         where = f"{self.path / MARKER}: parameter {'/'.join(stack.path)}"
-        if stack.path not in _NAMES:
+        if self.family.tensors.at(stack.path) is None:
             raise ModelFileError(f"{where}: is unknown")
         if not all(0 <= size < 2**40 for size in (*stack.shape, *stack.layers)) or not 1 <= len(stack.shape) <= 3:
             raise ModelFileError(f"{where}: shape {stack.shape} of layers {stack.layers} is impossible")
@@ -266,8 +258,10 @@ class OrbaxCheckpoint(Opened):
 
     def _infos(self, stack: Stack, arrays: tuple[_Array, ...]) -> Iterator[tuple[str, TensorInfo]]:
         nbytes = math.prod(stack.shape[:-1]) * format_of(stack.format).row_bytes(stack.shape[-1])
+        tensor = self.family.tensors.at(stack.path)
+        assert tensor is not None  # or there were no arrays
         for place, layer in enumerate(stack.layers or (None,)):
-            name = _NAMES[stack.path] if layer is None else f"blk.{layer}.{_NAMES[stack.path]}"
+            name = tensor.name if layer is None else f"blk.{layer}.{tensor.name}"
             item = place if stack.layers else 0
 
             def info(array: _Array, format: str, shape: tuple[int, ...], nbytes: int, order=None, name=name, item=item):
@@ -280,9 +274,11 @@ class OrbaxCheckpoint(Opened):
             yield name, info(arrays[0], stack.format, stack.shape, nbytes, order)
 
     @property
-    def tensor_bytes(self) -> int:
-        """Bytes of all tensors, as reading them gives."""
-        return sum(info.nbytes + (info.order.nbytes if info.order else 0) for info in self.tensors.values())
+    def tokenizer_directory(self) -> Path:
+        return self.path / _TOKENIZER
+
+    def typed_metadata(self) -> dict[str, Typed]:
+        return dict(self._typed)
 
     def config(self) -> ModelConfig:
         return self._config
@@ -291,18 +287,22 @@ class OrbaxCheckpoint(Opened):
         return None
 
     def tokenizer(self) -> Tokenizer:
-        if (self.path / _TOKENIZER).is_dir():
-            return tokenizer_of_directory(self.path / _TOKENIZER)
+        if self.tokenizer_directory.is_dir():
+            return tokenizer_of_directory(self.tokenizer_directory)
         return tokenizer_of_gguf(self.metadata, source=str(self.path / MARKER))
 
     def own_name(self, name: str) -> str:
         return name
 
+    def packed(self, info: TensorInfo, layout: str) -> tuple[np.ndarray, ...] | None:
+        """As `ModelSource.packed`."""
+        return self._planes(info) if self.layout(info) == layout else None
+
     def layout(self, info: TensorInfo) -> str:
         """The device layout in which a tensor's blocks are stored."""
         return self._places[info][0].layout.removesuffix(SUFFIX)
 
-    def planes(self, info: TensorInfo) -> tuple[np.ndarray, ...]:
+    def _planes(self, info: TensorInfo) -> tuple[np.ndarray, ...]:
         """The planes of a tensor's blocks as they are stored, [*experts, *plane] each."""
         stack, place, arrays = self._places[info]
         read = []
@@ -323,7 +323,7 @@ class OrbaxCheckpoint(Opened):
             self._fill(arrays[0], place * info.nbytes + start, flat)
             return
         *experts, rows, columns = stack.shape
-        planes = [plane.reshape(-1, *plane.shape[len(experts) :]) for plane in self.planes(info)]
+        planes = [plane.reshape(-1, *plane.shape[len(experts) :]) for plane in self._planes(info)]
         blocks = [
             unpack_blocks([plane[e] for plane in planes], stack.format, layout, rows, columns)
             for e in range(math.prod(experts))

@@ -12,10 +12,13 @@ import math
 import os
 from concurrent.futures import ThreadPoolExecutor
 
+import gguf
 import numpy as np
 
 from ferrum_jax.errors import ModelFileError, UnsupportedModelError
+from ferrum_jax.families.table import Table
 from ferrum_jax.weights import ggml_types
+from ferrum_jax.weights.metadata import Typed
 from ferrum_jax.weights.source import ModelSource
 from ferrum_jax.weights.tensor_info import TensorInfo
 from ferrum_jax.weights.wrapped import Wrapped, whole_rows
@@ -24,6 +27,7 @@ QUANTIZATIONS = ("q8_0", "q6_k", "q5_k", "q5_1", "q5_0", "q4_k", "q4_1", "q4_0",
 PLAIN: dict[str, np.dtype] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
 _RUN = 1 << 18  # weights that a thread reads and quantizes at a time
 _MIXES = ("_s", "_m", "_l", "_xl")
+_FILE_TYPES = {"Q2_K": "Q2_K_S", "Q3_K": "Q3_K_S", "Q4_K": "Q4_K_S", "Q5_K": "Q5_K_S"}  # as llama.cpp calls unmixed ones
 
 
 def checked_format(name: str | None) -> str | None:
@@ -36,15 +40,16 @@ def checked_format(name: str | None) -> str | None:
     raise ValueError(f"quantize {name!r} is not supported; supported: {known}")
 
 
-def format_of(name: str, tensor: TensorInfo, format: str, tied: bool) -> str:
+def format_of(name: str, tensor: TensorInfo, format: str, tied: bool, table: Table) -> str:
     """The format that a tensor gets when a model is quantized to `format`; its own where it is no matrix.
 
-    As llama.cpp does it: norms, biases, positions, token types and the router stay as they are, the output matrix (the
+    As llama.cpp does it: norms, biases, positions, token types and the router are not quantized, the output matrix (the
     embedding where the two are one) gets at least Q6_K, and where a row is no run of whole blocks Q8_0 takes their place, or
     F16."""
-    if len(tensor.shape) == 1 or name in ("position_embd.weight", "token_types.weight"):
+    if len(tensor.shape) == 1:
         return tensor.format
-    if name.endswith("ffn_gate_inp.weight"):
+    row, _ = table.find(name)
+    if row is not None and not row.quantize:
         return "F32" if tensor.format in PLAIN else tensor.format
     if name == "output.weight" or (tied and name == "token_embd.weight"):
         format = "Q8_0" if format == "Q8_0" else "Q6_K"
@@ -58,12 +63,12 @@ class Quantized(Wrapped):
 
     def __init__(self, source: ModelSource, format: str) -> None:
         super().__init__(source)
-        self.format = format
+        self.checks_scales, self.format = True, format
         tied = "output.weight" not in source.tensors
         tensors: dict[str, TensorInfo] = {}
         self._originals: dict[TensorInfo, TensorInfo] = {}
         for name, info in source.tensors.items():
-            wanted = ggml_types.BY_NAME[format_of(name, info, format, tied)]
+            wanted = ggml_types.BY_NAME[format_of(name, info, format, tied, source.family.tensors)]
             if info.format != wanted.name and info.format not in PLAIN:
                 raise UnsupportedModelError(
                     f"{info.path}: tensor {source.own_name(name)}: is {info.format} already and would lose twice as "
@@ -73,6 +78,13 @@ class Quantized(Wrapped):
             tensors[name] = dataclasses.replace(info, format=wanted.name, nbytes=nbytes)
             self._originals[tensors[name]] = info
         self.tensors = tensors
+
+    def typed_metadata(self) -> dict[str, Typed]:
+        """The source's, and how llama.cpp calls such a file."""
+        mix = gguf.LlamaFileType[f"MOSTLY_{_FILE_TYPES.get(self.format, self.format)}"]
+        version = Typed(gguf.GGML_QUANT_VERSION, "uint32")
+        stated = {"general.file_type": Typed(int(mix), "uint32"), "general.quantization_version": version}
+        return self.source.typed_metadata() | stated
 
     def read_into(self, info: TensorInfo, out: np.ndarray, start: int = 0) -> None:
         """As `ModelSource.read_into`; where a tensor is quantized, whole rows only."""

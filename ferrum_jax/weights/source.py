@@ -1,6 +1,6 @@
 """What every checkpoint offers, whatever it is stored as: `ModelSource`.
 
-The one idea: a checkpoint is a table of tensors under the names of `names.py` (those of GGUF files), each in a block
+The one idea: a checkpoint is a table of tensors under the names of GGUF files, each in a block
 format, and a way to read their bytes. A GGUF file is that already; a Hugging Face directory is read as if it were, with
 experts stacked and foreign packings repacked while they are read. So whatever loads, describes or converts a model knows
 one kind of thing.
@@ -19,7 +19,9 @@ from ferrum_jax.weights.tensor_info import TensorInfo
 if TYPE_CHECKING:
     from ferrum_jax.config import ModelConfig
     from ferrum_jax.encoder_config import EncoderConfig
+    from ferrum_jax.families import Family
     from ferrum_jax.tokenizer import Tokenizer
+    from ferrum_jax.weights.metadata import Typed
 
 MARKER = "ferrum_jax.json"
 """The file by which a directory that ferrum_jax wrote is told from one of Hugging Face."""
@@ -29,8 +31,9 @@ class ModelSource(Protocol):
     """An open checkpoint, its headers checked; a context manager that closes its files.
 
     path: the (first) file, or the directory; parts: all files with tensors. metadata: facts about the model under the
-    keys of GGUF, `general.architecture` and `general.name` among them where known. tensors: by the names of `names.py`.
-    interleaved: rows of queries and keys are in the order of interleaved rotation (arch `llama` of GGUF).
+    keys of GGUF, `general.architecture` and `general.name` among them where known. tensors: by the names of the family's table.
+    is_gguf: rows are in the order of GGUF files, and norms and routers in the formats that llama.cpp reads. checks_scales:
+    reading blocks finds scales that are not finite.
     """
 
     @property
@@ -46,7 +49,20 @@ class ModelSource(Protocol):
     def tensors(self) -> Mapping[str, TensorInfo]: ...
 
     @property
-    def interleaved(self) -> bool: ...
+    def is_gguf(self) -> bool: ...
+
+    @property
+    def checks_scales(self) -> bool: ...
+
+    @property
+    def family(self) -> Family:
+        """The model's family. Raises ModelFileError or UnsupportedModelError."""
+        ...
+
+    @property
+    def tokenizer_directory(self) -> Path:
+        """Where the files of its tokenizer lie, if its metadata hold none."""
+        ...
 
     @property
     def tensor_bytes(self) -> int:
@@ -65,6 +81,10 @@ class ModelSource(Protocol):
         """Its tokenizer, chat template included. Raises ModelFileError or UnsupportedModelError naming the file or key."""
         ...
 
+    def typed_metadata(self) -> dict[str, Typed]:
+        """The metadata with the types that they have in GGUF files; of a source that has no such types its texts alone."""
+        ...
+
     def own_name(self, name: str) -> str:
         """What the checkpoint itself calls the tensor `name`; for errors."""
         ...
@@ -75,6 +95,10 @@ class ModelSource(Protocol):
         Raises ModelFileError when the file has become shorter or is a header alone, ValueError for an unfit array or
         range or a closed file.
         """
+        ...
+
+    def packed(self, info: TensorInfo, layout: str) -> tuple[np.ndarray, ...] | None:
+        """The planes of a tensor's blocks, [*experts, *plane] each, where they are stored in that layout of a device."""
         ...
 
     def read(self, info: TensorInfo) -> np.ndarray:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -16,18 +16,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ferrum_jax.config import ModelConfig
-from ferrum_jax.encoder_config import EncoderConfig
 from ferrum_jax.errors import ModelFileError
 from ferrum_jax.quantized import LayerStack, QuantizedTensor
 from ferrum_jax.weights.block_scales import read_blocks
-from ferrum_jax.weights.gguf import GGUFFile
 from ferrum_jax.weights.names import Parameters, Path, kept_format, kind_of
-from ferrum_jax.weights.orbax import OrbaxCheckpoint
-from ferrum_jax.weights.quantize import Quantized
 from ferrum_jax.weights.source import ModelSource
 from ferrum_jax.weights.tensor_info import TensorInfo
-from ferrum_jax.weights.wrapped import innermost
 from pallas_kernels.blocks import format_of
 from pallas_kernels.blocks.layouts import LAYOUTS, choose
 from pallas_kernels.blocks.ordered import SUFFIX
@@ -37,22 +31,15 @@ Progress = Callable[[int, int | None, str], None]
 _READERS = 2  # threads
 _ALIGNMENT = 64  # bytes; what the CPU backend asks for to take over a buffer as it is
 _LEAST_FACTOR = 0.01  # of a rotary frequency: less, and angles of far positions are no numbers
-ROTATED: tuple[Path, ...] = tuple(("attention", name) for name in ("query", "key", "query_bias", "key_bias"))
 
 
-def read_parameters(
-    source: ModelSource,
-    parameters: Parameters,
-    config: ModelConfig | EncoderConfig,
-    device: jax.Device,
-    progress: Progress | None = None,
-) -> dict:
+def read_parameters(source: ModelSource, parameters: Parameters, device: jax.Device, progress: Progress | None = None) -> dict:
     """The parameter tree of `models.Decoder` or `models.bert`, on the device. `progress(done_bytes, total_bytes, text)` is
     called as it goes. Raises `ModelFileError` for a norm or bias that is not plain numbers, or a file that ends early."""
     for tensor in (*parameters.whole.values(), *(t for ts in parameters.stacked.values() for t in ts if t)):
         if len(tensor.shape) == 1 and tensor.format not in ("F32", "F16", "BF16"):
             raise ModelFileError(f"{source.path}: tensor {tensor.name}: {tensor.format} where plain numbers are expected")
-    return _tree(parameters, _Reader(source, config, device, progress).fill, target_of(device))
+    return _tree(parameters, _Reader(source, parameters.rows, device, progress).fill, target_of(device))
 
 
 def abstract_parameters(parameters: Parameters, target: Target) -> dict:
@@ -111,8 +98,10 @@ def _without_first_axis(plane: Any) -> Any:
 
 
 class _Reader:
-    def __init__(self, source: ModelSource, config: ModelConfig | EncoderConfig, device: jax.Device, progress: Progress | None):
-        self.source, self.config, self.device, self.progress = source, config, device, progress
+    def __init__(
+        self, source: ModelSource, rows: Mapping[TensorInfo, np.ndarray], device: jax.Device, progress: Progress | None
+    ) -> None:
+        self.source, self.rows, self.device, self.progress = source, rows, device, progress
         self.done = 0
 
     def fill(self, path: Path, tensors: Sequence[TensorInfo], stack: QuantizedTensor) -> QuantizedTensor:
@@ -131,9 +120,8 @@ class _Reader:
                 shapes = stack.planes[:-1] if tensors[0].order else stack.planes
                 planes = tuple(jnp.zeros(plane.shape, plane.dtype) for plane in shapes)
             for i, tensor in enumerate(tensors):
-                if isinstance(self.source, OrbaxCheckpoint) and self.source.layout(tensor) == layout != "ggml":
-                    packed = jax.device_put(self.source.planes(tensor), self.device)
-                    planes = _put_packed(planes, packed, i)
+                if layout != "ggml" and (packed := self.source.packed(tensor, layout)) is not None:
+                    planes = _put_packed(planes, jax.device_put(packed, self.device), i)
                     self._count(tensor)
                 else:
                     place = np.empty(shape, format.storage)
@@ -158,12 +146,12 @@ class _Reader:
             place[...] = _plain_numbers(self.source.read(tensor), tensor.format)
             if not np.isfinite(place).all() or (path == ("rope_factors",) and (place < _LEAST_FACTOR).any()):
                 raise ModelFileError(f"{self.source.path}: tensor {tensor.name}: holds values that no model can have")
-        elif isinstance(innermost(self.source), GGUFFile) and not isinstance(self.source, Quantized):
-            read_blocks(self.source, tensor, place.reshape(-1).view(np.uint8))
-        else:
+        elif self.source.checks_scales:
             self.source.read_into(tensor, place.reshape(-1).view(np.uint8))
-        if path in ROTATED and self.source.interleaved and isinstance(self.config, ModelConfig):
-            place[...] = place[half_split_rows(place.shape[0], self.config)]
+        else:
+            read_blocks(self.source, tensor, place.reshape(-1).view(np.uint8))
+        if (rows := self.rows.get(tensor)) is not None:
+            place[...] = place[rows]
 
     def _count(self, tensor: TensorInfo) -> None:
         self.done += tensor.nbytes + (tensor.order.nbytes if tensor.order else 0)
@@ -197,13 +185,6 @@ def _plain_numbers(raw: np.ndarray, format: str) -> np.ndarray:
     if format == "BF16":
         return (raw.view("<u2").astype(np.uint32) << 16).view(np.float32)
     return raw.view("<f4" if format == "F32" else "<f2").astype(np.float32)
-
-
-def half_split_rows(rows: int, config: ModelConfig) -> np.ndarray:
-    """Where each row of a half-split head lies in an interleaved file, which stores rotated pairs side by side."""
-    head = np.arange(config.head_dim)
-    head[: config.rope_dim] = head[: config.rope_dim].reshape(-1, 2).T.reshape(-1)
-    return (np.arange(0, rows, config.head_dim)[:, None] + head).reshape(-1)
 
 
 def bytes_by_format(params: dict) -> dict[str, int]:

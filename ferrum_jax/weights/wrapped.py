@@ -14,13 +14,19 @@ class Wrapped(Opened):
 
     def __init__(self, source: ModelSource) -> None:
         self.source, self.path, self.parts = source, source.path, source.parts
-        self.metadata, self.interleaved = source.metadata, source.interleaved
+        self.metadata, self.is_gguf, self.checks_scales = source.metadata, source.is_gguf, source.checks_scales
         self.tensors: Mapping[str, TensorInfo] = source.tensors
 
     @property
-    def tensor_bytes(self) -> int:
-        """Bytes of all tensors, as reading them gives."""
-        return sum(info.nbytes + (info.order.nbytes if info.order else 0) for info in self.tensors.values())
+    def family(self):
+        return self.source.family
+
+    @property
+    def tokenizer_directory(self):
+        return self.source.tokenizer_directory
+
+    def typed_metadata(self):
+        return self.source.typed_metadata()
 
     def config(self):
         return self.source.config()

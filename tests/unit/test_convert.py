@@ -195,7 +195,7 @@ def test_a_device_layout_is_stored_and_repacked(tmp_path: Path, monkeypatch, tar
             layouts = {model.layout(info) for info in model.tensors.values()}
             assert layouts == {target.platform, "ggml"}
             device = fj.load(path, dtype="float32").device
-            both = [stream.read_parameters(source, check(source)[1], source.config(), device) for source in (file, model)]
+            both = [stream.read_parameters(source, check(source)[1], device) for source in (file, model)]
     import jax
 
     assert jax.tree.structure(both[0]) == jax.tree.structure(both[1])

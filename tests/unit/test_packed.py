@@ -240,7 +240,7 @@ def test_layouts_of_an_accelerator(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("ferrum_jax.weights.stream.target_of", lambda device: Target("gpu", "9.0"))
     with open_model(path) as model:
         places = parameters(model, model.config())
-        on_gpu = read_parameters(model, places, model.config(), jax.devices()[0])["layers"]
+        on_gpu = read_parameters(model, places, jax.devices()[0])["layers"]
     for part, name in (("attention", "query"), ("attention", "output"), ("feed_forward", "expert_gate")):
         ours, theirs = (tree[part][name].stacks["Q4_0+order"] for tree in (on_cpu, on_gpu))
         assert (ours.layout, theirs.layout) == ("ggml+order", "gpu+order") and ours.shape == theirs.shape

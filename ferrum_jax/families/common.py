@@ -1,0 +1,119 @@
+"""What families of decoders share: their common tensors and the sizes of the axes."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+
+from ferrum_jax.config import Dense, LayerSpec, Mixture, ModelConfig
+from ferrum_jax.families.table import GgufRows, Part, Table, Tensor
+
+_IGNORED = r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
+EMBEDDINGS = (
+    Tensor("token_embd.weight", ("embedding",), ("vocab", "hidden"), ("model.embed_tokens",)),
+    Tensor("output_norm.weight", ("final_norm",), ("hidden",), ("model.norm",)),
+    Tensor("output.weight", ("unembedding",), ("vocab", "hidden"), ("lm_head",), optional=True),
+)
+HEAD_NORMS = (
+    Tensor("attn_q_norm.weight", ("attention", "query_norm"), ("head",), ("self_attn.q_norm",)),
+    Tensor("attn_k_norm.weight", ("attention", "key_norm"), ("head",), ("self_attn.k_norm",)),
+)
+
+
+def decoder(layer: tuple[Tensor, ...], whole: tuple[Tensor, ...] = EMBEDDINGS) -> Table:
+    """The table of a decoder, under the names that transformers gives the modules of almost all of them."""
+    return Table(whole, layer, "model.layers.", _IGNORED)
+
+
+def attention(*, rotated_rows: GgufRows | None = None, biased: bool = False, not_in_gguf: str = "") -> tuple[Tensor, ...]:
+    """Norm and matrices of grouped-query attention. rotated_rows: `gguf_rows` of what is rotated. biased: queries, keys and
+    values have biases always; else the four matrices may have them. not_in_gguf: of the biases."""
+    norm = Tensor("attn_norm.weight", ("attention_norm",), ("hidden",), ("input_layernorm",))
+    matrices, biases = [], []
+    for letter, module, name, axis in (
+        ("q", "q_proj", "query", "heads"),
+        ("k", "k_proj", "key", "kv_heads"),
+        ("v", "v_proj", "value", "kv_heads"),
+        ("output", "o_proj", "output", "heads"),
+    ):
+        stem, path, modules = f"attn_{letter}", ("attention", name), (f"self_attn.{module}",)
+        is_output = letter == "output"
+        axes = ("hidden", axis) if is_output else (axis, "hidden")
+        rows = rotated_rows if letter in ("q", "k") else None
+        matrices.append(Tensor(f"{stem}.weight", path, axes, modules, gguf_rows=rows))
+        path, optional = ("attention", f"{name}_bias"), is_output or not biased
+        bias = Tensor(f"{stem}.bias", path, axes[:1], modules, optional=optional, gguf_rows=rows, not_in_gguf=not_in_gguf)
+        biases.append(bias)
+    return (norm, *matrices, *biases)
+
+
+def is_mixture(spec: LayerSpec) -> bool:
+    """Whether the feed-forward of a layer is a mixture of experts."""
+    return isinstance(spec.feed_forward, Mixture)
+
+
+def is_dense(spec: LayerSpec) -> bool:
+    """Whether the feed-forward of a layer is one SwiGLU."""
+    return isinstance(spec.feed_forward, Dense)
+
+
+FEED_FORWARD_NORM = Tensor("ffn_norm.weight", ("feed_forward_norm",), ("hidden",), ("post_attention_layernorm",))
+
+
+def dense(*, may_be_biased: bool = False) -> tuple[Tensor, ...]:
+    """The matrices of a SwiGLU."""
+    axes = {"gate": ("width", "hidden"), "up": ("width", "hidden"), "down": ("hidden", "width")}
+    module = {name: (f"mlp.{name}_proj",) for name in axes}
+    path = "feed_forward"
+    matrices = [Tensor(f"ffn_{name}.weight", (path, name), axes[name], module[name], is_dense) for name in axes]
+    biases = [
+        Tensor(f"ffn_{name}.bias", (path, f"{name}_bias"), axes[name][:1], module[name], is_dense, optional=True)
+        for name in axes
+    ]
+    return (*matrices, *(biases if may_be_biased else ()))
+
+
+def mixture() -> tuple[Tensor, ...]:
+    """Router and experts, SwiGLUs, under the names of Qwen and Mixtral, expert by expert or all in one tensor."""
+    axes = ("expert", "expert_width", "hidden")
+    down = ("expert", "hidden", "expert_width")
+    router = ("mlp.gate", "block_sparse_moe.gate")
+    return (
+        Tensor("ffn_gate_inp.weight", ("feed_forward", "router"), axes[::2], router, is_mixture, quantize=False),
+        *(
+            Tensor(f"ffn_{name}_exps.weight", ("feed_forward", f"expert_{name}"), axes, modules, is_mixture)
+            for name, axes, modules in (
+                ("gate", axes, (*_expert("gate_proj", "w1"), Part("mlp.experts.gate_up_proj", 0, 2))),
+                ("up", axes, (*_expert("up_proj", "w3"), Part("mlp.experts.gate_up_proj", 1, 2))),
+                ("down", down, (*_expert("down_proj", "w2"), Part("mlp.experts.down_proj", 0, 1))),
+            )
+        ),
+    )
+
+
+def _expert(qwen: str, mixtral: str) -> tuple[str, str]:
+    return f"mlp.experts.*.{qwen}", f"block_sparse_moe.experts.*.{mixtral}"
+
+
+def sizes(config: ModelConfig, spec: LayerSpec | None) -> dict[str, int]:
+    """Of the axes above; heads and kv_heads are as many rows as all heads together have."""
+    found = {"vocab": config.vocab_size, "hidden": config.hidden_size}
+    if spec is None:
+        return found | {"rotated": max(layer.mixer.rope.dim for layer in config.layers) // 2}
+    mixer, feed_forward = spec.mixer, spec.feed_forward
+    found |= {"heads": mixer.num_heads * mixer.head_dim, "kv_heads": mixer.num_kv_heads * mixer.head_dim}
+    if isinstance(feed_forward, Mixture):
+        found |= {"expert": feed_forward.num_experts, "expert_width": feed_forward.width}
+    else:
+        found |= {"width": feed_forward.width}
+    return found | {"head": mixer.head_dim}
+
+
+@functools.lru_cache
+def interleaved_rows(spec: LayerSpec, rows: int) -> np.ndarray:
+    """Where each row of half-split heads lies in a file for interleaved rotation, which stores rotated pairs side by side."""
+    width, rotated = spec.mixer.head_dim, spec.mixer.rope.dim
+    head = np.arange(width)
+    head[:rotated] = head[:rotated].reshape(-1, 2).T.reshape(-1)
+    return (np.arange(0, rows, width)[:, None] + head).reshape(-1)

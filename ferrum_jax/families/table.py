@@ -1,0 +1,146 @@
+"""The tensor table of a family: of each tensor its names, its parameter, its axes, where it is, and what is done at load.
+
+The one idea: a column says one thing, so that placing, checking, converting, merging and quantizing are derived from the
+table and no other file asks which family it has before it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+Path = tuple[str, ...]
+GgufRows = Callable[[Any, int], np.ndarray]
+_NUMBER = r"(0|[1-9][0-9]{0,3})"
+_IN_LAYER = re.compile(rf"blk\.{_NUMBER}\.(.+)")
+_EXPERT = re.compile(r"\.(0|[1-9][0-9]{0,4})(?=\.)")
+
+
+def every_layer(spec: Any) -> bool:
+    """All layers have the tensor."""
+    return True
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """The rows number `index` of `count` equal parts of the rows of each expert in the tensor `tensor` [experts, rows, columns]
+    of a directory."""
+
+    tensor: str
+    index: int
+    count: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """A row of the table.
+
+    name: in GGUF files, of a layer's tensor what follows `blk.N.`. path: of the parameter. axes: what its dimensions are,
+    slowest first; `Family.sizes` gives their sizes. modules: what directories call its module, of a layer's tensor what
+    follows the layer's number, with `*` for the number of an expert; the first is the one that errors name.
+
+    layers: which layers have it, by `layers(spec)` of an item of the configuration's `layers`. optional: whether the layers
+    that may have it may also lack it, all of them together.
+
+    gguf_rows: where GGUF files keep the rows in another order, `gguf_rows(spec, rows)` int [rows] is the row there of
+    each row of the parameter. quantize: whether `quantize=` changes it, and whether GGUF files may hold it in another format
+    than F32 (vectors never are). not_in_gguf: why llama.cpp cannot read it, where it cannot.
+    """
+
+    name: str
+    path: Path
+    axes: tuple[str, ...]
+    modules: tuple[str | Part, ...] = ()
+    layers: Callable[[Any], bool] = every_layer
+    optional: bool = False
+    gguf_rows: GgufRows | None = None
+    quantize: bool = True
+    not_in_gguf: str = ""
+
+    @property
+    def stem(self) -> str:
+        return self.name.rpartition(".")[0]
+
+    @property
+    def is_projection(self) -> bool:
+        """Whether it is one matrix of weights that adapters can be added to."""
+        return len(self.axes) == 2 and self.quantize
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """All tensors of a family: those that a model has once, and those of its layers. prefix: what begins the names of a
+    layer's modules in directories. ignored: an expression for names there of tensors that say nothing or are not needed."""
+
+    whole: tuple[Tensor, ...]
+    layer: tuple[Tensor, ...]
+    prefix: str
+    ignored: str
+
+    def find(self, name: str) -> tuple[Tensor | None, int | None]:
+        """The row of the tensor that GGUF files call `name`, and the number of its layer."""
+        match = _IN_LAYER.fullmatch(name)
+        return (self._of_layer.get(match[2]), int(match[1])) if match else (self._of_whole.get(name), None)
+
+    def at(self, path: Path) -> Tensor | None:
+        """The row of a parameter."""
+        return next((tensor for tensor in (*self.whole, *self.layer) if tensor.path == path), None)
+
+    def locate(self, module: str) -> tuple[str, int]:
+        """The stem of the GGUF name, "" for none, and the expert, -1 for none, of a module of a directory."""
+        layer, inside = self._inside(module)
+        if layer is None:
+            return self._stems[0].get(inside, ""), -1
+        expert = None if inside in self._stems[1] else _EXPERT.search(inside)
+        stem = self._stems[1].get(_EXPERT.sub(".*", inside, count=1) if expert else inside)
+        return (f"blk.{layer}.{stem}", int(expert[1]) if expert else -1) if stem else ("", -1)
+
+    def parts(self, module: str) -> dict[str, list[str]] | None:
+        """What a module of a directory is that holds all experts of a layer: by suffix the GGUF names of the parts of its
+        tensors, in order. None for another module."""
+        layer, inside = self._inside(module)
+        found: dict[str, dict[int, str]] = {}
+        for tensor in self.layer:
+            for part in tensor.modules:
+                if isinstance(part, Part) and part.tensor.rpartition(".")[0] == inside:
+                    found.setdefault(part.tensor.rpartition(".")[2], {})[part.index] = f"blk.{layer}.{tensor.name}"
+        return {suffix: [names[i] for i in sorted(names)] for suffix, names in found.items()} if layer is not None else None
+
+    def own_name(self, name: str) -> str:
+        """What directories call the tensor `name` of GGUF, `*` for the number of an expert."""
+        match = _IN_LAYER.fullmatch(name)
+        stem, _, suffix = (match[2] if match else name).rpartition(".")
+        module = next((own for own, known in self._stems[bool(match)].items() if known == stem), stem)
+        return f"{self.prefix}{match[1]}.{module}.{suffix}" if match else f"{module}.{suffix}"
+
+    @property
+    def biased(self) -> set[str]:
+        """The stems of the matrices of a layer that have a bias in some models."""
+        matrices = {tensor.stem for tensor in self.layer if tensor.is_projection}
+        return {tensor.stem for tensor in self.layer if tensor.name.endswith(".bias")} & matrices
+
+    def _inside(self, module: str) -> tuple[str | None, str]:
+        match = re.fullmatch(re.escape(self.prefix) + _NUMBER + r"\.(.+)", module)
+        return (match[1], match[2]) if match else (None, module)
+
+    @functools.cached_property
+    def _of_whole(self) -> dict[str, Tensor]:
+        return {tensor.name: tensor for tensor in self.whole}
+
+    @functools.cached_property
+    def _of_layer(self) -> dict[str, Tensor]:
+        return {tensor.name: tensor for tensor in self.layer}
+
+    @functools.cached_property
+    def _stems(self) -> tuple[dict[str, str], dict[str, str]]:
+        """Stems of GGUF names by the modules of directories: of the whole model, of a layer."""
+
+        def stems(tensors: tuple[Tensor, ...]) -> dict[str, str]:
+            return {module: tensor.stem for tensor in tensors for module in tensor.modules if isinstance(module, str)}
+
+        return stems(self.whole), stems(self.layer)
