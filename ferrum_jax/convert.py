@@ -21,7 +21,7 @@ from ferrum_jax.errors import UnsupportedModelError
 from ferrum_jax.loading import check
 from ferrum_jax.weights import ggml_types, orbax
 from ferrum_jax.weights.fresh import fresh
-from ferrum_jax.weights.metadata import Typed, of_config
+from ferrum_jax.weights.metadata import Typed
 from ferrum_jax.weights.opening import open_model
 from ferrum_jax.weights.quantize import PLAIN, checked_format, plain_numbers
 from ferrum_jax.weights.source import ModelSource
@@ -111,7 +111,8 @@ def _metadata(source: ModelSource, config: ModelConfig) -> dict[str, Typed]:
     metadata = source.typed_metadata()
     if f"{config.architecture}.block_count" not in metadata:
         metadata |= {"general.architecture": Typed(config.architecture, "string"), "general.type": Typed("model", "string")}
-        metadata |= of_config(config, str(source.path))
+        assert source.family.to_gguf is not None  # encoders are refused before
+        metadata |= source.family.to_gguf(config, str(source.path))
     if "tokenizer.ggml.tokens" not in metadata:
         metadata = {key: entry for key, entry in metadata.items() if not key.startswith("tokenizer.")}
         from ferrum_jax.tokenizer.to_gguf import tokenizer_metadata

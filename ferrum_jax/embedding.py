@@ -14,8 +14,7 @@ import jax
 import numpy as np
 
 from ferrum_jax import checks
-from ferrum_jax.config import refuse_encoder
-from ferrum_jax.encoder_config import EncoderConfig
+from ferrum_jax.config import EncoderConfig, refuse_encoder
 from ferrum_jax.errors import NotFiniteError
 from ferrum_jax.memory import nbytes
 from ferrum_jax.models import bert

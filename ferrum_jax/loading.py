@@ -15,9 +15,8 @@ import jax
 from ferrum_jax import adapters as lora
 from ferrum_jax import checks, hub, memory
 from ferrum_jax.chat import check_template
-from ferrum_jax.config import ModelConfig
+from ferrum_jax.config import EncoderConfig, ModelConfig
 from ferrum_jax.embedding import EmbeddingModel
-from ferrum_jax.encoder_config import EncoderConfig
 from ferrum_jax.errors import ModelFileError, UnsupportedModelError
 from ferrum_jax.model import Model
 from ferrum_jax.programs import enable_compilation_cache

@@ -15,8 +15,7 @@ from ferrum_jax.cli.common import readable_bytes
 from ferrum_jax.cli.output import plain, plain_path, print_facts, print_table, width, wrapped
 
 if TYPE_CHECKING:
-    from ferrum_jax.config import ModelConfig
-    from ferrum_jax.encoder_config import EncoderConfig
+    from ferrum_jax.config import EncoderConfig, ModelConfig
     from ferrum_jax.weights.source import ModelSource
 
 DEFAULT_CONTEXT = 4096

@@ -7,6 +7,8 @@ folder compares names of architectures or model classes.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 from ferrum_jax.errors import ModelFileError, UnsupportedModelError
 from ferrum_jax.families.bert import BERT
@@ -18,7 +20,7 @@ from ferrum_jax.families.qwen2 import QWEN2
 from ferrum_jax.families.qwen3 import QWEN3
 from ferrum_jax.families.qwen3moe import QWEN3_MOE
 
-__all__ = ["FAMILIES", "Family", "of_architecture", "of_class", "of_metadata"]
+__all__ = ["FAMILIES", "Family", "of_architecture", "of_content", "of_metadata"]
 
 FAMILIES: tuple[Family, ...] = (LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN3, QWEN3_MOE, BERT)
 """Of several with one architecture the first reads its GGUF files."""
@@ -42,6 +44,18 @@ def of_metadata(metadata: Mapping[str, object], where: str) -> Family:
     return of_architecture(architecture, where)
 
 
-def of_class(model_class: str) -> Family | None:
-    """The family of a class of transformers."""
-    return next((family for family in FAMILIES if family.model_class == model_class), None)
+def of_content(content: Mapping[str, Any], path: Path) -> Family:
+    """The family of a config.json at `path`. UnsupportedModelError for an unknown class, ModelFileError for names that
+    contradict each other."""
+    names, kind = content.get("architectures"), content.get("model_type")
+    if names is None and isinstance(kind, str):
+        names = [family.model_class for family in FAMILIES if family.model_type == kind] or [kind]
+    if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str):
+        raise ModelFileError(f"{path}: key architectures: must name one model class, not {names!r}")
+    for family in FAMILIES:
+        if family.model_class == names[0]:
+            if kind is not None and kind != family.model_type:
+                raise ModelFileError(f"{path}: key model_type: {kind!r} is not that of {names[0]}, {family.model_type!r}")
+            return family
+    known = ", ".join(family.model_class for family in FAMILIES)
+    raise UnsupportedModelError(f"{path}: key architectures: {names[0]} is not supported; supported: {known}")

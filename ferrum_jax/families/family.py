@@ -3,24 +3,93 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from ferrum_jax.config import EncoderConfig, ModelConfig
+from ferrum_jax.errors import ModelFileError
+from ferrum_jax.families.fields import FIELDS
+from ferrum_jax.families.keys import Keys, is_neutral, shown
 from ferrum_jax.families.table import Table, Tensor
+from ferrum_jax.weights.metadata import Typed
+
+if TYPE_CHECKING:
+    from ferrum_jax.weights.tensor_info import TensorInfo
+
+
+@dataclasses.dataclass(frozen=True)
+class ConfigFile:
+    """A config.json, read. tied: the output matrix is the embedding; biases: of which matrices of the layers there must be, by
+    the stem of the tensor's name; rope_factors: float32 [rope_dim / 2] that divide the rotary frequencies, or None;
+    quantization: how matrices are packed, as the file states it, or None."""
+
+    family: Family
+    config: ModelConfig | EncoderConfig
+    tied: bool
+    biases: frozenset[str]
+    rope_factors: np.ndarray | None = None
+    quantization: dict[str, Any] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """architecture: its name in GGUF files, and that of its configurations; families that share one share a table.
-    model_class: what config.json calls it. tensors: its table. sizes: of the axes in the table, by `sizes(config, spec)`
-    with an item of the configuration's `layers` (None: outside of layers)."""
+    """Names, tensors, and how keys become a configuration and keys again.
+
+    architecture: its name in GGUF files, and that of its configurations; families that share one share a table.
+    model_class, model_type: its names in config.json. tensors: its table. sizes: of the axes in the table, by
+    `sizes(config, spec)` with an item of the configuration's `layers` (None: outside of layers).
+
+    from_gguf(family, keys, tensors of the file): the configuration; `keys` are those of the architecture. from_json(family,
+    keys, path of config.json). Both ask for every key that counts and refuse what they do not know; what they do not ask for
+    is judged here. fields: the keys of config.json that transformers' class has; None: those that fields.py lists.
+    to_gguf(config, where): the keys that `from_gguf` reads; UnsupportedModelError for what llama.cpp cannot be told.
+
+    embeds: it makes vectors (an `EncoderConfig`), not text.
+    """
 
     architecture: str
     model_class: str
+    model_type: str
     tensors: Table
     sizes: Callable[[Any, Any], Mapping[str, int]]
+    from_gguf: Callable[[Family, Keys, Mapping[str, TensorInfo]], ModelConfig | EncoderConfig]
+    from_json: Callable[[Family, Keys, Path], ConfigFile]
+    to_gguf: Callable[[Any, str], dict[str, Typed]] | None = None
+    fields: Collection[str] | None = None
+    embeds: bool = False
 
     def shape(self, tensor: Tensor, config: Any, layer: int | None) -> tuple[int, ...]:
         """The shape of a tensor, of layer `layer` or (None) of the whole model."""
         sizes = self.sizes(config, None if layer is None else config.layers[layer])
         return tuple(sizes[axis] for axis in tensor.axes)
+
+    def read_gguf(self, metadata: Mapping[str, object], tensors: Mapping[str, TensorInfo], where: str) -> Any:
+        """The configuration of a GGUF file, by metadata and shapes. UnsupportedModelError for a feature that is not
+        implemented, ModelFileError for a missing or impossible key."""
+        keys = Keys(metadata, f"{self.architecture}.", where)
+        keys.ignore("tensor_data_layout")
+        config = self.from_gguf(self, keys, tensors)
+        keys.judge("this feature is not supported")
+        return config
+
+    def read_json(self, content: Mapping[str, Any], path: Path) -> ConfigFile:
+        """What the object in config.json at `path` says. Raises as `read_gguf`."""
+        keys = Keys(content, "", str(path), FIELDS[self.model_type] if self.fields is None else self.fields)
+        if not is_neutral(packing := content.get("quantization")):  # of MLX, whose packing nothing here reads
+            raise keys.unsupported("quantization", f"{shown(packing)} is not supported")
+        file = self.from_json(self, keys, path)
+        keys.judge(f"{{}} is not supported in a {self.model_class}")
+        quantization = content.get("quantization_config")
+        if quantization is not None and not isinstance(quantization, dict):
+            raise keys.fail("quantization_config", "must be an object")
+        return dataclasses.replace(file, quantization=quantization)
+
+
+def embedding_rows(keys: Keys, tensors: Mapping[str, TensorInfo], name: str = "token_embd.weight") -> int:
+    """The rows of a matrix that a file must have."""
+    if name not in tensors:
+        raise ModelFileError(f"{keys.source}: tensor {name}: is missing")
+    return tensors[name].shape[0]

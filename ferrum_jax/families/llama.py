@@ -1,20 +1,32 @@
-"""LLaMA (arXiv 2302.13971, 2407.21783). Files of arch `llama` may also be Mistral or Mixtral: they are the same layers."""
+"""LLaMA (arXiv 2302.13971, 2407.21783). Files of arch `llama` may also be Mistral or Mixtral: they are the same layers.
 
-from ferrum_jax.families import common
+GGUF files of this arch keep the rows of queries and keys in the order of interleaved rotation, and factors of LLaMA-3.1 as a
+tensor; without `rope.freq_base` they are from before the key existed and mean 10,000.
+"""
+
+from functools import partial
+
+from ferrum_jax.families import decoder, tensors
 from ferrum_jax.families.family import Family
 from ferrum_jax.families.table import Tensor
 
 LLAMA = Family(
     architecture="llama",
     model_class="LlamaForCausalLM",
-    tensors=common.decoder(
+    model_type="llama",
+    tensors=tensors.decoder(
         (
-            *common.attention(rotated_rows=common.interleaved_rows),
-            common.FEED_FORWARD_NORM,
-            *common.dense(may_be_biased=True),
-            *common.mixture(),
+            *tensors.attention(rotated_rows=tensors.interleaved_rows),
+            tensors.FEED_FORWARD_NORM,
+            *tensors.dense(may_be_biased=True),
+            *tensors.mixture(),
         ),
-        (*common.EMBEDDINGS, Tensor("rope_freqs.weight", ("rope_factors",), ("rotated",), optional=True)),
+        (*tensors.EMBEDDINGS, Tensor("rope_freqs.weight", ("rope_factors",), ("rotated",), optional=True)),
     ),
-    sizes=common.sizes,
+    sizes=tensors.sizes,
+    from_gguf=partial(
+        decoder.from_gguf, theta=10_000.0, feed_forward=partial(decoder.mixture_from_gguf, width_key="feed_forward_length")
+    ),
+    from_json=decoder.from_json,
+    to_gguf=partial(decoder.to_gguf, width_key="feed_forward_length"),
 )

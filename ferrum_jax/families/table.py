@@ -118,11 +118,11 @@ class Table:
         module = next((own for own, known in self._stems[bool(match)].items() if known == stem), stem)
         return f"{self.prefix}{match[1]}.{module}.{suffix}" if match else f"{module}.{suffix}"
 
-    @property
-    def biased(self) -> set[str]:
-        """The stems of the matrices of a layer that have a bias in some models."""
+    def biased(self, *, always: bool = False) -> set[str]:
+        """The stems of the matrices of a layer that have a bias in some models, or in all of them."""
         matrices = {tensor.stem for tensor in self.layer if tensor.is_projection}
-        return {tensor.stem for tensor in self.layer if tensor.name.endswith(".bias")} & matrices
+        biases = {tensor.stem for tensor in self.layer if tensor.name.endswith(".bias") and not (always and tensor.optional)}
+        return biases & matrices
 
     def _inside(self, module: str) -> tuple[str | None, str]:
         match = re.fullmatch(re.escape(self.prefix) + _NUMBER + r"\.(.+)", module)

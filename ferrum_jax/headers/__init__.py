@@ -34,7 +34,7 @@ def to_json(source: ModelSource) -> str:
         for key, value in source.metadata.items()
         if not key.startswith("tokenizer.")
     }
-    if isinstance(source, GGUFFile) and not isinstance(source, _Configured):
+    if source.is_gguf:
         return json.dumps({"metadata": metadata, "tensors": [[t.name, t.format, t.shape] for t in source.tensors.values()]})
     tensors = [[name, t.format, t.shape, t.nbytes, t.order is not None] for name, t in source.tensors.items()]
     return json.dumps({"metadata": metadata, "config": dataclasses.asdict(source.config()), "tensors": tensors})
@@ -67,11 +67,13 @@ def from_json(text: str, path: Path) -> GGUFFile:
 class _Configured(GGUFFile):
     """A header whose configuration is known already."""
 
+    is_gguf = False
+
     def __init__(self, parts, metadata, tensors, files, config: ModelConfig):
         super().__init__(parts, metadata, tensors, files)
         self._config = config
 
-    def config(self) -> ModelConfig:
+    def read_config(self) -> ModelConfig:
         return self._config
 
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ferrum_jax.encoder_config import EncoderConfig
+from ferrum_jax.config import EncoderConfig
 from ferrum_jax.models.scan import scan_layers
 from ferrum_jax.quantized import Layer, linears
 

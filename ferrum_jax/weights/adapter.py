@@ -1,7 +1,7 @@
 """LoRA adapters as PEFT writes them: adapter_config.json beside adapter_model.safetensors.
 
 The one idea: an adapter is a table of pairs (A, B) under the paths of parameters, checked against the model's configuration
-before anything is computed. Applied at run time, x W^T gains (x A^T) B^T; merged, W gains B A. As in config_json.py, what
+before anything is computed. Applied at run time, x W^T gains (x A^T) B^T; merged, W gains B A. As in families/keys.py, what
 might change the answer and is not known is refused by name.
 """
 
@@ -23,6 +23,7 @@ from ferrum_jax.adapters import Factors
 from ferrum_jax.config import ModelConfig
 from ferrum_jax.errors import ModelFileError, ModelNotFoundError, UnsupportedModelError
 from ferrum_jax.families import Family
+from ferrum_jax.families.keys import Keys
 from ferrum_jax.families.table import Path as TensorPath
 from ferrum_jax.families.table import Tensor
 from ferrum_jax.weights.files import open_regular, read_range
@@ -35,7 +36,7 @@ from ferrum_jax.weights.tied import same_numbers
 from ferrum_jax.weights.wrapped import innermost
 
 _CONFIG, _TENSORS, _PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
-_KNOWN = {"peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "bias", "init_lora_weights",
+_READ = {"peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "bias", "init_lora_weights",
           "modules_to_save"}  # fmt: skip
 # Of training, of where the adapter came from, of initialization alone, or said by the tensors themselves.
 _HARMLESS = {
@@ -106,9 +107,9 @@ def _settings(path: Path) -> dict[str, Any]:
         raise ModelFileError(f"{file}: is missing; an adapter is a directory as PEFT writes it")
     if (kind := content.get("peft_type")) != "LORA":
         raise UnsupportedModelError(f"{file}: key peft_type: {kind!r} is not supported; supported: 'LORA'")
-    for key, value in content.items():
-        if value and key not in _KNOWN | _HARMLESS:
-            raise UnsupportedModelError(f"{file}: key {key}: {value!r:.200} is not supported")
+    keys = Keys(content, "", str(file))
+    keys.ignore(*_READ, *_HARMLESS)
+    keys.judge("{} is not supported")
     if (bias := content.get("bias", "none")) != "none":
         raise UnsupportedModelError(f"{file}: key bias: {bias!r} is not supported: biases cannot be adapted")
     start = content.get("init_lora_weights", True)

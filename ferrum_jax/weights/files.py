@@ -7,11 +7,13 @@ import os
 import stat
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 
+from ferrum_jax.config import EncoderConfig, ModelConfig, refuse_encoder
 from ferrum_jax.errors import ModelFileError
+from ferrum_jax.families import Family
 from ferrum_jax.weights.metadata import Typed
 from ferrum_jax.weights.tensor_info import TensorInfo
 
@@ -63,6 +65,25 @@ class Opened:
     def packed(self, info: TensorInfo, layout: str) -> tuple[np.ndarray, ...] | None:
         """As `ModelSource.packed`."""
         return None
+
+    @property
+    def family(self) -> Family:
+        """As `ModelSource.family`."""
+        raise NotImplementedError
+
+    def read_config(self) -> Any:
+        """The configuration, whatever the family."""
+        raise NotImplementedError
+
+    def config(self) -> ModelConfig:
+        """As `ModelSource.config`."""
+        if self.family.embeds:
+            raise refuse_encoder(self.path)
+        return self.read_config()
+
+    def encoder(self) -> EncoderConfig | None:
+        """As `ModelSource.encoder`."""
+        return self.read_config() if self.family.embeds else None
 
     def read_into(self, info: TensorInfo, out: np.ndarray, start: int = 0) -> None:
         """As `ModelSource.read_into`."""

@@ -25,8 +25,7 @@ from ferrum_jax.weights.metadata import Typed
 from ferrum_jax.weights.tensor_info import TensorInfo
 
 if TYPE_CHECKING:
-    from ferrum_jax.config import ModelConfig
-    from ferrum_jax.encoder_config import EncoderConfig
+    from ferrum_jax.config import EncoderConfig, ModelConfig
     from ferrum_jax.tokenizer import Tokenizer
 
 __all__ = ["GGUFFile", "TensorInfo", "open_gguf"]
@@ -69,17 +68,9 @@ class GGUFFile(Opened):
         """The metadata with their types, without those of a split file."""
         return {key: Typed(value, self.types[key]) for key, value in self.metadata.items() if not key.startswith("split.")}
 
-    def config(self) -> ModelConfig:
-        """What the model is."""
-        from ferrum_jax.config import config_from_gguf
-
-        return config_from_gguf(self)
-
-    def encoder(self) -> EncoderConfig | None:
-        """What the model is where it is an encoder."""
-        from ferrum_jax.encoder_config import encoder_from_gguf
-
-        return encoder_from_gguf(self.metadata, self.tensors, str(self.path))
+    def read_config(self) -> ModelConfig | EncoderConfig:
+        """What metadata and shapes say, read anew."""
+        return self.family.read_gguf(self.metadata, self.tensors, str(self.path))
 
     def tokenizer(self) -> Tokenizer:
         """The file's tokenizer."""

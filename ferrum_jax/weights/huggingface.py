@@ -19,10 +19,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ferrum_jax import families
-from ferrum_jax.config import ModelConfig, refuse_encoder
-from ferrum_jax.config_json import ConfigFile, read_config
-from ferrum_jax.encoder_config import EncoderConfig
+from ferrum_jax.config import EncoderConfig, ModelConfig
 from ferrum_jax.errors import ModelFileError, UnsupportedModelError
+from ferrum_jax.families.family import ConfigFile, Family
 from ferrum_jax.tokenizer.huggingface import chat_templates
 from ferrum_jax.weights.files import Opened, checked_range, open_regular, read_range
 from ferrum_jax.weights.json_file import read_object
@@ -65,14 +64,11 @@ class Laid(TensorInfo):
 
 
 class HuggingFaceDirectory(Opened):
-    """An open checkpoint directory, a `ModelSource`; made by `open_directory`. `model_class` is what config.json names."""
+    """An open checkpoint directory, a `ModelSource`; made by `open_directory`."""
 
     def __init__(self, path: Path, config: ConfigFile, files: Mapping[Path, io.FileIO], header_only: bool) -> None:
         self.path, self.parts = path, tuple(files)
-        self.model_class, self._config, self._files, self._header_only = config.model_class, config, files, header_only
-        family = families.of_class(config.model_class)
-        assert family is not None  # or config.json would have been refused
-        self.family = family
+        self._config, self._files, self._header_only = config, files, header_only
         self.tensors: dict[str, TensorInfo] = {}
         self.metadata: dict[str, object] = {
             "general.architecture": config.config.architecture,
@@ -83,15 +79,14 @@ class HuggingFaceDirectory(Opened):
         for name, template in chat_templates(path).items():
             self.metadata["tokenizer.chat_template" + (f".{name}" if name != "default" else "")] = template
 
-    def config(self) -> ModelConfig:
-        """What the model is."""
-        if isinstance(self._config.config, EncoderConfig):
-            raise refuse_encoder(self.path)
-        return self._config.config
+    @property
+    def family(self) -> Family:
+        """That of the class that config.json names."""
+        return self._config.family
 
-    def encoder(self) -> EncoderConfig | None:
-        """What the model is where it is an encoder."""
-        return self._config.config if isinstance(self._config.config, EncoderConfig) else None
+    def read_config(self) -> ModelConfig | EncoderConfig:
+        """What config.json said when the directory was opened."""
+        return self._config.config
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer of tokenizer.json."""
@@ -152,7 +147,7 @@ def open_directory(path: Path, *, header_only: bool = False) -> HuggingFaceDirec
         raise UnsupportedModelError(
             f"{path}: is a directory without a config.json; a checkpoint directory or a path to a .gguf file is needed"
         )
-    config = read_config(content, path / "config.json")
+    config = families.of_content(content, path / "config.json").read_json(content, path / "config.json")
     scheme = _scheme(path, config)
     with ExitStack() as stack:
         files: dict[Path, io.FileIO] = {}
@@ -288,7 +283,7 @@ class _Layout:
                 self._check_positions(info)
                 continue
             if not stem or suffix not in ("weight", "bias") or (suffix == "weight" and packed):
-                raise self._error(info.name, f"is unknown in a {self.config.model_class}")
+                raise self._error(info.name, f"is unknown in a {self.config.family.model_class}")
             if suffix == "bias" and self._is_no_bias(stem, number, info, bool(packed)):
                 continue
             if info.format not in _WEIGHTS:
@@ -301,7 +296,7 @@ class _Layout:
             if self.scheme is None:
                 raise self._error(first.name, "is packed, but neither config.json nor quantize_config.json says how")
             if not stem:
-                raise self._error(first.name, f"is unknown in a {self.config.model_class}")
+                raise self._error(first.name, f"is unknown in a {self.config.family.model_class}")
             read = None if self.directory._header_only else self.directory._raw
             yield f"{stem}.weight", number, packed_matrix(module, packed, self.scheme, read)
 
@@ -311,7 +306,7 @@ class _Layout:
         for suffix, info in tensors.items():
             names = parts.get(suffix, [])
             if not names or len(info.shape) != 3 or 0 in info.shape or info.shape[1] % len(names):
-                raise self._error(info.name, f"is unknown in a {self.config.model_class}, or of a wrong shape")
+                raise self._error(info.name, f"is unknown in a {self.config.family.model_class}, or of a wrong shape")
             if info.format not in _WEIGHTS:
                 raise UnsupportedModelError(f"{info.path}: tensor {info.name}: dtype {info.format} is not supported")
             experts, rows, columns = info.shape
@@ -334,7 +329,7 @@ class _Layout:
         if not packed or (number == -1 and stem.rpartition(".")[2] in self.config.biases):
             return False
         if not self.directory._header_only and self.directory._raw(info).any():
-            raise self._error(info.name, f"is unknown in a {self.config.model_class} of this configuration")
+            raise self._error(info.name, f"is unknown in a {self.config.family.model_class} of this configuration")
         return True
 
     def _experts(self, name: str, parts: dict[int, Slice | PackedMatrix]) -> list[Slice | PackedMatrix]:
@@ -375,7 +370,7 @@ class _Layout:
         """Biases are there exactly where config.json says so."""
         tensors = self.directory.tensors
         for number in range(self.config.config.num_layers):
-            for kind in sorted(self.table.biased):
+            for kind in sorted(self.table.biased()):
                 name = f"blk.{number}.{kind}.bias"
                 expected = kind in self.config.biases and f"blk.{number}.{kind}.weight" in tensors
                 if expected and name not in tensors:

@@ -11,8 +11,7 @@ import dataclasses
 import numpy as np
 
 from ferrum_jax import families
-from ferrum_jax.config import ModelConfig
-from ferrum_jax.encoder_config import EncoderConfig
+from ferrum_jax.config import EncoderConfig, ModelConfig
 from ferrum_jax.errors import ModelFileError
 from ferrum_jax.families.table import Path
 from ferrum_jax.weights.source import ModelSource

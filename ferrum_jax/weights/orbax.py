@@ -30,6 +30,7 @@ import numpy as np
 from ferrum_jax import families
 from ferrum_jax.config import ModelConfig, parts
 from ferrum_jax.errors import ModelFileError, UnsupportedModelError
+from ferrum_jax.families import Family
 from ferrum_jax.quantized import LayerStack, QuantizedTensor
 from ferrum_jax.tokenizer import Tokenizer
 from ferrum_jax.tokenizer.huggingface import EXTRA_TEMPLATES
@@ -216,7 +217,7 @@ class OrbaxCheckpoint(Opened):
             stacks = [_stack(fields) for fields in header["parameters"]]
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ModelFileError(f"{path / MARKER}: is damaged ({type(error).__name__}: {error})") from None
-        self.family = families.of_architecture(self._config.architecture, str(path / MARKER))
+        self._family = families.of_architecture(self._config.architecture, str(path / MARKER))
         self.metadata: Mapping[str, object] = plain(typed)
         self._typed = typed
         self.tensors: Mapping[str, TensorInfo] = {}
@@ -280,11 +281,12 @@ class OrbaxCheckpoint(Opened):
     def typed_metadata(self) -> dict[str, Typed]:
         return dict(self._typed)
 
-    def config(self) -> ModelConfig:
-        return self._config
+    @property
+    def family(self) -> Family:
+        return self._family
 
-    def encoder(self) -> None:
-        return None
+    def read_config(self) -> ModelConfig:
+        return self._config
 
     def tokenizer(self) -> Tokenizer:
         if self.tokenizer_directory.is_dir():

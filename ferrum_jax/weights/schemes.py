@@ -1,6 +1,6 @@
 """What a quantization_config says about packed matrices: `scheme_of`.
 
-The one idea is that of config_json.py: every key is read here, or says how the numbers were found and not what they are, or
+The one idea is that of families/keys.py: every key is read here, or says how the numbers were found and not what they are, or
 is neutral; any other is refused by name, inside groups as well.
 
 Sources: AutoGPTQ and GPTQModel (`gptq` stores the zero point less one, `gptq_v2` as it is; GPTQModel 5 says `format` and
@@ -13,8 +13,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from ferrum_jax.config import Keys, is_neutral, shown
 from ferrum_jax.errors import UnsupportedModelError
+from ferrum_jax.families.keys import Keys, is_neutral, shown
 
 SIZES = (128, 64, 32)  # weights a block, of those that pallas_kernels.blocks.groups has
 # How the numbers were found, with which program, and how others are to compute with them.
@@ -35,6 +35,7 @@ _COMPRESSED = {
     "dequantize", "global_compression_ratio", "ignore", "quantization_status", "quant_method", "run_compressed",
     "use_optimized_inference", "version",
 }  # fmt: skip
+_REFUSED = "{} is not supported"
 _OF_WEIGHTS = {"observer", "observer_kwargs", "scale_dtype", "zp_dtype"}
 
 
@@ -60,11 +61,6 @@ class _Fields(Keys):
         value = self.get(key)
         if value is not None and not any(type(value) is type(one) and value == one for one in known):
             raise self.refuse(key, text)
-
-    def rest(self, harmless: set[str]) -> None:
-        """Refuses what was not read."""
-        self.asked.update(harmless)
-        self.refuse_unread("{} is not supported")
 
 
 def scheme_of(content: Mapping[str, Any], where: str) -> Scheme:
@@ -107,7 +103,8 @@ def scheme_of(content: Mapping[str, Any], where: str) -> Scheme:
         stated = stated if value is None else value.lower()
     if method == "awq" and keys.get("backend") == "llm-awq":
         raise keys.refuse("backend", "those of gemm")
-    keys.rest(_FOUND)
+    keys.ignore(*_FOUND)
+    keys.judge(_REFUSED)
     symmetric = content.get("zero_point") is False if method == "awq" else content.get("sym") is not False
     return Scheme(method, bits, group, int(stated == "gptq"), symmetric, method == "gptq" and content.get("desc_act") is True)
 
@@ -120,7 +117,7 @@ def _compressed_tensors(keys: _Fields) -> Scheme:
     place = group if group.get("format") else keys
     if place.get("format") != "pack-quantized":
         raise place.refuse("format", "pack-quantized")
-    keys.asked.add("format")
+    keys.ignore("format")
     for key in ("input_activations", "output_activations"):
         if group.has(key):
             raise group.refuse(key, "none")
@@ -138,11 +135,11 @@ def _compressed_tensors(keys: _Fields) -> Scheme:
     size = -1 if weights.get("strategy") == "channel" else weights.get("group_size")
     if type(size) is not int or (size != -1 and (size < 1 or size % SIZES[-1])):
         raise weights.refuse("group_size", f"-1 and multiples of {SIZES[-1]}")
-    weights.asked.add("group_size")
     symmetric, ordered = weights.get("symmetric") is not False, weights.get("actorder") in ("group", True)
     weights.only("actorder", ("group", "weight", "static", "dynamic", True, False), "group, weight")
-    weights.rest(_OF_WEIGHTS)
-    group.rest(set())
+    weights.ignore("group_size", *_OF_WEIGHTS)
+    weights.judge(_REFUSED)
+    group.judge(_REFUSED)
     for key in ("sparsity_config", "transform_config"):  # {"format": "dense"}, {"config_groups": {}}: none
         value = keys.get(key)
         if not is_neutral(value) and not (
@@ -150,5 +147,6 @@ def _compressed_tensors(keys: _Fields) -> Scheme:
             and (value.get("format") == "dense" if key == "sparsity_config" else not any(value.values()))
         ):
             raise keys.refuse(key, "none")
-    keys.rest(_COMPRESSED)
+    keys.ignore(*_COMPRESSED)
+    keys.judge(_REFUSED)
     return Scheme("compressed-tensors", bits, size, 0, symmetric, ordered)

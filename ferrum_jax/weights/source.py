@@ -17,8 +17,7 @@ import numpy as np
 from ferrum_jax.weights.tensor_info import TensorInfo
 
 if TYPE_CHECKING:
-    from ferrum_jax.config import ModelConfig
-    from ferrum_jax.encoder_config import EncoderConfig
+    from ferrum_jax.config import EncoderConfig, ModelConfig
     from ferrum_jax.families import Family
     from ferrum_jax.tokenizer import Tokenizer
     from ferrum_jax.weights.metadata import Typed

@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ferrum_jax.weights.files import Opened
 from ferrum_jax.weights.source import ModelSource
 from ferrum_jax.weights.tensor_info import TensorInfo
+
+if TYPE_CHECKING:
+    from ferrum_jax.config import EncoderConfig, ModelConfig
+    from ferrum_jax.families import Family
+    from ferrum_jax.tokenizer import Tokenizer
+    from ferrum_jax.weights.metadata import Typed
 
 
 class Wrapped(Opened):
@@ -18,23 +26,23 @@ class Wrapped(Opened):
         self.tensors: Mapping[str, TensorInfo] = source.tensors
 
     @property
-    def family(self):
+    def family(self) -> Family:
         return self.source.family
 
     @property
-    def tokenizer_directory(self):
+    def tokenizer_directory(self) -> Path:
         return self.source.tokenizer_directory
 
-    def typed_metadata(self):
+    def typed_metadata(self) -> dict[str, Typed]:
         return self.source.typed_metadata()
 
-    def config(self):
+    def config(self) -> ModelConfig:
         return self.source.config()
 
-    def encoder(self):
+    def encoder(self) -> EncoderConfig | None:
         return self.source.encoder()
 
-    def tokenizer(self):
+    def tokenizer(self) -> Tokenizer:
         return self.source.tokenizer()
 
     def own_name(self, name: str) -> str:

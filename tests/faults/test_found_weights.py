@@ -8,11 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from ferrum_jax import config, config_json
 from ferrum_jax.errors import FerrumError
+from ferrum_jax.families import keys
 from ferrum_jax.weights import adapter, huggingface, packed
 from ferrum_jax.weights import block_scales as reading
-from ferrum_jax.weights import schemes as headers
 from ferrum_jax.weights.gguf import open_gguf
 from ferrum_jax.weights.tied import same_numbers
 from support.directories import LLAMA, write
@@ -101,30 +100,30 @@ FAULTS = {
     ),
     "5-keys": Fault(
         "unknown keys of a quantization_config are ignored",
-        headers._Fields.rest,
-        'self.refuse_unread("{} is not supported")',
+        keys.Keys.judge,
+        "raise self.unsupported(key, text.format(shown(value)))",
         "pass",
         lambda: schemes.test_keys_that_change_the_numbers_are_refused(schemes.GPTQ | {"rotation": "h"}, "rotation: 'h'"),
     ),
     "9-fields": Fault(
         "a key counts whether or not the class has it",
-        config_json.read_config,
-        "if key in FIELDS[family.model_type]}",
+        keys.Keys.__init__,
+        "if fields is None or key in fields}",
         "}",
         lambda: directory_config.test_a_key_that_is_no_field_of_the_class_changes_nothing("llama"),
     ),
     "9-unread": Fault(
         "a field that nothing reads is ignored",
-        config.Keys.refuse_unread,
-        "and not is_neutral(value):",
-        "and False:",
+        keys.Keys.unread,
+        "not is_neutral(value))",
+        "False)",
         lambda: directory_config.test_a_feature_that_is_not_there_is_named(
             {"attention_chunk_size": 64}, "attention_chunk_size: 64 is not supported"
         ),
     ),
     "2-numbers": Fault(
         "a number has no upper bound",
-        config.Keys.number,
+        keys.Keys.number,
         " and value <= high",
         "",
         lambda: numbers.test_numbers_of_json({"rope_theta": 1e30}, "rope_theta"),
@@ -138,8 +137,8 @@ FAULTS = {
     ),
     "14-arrays": Fault(
         "any count may be an array",
-        config.Keys.integer,
-        " and key in _PER_LAYER",
+        keys.Keys.integer,
+        " and per_layer",
         "",
         in_folder(an_array_of_counts),
     ),

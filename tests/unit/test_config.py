@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 
 import ferrum_jax as fj
-from ferrum_jax.config import config_from_gguf
 from ferrum_jax.loading import validate
 from ferrum_jax.weights.gguf import open_gguf
 from support.tiny_gguf import write_tiny_llama
@@ -87,7 +86,7 @@ def test_rope_scaling(keys, expected, tmp_path):
     kinds = {str: T.STRING, float: T.FLOAT32}
     metadata = {f"llama.rope.scaling.{key}": (value, kinds[type(value)]) for key, value in keys.items()}
     with open_gguf(write_tiny_llama(tmp_path / "model.gguf", metadata=metadata)) as file:
-        scaling = config_from_gguf(file).rope_scaling
+        scaling = file.config().rope_scaling
     assert (None if scaling is None else (scaling.kind, scaling.factor, scaling.attention_factor)) == expected
 
 

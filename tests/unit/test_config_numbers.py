@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 import ferrum_jax as fj
-from ferrum_jax.config import config_from_gguf
 from ferrum_jax.loading import validate
 from ferrum_jax.weights.gguf import GGUFFile, open_gguf
 from support.tiny_gguf import write_tiny_llama
@@ -45,7 +44,7 @@ def header(tmp_path_factory: pytest.TempPathFactory) -> GGUFFile:
 def configured(header: GGUFFile, **changes: object) -> object:
     """The configuration with some keys of arch llama changed."""
     metadata = header.metadata | {f"llama.{key}": value for key, value in changes.items()}
-    return config_from_gguf(GGUFFile(header.parts, metadata, header.tensors, {}))
+    return GGUFFile(header.parts, metadata, header.tensors, {}).config()
 
 
 @pytest.mark.parametrize("key", NUMBERS)

@@ -12,12 +12,14 @@ import pytest
 
 import ferrum_jax as fj
 from ferrum_jax.config import ModelConfig, RopeScaling
-from ferrum_jax.config_json import FAMILIES, ConfigFile, read_config
+from ferrum_jax.families import FAMILIES, of_content
+from ferrum_jax.families.family import ConfigFile
 from support.goldens import tiny_directories
 from support.goldens.tiny_directories import Spec
 
 PATH = Path("somewhere/config.json")
-NAMES = {family.model_type: name for name, family in FAMILIES.items()}
+DECODERS = {family.model_type: family for family in FAMILIES if not family.embeds}
+NAMES = {kind: family.model_class for kind, family in DECODERS.items()}
 EXPERTS = {"experts": 8, "top_k": 2}
 
 
@@ -30,7 +32,8 @@ def content(kind: str = "llama", **keys: object) -> dict:
 
 
 def read(kind: str = "llama", **keys: object) -> ConfigFile:
-    return read_config(content(kind, **keys), PATH)
+    made = content(kind, **keys)
+    return of_content(made, PATH).read_json(made, PATH)
 
 
 @pytest.mark.parametrize("kind", NAMES)
@@ -39,7 +42,7 @@ def test_every_class(kind: str) -> None:
     config = file.config
     assert (config.num_layers, config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim) == (4, 64, 4, 2, 16)
     assert (config.vocab_size, config.context_length, config.rms_norm_eps, config.rope_theta) == (320, 512, 1e-5, 10000.0)
-    assert config.architecture == FAMILIES[NAMES[kind]].architecture and file.model_class == NAMES[kind]
+    assert config.architecture == DECODERS[kind].architecture and file.family is DECODERS[kind]
     moe = kind in ("mixtral", "qwen3_moe")
     assert config.num_experts == (8 if moe else 0) and config.expert_intermediate_size == (32 if moe else 0)
     assert config.intermediate_size == (0 if moe else 96)

@@ -17,7 +17,6 @@ import ferrum_jax as fj
 from benchmarks.make_synthetic import SHAPES, list_tensors
 from ferrum_jax import headers, loading, memory, plan
 from ferrum_jax.cli import main
-from ferrum_jax.config import config_from_gguf
 from ferrum_jax.errors import ModelFileError, ModelNotFoundError, OutOfMemoryError
 from ferrum_jax.hub import huggingface
 from ferrum_jax.programs import Programs
@@ -87,8 +86,8 @@ def test_a_file_cut_off_inside_its_header_is_refused(cut, tmp_path, capsys):
 def test_a_header_survives_json(path):
     with open_gguf(path) as file:
         read = headers.from_json(headers.to_json(file), Path("elsewhere.gguf"))
-        config = config_from_gguf(file)
-        assert config_from_gguf(read) == config
+        config = file.config()
+        assert read.config() == config
         cpu = Target("cpu")
         trees = [abstract_parameters(parameters(header, config), cpu) for header in (file, read)]
         assert jax.tree.leaves(trees[0]) == jax.tree.leaves(trees[1])
@@ -103,7 +102,7 @@ def test_bundled_header_is_that_of_a_full_file():
     tensors = list_tensors(SHAPES["qwen3-30b-a3b"], "q4_k_m")
     expected = {tensor.name: (tensor.format, tensor.shape, tensor.nbytes) for tensor in tensors}
     assert {t.name: (t.format, t.shape, t.nbytes) for t in header.tensors.values()} == expected
-    config = config_from_gguf(header)
+    config = header.config()
     parameters(header, config)
     assert (config.num_layers, config.hidden_size, config.num_heads, config.num_kv_heads) == (48, 2048, 32, 4)
     assert (config.num_experts, config.experts_per_token, config.expert_intermediate_size) == (128, 8, 768)
@@ -130,7 +129,7 @@ def test_only_the_header_is_fetched_from_the_hub(path, monkeypatch, tmp_path):
         hub.drop_after = [2 << 20]
         header = plan.find_header("someone/Tiny-GGUF")
         assert header.path == Path("tiny.Q8_0.gguf") and len(hub.bodies()) == 1
-        assert config_from_gguf(header) == config_from_gguf(plan.find_header(str(path)))
+        assert header.config() == plan.find_header(str(path)).config()
         assert not (tmp_path / "cache").exists()
         hub.repos["someone/Tiny-GGUF"] = {"tiny.Q8_0.gguf": path.read_bytes()[:1500]}
         with pytest.raises(ModelFileError, match="remain in the file"):
@@ -191,7 +190,7 @@ def test_count_of_qwen3_30b_on_h200(monkeypatch):
 def test_what_a_decode_step_reads():
     """The arithmetic of the headline: 1.85 GB at one row, 110 of 128 experts at 32 rows; against the file's own table."""
     header = headers.bundled(QWEN)
-    config = config_from_gguf(header)
+    config = header.config()
     params = abstract_parameters(parameters(header, config), Target("cpu"))
     experts = sum(t.nbytes for t in header.tensors.values() if "_exps." in t.name)
     embedding = header.tensors["token_embd.weight"].nbytes
@@ -443,7 +442,7 @@ def test_load_refuses_before_it_allocates(path, monkeypatch, capsys):
 
 def test_load_refuses_nothing_that_fits(path, monkeypatch):
     with open_gguf(path) as file:
-        need = memory.nbytes(abstract_parameters(parameters(file, config_from_gguf(file)), Target("cpu")))
+        need = memory.nbytes(abstract_parameters(parameters(file, file.config()), Target("cpu")))
     for limit in (memory.Limit(need, 0, "just enough"), None):
         monkeypatch.setattr(memory, "device_limit", lambda device, limit=limit: limit)
         assert fj.load(path).memory()["parameters_total"] == need

@@ -1,8 +1,8 @@
-"""Writes ferrum_jax/config_fields.py: for each model_type the keys of config.json that can change what transformers computes.
+"""Writes ferrum_jax/families/fields.py: for each model_type the keys of config.json that can change what transformers computes.
 
 They are the fields of its configuration class, the other names of those fields, and what the code that all models share
 reads from any configuration; without those of training, of generation, of the tokenizer and about the file itself.
-`python make_config_fields.py` needs transformers 5.24; nothing else of this project or of a model is read.
+`python make_config_fields.py` needs transformers 5.24 and, for which there are, the families of this project.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ import transformers
 from transformers import cache_utils, masking_utils, modeling_rope_utils
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-OUT = Path(__file__).resolve().parents[3] / "ferrum_jax" / "config_fields.py"
-MODEL_TYPES = ("bert", "llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe")
+from ferrum_jax.families import FAMILIES
+
+OUT = Path(__file__).resolve().parents[3] / "ferrum_jax" / "families" / "fields.py"
+MODEL_TYPES = sorted(family.model_type for family in FAMILIES)
 # Read with getattr, whatever the class: masks, kinds of caches, rotary parameters, and the width of a head.
 COMMON = {
     masking_utils: ("is_causal", "sliding_window", "attention_chunk_size"),

@@ -21,7 +21,6 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 
 from ferrum_jax import functional as F
 from ferrum_jax import headers
-from ferrum_jax.config import config_from_gguf
 from ferrum_jax.engine import steps as engine
 from ferrum_jax.loading import auto_dtype
 from ferrum_jax.programs import COMPILER_OPTIONS
@@ -47,7 +46,7 @@ def main(target: str) -> None:
     kind = aot.TARGETS[target].target
     if target in SHORTER:
         shorten(header, SHORTER[target])
-    config = dataclasses.replace(config_from_gguf(header), dtype=auto_dtype(kind))
+    config = dataclasses.replace(header.config(), dtype=auto_dtype(kind))
     params = abstract_parameters(parameters(header, config), kind)
     report = {"dtype": config.dtype, "hidden": config.hidden_size, "vocab": config.vocab_size, "steps": {}}
     report["top_k"], report["width"] = config.experts_per_token, config.expert_intermediate_size
@@ -80,7 +79,7 @@ def main(target: str) -> None:
         }
     if target in ENGINES:
         shorten(header, 4)
-        report["engine"] = dict(engine_steps(target, config_from_gguf(header), header))
+        report["engine"] = dict(engine_steps(target, header.config(), header))
     json.dump(report, sys.stdout)
 
 

@@ -1,0 +1,278 @@
+"""How the keys of decoders become a `ModelConfig`, and GGUF keys again; a family states what differs in it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ferrum_jax.config import MOST_LAYERS, ModelConfig
+from ferrum_jax.errors import ModelFileError, UnsupportedModelError
+from ferrum_jax.families import rope
+from ferrum_jax.families.family import ConfigFile, Family, embedding_rows
+from ferrum_jax.families.keys import EPS, SCALE, THETA, Keys, is_neutral, shown
+from ferrum_jax.weights.metadata import Typed
+
+if TYPE_CHECKING:
+    from ferrum_jax.weights.tensor_info import TensorInfo
+
+Fields = dict[str, Any]  # keywords of ModelConfig
+
+
+def from_gguf(
+    family: Family,
+    keys: Keys,
+    tensors: Mapping[str, TensorInfo],
+    *,
+    theta: float | None = None,
+    feed_forward: Callable[[Keys], Fields] | None = None,
+) -> ModelConfig:
+    """As `Family.from_gguf`. theta: of files without `rope.freq_base` (None: it must be there). feed_forward: keywords of
+    `ModelConfig` about it (None: it is dense)."""
+    vocab_size = embedding_rows(keys, tensors)
+    hidden = keys.integer("embedding_length")
+    if keys.has("vocab_size"):
+        keys.integer("vocab_size")
+    shape = tensors["token_embd.weight"].shape
+    if len(shape) != 2 or shape[1] != hidden:
+        raise ModelFileError(
+            f"{keys.source}: tensor token_embd.weight: shape {list(shape)} does not end in "
+            f"{family.architecture}.embedding_length = {hidden}"
+        )
+    heads = keys.integer("attention.head_count", high=2**16, per_layer=True)
+    kv_heads = heads
+    if keys.has("attention.head_count_kv"):
+        kv_heads = keys.integer("attention.head_count_kv", high=2**16, per_layer=True)
+    if heads % kv_heads:
+        raise keys.fail("attention.head_count_kv", f"{kv_heads} does not divide attention.head_count {heads}")
+    head_dim = _head_dim_of_gguf(keys, hidden, heads)
+    rope_dim = keys.integer("rope.dimension_count", high=head_dim) if keys.has("rope.dimension_count") else head_dim
+    if rope_dim % 2:
+        raise keys.fail("rope.dimension_count", f"is {rope_dim}; it must be even")
+    of_feed_forward = (feed_forward or dense_from_gguf)(keys)
+    if keys.has("expert_gating_func") and keys.integer("expert_gating_func", low=0) > 1:  # 0: not stated, 1: softmax
+        raise keys.unsupported("expert_gating_func", "only softmax (1) is supported")
+    if keys.has("attention.causal") and not keys.boolean("attention.causal"):
+        raise keys.unsupported("attention.causal", "this feature is not supported")
+    for key in ("residual_scale", "embedding_scale", "logit_scale"):
+        if keys.has(key) and keys.number(key, SCALE) not in (0.0, 1.0):
+            raise keys.unsupported(key, "this feature is not supported")
+    keys.ignore("pooling_type")
+    return ModelConfig(
+        architecture=family.architecture,
+        num_layers=keys.integer("block_count", high=MOST_LAYERS),
+        hidden_size=hidden,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        vocab_size=vocab_size,
+        context_length=keys.integer("context_length"),
+        rms_norm_eps=keys.number("attention.layer_norm_rms_epsilon", EPS),
+        rope_theta=theta if theta and not keys.has("rope.freq_base") else keys.number("rope.freq_base", THETA),
+        rope_dim=rope_dim,
+        rope_scaling=rope.scaling_from_gguf(keys),
+        sliding_window=keys.integer("attention.sliding_window", low=0) if keys.has("attention.sliding_window") else 0,
+        **of_feed_forward,
+    )
+
+
+def _head_dim_of_gguf(keys: Keys, hidden: int, heads: int) -> int:
+    """The file's key_length; without the key the format defines it as hidden / heads."""
+    keys.ignore("attention.value_length")
+    if not keys.has("attention.key_length"):
+        if hidden % heads:
+            raise keys.fail("attention.key_length", f"is missing and {hidden} is no multiple of {heads} heads")
+        return hidden // heads
+    head_dim = keys.integer("attention.key_length", high=2**14)
+    value_dim = keys.integer("attention.value_length") if keys.has("attention.value_length") else head_dim
+    if value_dim != head_dim:
+        text = f"{value_dim} differs from key_length {head_dim}, which is not supported"
+        raise keys.unsupported("attention.value_length", text)
+    return head_dim
+
+
+def dense_from_gguf(keys: Keys) -> Fields:
+    """The keywords about a dense feed-forward; what is about experts says nothing then."""
+    keys.ignore("expert_used_count", "expert_feed_forward_length", "expert_weights_norm")
+    if keys.has("expert_weights_scale"):
+        keys.number("expert_weights_scale", SCALE)
+    return {"intermediate_size": keys.integer("feed_forward_length", per_layer=True)}
+
+
+def mixture_from_gguf(keys: Keys, width_key: str) -> Fields:
+    """The keywords about mixtures of experts, whose width is under `width_key`; those of a dense one where there are none."""
+    experts = keys.integer("expert_count", low=0, high=2**16) if keys.has("expert_count") else 0
+    if not experts:
+        return dense_from_gguf(keys)
+    if keys.has("expert_weights_norm") and not keys.boolean("expert_weights_norm"):
+        architecture = keys.prefix.removesuffix(".")
+        raise keys.unsupported("expert_weights_norm", f"false contradicts how {architecture} files are run")
+    scale = keys.number("expert_weights_scale", SCALE) if keys.has("expert_weights_scale") else 0.0
+    keys.ignore("feed_forward_length", "expert_feed_forward_length")
+    return {
+        "num_experts": experts,
+        "experts_per_token": keys.integer("expert_used_count", high=experts),
+        "expert_intermediate_size": keys.integer(width_key, per_layer=width_key == "feed_forward_length"),
+        "norm_topk_prob": True,  # files are run with normalized weights whether or not they carry the key
+        "expert_weights_scale": scale or 1.0,  # 0 is written by converters for "none"
+    }
+
+
+def to_gguf(config: ModelConfig, where: str, *, width_key: str = "feed_forward_length") -> dict[str, Typed]:
+    """As `Family.to_gguf`. width_key: where the width of experts goes."""
+    if config.dense_layers:
+        raise UnsupportedModelError(f"{where}: layers without experts among layers with them cannot be written as GGUF")
+    if config.num_experts and not config.norm_topk_prob:
+        raise UnsupportedModelError(f"{where}: norm_topk_prob false cannot be written as GGUF: llama.cpp renormalizes always")
+    integers = {
+        "block_count": config.num_layers,
+        "context_length": config.context_length,
+        "embedding_length": config.hidden_size,
+        "feed_forward_length": config.intermediate_size,
+        "attention.head_count": config.num_heads,
+        "attention.head_count_kv": config.num_kv_heads,
+        "attention.key_length": config.head_dim,
+        "attention.value_length": config.head_dim,
+        "rope.dimension_count": config.rope_dim,
+        "vocab_size": config.vocab_size,
+        "attention.sliding_window": config.sliding_window,
+        "expert_count": config.num_experts,
+        "expert_used_count": config.experts_per_token,
+    }
+    if config.num_experts:
+        integers[width_key] = config.expert_intermediate_size
+    floats = {"attention.layer_norm_rms_epsilon": config.rms_norm_eps, "rope.freq_base": config.rope_theta}
+    if config.expert_weights_scale != 1.0:
+        floats["expert_weights_scale"] = config.expert_weights_scale
+    typed = {key: Typed(value, "uint32") for key, value in integers.items() if value}
+    typed |= {key: Typed(value, "float32") for key, value in floats.items()}
+    typed |= rope.scaling_to_gguf(config.rope_scaling)
+    return {f"{config.architecture}.{key}": entry for key, entry in typed.items()}
+
+
+# ---- config.json
+
+
+def from_json(
+    family: Family,
+    keys: Keys,
+    path: Path,
+    *,
+    theta: float = 10_000.0,
+    head_dim: int | None = None,
+    window: Callable[[Keys, int], int] | None = None,
+    feed_forward: Callable[[Keys, int], Fields] | None = None,
+) -> ConfigFile:
+    """As `Family.from_json`. theta, head_dim: of files from before the key existed (None: hidden_size / heads). window: the
+    sliding window (None: the class has none). feed_forward: keywords of `ModelConfig` about it (None: it is dense). Both are
+    given the number of layers."""
+    if keys.has("hidden_act") and (act := keys.get("hidden_act")) != "silu":
+        raise keys.unsupported("hidden_act", f"{shown(act)} is not supported; supported: 'silu'")
+    if not keys.boolean("is_causal", True):
+        raise keys.unsupported("is_causal", "false is not supported")
+    hidden = keys.integer("hidden_size")
+    layers = keys.integer("num_hidden_layers", high=MOST_LAYERS)
+    heads = keys.integer("num_attention_heads", high=2**16)
+    kv_heads = keys.integer("num_key_value_heads", high=2**16) if keys.has("num_key_value_heads") else heads
+    if heads % kv_heads:
+        raise keys.fail("num_key_value_heads", f"{kv_heads} does not divide num_attention_heads {heads}")
+    head_dim = _head_dim_of_json(keys, head_dim, hidden, heads)
+    context = keys.integer("max_position_embeddings")
+    theta, scaling, factors = rope.from_json(keys, theta, head_dim, context)
+    if scaling is not None and scaling.kind == "yarn":
+        context = max(context, int(scaling.factor * scaling.original_context))
+        if context >= 2**31:
+            text = f"times {scaling.original_context} original positions is a context of {context}; at most {2**31 - 1} is"
+            raise keys.fail("rope_scaling", f"factor {scaling.factor} {text}")
+    biases = family.tensors.biased(always=True)
+    biases |= {"attn_q", "attn_k", "attn_v", "attn_output"} if keys.boolean("attention_bias", False) else set()
+    biases |= {"ffn_gate", "ffn_up", "ffn_down"} if keys.boolean("mlp_bias", False) else set()
+    config = ModelConfig(
+        architecture=family.architecture,
+        num_layers=layers,
+        hidden_size=hidden,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        vocab_size=keys.integer("vocab_size"),
+        context_length=context,
+        rms_norm_eps=keys.number("rms_norm_eps", EPS),
+        rope_theta=theta,
+        rope_dim=head_dim,
+        rope_scaling=scaling,
+        sliding_window=(window or no_window)(keys, layers),
+        **(feed_forward or dense_from_json)(keys, layers),
+    )
+    return ConfigFile(family, config, keys.boolean("tie_word_embeddings", False), frozenset(biases), factors)
+
+
+def _head_dim_of_json(keys: Keys, default: int | None, hidden: int, heads: int) -> int:
+    if keys.has("head_dim"):
+        head_dim = keys.integer("head_dim", high=2**14)
+    elif default is not None:
+        head_dim = default
+    elif hidden % heads:
+        raise keys.fail("head_dim", f"is missing and {hidden} is no multiple of {heads} heads")
+    else:
+        head_dim = hidden // heads
+    if head_dim % 2:
+        raise keys.fail("head_dim", f"is {head_dim}; it must be even")
+    return head_dim
+
+
+def dense_from_json(keys: Keys, layers: int) -> Fields:
+    """The keywords about a dense feed-forward."""
+    return {"intermediate_size": keys.integer("intermediate_size")}
+
+
+def num_experts(keys: Keys, *, low: int) -> int:
+    """The experts of a layer; two names of one thing, which must agree."""
+    named = [key for key in ("num_experts", "num_local_experts") if keys.has(key)]
+    counts = [keys.integer(key, low=low, high=2**16) for key in named or ["num_local_experts"]]
+    if counts[0] != counts[-1]:
+        raise keys.fail("num_experts", f"is {counts[0]}, but num_local_experts is {counts[-1]}")
+    return counts[0]
+
+
+def no_window(keys: Keys, layers: int) -> int:
+    """The window of a class that has none."""
+    if not is_neutral(keys.get("sliding_window")):
+        raise keys.unsupported("sliding_window", "is not supported in this model class")
+    return _in_all_layers(keys, layers, 0)
+
+
+def stated_window(keys: Keys, layers: int, *, default: int = 0) -> int:
+    """The window of a class in which `sliding_window` counts as it stands. default: where the key is absent."""
+    return _in_all_layers(keys, layers, _window(keys, default))
+
+
+def window_on_request(keys: Keys, layers: int) -> int:
+    """The window of Qwen, for which `use_sliding_window` must ask; in layers from `max_window_layers` on, if the class has
+    that key and `layer_types` does not say."""
+    window = _window(keys, 4096) if keys.boolean("use_sliding_window", False) else 0
+    keys.ignore("sliding_window", "max_window_layers")
+    full = 0
+    if keys.get("layer_types") is None and "max_window_layers" in (keys.fields or ()):
+        full = min(keys.integer("max_window_layers", low=0) if keys.has("max_window_layers") else 28, layers)
+        if window and 0 < full < layers:
+            raise keys.unsupported("max_window_layers", f"a window in the layers from {full} on only is not supported")
+    return _in_all_layers(keys, layers, 0 if full == layers else window)
+
+
+def _window(keys: Keys, default: int) -> int:
+    if "sliding_window" not in keys.values:
+        return default
+    return keys.integer("sliding_window", low=0) if keys.has("sliding_window") else 0
+
+
+def _in_all_layers(keys: Keys, layers: int, window: int) -> int:
+    """The window of every layer, 0 for none, with what `layer_types` says; windows of some layers only are refused."""
+    kinds = keys.get("layer_types")
+    if kinds is not None and (not isinstance(kinds, list) or len(kinds) != layers):
+        raise keys.fail("layer_types", f"must be a list of {layers} kinds")
+    found = set(map(str, kinds or ()))
+    if not found <= {"full_attention", "sliding_attention"} or (window and len(found) > 1):
+        raise keys.unsupported("layer_types", f"{sorted(found)} in one model is not supported")
+    if found == {"sliding_attention"} and not window:
+        raise keys.fail("layer_types", "names sliding_attention, but there is no sliding_window")
+    return 0 if found == {"full_attention"} else window

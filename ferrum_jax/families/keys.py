@@ -1,0 +1,125 @@
+"""Typed access to the keys of a file, and what becomes of those that nothing reads: `Keys`.
+
+The one idea: which keys were asked for is known, so the rest is judged once. A key that the format's own program does not have
+is as if it were not there (`fields`); one that says nothing about the computation is passed over by name (`ignore`); one whose
+value says "none" has no effect; any other is refused by name (`judge`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ferrum_jax.errors import ModelFileError, UnsupportedModelError
+
+
+class Range(NamedTuple):
+    """What a number may be: finite, above `low` (or equal to it, where `closed`), at most `high`."""
+
+    low: float = 0.0
+    high: float = math.inf
+    closed: bool = False
+
+
+# Far beyond any published model, and short of where float32 turns to infinity or NaN.
+POSITIVE, AT_LEAST_ZERO = Range(), Range(closed=True)
+EPS = Range(1e-30, 0.1, closed=True)
+THETA = Range(1.0, 1e12)
+FACTOR = Range(0.1, 1e5, closed=True)
+ATTENTION_FACTOR = Range(0.01, 100.0, closed=True)
+TURNS = Range(0.0, 1e5)  # of a rotation within a context: YaRN's beta, LLaMA-3.1's frequency factors
+SCALE = Range(0.0, 1e4, closed=True)
+
+
+class Keys:
+    """The keys of one file that begin with `prefix` and, where `fields` are given, are among them; every error names the file
+    and the key. A value None is no value."""
+
+    def __init__(self, metadata: Mapping[str, object], prefix: str, source: str, fields: Collection[str] | None = None) -> None:
+        named = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
+        self.values = {key: value for key, value in named.items() if fields is None or key in fields}
+        self.prefix, self.source, self.fields = prefix, source, fields
+        self.asked: set[str] = set()
+
+    def fail(self, key: str, text: str) -> ModelFileError:
+        return ModelFileError(f"{self.source}: key {self.prefix + key}: {text}")
+
+    def unsupported(self, key: str, text: str) -> UnsupportedModelError:
+        return UnsupportedModelError(f"{self.source}: key {self.prefix + key}: {text}")
+
+    def get(self, key: str) -> Any:
+        """The value as it stands in the file, or None."""
+        self.asked.add(key)
+        return self.values.get(key)
+
+    def has(self, key: str) -> bool:
+        return self.get(key) is not None
+
+    def ignore(self, *keys: str) -> None:
+        """Keys that say nothing about the computation, or nothing in this model."""
+        self.asked.update(keys)
+
+    def unread(self) -> Iterator[tuple[str, object]]:
+        """What nothing asked for, and its value, where that does not say "none"."""
+        return ((key, value) for key, value in self.values.items() if key not in self.asked and not is_neutral(value))
+
+    def judge(self, text: str) -> None:
+        """UnsupportedModelError for the first key that is `unread`; `text` may show its value, as {}."""
+        for key, value in self.unread():
+            raise self.unsupported(key, text.format(shown(value)))
+
+    def integer(self, key: str, *, low: int = 1, high: int = 2**31 - 1, per_layer: bool = False) -> int:
+        """per_layer: it may be an array of one number for each of `block_count` layers, which must agree."""
+        value = self.get(key)
+        if value is None:
+            raise self.fail(key, "is missing")
+        if isinstance(value, np.ndarray) and per_layer:
+            values = value.tolist()
+            if len(values) != self.integer("block_count"):
+                raise self.fail(key, f"has {len(values)} values; it must have one for each of the layers")
+            if len(set(values)) != 1:
+                raise self.unsupported(key, "differs from layer to layer, which is not supported")
+            value = values[0]
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise self.fail(key, f"must be an integer, not {shown(value)}")
+        if not low <= value <= high:
+            raise self.fail(key, f"is {shown(value)}; it must be from {low} to {high}")
+        return value
+
+    def number(self, key: str, within: Range = POSITIVE) -> float:
+        value = self.get(key)
+        if value is None:
+            raise self.fail(key, "is missing")
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise self.fail(key, f"must be a number, not {shown(value)}")
+        low, high, closed = within
+        if not (abs(value) < 1e300 and (value >= low if closed else value > low) and value <= high):
+            most = "" if high == math.inf else f" and at most {high:g}"
+            raise self.fail(key, f"is {shown(value)}; it must be finite and {'at least' if closed else 'above'} {low}{most}")
+        return float(value)
+
+    def boolean(self, key: str, default: bool | None = None) -> bool:
+        """default: where the key is not there; None: it must be."""
+        value = self.get(key)
+        value = default if value is None else value
+        if not isinstance(value, bool):
+            raise self.fail(key, f"must be true or false, not {shown(value)}")
+        return value
+
+
+def is_neutral(value: object) -> bool:
+    """Whether a value says that something is not there: null, false, 0, empty, "none"."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value in (None, False, 0, "", "none")
+    return isinstance(value, list | dict) and not value
+
+
+def shown(value: object) -> str:
+    """A value for an error: short, and on one line."""
+    if isinstance(value, np.ndarray) or (isinstance(value, list) and len(value) > 8):
+        return f"an array of {len(value)} values"
+    text = f"an integer of {value.bit_length()} bits" if type(value) is int and abs(value) >= 1 << 64 else repr(value)
+    return text if len(text) <= 100 else f"{text[:100]}..."
