@@ -1,8 +1,8 @@
-"""Chat templates: messages to the prompt that the model was trained on.
+"""Chat templates: render a conversation as the prompt format that the model was trained on.
 
-The template is a program inside a model file, so it runs in jinja2's sandbox within a budget (templates.py) and sees plain
-data only (dicts, lists, strings, numbers). The environment is that of transformers' `apply_chat_template`, so the rendering
-is the same text.
+A template is a program inside a model file, so it runs in jinja2's sandbox with limits (templates.py) and gets only plain
+data (dicts, lists, strings, numbers). The environment is that of transformers' `apply_chat_template`, so the result is the
+same text.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,25 +17,25 @@ if TYPE_CHECKING:
     from ferrum_jax.templates import Compiled, Limits
 
 Message = Mapping[str, Any]
-KEY = "tokenizer.chat_template"  # of the default template; the name of another one follows after a dot
+KEY = "tokenizer.chat_template"  # of the default template; for other templates, a dot and the name follow
 _TEXT_PARTS = ("text", "input_text", "output_text")
-# What a template writes that takes no null and no list for content.
+# Output of a template that cannot handle null or a list as content.
 _MISTAKEN = ("None", "[]", "()", "'type': '", '"type": "', '"type":"')
 _RESULTS = ("tool", "ipython", "function")
 
 
 def choose(templates: Mapping[str, str], name: str | None = None, *, tools: bool = False) -> str | None:
-    """The template that is meant: the one called `name`; else with tools the one called "tool_use", where there is one; else
-    the default. None where there is no template at all; ValueError, which lists the names, where none is meant."""
+    """Chooses a template: the one called `name`; without a name "tool_use" if there are tools and such a template, otherwise
+    the default. Returns None if there are no templates. Raises ValueError with the known names if there is no such template."""
     chosen = name or ("tool_use" if tools and "tool_use" in templates else "default")
     if chosen in templates or not (templates or name):
         return templates.get(chosen)
     known = ", ".join(sorted(templates)) or "none"
-    raise ValueError(f"chat_template: the model has no chat template {chosen!r}; it has {known}")
+    raise ValueError(f"chat_template: the model does not have a chat template {chosen!r}; it has {known}")
 
 
 def variables(template: str) -> frozenset[str]:
-    """The variables that a template reads. ModelFileError where it cannot be compiled."""
+    """The variables that a template reads. Raises ModelFileError if it cannot be compiled."""
     return _compiled(template).reads
 
 
@@ -50,30 +50,32 @@ def render(
     limits: "Limits | None" = None,
     **template_kwargs: Any,
 ) -> str:
-    """The prompt text of a conversation.
+    """Renders a conversation as the text of a prompt.
 
     Args:
-        template: `tokenizer.chat_template` of the model file; None where it has none.
-        messages: dicts with "role" and what the template reads, mostly "content"; also "tool_calls" and others. Content is a
-            text, or a list of text parts ({"type": "text", "text": ...}), which are joined unless the template takes such
-            lists, or None, which is "" unless the template takes that.
-        tools: JSON schemas of the functions that the model may call; None for none.
-        add_generation_prompt: end with the opening of the assistant's answer.
-        bos_token, eos_token: texts of the file's tokens; templates write them.
-        limits: what the template may take; by default a second and 64 MiB.
+        template: `tokenizer.chat_template` of the model file; None if there is none.
+        messages: dicts with "role" and the other keys that the template reads, such as "content" and "tool_calls". Content can
+            be a text, a list of text parts ({"type": "text", "text": ...}), which are joined unless the template handles lists,
+            or None, which becomes "" unless the template handles None.
+        tools: JSON schemas of functions that the model may call, or None.
+        add_generation_prompt: end with the words that begin an answer.
+        bos_token, eos_token: the texts of the file's tokens, for the template.
+        limits: the time and memory for rendering; by default one second and 64 MiB.
         template_kwargs: further variables of the template, such as `enable_thinking=False`.
 
     Raises:
-        UnsupportedModelError: there is no template.
-        ModelFileError: the template cannot be compiled.
-        ChatTemplateError: it fails on these messages, refuses them (its `raise_exception`) or takes more than `limits`.
-        ValueError: the messages are no list of dicts with a role, or the content of one is something else than text.
-        TypeError: a tool is not a dict.
+        UnsupportedModelError: if there is no template.
+        ModelFileError: if the template cannot be compiled.
+        ChatTemplateError: if it fails on the messages, rejects them (its `raise_exception`) or exceeds `limits`.
+        ValueError: if the messages are not a list of dicts with a role, or the content of one is not text.
+        TypeError: if a tool is not a dict.
     """
     if template is None:
-        raise UnsupportedModelError("the model file has no tokenizer.chat_template, so it cannot chat; complete raw text")
+        raise UnsupportedModelError(
+            "the model file does not have a tokenizer.chat_template, so it cannot chat; complete plain text instead"
+        )
     if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence):
-        raise ValueError(f"messages: a list of dicts is needed, not {type(messages).__name__}")
+        raise ValueError(f"messages: must be a list of dicts, not {type(messages).__name__}")
     for i, message in enumerate(messages):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise ValueError(f"messages: entry {i} must be a dict with a string under 'role'")
@@ -107,7 +109,7 @@ def render(
 
 
 def check_template(template: str, source: str, name: str = "default") -> None:
-    """Compiles a file's template. Raises ModelFileError naming the file and the key where it cannot be compiled."""
+    """Compiles a file's template. Raises ModelFileError with the file and the key if it cannot be compiled."""
     try:
         _compiled(template)
     except ModelFileError as error:
@@ -130,20 +132,20 @@ def _rendered(compiled: "Compiled", given: dict[str, Any], limits: "Limits | Non
 
 
 def _parts_of(message: Mapping[str, Any]) -> list[Any]:
-    """The parts of a message's content; [] where it is no list of parts."""
+    """The parts of a message's content, or [] if the content is not a list of parts."""
     content = message.get("content")
     return list(content) if isinstance(content, list | tuple) and not _is_data(message) else []
 
 
 def _is_data(message: Mapping[str, Any]) -> bool:
-    """Whether content is what a tool gave, as data for the template: neither a text nor a list with texts or parts."""
+    """Whether the content is data from a tool, and so neither a text nor a list with texts or parts."""
     content = message.get("content")
     parts = content if isinstance(content, list | tuple) else [content if isinstance(content, str | None) else 0]
     return message["role"] in _RESULTS and bool(parts) and not any(isinstance(part, str | dict | None) for part in parts)
 
 
 def _with_text(number: int, message: dict[str, Any]) -> dict[str, Any]:
-    """The message without nulls and with a text for content, where that is null, absent or a list of parts."""
+    """The message without nulls. Content that is null, missing or a list of parts becomes a text."""
     content = message.get("content")
     texts = []
     for i, part in enumerate(_parts_of(message)):
@@ -151,7 +153,7 @@ def _with_text(number: int, message: dict[str, Any]) -> dict[str, Any]:
         if not isinstance(text, str):
             kind = part.get("type") if isinstance(part, dict) else type(part).__name__
             raise ValueError(
-                f"messages: entry {number}: part {i} of its content is of type {kind!r}; the model takes text parts, "
+                f"messages: entry {number}: part {i} of its content has the type {kind!r}; the model takes text parts, "
                 '{"type": "text", "text": ...}'
             )
         texts.append(text)
@@ -162,7 +164,7 @@ def _with_text(number: int, message: dict[str, Any]) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """The same data in types that have no methods worth misusing; other objects become the name of their type."""
+    """The same data in plain types, whose methods a template cannot misuse. Other objects become the name of their type."""
     if isinstance(value, Mapping):
         return {_plain(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -180,7 +182,7 @@ def _plain(value: Any) -> Any:
 
 
 def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
-    """The message with its reasoning under both names that templates read, whatever name the caller used."""
+    """The message with its reasoning under both names that templates read."""
     names = ("reasoning_content", "thinking", "reasoning")
     reasoning = next((message[name] for name in names if message.get(name) is not None), None)
     return message if reasoning is None else {"thinking": reasoning, **message, "reasoning_content": reasoning}

@@ -1,7 +1,7 @@
-"""What a caller gave, compared with what a function takes: one sentence says what it was and what would be right.
+"""Checks arguments. An error says in one sentence what was given and what would be right.
 
 The one idea: each kind of argument (sampling parameters, token ids, a prompt, a batch, a path) has one function here, so
-that every method that takes it says the same. All raise ValueError.
+that all methods raise the same errors for it. All raise ValueError.
 """
 
 from __future__ import annotations
@@ -18,24 +18,25 @@ from ferrum_jax.sampling_params import SamplingParams
 
 
 def kind(value: object) -> str:
-    """What a value is, for an error."""
+    """Describes a value in an error message."""
     return "None" if value is None else f"{type(value).__name__} ({value!r:.40})"
 
 
 def _is_list(value: object) -> bool:
-    """Whether it has items in an order: a list, an array of at least one axis, an iterator; a text is one item."""
+    """Whether a value has ordered items: a list, an array with at least one axis, an iterator; but not a text."""
     has_items = isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping | Set)
     return has_items and getattr(value, "ndim", 1) > 0
 
 
 def sampling_params(value: object) -> SamplingParams:
+    """One SamplingParams."""
     if not isinstance(value, SamplingParams):
         raise ValueError(f"params must be SamplingParams, as in SamplingParams(max_tokens=100), not {kind(value)}")
     return value
 
 
 def each_sampling_params(value: Any, count: int) -> list[SamplingParams]:
-    """One for all of `count` prompts, or a list with one for each."""
+    """The parameters of each of `count` prompts, from one for all or a list with one for each."""
     if isinstance(value, SamplingParams):
         return [value] * count
     if not isinstance(value, Sequence) or isinstance(value, str) or not all(isinstance(p, SamplingParams) for p in value):
@@ -49,6 +50,7 @@ def each_sampling_params(value: Any, count: int) -> list[SamplingParams]:
 
 
 def text(value: object) -> str:
+    """One text."""
     if not isinstance(value, str):
         hint = "; encode_batch takes several" if isinstance(value, list | tuple) else ""
         raise ValueError(f"a text must be a str, not {kind(value)}{hint}")
@@ -56,19 +58,21 @@ def text(value: object) -> str:
 
 
 def texts(value: Any) -> list[str]:
+    """A list of texts."""
     if not _is_list(value):
         raise ValueError(f"texts must be a list of texts, not {kind(value)}; for one text write [text]")
     return [text(part) for part in value]
 
 
 def path(value: object, what: str) -> str:
+    """A path or a name; `what` names the argument."""
     if not isinstance(value, str | os.PathLike):
         raise ValueError(f"{what} must be a path or a name, not {kind(value)}")
     return os.fspath(value)
 
 
 def token_ids(value: Any) -> list[int]:
-    """Integers of any type, also of an array of one axis; booleans and floats are a mistake."""
+    """A list of integers, from integers of any type or an array with one axis. Booleans and floats are errors."""
     if not _is_list(value):
         hint = f"; for one id write [{value}]" if isinstance(value, int) else ""
         raise ValueError(f"token ids must be a list of integers, not {kind(value)}{hint}")
@@ -84,7 +88,7 @@ def token_ids(value: Any) -> list[int]:
 
 
 def prompt(value: Any) -> str | list[int]:
-    """A text or its token ids; one prompt, and no conversation."""
+    """One prompt: a text or its token ids."""
     if isinstance(value, str):
         return value
     if isinstance(value, Mapping) or (isinstance(value, list | tuple) and any(isinstance(part, Mapping) for part in value)):
@@ -99,7 +103,7 @@ def prompt(value: Any) -> str | list[int]:
 
 
 def prompts(value: Any) -> list[Any]:
-    """The prompts of a batch, each for `prompt` to look at."""
+    """A list of prompts, which `prompt` checks one by one."""
     if isinstance(value, Mapping) or (isinstance(value, list | tuple) and any(isinstance(part, Mapping) for part in value)):
         raise ValueError("prompts must be texts or lists of token ids, not messages; a conversation goes to chat(messages)")
     if isinstance(value, str | bytes):
@@ -113,7 +117,7 @@ def prompts(value: Any) -> list[Any]:
 
 
 def batch(value: Any) -> list[list[int]]:
-    """Lists of token ids."""
+    """A list of lists of token ids."""
     if isinstance(value, str) or (isinstance(value, Sequence) and any(isinstance(part, str) for part in value)):
         raise ValueError("a batch must be lists of token ids, not texts; tokenizer.encode(text) gives the ids of a text")
     if not _is_list(value):
@@ -122,7 +126,7 @@ def batch(value: Any) -> list[list[int]]:
 
 
 def window(value: Any, length: int, context: int) -> int:
-    """Tokens of a window over a text of `length` tokens; None is one window."""
+    """The tokens of a window over a text of `length` tokens; None means one window."""
     if length < 2:
         raise ValueError(f"the text has {length or 'no'} token{'s' * (length != 1)}; a window needs at least two tokens")
     try:
@@ -140,7 +144,7 @@ def window(value: Any, length: int, context: int) -> int:
 
 
 def dtype_name(value: Any) -> Any:
-    """The name of a NumPy or JAX dtype, or scalar type; an array in words, anything else as it is."""
+    """The name of a NumPy or JAX dtype or scalar type. An array is described in words, anything else is returned as it is."""
     if isinstance(value, type | np.dtype):
         with contextlib.suppress(TypeError):
             return np.dtype(value).name

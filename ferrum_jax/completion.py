@@ -1,4 +1,4 @@
-"""What a generation gives back."""
+"""The result of a generation."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class Completion:
-    """What was generated for one prompt.
+    """The continuation of one prompt.
 
     Attributes:
-      text: without the end token. The prompt's text and it are the decoding of the whole: a character that the prompt
-        began is given out here.
-      token_ids: with the end token.
-      finish_reason: "stop" (end token or stop string), "length", "error" (`error` says why), or from an engine "abort".
-      logprobs: for each token a list of (id, logprob), the chosen token first; None where none were asked for.
-      prompt_token_ids: the prompt.
-      prompt_logprobs: as logprobs, for the tokens of the prompt, None for the first.
-      error: what went wrong.
+      text: the generated text, without the end token. Appended to the prompt's text it gives the text of all tokens; a
+        character that begins in the prompt's last token is part of it.
+      token_ids: the generated tokens, including the end token.
+      finish_reason: "stop" (an end token or a stop string), "length", "error" (`error` says why), or from an engine "abort".
+      logprobs: for each token a list of (id, logprob), the sampled token first; None if they were not requested.
+      prompt_token_ids: the tokens of the prompt.
+      prompt_logprobs: like logprobs, for the tokens of the prompt; its first entry is None.
+      error: what went wrong, or "".
     """
 
     text: str

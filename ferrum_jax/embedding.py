@@ -1,7 +1,7 @@
-"""An embedding model: texts in, one vector a text out.
+"""An embedding model: turns each text into one vector.
 
-Texts are sorted by length and batched with others of about the same, padded to a length of a short list, so that little is
-computed for padding and few programs are compiled. A row is computed from itself alone.
+Texts of similar length are batched and padded to one of a few lengths, so that little is computed for padding and few programs
+are compiled. A row does not depend on the other rows.
 """
 
 from __future__ import annotations
@@ -25,17 +25,19 @@ from ferrum_jax.units import readable_bytes
 from ferrum_jax.weights.stream import bytes_by_format
 
 _LENGTHS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)  # then powers of two
-_TOKENS = 2048  # of a batch, padding included
-_ROWS = (2, 64)  # of a batch, at least and at most
+_TOKENS = 2048  # limit of a batch, padding included
+_ROWS = (2, 64)  # limits of a batch
 
 
 class EmbeddingModel:
-    """Made by `ferrum_jax.load` from a checkpoint of the BERT family.
+    """An embedding model of the BERT family, as `ferrum_jax.load` returns it.
 
     Attributes:
-      params (dict): a pytree of arrays, every weight once.
-      config (EncoderConfig): the static configuration.
-      max_seq_len (int): tokens at which texts are cut.
+      params (dict): a pytree of arrays that holds every weight once.
+      config (EncoderConfig): what the model is; static and hashable.
+      tokenizer (Tokenizer): from the same file or directory.
+      device (jax.Device): where the parameters are.
+      max_seq_len (int): longer texts are cut to this many tokens.
     """
 
     def __init__(self, config: EncoderConfig, params: Any, tokenizer: Tokenizer, device: jax.Device, max_seq_len: int):
@@ -52,15 +54,15 @@ class EmbeddingModel:
         """One vector for each text.
 
         Args:
-          texts: each is cut at `max_seq_len` tokens, with a warning.
-          normalize: give every vector the Euclidean length 1.
+          texts: the texts. Those with more than `max_seq_len` tokens are cut, with a warning.
+          normalize: scale every vector to the Euclidean length 1.
 
         Returns:
           float32 [texts, hidden_size], in the order of the texts.
 
         Raises:
-          ValueError: for what is not a list of texts.
-          NotFiniteError: where an embedding is.
+          ValueError: if `texts` is not a list of texts.
+          NotFiniteError: if an embedding is not finite.
         """
         encoded = self._encode(checks.texts(texts))
         out = np.empty((len(encoded), self.config.hidden_size), np.float32)
@@ -80,7 +82,7 @@ class EmbeddingModel:
         limit, long = self.max_seq_len, 0
         for i, ids in enumerate(encoded):
             if not ids:
-                raise ValueError(f"text {i} has no tokens, and the tokenizer adds none")
+                raise ValueError(f"text {i} does not have any tokens, and the tokenizer adds none")
             if (largest := max(ids)) >= self.config.vocab_size:
                 raise ValueError(f"text {i} has the token {largest}, but the embedding has {self.config.vocab_size} rows")
             if len(ids) > limit:
@@ -92,20 +94,24 @@ class EmbeddingModel:
         return encoded
 
     def memory(self) -> dict:
-        """Bytes: parameters by block format and in all."""
+        """Sizes in bytes.
+
+        Returns:
+          "parameters": bytes by block format; "parameters_total": their sum.
+        """
         formats = bytes_by_format(self.params)
         return {"parameters": formats, "parameters_total": sum(formats.values())}
 
     def _refuse(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Raises UnsupportedModelError: an encoder has no next token."""
+        """Raises UnsupportedModelError: an encoder does not predict a next token."""
         raise refuse_encoder("this model")
 
     generate = stream = chat = render_chat = logits = perplexity = trace_routing = _refuse
-    kv_dtype = property(_refuse)  # the first that an engine asks for
+    kv_dtype = property(_refuse)  # the first attribute that an engine reads
 
 
 def _batches(encoded: list[list[int]], context: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """(members, tokens int32 [rows, length], lengths int32 [rows]), the longest first; rows beyond the members have one
+    """Yields (members, tokens int32 [rows, length], lengths int32 [rows]), the longest texts first. Padding rows have one
     token."""
     order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]))
     while order:

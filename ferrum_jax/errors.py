@@ -1,8 +1,8 @@
-"""The errors a user meets, each raised at the boundary, before anything is allocated."""
+"""The errors that users see. Each is raised at the boundary, before anything is allocated."""
 
 
 class FerrumError(Exception):
-    """Base of every error that is the input's fault and not ours."""
+    """The base of all errors that are caused by the input and not by ferrum_jax."""
 
 
 class ModelFileError(FerrumError):
@@ -10,23 +10,21 @@ class ModelFileError(FerrumError):
 
 
 class UnsupportedModelError(ModelFileError):
-    """The file may be sound, but needs something that ferrum_jax does not do. The message names it."""
+    """The file may be valid, but needs something that ferrum_jax does not support. The message names it."""
 
 
 class ChatTemplateError(FerrumError, ValueError):
-    """A chat template, which is sound by itself, refuses the messages it is given, fails on them or takes too much time or
-    memory over them. The message is the template's own or says what failed."""
+    """A valid chat template rejects the messages, fails on them, or takes too much time or memory. The message is the
+    template's own, or says what failed."""
 
 
 class ModelNotFoundError(FerrumError):
-    """No source has the model. The message lists what was tried and why each attempt failed."""
+    """No source has the model. The message lists the sources that were tried and why each failed."""
 
 
 class OutOfMemoryError(FerrumError, MemoryError):
-    """A device has not the memory for what was asked. The message counts what is needed and what there is, and says what
-    would help."""
+    """A device does not have enough memory. The message says how much is needed, how much there is, and what would help."""
 
 
 class NotFiniteError(FerrumError, ArithmeticError):
-    """What the model computed is NaN or infinite where a number is needed: damaged weights, or a dtype whose range they
-    leave."""
+    """The model computed NaN or infinity: its weights are damaged, or they exceed the range of the dtype."""

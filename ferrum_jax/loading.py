@@ -1,4 +1,4 @@
-"""From a name to a model: find the file, check all of it, then stream the weights in."""
+"""Loads a model: finds the file, checks all of it, then streams the weights to the device."""
 
 from __future__ import annotations
 
@@ -50,34 +50,34 @@ def load(
     merge_adapter: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Model | EmbeddingModel:
-    """Loads a model, its weights compressed as they are in the file.
+    """Loads a model. Its weights stay compressed as they are in the file.
 
     Args:
-      source: path of a .gguf (any part of a split file) or of a checkpoint directory (config.json and safetensors), an
-        alias ("smollm2:135m"), or "owner/repo[:file or quant]".
-      dtype: arithmetic of activations: "float32" (exact), "bfloat16", "float16", "int8" (CPU: quantized in blocks inside
-        products); "auto" takes the fast one of the device, for an embedding model float32.
-      kv_dtype: of the KV cache; None follows dtype (int8: float16).
+      source: path of a .gguf file (any part of a split one) or of a checkpoint directory (config.json and safetensors), an
+        alias ("smollm2:135m"), or "owner/repo[:file or quantization]" on the Hugging Face hub.
+      dtype: arithmetic of activations: "float32" (exact), "bfloat16", "float16" or "int8" (CPU only: activations are quantized
+        in blocks inside products). "auto" chooses the fast one for the device, and float32 for an embedding model.
+      kv_dtype: dtype of the KV cache; None: the same as dtype (float16 for int8).
       device: where the weights go; None: JAX's first device.
-      mesh: not supported yet; anything but None is refused.
-      max_seq_len: tokens of context, at most (and by default) the model's; an embedding model cuts texts there.
-      quantize: a block format ("q4_k"; weights.quantize.QUANTIZATIONS) that the matrices of a checkpoint in F32, F16 or
-        BF16 get while they are read.
-      adapters: directories of LoRA adapters (PEFT) by names of your own, which `generate` and the others take: applied at
-        run time, in float32, also next to compressed weights.
-      merge_adapter: directory of an adapter that is added to the weights of a checkpoint in F32, F16 or BF16 while they
-        are read, before `quantize`.
-      progress: called with (bytes done, bytes in all or None, what is going on).
+      mesh: must be None; several devices are not supported yet.
+      max_seq_len: limit of the context in tokens; None: the model's. An embedding model cuts texts there.
+      quantize: a block format, such as "q4_k" (weights.quantize.QUANTIZATIONS), to which the matrices of a checkpoint in F32,
+        F16 or BF16 are quantized while they are read.
+      adapters: directories of LoRA adapters (PEFT), each under a name that `generate` and other methods accept. They are
+        applied at run time in float32, with compressed weights too.
+      merge_adapter: directory of an adapter to add to the weights of a checkpoint in F32, F16 or BF16 while they are read,
+        before `quantize`.
+      progress: a function that is called with (bytes done, total bytes or None, text).
 
     Returns:
-      A `Model`, or of the BERT family an `EmbeddingModel`.
+      A `Model`, or for the BERT family an `EmbeddingModel`.
 
     Raises:
-      ModelNotFoundError: no source has the model.
-      ModelFileError: a file is damaged or inconsistent.
-      UnsupportedModelError: the file needs something that is not there.
-      OutOfMemoryError: the weights cannot fit the device; raised before a byte of them is read.
-      ValueError: for an argument.
+      ModelNotFoundError: if no source has the model.
+      ModelFileError: if a file is damaged or inconsistent.
+      UnsupportedModelError: if the file needs something that ferrum_jax does not support.
+      OutOfMemoryError: if the weights do not fit the device; raised before any of them is read.
+      ValueError: if an argument is wrong.
     """
     begin = time.perf_counter()
     if mesh is not None:
@@ -142,7 +142,7 @@ def load(
 
 
 def _device_and_dtype(device: jax.Device | None, dtype: str, progress: Progress | None) -> tuple[jax.Device, str]:
-    """What is meant, chosen when the file is known to be a model: the kernels are built for it where they are not yet."""
+    """Chooses the defaults after the file was checked. Builds the CPU kernels if the dtype may need them."""
     device = device or jax.devices()[0]
     if dtype == "int8" and device.platform != "cpu":
         raise ValueError(f'dtype "int8" is for CPUs, not {device.platform}')
@@ -154,7 +154,7 @@ def _device_and_dtype(device: jax.Device | None, dtype: str, progress: Progress 
 
 
 def validate(path: str | Path) -> None:
-    """Checks all of a checkpoint that `load` checks, without reading a weight; raises what `load` would raise."""
+    """Checks a checkpoint as `load` does, without reading weights. Raises what `load` would raise."""
     with open_model(path) as checkpoint:
         encoder = checkpoint.encoder()
         check(checkpoint) if encoder is None else _places(checkpoint, encoder)
@@ -175,7 +175,7 @@ def _load_encoder(
 
 
 def check(checkpoint: ModelSource) -> tuple[ModelConfig, Parameters, Tokenizer]:
-    """The configuration, the place of every tensor and the tokenizer, or the error that says what is wrong."""
+    """The configuration, the destination of every tensor and the tokenizer. Raises an error if something is wrong."""
     config = checkpoint.config()
     places, tokenizer = _places(checkpoint, config)
     for name, template in tokenizer.chat_templates.items():
@@ -195,8 +195,8 @@ def _places(checkpoint: ModelSource, config: ModelConfig | EncoderConfig) -> tup
 
 
 def auto_dtype(target: Target) -> str:
-    """What "auto" means: float16 on GPUs before compute capability 8.0, bfloat16 on other accelerators; on CPU int8 where
-    the kernels can be had, else the exact float32, because only some CPUs multiply bfloat16 faster."""
+    """The dtype that "auto" chooses: float16 on GPUs below compute capability 8.0, bfloat16 on other accelerators. On CPUs int8
+    if the kernels are available, otherwise float32, because only some CPUs multiply bfloat16 faster."""
     if target.platform == "cpu":
         return "int8" if native.refusal() is None else "float32"
     return "float16" if (0, 0) < target.capability < (8, 0) else "bfloat16"

@@ -1,9 +1,9 @@
-"""What a model takes of a device's memory, and how much of it JAX may use: one count for loading, `plan`, `doctor` and
-the error that says that memory ran out.
+"""The memory that a model needs on a device, and how much JAX may use: the same count for loading, `plan`, `doctor` and
+OutOfMemoryError.
 
-On an accelerator the limit is that of JAX's allocator, which on a GPU takes a part of the device and leaves the rest
-alone. On a CPU it is what the machine and the control groups around this process still give, counted so that nothing is
-refused that would have worked: swap and whatever the system can reclaim are there.
+On an accelerator the limit is that of JAX's allocator, which takes a fraction of a GPU. On a CPU it is what the machine and
+the control groups of this process have free. It includes swap and memory that the system can reclaim, so that nothing is
+refused that would have worked.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ HELP = (
     "What helps: a smaller quantization of the model, a shorter context (--max-seq-len), fewer rows at a time, or a "
     "narrower KV cache (--kv-dtype); `ferrum-jax plan` counts all of it for a device beforehand"
 )
-_DEFAULT_FRACTION = 0.75  # of a GPU's memory; what XLA takes without a setting
+_DEFAULT_FRACTION = 0.75  # of a GPU's memory, which XLA takes by default
 
 
 @dataclasses.dataclass(frozen=True)
 class Limit:
-    """Bytes that JAX may use in all, those that are in use already, and what sets the limit, in words."""
+    """The bytes that JAX may use, those already in use, and in words what sets the limit."""
 
     total: int
     in_use: int
@@ -49,14 +49,14 @@ class Limit:
 
 
 def nbytes(tree: Any) -> int:
-    """Bytes of the arrays of a pytree, or of `jax.ShapeDtypeStruct`s in their place."""
+    """Bytes of the arrays, or `jax.ShapeDtypeStruct`s, of a pytree."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def abstract_state(
     config: ModelConfig, pages: int | Sequence[int], page_size: int, dtype: str, target: dispatch.Target
 ) -> DecodeState:
-    """The state that a device of the kind `target` would hold, as `jax.ShapeDtypeStruct`s."""
+    """The state on a device of the kind `target`, as `jax.ShapeDtypeStruct`s."""
     make = functools.partial(new_state, config, pages=pages, page_size=page_size, dtype=dtype)
     with dispatch.on(target):
         return jax.eval_shape(make)
@@ -66,7 +66,8 @@ def abstract_state(
 
 
 def gpu_fraction() -> tuple[float, str]:
-    """The part of a GPU's memory that JAX takes for itself, and what says so. ValueError for a setting JAX would refuse."""
+    """The fraction of a GPU's memory that JAX takes, and the setting it comes from. Raises ValueError for an invalid
+    setting."""
     for name in ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"):
         if text := os.environ.get(name):
             try:
@@ -80,7 +81,7 @@ def gpu_fraction() -> tuple[float, str]:
 
 
 def device_limit(device: jax.Device) -> Limit | None:
-    """The memory of a device that is there; None where nobody can say."""
+    """The memory of a device of this machine, or None if it is unknown."""
     if device.platform == "cpu":
         return host_limit()
     stats = device.memory_stats() or {}
@@ -93,8 +94,8 @@ def device_limit(device: jax.Device) -> Limit | None:
 
 
 def host_limit(root: Path = Path("/")) -> Limit | None:
-    """Memory and swap of this machine (its /proc and /sys under `root`), or of a control group that allows less; in use
-    is what cannot be reclaimed. None on systems without /proc."""
+    """Memory and swap of this machine (its /proc and /sys are under `root`), or the limit of a control group if that is less.
+    Memory that can be reclaimed is not in use. None on systems without /proc."""
     machine = _numbers(root / "proc/meminfo")
     if not machine.keys() >= {"MemTotal", "MemAvailable"}:
         return None
@@ -111,7 +112,7 @@ def host_limit(root: Path = Path("/")) -> Limit | None:
 
 
 def _control_groups(root: Path) -> Iterator[Path]:
-    """The directories of the groups that this process is in and of those around them, for memory."""
+    """The directories of this process's control groups for memory, and of the groups that contain them."""
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:
@@ -137,14 +138,14 @@ def _number(path: Path) -> int | None:
         text = path.read_text().strip()
     except OSError:
         return None
-    return int(text) if text.isdecimal() else None  # "max" is no limit
+    return int(text) if text.isdecimal() else None  # "max" means no limit
 
 
 # Errors
 
 
 def require(needed: int, device: jax.Device, what: str) -> None:
-    """Raises OutOfMemoryError, which counts `what`, if so many bytes more are not free on the device."""
+    """Raises OutOfMemoryError with the text `what` if fewer bytes than `needed` are free on the device."""
     limit = device_limit(device)
     if limit is not None and needed > limit.free:
         raise OutOfMemoryError(f"{what}; {device} has {limit}. {HELP}")
@@ -152,7 +153,7 @@ def require(needed: int, device: jax.Device, what: str) -> None:
 
 @contextlib.contextmanager
 def explained(device: jax.Device, count: Callable[[], str]) -> Iterator[None]:
-    """An allocation inside the block that fails raises OutOfMemoryError with `count()`, the original chained."""
+    """Turns a failed allocation inside the block into an OutOfMemoryError with the text `count()`."""
     try:
         yield
     except OutOfMemoryError:

@@ -1,8 +1,8 @@
-"""Choosing the next token on the device, with parameters of its own for every row.
+"""Sampling the next token on the device, with different parameters for every row.
 
-The one idea: every filter (min-p, top-k, top-p) keeps a prefix of the stable descending order of a row's logits, so its
-outcome is two numbers, the smallest logit kept and the largest id kept among those equal to it. They are found without
-sorting, by bisection on the logit. The number of passes over the vocabulary depends on the row's own logits alone.
+The one idea: every filter (min-p, top-k, top-p) keeps a prefix of the stable descending order of a row's logits. So its
+result is two numbers: the smallest kept logit, and the largest kept id among those equal to it. They are found without
+sorting, by bisection on the logit. The number of passes over the vocabulary depends only on the row's own logits.
 
 Order, as in vLLM: repetition, frequency and presence penalty, temperature, min-p, top-k, top-p, then Gumbel-max. All is
 float32 and pure, and works inside jit, loops and vmap. The result for a row depends neither on the other rows nor on how
@@ -25,13 +25,13 @@ from pallas_kernels import dispatch
 
 __all__ = ["MAX_LOGPROBS", "Sampling", "SamplingParams", "filtered_logits", "is_end", "occurred", "sample", "token_logprobs"]
 
-# Rows are padded to whole blocks: each then starts at the same place in a vector register, whatever the batch.
+# Rows are padded to whole blocks, so that each starts at the same lane of a vector register in every batch.
 _BLOCK = 128
-# What is kept usually lies in few blocks: so many, those with the greatest maxima, are searched first.
+# The kept logits are usually in few blocks. This many, those with the greatest maxima, are searched first.
 _BEST_BLOCKS = 128
-_CHUNK = 512  # numbers side by side in a sum
+_CHUNK = 512  # partial sums that are computed in parallel
 _ID_BITS = 24  # weights of 1 are summed exactly up to here
-# Bisection steps that halve the interval of values; later ones halve the interval of bit patterns, at most 32 times.
+# The first bisection steps halve the interval of values; later ones halve the interval of bit patterns, at most 32 times.
 _VALUE_STEPS = 16
 _MAX = float(np.finfo(np.float32).max)
 _TINY = float(np.finfo(np.float32).tiny)
@@ -55,7 +55,7 @@ class Sampling(NamedTuple):
     seed: jax.Array  # uint32 [B]
     max_tokens: jax.Array  # int32 [B]; 0 in padding rows
     ignore_eos: jax.Array  # bool [B]
-    vocab_limit: jax.Array  # int32 []; ids from here on are never sampled
+    vocab_limit: jax.Array  # int32 []; this id and all greater ones are never sampled
     eos: jax.Array  # int32 [E]; end ids, padded with -1
 
     @classmethod
@@ -71,22 +71,22 @@ class Sampling(NamedTuple):
         """Puts the parameters of a batch into NumPy arrays.
 
         Args:
-          params: one a row.
+          params: one for each row.
           eos_ids: the end tokens; padded to a multiple of 8, so that models share compiled shapes.
-          vocab_limit: ids from here on (a padded vocabulary) are never sampled; >= 1.
-          pad_to: number of rows to give; those beyond `params` are greedy and have max_tokens 0.
-          default_seeds: one a row of `params`, taken modulo 2**32 where the row's own seed is None; None: 0, 1, ...
+          vocab_limit: this id and all greater ones (the padding of a vocabulary) are never sampled; at least 1.
+          pad_to: the number of rows; those after `params` are greedy and have max_tokens 0.
+          default_seeds: one for each row of `params`, used modulo 2**32 if the row's seed is None; None: 0, 1, ...
 
         Raises:
-          ValueError: pad_to below the number of rows, default_seeds of another length, vocab_limit below 1, or a field
-            that only an engine can meet.
+          ValueError: if pad_to is less than the number of rows, default_seeds has another length, vocab_limit is less than 1,
+            or a field is set that only an engine supports.
         """
         rows = len(params) if pad_to is None else pad_to
         if rows < len(params):
             raise ValueError(f"pad_to must be at least the number of rows, {len(params)}; got {pad_to}")
         default_seeds = range(len(params)) if default_seeds is None else default_seeds
         if len(default_seeds) != len(params):
-            raise ValueError(f"default_seeds must have one seed a row, {len(params)}; got {len(default_seeds)}")
+            raise ValueError(f"default_seeds must have one seed for each row, {len(params)}; got {len(default_seeds)}")
         for field in (field for p in params for field in p.of_an_engine):
             raise ValueError(f"SamplingParams.{field} needs an engine: use fj.Engine or Model.generate")
         if vocab_limit < 1:
@@ -97,7 +97,7 @@ class Sampling(NamedTuple):
             array[: len(values)] = values
             return array
 
-        def finite(value: float) -> float:  # inside float32, neither infinite nor flushed to zero
+        def finite(value: float) -> float:  # within float32, neither infinite nor flushed to zero
             return min(max(value, _TINY), _MAX)
 
         limit: Any = np.asarray(vocab_limit, np.int32)
@@ -121,7 +121,7 @@ class Sampling(NamedTuple):
         )
 
     def take(self, rows: jax.Array) -> Sampling:
-        """The parameters of rows int32 [R] of these; an index out of range gives any row's."""
+        """The parameters of some rows, int32 [R]. An index out of range gives those of any row."""
         return self._replace(**{name: jnp.asarray(getattr(self, name)).at[rows].get(mode="clip") for name in PER_ROW})
 
 
@@ -129,17 +129,16 @@ PER_ROW = tuple(name for name in Sampling._fields if name not in ("vocab_limit",
 
 
 def sample(logits: jax.Array, sampling: Sampling, seen: jax.Array, positions: jax.Array, key: jax.Array) -> jax.Array:
-    """Samples one token a row.
+    """Samples one token for each row.
 
-    The noise of a token is a function of (key, seed, position, token id) alone. A logit that is NaN counts as -inf and
-    one that is +inf as the largest float32; a row without any finite logit below `vocab_limit` gives id 0. Of equal
-    greedy candidates the smallest id is taken.
+    The noise of a token depends only on (key, seed, position, token id). NaN counts as -inf and +inf as the largest float32. A
+    row without any finite logit below `vocab_limit` gives id 0. Of equal greedy candidates, the smallest id is chosen.
 
     Args:
       logits: float32 [B, V].
       sampling: the parameters of the B rows.
-      seen: int32 [B, V], twice the times that an id occurs in the row's output so far, plus 1 where it occurs in the
-        prompt (`occurred` counts on). bool where no row has a presence or frequency penalty.
+      seen: int32 [B, V], twice the number of times that an id occurs in the row's output so far, plus 1 if it occurs in the
+        prompt (`occurred` updates it). It can be bool if no row has a presence or frequency penalty.
       positions: int32 [B], the index in its sequence of the token being sampled.
       key: a JAX random key, typed or raw.
 
@@ -148,7 +147,7 @@ def sample(logits: jax.Array, sampling: Sampling, seen: jax.Array, positions: ja
     """
     with jax.named_scope("sample"):
         sampling = Sampling(*map(jnp.asarray, sampling))
-        x = _penalised(logits, sampling, seen)
+        x = _penalized(logits, sampling, seen)
         return lax.cond(
             jnp.any(sampling.temperature > 0),
             lambda: _draw(x, sampling, jnp.asarray(positions), key),
@@ -157,34 +156,34 @@ def sample(logits: jax.Array, sampling: Sampling, seen: jax.Array, positions: ja
 
 
 def occurred(seen: jax.Array, rows: jax.Array, tokens: jax.Array) -> jax.Array:
-    """`seen` after int32 tokens[R] were sampled in rows int32 [R]; nothing happens in a row out of range."""
+    """`seen` after tokens int32 [R] were sampled in rows int32 [R]. A row out of range changes nothing."""
     return seen.at[rows, tokens].add(2, mode="drop")
 
 
 def filtered_logits(logits: jax.Array, sampling: Sampling, seen: jax.Array) -> jax.Array:
-    """What `sample` adds its noise to: float32 [B, V], -inf for every id that cannot be sampled.
+    """The numbers to which `sample` adds its noise: float32 [B, V], -inf for every id that cannot be sampled.
 
-    In a row with a temperature the others are log-probabilities up to a constant of the row (the greatest is 0). In a
-    greedy row they are the penalised logits, and only ids from `vocab_limit` on are removed.
+    In a row with a temperature, the others are log-probabilities plus a constant of the row (the greatest is 0). In a greedy
+    row they are the penalized logits, and only ids from `vocab_limit` on are removed.
     """
     sampling = Sampling(*map(jnp.asarray, sampling))
-    x = _penalised(logits, sampling, seen)
+    x = _penalized(logits, sampling, seen)
     return _Rows.of(x, sampling).filtered(_everything(x))[:, : logits.shape[1]]
 
 
-def token_logprobs(logits: jax.Array, chosen: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-    """Log-probabilities of the chosen and the k best tokens, before penalties, temperature and filters.
+def token_logprobs(logits: jax.Array, sampled: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    """Log-probabilities of the sampled and the k best tokens, before penalties, temperature and filters.
 
     Args:
       logits: float32 [B, V]; NaN gives NaN.
-      chosen: int32 [B].
-      k: number of best tokens, in [0, V]; among equals the smaller id comes first.
+      sampled: int32 [B].
+      k: the number of best tokens, in [0, V]; of equal ones the smaller id comes first.
 
     Returns:
-      ids int32 [B, k + 1] and logprobs float32 [B, k + 1]: the chosen token, then the k best.
+      ids int32 [B, k + 1] and logprobs float32 [B, k + 1]: the sampled token, then the k best.
 
     Raises:
-      ValueError: k outside [0, V].
+      ValueError: if k is outside [0, V].
     """
     vocab = logits.shape[1]
     if not 0 <= k <= vocab:
@@ -195,7 +194,7 @@ def token_logprobs(logits: jax.Array, chosen: jax.Array, k: int) -> tuple[jax.Ar
         top = jnp.maximum(jnp.max(x, axis=1, keepdims=True), -_MAX)
         padded = _pad(x, -jnp.inf)
         log_total = jnp.log(_sum(jnp.exp(padded - top)))[:, None]
-        ids = chosen.astype(jnp.int32)[:, None]
+        ids = sampled.astype(jnp.int32)[:, None]
         values = jnp.take_along_axis(x, ids, axis=1, mode="clip")
         if k:
             best_values, best_ids = _best(padded, k)
@@ -205,8 +204,8 @@ def token_logprobs(logits: jax.Array, chosen: jax.Array, k: int) -> tuple[jax.Ar
 
 
 def _best(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-    """The k greatest of each row of float32 [B, whole blocks] and their ids: they lie in the k blocks with the greatest
-    maxima, so nothing as long as the vocabulary is sorted."""
+    """The k greatest of each row of float32 [B, whole blocks] and their ids. They are in the k blocks with the greatest maxima,
+    so the vocabulary need not be sorted."""
     blocks = x.reshape(x.shape[0], -1, _BLOCK)
     _, found = lax.top_k(jnp.max(blocks, axis=2), min(k, blocks.shape[1]))
     found = jnp.sort(found.astype(jnp.int32), axis=1)  # of equal logits the smaller id is first
@@ -216,13 +215,13 @@ def _best(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
 
 
 def is_end(tokens: jax.Array, sampling: Sampling) -> jax.Array:
-    """bool [B]: whether int32 tokens[B] end their rows, being end tokens in rows that do not ignore them."""
+    """bool [B]: whether tokens int32 [B] end their rows: they are end tokens, and the row does not ignore those."""
     eos, ignored = jnp.asarray(sampling.eos), jnp.asarray(sampling.ignore_eos)
     return jnp.any((jnp.asarray(tokens)[:, None] == eos) & (eos >= 0), axis=1) & ~ignored
 
 
 class _Candidates(NamedTuple):
-    """Some logits of every row, among them all of the row's above a bound; of equal ones the smaller id comes first."""
+    """Some logits of every row, including all above a bound. Of equal ones the smaller id comes first."""
 
     logits: jax.Array  # float32 [B, whole blocks]
     ids: jax.Array  # int32 [B or 1, whole blocks]
@@ -245,8 +244,8 @@ def _pad(x: jax.Array, value: float) -> jax.Array:
 
 
 def _sum(x: jax.Array) -> jax.Array:
-    """float32 [B] from [B, whole blocks]: chunk after chunk, then by halves. Written out for CPUs, where XLA picks the order
-    of a reduction by the number of rows."""
+    """float32 [B] from [B, whole blocks]: chunk by chunk, then by halves. Written out for CPUs, where the order of XLA's
+    reductions depends on the number of rows."""
     if dispatch.target().platform != "cpu":
         return jnp.sum(x, axis=1)
     count = -(-x.shape[1] // _CHUNK)
@@ -263,20 +262,20 @@ def _count(mask: jax.Array) -> jax.Array:
 
 
 def _argmax(x: jax.Array) -> jax.Array:
-    """int32 [B], the first index of the greatest: through the best block (on CPU faster than XLA's own)."""
+    """int32 [B], the first index of the greatest, by way of the best block (on CPUs faster than XLA's own argmax)."""
     blocks = x.reshape(x.shape[0], -1, _BLOCK)
     block = jnp.argmax(jnp.max(blocks, axis=2), axis=1).astype(jnp.int32)
     inside = jax.vmap(operator.getitem)(blocks, block)
     return block * _BLOCK + jnp.argmax(inside, axis=1).astype(jnp.int32)
 
 
-def _penalised(logits: jax.Array, sampling: Sampling, seen: jax.Array) -> jax.Array:
-    """float32 [B, whole blocks]: the logits without NaN, +inf and subnormals, penalised; -inf from `vocab_limit` on."""
+def _penalized(logits: jax.Array, sampling: Sampling, seen: jax.Array) -> jax.Array:
+    """float32 [B, whole blocks]: the logits without NaN, +inf and subnormals, penalized; -inf from `vocab_limit` on."""
     x = logits.astype(jnp.float32)
     x = jnp.where(jnp.isnan(x), -jnp.inf, jnp.minimum(x, _MAX))
     penalty = sampling.repetition_penalty[:, None]
 
-    def penalise(x: jax.Array) -> jax.Array:
+    def penalize(x: jax.Array) -> jax.Array:
         scaled = jnp.clip(jnp.where(x > 0, x / penalty, x * penalty), -_MAX, _MAX)
         return jnp.where((seen != 0) & (x > -jnp.inf) & (penalty != 1), scaled, x)
 
@@ -286,7 +285,7 @@ def _penalised(logits: jax.Array, sampling: Sampling, seen: jax.Array) -> jax.Ar
         return jnp.where((count > 0) & (x > -jnp.inf), jnp.clip(less, -_MAX, _MAX), x)
 
     counted = (sampling.presence_penalty != 0) | (sampling.frequency_penalty != 0)
-    x = lax.cond(jnp.any(penalty != 1), penalise, lambda x: x, x)
+    x = lax.cond(jnp.any(penalty != 1), penalize, lambda x: x, x)
     x = lax.cond(jnp.any(counted), subtract, lambda x: x, x)
     x = jnp.where(jnp.abs(x) < _TINY, 0.0, x)
     return _pad(jnp.where(lax.iota(jnp.int32, x.shape[1]) < sampling.vocab_limit, x, -jnp.inf), -jnp.inf)
@@ -297,7 +296,7 @@ def _everything(x: jax.Array) -> _Candidates:
 
 
 def _best_blocks(everything: _Candidates) -> _Candidates:
-    """The blocks of 128 ids with the greatest maxima: what is likely enough to be kept, in a small array."""
+    """The blocks of 128 ids with the greatest maxima, a small array that usually has all kept logits."""
     x = everything.logits
     blocks = x.reshape(x.shape[0], -1, _BLOCK)
     if blocks.shape[1] <= _BEST_BLOCKS:
@@ -309,9 +308,9 @@ def _best_blocks(everything: _Candidates) -> _Candidates:
 
 
 class _Rows(NamedTuple):
-    """What temperature and filters do to each row."""
+    """The temperature and the filters of each row."""
 
-    stochastic: jax.Array  # bool [B]; other rows are left as they are
+    stochastic: jax.Array  # bool [B]; other rows stay as they are
     top: jax.Array  # float32 [B], the greatest logit
     temperature: jax.Array  # float32 [B]
     cut: _Cut
@@ -328,7 +327,7 @@ class _Rows(NamedTuple):
         used = jnp.stack([use_top_k, stochastic & (sampling.top_p < 1)])
 
         def shorten(stage: jax.Array, within: _Cut) -> _Cut:
-            """Top-k (stage 0: every logit weighs 1) or top-p (stage 1: its probability); one text, compiled once."""
+            """Top-k (stage 0: every logit weighs 1) or top-p (stage 1: its probability), in one function that compiles once."""
 
             def weigh(logits: jax.Array) -> jax.Array:
                 shape = (-1,) + (1,) * (logits.ndim - 1)
@@ -365,7 +364,7 @@ class _Rows(NamedTuple):
 
 
 def _draw(x: jax.Array, sampling: Sampling, positions: jax.Array, key: jax.Array) -> jax.Array:
-    """int32 [B]: Gumbel-max over the filtered logits, over the best blocks alone where they hold all that was kept."""
+    """int32 [B]: Gumbel-max over the filtered logits, only over the best blocks if they have all kept logits."""
     rows = _Rows.of(x, sampling)
     everything = _everything(x)
     best = _best_blocks(everything)
@@ -388,20 +387,20 @@ def _prefix(
 ) -> tuple[_Cut, jax.Array]:
     """The shortest prefix whose weight reaches the target.
 
-    Between a bound above which the weight reaches the target and a higher one above which it does not, the interval is
-    halved until the excess is less than the lightest member, or until nothing but equal logits lies between the two: of
-    those, the ones with the largest ids are then left out.
+    The weight above a lower bound reaches the target, that above an upper bound does not. The interval between them is halved
+    until the excess is less than the lightest member, or until only equal logits lie in it; of those, the ones with the largest
+    ids are then left out.
 
     Args:
-      among: the candidates; logits up to their bound are not looked at.
-      within: the prefix that is to be shortened.
+      among: the candidates; logits up to their bound are ignored.
+      within: the prefix to shorten.
       top: float32 [B], the greatest logit.
-      used: bool [B]; other rows are left at `within`.
+      used: bool [B]; other rows stay at `within`.
       target: float32 [B], > 0.
       weigh: from logits [B, ...] to their weights, which never fall as the logit grows, 0 or 1 at -inf.
 
     Returns:
-      the cut, and bool [B], whether the target was reached; where not, the cut is `within`.
+      the cut, and bool [B], whether the target was reached; otherwise the cut is `within`.
     """
     x = jnp.where(within.keeps(among), among.logits, -jnp.inf)
     weights = weigh(x)
@@ -443,14 +442,14 @@ def _prefix(
 
 
 def _last_equal(equal: jax.Array, ids: jax.Array, excess: jax.Array) -> jax.Array:
-    """int32 [B]: the largest id to keep when the `excess` largest of the equal logits go, or all but one."""
-    wanted = jnp.maximum(_count(equal) - excess, 1)
+    """int32 [B]: the largest id to keep when the `excess` largest ids of the equal logits are dropped, but one stays."""
+    kept = jnp.maximum(_count(equal) - excess, 1)
 
     def add_bit(step: jax.Array, last: jax.Array) -> jax.Array:
         candidate = last + (jnp.int32(1) << (_ID_BITS - 1 - step))
-        return jnp.where(_count(equal & (ids < candidate[:, None])) < wanted, candidate, last)
+        return jnp.where(_count(equal & (ids < candidate[:, None])) < kept, candidate, last)
 
-    return lax.fori_loop(0, _ID_BITS, add_bit, jnp.zeros_like(wanted))
+    return lax.fori_loop(0, _ID_BITS, add_bit, jnp.zeros_like(kept))
 
 
 def _order(x: jax.Array) -> jax.Array:
@@ -468,13 +467,13 @@ def _value(order: jax.Array) -> jax.Array:
 
 
 def _gumbel(seed: jax.Array, positions: jax.Array, key: jax.Array, ids: jax.Array) -> jax.Array:
-    """Standard Gumbel noise float32 [B, N], between -2.9 and 22.9: a function of (key, seed, position, id) alone."""
+    """Standard Gumbel noise float32 [B, N], between -2.9 and 22.9. It depends only on (key, seed, position, id)."""
     words = jax.random.key_data(key) if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else key
     words = jnp.asarray(words, jnp.uint32).reshape(-1)
     row = seed, positions.astype(jnp.uint32)
     for i in range(0, words.shape[0], 2):
         row = _threefry(words[i], words[i + 1], *row)
-    row = lax.optimization_barrier(row)  # or XLA would repeat the rounds above for every id
+    row = lax.optimization_barrier(row)  # otherwise XLA repeats the rounds above for every id
     bits, _ = _threefry(row[0][:, None], row[1][:, None], ids.astype(jnp.uint32), jnp.zeros_like(ids, jnp.uint32))
     # A uniform number with a float's full resolution near 0, where the large values of the noise come from.
     uniform = jnp.minimum((bits.astype(jnp.float32) + 0.5) * 2.0**-32, 1 - 2.0**-24)
@@ -484,8 +483,8 @@ def _gumbel(seed: jax.Array, positions: jax.Array, key: jax.Array, ids: jax.Arra
 def _threefry(key0: jax.Array, key1: jax.Array, x0: jax.Array, x1: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Threefry-2x32 with 20 rounds (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), on uint32.
 
-    Written out because its bits must not depend on JAX's settings or on the number of ids, and because the unrolled
-    rounds fuse with what follows.
+    Written out so that its bits do not depend on JAX's settings or on the number of ids, and so that the unrolled rounds fuse
+    with the code after it.
     """
     keys = (key0, key1, key0 ^ key1 ^ jnp.uint32(0x1BD11BDA))
     x0, x1 = x0 + keys[0], x1 + keys[1]

@@ -1,4 +1,4 @@
-"""What a user may ask of one generation, checked when it is made."""
+"""The parameters of one generation, checked when they are created."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import numpy as np
 
 MAX_LOGPROBS = 64
 MAX_CHOICES = 128  # completions of one prompt, as in OpenAI's API
-_LARGEST = 1e30  # of a bias; float32 holds it
-MAX_BIAS = 1024  # ids that one request may bias or ban
+_LARGEST = 1e30  # limit of a bias, within float32
+MAX_BIAS = 1024  # limit of the ids that one request can bias or ban
 _OF_AN_ENGINE: dict[str, Any] = {"logit_bias": None, "min_tokens": 0, "bad_words": (), "n": 1, "prompt_logprobs": None}
 
 
@@ -23,27 +23,28 @@ class SamplingParams:
     """How to continue one prompt.
 
     Attributes:
-      max_tokens: tokens to generate at most, the end token included; at least 1.
-      temperature: at least 0; 0 takes the likeliest token and ignores top_k, top_p, min_p and seed.
-      top_k: keep the k likeliest tokens; 0 or -1 (stored as 0) keeps all.
-      top_p: keep the fewest likeliest tokens whose probability together reaches it, at least one; in (0, 1].
-      min_p: keep the tokens with at least min_p times the probability of the likeliest; in [0, 1].
-      repetition_penalty: above 0; the logit of an id in prompt or output is divided by it where positive and multiplied
-        where negative, once however often the id occurs.
-      seed: of this request's noise. Any integer, stored modulo 2**32; None or -1 (stored as None): a new one each time.
+      max_tokens: limit of the output in tokens, including the end token; at least 1.
+      temperature: at least 0; 0 chooses the likeliest token and ignores top_k, top_p, min_p and seed.
+      top_k: sample from the k likeliest tokens; 0 or -1 (stored as 0): from all.
+      top_p: sample from the smallest set of likeliest tokens whose probabilities sum to at least this; in (0, 1].
+      min_p: sample from the tokens with at least min_p times the probability of the likeliest; in [0, 1].
+      repetition_penalty: greater than 0; the logit of an id that occurs in prompt or output is divided by it if positive and
+        multiplied by it if negative, once for each id.
+      seed: seed of the noise. Any integer, stored modulo 2**32; None or -1 (stored as None): a new one each time.
       stop: a text or a sequence of texts that end the generation, stored as a tuple.
-      ignore_eos: go on after an end token.
-      logprobs: None, or how many of the best tokens to report beside the chosen one; at most 64.
-      presence_penalty: in [-2, 2]; taken from the logit of every id that occurs in the output.
-      frequency_penalty: in [-2, 2]; taken from a logit once for every time that the id occurs in the output.
-      logit_bias: None, or numbers to add to the logits of some ids, -inf to ban one: a mapping from id, stored as pairs.
-      min_tokens: end tokens are not sampled before this many tokens were; in [0, max_tokens].
-      bad_words: a text or a sequence of texts whose tokens are never completed, stored as a tuple.
-      n: how many completions of the prompt to make, at most 128; each has noise of its own (seed, seed + 1, ...).
-      prompt_logprobs: as logprobs, for the tokens of the prompt.
+      ignore_eos: continue after an end token.
+      logprobs: the number of best tokens to report in addition to the sampled one, at most 64; None for no log-probabilities.
+      presence_penalty: in [-2, 2]; subtracted from the logit of every id that occurs in the output.
+      frequency_penalty: in [-2, 2]; subtracted from a logit once for each occurrence of the id in the output.
+      logit_bias: numbers to add to the logits of some ids, -inf to ban one: a mapping from id to number, stored as pairs; or
+        None.
+      min_tokens: end tokens are not sampled before the output has this many tokens; in [0, max_tokens].
+      bad_words: a text or a sequence of texts that the output never completes, stored as a tuple.
+      n: the number of completions of the prompt, at most 128; each has a different seed (seed, seed + 1, ...).
+      prompt_logprobs: like logprobs, for the tokens of the prompt.
 
     Raises:
-      ValueError: naming the field and what would be right, for a wrong type or value.
+      ValueError: for a wrong type or value, naming the field and what would be right.
     """
 
     max_tokens: int = 16
@@ -91,11 +92,11 @@ class SamplingParams:
 
     @property
     def of_an_engine(self) -> list[str]:
-        """The fields in use that only an engine can meet, because they need more than a row of numbers each step."""
+        """The fields in use that only an engine supports, because they need more than one row of numbers in each step."""
         return [field for field, plain in _OF_AN_ENGINE.items() if getattr(self, field) != plain]
 
     def row(self, seed: int, max_tokens: int) -> SamplingParams:
-        """What remains for the sampler once an engine has met its fields."""
+        """The part of the parameters that the sampler handles, without the fields that an engine handles."""
         return replace(self, **_OF_AN_ENGINE, seed=seed, max_tokens=max_tokens)
 
     def _error(self, field: str, right: str) -> ValueError:
@@ -109,7 +110,7 @@ class SamplingParams:
         object.__setattr__(self, field, tuple(texts))
 
     def _pairs(self) -> tuple[tuple[int, float], ...] | None:
-        """`logit_bias` in the order of ids. A stored value is taken as it is, so that copies of the parameters work."""
+        """`logit_bias` as pairs, sorted by id. Stored pairs are accepted too, so that copies of the parameters work."""
         if self.logit_bias is None:
             return None
         try:

@@ -1,10 +1,10 @@
 """The jinja2 environment of chat templates, with a budget of time and memory.
 
-A template is a program out of a model file. The environment renders what transformers' does, but nothing is computed while a
-template is compiled, and whatever can make a value (operators, literals, slices, filters, methods, macros, output) goes
-through `Budget`: the size of a result is estimated and counted before it is made, and the clock is read. The size of a
-container is that of its written form, so that two references to one list count twice: no single comparison or
-output of what a template has made can take longer than the budget allows for.
+A template is a program from a model file. The environment renders the same text as that of transformers, but computes nothing
+while a template is compiled, and everything that makes a value (operators, literals, slices, filters, methods, macros, output)
+goes through `Budget`: it estimates and counts the size of a result before the result exists, and reads the clock. The size of
+a container is that of its written form, so two references to one list count twice. Thus no single comparison or output of a
+value can take longer than the budget allows.
 """
 
 from __future__ import annotations
@@ -27,34 +27,34 @@ from jinja2.runtime import markup_join, str_join
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
-_LONGEST = 1 << 18  # characters of a template
-_BITS = 1 << 14  # of an integer
-_DIGITS = 1000  # that `round` may ask for
-_CONTAINER = 200  # bytes of one without its parts, and of what is noted of it
+_LONGEST = 1 << 18  # limit of a template, in characters
+_BITS = 1 << 14  # limit of an integer
+_DIGITS = 1000  # limit for `round`
+_CONTAINER = 200  # bytes of a container without its parts, with its entry in `Budget`
 
 
 class Limits(NamedTuple):
-    """What a rendering may take: seconds of processor time, and bytes of all values that it makes."""
+    """The limits of one rendering: seconds of processor time, and bytes of all values that it makes."""
 
     seconds: float = 1.0
     nbytes: int = 64 << 20
 
 
 class RefusedError(Exception):
-    """The template's own `raise_exception`."""
+    """The template called `raise_exception`."""
 
 
 class OverBudgetError(Exception):
-    """A rendering that would take more than its limits."""
+    """A rendering would exceed its limits."""
 
 
 class Budget:
-    """What is left for one rendering."""
+    """The time and memory left for one rendering."""
 
     def __init__(self, limits: Limits) -> None:
         self.limits, self.left = limits, limits.nbytes
         self._end = time.thread_time() + limits.seconds
-        self._sizes: dict[int, tuple[Any, int]] = {}  # of containers by id; they are kept, so that no id is used again
+        self._sizes: dict[int, tuple[Any, int]] = {}  # of containers by id; they are kept alive, so that no id is used twice
 
     def tick(self) -> bool:
         """Reads the clock; always true."""
@@ -63,24 +63,24 @@ class Budget:
         return True
 
     def need(self, nbytes: int) -> None:
-        """Raises OverBudgetError where less is left."""
+        """Raises OverBudgetError if less is left."""
         self.tick()
         if nbytes > self.left:
             raise OverBudgetError(f"needs more than {self.limits.nbytes >> 20} MiB")
 
     def take(self, nbytes: int) -> None:
-        """Counts what is made."""
+        """Counts bytes of a new value."""
         self.need(nbytes)
         self.left -= nbytes
 
     def check(self, value: Any) -> Any:
-        """The value; OverBudgetError for one whose written form no budget would hold."""
+        """The value. Raises OverBudgetError if its written form is larger than the whole budget."""
         if self.size(value) > self.limits.nbytes:
             self.need(self.limits.nbytes + 1)
         return value
 
     def size(self, value: Any) -> int:
-        """Bytes of a value as it would be written, at least 16 for each part of a container."""
+        """Bytes of the written form of a value, at least 16 for each part of a container."""
         if isinstance(value, str):
             return len(value) * (1 if value.isascii() else 4)
         if isinstance(value, bytes):
@@ -98,7 +98,7 @@ class Budget:
         return known[1]
 
     def made(self, value: Any) -> Any:
-        """The value, counted; of an iterator one that counts what it gives."""
+        """Counts a value and returns it. An iterator becomes one that counts its items."""
         if isinstance(value, str | bytes):
             self.take(self.size(value))
         elif isinstance(value, list | tuple | dict):
@@ -124,7 +124,7 @@ def require_bits(bits: int) -> None:
 _BUDGET: ContextVar[Budget] = ContextVar("budget")  # LookupError while a template is compiled
 
 
-# ---- what is needed, before it is made
+# ---- the size of a result, before it is made
 
 
 def _numbers(text: str) -> int:
@@ -132,7 +132,7 @@ def _numbers(text: str) -> int:
 
 
 def _of_format(budget: Budget, text: str, args: Any) -> int:
-    """Of `text.format(args)`."""
+    """The size of `text.format(args)`."""
     fields = [(field, spec or "") for _, field, spec, _ in string.Formatter().parse(text) if field is not None]
     width = sum(_numbers(spec) for _, spec in fields)
     size = budget.size(args)
@@ -143,8 +143,8 @@ def _of_format(budget: Budget, text: str, args: Any) -> int:
 
 
 def _of_percent(budget: Budget, text: str, args: Any) -> int:
-    """Of `text % args`."""
-    budget.need(len(text) * text.count("%(") >> 2)  # a name without its end is looked for up to the end of the text
+    """The size of `text % args`."""
+    budget.need(len(text) * text.count("%(") >> 2)  # for a name without an end, the whole text is searched
     fields = re.findall(r"%(?:\([^)]*\))?([-#0 +]*(?:\*|\d+)?(?:\.(?:\*|\d+)?)?)", text)
     values = [abs(arg) for arg in (args if isinstance(args, tuple) else (args,)) if isinstance(arg, int)]
     stars = sum("*" in field for field in fields) * sum(values)
@@ -165,9 +165,9 @@ def _of_operator(budget: Budget, operator: str, left: Any, right: Any) -> int:
 
 
 _PADDING = {"center", "ljust", "rjust", "zfill", "expandtabs", "to_bytes", "batch", "slice", "indent"}
-# Python compares each place of the text with all of the other one.
+# Python compares each position of the text with the whole other text.
 _EACH_WITH_ALL = {"rfind", "rindex", "rsplit", "rpartition", "strip", "lstrip", "rstrip", "trim"}
-_SQUARE = {"pprint", "striptags", "urlize", "wordwrap", "encode", "decode"}  # the time grows with the square of the text
+_SQUARE = {"pprint", "striptags", "urlize", "wordwrap", "encode", "decode"}  # the time grows with the square of the length
 _TIMES = {"escape": 5, "e": 5, "forceescape": 5, "urlencode": 9, "xmlattr": 6, "tojson": 6, "splitlines": 32, "title": 32,
           "wordcount": 32, "upper": 3, "lower": 3, "capitalize": 3, "string": 1}  # fmt: skip
 _BY_ITEM = {"list", "sort", "unique", "map", "select", "reject", "selectattr", "rejectattr", "groupby", "min", "max", "sum",
@@ -175,7 +175,7 @@ _BY_ITEM = {"list", "sort", "unique", "map", "select", "reject", "selectattr", "
 
 
 def _of_call(budget: Budget, name: str, value: Any, args: tuple, kwargs: dict[str, Any]) -> int:
-    """Of a filter, or of a method of a text; of the latter's `join` the list is `value`."""
+    """The size of the result of a filter or of a method of a text. For the method `join`, `value` is the list."""
     given = [*args, *kwargs.values()]
     texts = [arg for arg in given if isinstance(arg, str | bytes)]
     whole, count = budget.size(value), len(value) if hasattr(value, "__len__") else 0
@@ -241,7 +241,7 @@ def _tojson(
     if indent is None and separators is None:
         return json.dumps(value, **options)
     budget = _BUDGET.get()
-    budget.need(1000 * (len(indent) if isinstance(indent, str) else indent or 0))  # no JSON is nested deeper
+    budget.need(1000 * (len(indent) if isinstance(indent, str) else indent or 0))  # JSON cannot be nested deeper
     chunks = []
     for chunk in json.JSONEncoder(indent=indent, **options).iterencode(value):
         budget.take(budget.size(chunk))
@@ -250,12 +250,12 @@ def _tojson(
 
 
 class _Namespace(Namespace):
-    def __repr__(self) -> str:  # the attributes may refer to other namespaces, many times over
+    def __repr__(self) -> str:  # the attributes could refer to other namespaces many times
         return "<Namespace>"
 
 
 class _Generation(Extension):
-    """`{% generation %}` marks the assistant's part for training; here it is its content."""
+    """`{% generation %}` marks the assistant's part for training. Here it only renders its content."""
 
     tags = {"generation"}  # noqa: RUF012
 
@@ -266,7 +266,7 @@ class _Generation(Extension):
 
 
 class _Generator(CodeGenerator):
-    """Python code in which every value that is made is counted, and nothing is computed beforehand."""
+    """Generates Python code that counts every value it makes, and computes nothing at compile time."""
 
     environment: Environment
 
@@ -323,7 +323,7 @@ class _Generator(CodeGenerator):
 
 
 class Environment(ImmutableSandboxedEnvironment):
-    """Of one template. `reads`: the variables that it reads."""
+    """The environment of one template. `reads`: the variables that it reads."""
 
     code_generator_class = _Generator
     intercepted_binops = frozenset(ImmutableSandboxedEnvironment.default_binop_table)
@@ -343,7 +343,7 @@ class Environment(ImmutableSandboxedEnvironment):
         del self.globals["lipsum"]
         self.globals["namespace"] = _Namespace
         self.globals["raise_exception"] = self._raise
-        self.globals["dict"] = lambda *args, **kwargs: dict(*args, **kwargs)  # not the class: it has methods
+        self.globals["dict"] = lambda *args, **kwargs: dict(*args, **kwargs)  # not the class, which has methods
         self.globals["strftime_now"] = strftime_now
 
     @property
@@ -389,7 +389,7 @@ class Environment(ImmutableSandboxedEnvironment):
         return budget.made(super().call(__context, __obj, *args, **kwargs))
 
     def _shown(self, value: Any) -> Any:
-        """A value that is about to be written."""
+        """Checks a value before it is written."""
         budget = _BUDGET.get()
         budget.need(budget.size(value))
         return value
@@ -407,7 +407,7 @@ class Environment(ImmutableSandboxedEnvironment):
 
 
 def strftime_now(format: str) -> str:
-    """The time, as the template writes it."""
+    """The current time in the template's format."""
     return datetime.now().strftime(format)
 
 
@@ -415,7 +415,7 @@ class Compiled:
     """A template ready to be rendered. `reads`: the variables that it reads."""
 
     def __init__(self, text: str) -> None:
-        """Raises jinja2's and Python's errors for what cannot be compiled."""
+        """Raises errors of jinja2 and Python if the text cannot be compiled."""
         if len(text) > _LONGEST:
             raise ValueError(f"has {len(text)} characters; at most {_LONGEST} are allowed")
         self._environment = Environment()
@@ -423,7 +423,7 @@ class Compiled:
         self.reads = frozenset(self._environment.reads)
 
     def render(self, variables: dict[str, Any], limits: Limits) -> str:
-        """The text. Raises OverBudgetError, RefusedError, and whatever else a template may raise."""
+        """Renders the text. Raises OverBudgetError, RefusedError, and any error of the template itself."""
         token = _BUDGET.set(Budget(limits))
         try:
             return self._environment.concat(self._template.root_render_func(self._template.new_context(variables)))

@@ -1,11 +1,11 @@
 """The command line `ferrum-jax`.
 
-One function, `main`, owns the process: it turns whatever a verb raises into an exit code and at most one line on
+One function, `main`, owns the process: it turns every exception of a verb into an exit code and at most one line on
 standard error. Verbs raise; they never exit. They import JAX and other heavy packages only when they run, so that
 `--help` and a mistyped flag answer at once.
 
 Exit codes: 0; 2 for a mistake of the user (unknown flag, bad value, missing or damaged file, unsupported model);
-1 for a fault of ours; 130 for Ctrl-C. A reader that closes the pipe early ends the program quietly with 0.
+1 for a fault in ferrum_jax; 130 for Ctrl-C. A reader that closes the pipe early ends the program quietly with 0.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _DEBUG = click.Option(
 )
 
 
-@click.command("version", short_help="The version of ferrum_jax.")
+@click.command("version", short_help="Print the version of ferrum_jax.")
 def version_command() -> None:
     """Print the version of ferrum_jax."""
     from importlib.metadata import version
@@ -65,7 +65,7 @@ def _print_version(context: click.Context, _option: click.Parameter, value: bool
     help="Run language models in JAX. MODEL is a .gguf file, a checkpoint directory, an alias such as smollm2:135m "
     "(`list --aliases`), or owner/repo[:file or quantization] on the Hugging Face hub.",
 )
-@click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_print_version, help="Print it.")
+@click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_print_version, help="Print the version.")
 @click.pass_context
 def verbs(context: click.Context) -> None:
     if context.invoked_subcommand is None:
@@ -123,16 +123,16 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _note_warnings() -> None:
-    """What libraries warn of becomes a line without the place in their code, and no line comes twice."""
+    """Shows each warning once, as one line without the code that issued it."""
     told = set()
 
     def show(message: Warning | str, *_: Any) -> None:
         text = str(message)
-        if text.startswith("Error reading persistent compilation cache entry"):  # JAX keeps a damaged one for ever
+        if text.startswith("Error reading persistent compilation cache entry"):  # JAX never deletes a damaged entry
             import jax
 
             folder = jax.config.values["jax_compilation_cache_dir"]
-            text = f"an entry of XLA's cache is damaged and is compiled again at each start, until {folder} is deleted"
+            text = f"an entry of XLA's cache is damaged; it is compiled again at each start until you delete {folder}"
         if text not in told:
             told.add(text)
             print(f"note: {harmless(text)}", file=sys.stderr)
@@ -141,19 +141,19 @@ def _note_warnings() -> None:
 
 
 def _open_streams() -> tuple[_Output, _Notes]:
-    """Standard output and error. A closed output is an error before anything is done; what is read or noted may go without
-    a stream."""
+    """Standard output and error. A closed standard output is an error before any work; standard input and error may be
+    closed."""
     sys.stdin = sys.stdin or open(os.devnull)  # noqa: SIM115
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     if sys.stdout is None:
-        raise click.UsageError("standard output is closed; the result has nowhere to go (> /dev/null drops it)")
-    with contextlib.suppress(AttributeError):  # a replaced stdout need not have it
+        raise click.UsageError("standard output is closed, so the result cannot be printed (> /dev/null drops it)")
+    with contextlib.suppress(AttributeError):  # a replaced stdout may not have it
         sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
     return _Output(sys.stdout), _Notes(sys.stderr)
 
 
 class _Output:
-    """A stream whose errors say that they are of standard output."""
+    """A stream whose errors name standard output as the file."""
 
     def __init__(self, stream: Any):
         self._stream = stream
@@ -176,7 +176,7 @@ class _Output:
 
 
 class _Notes(_Output):
-    """A stream whose errors stop nothing; after one it goes nowhere."""
+    """A stream that ignores its errors; after the first one it writes nowhere."""
 
     def _try(self, method: Callable[..., Any], *arguments: Any) -> Any:
         try:
@@ -185,13 +185,13 @@ class _Notes(_Output):
             _drop(self._stream)
 
 
-# What a file system or a limit of the user says no with; any other errno is our mistake.
+# Refusals by the file system or by the user's limits. Any other errno is a fault of ours.
 _REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE}
 
 
 def _drop(stream: Any) -> None:
-    """Whatever is still to be written there goes nowhere, so that the flush at exit does not fail."""
-    with contextlib.suppress(OSError):  # a replaced stream has no descriptor
+    """Sends the rest of a stream to nowhere, so that the flush at exit does not fail."""
+    with contextlib.suppress(OSError):  # a replaced stream may not have a descriptor
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 

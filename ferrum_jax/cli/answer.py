@@ -1,7 +1,4 @@
-"""From messages to an answer: the one way for a prompt and for JSON lines, and what the chat's are told in.
-
-Messages become token ids by the model's chat template or as they are, and ids become text piece by piece.
-"""
+"""Generates one answer, as text or JSON lines, and reports its timings. The chat reports its answers in the same form."""
 
 from __future__ import annotations
 
@@ -16,8 +13,8 @@ from ferrum_jax.cli.writer import say
 
 @dataclasses.dataclass
 class Answer:
-    """What one generation gave. `finish_reason` is "stop", "length", "abort" when it was interrupted, or "error" with what
-    went wrong."""
+    """The result of one generation. `finish_reason` is "stop", "length", "abort" if it was interrupted, or "error", with the
+    reason in `error`."""
 
     text: str
     finish_reason: str
@@ -27,7 +24,7 @@ class Answer:
 
 
 def answer(model: Any, ids: list[int], params: Any, emit: Callable[[str, list[int]], None]) -> Answer:
-    """Stream the continuation of `ids` into `emit(text, token_ids)` until it ends."""
+    """Streams the continuation of `ids` to `emit(text, token_ids)` until it ends."""
     before = model.timings()
     with common.users_mistake():
         stream = model.stream(ids, params, common.adapter_of(model))
@@ -56,7 +53,7 @@ def answer(model: Any, ids: list[int], params: Any, emit: Callable[[str, list[in
 
 
 def print_stats(result: Answer) -> None:
-    """One line on standard error with the figures that JSON lines end with."""
+    """Prints the numbers at the end of the JSON lines as one line on standard error."""
     timings, usage = result.timings, result.usage
     cached = f" ({usage['cached_tokens']} read before)" if usage.get("cached_tokens") else ""
     say(
@@ -69,9 +66,8 @@ def print_stats(result: Answer) -> None:
 
 
 def encode(model: Any, messages: list[dict[str, str]], template: dict[str, Any] | None) -> list[int]:
-    """Token ids of a conversation by the chat template with these arguments; with None, of its last message as it is.
-
-    ValueError where the template refuses the messages, or when no room is left in the context for an answer.
+    """The token ids of a conversation, rendered by the chat template with these arguments. If `template` is None, those of its
+    last message as it is. Raises ValueError if the template rejects the messages, or the context has no room for an answer.
     """
     if template is not None:
         ids = model.encode_chat(messages, **template)

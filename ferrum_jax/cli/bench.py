@@ -1,7 +1,7 @@
-"""`ferrum-jax bench`: speed of prefill and decode, published with a check of what was computed in the same run.
+"""`ferrum-jax bench`: the speed of prefill and decode, with a check of the generated tokens in the same run.
 
 A generation of one token is the prefill; one of `gen_len` tokens adds `gen_len - 1` decode steps. Both are timed at the
-same shapes after a warm-up, so the difference is decoding and neither holds compilation.
+same shapes after a warm-up, so the difference is decoding, and neither includes compilation.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ PROMPT_LENGTHS, GENERATED = (64, 512), 64
 
 
 def make_prompts(vocab_size: int, batch: int, length: int) -> list[list[int]]:
-    """`batch` prompts of random ids. The first depends on `length` alone, so that batches can be compared by it."""
+    """`batch` prompts of random ids. The first depends on `length` alone, so that batches can be compared."""
     import numpy as np
 
     return [np.random.default_rng([row, length]).integers(0, vocab_size, length).tolist() for row in range(batch)]
 
 
 def _lengths(prompts: tuple[int, ...] | None, generated: int | None, context: int) -> tuple[tuple[int, ...], int]:
-    """The lengths to measure: as given, else the usual ones as far as they fit the context."""
+    """The lengths to measure: as given, otherwise the defaults as far as they fit the context."""
     if generated is None:
         generated = max(2, min(GENERATED, context - max(prompts) if prompts else context // 4))
     return prompts or tuple(dict.fromkeys(max(1, min(n, context - generated)) for n in PROMPT_LENGTHS)), generated
@@ -57,7 +57,7 @@ def measure(model: Any, batch: int, prompt_len: int, gen_len: int) -> tuple[dict
         if error := next((completion.error for completion in done if completion.error), ""):
             raise fj.NotFiniteError(error)
         if any(len(completion.token_ids) != tokens for completion in done):
-            raise RuntimeError(f"a completion of {tokens} tokens was asked for and not given")
+            raise RuntimeError(f"a completion does not have the requested {tokens} tokens")
         return statistics.median(taken), list(done[0].token_ids)
 
     first, _ = seconds(1)
@@ -74,11 +74,10 @@ def measure(model: Any, batch: int, prompt_len: int, gen_len: int) -> tuple[dict
 
 
 def check_content(exact: Any, prompt: list[int], answers: dict[int, list[int]]) -> dict[str, Any]:
-    """Compare generated tokens with the float32 model `exact`, teacher-forced.
+    """Compares generated tokens with the float32 model `exact`, teacher-forced.
 
-    `answers`: batch size -> the first tokens generated for `prompt` in that batch. A token that is float32's argmax
-    after the tokens before it has gap 0; if all have, they are float32's greedy tokens. Otherwise the gap is how far
-    the token's float32 logit lies below the best one.
+    `answers`: batch size -> the first tokens generated for `prompt` in that batch. The gap of a token is the distance of its
+    float32 logit from the best one; 0 for all tokens means that they are float32's greedy tokens.
     """
     import numpy as np
 
@@ -123,12 +122,12 @@ def _verdict(check: dict[str, Any]) -> str:
         return f"content check: the first {check['tokens']} greedy tokens equal float32's"
     return (
         f"content check: the first {check['tokens']} greedy tokens differ from float32's; teacher-forced, they lie "
-        f"at most {check['max_gap']:.4f} below its best logit"
+        f"at most {check['max_gap']:.4f} below float32's best logit"
     )
 
 
 def second_start(arguments: list[str]) -> dict[str, float] | None:
-    """`load_s` and `compile_s` of a new process that runs the same shapes once; None, with a note, if it fails."""
+    """`load_s` and `compile_s` of a new process that runs the same shapes once. If it fails, prints a note and returns None."""
     command = [sys.executable, "-m", "ferrum_jax", "bench", *arguments, "--once"]
     child = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
     if child.returncode == 0:
@@ -153,12 +152,18 @@ def _startup(model: Any) -> dict[str, float]:
 @click.command("bench", short_help="Measure prefill and decode speed.")
 @common.optional_model_argument
 @click.option("--batch", type=common.PositiveIntegers(), default="1,4", show_default=True)
-@click.option("--prompt-len", type=common.PositiveIntegers(), help="Default: 64,512, or what the context holds.")
-@click.option("--gen-len", type=click.IntRange(min=2), help="Default: 64, or what the context holds.")
+@click.option(
+    "--prompt-len",
+    type=common.PositiveIntegers(),
+    help="Tokens of each prompt. Default: 64,512, or less if the context is shorter.",
+)
+@click.option(
+    "--gen-len", type=click.IntRange(min=2), help="Tokens to generate. Default: 64, or less if the context is shorter."
+)
 @common.dtype_option
 @click.option(
     "--second-start/--no-second-start", "again", default=True, show_default=True,
-    help="Also time a new process with the compilation cache warm.",
+    help="Also time a second process, which finds the compiled programs.",
 )  # fmt: skip
 @click.option("--once", is_flag=True, hidden=True, help="Run each shape once and print load and compile times.")
 @common.json_option
@@ -172,15 +177,17 @@ def bench_command(
     once: bool,
     as_json: bool,
 ) -> None:
-    """Speed of MODEL on random prompts: medians of three, greedy, compilation excluded, contents checked.
+    """Measure the speed of MODEL on random prompts: medians of three, greedy, without compilation, output checked.
 
-    --batch and --prompt-len take lists such as 1,4 and every pair is measured.
+    --batch and --prompt-len take lists such as 1,4; every pair is measured.
     """
     loaded = common.load_model(model, dtype=dtype)
     context = loaded.max_seq_len
     prompt_len, gen_len = _lengths(prompt_len, gen_len, context)
     if max(prompt_len) + gen_len > context:
-        raise click.UsageError(f"--prompt-len {max(prompt_len)} plus --gen-len {gen_len} exceeds the context {context}")
+        raise click.UsageError(
+            f"--prompt-len {max(prompt_len)} plus --gen-len {gen_len} is longer than the context of {context} tokens"
+        )
     shapes = [(rows, length) for length in prompt_len for rows in batch]
     if once:
         for rows, length in shapes:

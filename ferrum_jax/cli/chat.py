@@ -1,5 +1,6 @@
-"""The chat of `ferrum-jax run` in a terminal: reads a line, obeys it as a command or has it answered, and says how that
-ended. What is said is kept by `conversation`, lines are edited by `terminal` and written by `writer`.
+"""The chat of `ferrum-jax run` in a terminal: reads a line, runs it as a command or answers it, and reports how that ended.
+
+`conversation` keeps the messages, `terminal` edits lines, `writer` prints text.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from ferrum_jax.hub.cache import cache_root
 
 
 class Chat:
-    """A chat with `model`. `template` holds the chat template's arguments, or is None: then every message is completed by
-    itself, as it is. `history`: whether typed lines are kept for later chats."""
+    """A chat with `model`. `template`: the chat template's arguments; None: every message is completed on its own, as it is.
+    `history`: whether typed lines are kept for later chats."""
 
     def __init__(
         self,
@@ -33,40 +34,40 @@ class Chat:
     ):
         self.engine = open_engine(model)
         self.conversation = Conversation(model, self.engine, params, system=system, template=template)
-        self.first = SimpleNamespace(params=params, system=system, template=template)  # what /set goes back to
+        self.first = SimpleNamespace(params=params, system=system, template=template)  # what /set restores
         self.name, self.stats, self.history = "", stats, history
 
     def run(self, name: str) -> None:
-        """Everything from the first line to the last; `name` is the model's."""
+        """Runs the whole chat; `name` is the model's name."""
         self.name = name
         completions = {word: command.completions(self) for word, command in commands.COMMANDS.items()}
         editor = line_editor(cache_root() / "history" if self.history else None, completions)
         say(f"{name}: /help lists the commands, Ctrl-D leaves")
         if self.conversation.template is None:
-            say("This model has no chat template: each text is completed by itself, not as a conversation.")
+            say("This model does not have a chat template: each text is completed on its own, not as a conversation.")
         self.engine.__enter__()
         try:
             with quiet(editor.output):
                 self.talk(editor)
         finally:
-            with waiting(lambda: "leaving as soon as the program that is being compiled is ready"):
+            with waiting(lambda: "leaving as soon as the current compilation is finished"):
                 self.engine.__exit__()
 
     def talk(self, editor: Any) -> None:
-        """Read and answer until /bye or Ctrl-D."""
+        """Reads and answers lines until /bye or Ctrl-D."""
         with contextlib.suppress(EOFError):
             going = True
             while going:
                 try:
                     line = editor.prompt(">>> ", prompt_continuation="... ")
-                    editor.output.enable_bracketed_paste()  # what is pasted during the answer is one message too
+                    editor.output.enable_bracketed_paste()  # text pasted during the answer is one message, too
                     editor.output.flush()
                     going = self.handle(line)
                 except KeyboardInterrupt:
                     say("Ctrl-D or /bye leaves")
 
     def handle(self, line: str) -> bool:
-        """Obey a command or answer a message; False when the chat is over."""
+        """Runs a command or answers a message. Returns False when the chat is over."""
         if line.startswith("/"):
             return commands.obey(self, line)
         if text := message_of(line):
@@ -74,7 +75,7 @@ class Chat:
         return True
 
     def answer(self, messages: list[Message]) -> None:
-        """Answer the last of these messages, and say how that ended."""
+        """Answers the last of these messages and reports how that ended."""
         writer = Writer()
         try:
             with waiting(self.waited_for) as over:
@@ -87,7 +88,7 @@ class Chat:
                 result = self.conversation.answer(messages, show)
         except (ValueError, FerrumError) as error:
             say(f"not sent: {error}")
-            say("The conversation is as it was, nothing was dropped: try another message, or /clear.")
+            say("The conversation has not changed. Try another message, or /clear.")
             return
         if result.text or result.finish_reason == "stop":
             writer.close()
@@ -103,6 +104,6 @@ class Chat:
             print_stats(result)
 
     def waited_for(self) -> str:
-        """What keeps the answer from beginning."""
+        """Why the answer has not begun yet."""
         ready, programs = self.engine.warmed_up
         return "reading" if ready == programs else f"compiling, {ready} of {programs} programs are ready"

@@ -1,4 +1,4 @@
-"""The commands of the chat: a line that begins with / is one, by the table at the end."""
+"""The commands of the chat, lines that begin with /. They are in the table at the end."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ _GIVEN = {
 }  # fmt: skip
 _LONG = 200  # characters of a message that /show shows
 _KEYS = """
-A line that ends in a backslash goes on in the next one, Alt-Enter starts a new line, and \"\"\" opens a block of lines \
-that \"\"\" closes. A message that begins with / needs a space before it; what begins with a space is not kept in the \
-history. Ctrl-C stops an answer; what was said so far stays in the conversation."""
+A line that ends with a backslash continues on the next one, Alt-Enter starts a new line, and \"\"\" opens a block of lines \
+that \"\"\" closes. To send a message that begins with /, put a space before it; lines that begin with a space are not \
+kept in the history. Ctrl-C stops an answer; its text so far stays in the conversation."""
 _WORDS: dict[str, Any] = {"on": True, "off": False, "none": None}
 
 
 class Chat(Protocol):
-    """What a command acts on. `first`: the parameters, system message and template arguments that the chat began with."""
+    """A chat, as the commands see it. `first`: its initial parameters, system message and template arguments."""
 
     conversation: Conversation
     name: str
@@ -41,7 +41,7 @@ class Chat(Protocol):
 
 
 class Command(NamedTuple):
-    """`action(chat, argument)` is done for /name; False ends the chat. `completions`: of the argument."""
+    """A command calls `action(chat, argument)`, which returns False to end the chat. `completions` completes its argument."""
 
     argument: str
     help: str
@@ -50,7 +50,7 @@ class Command(NamedTuple):
 
 
 def obey(chat: Chat, line: str) -> bool:
-    """Does what a command says; False when the chat is over."""
+    """Runs a command. Returns False when the chat is over."""
     name, argument, *_ = [*line.split(maxsplit=1), ""]
     argument = argument.strip()
     command = COMMANDS.get(name)
@@ -58,24 +58,24 @@ def obey(chat: Chat, line: str) -> bool:
         say(f"unknown command {name}; /help lists the commands")
         return True
     if bool(argument) != bool(command.argument) and not command.argument.startswith("["):
-        say(f"{name} {command.argument or 'takes nothing after it'}")
+        say(f"{name} {command.argument or 'does not take an argument'}")
         return True
     if chat.conversation.template is None and command.argument == "FILE":
-        say("This model has no chat template, and so no conversation.")
+        say("This model does not have a chat template, so there is no conversation.")
         return True
     return command.action(chat, argument) is not False
 
 
 def _clear(chat: Chat, _argument: str) -> None:
     chat.conversation.clear()
-    say("The conversation is forgotten.")
+    say("The conversation is cleared.")
 
 
 def _regenerate(chat: Chat, _argument: str) -> None:
     if chat.conversation.asked:
         chat.answer(chat.conversation.asked)
     else:
-        say("There is no message to answer again.")
+        say("There is no message to regenerate yet.")
 
 
 def _save(chat: Chat, argument: str) -> None:
@@ -84,14 +84,14 @@ def _save(chat: Chat, argument: str) -> None:
     content = {"model": chat.name, "messages": [*opening, *talk.messages]}
     try:
         if path.exists():
-            _messages(path)  # nothing else is replaced
+            _messages(path)  # replaces only saved conversations
         part = path.with_name(f".{path.name}.{os.getpid()}")
         part.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
         part.replace(path)
     except (OSError, ValueError) as error:
         say(f"not saved: {error}")
     else:
-        say(f"{_count(talk)} are in {path}")
+        say(f"saved {_count(talk)} to {path}")
 
 
 def _load(chat: Chat, argument: str) -> None:
@@ -104,7 +104,7 @@ def _load(chat: Chat, argument: str) -> None:
     begins = bool(messages) and messages[0]["role"] == "system"
     talk.system = messages[0]["content"] if begins else None
     talk.clear(messages[begins:])
-    say(f"{_count(talk)} from {path}")
+    say(f"loaded {_count(talk)} from {path}")
 
 
 def _count(talk: Conversation) -> str:
@@ -112,7 +112,7 @@ def _count(talk: Conversation) -> str:
 
 
 def _messages(path: Path) -> list[dict[str, Any]]:
-    """The messages in a file that /save wrote, or a list of them; ValueError for another one."""
+    """The messages in a file that /save wrote or that holds a list of them. Raises ValueError for any other file."""
     wrong = f"{path} is not a saved conversation"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -120,10 +120,10 @@ def _messages(path: Path) -> list[dict[str, Any]]:
         raise ValueError(f"{wrong}: it is not JSON") from None
     messages = content.get("messages") if isinstance(content, dict) else content
     if not isinstance(messages, list):
-        raise ValueError(f'{wrong}: it has no list under "messages"')
+        raise ValueError(f'{wrong}: it does not have a list under "messages"')
     for number, message in enumerate(messages):
         if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
-            raise ValueError(f'{wrong}: message {number} has no text under "role" and "content"')
+            raise ValueError(f'{wrong}: message {number} does not have a text under "role" and "content"')
     return messages
 
 
@@ -148,15 +148,15 @@ def _set(chat: Chat, argument: str) -> None:
         others = {key: kept for key, kept in talk.template.items() if key != name}
         initial = {name: first.template[name]} if name in (first.template or {}) else {}
         talk.template = others | ({name: value} if written else initial)
-        value = talk.template.get(name, "as the template decides")
+        value = talk.template.get(name, "chosen by the template")
     else:
-        say(f"what can be set: {', '.join(_names(chat))}")
+        say(f"you can set: {', '.join(_names(chat))}")
         return
     say(f"{name}: {_shown(value)}")
 
 
 def _value(written: str) -> Any:
-    """A number, a word such as on, JSON, or else the text itself."""
+    """The value of a word such as "on", of a number or of JSON; otherwise the text itself."""
     if written in _WORDS:
         return _WORDS[written]
     try:
@@ -173,12 +173,12 @@ def _shown(value: Any) -> str:
 
 
 def _names(chat: Chat) -> list[str]:
-    """All that can be set."""
+    """The names that /set accepts."""
     return [*SAMPLING, *(() if chat.conversation.template is None else ("system", *_switches(chat)))]
 
 
 def _switches(chat: Chat) -> list[str]:
-    """The variables that the chat template reads next to those that every template has."""
+    """The variables that the chat template reads in addition to those that every template gets."""
     return sorted(variables(chat.conversation.model.tokenizer.chat_template or "") - _GIVEN)
 
 
@@ -187,7 +187,7 @@ def _show(chat: Chat, _argument: str) -> None:
 
 
 def _facts(chat: Chat) -> Iterator[tuple[str, str]]:
-    """Rows of a table: the model, what is set, and the conversation, a row a message."""
+    """The rows of a table: the model, the settings, and each message of the conversation."""
     talk = chat.conversation
     model, config, memory = talk.model, talk.model.config, talk.model.memory()
     yield "model", f"{chat.name}: {config.architecture}, {config.num_layers} layers, {config.dtype}"
@@ -227,12 +227,12 @@ COMMANDS = {
     "/regenerate": Command("", "answer the last message again", _regenerate),
     "/set": Command(
         "[NAME [VALUE]]", "set a sampling parameter, the system message or a switch of the chat template; without VALUE "
-        "as it was at first; without NAME list them", _set, _settings,
+        "restore its initial value; without NAME list the names", _set, _settings,
     ),
-    "/show": Command("", "the model, what is set, and the conversation", _show),
+    "/show": Command("", "show the model, the settings and the conversation", _show),
     "/save": Command("FILE", "write the conversation as JSON", _save, _files),
-    "/load": Command("FILE", "go on with a conversation that /save wrote", _load, _files),
-    "/clear": Command("", "forget the conversation", _clear),
-    "/help": Command("", "this text", _help),
-    "/bye": Command("", "leave (Ctrl-D too)", lambda _chat, _argument: False),
+    "/load": Command("FILE", "continue a conversation that /save wrote", _load, _files),
+    "/clear": Command("", "start a new conversation", _clear),
+    "/help": Command("", "show this text", _help),
+    "/bye": Command("", "leave (or Ctrl-D)", lambda _chat, _argument: False),
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""What the verbs share: parameter types, loading with a progress bar, and how figures are written.
+"""Shared by the verbs: parameter types, loading with a progress bar, and formatting of numbers.
 
 Standard output carries a verb's result and nothing else; progress goes to standard error, and only to a terminal.
 """
@@ -25,13 +25,13 @@ DTYPES = ("auto", "float32", "bfloat16", "float16", "int8")
 KV_DTYPES = ("float32", "bfloat16", "float16", "int8", "fp8")
 
 model_argument = click.argument("model")
-DEFAULT_MODEL = "tiny"  # the one that comes with the package
+DEFAULT_MODEL = "tiny"  # part of the package
 optional_model_argument = click.argument("model", default=DEFAULT_MODEL)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
-everything_option = click.option("--all", "--long", "everything", is_flag=True, help="Print the rest, too.")
+everything_option = click.option("--all", "--long", "everything", is_flag=True, help="Print everything.")
 dtype_option = click.option(
     "--dtype", type=click.Choice(DTYPES), default="auto", show_default=True,
-    help="Arithmetic of activations; auto takes the fast one for the device (`doctor` says which).",
+    help="Arithmetic of activations; auto chooses the fast one for the device (`doctor` shows which).",
 )  # fmt: skip
 adapter_option = click.option(
     "--adapter", type=click.Path(file_okay=False), metavar="DIR", help="LoRA adapter (PEFT directory), applied at run time."
@@ -39,7 +39,7 @@ adapter_option = click.option(
 
 
 class KvDtype(click.Choice):
-    """One of KV_DTYPES; JAX's name of fp8 is taken, too."""
+    """One of KV_DTYPES, or JAX's name for fp8."""
 
     def __init__(self) -> None:
         super().__init__(KV_DTYPES)
@@ -49,7 +49,7 @@ class KvDtype(click.Choice):
 
 
 class FiniteRange(click.FloatRange):
-    """A float range that refuses NaN and infinity, which compare their way past the bounds."""
+    """A float range without NaN and infinity, which comparisons with the bounds would let through."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         number = super().convert(value, param, ctx)
@@ -80,7 +80,7 @@ class PositiveIntegers(click.ParamType):
 
 @contextlib.contextmanager
 def users_mistake(what: str = "") -> Iterator[None]:
-    """Around a call that checks what the user gave: its ValueError is the user's mistake, not ours."""
+    """Wraps a call that checks the user's input: its ValueError becomes a usage error."""
     try:
         yield
     except ValueError as error:
@@ -89,10 +89,10 @@ def users_mistake(what: str = "") -> Iterator[None]:
 
 @contextlib.contextmanager
 def progress_bar() -> Iterator[Progress]:
-    """A callback (bytes done, bytes in all or None, what is being done) that draws a bar where stderr is a terminal.
+    """Yields a callback (bytes done, total bytes or None, text) that draws a bar if stderr is a terminal.
 
-    A call with 0 and None is a remark. Remarks are kept out of an error, which is one line: they are printed, once
-    each, when the block has succeeded, and without a bar already when work begins.
+    A call with 0 and None is a remark. An error should be a single line, so remarks are printed, once each, after the block
+    has succeeded, or without a bar when work begins.
     """
     remarks: list[str] = []
     printed = 0
@@ -124,7 +124,7 @@ def _bar() -> Iterator[Progress]:
     from rich.text import Text
 
     class Amount(DownloadColumn):
-        """Bytes, or where there are few of them parts, such as files that are compiled."""
+        """Bytes; for small totals parts, such as files to compile."""
 
         def render(self, task: Any) -> Text:
             few = task.total is not None and task.total < 100
@@ -136,7 +136,7 @@ def _bar() -> Iterator[Progress]:
 
     def update(done: int, total: int | None, text: str) -> None:
         bars.update(task, completed=done, total=total, description=text)
-        bars.start()  # not before there is something to show
+        bars.start()  # only now is there something to show
 
     try:
         yield update
@@ -145,9 +145,10 @@ def _bar() -> Iterator[Progress]:
 
 
 def load_model(source: str, *, embeds: bool = False, adapter: str | None = None, **options: Any) -> Any:
-    """`fj.load` with a progress bar, and with the adapter in a directory, which `adapter_of` names; a ValueError from its
-    parameter checks is the user's mistake, and so is a model that embeds where one is needed that does not, or the other
-    way round."""
+    """Calls `fj.load` with a progress bar and, if given, the adapter in a directory, which `adapter_of` names.
+
+    A ValueError from its checks becomes a usage error, and so does a model of the wrong kind: one that generates text if
+    `embeds`, otherwise one that embeds."""
     if adapter is not None:
         options["adapters"] = {adapter: adapter}
     with progress_bar() as progress, users_mistake():
@@ -155,12 +156,14 @@ def load_model(source: str, *, embeds: bool = False, adapter: str | None = None,
     if isinstance(model, fj.EmbeddingModel) != embeds:
         if not embeds:
             raise refuse_encoder(source)
-        raise click.UsageError(f"{source} is no embedding model; one of the BERT family is needed")
+        raise click.UsageError(
+            f"{source} generates text; embed needs an embedding model (BERT family), such as all-MiniLM-L6-v2"
+        )
     return model
 
 
 def adapter_of(model: Any) -> str | None:
-    """The name of the adapter that a model was loaded with, None without."""
+    """The name of the adapter that a model was loaded with, or None."""
     return next(iter(model.adapters), None)
 
 
@@ -169,12 +172,12 @@ def print_json(value: Any) -> None:
 
 
 def figure(value: float | None, digits: int = 1) -> str:
-    """A number for a table; a dash where there was nothing to measure."""
+    """A number for a table, or a dash if it was not measured."""
     return "-" if value is None else f"{value:,.{digits}f}"
 
 
 def rate(count: float, seconds: float) -> float | None:
-    """Per second, or None where nothing was measured."""
+    """Count per second, or None if nothing was measured."""
     return round(count / seconds, 3) if count > 0 and seconds > 0 else None
 
 
@@ -187,7 +190,7 @@ def device_name() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and the packages that decide what is computed."""
+    """The versions of Python and of the packages that determine results."""
     import platform
     from importlib.metadata import version
 

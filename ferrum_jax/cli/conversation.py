@@ -1,7 +1,7 @@
-"""A conversation as a sequence in an engine: each turn costs what is new in it.
+"""A conversation as a sequence in an engine: each turn computes only its new tokens.
 
-Nothing is ever dropped from a conversation silently. It is rendered anew for every turn; where the rendered text begins
-with what was read and said before, the ids of that part stay as they were, and the engine's prefix cache finds them.
+Nothing is dropped from a conversation silently. It is rendered again for every turn. As far as the rendered text begins with
+the text of earlier turns, the token ids of that part stay the same, and the engine's prefix cache finds them.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ Message = dict[str, Any]
 
 
 def open_engine(model: Any) -> Engine:
-    """An engine for one conversation as long as the context, with a cache that grows with it."""
+    """An engine for one conversation up to the model's context, with a cache that grows."""
     return Engine(model, EngineConfig(max_seqs=1, initial_pages=128))
 
 
 class Transcript:
-    """Token ids of a conversation's text as it grows: those of its beginning stay as they were read or sampled, even where
-    the tokenizer would part that text differently."""
+    """The token ids of a growing conversation. Ids that were read or sampled stay the same, even if the tokenizer would split
+    the whole text differently."""
 
     def __init__(self, model: Any):
         self._model = model
-        self._parts: list[tuple[str, list[int]]] = []  # rendered and said, in turn
+        self._parts: list[tuple[str, list[int]]] = []  # rendered and answered, in turn
         tokenizer = model.tokenizer
-        self._joins = tokenizer.encode("") in ([], [tokenizer.bos_id])  # nothing is put after the end of a text
+        self._joins = tokenizer.encode("") in ([], [tokenizer.bos_id])  # the tokenizer adds nothing at the end of a text
 
     def encode(self, text: str) -> list[int]:
-        """Ids of the rendered text of a conversation that is ready to be answered."""
+        """The token ids of a conversation that was rendered for an answer."""
         ends, at = [0], 0
         for part, _ in self._parts:
             if not text.startswith(part, at):
@@ -54,15 +54,16 @@ class Transcript:
         return [token for _, ids in self._parts for token in ids]
 
     def said(self, text: str, ids: list[int]) -> None:
-        """What was answered to the text that was encoded last."""
+        """Adds the answer to the text that was encoded last."""
         tokenizer = self._model.tokenizer
         if ids and ids[-1] in tokenizer.eos_ids:
             ids = ids[:-1]
-        if b"".join(map(tokenizer.token_bytes, ids)) == text.encode():  # not so after a stop string
+        if b"".join(map(tokenizer.token_bytes, ids)) == text.encode():  # not equal after a stop string
             self._parts.append((text, ids))
 
     def _apart(self, text: str) -> list[int] | None:
-        """Ids of the end of a longer text, where they do not depend on what is before it: it begins with a control token."""
+        """The ids of the end of a longer text, or None if they could depend on the text before. They do not if it begins with a
+        control token."""
         tokenizer = self._model.tokenizer
         ids = tokenizer.encode(text, add_special=False, parse_special=True) if self._joins else []
         if not ids:
@@ -72,10 +73,10 @@ class Transcript:
 
 
 class Conversation:
-    """`messages` between a user and `model`, and how the next one is answered: sampling `params`, a `system` message, and
-    the chat template's arguments. Where `template` is None every message is completed by itself, as it is.
+    """The `messages` between a user and `model`, and how the next one is answered: with sampling `params`, a `system` message
+    and the chat template's arguments `template`. If `template` is None, every message is completed on its own, as it is.
 
-    `asked`: the messages that were answered last, or were to be; `used`: tokens of the conversation by then."""
+    `asked`: the messages of the last answer, given or attempted; `used`: the tokens of the conversation after it."""
 
     def __init__(
         self, model: Any, engine: Any, params: Any, *, system: str | None = None, template: dict[str, Any] | None = None
@@ -87,13 +88,14 @@ class Conversation:
         self._transcript = Transcript(model)
 
     def clear(self, messages: list[Message] | None = None) -> None:
-        """Forgets what was said, for these messages."""
+        """Replaces the conversation with these messages, or with none."""
         self.messages, self.used = list(messages or ()), 0
         last = max((i for i, message in enumerate(self.messages) if message["role"] == "user"), default=-1)
         self.asked = self.messages[: last + 1]
 
     def ids(self, messages: list[Message]) -> list[int]:
-        """Token ids to answer. ValueError where the template refuses the messages, or no room is left for an answer."""
+        """The token ids to continue. Raises ValueError if the template rejects the messages or there is no room for an
+        answer."""
         if self.template is None:
             ids = self.model.tokenizer.encode(messages[-1]["content"], add_special=True, parse_special=True)
         else:
@@ -106,8 +108,8 @@ class Conversation:
         return ids
 
     def answer(self, messages: list[Message], show: Callable[[str], object]) -> Answer:
-        """Answers the last of some messages, giving the text to `show` as it comes. They join the conversation together
-        with the answer or not at all. Ctrl-C ends the answer there. Errors as those of `ids`."""
+        """Answers the last of some messages and passes the text to `show` while it is generated. The messages and the answer
+        become part of the conversation together, or not at all. Ctrl-C ends the answer early. Raises what `ids` raises."""
         ids = self.ids(messages)
         room = self.engine.context - len(ids)
         params = dataclasses.replace(self.params, max_tokens=min(self.params.max_tokens or room, room))
@@ -117,7 +119,7 @@ class Conversation:
             compiled, before, begin = self.model.timings()["compile_s"], self.engine.metrics(), time.perf_counter()
             request = self.engine.submit(ids, params, common.adapter_of(self.model))
             threading.Thread(target=_follow, args=(request, arrived), daemon=True).start()
-            came: list[tuple[float, int]] = []  # when, and how many tokens
+            came: list[tuple[float, int]] = []  # seconds, and number of tokens
             try:
                 while (output := arrived.get()) is not None:
                     if output is _STOP:
@@ -154,7 +156,7 @@ _STOP = object()
 
 
 def _follow(request: Any, arrived: SimpleQueue[Any]) -> None:
-    """Hands on the outputs of a request, and None after the last."""
+    """Puts the outputs of a request into a queue, and None after the last."""
     try:
         for output in request:
             arrived.put(output)
@@ -164,7 +166,7 @@ def _follow(request: Any, arrived: SimpleQueue[Any]) -> None:
 
 @contextlib.contextmanager
 def ctrl_c(action: Callable[[], object]) -> Iterator[None]:
-    """While the block runs, Ctrl-C does this and nothing else."""
+    """While the block runs, Ctrl-C calls `action` and does nothing else."""
     previous = signal.signal(signal.SIGINT, lambda *_: action())
     try:
         yield

@@ -1,4 +1,4 @@
-"""`ferrum-jax convert`: a model as a checkpoint directory (Orbax) or as a GGUF file, quantized on the way if asked."""
+"""`ferrum-jax convert`: write a model as a checkpoint directory (Orbax) or a GGUF file, optionally quantized."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ KINDS = ("orbax", "gguf")
 @click.command("convert", short_help="Write a model as a checkpoint directory or a GGUF file.")
 @common.model_argument
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--to", type=click.Choice(KINDS), help="orbax: a directory; gguf: a file. Needed.")
+@click.option("--to", type=click.Choice(KINDS), help="orbax: a directory; gguf: a file. Required.")
 @click.option("--quantize", metavar="FORMAT", help="Quantize F32, F16 and BF16 matrices: q4_k, q6_k, q8_0, ...")
 @click.option("--merge-adapter", type=click.Path(file_okay=False), metavar="DIR", help="Merge a LoRA adapter (PEFT) first.")
 @click.option("--force", is_flag=True, help="Replace OUT if it exists.")
@@ -24,13 +24,13 @@ KINDS = ("orbax", "gguf")
 def convert_command(
     model: str, out: Path, to: str | None, quantize: str | None, merge_adapter: str | None, force: bool, as_json: bool
 ) -> None:
-    """Write MODEL to OUT, which appears when all of it is written.
+    """Write MODEL to OUT, which appears only when it is complete.
 
-    orbax: a directory that MODEL can be in every verb, with the parameters as this machine's device keeps them. gguf: a
-    file for llama.cpp and others, tensors and metadata as in MODEL, or as llama.cpp's converter would name them.
+    orbax: a directory that every verb takes as MODEL, with the parameters in the layout of this machine's device. gguf: a
+    file for llama.cpp and others, with the tensors and metadata of MODEL, or named as by llama.cpp's converter.
     """
     if to is None:
-        raise click.UsageError(f"--to is missing: --to gguf makes {out} a file, --to orbax a directory")
+        raise click.UsageError(f"--to is missing: --to gguf writes {out} as a file, --to orbax as a directory")
     from ferrum_jax.convert import convert
 
     begin = time.perf_counter()

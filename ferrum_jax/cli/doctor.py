@@ -1,6 +1,6 @@
-"""`ferrum-jax doctor`: what this installation will run on.
+"""`ferrum-jax doctor`: what this installation runs on.
 
-The backends it names are those that the dispatcher took in a trial compile on this machine, not those it ought to take.
+The backends it lists are those that the dispatcher chose in a trial compilation on this machine, not a guess.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from ferrum_jax.units import shown_dtype
 
 
 def _folder(path: Path, *parts: str) -> dict[str, Any]:
-    """A cache folder, which need not exist yet, and the bytes in it or in these parts of it; links are not followed."""
+    """A cache folder and the bytes in it, or in these parts of it. It may not exist yet. Links are not followed."""
     found = (file for folder in (parts or [""]) for file in (path / folder).rglob("*"))
     files = [file for file in found if file.is_file() and not file.is_symlink()]
     return {"path": str(path), "bytes": sum(file.stat().st_size for file in files)}
 
 
 def _devices() -> list[dict[str, Any]]:
-    """Devices and the memory that JAX may use of each, counted as loading counts it."""
+    """The devices, and the memory that JAX may use on each, as loading counts it."""
     import jax
 
     from ferrum_jax.memory import device_limit
@@ -45,7 +45,8 @@ def _devices() -> list[dict[str, Any]]:
 
 
 def examine() -> dict[str, Any]:
-    """Everything `doctor` prints. A part that fails leaves its error in "problems" and the rest is still examined."""
+    """Everything that `doctor` prints. If a part fails, its error goes into "problems" and the other parts are still
+    examined."""
     report: dict[str, Any] = {"problems": []}
 
     def part(name: str, look: Any) -> None:
@@ -96,7 +97,7 @@ def examine() -> dict[str, Any]:
 
 
 def _summary(backends: list[dict[str, str]]) -> list[tuple[str, str]]:
-    """A line for each backend and reason: the operations and how many formats."""
+    """A line for each backend and reason: its operations and the number of formats."""
     groups: dict[tuple[str, str], list[dict[str, str]]] = {}
     for row in backends:
         groups.setdefault((row["backend"], row["reason"].replace(f" for {row['format']}", "")), []).append(row)
@@ -104,7 +105,7 @@ def _summary(backends: list[dict[str, str]]) -> list[tuple[str, str]]:
     for (backend, reason), rows in groups.items():
         operations = ", ".join(dict.fromkeys(row["operation"] for row in rows))
         count = len({row["format"] for row in rows})
-        lines.append((backend, f"{operations} of {count} format{'s' * (count != 1)}; {reason}"))
+        lines.append((backend, f"{operations} for {count} format{'s' * (count != 1)}; {reason}"))
     return lines
 
 
@@ -128,7 +129,7 @@ def _print_report(report: dict[str, Any], everything: bool) -> None:
     print_facts(facts)
     if not report["backends"]:
         return
-    click.echo("\nbackends" + ("" if everything else " (--all: of each operation and format)"))
+    click.echo("\nbackends" + ("" if everything else " (--all: for each operation and format)"))
     if not everything:
         print_facts(_summary(report["backends"]))
         return
@@ -139,12 +140,12 @@ def _print_report(report: dict[str, Any], everything: bool) -> None:
     print_table(rows, ("operation", "backend", "formats", "reason"))
 
 
-@click.command("doctor", short_help="Versions, devices and the kernels this machine takes.")
+@click.command("doctor", short_help="Check the installation: versions, devices, kernels.")
 @common.everything_option
 @common.json_option
 @click.pass_context
 def doctor_command(context: click.Context, everything: bool, as_json: bool) -> None:
-    """Whether everything needed works, devices, versions, caches and the backends chosen in a trial compile.
+    """Check that everything works, and print devices, versions, caches and the backends chosen in a trial compilation.
 
     Exit code 1 if something is broken.
     """

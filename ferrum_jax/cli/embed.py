@@ -1,4 +1,4 @@
-"""`ferrum-jax embed`: texts as vectors."""
+"""`ferrum-jax embed`: turn texts into vectors."""
 
 from __future__ import annotations
 
@@ -10,16 +10,18 @@ import click
 from ferrum_jax.cli import common
 
 
-@click.command("embed", short_help="Texts as vectors, by an embedding model.")
+@click.command("embed", short_help="Turn texts into vectors with an embedding model.")
 @common.model_argument
 @click.argument("texts", nargs=-1, metavar="[TEXT]...")
-@click.option("--max-seq-len", type=click.IntRange(min=2), help="Tokens that a text is cut to (default: the model's own).")
+@click.option(
+    "--max-seq-len", type=click.IntRange(min=2), help="Cut texts to this many tokens. Default: the model's own limit."
+)
 @common.dtype_option
 @common.json_option
 def embed_command(model: str, texts: tuple[str, ...], max_seq_len: int | None, dtype: str, as_json: bool) -> None:
-    """The vector of each TEXT, or without one of each line of standard input, by MODEL of the BERT family.
+    """Print the vector of each TEXT, or of each line of standard input, computed by MODEL (BERT family).
 
-    A vector is a line of numbers, its Euclidean length is 1.
+    A vector is a line of numbers with the Euclidean length 1.
     """
     given = list(texts) or _lines()
     loaded = common.load_model(model, embeds=True, dtype=dtype, max_seq_len=max_seq_len)
@@ -38,7 +40,7 @@ def embed_command(model: str, texts: tuple[str, ...], max_seq_len: int | None, d
 
 def _lines() -> list[str]:
     if getattr(sys.stdin, "isatty", bool)():
-        click.echo("reading texts from the terminal, one a line; Ctrl-D ends them", err=True)
+        click.echo("reading texts from the terminal, one per line; Ctrl-D ends the input", err=True)
     try:
         text = sys.stdin.buffer.read().decode("utf-8")
     except UnicodeDecodeError as error:

@@ -1,4 +1,4 @@
-"""`info`, `pull` and `list`: what a model file is, and which ones are at hand. None of them imports JAX."""
+"""`info`, `pull` and `list`: describe, download and list model files. None of them imports JAX."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ KV_ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def _formats(source: ModelSource) -> list[dict[str, Any]]:
-    """Tensors, weights and bytes of each block format, the largest first."""
+    """The tensors, weights and bytes of each block format, largest first."""
     rows: dict[str, dict[str, Any]] = defaultdict(lambda: {"tensors": 0, "weights": 0, "bytes": 0})
     for info in source.tensors.values():
         row = rows[info.format]
@@ -34,21 +34,21 @@ def _formats(source: ModelSource) -> list[dict[str, Any]]:
 
 
 def _working_bytes(source: ModelSource, config: ModelConfig) -> int:
-    """An upper estimate of what a step needs beside weights and KV: the largest matrix of a layer unpacked to float32
-    (one expert of a stack), and one row of logits."""
+    """An upper estimate of what a step needs in addition to weights and KV cache: the largest matrix of a layer (or of one
+    expert) unpacked to float32, and one row of logits."""
     layers = [info for name, info in source.tensors.items() if name.startswith("blk.") and len(info.shape) >= 2]
     largest = max((math.prod(info.shape[-2:]) for info in layers), default=0)
     return 4 * (largest + config.vocab_size)
 
 
 def _stated(source: ModelSource, key: str) -> str | None:
-    """What a file says under a key where nothing depends on it, as plain text."""
+    """The value of a key that is only shown, as plain text."""
     value = source.metadata.get(key)
     return None if value is None else plain(value)
 
 
 def _of_the_file(source: ModelSource) -> dict[str, Any]:
-    """The facts that models of every kind have."""
+    """The facts about models of every kind."""
     return {
         "path": str(source.path),
         "parts": len(source.parts),
@@ -61,8 +61,8 @@ def _of_the_file(source: ModelSource) -> dict[str, Any]:
 
 
 def describe(source: ModelSource, context: int | None = None) -> dict[str, Any]:
-    """The facts `info` prints about an open file; `context` (default 4,096, or less if the model's own is) is the
-    number of tokens that memory is estimated for. Raises ModelFileError or UnsupportedModelError as loading would."""
+    """The facts that `info` prints about an open file. `context`: the number of tokens to estimate memory for; default 4,096,
+    or the model's context if that is shorter. Raises ModelFileError or UnsupportedModelError as loading would."""
     from ferrum_jax.models.segments import segments
     from ferrum_jax.weights.names import parameters
 
@@ -106,7 +106,7 @@ def describe(source: ModelSource, context: int | None = None) -> dict[str, Any]:
 
 
 def describe_encoder(source: ModelSource, config: EncoderConfig) -> dict[str, Any]:
-    """The facts about an embedding model. Raises as `describe`."""
+    """The facts about an embedding model. Raises what `describe` raises."""
     from ferrum_jax.weights.names import parameters
 
     parameters(source, config)
@@ -118,12 +118,12 @@ def describe_encoder(source: ModelSource, config: EncoderConfig) -> dict[str, An
 
 
 def _head(facts: dict[str, Any], architecture: str, memory: str) -> list[tuple[str, str | Path]]:
-    """The verdict on a line, then the rows that every model has."""
+    """Prints the verdict, and returns the rows that every model has."""
     name = facts["name"] or Path(facts["path"]).name
     click.echo(wrapped(f"{plain(name)}: can be loaded; {memory}", width(), "  ") + "\n")
     rows: list[tuple[str, str | Path]] = [("file", Path(facts["path"]))]
     if facts["parts"] > 1:
-        rows.append(("parts", f"{facts['parts']}, this is the first"))
+        rows.append(("parts", f"{facts['parts']}; this is the first"))
     return [
         *rows,
         ("name", facts["name"] or "not stated"),
@@ -141,7 +141,7 @@ def _print_encoder(facts: dict[str, Any], everything: bool) -> None:
         rows += [("layers", f"{facts['num_layers']}, {width}"), ("heads", str(facts["num_heads"]))]
         rows.append(("vocabulary", f"{facts['vocab_size']:,}"))
     rows += [
-        ("context", f"{facts['context_length']:,} tokens; texts are cut to {facts['text_length']:,} by default"),
+        ("context", f"{facts['context_length']:,} tokens; by default, texts are cut to {facts['text_length']:,}"),
         ("pooling", facts["pooling"]),
         ("memory", weights),
     ]
@@ -223,10 +223,10 @@ def info_command(model: str, context: int | None, everything: bool, as_json: boo
         (_print_encoder if "pooling" in facts else _print_info)(facts, everything)
 
 
-@click.command("pull", short_help="Fetch a model into the cache.")
+@click.command("pull", short_help="Download a model into the cache.")
 @common.model_argument
 def pull_command(model: str) -> None:
-    """Fetch MODEL into the cache and print the path of its file."""
+    """Download MODEL into the cache and print the path of its file."""
     from ferrum_jax import hub
 
     with common.progress_bar() as progress:
@@ -234,12 +234,12 @@ def pull_command(model: str) -> None:
     click.echo(plain_path(path))
 
 
-@click.command("list", short_help="Models in the cache, or the aliases.")
-@click.option("--aliases", "--all", "aliases", is_flag=True, help="List the aliases with source and licence instead.")
-@click.option("--long", is_flag=True, help="Also where each model came from.")
+@click.command("list", short_help="List the downloaded models, or the aliases.")
+@click.option("--aliases", "--all", "aliases", is_flag=True, help="List the aliases instead.")
+@click.option("--long", is_flag=True, help="Also show where each model came from.")
 @common.json_option
 def list_command(aliases: bool, long: bool, as_json: bool) -> None:
-    """The models in the cache, or with --aliases every short name, its sources, licence and whether it was checked."""
+    """List the models in the cache, or with --aliases all short names with sources, licenses and whether they were checked."""
     from ferrum_jax import hub
 
     if aliases:
@@ -249,7 +249,7 @@ def list_command(aliases: bool, long: bool, as_json: bool) -> None:
     if as_json:
         common.print_json([{"name": m.name, "path": str(m.path), "bytes": m.bytes, "source": str(m.source)} for m in models])
     elif not models:
-        click.echo("no model is cached; `ferrum-jax list --aliases` names some to pull", err=True)
+        click.echo("no models in the cache; `ferrum-jax list --aliases` lists some to pull", err=True)
     else:
         cached: list[tuple[str | Path, ...]] = [
             (plain(m.name), readable_bytes(m.bytes), Path(m.path), *[plain(m.source)] * long) for m in models

@@ -1,7 +1,7 @@
-"""How results are written: what a file says as plain text, and facts and tables that fit the terminal.
+"""Prints results: texts from a file as plain text, and facts and tables that fit the terminal.
 
-The one idea: lines break between words and nowhere else. A number stays with its unit, a path stays whole (a terminal
-wraps it, and it can be copied), and columns for which there is no room go under their row.
+The one idea: lines break only between words. A number stays with its unit, a path stays whole (the terminal wraps it, so it
+can be copied), and columns that do not fit go below their row.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from typing import Any
 
 import click
 
-_LONGEST, _ITEMS = 200, 8  # of a text and of a list in a file
+_LONGEST, _ITEMS = 200, 8  # characters of a text and items of a list that are shown
 _STEP = "    "
-_LEAST = 24  # columns that a text is wrapped to
+_LEAST = 24  # columns, at least, to wrap a text to
 
-# Control characters could move the cursor or retitle the window; their pictures cannot.
+# Control characters could move the cursor or change the title of the window. Their pictures cannot.
 _PICTURES = {code: 0x2400 + code for code in range(32) if code not in (9, 10)} | {127: 0x2421}
 _PICTURES |= {code: 0xFFFD for code in range(0x80, 0xA0)}
 
 
 def harmless(text: str) -> str:
-    """A model's text as a terminal may be shown it: control characters but tab and line feed become visible."""
+    """A model's text, safe for a terminal: control characters except tab and line feed become visible."""
     return text.translate(_PICTURES)
 
 
 def plain(value: Any) -> str:
-    """Whatever a file says, of any type, as one line of printable text."""
+    """A value from a file, of any type, as one line of printable text."""
     value = value.tolist() if hasattr(value, "tolist") else value  # NumPy's
     if isinstance(value, bool):
         return "yes" if value else "no"
@@ -45,12 +45,12 @@ def plain(value: Any) -> str:
 
 
 def width() -> int | None:
-    """Columns of the terminal; None where standard output is not a terminal: then every row is one line."""
+    """The columns of the terminal. None if standard output is not a terminal; then every row is one line."""
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
 def wrapped(value: str | Path, columns: int | None, indent: str) -> str:
-    """The text in lines of up to `columns` letters with their indent, which those after the first get; a path is one line."""
+    """The text in lines of up to `columns` characters, indented after the first. A path stays one line."""
     if isinstance(value, Path) or columns is None:
         return plain_path(value) if isinstance(value, Path) else value
     glued = re.sub(r"(?<=\d) (?=[A-Za-z%])", "\xa0", value)  # 2.0 KiB
@@ -60,12 +60,12 @@ def wrapped(value: str | Path, columns: int | None, indent: str) -> str:
 
 
 def plain_path(path: Path) -> str:
-    """A path as it is, but for what a terminal would obey."""
+    """A path without control characters."""
     return "".join(letter if letter.isprintable() else "\ufffd" for letter in str(path))
 
 
 def print_facts(rows: Iterable[tuple[str, str | Path]]) -> None:
-    """A name and a value each line."""
+    """Prints a name and a value on each line."""
     rows = list(rows)
     indent = max(len(name) for name, _ in rows) + 2
     for name, value in rows:
@@ -75,8 +75,8 @@ def print_facts(rows: Iterable[tuple[str, str | Path]]) -> None:
 def print_table(
     rows: Iterable[Iterable[str | Path]], columns: tuple[str, ...], numbers: tuple[str, ...] = (), labels: bool = True
 ) -> None:
-    """Rows under `columns`; those in `numbers` are set to the right. In a terminal that is too narrow the last columns go
-    under each row, with their names if `labels`."""
+    """Prints rows below the names of `columns`; the columns in `numbers` are aligned to the right. If the terminal is too
+    narrow, the last columns go below each row, with their names if `labels`."""
     table: list[list[str | Path]] = [list(row) for row in rows]
     sizes = [max(len(str(row[i])) for row in [columns, *table]) for i in range(len(columns))]
     terminal = width()

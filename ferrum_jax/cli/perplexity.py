@@ -1,4 +1,4 @@
-"""`ferrum-jax perplexity`: how well a model predicts a text."""
+"""`ferrum-jax perplexity`: measure how well a model predicts a text."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import click
 from ferrum_jax.cli import common
 
 
-@click.command("perplexity", short_help="How well a model predicts a text file.")
+@click.command("perplexity", short_help="Measure how well a model predicts a text file.")
 @common.model_argument
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, allow_dash=True))
 @click.option(
@@ -20,9 +20,10 @@ from ferrum_jax.cli import common
 @common.dtype_option
 @common.json_option
 def perplexity_command(model: str, file: str, window: int | None, adapter: str | None, dtype: str, as_json: bool) -> None:
-    """Perplexity of MODEL on the UTF-8 text in FILE (- for standard input).
+    """Print the perplexity of MODEL on the UTF-8 text in FILE (- for standard input).
 
-    No start token is added, special tokens in the text are not parsed, and every token but a window's first is scored.
+    No start token is added, special tokens in the text are not parsed, and every token is scored except the first of
+    each window.
     """
     try:
         with click.open_file(file, "rb") as handle:
@@ -35,7 +36,7 @@ def perplexity_command(model: str, file: str, window: int | None, adapter: str |
     ids = loaded.tokenizer.encode(text, add_special=False, parse_special=False)
     context = loaded.max_seq_len
     if len(ids) < (window or 2):
-        raise click.UsageError(f"{file} is {len(ids)} tokens, fewer than the window of {window or 2}")
+        raise click.UsageError(f"{file} has {len(ids)} tokens, fewer than the window of {window or 2}")
     if (window or len(ids)) > context:
         what = f"--window {window}" if window else f"{file} ({len(ids):,} tokens)"
         raise click.UsageError(f"{what} does not fit the context of {context:,} tokens; give a smaller --window")
@@ -49,4 +50,4 @@ def perplexity_command(model: str, file: str, window: int | None, adapter: str |
         return
     click.echo(f"{value:.4f}")
     if sys.stderr.isatty():
-        click.echo(f"perplexity over {scored:,} scored tokens of {len(ids):,}", err=True)
+        click.echo(f"perplexity over {scored:,} of {len(ids):,} tokens", err=True)

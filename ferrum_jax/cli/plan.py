@@ -1,4 +1,4 @@
-"""`ferrum-jax plan`: does a model fit a device that is not here, and what bounds its speed there."""
+"""`ferrum-jax plan`: whether a model fits a device that you do not have, and what limits its speed there."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ DEFAULT_CONTEXT = 4096
 
 
 def _targets(given: tuple[str, ...]) -> list[str]:
-    """The targets named, each once. A mistake of the user's for none, an unknown one or one that cannot be compiled for."""
+    """The named targets, each once. Raises UsageError for none, an unknown one or one whose compiler is missing."""
     from pallas_kernels import aot
 
     names = list(dict.fromkeys(name.strip().lower() for text in given for name in text.split(",") if name.strip()))
     if not names:
-        raise click.UsageError(f"--target is needed: one or more of {', '.join(aot.TARGETS)}")
+        raise click.UsageError(f"--target is missing: give one or more of {', '.join(aot.TARGETS)}")
     for name in names:
         if name not in aot.TARGETS:
             raise click.UsageError(f"--target {name} is not known; known: {', '.join(aot.TARGETS)}")
@@ -34,7 +34,7 @@ def _targets(given: tuple[str, ...]) -> list[str]:
 
 
 def _json(plan: Plan) -> dict[str, Any]:
-    """The fields of a plan, those in bytes named so."""
+    """The fields of a plan; the names of sizes end with _bytes."""
     sizes = ("memory", "limit", "weights", "kv", "temporaries", "total")
     return {f"{key}_bytes" if key in sizes else key: value for key, value in dataclasses.asdict(plan).items()}
 
@@ -49,8 +49,8 @@ def _print_plan(plan: Plan) -> None:
         return "-" if count is None else readable_bytes(count)
 
     used = sum(part or 0 for part in (plan.weights, plan.kv, plan.temporaries))
-    loading = "; more while it is loaded" if (plan.total or 0) > used else ""
-    touched = "" if plan.experts_touched is None else f", {plan.experts_touched:.0f} experts of each layer among them"
+    loading = "; loading needs more than these" if (plan.total or 0) > used else ""
+    touched = "" if plan.experts_touched is None else f", including {plan.experts_touched:.0f} experts of each layer"
     rows = {
         "fits": ("yes" if plan.fits else "no") + (f"; {plan.help}" if plan.help else ""),
         "needs": f"{size(plan.total)}: weights {size(plan.weights)}, KV cache {size(plan.kv)}, "
@@ -69,13 +69,19 @@ def _print_plan(plan: Plan) -> None:
     print_table(table, ("  operation", "backend", "reason", "formats"))
 
 
-@click.command("plan", short_help="Whether a model fits a GPU or TPU that is not here.")
+@click.command("plan", short_help="Check whether a model fits a GPU or TPU that you do not have.")
 @common.model_argument
-@click.option("--target", "targets", multiple=True, metavar="NAME", help="l4, h200, v5e, ...; several by commas or again.")
-@click.option("--context", type=click.IntRange(min=1), help="Tokens of a row, prompt and output (default: 4096).")
-@click.option("--batch", type=click.IntRange(1, 1 << 16), default=1, show_default=True, help="Rows at a time.")
+@click.option(
+    "--target", "targets", multiple=True, metavar="NAME", help="l4, h200, v5e, ...; several with commas, or repeat the flag."
+)
+@click.option(
+    "--context",
+    type=click.IntRange(min=1),
+    help="Tokens of each row, prompt and output. Default: 4096, or the model's context.",
+)
+@click.option("--batch", type=click.IntRange(1, 1 << 16), default=1, show_default=True, help="Rows that run together.")
 @common.dtype_option
-@click.option("--kv-dtype", type=common.KvDtype(), help="Of the KV cache; follows --dtype.")
+@click.option("--kv-dtype", type=common.KvDtype(), help="Dtype of the KV cache. Default: follows --dtype.")
 @click.option("--timeout", type=click.FloatRange(min=1), default=1800, show_default=True, help="Seconds for each target.")
 @common.json_option
 @click.pass_context
@@ -90,10 +96,10 @@ def plan_command(
     timeout: float,
     as_json: bool,
 ) -> None:
-    """Compile MODEL for each target, one device of it, and say whether it fits and what bounds its speed.
+    """Compile MODEL for one device of each target, and print whether it fits and what limits its speed.
 
-    The header of MODEL is enough: a file may be cut off behind it, and of a model on the hub only the header is fetched.
-    Exit code 1 if a compiler failed, which is then said; "does not fit" is an answer.
+    Only the header of MODEL is read: the file may end after it, and for a model on the hub only the header is downloaded.
+    Exit code 1 if a compiler failed, with its message; "does not fit" is exit code 0.
     """
     names = _targets(targets)
     from ferrum_jax import plan
@@ -104,7 +110,7 @@ def plan_command(
             plan.usable(name)
         header = plan.find_header(model, progress)
     config = header.config()
-    parameters(header, config)  # what is wrong with the model is said once
+    parameters(header, config)  # errors of the model are reported once
     context = context or min(DEFAULT_CONTEXT, config.context_length)
     if context > config.context_length:
         raise click.UsageError(f"--context {context} is beyond the model's context of {config.context_length} tokens")

@@ -1,6 +1,6 @@
-"""`ferrum-jax run`: answer a prompt, or talk in the terminal.
+"""`ferrum-jax run`: answer a prompt, or chat in the terminal.
 
-Text goes to standard output as it is made.
+Text goes to standard output while it is generated.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def _read_stdin() -> str:
 
 
 def _model_and_prompt(words: tuple[str, ...], prompt: str | None) -> tuple[str, str | None]:
-    """What the arguments name: a model, then the words of a prompt. A text with white space is one only as a path."""
+    """The model and the prompt in the arguments. A single argument with white space is a prompt, unless it is a path."""
     model, *rest = words or (common.DEFAULT_MODEL,)
     if not rest and len(model.split()) > 1 and not os.path.exists(os.path.expanduser(model)):
         model, rest = common.DEFAULT_MODEL, [model]
@@ -45,7 +45,7 @@ def _model_and_prompt(words: tuple[str, ...], prompt: str | None) -> tuple[str, 
 
 
 def _sampling(values: dict[str, Any]) -> Any:
-    """SamplingParams, made before the model is loaded so that a bad value costs nothing."""
+    """Makes SamplingParams before the model is loaded, so that a bad value is reported at once."""
     if "" in values["stop"]:
         raise click.UsageError("--stop must not be empty")
     with common.users_mistake():
@@ -53,19 +53,19 @@ def _sampling(values: dict[str, Any]) -> Any:
 
 
 def _template_arguments(model: Any, source: str, *, system: str | None, think: bool | None, raw: bool) -> dict | None:
-    """Keyword arguments of the chat template, or None where prompts are completed as they are."""
+    """Keyword arguments for the chat template, or None if prompts are completed as they are."""
     if raw:
         return None
     written = model.tokenizer.chat_template
     if not written:
         if system is not None:
-            raise click.UsageError(f"--system: {source} has no chat template to put a system message in")
-        click.echo("note: the file has no chat template; prompts are completed as they are", err=True)
+            raise click.UsageError(f"--system: {source} does not have a chat template, so it cannot take a system message")
+        click.echo("note: the file does not have a chat template; prompts are completed as they are", err=True)
         return None
     if think is None:
         return {}
     if "enable_thinking" not in written:
-        click.echo("note: the chat template has no thinking switch; --think/--no-think changes nothing", err=True)
+        click.echo("note: the chat template does not have a thinking switch; --think/--no-think changes nothing", err=True)
         return {}
     return {"enable_thinking": think}
 
@@ -74,7 +74,7 @@ def _print_text(model: Any, ids: list[int], params: Any) -> Answer:
     writer = Writer()
 
     def emit(text: str, _tokens: list[int]) -> None:
-        progress.show(False)  # the line that it would take away is the answer's now
+        progress.show(False)  # clearing its line would now delete a line of the answer
         writer.write(text)
 
     result = answer(model, ids, params, emit)
@@ -97,17 +97,17 @@ def _print_json_lines(model: Any, ids: list[int], params: Any) -> Answer:
 
 @click.command("run", short_help="Answer a prompt, or chat in the terminal.")
 @click.argument("words", nargs=-1, metavar="[MODEL] [PROMPT]")
-@click.option("--prompt", metavar="TEXT", help="Answer this; - reads standard input. Without it: a chat, or a pipe.")
+@click.option("--prompt", metavar="TEXT", help="The prompt; - reads standard input. Default: a piped text, or a chat.")
 @click.option("--system", metavar="TEXT", help="System message of the conversation.")
 @click.option("--raw", is_flag=True, help="Complete the prompt as it is, without the chat template.")
-@click.option("--think/--no-think", default=None, help="Thinking switch of the chat template (its enable_thinking).")
+@click.option("--think/--no-think", default=None, help="Set enable_thinking of the chat template.")
 @click.option(
     "--max-tokens", type=click.IntRange(min=1),
-    help="Tokens of an answer at most. Default: the rest of the context, as far as memory holds it.",
+    help="Limit of the answer, in tokens. Default: the rest of the context, as far as memory allows.",
 )  # fmt: skip
 @click.option(
     "--temperature", type=common.FiniteRange(min=0), default=TEMPERATURE, show_default=True,
-    help="0 takes the likeliest token always.",
+    help="0: always the likeliest token.",
 )  # fmt: skip
 @click.option("--top-k", type=click.IntRange(min=0), default=0, show_default=True, help="0: off.")
 @click.option("--top-p", type=common.FiniteRange(min=0, min_open=True, max=1), default=TOP_P, show_default=True)
@@ -116,15 +116,17 @@ def _print_json_lines(model: Any, ids: list[int], params: Any) -> Answer:
     "--repeat-penalty", "repetition_penalty", type=common.FiniteRange(min=0, min_open=True), default=1.0,
     show_default=True, help="1: off.",
 )  # fmt: skip
-@click.option("--seed", type=int, help="The same seed gives the same text. Default, or -1: another one each time.")
-@click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; may be given several times.")
+@click.option("--seed", type=int, help="The same seed gives the same text. Default, or -1: a new one each time.")
+@click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; can be repeated.")
 @common.adapter_option
 @common.dtype_option
-@click.option("--kv-dtype", type=common.KvDtype(), help="Of the KV cache; default: follows --dtype.")
-@click.option("--max-seq-len", type=click.IntRange(min=2), help="Limit of prompt and answer; default: the model's.")
+@click.option("--kv-dtype", type=common.KvDtype(), help="Dtype of the KV cache. Default: follows --dtype.")
+@click.option(
+    "--max-seq-len", type=click.IntRange(min=2), help="Limit of prompt and answer, in tokens. Default: the model's context."
+)
 @click.option("--output-format", type=click.Choice(["text", "jsonl"]), default="text", show_default=True)
 @click.option(
-    "--history/--no-history", default=True, envvar="FERRUM_JAX_HISTORY", help="Keep what is typed in a chat for later ones."
+    "--history/--no-history", default=True, envvar="FERRUM_JAX_HISTORY", help="Keep the lines typed in a chat for later chats."
 )
 @click.option("--stats", is_flag=True, help="Print timings on standard error at the end.")
 def run_command(
@@ -142,10 +144,11 @@ def run_command(
     stats: bool,
     **sampling: Any,
 ) -> None:
-    """Answer PROMPT, --prompt, a piped text, or what is typed in a chat, by MODEL (default: tiny, of the package).
+    """Answer a prompt with MODEL: PROMPT, --prompt, a piped text, or the lines typed in a chat.
 
-    With a chat template in the file the prompt becomes a user message; otherwise, and with --raw, it is completed as
-    it is. A single argument with white space that is not a file is the PROMPT.
+    The default MODEL is tiny, which is part of the package. If the file has a chat template, the prompt becomes a user
+    message; otherwise, and with --raw, it is completed as it is. A single argument with white space that is not a file
+    is the PROMPT.
     """
     model, prompt = _model_and_prompt(words, prompt)
     if raw and (system is not None or think is not None):

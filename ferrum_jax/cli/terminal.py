@@ -1,6 +1,6 @@
-"""The terminal of a chat: the line that is edited, and what is typed while none is.
+"""The terminal of a chat: edits a line, and keeps what the user types while an answer is generated.
 
-Meanwhile the terminal echoes nothing and keeps what is typed, which the next line begins with.
+Meanwhile the terminal does not echo, and the kept text begins the next line.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ FENCE = '"""'
 
 @contextlib.contextmanager
 def quiet(output: Any) -> Iterator[None]:
-    """While no line is edited, what is typed is kept and not shown. However the block ends, by SIGTERM or SIGHUP too, the
-    terminal is then as it was. `output`: the line editor's."""
+    """While no line is edited, typed text is kept and not shown. At the end of the block, also after SIGTERM or SIGHUP, the
+    terminal gets its old settings back. `output`: the line editor's."""
     try:
         import termios
     except ImportError:  # Windows, where the console echoes only while it is read
@@ -30,8 +30,8 @@ def quiet(output: Any) -> Iterator[None]:
     terminal = sys.stdin.fileno()
     before = termios.tcgetattr(terminal)
     after = [*before]
-    after[0] &= ~termios.ICRNL  # Enter is kept as the key that it is
-    after[3] = after[3] & ~(termios.ECHO | termios.ICANON) | termios.NOFLSH  # Ctrl-C forgets nothing of it
+    after[0] &= ~termios.ICRNL  # Enter stays a carriage return
+    after[3] = after[3] & ~(termios.ECHO | termios.ICANON) | termios.NOFLSH  # Ctrl-C does not discard typed text
 
     def apply(*_: Any) -> None:
         termios.tcsetattr(terminal, termios.TCSADRAIN, after)
@@ -45,7 +45,7 @@ def quiet(output: Any) -> Iterator[None]:
         apply()
         yield
     finally:
-        with contextlib.suppress(termios.error, OSError):  # the terminal is gone
+        with contextlib.suppress(termios.error, OSError):  # the terminal has been closed
             output.disable_bracketed_paste()
             output.flush()
             termios.tcsetattr(terminal, termios.TCSADRAIN, before)
@@ -54,8 +54,8 @@ def quiet(output: Any) -> Iterator[None]:
 
 
 def line_editor(history: Path | None, completions: dict[str, Any]) -> Any:
-    """Reads messages: a `PromptSession` with a history of earlier chats in a file of the user's own, without one where that
-    cannot be. `completions`: the commands, and what completes the argument of each."""
+    """A `PromptSession` that reads messages, with the history of earlier chats in a private file, or without a history if that
+    file cannot be opened. `completions`: for each command, what completes its argument."""
     from prompt_toolkit import PromptSession
     from prompt_toolkit.completion import Completer, Completion
     from prompt_toolkit.document import Document
@@ -119,13 +119,13 @@ def _key_bindings() -> Any:
 
 
 def open_block(text: str) -> bool:
-    """True while a block that the text begins with is not closed."""
+    """Whether the text begins with a block that is not closed."""
     text = text.strip()
     return text.startswith(FENCE) and not (len(text) >= 2 * len(FENCE) and text.endswith(FENCE))
 
 
 def message_of(line: str) -> str:
-    """What was meant by the typed text: the inside of a block, or the text without the white space around it."""
+    """The message in a typed text: the inside of a block, or the text without surrounding white space."""
     text = line.strip()
     if text.startswith(FENCE):
         return text.removeprefix(FENCE).removesuffix(FENCE).strip("\n")

@@ -1,6 +1,6 @@
-"""A model's text on standard output, piece by piece.
+"""Writes a model's text to standard output, piece by piece.
 
-In a terminal a word is held until it is whole and then put where it fits, so that none is broken at the edge.
+In a terminal, a word is held back until it is complete and then written where it fits, so that no word is broken at the edge.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import TextIO
 
 from ferrum_jax.cli.common import harmless
 
-# What is not parted at the edge: a line break, blanks, or a word. Scripts without blanks are parted after each character,
-# but no opening mark stays alone at the end of a line and no closing one at the beginning of the next.
+# Units that are not broken at the edge: a line break, blanks, or a word. Scripts without blanks can be broken after each
+# character, but an opening mark does not end a line and a closing mark does not begin one.
 _OPENING, _CLOSING = "（［｛「『【〈《", "、。，．：；！？）］｝」』】〉》ー々"
 _WIDE = "\u2e80-\u30ff\u3100-\ua4cf\uf900-\ufaff\ufe30-\ufe6f\uff01-\uff60\U00020000-\U0003ffff"
 _NO_BREAK = "\xa0\u202f"
@@ -29,18 +29,18 @@ _BULLET = re.compile(r"[-*+•]|\d+[.)]")
 
 
 class Writer:
-    """Writes a model's text as it comes. In a terminal words are not broken at its edge, however its width changes, lines of
-    code and tables are left as they are, and control characters are made visible; elsewhere the text is not changed."""
+    """Writes a model's text while it is generated. In a terminal, words are not broken at the edge, even if its width changes;
+    code blocks and tables stay as they are, and control characters become visible. Elsewhere the text is not changed."""
 
     def __init__(self, out: TextIO | None = None):
         self.out = out or sys.stdout
         self._terminal = self.out.isatty()
         self._last = ""
-        self._held = ""  # what may go on: not written yet
-        self._blanks = ""  # before the next word, unless that begins a line
-        self._column = 0  # cells used of the line on the screen
-        self._fence = ""  # the marks that opened a block of code
-        self._begins = True  # no word of the text's own line was written yet
+        self._held = ""  # may continue, so it is not written yet
+        self._blanks = ""  # before the next word, unless it begins a line
+        self._column = 0  # used cells of the line on the screen
+        self._fence = ""  # the marks that opened a code block
+        self._begins = True  # the current line of the text does not have a word yet
         self._as_is = self._in_list = self._in_word = False
 
     def write(self, text: str) -> None:
@@ -49,7 +49,7 @@ class Writer:
         self._put(text)
 
     def close(self) -> None:
-        """The end of the text, and of its line."""
+        """Ends the text and its line."""
         self._put("".join(map(self._place, _UNITS.findall(self._held))))
         self._held = ""
         if self._last != "\n":
@@ -71,14 +71,14 @@ class Writer:
         return placed
 
     def _width(self) -> int:
-        """Cells of a line; very many where the terminal does not say."""
+        """The cells of a line; a very large number if the terminal's width is unknown."""
         try:
             return os.get_terminal_size(self.out.fileno()).columns or 1 << 30
         except (OSError, ValueError):
             return 1 << 30
 
     def _place(self, unit: str) -> str:
-        """The unit as it is to be written: after the blanks before it, or after a line break."""
+        """The unit as it must be written: after the blanks before it, or after a line break."""
         from rich.cells import cell_len
 
         if unit == "\n":
@@ -101,12 +101,12 @@ class Writer:
         else:
             written, self._blanks = self._blanks + unit, ""
         self._column += len(lead) + cells
-        if self._column > width:  # the terminal has gone on in the next line
+        if self._column > width:  # the terminal has continued on the next line
             self._column = (self._column - 1) % width + 1
         return written
 
     def _begin_line(self, word: str) -> None:
-        """Decides how the line is written that begins with these blanks and this word."""
+        """Decides how to write the line that begins with these blanks and this word."""
         self._begins = False
         indent = len(self._blanks.expandtabs())
         if self._fence:
@@ -130,8 +130,8 @@ def say(text: str, out: TextIO | None = None) -> None:
 
 @contextlib.contextmanager
 def waiting(text: Callable[[], str]) -> Iterator[Callable[[], None]]:
-    """A line that says what is waited for, until the yielded function is called or the block ends; none where that is soon,
-    or where standard output is not a terminal."""
+    """Shows a status line until the yielded function is called or the block ends. If that is soon, or standard output is not a
+    terminal, it shows nothing."""
     ended = threading.Event()
 
     def show() -> None:

@@ -240,17 +240,17 @@ FAULTS = {
     ),
     "14-often": Fault(
         "the repetition penalty falls once an occurrence",
-        sampling._penalised,
+        sampling._penalized,
         "jnp.where(x > 0, x / penalty, x * penalty)",
         "jnp.where(x > 0, x / penalty ** (seen >> 1), x * penalty ** (seen >> 1))",
-        guards.a_repetition_is_penalised_once,
+        guards.a_repetition_is_penalized_once,
     ),
     "14-prompt": Fault(
         "the repetition penalty ignores the prompt",
-        sampling._penalised,
+        sampling._penalized,
         "(seen != 0)",
         "(seen > 1)",
-        guards.a_repetition_is_penalised_once,
+        guards.a_repetition_is_penalized_once,
     ),
     "14-order": Fault(
         "temperature comes after top-p",
@@ -268,14 +268,14 @@ FAULTS = {
     ),
     "14-presence": Fault(
         "presence_penalty is accepted and not applied",
-        sampling._penalised,
+        sampling._penalized,
         "jnp.where(count > 0, sampling.presence_penalty[:, None], 0)",
         "0",
         guards.presence_and_frequency_are_taken_off,
     ),
     "14-frequency": Fault(
         "frequency_penalty is accepted and not applied",
-        sampling._penalised,
+        sampling._penalized,
         "sampling.frequency_penalty[:, None] * count",
         "0",
         guards.presence_and_frequency_are_taken_off,
@@ -296,7 +296,7 @@ FAULTS = {
     ),
     "15-padding": Fault(
         "ids of a padded vocabulary are sampled",
-        sampling._penalised,
+        sampling._penalized,
         "< sampling.vocab_limit",
         "< x.shape[1]",
         guards.a_padded_vocabulary_is_never_sampled,

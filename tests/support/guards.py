@@ -158,7 +158,7 @@ def greedy_takes_the_first_of_equals():
     assert taken([-1.0] * 300, greedy()) == 0
 
 
-def a_repetition_is_penalised_once():
+def a_repetition_is_penalized_once():
     params = greedy(repetition_penalty=2.0)
     assert taken([0.0, 8.0, 3.0], params, output=[1, 1, 1]) == 1  # 4 > 3; twice would be 2
     assert taken([0.0, 5.0, 3.0], params, output=[1]) == 2

@@ -199,7 +199,7 @@ def test_raw_and_no_template_complete_the_text(model, monkeypatch, capsys):
     assert main(["run", "m", "--prompt", "a", "--raw"]) == 0
     monkeypatch.setattr(FakeTokenizer, "chat_template", None)
     assert main(["run", "m", "--prompt", "a"]) == 0
-    assert "no chat template" in capsys.readouterr().err
+    assert "does not have a chat template" in capsys.readouterr().err
     assert [made.asked for made in model.made] == [[], []]
     assert [made.streams[0].prompt_token_ids for made in model.made] == [[1, 97], [1, 97]]
     assert main(["run", "m", "--prompt", "a", "--system", "s"]) == 2

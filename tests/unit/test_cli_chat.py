@@ -103,7 +103,7 @@ def test_chat_that_outgrows_the_context_drops_nothing(capsys):
     talk = chatting(FakeModel("m", max_seq_len=40), "one\r" + "x" * 60 + "\r\x04")
     assert roles(talk) == [("user", "one"), ("assistant", "two words")]
     out = capsys.readouterr().out
-    assert "not sent: 75 tokens do not fit into a context of 40" in out and "nothing was dropped" in out
+    assert "not sent: 75 tokens do not fit into a context of 40" in out and "The conversation has not changed." in out
     assert len(talk.conversation.model.streams) == 1
 
 
@@ -214,7 +214,7 @@ def test_regenerate_answers_the_same_message_again(capsys):
     talk = chatting(fake, "/regenerate\rone\rtwo\r/regenerate\r/regenerate\r/bye\r")
     assert [role for role, _ in roles(talk)] == ["user", "assistant"] * 2
     assert [len(messages) for messages, _ in fake.asked] == [1, 3, 3, 3]
-    assert "There is no message to answer again." in capsys.readouterr().out
+    assert "There is no message to regenerate yet." in capsys.readouterr().out
 
 
 def test_regenerate_without_a_template():
@@ -241,8 +241,8 @@ def test_save_and_load(capsys, tmp_path):
         (None, "No such file"),
         ("no JSON", "it is not JSON"),
         ("[" * 100_000, "it is not JSON"),
-        ("{}", 'no list under "messages"'),
-        ('[{"role": "user"}]', 'message 0 has no text under "role" and "content"'),
+        ("{}", 'does not have a list under "messages"'),
+        ('[{"role": "user"}]', 'message 0 does not have a text under "role" and "content"'),
     ],
 )
 def test_load_of_something_else(capsys, tmp_path, content, said):
@@ -268,7 +268,7 @@ def test_set(capsys):
     params = talk.conversation.params
     assert (params.temperature, params.top_k, params.stop, params.seed, params.max_tokens) == (0.25, 5, ("a", "5"), None, 50)
     assert "not set: SamplingParams.temperature must be a finite number" in out
-    assert out.count("what can be set: max_tokens, temperature,") == 2 and "system, enable_thinking" in out
+    assert out.count("you can set: max_tokens, temperature,") == 2 and "system, enable_thinking" in out
     assert 'stop: ["END"]' in out and "seed: none" in out and "enable_thinking: off" in out
     assert fake.asked[-1][1] == {"enable_thinking": False}
     assert roles(talk)[0] == ("system", "Be  brief.")
@@ -283,7 +283,7 @@ def test_set(capsys):
     ("line", "said"),
     [
         ("/save", "/save FILE"),
-        ("/clear all", "/clear takes nothing after it"),
+        ("/clear all", "/clear does not take an argument"),
         ("/\x1b[2J", "unknown command /"),
     ],
 )
@@ -294,7 +294,7 @@ def test_commands_that_are_not_complete(capsys, line, said):
 
 def test_save_without_a_template(capsys, tmp_path):
     chatting(FakeModel("m"), f"one\r/save {tmp_path}/f\r/bye\r", template=None)
-    assert "This model has no chat template, and so no conversation." in capsys.readouterr().out
+    assert "This model does not have a chat template, so there is no conversation." in capsys.readouterr().out
     assert not (tmp_path / "f").exists()
 
 

@@ -361,7 +361,7 @@ def test_embed_says_what_it_cuts(path: str, capsys) -> None:
 
 def test_mistakes(path: str, tmp_path: Path, capsys) -> None:
     assert main(["embed", str(write_decoder(LLAMA, tmp_path / "llama")), "iron"]) == 2
-    assert "no embedding model" in capsys.readouterr().err
+    assert "generates text; embed needs an embedding model" in capsys.readouterr().err
     for verb in ("run --prompt iron", "bench", f"perplexity {__file__}", "plan --target l4"):
         name, *flags = verb.split()
         assert main([name, path, *flags]) == 2

@@ -352,7 +352,7 @@ def test_a_damaged_entry_of_the_cache_of_xla_is_one_line(tmp_path):
         entry.write_bytes(content)
     again = run()
     assert again.stdout == first.stdout
-    expected = f"note: an entry of XLA's cache is damaged and is compiled again at each start, until {tmp_path}/xla is deleted"
+    expected = f"note: an entry of XLA's cache is damaged; it is compiled again at each start until you delete {tmp_path}/xla"
     assert [line for line in again.stderr.splitlines() if "XLA" in line or "arning" in line] == [expected]
 
 

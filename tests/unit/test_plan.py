@@ -343,7 +343,7 @@ def test_a_failed_compiler_does_not_end_the_command(cut, compiled, capsys):
     ("flags", "said"),
     [
         (["--target", "l5"], "t4, a100-40g, l4, h100, h200, v5e, v6e, v5p"),
-        ([], "--target is needed"),
+        ([], "--target is missing"),
         (["--target", "l4", "--context", "4097"], "4096"),
         (["--target", "l4", "--context", "0"], "--context"),
         (["--target", "l4", "--batch", "0"], "--batch"),

@@ -67,7 +67,7 @@ def test_which_template_is_meant(tmp_path: Path) -> None:
                     template = chat.choose(ours.chat_templates, asked, tools=tools is not None)
                     assert chat.render(template, USER, tools=tools) == expected, (name, arguments)
                 else:
-                    with pytest.raises(ValueError, match=r"no chat template .*; it has .*tool_use"):
+                    with pytest.raises(ValueError, match=r"not have a chat template .*; it has .*tool_use"):
                         chat.choose(ours.chat_templates, asked, tools=tools is not None)
     assert chat.choose({}) is None and chat.choose({"tool_use": USE}, tools=True) == USE
 
@@ -89,7 +89,7 @@ def test_templates_of_a_gguf_file_and_of_what_it_is_converted_to(tmp_path: Path)
         assert model.render_chat(USER, TOOLS).startswith("TOOLS [")
         assert model.render_chat(USER, TOOLS, chat_template="rag", documents=["d"]) == "RAG ['d']"
         assert model.encode_chat(USER, chat_template="rag") == model._runtime.encode("RAG None")
-        with pytest.raises(ValueError, match="no chat template 'default2'; it has default, rag, tool_use"):
+        with pytest.raises(ValueError, match="not have a chat template 'default2'; it has default, rag, tool_use"):
             model.render_chat(USER, chat_template="default2")
         with pytest.raises(ValueError, match="enable_thinkin: no chat template of this model reads"):
             model.render_chat(USER, enable_thinkin=False)
@@ -164,7 +164,7 @@ def test_content_that_a_template_takes() -> None:
 @pytest.mark.parametrize("part", [{"type": "image_url", "image_url": {}}, {"type": "text"}, {"type": "text", "text": 3}, 7])
 def test_other_parts_are_refused_by_number(part: object) -> None:
     messages = [*USER, {"role": "user", "content": [PARTS[0], part]}]
-    with pytest.raises(ValueError, match=r"messages: entry 1: part 1 of its content is of type .*text"):
+    with pytest.raises(ValueError, match=r"messages: entry 1: part 1 of its content has the type .*text"):
         chat.render(TAKES, messages)
 
 
@@ -271,7 +271,7 @@ CONTENT = "{% for m in messages %}{{ m.role }}: {{ m.content }};{% endfor %}"
 
 @pytest.mark.parametrize("content", [5, True, 1.5, b"a", object(), {"type": "text", "text": "a"}, [1, 2], [None], [PARTS]])
 def test_content_of_other_kinds_is_refused_by_number(content: object) -> None:
-    with pytest.raises(ValueError, match=r"messages: entry 1: (its content must be a text|part 0 of its content is of)"):
+    with pytest.raises(ValueError, match=r"messages: entry 1: (its content must be a text|part 0 of its content has)"):
         chat.render(CONTENT, [*USER, {"role": "user", "content": content}])
 
 
