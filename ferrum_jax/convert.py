@@ -1,7 +1,7 @@
-"""One checkpoint to another: to a directory of our own (Orbax) or to a GGUF file, quantized on the way if asked.
+"""Converts a checkpoint to a directory (Orbax) or to a GGUF file, and optionally quantizes it.
 
-Both appear under their name when they are whole, and nothing is overwritten unasked. A GGUF file is written tensor by
-tensor; a directory holds the parameters as one device keeps them, so the model is loaded for that device first.
+The output appears under its name only when it is complete, and replaces nothing unless `force` is set. A GGUF file is written
+tensor by tensor. A directory has the parameters in the layout of one device, so the model is loaded for that device first.
 """
 
 from __future__ import annotations
@@ -43,12 +43,21 @@ def convert(
     device: jax.Device | None = None,
     progress: Progress | None = None,
 ) -> Path:
-    """Writes the model that `source` names (as `load` takes it) to `out`, and returns that path.
+    """Writes a model to `out`, and returns that path.
 
-    to: "orbax", a directory that `load` takes, with parameters in the layout of `device` (default: the first), or "gguf",
-    a file. quantize, merge_adapter: as `load` takes them. force: replace `out`.
+    Args:
+      source: the model, as for `load`.
+      out: the new directory or file.
+      to: "orbax", a directory that `load` accepts, with the parameters in the layout of `device`; or "gguf", a file.
+      quantize: as for `load`.
+      merge_adapter: as for `load`.
+      force: replace an existing `out`.
+      device: None: JAX's first device.
+      progress: as for `load`.
 
-    Raises FileExistsError for an `out` that exists, ValueError for an argument, and what `load` raises.
+    Raises:
+      FileExistsError: if `out` exists.
+      ValueError: if an argument is wrong. The other errors are those of `load`.
     """
     if to not in KINDS:
         raise ValueError(f"to {to!r} is not supported; supported: {', '.join(KINDS)}")
@@ -74,12 +83,12 @@ def convert(
 
 
 def write_gguf(source: ModelSource, out: Path, *, force: bool = False, progress: Progress | None = None) -> None:
-    """Writes an open checkpoint as one GGUF file: tensors and metadata of a GGUF file as they are, those of another as
-    llama.cpp's converter names and orders them."""
+    """Writes an open checkpoint as one GGUF file. Tensors and metadata of a GGUF file stay as they are; those of another
+    checkpoint get the names and the order of llama.cpp's converter."""
     config, _, _ = check(source)
     metadata = _metadata(source, config)
     if config.sliding_window and progress is not None:
-        progress(0, None, f"llama.cpp has no window of {config.sliding_window} tokens in this architecture and will see all")
+        progress(0, None, f"llama.cpp does not apply the window of {config.sliding_window} tokens in this architecture")
     kept = {name: _kept(source, name, info) for name, info in source.tensors.items()}
     if out.is_dir():
         raise FileExistsError(f"{out} is a directory")
@@ -126,7 +135,7 @@ def _add_metadata(writer: gguf.GGUFWriter, metadata: Mapping[str, Typed]) -> Non
     for key, (value, kind) in metadata.items():
         if kind.startswith("array "):
             items = value.tolist() if isinstance(value, np.ndarray) else value
-            if not items:  # gguf-py cannot write it, and llama.cpp takes a missing key for the same
+            if not items:  # gguf-py cannot write it, and to llama.cpp a missing key means the same
                 continue
             element = gguf.GGUFValueType[kind.partition(" ")[2].upper()]
             writer.add_key_value(key, items, gguf.GGUFValueType.ARRAY, element)
@@ -138,16 +147,16 @@ def _add_metadata(writer: gguf.GGUFWriter, metadata: Mapping[str, Typed]) -> Non
 
 
 def _kept(source: ModelSource, name: str, info: TensorInfo) -> TensorInfo:
-    """The tensor as the file will have it: norms, biases and routers of other checkpoints are float32 in GGUF."""
+    """The tensor as the file stores it: norms, biases and routers of other checkpoints become float32 in GGUF."""
     where = f"{info.path}: tensor {source.own_name(name)}"
     tensor, _ = source.family.tensors.find(name)
     assert tensor is not None  # `check` has found it there
     if tensor.not_in_gguf:
         raise UnsupportedModelError(f"{where}: {tensor.not_in_gguf}")
     if info.order is not None:
-        raise UnsupportedModelError(f"{where}: GGUF cannot say that its columns are reordered")
+        raise UnsupportedModelError(f"{where}: GGUF cannot represent reordered columns")
     if info.format not in ggml_types.BY_NAME:
-        raise UnsupportedModelError(f"{where}: {info.format} has no place in a GGUF file")
+        raise UnsupportedModelError(f"{where}: GGUF does not have the format {info.format}")
     if source.is_gguf or info.format not in PLAIN or (len(info.shape) > 1 and tensor.quantize):
         return info
     values = info.nbytes // PLAIN[info.format].itemsize
@@ -155,7 +164,7 @@ def _kept(source: ModelSource, name: str, info: TensorInfo) -> TensorInfo:
 
 
 def _bytes(source: ModelSource, config: ModelConfig, name: str, kept: TensorInfo) -> np.ndarray:
-    """The bytes of a tensor, uint8 [rows, bytes], rows in the order of GGUF files."""
+    """The bytes of a tensor, uint8 [rows, bytes], with the rows in the order of GGUF files."""
     info = source.tensors[name]
     raw = source.read(info)
     if info.format != kept.format:

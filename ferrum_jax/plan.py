@@ -1,8 +1,8 @@
-"""Whether a model fits a device that is not there, and what would bound its speed there.
+"""Computes whether a model fits a device that this machine does not have, and what limits its speed there.
 
-The steps of generation are compiled for the device by its real compiler, from the shapes that a header gives: so the
-temporaries are the compiler's own, and the backends those that would run. Each target is compiled in a process of its
-own: one that dies or never ends costs its own answer only. What the numbers mean is said at `Plan`.
+The steps of generation are compiled with the device's real compiler, for the shapes in the model's header. So the temporaries
+are the compiler's own, and the backends are those that would run. Each target is compiled in a separate process, so that a
+crash or a timeout affects only that target. `Plan` describes the numbers.
 """
 
 from __future__ import annotations
@@ -41,14 +41,15 @@ from ferrum_jax.weights.stream import abstract_parameters
 from pallas_kernels import aot, dispatch
 
 _CHILD = "from ferrum_jax.plan import main; main()"
-_GROWTH = 0.05  # of the room: temporaries that are guessed to grow by more are compiled again
-_TRIES = 4  # compilations in search of something smaller that fits
+_GROWTH = 0.05  # of the free memory; if temporaries are estimated to grow by more, they are compiled again
+_TRIES = 4  # compilations to find a smaller case that fits
 _UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
 @dataclasses.dataclass(frozen=True)
-class Request:
-    """What to plan for: a key of `aot.TARGETS`, tokens a row (prompt and output), rows, dtypes as `load` takes them."""
+class Case:
+    """What to plan for: a key of `aot.TARGETS`, the tokens of each row (prompt and output), the number of rows, and dtypes as
+    for `load`."""
 
     target: str
     context: int
@@ -59,15 +60,15 @@ class Request:
 
 @dataclasses.dataclass
 class Plan:
-    """The answer for one target. Sizes in bytes; None where it could not be found out.
+    """The answer for one target. Sizes are in bytes; None means unknown.
 
-    limit: what JAX may use of the device's memory; weights, kv: parameters and KV cache as the device keeps them;
-    temporaries: what the hungrier of the two steps needs beside them; total: all three, or what loading needs at its
-    peak (the weights and twice the largest tensor) if that is more. largest_batch, largest_context: at the context and
-    at the batch asked for, temporaries growing in proportion where that is more than what was compiled.
-    compile_s: of each step, on this machine. tokens_per_s: the decode step's rows over the time to read read_bytes
-    once: weights, the experts that independent routing touches, and keys and values of full rows; no program is faster.
-    backends: what the dispatcher took, see `pallas_kernels.dispatch.Choice`. error: why there is no answer.
+    limit: the part of the device's memory that JAX may use. weights, kv: parameters and KV cache in the device's layout.
+    temporaries: what the larger of the two steps needs in addition. total: the sum of these three, or the peak while loading
+    (the weights and twice the largest tensor) if that is more. largest_batch, largest_context: the limits at the given context,
+    and at the given batch; temporaries beyond the compiled cases are assumed to grow in proportion. compile_s: of each step, on
+    this machine. tokens_per_s: the rows of a decode step divided by the time to read read_bytes once, an upper limit.
+    read_bytes: the weights, with the experts that independent routing uses, and the keys and values of full rows. backends: the
+    dispatcher's choices, see `pallas_kernels.dispatch.Choice`. error: why there is no answer.
     """
 
     target: str
@@ -97,17 +98,17 @@ class Plan:
 
 
 def find_header(model: str, progress: Callable[[int, int | None, str], None] | None = None) -> ModelSource:
-    """The header of a model: of a file at hand (which may end behind its header), one that comes with the package, or the
-    beginning of the hub's file. Raises ModelNotFoundError, ModelFileError, UnsupportedModelError."""
+    """The header of a model, from a local file (which may end after its header), from this package, or from the beginning of
+    the hub's file. Raises ModelNotFoundError, ModelFileError or UnsupportedModelError."""
     report = progress or (lambda done, total, text: None)
     try:
         return _read(hub.resolve(model, progress=lambda *remark: None, offline=True))
     except ModelNotFoundError as error:
         missing = error
     if (header := headers.bundled(model)) is not None:
-        report(0, None, f"{model} is not at hand; planning with the header that comes with ferrum_jax")
+        report(0, None, f"{model} is not on this machine; planning with its header in the ferrum_jax package")
         return header
-    report(0, None, f"{model} is not at hand; only its header is fetched")
+    report(0, None, f"{model} is not on this machine; downloading only its header")
     with tempfile.TemporaryDirectory(prefix="ferrum-jax-plan-") as directory:
         path = hub.fetch_heads(model, Path(directory), _read)
         if path is None:
@@ -124,11 +125,11 @@ def _read(path: Path) -> ModelSource:
 
 
 class _Model:
-    """A model on a target, as shapes, and its steps compiled there."""
+    """A model on a target as abstract shapes, and its compiled steps."""
 
-    def __init__(self, header: ModelSource, request: Request):
-        self.name, self.target = request.target, aot.TARGETS[request.target].target
-        self.config, self.kv_dtype = configure(header, request)
+    def __init__(self, header: ModelSource, case: Case):
+        self.name, self.target = case.target, aot.TARGETS[case.target].target
+        self.config, self.kv_dtype = configure(header, case)
         self.params = abstract_parameters(parameters(header, self.config), self.target)
         self.weights = memory.nbytes(self.params)
         self.compile_s: dict[str, float] = {}
@@ -141,18 +142,18 @@ class _Model:
         return memory.nbytes(self.state(batch, context))
 
     def row_bytes(self, batch: int, context: int) -> int:
-        """What grows with rows and context alone: the KV cache and the prompts."""
+        """The bytes that grow with rows and context: the KV cache and the prompts."""
         return self.kv_bytes(batch, context) + 4 * batch * context
 
     def prefill(self, batch: int, context: int) -> int:
-        """Temporaries of the step that reads a chunk of the prompts and samples: `steps.mixed`."""
+        """The temporaries of the step that reads a chunk of the prompts and samples: `steps.mixed`."""
         longest = EngineConfig(max_seqs=batch).longest
         starts = _numbers(batch), _numbers(batch + 1), jax.ShapeDtypeStruct((batch,), jnp.bool_)
         mixed = functools.partial(steps.mixed, tokens=longest)
         return self._temporaries("prefill", mixed, batch, context, *starts)
 
     def decode(self, batch: int, context: int) -> int:
-        """Temporaries of the steps that make the next tokens of every row: `steps.decode`."""
+        """The temporaries of the step that decodes the next tokens of every row: `steps.decode`."""
         decode = functools.partial(steps.decode, steps=MAX_STEPS, speculation=0)
         return self._temporaries("decode", decode, batch, context, _numbers(batch), _numbers())
 
@@ -162,8 +163,8 @@ class _Model:
         return jax.eval_shape(functools.partial(steps.new_slots, sampling, **sizes))
 
     def _temporaries(self, name: str, function: Callable, batch: int, context: int, *args: Any) -> int:
-        """Bytes that a step needs next to weights and KV cache: temporaries, slots and inputs, and results that alias
-        nothing."""
+        """The bytes that a step needs in addition to weights and KV cache: temporaries, slots, inputs, and results without an
+        alias."""
         state = self.state(batch, context)
         ours = self.weights + memory.nbytes(state)
         begin = time.perf_counter()
@@ -191,9 +192,10 @@ def _numbers(*shape: int) -> jax.ShapeDtypeStruct:
 
 @dataclasses.dataclass
 class _Axis:
-    """Rows or context, x, while all else stays: exact(x) is counted, temporaries(x) compiles, `known` is what was compiled.
+    """One variable x, the rows or the context: exact(x) counts bytes, temporaries(x) compiles, `known` has the compiled cases.
 
-    Between two known x temporaries are taken to lie on a line, above all of them to grow in proportion: rather too many.
+    Between two known x, temporaries are interpolated linearly; beyond them they are assumed to grow in proportion, which is
+    generous.
     """
 
     exact: Callable[[int], int]
@@ -201,8 +203,8 @@ class _Axis:
     known: dict[int, int]
 
     def largest(self, room: int, most: int) -> int:
-        """The largest x up to `most` that fits into `room`; 0 for none. Compiles smaller ones where the x that was asked
-        for does not fit, and a larger one where temporaries are guessed to grow much."""
+        """The largest x up to `most` that fits into `room`, or 0. Compiles smaller cases if the given x does not fit, and a
+        larger case if temporaries are estimated to grow a lot."""
         [(asked, first)] = self.known.items()
 
         def last(most: int) -> int:
@@ -210,7 +212,7 @@ class _Axis:
 
         x = asked
         while self.exact(x) + self.known[x] > room:
-            x = last(x - 1) * 15 // 16  # a little less, so that a rising constant part does not make it too many again
+            x = last(x - 1) * 15 // 16  # a little less, in case a larger constant part makes it too large again
             if not x or len(self.known) > _TRIES:
                 return 0
             self.known[x] = self.temporaries(x)
@@ -231,7 +233,7 @@ class _Axis:
 
 
 def _last(holds: Callable[[int], bool], most: int) -> int:
-    """The largest x from 1 to `most` for which `holds`, which holds up to some x and not beyond; 0 for none."""
+    """The largest x from 1 to `most` for which `holds(x)`, or 0. `holds` must be true up to some x and false after it."""
     low, high = 0, 1
     while high <= most and holds(high):
         low, high = high, 2 * high
@@ -243,38 +245,40 @@ def _last(holds: Callable[[int], bool], most: int) -> int:
 
 
 def _refused(message: str, limit: int) -> int:
-    """The bytes that a compiler says a program would need (for TPUs it refuses what is too large): above the limit."""
+    """The bytes that a program would need according to the error of a compiler (for TPUs it rejects programs that are too
+    large), at least one more than the limit."""
     needed = re.search(r"(?:\(|Used )(\d+\.\d+)([KMGT])", message)
     return max(limit + 1, int((float(needed[1]) + 0.005) * _UNITS[needed[2]]) if needed else 0)
 
 
-def configure(header: ModelSource, request: Request) -> tuple[ModelConfig, str]:
-    """The configuration in the dtype for the target, and the KV dtype."""
-    target = aot.TARGETS[request.target].target
-    dtype = auto_dtype(target) if request.dtype == "auto" else request.dtype
-    return dataclasses.replace(header.config(), dtype=dtype), request.kv_dtype or dtype
+def configure(header: ModelSource, case: Case) -> tuple[ModelConfig, str]:
+    """The configuration with the dtype for the target, and the KV dtype."""
+    target = aot.TARGETS[case.target].target
+    dtype = auto_dtype(target) if case.dtype == "auto" else case.dtype
+    return dataclasses.replace(header.config(), dtype=dtype), case.kv_dtype or dtype
 
 
-def compute(header: ModelSource, request: Request) -> Plan:
-    """The plan for one target, compiled in this process. Whatever goes wrong in compiling is raised."""
-    hardware, model = aot.TARGETS[request.target], _Model(header, request)
-    config, batch, context = model.config, request.batch, request.context
+def compute(header: ModelSource, case: Case) -> Plan:
+    """The plan for one target, compiled in this process. Raises the compiler's errors."""
+    hardware, model = aot.TARGETS[case.target], _Model(header, case)
+    config, batch, context = model.config, case.batch, case.context
     device = hardware.name if isinstance(hardware, aot.Gpu) else f"TPU {hardware.generation}"
-    plan = Plan(request.target, device, config.dtype, model.kv_dtype, memory=hardware.memory, weights=model.weights)
-    plan.limit, plan.limit_counted = usable(request.target)
+    plan = Plan(case.target, device, config.dtype, model.kv_dtype, memory=hardware.memory, weights=model.weights)
+    plan.limit, plan.limit_counted = usable(case.target)
     plan.kv = model.kv_bytes(batch, context)
     with dispatch.record() as choices:
         decode, prefill = model.decode(batch, context), model.prefill(batch, context)
     plan.compile_s = dict(model.compile_s)
     plan.backends = [dataclasses.asdict(choice) for choice in choices]
     plan.temporaries = max(decode, prefill)
-    loading = model.weights + 2 * max(tensor.nbytes for tensor in header.tensors.values())  # one as it came and packed
+    # While a tensor is loaded, it exists in the layout of the file and in that of the device.
+    loading = model.weights + 2 * max(tensor.nbytes for tensor in header.tensors.values())
     plan.total = max(model.weights + plan.kv + plan.temporaries, loading)
     plan.fits = plan.total <= plan.limit
     if loading > plan.limit:
         plan.largest_batch = plan.largest_context = 0
     else:
-        # Beside prompts and cache, what prefill needs more than decoding does not grow: its chunk is fixed.
+        # What prefill needs in addition to decoding, apart from prompts and cache, is constant: its chunk is fixed.
         room = plan.limit - model.weights - max(0, prefill - 4 * batch * context - decode)
         pages, most = -(-context // PAGE), -(-config.context_length // PAGE)
         batches = _Axis(lambda n: model.row_bytes(n, context), lambda n: model.decode(n, context), {batch: decode})
@@ -290,7 +294,7 @@ def compute(header: ModelSource, request: Request) -> Plan:
 
 
 def usable(name: str) -> tuple[int, str]:
-    """Bytes of a target's memory that JAX may use, and how that is counted."""
+    """The bytes of a target's memory that JAX may use, and in words how they are counted."""
     hardware = aot.TARGETS[name]
     if isinstance(hardware, aot.Tpu):
         return hardware.memory, "the HBM that its compiler allows"
@@ -310,8 +314,8 @@ def _help(plan: Plan) -> str:
 
 
 def experts_read(config: ModelConfig, batch: int) -> tuple[float, float | None]:
-    """The share of a layer's experts, and how many of them, that a step of `batch` rows is expected to touch where each
-    row chooses its own, all equally likely."""
+    """The expected share and number of a layer's experts that a step of `batch` rows uses, if each row chooses independently
+    and uniformly."""
     if not config.num_experts:
         return 1.0, None
     share = 1 - (1 - config.experts_per_token / config.num_experts) ** batch
@@ -319,8 +323,8 @@ def experts_read(config: ModelConfig, batch: int) -> tuple[float, float | None]:
 
 
 def weights_read(params: dict, config: ModelConfig, batch: int, experts: float) -> int:
-    """Bytes of weights that a decode step reads: all of every matrix but `experts` of the experts', and of an embedding
-    that is not the output matrix as well a row for each token."""
+    """The bytes of weights that a decode step reads: all matrices, except only the share `experts` of the experts, and only one
+    row for each token of an embedding that is not also the output matrix."""
     total = 0.0
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         names = [getattr(key, "key", "") for key in path]
@@ -336,12 +340,12 @@ def weights_read(params: dict, config: ModelConfig, batch: int, experts: float) 
 # In the caller's process
 
 
-def plan_for(header: ModelSource, request: Request, timeout: float | None = None) -> Plan:
-    """The plan for one target, computed in a process of its own; `error` says why there is none."""
-    task = json.dumps({"header": headers.to_json(header), "path": str(header.path), "request": dataclasses.asdict(request)})
+def plan_for(header: ModelSource, case: Case, timeout: float | None = None) -> Plan:
+    """The plan for one target, computed in a separate process. If there is none, `error` says why."""
+    task = json.dumps({"header": headers.to_json(header), "path": str(header.path), "case": dataclasses.asdict(case)})
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false"}
-    config, kv_dtype = configure(header, request)
-    failed = Plan(request.target, request.target, config.dtype, kv_dtype)
+    config, kv_dtype = configure(header, case)
+    failed = Plan(case.target, case.target, config.dtype, kv_dtype)
     try:
         ended = subprocess.run(
             [sys.executable, "-c", _CHILD], input=task, env=environment, capture_output=True, text=True, timeout=timeout
@@ -360,16 +364,17 @@ def plan_for(header: ModelSource, request: Request, timeout: float | None = None
 
 
 def main() -> None:
-    """The process of one target: a task on standard input, a plan as JSON on standard output, where nothing else may go."""
+    """The main function of a target's process: reads a task from standard input, and writes only a plan as JSON to standard
+    output."""
     answer = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     task = json.load(sys.stdin)
-    request = Request(**task["request"])
+    case = Case(**task["case"])
     header = headers.from_json(task["header"], Path(task["path"]))
     try:
-        result = compute(header, request)
+        result = compute(header, case)
     except Exception as error:
-        result = Plan(request.target, request.target, request.dtype, request.kv_dtype or request.dtype)
+        result = Plan(case.target, case.target, case.dtype, case.kv_dtype or case.dtype)
         first = next(iter(str(error).splitlines()), "")
         result.error = f"{type(error).__name__}: {first[:300]}"
     with answer:

@@ -1,12 +1,12 @@
-"""Compiled programs on disk, so that a start which meets one neither traces, lowers nor compiles it.
+"""Keeps compiled programs on disk, so that the next process does not trace, lower or compile them.
 
-XLA's persistent cache saves the compilation alone: a program has to be traced and lowered before it can be looked up,
-which takes longer than loading it. Here a program is found by what decides what tracing would give (`key`): the code of
-these packages, the versions and settings of JAX, the device, and the function with its static choices and shapes. What is
-in doubt makes another key, never another program under the same one.
+XLA's persistent cache saves only the compilation: a program must be traced and lowered before it can be looked up, which takes
+longer than loading it. Here, the key of a program is everything that tracing depends on (`key`): the code of these packages,
+the versions and settings of JAX, the device, and the function with its static arguments and shapes. In doubt, the key differs,
+so a key never leads to a wrong program.
 
-The files lie in a folder next to XLA's. They are run as they are, so one that is damaged is dropped unread, and none is read
-from a folder that others can write to (`pallas_kernels.cache`).
+The files are in a folder next to XLA's. They are executed, so a damaged one is deleted without loading it, and none is loaded
+from a folder that other users can write to (`pallas_kernels.cache`).
 """
 
 from __future__ import annotations
@@ -31,20 +31,21 @@ import pallas_kernels
 from pallas_kernels import cache, dispatch, native
 
 _LOG = logging.getLogger(__name__)
-_LIMIT = 1 << 30  # bytes of all programs; beyond, those unused for longest go
-_READ_BY_XLA = ("XLA_", "LIBTPU_", "TF_", "NPROC")  # beginnings of names of environment variables
+_LIMIT = 1 << 30  # bytes of all programs; beyond it, the least recently used are deleted
+_READ_BY_XLA = ("XLA_", "LIBTPU_", "TF_", "NPROC")  # prefixes of environment variables
 _PACKAGES = (Path(__file__).parent, Path(pallas_kernels.__file__).parent)
 
 
 def directory() -> Path | None:
-    """Where programs are kept: beside XLA's persistent cache, None where that is off."""
+    """The folder of the programs, inside that of XLA's persistent cache, or None if that cache is off."""
     config: Any = jax.config
     chosen = config.jax_compilation_cache_dir
     return Path(chosen) / "programs" if chosen and config.jax_enable_compilation_cache and "://" not in chosen else None
 
 
 def key(device: jax.Device, function: Callable, static: dict[str, Any], shapes: Any, donate: tuple, options: Any) -> str | None:
-    """The name of a program; None for one that cannot be kept: of a function from elsewhere, or whose trace is recorded."""
+    """The name of a program, or None if it cannot be kept: its function is not part of this package, or its trace is
+    recorded."""
     if directory() is None or dispatch.recording() or not function.__module__.startswith(f"{__package__}."):
         return None
     parts = (
@@ -61,7 +62,7 @@ def key(device: jax.Device, function: Callable, static: dict[str, Any], shapes: 
 
 
 def load(name: str, device: jax.Device) -> Any:
-    """The compiled program of this name, None where there is none that can be used."""
+    """The compiled program with this name, or None if there is no usable one."""
     path = _path(name)
     if reason := cache.distrusted(path.parent):
         _LOG.info("no program is taken from %s: %s", path.parent, reason)
@@ -82,7 +83,7 @@ def load(name: str, device: jax.Device) -> Any:
 
 
 def save(name: str, compiled: Any) -> None:
-    """Keeps a program that was compiled just now. Where that cannot be done nothing happens: it is compiled again."""
+    """Keeps a program that has just been compiled. If that fails, it is compiled again next time."""
     path = _path(name)
     try:
         from jax.experimental import serialize_executable
@@ -128,7 +129,7 @@ def _code() -> str:
 
 
 def _settings() -> list[tuple[str, str]]:
-    """JAX's settings as they are in this thread, and what XLA reads from the environment."""
+    """JAX's settings in this thread, and the environment variables that XLA reads."""
     names = (name for name in jax.config.values if "cache" not in name)
     settings = {name: repr(getattr(jax.config, name, jax.config.values[name])) for name in names}
     flags = {name: value for name, value in os.environ.items() if name.startswith(_READ_BY_XLA)}
@@ -136,7 +137,7 @@ def _settings() -> list[tuple[str, str]]:
 
 
 def _processor() -> tuple[Any, ...]:
-    """What XLA's code for a CPU depends on, and the kernels beside it, which have to be there when the program runs."""
+    """The properties of the CPU that XLA's code depends on, and the C++ kernels, which must be loaded when the program runs."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return _instructions(), cores, native.isa()
 

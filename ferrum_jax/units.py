@@ -1,4 +1,4 @@
-"""How figures are written. Needs nothing, so that the command line may use it before JAX is imported."""
+"""Formats numbers. It imports nothing, so that the command line can use it before JAX is imported."""
 
 
 def readable_bytes(count: float) -> str:
@@ -11,5 +11,5 @@ def readable_bytes(count: float) -> str:
 
 
 def shown_dtype(name: str) -> str:
-    """A dtype as users write it."""
+    """The name of a dtype for users."""
     return "fp8" if name == "float8_e4m3fn" else name

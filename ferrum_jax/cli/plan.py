@@ -118,7 +118,7 @@ def plan_command(
     for name in names:
         with common.progress_bar() as progress:
             progress(0, 1, f"compiling for {name}")
-            plans.append(plan.plan_for(header, plan.Request(name, context, batch, dtype, kv_dtype), timeout))
+            plans.append(plan.plan_for(header, plan.Case(name, context, batch, dtype, kv_dtype), timeout))
         if not as_json:
             click.echo("" if len(plans) > 1 else f"{plain_path(header.path)}: {batch:,} rows of {context:,} tokens\n")
             _print_plan(plans[-1])

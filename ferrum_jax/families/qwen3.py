@@ -5,7 +5,11 @@ from functools import partial
 from ferrum_jax.families import decoder, tensors
 from ferrum_jax.families.family import Family
 
-ATTENTION = (*tensors.attention(not_in_gguf="llama.cpp's Qwen3 has no biases"), *tensors.HEAD_NORMS, tensors.FEED_FORWARD_NORM)
+ATTENTION = (
+    *tensors.attention(not_in_gguf="llama.cpp's Qwen3 does not support biases"),
+    *tensors.HEAD_NORMS,
+    tensors.FEED_FORWARD_NORM,
+)
 
 QWEN3 = Family(
     architecture="qwen3",

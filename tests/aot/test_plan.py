@@ -39,7 +39,7 @@ def test_small_model_for_three_targets(cut, capsys):
 
 def test_what_a_tpu_cannot_hold_is_no_crash(cut):
     """More rows than fit: the compiler refuses, and the answer is its count."""
-    found = plan.plan_for(plan.find_header(str(cut)), plan.Request("v5e", 2048, 20_000), 300)
+    found = plan.plan_for(plan.find_header(str(cut)), plan.Case("v5e", 2048, 20_000), 300)
     assert found.error == "" and found.fits is False
     assert found.limit < found.total and found.kv > found.limit
     assert 0 < found.largest_batch < 20_000
@@ -47,7 +47,7 @@ def test_what_a_tpu_cannot_hold_is_no_crash(cut):
 
 def test_qwen3_30b_from_its_header(target="h200"):
     header = headers.bundled("qwen3:30b-a3b")
-    found = plan.plan_for(header, plan.Request(target, 8192, 8), 600)
+    found = plan.plan_for(header, plan.Case(target, 8192, 8), 600)
     file = sum(tensor.nbytes for tensor in header.tensors.values())
     assert found.error == "" and found.fits and found.weights <= 1.05 * file
     assert found.kv == 8 * 8192 * 96 * 1024

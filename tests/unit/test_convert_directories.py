@@ -55,7 +55,7 @@ def test_columns_in_another_order_survive_in_orbax_and_are_refused_in_gguf(tmp_p
     assert np.array_equal(made.logits(IDS)[0], expected.logits(IDS)[0])
     assert made.memory() == expected.memory()
     for source in (path, saved):
-        with pytest.raises(fj.UnsupportedModelError, match=r"tensor .*: GGUF cannot say that its columns are reordered"):
+        with pytest.raises(fj.UnsupportedModelError, match=r"tensor .*: GGUF cannot represent reordered columns"):
             convert(source, tmp_path / "out.gguf", to="gguf")
     with pytest.raises(fj.UnsupportedModelError, match=r"q_proj\.weight: is U4_32_F16 already and would lose twice as Q8_0"):
         fj.load(path, quantize="q8_0")
@@ -64,7 +64,7 @@ def test_columns_in_another_order_survive_in_orbax_and_are_refused_in_gguf(tmp_p
 
 def test_what_llama_cpp_cannot_run_is_refused(tmp_path: Path):
     biased = directories.write(CASES["qwen3-new-keys-bias"], tmp_path / "biased")
-    with pytest.raises(fj.UnsupportedModelError, match=r"q_proj\.bias: llama\.cpp's Qwen3 has no biases"):
+    with pytest.raises(fj.UnsupportedModelError, match=r"q_proj\.bias: llama\.cpp's Qwen3 does not support biases"):
         convert(biased, tmp_path / "out.gguf", to="gguf")
     unscaled = directories.write(MOE, tmp_path / "unscaled", {"norm_topk_prob": False})
     with pytest.raises(fj.UnsupportedModelError, match="norm_topk_prob false cannot be written as GGUF"):
@@ -72,7 +72,7 @@ def test_what_llama_cpp_cannot_run_is_refused(tmp_path: Path):
     windowed = directories.write(CASES["mistral-f32"], tmp_path / "windowed")
     remarks: list[str] = []
     convert(windowed, tmp_path / "out.gguf", to="gguf", progress=lambda done, total, text: remarks.append(text))
-    assert "llama.cpp has no window of 24 tokens in this architecture and will see all" in remarks
+    assert "llama.cpp does not apply the window of 24 tokens in this architecture" in remarks
 
 
 # ---- tokenizers

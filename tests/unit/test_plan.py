@@ -173,7 +173,7 @@ def compiler(temporaries, *, refuses=None):
 def test_count_of_qwen3_30b_on_h200(monkeypatch):
     monkeypatch.setattr(aot, "compile_for", compiler(lambda batch, tokens: 100 << 20))
     header = headers.bundled(QWEN)
-    found = plan.compute(header, plan.Request("h200", 8192, 8))
+    found = plan.compute(header, plan.Case("h200", 8192, 8))
     file = sum(tensor.nbytes for tensor in header.tensors.values())
     assert file <= found.weights <= 1.05 * file
     assert found.kv == 8 * 8192 * 96 * 1024 and found.dtype == found.kv_dtype == "bfloat16"
@@ -209,7 +209,7 @@ def test_what_a_decode_step_reads():
 
 def test_bound_in_tokens_per_second(monkeypatch):
     monkeypatch.setattr(aot, "compile_for", compiler(lambda batch, tokens: 0))
-    found = plan.compute(headers.bundled(QWEN), plan.Request("h200", 1024, 1))
+    found = plan.compute(headers.bundled(QWEN), plan.Case("h200", 1024, 1))
     assert 2300 <= found.tokens_per_s <= 2500
     assert found.tokens_per_s == pytest.approx(4.8e12 / found.read_bytes)
 
@@ -220,45 +220,45 @@ def test_largest_batch_and_context_fit_and_one_more_does_not(path, monkeypatch):
     for fixed, a_row, a_token in ((0, 0, 0), (8 << 20, 1 << 18, 0), (1 << 20, 0, 512), (0, 1 << 20, 3000)):
         monkeypatch.setattr(aot, "compile_for", compiler(lambda b, t, f=fixed, r=a_row, k=a_token: f + r * b + k * t))
         for target, batch in (("t4", 4), ("v5e", 1), ("t4", 60_000)):
-            found = plan.compute(header, plan.Request(target, 4096, batch))
+            found = plan.compute(header, plan.Case(target, 4096, batch))
             assert found.fits == (found.largest_batch >= batch) == (found.largest_context >= 4096)
             best = found.largest_batch
-            assert best > 0 and plan.compute(header, plan.Request(target, 4096, best)).fits
-            assert not plan.compute(header, plan.Request(target, 4096, best + best // 10 + 1)).fits
+            assert best > 0 and plan.compute(header, plan.Case(target, 4096, best)).fits
+            assert not plan.compute(header, plan.Case(target, 4096, best + best // 10 + 1)).fits
             if not found.fits and found.largest_context:
-                assert plan.compute(header, plan.Request(target, found.largest_context, batch)).fits
+                assert plan.compute(header, plan.Case(target, found.largest_context, batch)).fits
 
 
 def test_refusal_of_the_compiler_is_an_answer(path, monkeypatch):
     limit = aot.TPUS["v5e"].memory
     monkeypatch.setattr(aot, "compile_for", compiler(lambda batch, tokens: tokens * 2000, refuses=limit))
     header = plan.find_header(str(path))
-    found = plan.compute(header, plan.Request("v5e", 4096, 4000))
+    found = plan.compute(header, plan.Case("v5e", 4096, 4000))
     assert not found.fits and not found.error and found.limit == limit
     assert found.total == pytest.approx(found.weights + found.kv + 4000 * 4096 * 2000, rel=0.01)
     assert 0 < found.largest_batch < 4000
-    assert plan.compute(header, plan.Request("v5e", 4096, found.largest_batch)).fits
+    assert plan.compute(header, plan.Case("v5e", 4096, found.largest_batch)).fits
     other = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 17.50G of 15.48G hbm."
     assert plan._refused(other, 1) == int(17.505 * GIB) and plan._refused("RESOURCE_EXHAUSTED", 5) == 6
 
 
 def test_weights_that_do_not_fit_leave_no_batch(monkeypatch):
     monkeypatch.setattr(aot, "compile_for", compiler(lambda batch, tokens: 1))
-    found = plan.compute(headers.bundled(QWEN), plan.Request("l4", 1024, 1))
+    found = plan.compute(headers.bundled(QWEN), plan.Case("l4", 1024, 1))
     assert not found.fits and found.largest_batch == found.largest_context == 0
     assert "XLA_CLIENT_MEM_FRACTION=0." in found.help
     monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", "0.95")
-    assert plan.compute(headers.bundled(QWEN), plan.Request("l4", 1024, 1)).fits
-    assert plan.compute(headers.bundled(QWEN), plan.Request("t4", 1024, 1)).help == ""
+    assert plan.compute(headers.bundled(QWEN), plan.Case("l4", 1024, 1)).fits
+    assert plan.compute(headers.bundled(QWEN), plan.Case("t4", 1024, 1)).help == ""
 
 
 def test_dtypes_of_a_target():
     header = headers.bundled(QWEN)
     expected = {"t4": "float16", "a100-40g": "bfloat16", "v5e": "bfloat16"}
     for target, dtype in expected.items():
-        config, kv_dtype = plan.configure(header, plan.Request(target, 16, 1))
+        config, kv_dtype = plan.configure(header, plan.Case(target, 16, 1))
         assert (config.dtype, kv_dtype) == (dtype, dtype)
-    config, kv_dtype = plan.configure(header, plan.Request("t4", 16, 1, "float32", "fp8"))
+    config, kv_dtype = plan.configure(header, plan.Case("t4", 16, 1, "float32", "fp8"))
     assert (config.dtype, kv_dtype) == ("float32", "fp8")
 
 
@@ -281,7 +281,7 @@ def test_last():
 
 def request_of(path, child, monkeypatch, timeout=60.0):
     monkeypatch.setattr(plan, "_CHILD", child)
-    return plan.plan_for(plan.find_header(str(path)), plan.Request("t4", 64, 1), timeout)
+    return plan.plan_for(plan.find_header(str(path)), plan.Case("t4", 64, 1), timeout)
 
 
 def test_a_compiler_that_dies_or_hangs_is_named(path, monkeypatch):
