@@ -12,7 +12,6 @@ import math
 import os
 from concurrent.futures import ThreadPoolExecutor
 
-import gguf
 import numpy as np
 
 from ferrum_jax.errors import ModelFileError, UnsupportedModelError
@@ -81,6 +80,8 @@ class Quantized(Wrapped):
 
     def typed_metadata(self) -> dict[str, Typed]:
         """The source's, and how llama.cpp calls such a file."""
+        import gguf  # which loading does not need
+
         mix = gguf.LlamaFileType[f"MOSTLY_{_FILE_TYPES.get(self.format, self.format)}"]
         version = Typed(gguf.GGML_QUANT_VERSION, "uint32")
         stated = {"general.file_type": Typed(int(mix), "uint32"), "general.quantization_version": version}

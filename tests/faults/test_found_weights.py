@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from ferrum_jax.errors import FerrumError
-from ferrum_jax.families import keys
+from ferrum_jax.families import Family, keys
 from ferrum_jax.weights import adapter, huggingface, packed
 from ferrum_jax.weights import block_scales as reading
+from ferrum_jax.weights import names as weights_names
 from ferrum_jax.weights.gguf import open_gguf
 from ferrum_jax.weights.tied import same_numbers
 from support.directories import LLAMA, write
@@ -20,8 +21,10 @@ from support.patching import Fault, applied
 from support.tiny_gguf import write_tiny_llama
 from unit import test_adapter_files as adapters
 from unit import test_block_scales as block_scales
+from unit import test_config as of_gguf
 from unit import test_config_numbers as numbers
 from unit import test_directory_config as directory_config
+from unit import test_families as families
 from unit import test_schemes as schemes
 from unit import test_tied as tied
 
@@ -120,6 +123,27 @@ FAULTS = {
         lambda: directory_config.test_a_feature_that_is_not_there_is_named(
             {"attention_chunk_size": 64}, "attention_chunk_size: 64 is not supported"
         ),
+    ),
+    "14-json": Fault(
+        "what no family reads in config.json is not judged",
+        Family.read_json,
+        'keys.judge(f"{{}} is not supported in a {self.model_class}")',
+        "pass",
+        lambda: directory_config.test_a_feature_that_is_not_there_is_named({"kv_sharing_modes": [1]}, "kv_sharing_modes"),
+    ),
+    "14-gguf": Fault(
+        "what no family reads in a GGUF file is not judged",
+        Family.read_gguf,
+        'keys.judge("this feature is not supported")',
+        "pass",
+        in_folder(of_gguf.test_a_feature_that_is_not_there_is_named, "llama.attention.scale", (1.0, of_gguf.T.FLOAT32)),
+    ),
+    "14-rows": Fault(
+        "rows of queries and keys stay as GGUF files have them",
+        weights_names.parameters,
+        "if row.gguf_rows and source.is_gguf:",
+        "if False:",
+        in_folder(families.test_rows_of_llama_are_those_of_the_converter),
     ),
     "2-numbers": Fault(
         "a number has no upper bound",

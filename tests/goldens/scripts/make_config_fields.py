@@ -2,7 +2,7 @@
 
 They are the fields of its configuration class, the other names of those fields, and what the code that all models share
 reads from any configuration; without those of training, of generation, of the tokenizer and about the file itself.
-`python make_config_fields.py` needs transformers 5.24 and, for which there are, the families of this project.
+`python make_config_fields.py` needs transformers 5.24 and torch. Which model_types there are, the families say.
 """
 
 from __future__ import annotations
