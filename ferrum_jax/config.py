@@ -113,7 +113,8 @@ class ModelConfig:
     """What is one for the whole decoder, and its layers.
 
     `dtype` is the arithmetic of matrix products: "float32", "bfloat16", "float16" or "int8" (float32 that a product may
-    quantize in blocks); norms, softmax, router, residual stream and logits are float32 always.
+    quantize in blocks); norms, softmax, router, residual stream and logits are float32 always. `implementation`: (operation,
+    backend) pairs, the backends of pallas_kernels that are forced.
 
     A model whose layers are alike is made of keywords instead of `layers`: num_layers, num_heads, num_kv_heads, head_dim,
     rope_theta, rope_dim, rope_scaling, sliding_window, intermediate_size (of a dense feed-forward), num_experts,
@@ -129,6 +130,7 @@ class ModelConfig:
     rms_norm_eps: float
     layers: tuple[LayerSpec, ...]
     dtype: str
+    implementation: tuple[tuple[str, str], ...]
 
     def __init__(
         self,
@@ -140,6 +142,7 @@ class ModelConfig:
         rms_norm_eps: float,
         layers: Iterable[LayerSpec] | None = None,
         dtype: str = "float32",
+        implementation: Iterable[tuple[str, str]] = (),
         **of_layers: Any,
     ):
         values = {
@@ -150,6 +153,7 @@ class ModelConfig:
             "rms_norm_eps": rms_norm_eps,
             "layers": _alike(**of_layers) if layers is None else tuple(layers),
             "dtype": dtype,
+            "implementation": tuple(implementation),
         }
         for name, value in values.items():
             object.__setattr__(self, name, value)
@@ -212,7 +216,7 @@ class ModelConfig:
             known["layers"] = [_decoded((LayerSpec,), layer) for layer in known["layers"]]
         elif known.get("rope_scaling") is not None:
             known["rope_scaling"] = _decoded((RopeScaling,), known["rope_scaling"])
-        return cls(**known)
+        return cls(**known | {"implementation": ()})  # which is for one machine
 
     def kv_bytes_per_token(self, itemsize: int) -> int:
         """Bytes of keys and values of one token in all layers, with elements of `itemsize` bytes."""
@@ -314,7 +318,7 @@ class EncoderConfig:
 
     `num_types` token types (segments) are known, all tokens of a text are of the first. `pooling` is "mean" or "cls".
     `context_length` is the number of positions, `text_length` the tokens that a text is cut to unless the caller chooses.
-    `dtype` is the arithmetic of products with weights, as in `ModelConfig`.
+    `dtype` is the arithmetic of products with weights and `implementation` what backends are forced, as in `ModelConfig`.
     """
 
     architecture: str
@@ -329,6 +333,7 @@ class EncoderConfig:
     layer_norm_eps: float
     pooling: str
     dtype: str = "float32"
+    implementation: tuple[tuple[str, str], ...] = ()
     num_experts: ClassVar[int] = 0
 
     @property

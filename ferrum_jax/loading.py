@@ -18,6 +18,7 @@ from ferrum_jax.chat import check_template
 from ferrum_jax.config import EncoderConfig, ModelConfig
 from ferrum_jax.embedding import EmbeddingModel
 from ferrum_jax.errors import ModelFileError, UnsupportedModelError
+from ferrum_jax.implementation import checked_implementation, require_implementation
 from ferrum_jax.model import Model
 from ferrum_jax.programs import enable_compilation_cache
 from ferrum_jax.runtime import PAGE
@@ -48,6 +49,7 @@ def load(
     quantize: str | None = None,
     adapters: Mapping[str, str | Path] | None = None,
     merge_adapter: str | Path | None = None,
+    implementation: Mapping[str, str] | None = None,
     progress: Progress | None = None,
 ) -> Model | EmbeddingModel:
     """Loads a model. Its weights stay compressed as they are in the file.
@@ -67,6 +69,8 @@ def load(
         applied at run time in float32, with compressed weights too.
       merge_adapter: directory of an adapter to add to the weights of a checkpoint in F32, F16 or BF16 while they are read,
         before `quantize`.
+      implementation: backends by operation, as in {"paged_attention": "xla"}, to use instead of the first that can serve
+        (`pallas_kernels.operations.OPERATIONS`; `doctor --all` lists them).
       progress: a function that is called with (bytes done, total bytes or None, text).
 
     Returns:
@@ -103,6 +107,7 @@ def load(
         isinstance(adapters, Mapping) and all(name and isinstance(name, str) for name in adapters)
     ):
         raise ValueError(f"adapters must be directories by name, as in {{'name': 'path'}}, not {adapters!r:.200}")
+    forced = checked_implementation(implementation)
     checked_format(quantize)
     path = hub.resolve(str(source), progress=progress)
     enable_compilation_cache()
@@ -111,20 +116,23 @@ def load(
             if adapters:
                 raise UnsupportedModelError(f"{path}: adapters are for decoders, not for an embedding model")
             device, dtype = _device_and_dtype(device, "float32" if dtype == "auto" else dtype, progress)
-            encoder = dataclasses.replace(encoder, dtype=dtype)
+            encoder = dataclasses.replace(encoder, dtype=dtype, implementation=forced)
             embedding = _load_encoder(checkpoint, encoder, device, max_seq_len, progress)
             embedding.load_s = time.perf_counter() - begin
             return embedding
         config, places, tokenizer = check(checkpoint)
         device, dtype = _device_and_dtype(device, dtype, progress)
         kv_dtype = kv_dtype or ("float16" if dtype == "int8" else dtype)
-        config = dataclasses.replace(config, dtype=dtype)
+        config = dataclasses.replace(config, dtype=dtype, implementation=forced)
         beside = {name: read_adapter(directory, config, checkpoint) for name, directory in (adapters or {}).items()}
         factors = [adapter.factors for adapter in beside.values()]
         if max_seq_len is not None and max_seq_len > config.context_length:
             raise ValueError(f"max_seq_len {max_seq_len} is beyond the model's context of {config.context_length} tokens")
         max_seq_len = max_seq_len or config.context_length
-        weights = memory.nbytes(abstract_parameters(places, target_of(device))) + lora.nbytes(factors)
+        abstract = abstract_parameters(places, target_of(device))
+        if forced:
+            require_implementation(config, abstract, kv_dtype, target_of(device))
+        weights = memory.nbytes(abstract) + lora.nbytes(factors)
         cache = memory.abstract_state(config, -(-max_seq_len // PAGE), PAGE, kv_dtype, target_of(device))
         count = (
             f"{path}: weights {readable_bytes(weights)}, KV cache {readable_bytes(memory.nbytes(cache))} for one row of "
@@ -166,7 +174,10 @@ def _load_encoder(
     if max_seq_len is not None and max_seq_len > config.context_length:
         raise ValueError(f"max_seq_len {max_seq_len} is beyond the model's {config.context_length} positions")
     places, tokenizer = _places(checkpoint, config)
-    weights = memory.nbytes(abstract_parameters(places, target_of(device)))
+    abstract = abstract_parameters(places, target_of(device))
+    if config.implementation:
+        require_implementation(config, abstract, "float32", target_of(device))
+    weights = memory.nbytes(abstract)
     count = f"{checkpoint.path}: weights {readable_bytes(weights)}"
     memory.require(weights, device, f"the weights do not fit: {count}")
     with jax.default_device(device), memory.explained(device, lambda: f"loading {count}"):

@@ -53,7 +53,7 @@ def key(device: jax.Device, function: Callable, static: dict[str, Any], shapes: 
         sys.version,
         [module.__version__ for module in (jax, jaxlib, flax)],
         _settings(),
-        (device.platform, device.device_kind, device.id, device.client.platform_version, str(dispatch.target())),
+        (device.platform, device.device_kind, device.id, device.client.platform_version, dispatch.target()),
         _processor() if device.platform == "cpu" else "",
         (function.__module__, function.__qualname__, sorted(static.items())),
         (shapes, donate, options),

@@ -17,6 +17,7 @@ from jax import export
 from pallas_kernels.blocks import format_of
 from pallas_kernels.blocks.layouts import LAYOUTS, gather_rows
 from pallas_kernels.blocks.matrix import Matrix
+from pallas_kernels.dispatch import Implementation
 from pallas_kernels.grouped_matmul import expert_ffn, grouped_matmul
 from pallas_kernels.quantized_matmul import quantized_matmul, quantized_matmuls, swiglu
 
@@ -107,7 +108,9 @@ class LayerStack:
 Stack = LayerStack | QuantizedTensor
 
 
-def linear(x: jax.Array, stack: Stack, layer: Layer | None = None, arithmetic: str = "") -> jax.Array:
+def linear(
+    x: jax.Array, stack: Stack, layer: Layer | None = None, arithmetic: str = "", implementation: Implementation = None
+) -> jax.Array:
     """Rows times a transposed matrix, which stays in its blocks. Differentiable with respect to x.
 
     Args:
@@ -115,24 +118,40 @@ def linear(x: jax.Array, stack: Stack, layer: Layer | None = None, arithmetic: s
       stack: the matrix, or those of all layers.
       layer: which one, for a stack of layers.
       arithmetic: "int8" or "int8x2", as of `quantized_matmul`.
+      implementation: the backend to take, as of `quantized_matmul`.
 
     Returns:
       float32 [tokens, rows].
     """
-    return quantized_matmul(x, operand(stack, layer), arithmetic)
+    return quantized_matmul(x, operand(stack, layer), arithmetic, implementation)
 
 
-def linears(x: jax.Array, stacks: Sequence[Stack], layer: Layer | None = None, arithmetic: str = "") -> list[jax.Array]:
+def linears(
+    x: jax.Array,
+    stacks: Sequence[Stack],
+    layer: Layer | None = None,
+    arithmetic: str = "",
+    implementation: Implementation = None,
+) -> list[jax.Array]:
     """`linear` with several matrices that share x, in one launch where the device can."""
-    return quantized_matmuls(x, [operand(stack, layer) for stack in stacks], arithmetic)
+    return quantized_matmuls(x, [operand(stack, layer) for stack in stacks], arithmetic, implementation)
 
 
-def gated_linear(x: jax.Array, gate: Stack, up: Stack, layer: Layer | None = None, arithmetic: str = "") -> jax.Array:
+def gated_linear(
+    x: jax.Array,
+    gate: Stack,
+    up: Stack,
+    layer: Layer | None = None,
+    arithmetic: str = "",
+    implementation: Implementation = None,
+) -> jax.Array:
     """silu(gate x) * up x: [tokens, rows] in the dtype of x. Differentiable with respect to x."""
-    return swiglu(x, operand(gate, layer), operand(up, layer), arithmetic)
+    return swiglu(x, operand(gate, layer), operand(up, layer), arithmetic, implementation)
 
 
-def grouped_linear(x: jax.Array, group_sizes: jax.Array, stack: Stack, layer: Layer | None = None) -> jax.Array:
+def grouped_linear(
+    x: jax.Array, group_sizes: jax.Array, stack: Stack, layer: Layer | None = None, implementation: Implementation = None
+) -> jax.Array:
     """Rows, sorted by expert, times the transposed matrix of their expert. Differentiable with respect to x.
 
     Args:
@@ -140,11 +159,12 @@ def grouped_linear(x: jax.Array, group_sizes: jax.Array, stack: Stack, layer: La
       group_sizes: int32 [experts], rows of each expert; rows beyond their sum give zero.
       stack: the experts, or those of all layers.
       layer: which one, for a stack of layers.
+      implementation: the backend to take, as of `grouped_matmul`.
 
     Returns:
       float32 [m, rows].
     """
-    return grouped_matmul(x, group_sizes, operand(stack, layer))
+    return grouped_matmul(x, group_sizes, operand(stack, layer), implementation=implementation)
 
 
 def mixture(
@@ -156,13 +176,14 @@ def mixture(
     down: Stack,
     layer: Layer | None = None,
     arithmetic: str = "",
+    implementation: Implementation = None,
 ) -> jax.Array:
     """The weighted sum of each token's experts, each down(silu(gate x) * up x): float32 [tokens, columns].
 
     x [tokens, columns]; experts int32 and weights float32 [tokens, top_k], the id `num_experts` is nobody's.
     """
     gates, ups, downs = (operand(stack, layer) for stack in (gate, up, down))
-    return expert_ffn(x, experts, weights, gates, ups, downs, arithmetic)
+    return expert_ffn(x, experts, weights, gates, ups, downs, arithmetic, implementation)
 
 
 def operand(stack: Stack, layer: Layer | None) -> Matrix:

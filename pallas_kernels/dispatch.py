@@ -1,11 +1,13 @@
 """Which backend serves an operation on the device at hand, and the record of what was chosen.
 
 Each operation lists its backends in order of preference. A backend says for the case at hand either None ("I can") or
-why it cannot; the first that can is taken. The choice is made while a program is traced, and whoever wants to see it
-traces inside `record()`: that is what `ferrum-jax doctor` prints, so it cannot differ from what runs.
+why it cannot; the first that can is taken, or the one that the caller forces with `implementation=`. The choice is made
+while a program is traced and can be seen by tracing inside `record()`: that is what `ferrum-jax doctor` prints, so it
+cannot differ from what runs.
 
-What is traced for is a `Target`: the default device's, or inside `on(...)` one that need not be there (see aot.py). JAX
-does not know of that context, so a function that JAX caches takes the target as a static argument.
+What is traced for is a `Target`: the default device's, or inside `on(...)` one that need not be there (see aot.py), and
+the backends that are forced. JAX does not know of that context, so a function that JAX caches takes the target as a static
+argument; that is how one call with a forced backend and one without never share a trace.
 """
 
 from __future__ import annotations
@@ -22,13 +24,19 @@ import jax
 _TPU_GENERATIONS = {"v5 lite": "v5e", "v5e": "v5e", "v5p": "v5p", "v5": "v5p", "v6 lite": "v6e", "v6e": "v6e"}
 
 
+# What operations take as `implementation=`: None, the name of a backend, or (operation, backend) pairs, of which the
+# operation heeds its own and those of the operations that it is composed of.
+Implementation = str | tuple[tuple[str, str], ...] | None
+
+
 @dataclasses.dataclass(frozen=True)
 class Target:
     """A kind of device: platform "cpu", "gpu" or "tpu", and its model: the compute capability of a GPU ("9.0"), the
-    generation of a TPU ("v5e"), "" of a CPU."""
+    generation of a TPU ("v5e"), "" of a CPU. `forced`: the operations whose backend is not left to the order."""
 
     platform: str
     model: str = ""
+    forced: tuple[tuple[str, str], ...] = ()
 
     def __str__(self) -> str:
         return f"{self.platform} {self.model}".rstrip()
@@ -53,15 +61,19 @@ def target_of(device: jax.Device) -> Target:
 _chosen: contextvars.ContextVar[Target | None] = contextvars.ContextVar("target", default=None)
 
 
-def target() -> Target:
-    """What is being traced for."""
-    if (chosen := _chosen.get()) is not None:
-        return chosen
-    config: Any = jax.config
-    device = config.jax_default_device
-    if isinstance(device, str):
-        device = jax.devices(device)[0]
-    return target_of(device or jax.devices()[0])
+def target(operation: str = "", implementation: Implementation = None) -> Target:
+    """What is being traced for, with what an operation was called with as `implementation=`."""
+    found = _chosen.get()
+    if found is None:
+        config: Any = jax.config
+        device = config.jax_default_device
+        if isinstance(device, str):
+            device = jax.devices(device)[0]
+        found = target_of(device or jax.devices()[0])
+    if implementation:
+        pairs = ((operation, implementation),) if isinstance(implementation, str) else implementation
+        found = dataclasses.replace(found, forced=tuple(sorted((dict(found.forced) | dict(pairs)).items())))
+    return found
 
 
 @contextlib.contextmanager
@@ -86,14 +98,24 @@ class Case:
     layout: str = "ggml"
     shape: tuple[int, ...] = ()
 
+    def __str__(self) -> str:
+        return f"{self.format} of layout {self.layout} in {self.dtype} on {self.target}, sizes {list(self.shape)}"
+
 
 @dataclasses.dataclass(frozen=True)
 class Backend:
-    """One implementation: its name, why it cannot serve a case (None: it can), and what gives its functions."""
+    """One implementation: its name, why it cannot serve a case (None: it can), and what gives its functions. `parts`: the
+    operations that it is composed of."""
 
     name: str
     refuses: Callable[[Case], str | None]
     functions: Callable[[], Any]
+    parts: tuple[str, ...] = ()
+
+
+def composed(*parts: str) -> Backend:
+    """The backend without functions of its own: other operations, one after the other, each by a backend that serves it."""
+    return Backend("composed", lambda case: None, lambda: None, parts)
 
 
 def kernels(name: str, package: str, platform: str) -> Backend:
@@ -114,7 +136,7 @@ _PLATFORMS = {"gpu": "for NVIDIA GPUs", "tpu": "for TPUs"}
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """One decision. `reason` says why the backends before the chosen one were passed over."""
+    """One decision. `reason` says why the backends before this one were passed over, or that it was forced."""
 
     operation: str
     target: str
@@ -144,16 +166,43 @@ def recording() -> bool:
 
 
 def choose(case: Case, backends: Sequence[Backend]) -> Any:
-    """The functions of the first backend that can serve the case. The last backend of an operation always can."""
+    """The functions of the backend that serves the case: of the forced one, else of the first that can.
+
+    Raises:
+      ValueError: for a forced backend that is not there or cannot serve the case.
+    """
+    name, reason = _forced(case, backends)
+    if name:
+        backend = next(backend for backend in backends if backend.name == name)
+        if refusal := backend.refuses(case):
+            raise ValueError(f"{case.operation}: the forced implementation {name!r} cannot serve {case}: {refusal}")
+        return _taken(case, backend, reason)
     passed: list[str] = []
     for backend in backends:
         refusal = backend.refuses(case)
         if refusal is None:
-            reason = "; ".join(passed) or "first choice"
-            choice = Choice(case.operation, str(case.target), case.format, case.layout, backend.name, reason)
-            for choices in _records.get():
-                if choice not in choices:
-                    choices.append(choice)
-            return backend.functions()
+            return _taken(case, backend, "; ".join(passed) or "first choice")
         passed.append(f"{backend.name}: {refusal}")
     raise ValueError(f"no backend for {case}: {'; '.join(passed)}")
+
+
+def _forced(case: Case, backends: Sequence[Backend]) -> tuple[str, str]:
+    """The name of the backend that is forced and by what; ("", "") where the order decides."""
+    forced = dict(case.target.forced)
+    if name := forced.get(case.operation):
+        known = [backend.name for backend in backends]
+        if name not in known:
+            raise ValueError(f"{case.operation} has no implementation {name!r}; it has {', '.join(known)}")
+        return name, "forced"
+    for backend in backends:
+        if parts := [part for part in backend.parts if part in forced]:
+            return backend.name, f"{', '.join(parts)} forced"
+    return "", ""
+
+
+def _taken(case: Case, backend: Backend, reason: str) -> Any:
+    choice = Choice(case.operation, str(case.target), case.format, case.layout, backend.name, reason)
+    for choices in _records.get():
+        if choice not in choices:
+            choices.append(choice)
+    return backend.functions()

@@ -105,7 +105,8 @@ def _print_table(result: dict[str, Any]) -> None:
     for row in result["rows"]:
         speeds = (common.figure(row["prefill_tok_s"]), common.figure(row["decode_tok_s"]))
         rows.append((*(str(row[key]) for key in columns[:3]), *speeds, common.figure(row["ttft_s"], 4)))
-    click.echo(f"{result['model']}  {result['dtype']}  {result['device']}")
+    forced = [f"{operation} by {backend}" for operation, backend in result.get("implementation", {}).items()]
+    click.echo("  ".join([result["model"], result["dtype"], result["device"], *forced]))
     click.echo(", ".join(f"{name} {version}" for name, version in result["versions"].items()) + "\n")
     print_table(rows, columns, columns)
     click.echo(f"\nload {result['load_s']:.2f} s, compile {result['compile_s']:.2f} s")
@@ -161,6 +162,7 @@ def _startup(model: Any) -> dict[str, float]:
     "--gen-len", type=click.IntRange(min=2), help="Tokens to generate. Default: 64, or less if the context is shorter."
 )
 @common.dtype_option
+@common.implementation_option
 @click.option(
     "--second-start/--no-second-start", "again", default=True, show_default=True,
     help="Also time a second process, which finds the compiled programs.",
@@ -173,6 +175,7 @@ def bench_command(
     prompt_len: tuple[int, ...] | None,
     gen_len: int | None,
     dtype: str,
+    implementation: dict[str, str] | None,
     again: bool,
     once: bool,
     as_json: bool,
@@ -181,7 +184,7 @@ def bench_command(
 
     --batch and --prompt-len take lists such as 1,4; every pair is measured.
     """
-    loaded = common.load_model(model, dtype=dtype)
+    loaded = common.load_model(model, dtype=dtype, implementation=implementation)
     context = loaded.max_seq_len
     prompt_len, gen_len = _lengths(prompt_len, gen_len, context)
     if max(prompt_len) + gen_len > context:
@@ -208,13 +211,14 @@ def bench_command(
         "model": model,
         "device": common.device_name(),
         "dtype": loaded.config.dtype,
+        **({"implementation": implementation} if implementation else {}),
         "versions": common.versions(),
         "rows": table,
         **_startup(loaded),
         "peak_rss_bytes": _peak_rss_bytes(),
     }
     [prompt] = make_prompts(loaded.tokenizer.vocab_size, 1, min(prompt_len))
-    if loaded.config.dtype != "float32":
+    if loaded.config.dtype != "float32" or implementation:
         del loaded
         gc.collect()
         loaded = common.load_model(model, dtype="float32")
@@ -223,6 +227,8 @@ def bench_command(
     gc.collect()
     numbers = ["--batch", ",".join(map(str, batch)), "--prompt-len", ",".join(map(str, prompt_len))]
     arguments = [model, *numbers, "--gen-len", str(gen_len), "--dtype", dtype]
+    for pair in (implementation or {}).items():
+        arguments += ["--implementation", "=".join(pair)]
     result["second_start"] = second_start(arguments) if again else None
     if as_json:
         common.print_json(result)

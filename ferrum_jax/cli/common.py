@@ -33,9 +33,21 @@ dtype_option = click.option(
     "--dtype", type=click.Choice(DTYPES), default="auto", show_default=True,
     help="Arithmetic of activations; auto chooses the fast one for the device (`doctor` shows which).",
 )  # fmt: skip
+implementation_option = click.option(
+    "--implementation", multiple=True, metavar="OP=BACKEND", callback=lambda _, __, value: _implementation(value),
+    help="Backend to serve an operation, such as paged_attention=xla (`doctor --all` lists them); several times for several.",
+)  # fmt: skip
 adapter_option = click.option(
     "--adapter", type=click.Path(file_okay=False), metavar="DIR", help="LoRA adapter (PEFT directory), applied at run time."
 )
+
+
+def _implementation(pairs: tuple[str, ...]) -> dict[str, str] | None:
+    """Backends by operation; None where none is given. The names are checked by `fj.load`."""
+    for pair in pairs:
+        if "=" not in pair:
+            raise click.BadParameter(f"{pair!r} is not OP=BACKEND, such as paged_attention=xla.")
+    return dict(pair.split("=", 1) for pair in pairs) or None
 
 
 class KvDtype(click.Choice):

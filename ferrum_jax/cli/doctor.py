@@ -63,6 +63,11 @@ def examine() -> dict[str, Any]:
         choices = diagnostics.trial(report["auto_dtype"])
         return [{key: shown_dtype(str(getattr(choice, key))) for key in keys} for choice in choices]
 
+    def implementations() -> dict[str, list[str]]:
+        from pallas_kernels.operations import OPERATIONS
+
+        return {name: [backend.name for backend in backends] for name, backends in OPERATIONS.items()}
+
     def auto_dtype() -> str:
         import jax
 
@@ -91,6 +96,7 @@ def examine() -> dict[str, Any]:
     part("auto_dtype", auto_dtype)
     part("cpu_kernels", cpu_kernels)
     part("backends", backends)
+    part("implementations", implementations)
     part("compilation_cache", compilation_cache)
     part("model_cache", model_cache)
     return report
@@ -138,6 +144,8 @@ def _print_report(report: dict[str, Any], everything: bool) -> None:
         formats.setdefault((row["operation"], row["backend"], row["reason"]), []).append(row["format"])
     rows = [(operation, backend, " ".join(served), reason) for (operation, backend, reason), served in formats.items()]
     print_table(rows, ("operation", "backend", "formats", "reason"))
+    click.echo("\nbackends of each operation, the first choice first (--implementation OP=BACKEND takes another)")
+    print_facts([(operation, ", ".join(names)) for operation, names in (report["implementations"] or {}).items()])
 
 
 @click.command("doctor", short_help="Check the installation: versions, devices, kernels.")

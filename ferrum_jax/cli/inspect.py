@@ -112,7 +112,7 @@ def describe_encoder(source: ModelSource, config: EncoderConfig) -> dict[str, An
     parameters(source, config)
     return {
         **_of_the_file(source),
-        **{key: value for key, value in dataclasses.asdict(config).items() if key != "dtype"},
+        **{key: value for key, value in dataclasses.asdict(config).items() if key not in ("dtype", "implementation")},
         "formats": _formats(source),
     }
 

@@ -120,6 +120,7 @@ def _print_json_lines(model: Any, ids: list[int], params: Any) -> Answer:
 @click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; can be repeated.")
 @common.adapter_option
 @common.dtype_option
+@common.implementation_option
 @click.option("--kv-dtype", type=common.KvDtype(), help="Dtype of the KV cache. Default: follows --dtype.")
 @click.option(
     "--max-seq-len", type=click.IntRange(min=2), help="Limit of prompt and answer, in tokens. Default: the model's context."
@@ -137,6 +138,7 @@ def run_command(
     think: bool | None,
     adapter: str | None,
     dtype: str,
+    implementation: dict[str, str] | None,
     kv_dtype: str | None,
     max_seq_len: int | None,
     output_format: str,
@@ -165,7 +167,14 @@ def run_command(
         if not text:
             raise click.UsageError("the prompt is empty")
 
-    loaded = common.load_model(model, adapter=adapter, dtype=dtype, kv_dtype=kv_dtype, max_seq_len=max_seq_len)
+    loaded = common.load_model(
+        model,
+        adapter=adapter,
+        dtype=dtype,
+        implementation=implementation,
+        kv_dtype=kv_dtype,
+        max_seq_len=max_seq_len,
+    )
     if not limited:
         params = dataclasses.replace(params, max_tokens=loaded._runtime.room())
     template = _template_arguments(loaded, model, system=system, think=think, raw=raw)

@@ -53,7 +53,8 @@ def _layer(layers: Params, x: jax.Array, hidden_keys: jax.Array, layer: Layer, c
     """One post-norm layer: x float32 [rows * length, hidden]."""
 
     def project(x: jax.Array, node: Params, *names: str) -> list[jax.Array]:
-        ys = linears(x.astype(config.activations), [node[name] for name in names], layer, config.dtype)
+        stacks = [node[name] for name in names]
+        ys = linears(x.astype(config.activations), stacks, layer, config.dtype, config.implementation)
         return [y + node[name + "_bias"].vector(layer) for y, name in zip(ys, names, strict=True)]
 
     def norm(x: jax.Array, name: str) -> jax.Array:

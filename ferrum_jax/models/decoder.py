@@ -92,7 +92,8 @@ class Decoder(nn.Module):
         """hidden [R, hidden_size] -> float32 [R, vocab_size]."""
         matrix: QuantizedTensor = self.get_variable("params", "unembedding") or self.get_variable("params", "embedding")
         with jax.named_scope("unembedding"):
-            return linear(hidden.astype(self.config.activations), matrix, arithmetic=self.config.dtype)
+            config, hidden = self.config, hidden.astype(self.config.activations)
+            return linear(hidden, matrix, arithmetic=config.dtype, implementation=config.implementation)
 
     def __call__(self, state: Cache, batch: RaggedBatch) -> tuple[jax.Array, Cache]:
         hidden, state = self.hidden(state, batch)
@@ -104,7 +105,8 @@ def run_layers(config: ModelConfig, layers: Params, x, cache: KVCache, slots, ta
     in one call where a backend has one."""
     scale, normalize = config.expert_weights_scale, config.norm_topk_prob
     shape = Shape(config.head_dim, config.rms_norm_eps, config.sliding_window, config.experts_per_token, normalize, scale)
-    backend = backend_for(*_parts(layers, config.num_layers), config.hidden_size, shape, config.dtype)
+    parts = _parts(layers, config.num_layers)
+    backend = backend_for(*parts, config.hidden_size, shape, config.dtype, config.implementation)
     if backend is None:
         return _composed(config, layers, x, cache, slots, tables, rope, record=record)
 
@@ -133,7 +135,7 @@ def _composed(
     config: ModelConfig, layers: Params, x, cache: KVCache, slots, tables: Tables, rope, chosen=None, record: bool = False
 ) -> Carry:
     """The layers one after the other, each `Block` once a distinct body. chosen bool [T, columns]: as in `LayerModule`."""
-    plan = make_plan(tables, cache, config.num_heads, config.sliding_window)
+    plan = make_plan(tables, cache, config.num_heads, config.sliding_window, config.implementation)
     block = Block(config, parent=None)
 
     def step(carry: Carry, layer: Layer) -> Carry:

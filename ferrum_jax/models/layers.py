@@ -37,7 +37,8 @@ class LayerModule(nn.Module):
         """x [tokens, in] through each named matrix, its bias, if the file has one, and its adapters: float32 [tokens, out].
         arithmetic: of the products, where it is not `config.dtype`."""
         stacks = [self.stack(name) for name in names]
-        ys = linears(x.astype(self.config.activations), stacks, layer, arithmetic or self.config.dtype)
+        dtype, implementation = arithmetic or self.config.dtype, self.config.implementation
+        ys = linears(x.astype(self.config.activations), stacks, layer, dtype, implementation)
         biases = [self.stack(name + "_bias") for name in names]
         ys = [y if bias is None else y + bias.vector(layer) for y, bias in zip(ys, biases, strict=True)]
         adapted = (self.adapts(layer, name, chosen) for name in names)
@@ -74,7 +75,8 @@ class Attention(LayerModule):
             q, k, v = (y.reshape(tokens, -1, config.head_dim) for y in ys)
         with jax.named_scope("append"):
             norms = norm("query_norm"), norm("key_norm")
-            q, cache = append(q, k, v, cache, layer.number, slots, rope, *norms, config.rms_norm_eps)
+            eps, implementation = config.rms_norm_eps, config.implementation
+            q, cache = append(q, k, v, cache, layer.number, slots, rope, *norms, eps, implementation)
         with jax.named_scope("paged_attention"):
             y = paged_attention(q, cache, layer.number, plan, config.head_dim**-0.5)
         with jax.named_scope("attention_output"):
@@ -90,8 +92,8 @@ class FeedForward(LayerModule):
 
     def dense(self, x, layer: Layer, chosen) -> jax.Array:
         if not any(self.stack(f"{name}_bias") is not None or self.adapts(layer, name, chosen) for name in ("gate", "up")):
-            x = x.astype(self.config.activations)
-            hidden = gated_linear(x, self.stack("gate"), self.stack("up"), layer, self.config.dtype)
+            x, stacks = x.astype(self.config.activations), (self.stack("gate"), self.stack("up"))
+            hidden = gated_linear(x, *stacks, layer, self.config.dtype, self.config.implementation)
         else:
             gate, up = self.project(x, layer, "gate", "up", chosen=chosen)
             hidden = jax.nn.silu(gate) * up
@@ -101,13 +103,20 @@ class FeedForward(LayerModule):
         """The top_k experts of each token by router probability, each a SwiGLU, summed with their weights in slot order."""
         config = self.config
         with jax.named_scope("router"):
-            logits = linear(x, self.stack("router"), layer)
-            normalize, scale = config.norm_topk_prob, config.expert_weights_scale
-            experts, weights = route(logits, slots >= 0, config.experts_per_token, normalize=normalize, scale=scale)
+            logits = linear(x, self.stack("router"), layer, implementation=config.implementation)
+            experts, weights = route(
+                logits,
+                slots >= 0,
+                config.experts_per_token,
+                normalize=config.norm_topk_prob,
+                scale=config.expert_weights_scale,
+                implementation=config.implementation,
+            )
             self.sow(ROUTING, "chosen", (experts, weights))
         with jax.named_scope("experts"):
             gate, up, down = (self.stack(f"expert_{name}") for name in ("gate", "up", "down"))
-            return mixture(x.astype(config.activations), experts, weights, gate, up, down, layer, config.dtype)
+            x, dtype = x.astype(config.activations), config.dtype
+            return mixture(x, experts, weights, gate, up, down, layer, dtype, config.implementation)
 
 
 class Block(LayerModule):

@@ -42,12 +42,13 @@ def append(
     q_norm: Norm = None,
     k_norm: Norm = None,
     eps: float = 1e-6,
+    implementation: dispatch.Implementation = None,
 ) -> tuple[jax.Array, KVCache]:
     """(q float32 [tokens, q_heads, head_dim], cache). See the module's contract."""
     kv = (q.shape[0], cache.kv_heads, cache.head_dim)
     if k.shape != kv or v.shape != kv or q.shape[-1] != cache.head_dim or slots.shape != q.shape[:1]:
         raise ValueError(f"append: q {q.shape}, k {k.shape}, v {v.shape} and a cache {cache.pages.shape} do not fit")
-    return _append(q, k, v, cache, layer, slots, rope, q_norm, k_norm, eps, dispatch.target())
+    return _append(q, k, v, cache, layer, slots, rope, q_norm, k_norm, eps, dispatch.target("append", implementation))
 
 
 @derivative_of(lambda *arguments: xla.append(*arguments[:-1]), static=("eps", "target"))

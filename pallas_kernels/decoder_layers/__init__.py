@@ -56,17 +56,25 @@ class Shape(NamedTuple):
 
 BACKENDS = (
     dispatch.Backend("native", native.refuses, lambda: native),
-    dispatch.Backend("composed", lambda case: None, lambda: None),
+    dispatch.composed("quantized_matmul", "swiglu", "grouped_matmul", "expert_ffn", "append", "paged_attention", "route"),
 )
 
 
-def backend_for(stacks: Sequence[Stack], layers: Sequence[Mapping[str, Part]], hidden: int, shape: Shape, dtype: str) -> Any:
+def backend_for(
+    stacks: Sequence[Stack],
+    layers: Sequence[Mapping[str, Part]],
+    hidden: int,
+    shape: Shape,
+    dtype: str,
+    implementation: dispatch.Implementation = None,
+) -> Any:
     """The functions of the backend that takes all these layers in one call, or None."""
     unknown = {role for layer in layers for role in layer} - set(ROLES)
     matrices = {(role, part.stack) for layer in layers for role, part in layer.items() if not role.endswith(("norm", "bias"))}
     named = ((role, stacks[number]) for role, number in matrices)
     kinds = {(stack.format, stack.layout) for role, stack in named if (role, stack.format) != ("router", ROUTER_FORMAT)}
     sizes = (hidden, shape.head_dim, len(unknown))
-    cases = [dispatch.Case("decoder_layers", dispatch.target(), *kind[:1], dtype, kind[1], sizes) for kind in sorted(kinds)]
+    target = dispatch.target("decoder_layers", implementation)
+    cases = [dispatch.Case("decoder_layers", target, *kind[:1], dtype, kind[1], sizes) for kind in sorted(kinds)]
     found = [dispatch.choose(case, BACKENDS) for case in cases]
     return found[0] if found and all(one is found[0] for one in found) else None

@@ -40,9 +40,16 @@ BACKENDS = (
     dispatch.kernels("mosaic_tpu", __name__, "tpu"),
     dispatch.Backend("xla", lambda case: None, lambda: xla),
 )
+EXPERT_BACKENDS = (*BACKENDS[:-1], dispatch.composed("grouped_matmul"))
 
 
-def grouped_matmul(x: jax.Array, group_sizes: jax.Array, experts: Matrix, arithmetic: str = "") -> jax.Array:
+def grouped_matmul(
+    x: jax.Array,
+    group_sizes: jax.Array,
+    experts: Matrix,
+    arithmetic: str = "",
+    implementation: dispatch.Implementation = None,
+) -> jax.Array:
     """Row r of x times the transposed matrix of its expert. See the module's contract.
 
     Args:
@@ -50,17 +57,25 @@ def grouped_matmul(x: jax.Array, group_sizes: jax.Array, experts: Matrix, arithm
       group_sizes: int32 [E], rows of each expert.
       experts: [n, k] for each of E experts, compressed.
       arithmetic: "int8"; "": the dtype of x.
+      implementation: the backend to take, instead of the first that can.
 
     Returns:
       float32 [m, n].
     """
     _check("grouped_matmul", x, experts, group_sizes.shape[0])
     x, experts = natural_rows(x, group_sizes, experts)
-    return _grouped(x, group_sizes, experts, dispatch.target(), arithmetic or x.dtype.name)
+    return _grouped(x, group_sizes, experts, dispatch.target("grouped_matmul", implementation), arithmetic or x.dtype.name)
 
 
 def expert_ffn(
-    x: jax.Array, experts: jax.Array, weights: jax.Array, gate: Matrix, up: Matrix, down: Matrix, arithmetic: str = ""
+    x: jax.Array,
+    experts: jax.Array,
+    weights: jax.Array,
+    gate: Matrix,
+    up: Matrix,
+    down: Matrix,
+    arithmetic: str = "",
+    implementation: dispatch.Implementation = None,
 ) -> jax.Array:
     """A whole mixture-of-experts feed-forward. See the module's contract.
 
@@ -72,6 +87,7 @@ def expert_ffn(
       up: [n, k] for each of E experts, compressed.
       down: [k, n] for each of E experts, compressed.
       arithmetic: "int8"; "": the dtype of x.
+      implementation: the backend to take, "composed" among them.
 
     Returns:
       float32 [tokens, k].
@@ -83,9 +99,9 @@ def expert_ffn(
         raise ValueError(f"expert_ffn: gate {gate}, up {up} and down {down} do not fit")
     if experts.shape != weights.shape or experts.shape[:1] != x.shape[:1]:
         raise ValueError(f"expert_ffn: x {x.shape}, experts {experts.shape} and weights {weights.shape} do not fit")
-    if any(map(is_ordered, (gate, up, down))):
-        return _composed_ffn(x, experts, weights, gate, up, down, dispatch.target(), arithmetic or x.dtype.name)
-    return _expert_ffn(x, experts, weights, gate, up, down, dispatch.target(), arithmetic or x.dtype.name)
+    target = dispatch.target("expert_ffn", implementation)
+    function = _composed_ffn if any(map(is_ordered, (gate, up, down))) else _expert_ffn
+    return function(x, experts, weights, gate, up, down, target, arithmetic or x.dtype.name)
 
 
 def _check(operation: str, x: jax.Array, matrix: Matrix, experts: int) -> None:
@@ -120,6 +136,7 @@ def _composed_ffn(x, experts, weights, gate, up, down, target, arithmetic):
 
 @derivative_of(_composed_ffn, of=("x", "weights"), static=("target", "arithmetic"))
 def _expert_ffn(x, experts, weights, gate, up, down, target, arithmetic):
-    backend = backend_for("expert_ffn", x, (gate, up, down), target, arithmetic, BACKENDS)
-    function = getattr(backend, "expert_ffn", functools.partial(_composed_ffn, arithmetic=arithmetic))
-    return function(x, experts, weights, gate, up, down, target)
+    backend = backend_for("expert_ffn", x, (gate, up, down), target, arithmetic, EXPERT_BACKENDS)
+    if backend is None:
+        return _composed_ffn(x, experts, weights, gate, up, down, target, arithmetic)
+    return backend.expert_ffn(x, experts, weights, gate, up, down, target)

@@ -75,7 +75,9 @@ class Plan:
     backend: Any = dataclasses.field(metadata={"static": True})
 
 
-def make_plan(tables: Tables, cache: KVCache, q_heads: int, window: int = 0) -> Plan:
+def make_plan(
+    tables: Tables, cache: KVCache, q_heads: int, window: int = 0, implementation: dispatch.Implementation = None
+) -> Plan:
     """Chooses the backend for batches of these shapes and has it prepare the tables: once a step, for all its layers.
 
     Args:
@@ -83,8 +85,9 @@ def make_plan(tables: Tables, cache: KVCache, q_heads: int, window: int = 0) -> 
       cache: that will be read.
       q_heads: heads of the queries.
       window: positions a query sees, itself included; 0 for all.
+      implementation: the backend to take, instead of the first that can.
     """
-    target = dispatch.target()
+    target = dispatch.target("paged_attention", implementation)
     shape = (*tables.positions.shape, *tables.page_table.shape, q_heads, cache.kv_heads, cache.head_dim, cache.page_size)
     backend = dispatch.choose(dispatch.Case("paged_attention", target, cache.dtype, "float32", shape=shape), BACKENDS)
     return Plan(tables, backend.plan(tables, cache, q_heads, window), window, target, backend)

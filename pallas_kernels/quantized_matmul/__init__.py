@@ -34,29 +34,36 @@ BACKENDS = (
     dispatch.kernels("mosaic_tpu", __name__, "tpu"),
     dispatch.Backend("xla", lambda case: None, lambda: xla),
 )
+SWIGLU_BACKENDS = (*BACKENDS, dispatch.composed("quantized_matmul"))
 
 
-def quantized_matmul(x: jax.Array, matrix: Matrix, arithmetic: str = "") -> jax.Array:
+def quantized_matmul(
+    x: jax.Array, matrix: Matrix, arithmetic: str = "", implementation: dispatch.Implementation = None
+) -> jax.Array:
     """x times the transposed matrix. See the module's contract.
 
     Args:
       x: [m, k].
       matrix: [n, k], compressed.
       arithmetic: "int8" or "int8x2"; "": the dtype of x.
+      implementation: the backend to take, instead of the first that can.
 
     Returns:
       float32 [m, n].
     """
-    return quantized_matmuls(x, (matrix,), arithmetic)[0]
+    return quantized_matmuls(x, (matrix,), arithmetic, implementation)[0]
 
 
-def quantized_matmuls(x: jax.Array, matrices: Sequence[Matrix], arithmetic: str = "") -> list[jax.Array]:
+def quantized_matmuls(
+    x: jax.Array, matrices: Sequence[Matrix], arithmetic: str = "", implementation: dispatch.Implementation = None
+) -> list[jax.Array]:
     """x times each transposed matrix, in one launch where the backend can.
 
     Args:
       x: [m, k].
       matrices: each [n_i, k], compressed.
       arithmetic: as of `quantized_matmul`.
+      implementation: as of `quantized_matmul`.
 
     Returns:
       float32 [m, n_i] for each.
@@ -64,11 +71,13 @@ def quantized_matmuls(x: jax.Array, matrices: Sequence[Matrix], arithmetic: str 
     _check("quantized_matmul", x, *matrices)
     if any(map(is_ordered, matrices)):
         one_by_one = (natural(x, matrix) for matrix in matrices)
-        return [quantized_matmuls(columns, (stored,), arithmetic)[0] for columns, stored in one_by_one]
-    return list(_matmuls(x, tuple(matrices), dispatch.target(), arithmetic or x.dtype.name))
+        return [quantized_matmuls(columns, (stored,), arithmetic, implementation)[0] for columns, stored in one_by_one]
+    return list(_matmuls(x, tuple(matrices), dispatch.target("quantized_matmul", implementation), arithmetic or x.dtype.name))
 
 
-def swiglu(x: jax.Array, gate: Matrix, up: Matrix, arithmetic: str = "") -> jax.Array:
+def swiglu(
+    x: jax.Array, gate: Matrix, up: Matrix, arithmetic: str = "", implementation: dispatch.Implementation = None
+) -> jax.Array:
     """silu(x · gateᵀ) * (x · upᵀ).
 
     Args:
@@ -76,6 +85,7 @@ def swiglu(x: jax.Array, gate: Matrix, up: Matrix, arithmetic: str = "") -> jax.
       gate: [n, k], compressed.
       up: [n, k], compressed.
       arithmetic: as of `quantized_matmul`.
+      implementation: the backend to take, "composed" among them.
 
     Returns:
       [m, n] in the dtype of x.
@@ -83,10 +93,11 @@ def swiglu(x: jax.Array, gate: Matrix, up: Matrix, arithmetic: str = "") -> jax.
     _check("swiglu", x, gate, up)
     if gate.rows != up.rows:
         raise ValueError(f"swiglu: gate {gate} and up {up} do not fit")
+    target = dispatch.target("swiglu", implementation)
     if is_ordered(gate) or is_ordered(up):
-        gated, plain = quantized_matmuls(x, (gate, up), arithmetic)
+        gated, plain = quantized_matmuls(x, (gate, up), arithmetic, target.forced)
         return (jax.nn.silu(gated) * plain).astype(x.dtype)
-    return _swiglu(x, gate, up, dispatch.target(), arithmetic or x.dtype.name)
+    return _swiglu(x, gate, up, target, arithmetic or x.dtype.name)
 
 
 def _check(operation: str, x: jax.Array, *matrices: Matrix) -> None:
@@ -130,5 +141,5 @@ def _composed_swiglu(x, gate, up, target, arithmetic):
 
 @derivative_of(_composed_swiglu, of=("x",), static=("target", "arithmetic"))
 def _swiglu(x, gate, up, target, arithmetic):
-    together = backend_for("swiglu", x, (gate, up), target, arithmetic, BACKENDS)
+    together = backend_for("swiglu", x, (gate, up), target, arithmetic, SWIGLU_BACKENDS)
     return (together.swiglu if together else functools.partial(_composed_swiglu, arithmetic=arithmetic))(x, gate, up, target)

@@ -21,12 +21,18 @@ BACKENDS = (dispatch.kernels("triton", __name__, "gpu"), dispatch.Backend("xla",
 
 
 def route(
-    logits: jax.Array, live: jax.Array, top_k: int, *, normalize: bool = True, scale: float = 1.0
+    logits: jax.Array,
+    live: jax.Array,
+    top_k: int,
+    *,
+    normalize: bool = True,
+    scale: float = 1.0,
+    implementation: dispatch.Implementation = None,
 ) -> tuple[jax.Array, jax.Array]:
     """(experts int32, weights float32), both [tokens, top_k]. See the module's contract."""
     if logits.ndim != 2 or live.shape != logits.shape[:1] or not 0 < top_k <= logits.shape[1]:
         raise ValueError(f"route: logits {logits.shape}, live {live.shape} and top_k {top_k} do not fit")
-    return _route(logits, live, top_k, normalize, scale, dispatch.target())
+    return _route(logits, live, top_k, normalize, scale, dispatch.target("route", implementation))
 
 
 @derivative_of(lambda *arguments: xla.route(*arguments[:-1]), of=("logits",), static=("top_k", "normalize", "scale", "target"))

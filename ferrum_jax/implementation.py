@@ -1,0 +1,60 @@
+"""Backends that the user forces: named at loading, kept in the configuration, and so part of every program's key.
+
+Whether they can serve the model is found out before a weight is read, by tracing a step over abstract weights.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ferrum_jax import functional
+from ferrum_jax.config import EncoderConfig, ModelConfig
+from ferrum_jax.models import bert
+from ferrum_jax.runtime import PAGE
+from ferrum_jax.state import new_cache
+from pallas_kernels import dispatch, operations
+
+_TOKENS = (1, 64)  # of a step of decoding and of one that reads a prompt
+
+
+def checked_implementation(implementation: Mapping[str, str] | None) -> tuple[tuple[str, str], ...]:
+    """As a configuration holds it; ValueError for what is no mapping or names what is not there."""
+    if implementation is None:
+        return ()
+    if not isinstance(implementation, Mapping):
+        raise ValueError(
+            f"implementation must be backends by operation, as in {{'append': 'xla'}}, not {implementation!r:.200}"
+        )
+    try:
+        return operations.forced(implementation)
+    except ValueError as error:
+        raise ValueError(f"implementation: {error}") from None
+
+
+def require_implementation(config: ModelConfig | EncoderConfig, params: Any, kv_dtype: str, target: dispatch.Target) -> None:
+    """ValueError where a forced backend cannot serve the model or the model has no use for it. params: may be abstract."""
+    with dispatch.on(target), dispatch.record() as choices:
+        for tokens in _TOKENS:
+            if isinstance(config, EncoderConfig):
+                embed = functools.partial(bert.embed, config=config, normalize=True)
+                jax.eval_shape(embed, params, _ints(1, tokens), _ints(1))
+            else:
+                pages = -(-tokens // PAGE)
+                cache = jax.eval_shape(functools.partial(new_cache, config, num_pages=pages, page_size=PAGE, dtype=kv_dtype))
+                each = _ints(tokens)
+                batch = functional.RaggedBatch(each, each, each, _ints(2), _ints(1), _ints(1, pages), _ints(1))
+                jax.eval_shape(functools.partial(functional.forward, config=config), params, cache, batch)
+    used = {choice.operation: choice.backend for choice in choices}
+    for operation, _ in config.implementation:
+        if operation not in used:
+            by = ", ".join(f"{name} ({backend})" for name, backend in used.items())
+            raise ValueError(f"implementation: this model does not use {operation}; it uses {by}")
+
+
+def _ints(*shape: int) -> Any:
+    return jax.ShapeDtypeStruct(shape, jnp.int32)

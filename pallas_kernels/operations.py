@@ -1,0 +1,33 @@
+"""The operations of this package by name, each with its backends in order of preference.
+
+These are the names under which choices are recorded and under which a backend can be forced.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from pallas_kernels import append, decoder_layers, grouped_matmul, paged_attention, quantized_matmul, routing
+from pallas_kernels.dispatch import Backend
+
+OPERATIONS: dict[str, tuple[Backend, ...]] = {
+    "decoder_layers": decoder_layers.BACKENDS,
+    "quantized_matmul": quantized_matmul.BACKENDS,
+    "swiglu": quantized_matmul.SWIGLU_BACKENDS,
+    "grouped_matmul": grouped_matmul.BACKENDS,
+    "expert_ffn": grouped_matmul.EXPERT_BACKENDS,
+    "route": routing.BACKENDS,
+    "append": append.BACKENDS,
+    "paged_attention": paged_attention.BACKENDS,
+}
+
+
+def forced(implementation: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
+    """Backends by operation as the (operation, backend) pairs that operations take; ValueError for a name that is not there."""
+    for operation, name in implementation.items():
+        if operation not in OPERATIONS:
+            raise ValueError(f"there is no operation {operation!r}; there are {', '.join(OPERATIONS)}")
+        known = [backend.name for backend in OPERATIONS[operation]]
+        if name not in known:
+            raise ValueError(f"{operation} has no implementation {name!r}; it has {', '.join(known)}")
+    return tuple(sorted(implementation.items()))
