@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from ferrum_jax.units import shown_dtype
 from pallas_kernels import aot, dispatch
-from pallas_kernels.paged_attention import KV_DTYPES, KVCache, Tables, make_plan, paged_attention
+from pallas_kernels.paged_attention import KV_DTYPES, KVCache, Tables, make_metadata, paged_attention
 
 PAGE = Path(__file__).parents[1] / "docs" / "kernels-attention.md"
 BEGIN, END = "<!-- kv-table -->\n", "<!-- /kv-table -->\n"
@@ -41,14 +41,14 @@ def arguments(dtype: str, target: dispatch.Target):
 
 
 def attend(q, cache, tables):
-    return paged_attention(q, cache, 1, make_plan(tables, cache, HEADS), HEAD_DIM**-0.5)
+    return paged_attention(q, cache, 1, make_metadata(tables, cache, HEADS), HEAD_DIM**-0.5)
 
 
 def choice(dtype: str, target: dispatch.Target) -> dispatch.Choice:
     """What the dispatcher takes."""
     _, cache, tables = arguments(dtype, target)
     with dispatch.on(target), dispatch.record() as choices:
-        jax.eval_shape(lambda: make_plan(jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), tables), cache, HEADS).work)
+        jax.eval_shape(lambda: make_metadata(jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), tables), cache, HEADS).work)
     return choices[0]
 
 

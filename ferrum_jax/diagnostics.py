@@ -16,9 +16,9 @@ from pallas_kernels.append import append
 from pallas_kernels.blocks import FORMATS
 from pallas_kernels.blocks.layouts import LAYOUTS, choose
 from pallas_kernels.blocks.matrix import Matrix
-from pallas_kernels.decoder_layers import Part, Shape, Stack, backend_for
+from pallas_kernels.decoder_layers import LayerShape, Part, Stack, backend_for
 from pallas_kernels.grouped_matmul import expert_ffn
-from pallas_kernels.paged_attention import KV_DTYPES, KVCache, Tables, make_plan, paged_attention
+from pallas_kernels.paged_attention import KV_DTYPES, KVCache, Tables, make_metadata, paged_attention
 from pallas_kernels.quantized_matmul import quantized_matmul
 from pallas_kernels.routing import route
 
@@ -48,7 +48,7 @@ def trial(dtype: str = "float32") -> list[dispatch.Choice]:
             def product(x: Any, planes: Any, index: Any, matrix: Any = matrix) -> Any:
                 return quantized_matmul(x, matrix(planes, index), dtype)
 
-            backend_for([Stack(one[0], name, layout)], [{"query": Part(0, 0)}], _SIZE, Shape(_HEAD_DIM, 1e-6), dtype)
+            backend_for([Stack(one[0], name, layout)], [{"query": Part(0, 0)}], _SIZE, LayerShape(_HEAD_DIM, 1e-6), dtype)
             _compile(product, x, one, index)
             lowered = jax.jit(mixture).lower(x, experts, index, _array((_TOKENS, 2), "int32"), _array((_TOKENS, 2), "float32"))
             if name == "Q4_K":  # the same backends are chosen for the others, and compiling all of them takes a minute
@@ -61,7 +61,7 @@ def trial(dtype: str = "float32") -> list[dispatch.Choice]:
 
         def attend(q: Any, k: Any, v: Any, cache: Any, layer: Any, slots: Any, rope: Any, tables: Any) -> Any:
             q, cache = append(q, k, v, cache, layer, slots, rope)
-            return paged_attention(q, cache, layer, make_plan(tables, cache, _HEADS), 1.0)
+            return paged_attention(q, cache, layer, make_metadata(tables, cache, _HEADS), 1.0)
 
         for name in KV_DTYPES:
             cache = jax.eval_shape(functools.partial(KVCache.empty, 1, 2, 16, _KV_HEADS, _HEAD_DIM, name))

@@ -27,12 +27,13 @@ from pallas_kernels.quantized_matmul import quantized_matmul, quantized_matmuls,
 class QuantizedTensor:
     """Matrices [*stack, rows, columns], or vectors [*stack, columns], in blocks of `format` along the columns.
 
-    planes: the arrays that `layout` keeps them in (pallas_kernels.blocks.layouts); `matrix`: (rows, columns) or (columns,).
+    planes: the arrays that `memory_layout` keeps them in (pallas_kernels.blocks.layouts); `matrix`: (rows, columns) or
+    (columns,).
     """
 
     planes: tuple[jax.Array, ...]
     format: str = dataclasses.field(metadata={"static": True})
-    layout: str = dataclasses.field(metadata={"static": True})
+    memory_layout: str = dataclasses.field(metadata={"static": True})
     matrix: tuple[int, ...] = dataclasses.field(metadata={"static": True})
 
     @classmethod
@@ -45,13 +46,13 @@ class QuantizedTensor:
     @property
     def shape(self) -> tuple[int, ...]:
         """[*stack, rows, columns], in weights."""
-        plane = LAYOUTS[self.layout].plane_shapes(self.format, *(1, *self.matrix)[-2:])[0]
+        plane = LAYOUTS[self.memory_layout].plane_shapes(self.format, *(1, *self.matrix)[-2:])[0]
         axes = len(plane.shape) if len(self.matrix) == 2 else 1
         return (*self.planes[0].shape[: self.planes[0].ndim - axes], *self.matrix)
 
     def operand(self, *index: jax.Array | int) -> Matrix:
         """The matrix at `index` of the stack, for the kernels."""
-        return Matrix(self.planes, (), self.format, self.layout, *self.matrix).at(*index)
+        return Matrix(self.planes, (), self.format, self.memory_layout, *self.matrix).at(*index)
 
     def gather(self, ids: jax.Array) -> jax.Array:
         """The rows `ids` [tokens] of a matrix without stack axes, unpacked: float32 [tokens, columns]."""
@@ -77,21 +78,21 @@ class Layer:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LayerStack:
-    """One parameter of all layers. `layout[l]` names the format of layer l ("" where the layer has no such parameter);
+    """One parameter of all layers. `formats[l]` names the format of layer l ("" where the layer has no such parameter);
     `stacks[format]` holds the layers of that format in order, layer axis first."""
 
     stacks: dict[str, QuantizedTensor]
-    layout: tuple[str, ...] = dataclasses.field(metadata={"static": True})
+    formats: tuple[str, ...] = dataclasses.field(metadata={"static": True})
 
     def has(self, layer: Layer) -> bool:
-        return bool(self.layout[layer.first])
+        return bool(self.formats[layer.first])
 
     def select(self, layer: Layer) -> tuple[QuantizedTensor, jax.Array | int]:
         """The stack that holds the layer, and the layer's place in it."""
-        format = self.layout[layer.first]
-        place: jax.Array | int = self.layout[: layer.first].count(format)
+        format = self.formats[layer.first]
+        place: jax.Array | int = self.formats[: layer.first].count(format)
         if layer.period:
-            place = place + layer.step * self.layout[layer.first : layer.first + layer.period].count(format)
+            place = place + layer.step * self.formats[layer.first : layer.first + layer.period].count(format)
         return self.stacks[format], place
 
     def located(self, layer: Layer) -> tuple[jax.Array, jax.Array | int]:
@@ -169,8 +170,8 @@ def grouped_linear(
 
 def mixture(
     x: jax.Array,
-    experts: jax.Array,
-    weights: jax.Array,
+    expert_ids: jax.Array,
+    expert_weights: jax.Array,
     gate: Stack,
     up: Stack,
     down: Stack,
@@ -180,10 +181,10 @@ def mixture(
 ) -> jax.Array:
     """The weighted sum of each token's experts, each down(silu(gate x) * up x): float32 [tokens, columns].
 
-    x [tokens, columns]; experts int32 and weights float32 [tokens, top_k], the id `num_experts` is nobody's.
+    x [tokens, columns]; expert_ids int32 and expert_weights float32 [tokens, top_k], the id `num_experts` where there is none.
     """
     gates, ups, downs = (operand(stack, layer) for stack in (gate, up, down))
-    return expert_ffn(x, experts, weights, gates, ups, downs, arithmetic, implementation)
+    return expert_ffn(x, expert_ids, expert_weights, gates, ups, downs, arithmetic, implementation)
 
 
 def operand(stack: Stack, layer: Layer | None) -> Matrix:

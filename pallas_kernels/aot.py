@@ -136,7 +136,7 @@ def devices(name: str) -> tuple[Any, ...]:
     return tuple(topology.devices)
 
 
-def lower_for(name: str, function: Callable, *args, **jit_options):
+def lower_for(name: str, function: Callable, *args: Any, **jit_options: Any) -> Any:
     """`function` lowered for one device of the target; `args` are pytrees of arrays or `jax.ShapeDtypeStruct`s."""
     mesh = Mesh(np.array(devices(name)[:1]), ("device",))
     sharding = NamedSharding(mesh, PartitionSpec())
@@ -147,6 +147,8 @@ def lower_for(name: str, function: Callable, *args, **jit_options):
         return traced.lower(lowering_platforms=("cuda" if name in GPUS else "tpu",))
 
 
-def compile_for(name: str, function: Callable, *args, compiler_options: dict[str, Any] | None = None, **jit_options):
+def compile_for(
+    name: str, function: Callable, *args: Any, compiler_options: dict[str, Any] | None = None, **jit_options: Any
+) -> Any:
     """`function` compiled for one device of the target: a `jax.stages.Compiled` to look at, not to run."""
     return lower_for(name, function, *args, **jit_options).compile(compiler_options)

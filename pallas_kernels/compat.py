@@ -26,7 +26,7 @@ def triton_call(
     num_warps: int = 4,
     num_stages: int = 2,
     interpret: bool = False,
-    **options,
+    **options: Any,
 ) -> Callable:
     """A `pallas_call` that Triton lowers, over whole arrays. Keywords as `pallas_call`'s."""
     return pl.pallas_call(
@@ -50,7 +50,7 @@ def abstract_mesh(mesh: jax.sharding.Mesh) -> contextlib.AbstractContextManager[
     return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 
 
-def ragged_paged_attention(*args, precision: str, **options) -> jax.Array:
+def ragged_paged_attention(*args: Any, precision: str, **options: Any) -> jax.Array:
     """jax's TPU kernel; `precision` is that of its products, as `jax.default_matmul_precision` names it."""
     from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ragged_paged_attention
 

@@ -1,4 +1,4 @@
-"""Which backend serves an operation on the device at hand, and the record of what was chosen.
+"""The backend choice: which backend serves an operation on the device at hand, and the record of what was chosen.
 
 Each operation lists its backends in order of preference. A backend says for the case at hand either None ("I can") or
 why it cannot; the first that can is taken, or the one that the caller forces with `implementation=`. The choice is made
@@ -58,12 +58,12 @@ def target_of(device: jax.Device) -> Target:
     return Target(device.platform)
 
 
-_chosen: contextvars.ContextVar[Target | None] = contextvars.ContextVar("target", default=None)
+_target: contextvars.ContextVar[Target | None] = contextvars.ContextVar("target", default=None)
 
 
 def target(operation: str = "", implementation: Implementation = None) -> Target:
     """What is being traced for, with what an operation was called with as `implementation=`."""
-    found = _chosen.get()
+    found = _target.get()
     if found is None:
         config: Any = jax.config
         device = config.jax_default_device
@@ -77,29 +77,29 @@ def target(operation: str = "", implementation: Implementation = None) -> Target
 
 
 @contextlib.contextmanager
-def on(chosen: Target) -> Iterator[None]:
-    """Traces inside the block are for `chosen`, whatever devices there are."""
-    token = _chosen.set(chosen)
+def on(target: Target) -> Iterator[None]:
+    """Traces inside the block are for `target`, whatever devices there are."""
+    token = _target.set(target)
     try:
         yield
     finally:
-        _chosen.reset(token)
+        _target.reset(token)
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
     """What a backend needs to know to decide: the target, the block format or KV dtype, the dtype of the arithmetic, the
-    layout of the weights on the device, and the sizes that the operation's contract names."""
+    memory layout of the weights on the device, and the sizes that the operation's contract names."""
 
     operation: str
     target: Target
     format: str
     dtype: str
-    layout: str = "ggml"
+    memory_layout: str = "ggml"
     shape: tuple[int, ...] = ()
 
     def __str__(self) -> str:
-        return f"{self.format} of layout {self.layout} in {self.dtype} on {self.target}, sizes {list(self.shape)}"
+        return f"{self.format} (memory layout {self.memory_layout}) in {self.dtype} on {self.target}, sizes {list(self.shape)}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,22 +131,22 @@ def kernels(name: str, package: str, platform: str) -> Backend:
     return Backend(name, refuses, module)
 
 
-_PLATFORMS = {"gpu": "for NVIDIA GPUs", "tpu": "for TPUs"}
+_PLATFORMS = {"cpu": "for CPUs", "gpu": "for NVIDIA GPUs", "tpu": "for TPUs"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """One decision. `reason` says why the backends before this one were passed over, or that it was forced."""
+    """One backend choice. `reason` says why the backends before this one were passed over, or that it was forced."""
 
     operation: str
     target: str
     format: str
-    layout: str
+    memory_layout: str
     backend: str
     reason: str
 
 
-_records: contextvars.ContextVar[tuple[list[Choice], ...]] = contextvars.ContextVar("dispatch_records", default=())
+_records: contextvars.ContextVar[tuple[list[Choice], ...]] = contextvars.ContextVar("backend_choices", default=())
 
 
 @contextlib.contextmanager
@@ -161,7 +161,7 @@ def record() -> Iterator[list[Choice]]:
 
 
 def recording() -> bool:
-    """Whether anybody collects choices."""
+    """Whether choices are being collected."""
     return bool(_records.get())
 
 
@@ -201,7 +201,7 @@ def _forced(case: Case, backends: Sequence[Backend]) -> tuple[str, str]:
 
 
 def _taken(case: Case, backend: Backend, reason: str) -> Any:
-    choice = Choice(case.operation, str(case.target), case.format, case.layout, backend.name, reason)
+    choice = Choice(case.operation, str(case.target), case.format, case.memory_layout, backend.name, reason)
     for choices in _records.get():
         if choice not in choices:
             choices.append(choice)

@@ -17,7 +17,7 @@ from benchmarks.gpu.check_kernels import compare
 from benchmarks.gpu.lab import Lab
 from pallas_kernels import dispatch
 from pallas_kernels.append import append
-from pallas_kernels.paged_attention import KV_DTYPES, KVCache, Tables, make_plan, paged_attention
+from pallas_kernels.paged_attention import KV_DTYPES, KVCache, Tables, make_metadata, paged_attention
 
 BOUND = {"float32": 2e-5, "bfloat16": 4 * 2.0**-8, "float16": 4 * 2.0**-11, "int8": 4 * 2.0**-8, "float8_e4m3fn": 4 * 2.0**-8}
 PAGE = 16
@@ -92,7 +92,7 @@ def check_append(lab: Lab, dtype: str) -> Iterator[dict]:
 def attend(q, k, v, slots, tables: Tables, *, dtype: str, pages: int, window: int) -> jax.Array:
     """Writes k and v into layer 1 of 2 of a new cache and attends to it."""
     cache = KVCache.empty(2, pages, PAGE, k.shape[1], k.shape[2], dtype).write(1, slots, k, v)
-    return paged_attention(q, cache, 1, make_plan(tables, cache, q.shape[1], window), k.shape[2] ** -0.5)
+    return paged_attention(q, cache, 1, make_metadata(tables, cache, q.shape[1], window), k.shape[2] ** -0.5)
 
 
 def attend_exactly(q, k, v, slots, tables: Tables, *, dtype: str, pages: int, window: int) -> jax.Array:

@@ -97,7 +97,7 @@ def check_layout(lab: Lab, gate: Matrix, exact: np.ndarray, format: str) -> Iter
     got = lab.run(decoded, gate)
     if not lab.collecting:
         wrong = int((np.asarray(got) != exact[0]).sum())
-        yield {"name": f"layout {gate.layout} of {format}", "error": wrong, "bound": 0, "ok": wrong == 0}
+        yield {"name": f"layout {gate.memory_layout} of {format}", "error": wrong, "bound": 0, "ok": wrong == 0}
 
 
 def check_route(lab: Lab) -> Iterator[dict]:
@@ -177,7 +177,7 @@ def pack(raw, *, format: str, layout: str, rows: int, columns: int) -> Matrix:
 
 def decoded(matrix: Matrix) -> jax.Array:
     planes = tuple(plane[0] for plane in matrix.planes)
-    return LAYOUTS[matrix.layout].decode(planes, matrix.format, matrix.rows, matrix.columns)
+    return LAYOUTS[matrix.memory_layout].decode(planes, matrix.format, matrix.rows, matrix.columns)
 
 
 def multiply(x, gate: Matrix, up: Matrix):

@@ -28,7 +28,7 @@ from benchmarks.gpu.sizes import GOALS, goal
 from ferrum_jax.quantized import QuantizedTensor
 from pallas_kernels import dispatch
 from pallas_kernels.grouped_matmul import expert_ffn
-from pallas_kernels.paged_attention import KVCache, Tables, bytes_per_token, make_plan, paged_attention
+from pallas_kernels.paged_attention import KVCache, Tables, bytes_per_token, make_metadata, paged_attention
 from pallas_kernels.quantized_matmul import quantized_matmuls
 
 PAGE = 16
@@ -241,10 +241,10 @@ def dense_calls(x, *tensors, calls: int) -> tuple[jax.Array, ...]:
 
 
 def attention_calls(q, tables: Tables, cache: KVCache, *, calls: int) -> jax.Array:
-    plan = make_plan(tables, cache, q.shape[1])
+    metadata = make_metadata(tables, cache, q.shape[1])
 
     def call(i, y):
-        return paged_attention(q, cache, i % cache.pages.shape[0], plan, cache.head_dim**-0.5)
+        return paged_attention(q, cache, i % cache.pages.shape[0], metadata, cache.head_dim**-0.5)
 
     return lax.fori_loop(0, calls, call, jnp.zeros(q.shape, jnp.float32))
 
@@ -285,7 +285,7 @@ def last_dense(x, *tensors, calls: int) -> list[jax.Array]:
 
 def last_attention(q, tables: Tables, cache: KVCache, *, calls: int) -> jax.Array:
     layer = (calls - 1) % cache.pages.shape[0]
-    return paged_attention(q, cache, layer, make_plan(tables, cache, q.shape[1]), cache.head_dim**-0.5)
+    return paged_attention(q, cache, layer, make_metadata(tables, cache, q.shape[1]), cache.head_dim**-0.5)
 
 
 EXACT = {

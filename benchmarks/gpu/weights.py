@@ -110,7 +110,7 @@ def make_tensor(lab: Lab, tensor, std: float, name: str):
     known = FORMATS[tensor.format]
     count = POOL_BYTES // known.block_bytes if lab.sizes.real else 256
     pool = random_blocks(tensor.format, count, known.block_size, np.random.default_rng(zlib.crc32(name.encode())), std)
-    static = {"planes": tensor.planes, "format": tensor.format, "layout": tensor.layout, "matrix": tensor.matrix}
+    static = {"planes": tensor.planes, "format": tensor.format, "layout": tensor.memory_layout, "matrix": tensor.matrix}
     return dataclasses.replace(tensor, planes=lab.run(draw, lab.put(pool), key, **static))
 
 

@@ -22,9 +22,9 @@ from ferrum_jax.models.rope import rope_angles
 from ferrum_jax.models.scan import scan_layers
 from ferrum_jax.quantized import Layer, LayerStack, QuantizedTensor, linear
 from ferrum_jax.state import DecodeState, KVCache
-from pallas_kernels.decoder_layers import Part, Shape, Stack, backend_for
+from pallas_kernels.decoder_layers import LayerShape, Part, Stack, backend_for
 from pallas_kernels.derivatives import derivative_of
-from pallas_kernels.paged_attention import Tables, make_plan
+from pallas_kernels.paged_attention import Tables, make_metadata
 from pallas_kernels.reductions import rms_norm
 
 Cache = KVCache | DecodeState  # of layers of one kind, or of several
@@ -104,7 +104,7 @@ def run_layers(config: ModelConfig, layers: Params, x, cache: KVCache, slots, ta
     """The residual stream x float32 [T, hidden_size] after all layers, the cache and, with `record`, what the routers chose:
     in one call where a backend has one."""
     scale, normalize = config.expert_weights_scale, config.norm_topk_prob
-    shape = Shape(config.head_dim, config.rms_norm_eps, config.sliding_window, config.experts_per_token, normalize, scale)
+    shape = LayerShape(config.head_dim, config.rms_norm_eps, config.sliding_window, config.experts_per_token, normalize, scale)
     parts = _parts(layers, config.num_layers)
     backend = backend_for(*parts, config.hidden_size, shape, config.dtype, config.implementation)
     if backend is None:
@@ -124,10 +124,10 @@ def _parts(layers: Params, count: int) -> tuple[list[Stack], list[dict[str, Part
     parts: list[dict[str, Part]] = [{} for _ in range(count)]
     for path, parameter in jax.tree.leaves_with_path(layers, is_leaf=lambda node: isinstance(node, LayerStack)):
         numbers = {format: len(stacks) + i for i, format in enumerate(parameter.stacks)}
-        stacks += [Stack(tensor.planes[0], tensor.format, tensor.layout) for tensor in parameter.stacks.values()]
+        stacks += [Stack(tensor.planes[0], tensor.format, tensor.memory_layout) for tensor in parameter.stacks.values()]
         for layer in filter(parameter.has, map(Layer, range(count))):
             _, place = parameter.select(layer)
-            parts[layer.first][path[-1].key] = Part(numbers[parameter.layout[layer.first]], place)
+            parts[layer.first][path[-1].key] = Part(numbers[parameter.formats[layer.first]], place)
     return stacks, parts
 
 
@@ -135,12 +135,12 @@ def _composed(
     config: ModelConfig, layers: Params, x, cache: KVCache, slots, tables: Tables, rope, chosen=None, record: bool = False
 ) -> Carry:
     """The layers one after the other, each `Block` once a distinct body. chosen bool [T, columns]: as in `LayerModule`."""
-    plan = make_plan(tables, cache, config.num_heads, config.sliding_window, config.implementation)
+    metadata = make_metadata(tables, cache, config.num_heads, config.sliding_window, config.implementation)
     block = Block(config, parent=None)
 
     def step(carry: Carry, layer: Layer) -> Carry:
         x, cache, routing = carry
-        (x, cache), sown = block.apply({"params": layers}, x, cache, layer, slots, plan, rope, chosen, mutable=[ROUTING])
+        (x, cache), sown = block.apply({"params": layers}, x, cache, layer, slots, metadata, rope, chosen, mutable=[ROUTING])
         if routing and sown:
             (chose,) = sown[ROUTING]["feed_forward"]["chosen"]
             routing = tuple(known.at[layer.number].set(new) for known, new in zip(routing, chose, strict=True))

@@ -61,7 +61,7 @@ class LayerModule(nn.Module):
 class Attention(LayerModule):
     """Grouped-query attention over the paged cache; per-head RMSNorm of queries and keys where the file has it."""
 
-    def __call__(self, x, cache: KVCache, layer: Layer, slots, plan, rope, chosen=None) -> tuple[jax.Array, KVCache]:
+    def __call__(self, x, cache: KVCache, layer: Layer, slots, metadata, rope, chosen=None) -> tuple[jax.Array, KVCache]:
         config, tokens = self.config, x.shape[0]
 
         def norm(name: str) -> Norm:
@@ -78,7 +78,7 @@ class Attention(LayerModule):
             eps, implementation = config.rms_norm_eps, config.implementation
             q, cache = append(q, k, v, cache, layer.number, slots, rope, *norms, eps, implementation)
         with jax.named_scope("paged_attention"):
-            y = paged_attention(q, cache, layer.number, plan, config.head_dim**-0.5)
+            y = paged_attention(q, cache, layer.number, metadata, config.head_dim**-0.5)
         with jax.named_scope("attention_output"):
             return self.project(y.reshape(tokens, -1), layer, "output", chosen=chosen)[0], cache
 
@@ -104,7 +104,7 @@ class FeedForward(LayerModule):
         config = self.config
         with jax.named_scope("router"):
             logits = linear(x, self.stack("router"), layer, implementation=config.implementation)
-            experts, weights = route(
+            expert_ids, expert_weights = route(
                 logits,
                 slots >= 0,
                 config.experts_per_token,
@@ -112,11 +112,11 @@ class FeedForward(LayerModule):
                 scale=config.expert_weights_scale,
                 implementation=config.implementation,
             )
-            self.sow(ROUTING, "chosen", (experts, weights))
+            self.sow(ROUTING, "chosen", (expert_ids, expert_weights))
         with jax.named_scope("experts"):
             gate, up, down = (self.stack(f"expert_{name}") for name in ("gate", "up", "down"))
             x, dtype = x.astype(config.activations), config.dtype
-            return mixture(x, experts, weights, gate, up, down, layer, dtype, config.implementation)
+            return mixture(x, expert_ids, expert_weights, gate, up, down, layer, dtype, config.implementation)
 
 
 class Block(LayerModule):
@@ -126,12 +126,12 @@ class Block(LayerModule):
         self.attention = Attention(self.config)
         self.feed_forward = FeedForward(self.config)
 
-    def __call__(self, x, cache: KVCache, layer: Layer, slots, plan, rope, chosen=None) -> tuple[jax.Array, KVCache]:
+    def __call__(self, x, cache: KVCache, layer: Layer, slots, metadata, rope, chosen=None) -> tuple[jax.Array, KVCache]:
         def norm(name: str) -> jax.Array:
             return rms_norm(x, self.stack(name).vector(layer), self.config.rms_norm_eps)
 
         with jax.named_scope("attention"):
-            y, cache = self.attention(norm("attention_norm"), cache, layer, slots, plan, rope, chosen)
+            y, cache = self.attention(norm("attention_norm"), cache, layer, slots, metadata, rope, chosen)
         x = x + y
         with jax.named_scope("feed_forward"):
             return x + self.feed_forward(norm("feed_forward_norm"), layer, slots, chosen), cache

@@ -16,7 +16,7 @@ from ferrum_jax.quantized import Layer, LayerStack
 def layer_segments(layers: Mapping[str, Any]) -> tuple[Segment, ...]:
     """How these layers, a tree of `LayerStack`s, are scanned; the sum of the periods is the number of distinct bodies."""
     stacks = jax.tree.leaves(layers, is_leaf=lambda node: isinstance(node, LayerStack))
-    return segments(list(zip(*(stack.layout for stack in stacks), strict=True)))
+    return segments(list(zip(*(stack.formats for stack in stacks), strict=True)))
 
 
 def scan_layers(layers: Mapping[str, Any], step: Callable[[Any, Layer], Any], carry: Any) -> Any:

@@ -166,13 +166,13 @@ def _stacks(params: dict) -> Iterator[tuple[Stack, tuple[Any, ...]]]:
     for name in sorted(params.keys() - {"layers"}):
         value = params[name]
         if isinstance(value, QuantizedTensor):
-            yield Stack((name,), value.format, value.layout, value.matrix, ()), value.planes
+            yield Stack((name,), value.format, value.memory_layout, value.matrix, ()), value.planes
         else:
             yield Stack((name,), "F32", "ggml", value.shape, ()), (value,)
     for path, value in _leaves(params["layers"], ()):
         for kind, stack in value.stacks.items():
-            layers = tuple(i for i, kept in enumerate(value.layout) if kept == kind)
-            yield Stack(path, stack.format, stack.layout, stack.shape[1:], layers), stack.planes
+            layers = tuple(i for i, kept in enumerate(value.formats) if kept == kind)
+            yield Stack(path, stack.format, stack.memory_layout, stack.shape[1:], layers), stack.planes
 
 
 def _leaves(node: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], LayerStack]]:

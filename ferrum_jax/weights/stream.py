@@ -108,7 +108,7 @@ class _Reader:
         """The stack with the tensors' contents, on the device."""
         format = format_of(stack.format)
         shape = (*tensors[0].shape[:-1], format.stored_width(tensors[0].shape[-1]))
-        layout = stack.layout.removesuffix(SUFFIX)
+        layout = stack.memory_layout.removesuffix(SUFFIX)
         if self.device.platform == "cpu" and layout == "ggml":
             buffer = _aligned_empty((len(tensors), *shape), format.storage)
             with ThreadPoolExecutor(_READERS) as pool:  # half of the time is the kernel's, for fresh memory

@@ -1,13 +1,13 @@
 """What comes between the projections of a layer and its attention: heads normed and rotated, keys and values cached.
 
-Contract of `append(q, k, v, cache, layer, slots, rope, q_norm, k_norm, eps)`:
+Contract of `append(q, k, v, cache, layer, kv_slots, rope, q_norm, k_norm, eps)`:
 
 * `q` [tokens, q_heads, head_dim], `k`, `v` [tokens, kv_heads, head_dim], float32, as projected.
 * `rope`: cos and sin, float32 [tokens, 1, rope_dim / 2]: value i of a head turns with value i + rope_dim / 2, values from
   rope_dim on stay (half-split layout; arXiv 2104.09864).
 * `q_norm`, `k_norm`: None, or (weights float32 [n, head_dim], int32 scalar place): RMSNorm over each head before rotation
   with the vector at that place, `eps` inside the root (arXiv 1910.07467).
-* `cache`, `layer`, `slots`: as `KVCache.write`; the cache is updated in place where it was donated.
+* `cache`, `layer`, `kv_slots`: as `KVCache.write`; the cache is updated in place where it was donated.
 * result: q normed and rotated, float32, and the cache with k (normed, rotated) and v written.
 * derivatives: with respect to q, k, v, the norms and, where it holds floats, the cache.
 """
@@ -37,7 +37,7 @@ def append(
     v: jax.Array,
     cache: KVCache,
     layer: jax.Array | int,
-    slots: jax.Array,
+    kv_slots: jax.Array,
     rope: tuple[jax.Array, jax.Array],
     q_norm: Norm = None,
     k_norm: Norm = None,
@@ -46,12 +46,24 @@ def append(
 ) -> tuple[jax.Array, KVCache]:
     """(q float32 [tokens, q_heads, head_dim], cache). See the module's contract."""
     kv = (q.shape[0], cache.kv_heads, cache.head_dim)
-    if k.shape != kv or v.shape != kv or q.shape[-1] != cache.head_dim or slots.shape != q.shape[:1]:
+    if k.shape != kv or v.shape != kv or q.shape[-1] != cache.head_dim or kv_slots.shape != q.shape[:1]:
         raise ValueError(f"append: q {q.shape}, k {k.shape}, v {v.shape} and a cache {cache.pages.shape} do not fit")
-    return _append(q, k, v, cache, layer, slots, rope, q_norm, k_norm, eps, dispatch.target("append", implementation))
+    return _append(q, k, v, cache, layer, kv_slots, rope, q_norm, k_norm, eps, dispatch.target("append", implementation))
 
 
 @derivative_of(lambda *arguments: xla.append(*arguments[:-1]), static=("eps", "target"))
-def _append(q, k, v, cache, layer, slots, rope, q_norm, k_norm, eps, target):
+def _append(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    cache: KVCache,
+    layer: jax.Array | int,
+    kv_slots: jax.Array,
+    rope: tuple[jax.Array, jax.Array],
+    q_norm: Norm,
+    k_norm: Norm,
+    eps: float,
+    target: dispatch.Target,
+) -> tuple[jax.Array, KVCache]:
     case = dispatch.Case("append", target, cache.dtype, "float32", shape=(*q.shape, cache.kv_heads))
-    return dispatch.choose(case, BACKENDS).append(q, k, v, cache, layer, slots, rope, q_norm, k_norm, eps)
+    return dispatch.choose(case, BACKENDS).append(q, k, v, cache, layer, kv_slots, rope, q_norm, k_norm, eps)

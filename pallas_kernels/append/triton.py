@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -10,6 +12,9 @@ from jax.experimental import pallas as pl
 from pallas_kernels import compat
 from pallas_kernels.dispatch import Case
 from pallas_kernels.paged_attention import KVCache
+
+if TYPE_CHECKING:
+    from pallas_kernels.append import Norm
 
 
 def refuses(case: Case) -> str | None:
@@ -20,7 +25,17 @@ def refuses(case: Case) -> str | None:
 
 
 def append(
-    q, k, v, cache: KVCache, layer, slots, rope, q_norm, k_norm, eps: float, interpret: bool = False
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    cache: KVCache,
+    layer: jax.Array | int,
+    kv_slots: jax.Array,
+    rope: tuple[jax.Array, jax.Array],
+    q_norm: Norm,
+    k_norm: Norm,
+    eps: float,
+    interpret: bool = False,
 ) -> tuple[jax.Array, KVCache]:
     """As the package's contract says."""
     tokens, q_heads, head_dim = q.shape
@@ -32,16 +47,16 @@ def append(
     flat_rope = [angle.reshape(tokens, half) for angle in rope]
     norms = [(norm[0], jnp.asarray(norm[1], jnp.int32).reshape(1)) for norm in (q_norm, k_norm) if norm is not None]
 
-    def kernel(q, k, v, cos, sin, slots, layer, *refs):
+    def kernel(q: Any, k: Any, v: Any, cos: Any, sin: Any, kv_slots: Any, layer: Any, *refs: Any) -> None:
         *norm_refs, _before, out, pages = refs
         token, head = pl.program_id(0), pl.program_id(1)
         lane, end = lax.iota(jnp.int32, lanes), lax.iota(jnp.int32, tail)
         parts = [(lane, lane < half), (lane + half, lane < half)]
         parts += [(end + 2 * half, end < rest)] if rest else []
-        slot = slots[token]
+        slot = kv_slots[token]
         row = layer[0] * count + slot
 
-        def rotated(ref, index, norm):
+        def rotated(ref: Any, index: Any, norm: Any) -> Any:
             values = [compat.triton_load(ref.at[token, index, at], mask=mask, other=0.0) for at, mask in parts]
             if norm is not None:
                 weights, place = norm
@@ -52,7 +67,7 @@ def append(
             first, second, *unturned = values
             return [first * c - second * s, second * c + first * s, *unturned]
 
-        def store(ref, index, values):
+        def store(ref: Any, index: Any, values: Any) -> None:
             for x, (at, mask) in zip(values, parts, strict=True):
                 compat.triton_store(ref.at[(*index, at)], x.astype(ref.dtype), mask=mask)
 
@@ -60,20 +75,20 @@ def append(
         norm_of = [None if norm is None else next(given) for norm in (q_norm, k_norm)]
 
         @pl.when(head < q_heads)
-        def _():
+        def _() -> None:
             store(out, (token, head), rotated(q, head, norm_of[0]))
 
         @pl.when((head >= q_heads) & (head < q_heads + kv_heads) & (slot >= 0))
-        def _():
+        def _() -> None:
             store(pages, (row, 2 * (head - q_heads)), rotated(k, head - q_heads, norm_of[1]))
 
         @pl.when((head >= q_heads + kv_heads) & (slot >= 0))
-        def _():
+        def _() -> None:
             index = head - q_heads - kv_heads
             values = [compat.triton_load(v.at[token, index, at], mask=mask, other=0.0) for at, mask in parts]
             store(pages, (row, 2 * index + 1), values)
 
-    operands = (q, k, v, *flat_rope, slots, jnp.asarray(layer, jnp.int32).reshape(1), *(part for n in norms for part in n))
+    operands = (q, k, v, *flat_rope, kv_slots, jnp.asarray(layer, jnp.int32).reshape(1), *(part for n in norms for part in n))
     out, pages = compat.triton_call(
         kernel,
         name="append",

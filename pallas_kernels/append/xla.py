@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.paged_attention import KVCache
 from pallas_kernels.reductions import rms_norm
 
+if TYPE_CHECKING:
+    from pallas_kernels.append import Norm
 
-def append(q, k, v, cache: KVCache, layer, slots, rope, q_norm, k_norm, eps: float) -> tuple[jax.Array, KVCache]:
+
+def append(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    cache: KVCache,
+    layer: jax.Array | int,
+    kv_slots: jax.Array,
+    rope: tuple[jax.Array, jax.Array],
+    q_norm: Norm,
+    k_norm: Norm,
+    eps: float,
+) -> tuple[jax.Array, KVCache]:
     """As the package's contract says."""
     q, k = (rotate(x if norm is None else rms_norm(x, norm[0][norm[1]], eps), *rope) for x, norm in ((q, q_norm), (k, k_norm)))
-    return q, cache.write(layer, slots, k, v)
+    return q, cache.write(layer, kv_slots, k, v)
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:

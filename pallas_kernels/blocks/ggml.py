@@ -13,7 +13,7 @@ NAME = "ggml"
 
 
 def fits(format: str, n: int, k: int) -> str | None:
-    """Always None: every matrix of a file is in this layout."""
+    """Always None: every matrix of a file is in this memory layout."""
     return None
 
 
@@ -33,7 +33,9 @@ def decode(planes: tuple[jax.Array, ...], format: str, n: int, k: int) -> jax.Ar
     return format_of(format).decode(planes[0])
 
 
-def rows(planes: tuple[jax.Array, ...], index: tuple[jax.Array, ...], start, count: int) -> tuple[jax.Array, ...]:
+def rows(
+    planes: tuple[jax.Array, ...], index: tuple[jax.Array, ...], start: jax.Array | int, count: int
+) -> tuple[jax.Array, ...]:
     """The planes of rows start .. start + count - 1 of the matrix at `index`."""
     (stored,) = planes
     sizes = (1,) * len(index) + (count, stored.shape[-1])

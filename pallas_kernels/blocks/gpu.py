@@ -36,6 +36,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
 from . import FORMATS, fp4, iq4
 from .format import half_to_float32, split, spread
@@ -106,7 +107,7 @@ def _rows(parts: jax.Array) -> jax.Array:
     return parts.reshape(parts.shape[0], -1)
 
 
-def _words(octets: jax.Array, dtype) -> jax.Array:
+def _words(octets: jax.Array, dtype: DTypeLike) -> jax.Array:
     """Little-endian words of the last axis."""
     return lax.bitcast_convert_type(octets.reshape(*octets.shape[:-1], -1, jnp.dtype(dtype).itemsize), dtype)
 
@@ -146,52 +147,52 @@ def _rows3(parts: jax.Array) -> jax.Array:
     return parts.reshape(*parts.shape[:2], -1)
 
 
-def _q4_0(blocks):
+def _q4_0(blocks: jax.Array) -> tuple[jax.Array, Arrays]:
     return _nibbles(blocks, 2, 16), (_halves(blocks, 0),)
 
 
-def _q4_1(blocks):
+def _q4_1(blocks: jax.Array) -> tuple[jax.Array, Arrays]:
     return _nibbles(blocks, 4, 16), (_pairs(blocks),)
 
 
-def _q5_0(blocks):
+def _q5_0(blocks: jax.Array) -> tuple[jax.Array, Arrays]:
     return _nibbles(blocks, 6, 16) | _fifths(blocks, 2), (_halves(blocks, 0),)
 
 
-def _q5_1(blocks):
+def _q5_1(blocks: jax.Array) -> tuple[jax.Array, Arrays]:
     return _nibbles(blocks, 8, 16) | _fifths(blocks, 4), (_pairs(blocks),)
 
 
-def _q8_0(blocks):
+def _q8_0(blocks: jax.Array) -> tuple[jax.Array, Arrays]:
     return _rows(_bytes(blocks, 2, 32)) ^ 128, (_halves(blocks, 0),)
 
 
-def _q4_k(blocks):
+def _q4_k(blocks: jax.Array) -> tuple[jax.Array, Arrays]:
     return _nibbles(blocks, 16, 128, 32), (_k_scales(blocks),)
 
 
-def _q5_k(blocks):
+def _q5_k(blocks: jax.Array) -> tuple[jax.Array, Arrays]:
     fifth = (_bytes(blocks, 16, 32)[..., None, :] >> jnp.arange(8, dtype=jnp.uint8)[:, None]) & 1
     return _nibbles(blocks, 48, 128, 32) | _rows(fifth << 4), (_k_scales(blocks),)
 
 
-def _q6_k(blocks):
+def _q6_k(blocks: jax.Array) -> tuple[jax.Array, Arrays]:
     high = _bytes(blocks, 128, 64).reshape(*blocks.shape[:2], 2, 1, 32)
     high = (high >> (2 * jnp.arange(4, dtype=jnp.uint8))[:, None]) & 3
     scales = _words(_rows(_bytes(blocks, 192, 16)) ^ 128, jnp.uint32)
     return _nibbles(blocks, 0, 128, 64) | _rows(high << 4), (scales, _words(_rows(_bytes(blocks, 208, 2)), jnp.uint16))
 
 
-def _iq4_nl(blocks):
+def _iq4_nl(blocks: jax.Array) -> tuple[jax.Array, Arrays]:
     return _nibbles(blocks, 2, 16), (_halves(blocks, 0),)
 
 
-def _iq4_xs(blocks):
+def _iq4_xs(blocks: jax.Array) -> tuple[jax.Array, Arrays]:
     head = jnp.concatenate([_bytes(blocks, 4, 4), _bytes(blocks, 0, 4)], -1)
     return _nibbles(blocks, 8, 128), (_words(_rows(head), jnp.uint32),)
 
 
-def _mxfp4(blocks):
+def _mxfp4(blocks: jax.Array) -> tuple[jax.Array, Arrays]:
     return _nibbles(blocks, 1, 16), (_words(_rows(_bytes(blocks, 0)), jnp.uint16),)
 
 
@@ -211,13 +212,13 @@ PACKINGS = {
 }
 
 
-# --- the layout's interface ----------------------------------------------------------------------------------------
+# --- the memory layout's interface ---------------------------------------------------------------------------------
 
 
 def fits(format: str, n: int, k: int) -> str | None:
     """None where a matrix [n, k] can be packed; else the reason in words."""
     if format not in PACKINGS:
-        return f"{format} has no GPU layout"
+        return f"{format} has no GPU memory layout"
     unit = PACKINGS[format].unit
     return f"rows of {k} weights are no multiple of {unit}" if k % unit else None
 
@@ -327,7 +328,7 @@ def _scales(form: str, planes: Arrays) -> tuple[jax.Array, jax.Array | None]:
 def rows(planes: Arrays, index: Arrays, start: jax.Array | int, count: int) -> Arrays:
     """The planes of rows start .. start + count - 1 of the matrix at `index` of the stacks."""
 
-    def part(plane):
+    def part(plane: jax.Array) -> jax.Array:
         sizes = (1,) * len(index) + (count, plane.shape[-1])
         at = (*index, jnp.asarray(start, jnp.int32), jnp.zeros((), jnp.int32))
         return lax.dynamic_slice(plane, at, sizes).reshape(sizes[-2:])

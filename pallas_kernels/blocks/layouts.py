@@ -1,7 +1,7 @@
 """How compressed matrices lie in the memory of a device.
 
-A layout is a module: `fits` says whether it can hold a matrix, `pack` makes its planes from the blocks of a file (on the
-device, while loading), `decode` makes exact float32 of them again. The kernels of a target read one layout; plain XLA
+A memory layout is a module: `fits` says whether it can hold a matrix, `pack` makes its planes from the blocks of a file (on the
+device, while loading), `decode` makes exact float32 of them again. The kernels of a target read one of them; plain XLA
 reads all of them, through `unpack_rows`.
 """
 
@@ -22,7 +22,7 @@ LAYOUTS: dict[str, Any] = _PLAIN | {name + SUFFIX: Ordered(module) for name, mod
 
 
 def choose(format: str, rows: int, columns: int, target: Target) -> str:
-    """The layout in which the kernels of `target` want such a matrix; "ggml" where they have none for it."""
+    """The memory layout in which the kernels of `target` want such a matrix; "ggml" where they have none for it."""
     if target.platform == "gpu" and target.capability >= (8, 0):
         layout = "gpu"
     elif target.platform == "tpu":
@@ -34,18 +34,18 @@ def choose(format: str, rows: int, columns: int, target: Target) -> str:
 
 def open_axes(matrix: Matrix) -> tuple[int, ...]:
     """Lengths of the stack axes that have no index yet: () for one matrix, (experts,) for the experts of a layer."""
-    plane = LAYOUTS[matrix.layout].plane_shapes(matrix.format, matrix.rows, matrix.columns)[0]
+    plane = LAYOUTS[matrix.memory_layout].plane_shapes(matrix.format, matrix.rows, matrix.columns)[0]
     return matrix.planes[0].shape[len(matrix.index) : matrix.planes[0].ndim - len(plane.shape)]
 
 
 def unpack_rows(matrix: Matrix, start: jax.Array | int, count: int) -> jax.Array:
     """Rows start .. start + count - 1 of the matrix, unpacked: float32 [count, columns]."""
-    layout = LAYOUTS[matrix.layout]
+    layout = LAYOUTS[matrix.memory_layout]
     planes = layout.rows(matrix.planes, matrix.index, start, count)
     return layout.decode(planes, matrix.format, count, matrix.columns)
 
 
 def gather_rows(matrix: Matrix, ids: jax.Array) -> jax.Array:
     """The rows `ids` int32 [t] of a matrix without stack axes, unpacked: float32 [t, columns]."""
-    layout = LAYOUTS[matrix.layout]
+    layout = LAYOUTS[matrix.memory_layout]
     return layout.decode(layout.gather(matrix.planes, ids), matrix.format, ids.shape[0], matrix.columns)

@@ -21,7 +21,7 @@ from . import format_of
 class Matrix:
     """W [rows, columns], or one for each expert where one more stack axis remains than `index` has scalars.
 
-    planes: arrays [*stack, *plane]: what a plane holds is the layout's business (see layouts.py); in layout "ggml" it is
+    planes: arrays [*stack, *plane]: the memory layout says what a plane holds (see layouts.py); in "ggml" there is
     one array of the format's `storage`, [*stack, rows, stored_width(columns)]. index: int32 scalars for the leading axes
     of the stack. rows, columns: in weights.
     """
@@ -29,7 +29,7 @@ class Matrix:
     planes: tuple[jax.Array, ...]
     index: tuple[jax.Array, ...]
     format: str = dataclasses.field(metadata={"static": True})
-    layout: str = dataclasses.field(metadata={"static": True})
+    memory_layout: str = dataclasses.field(metadata={"static": True})
     rows: int = dataclasses.field(metadata={"static": True})
     columns: int = dataclasses.field(metadata={"static": True})
 

@@ -1,4 +1,4 @@
-"""Any layout with its columns in another order: one more plane says which column of the matrix each stored column is.
+"""Any memory layout with its columns in another order: one more plane says which column of the matrix each stored column is.
 
 GPTQ with `desc_act` sorts columns by activation before it cuts them into groups. Stored so, the groups stay runs of columns
 and every block format fits; what is left to do is to take the columns of x in that order (`natural`, `natural_rows`), one
@@ -20,7 +20,7 @@ SUFFIX = "+order"
 
 
 class Ordered:
-    """The layout `inner` with the plane `order` int32 [columns] behind its own: stored column c is column order[c]."""
+    """The memory layout `inner` with the plane `order` int32 [columns] after its own: stored column c is column order[c]."""
 
     def __init__(self, inner: ModuleType) -> None:
         self.NAME, self.inner = inner.NAME + SUFFIX, inner
@@ -37,7 +37,9 @@ class Ordered:
         """float32 [n, k], the columns in the order of the matrix."""
         return self.inner.decode(planes[:-1], format, n, k)[:, jnp.argsort(planes[-1])]
 
-    def rows(self, planes: tuple[jax.Array, ...], index: tuple[jax.Array, ...], start, count: int) -> tuple[jax.Array, ...]:
+    def rows(
+        self, planes: tuple[jax.Array, ...], index: tuple[jax.Array, ...], start: jax.Array | int, count: int
+    ) -> tuple[jax.Array, ...]:
         """The planes of rows start .. start + count - 1 of the matrix at `index`."""
         return (*self.inner.rows(planes[:-1], index, start, count), planes[-1][index])
 
@@ -48,7 +50,7 @@ class Ordered:
 
 def is_ordered(matrix: Matrix) -> bool:
     """Whether the columns of the matrix lie in another order."""
-    return matrix.layout.endswith(SUFFIX)
+    return matrix.memory_layout.endswith(SUFFIX)
 
 
 def natural(x: jax.Array, matrix: Matrix) -> tuple[jax.Array, Matrix]:
@@ -74,4 +76,4 @@ def _apart(x: jax.Array) -> jax.Array:
 
 
 def _stored(matrix: Matrix) -> Matrix:
-    return dataclasses.replace(matrix, planes=matrix.planes[:-1], layout=matrix.layout.removesuffix(SUFFIX))
+    return dataclasses.replace(matrix, planes=matrix.planes[:-1], memory_layout=matrix.memory_layout.removesuffix(SUFFIX))

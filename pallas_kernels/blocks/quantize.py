@@ -12,6 +12,7 @@ import functools
 import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -50,32 +51,32 @@ def _bits(codes: jax.Array) -> jax.Array:
     return _merged(jnp.swapaxes(_runs(codes, 1, -1, 8), 1, 2), 1)
 
 
-def _symmetric(x, grid, with_fifth=False):
+def _symmetric(x: jax.Array, grid: Any, with_fifth: bool = False) -> tuple[list[jax.Array], tuple[jax.Array, ...]]:
     codes, d = scales.single(x, grid)
     codes = _natural(codes)
     high = [_bits(codes >> 4)] if with_fifth else []
     return [*_halves(d), *high, _merged(_runs(codes & 15, 1, 2, 16), 4)], (d,)
 
 
-def _q8_0(x):
+def _q8_0(x: jax.Array) -> tuple[list[jax.Array], tuple[jax.Array, ...]]:
     codes, d = scales.single(x, scales.EIGHT)
     return [*_halves(d), _natural(codes) + jnp.uint8(129)], (d,)  # code - 127, in eight bits
 
 
-def _affine(x, top):
+def _affine(x: jax.Array, top: int) -> tuple[list[jax.Array], tuple[jax.Array, ...]]:
     codes, d, m = scales.single_affine(x, top)
     codes = _natural(codes)
     high = [_bits(codes >> 4)] if top > 15 else []
     return [*_halves(d, m), *high, _merged(_runs(codes & 15, 1, 2, 16), 4)], (d, m)
 
 
-def _q2_k(x):
+def _q2_k(x: jax.Array) -> tuple[list[jax.Array], tuple[jax.Array, ...]]:
     codes, scale, offset, d, dmin = scales.double_affine(x, 3, 15)
     groups = (scale | (offset << 4)).astype(jnp.uint8)
     return [groups, _merged(_runs(_natural(codes), 2, 4, 32), 2), *_halves(d, dmin)], (d, dmin)
 
 
-def _q3_k(x):
+def _q3_k(x: jax.Array) -> tuple[list[jax.Array], tuple[jax.Array, ...]]:
     codes, scale, d = scales.double(x, scales.THREE, -32, 31)
     codes = _natural(codes)
     scale = (scale + 32).astype(jnp.uint8)
@@ -83,7 +84,7 @@ def _q3_k(x):
     return [_merged(_runs(codes >> 2, 1, 8, 32), 1), _merged(_runs(codes & 3, 2, 4, 32), 2), *groups, *_halves(d)], (d,)
 
 
-def _k(x, top):
+def _k(x: jax.Array, top: int) -> tuple[list[jax.Array], tuple[jax.Array, ...]]:
     """Q4_K and Q5_K."""
     codes, scale, offset, d, dmin = scales.double_affine(x, top, 63)
     codes = _natural(codes)
@@ -95,14 +96,14 @@ def _k(x, top):
     return [*_halves(d, dmin), *groups, *fifth, _merged(_runs(codes & 15, 4, 2, 32), 4)], (d, dmin)
 
 
-def _q6_k(x):
+def _q6_k(x: jax.Array) -> tuple[list[jax.Array], tuple[jax.Array, ...]]:
     codes, scale, d = scales.double(x, scales.SIX, -128, 127)
     runs = _runs(_natural(codes), 2, 4, 32)
     low = jnp.concatenate([(runs[:, k] & 15) | (runs[:, k + 2] & 15) << 4 for k in range(2)], 1)
     return [low.reshape(128, -1), _merged(runs >> 4, 2), scale.astype(jnp.int8).view(jnp.uint8), *_halves(d)], (d,)
 
 
-def _iq4_xs(x):
+def _iq4_xs(x: jax.Array) -> tuple[list[jax.Array], tuple[jax.Array, ...]]:
     codes, scale, d = scales.double(x, scales.UNEVEN, -32, 31)
     scale = (scale + 32).astype(jnp.uint8)
     high = _merged(jnp.swapaxes(_runs(scale >> 4, 1, 2, 4), 1, 2), 2)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -101,7 +102,7 @@ def _best(trial: Callable[[jax.Array], tuple[jax.Array, ...]], trials: Sequence[
     """What `trial` gives, place by place, for the number of the list whose error, its first result, is least there; the
     first of several."""
 
-    def step(i, best):
+    def step(i: Any, best: Any) -> Any:
         return _better(best, trial(numbers[i]))
 
     numbers = jnp.array(trials, jnp.float32)
@@ -123,7 +124,7 @@ def fit(y: jax.Array, grid: Grid) -> jax.Array:
     """The least-squares scale of every group: [groups, blocks]."""
     step = _inverse(_largest(y, 0))
 
-    def trial(number):
+    def trial(number: Any) -> Any:
         yq = total(lambda y: y * grid.nearest(y * (number * step)), y)
         qq = total(lambda y: jnp.square(grid.nearest(y * (number * step))), y)
         gain = _ratio(yq * yq, qq)  # what the scale takes off the sum of squares; for the plain one a little more
@@ -138,7 +139,7 @@ def single(x: jax.Array, grid: Grid) -> tuple[jax.Array, jax.Array]:
     extreme = _largest(y, 0)
     tried = jnp.stack([extreme / grid.trials[0], extreme / grid.other, fit(y, grid)])
 
-    def trial(number):
+    def trial(number: Any) -> Any:
         s, half = halved(tried[number.astype(jnp.int32)], largest)
         return total(lambda y: jnp.square(y - s * grid.nearest(y * _inverse(s))), y), half, s
 
@@ -155,19 +156,19 @@ def double(x: jax.Array, grid: Grid, low: int, high: int) -> tuple[jax.Array, ja
     y, largest = unit(x)
     fitted = fit(y, grid)
 
-    def under(scale):
+    def under(scale: Any) -> Any:
         """Error, half, its value and the integers for a scale over them."""
         s, half = halved(scale, largest)
         middle = jnp.round(fitted * _inverse(s))
 
-        def trial(step):
+        def trial(step: Any) -> Any:
             k = jnp.clip(middle + step, low, high)
             return total(lambda y: jnp.square(y - s * k * grid.nearest(y * _inverse(s * k))), y), k
 
         errors, k = _best(trial, _NEIGHBORS)
         return jnp.sum(errors, 0), half, s, k
 
-    def refit(best):
+    def refit(best: Any) -> Any:
         """The least-squares scale for the codes and integers there are."""
         _, _, s, k = best
         inverse = _inverse(s * k)
@@ -195,7 +196,7 @@ def fit_affine(y: jax.Array, top: int, trials: int, free: bool) -> tuple[jax.Arr
     z = lax.optimization_barrier(y - low)
     sum_z, sum_zz = total(lambda z: z, z), total(jnp.square, z)
 
-    def trial(number):
+    def trial(number: Any) -> Any:
         end, shift = ends[number.astype(jnp.int32)]
         step = end * _inverse(width)
         q = total(lambda z: _codes(z * step + shift, top), z)
@@ -231,7 +232,7 @@ def single_affine(x: jax.Array, top: int) -> tuple[jax.Array, jax.Array, jax.Arr
     scale, offset = fit_affine(y, top, 5, free=True)
     tried = jnp.stack([(high - low) / top, scale]), jnp.stack([low, offset])
 
-    def trial(number):
+    def trial(number: Any) -> Any:
         (s, d), (o, m) = (halved(part[number.astype(jnp.int32)], largest) for part in tried)
         return total(lambda y: jnp.square(y - s * _codes((y - o) * _inverse(s), top) - o), y), d, m, s, o
 
@@ -247,14 +248,14 @@ def double_affine(x: jax.Array, top: int, most: int) -> tuple[jax.Array, ...]:
     a, b = fit_affine(y, top, 6, free=False)
     sum_y = total(lambda y: y, y)
 
-    def under(scale, minimum):
+    def under(scale: Any, minimum: Any) -> Any:
         """Error, the halves, their values and the integers for a scale and a minimum over them."""
         s, d = halved(scale, largest)
         o, dmin = halved(minimum, largest)
         middle = jnp.round(a * _inverse(s))
         pairs = jnp.array(_PAIRS)
 
-        def trial(number):
+        def trial(number: Any) -> Any:
             step, other = pairs[number.astype(jnp.int32)]
             k = jnp.clip(middle + step, 0, most)
             inverse = _inverse(s * k)
@@ -265,7 +266,7 @@ def double_affine(x: jax.Array, top: int, most: int) -> tuple[jax.Array, ...]:
         errors, k, m = _best(trial, range(len(_PAIRS)))
         return jnp.sum(errors, 0), d, dmin, s, o, k, m
 
-    def refit(best):
+    def refit(best: Any) -> Any:
         """The least-squares scale and minimum for the codes and integers there are."""
         _, _, _, s, o, k, m = best
         inverse = _inverse(s * k)

@@ -19,6 +19,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -88,48 +89,48 @@ def _k_scales(blocks: jax.Array) -> Arrays:
     return jnp.concatenate(scales, -1).astype(jnp.uint8), jnp.concatenate(minima, -1).astype(jnp.uint8)
 
 
-def _q4_0(blocks):
+def _q4_0(blocks: jax.Array) -> tuple[jax.Array, Arrays, Arrays]:
     return _halves(blocks, 2), (), (_half(blocks, 0),)
 
 
-def _q4_1(blocks):
+def _q4_1(blocks: jax.Array) -> tuple[jax.Array, Arrays, Arrays]:
     return _halves(blocks, 4), (), (_half(blocks, 0), _half(blocks, 2))
 
 
-def _q5_0(blocks):
+def _q5_0(blocks: jax.Array) -> tuple[jax.Array, Arrays, Arrays]:
     return _halves(blocks, 6) | _fifth(blocks, 2), (), (_half(blocks, 0),)
 
 
-def _q5_1(blocks):
+def _q5_1(blocks: jax.Array) -> tuple[jax.Array, Arrays, Arrays]:
     return _halves(blocks, 8) | _fifth(blocks, 4), (), (_half(blocks, 0), _half(blocks, 2))
 
 
-def _q8_0(blocks):
+def _q8_0(blocks: jax.Array) -> tuple[jax.Array, Arrays, Arrays]:
     return _bytes(blocks, 2, 32), (), (_half(blocks, 0),)
 
 
-def _q4_k(blocks):
+def _q4_k(blocks: jax.Array) -> tuple[jax.Array, Arrays, Arrays]:
     return _pairs(blocks, 16, 32), _k_scales(blocks), (_half(blocks, 0), _half(blocks, 2))
 
 
-def _q5_k(blocks):
+def _q5_k(blocks: jax.Array) -> tuple[jax.Array, Arrays, Arrays]:
     fifth = (_bytes(blocks, 16, 32)[..., None, :] >> jnp.arange(8, dtype=jnp.uint8)[:, None]) & 1
     codes = _pairs(blocks, 48, 32) | (fifth.reshape(*blocks.shape[:-1], 256) << 4)
     return codes, _k_scales(blocks), (_half(blocks, 0), _half(blocks, 2))
 
 
-def _q6_k(blocks):
+def _q6_k(blocks: jax.Array) -> tuple[jax.Array, Arrays, Arrays]:
     high = _bytes(blocks, 128, 64).reshape(*blocks.shape[:-1], 2, 1, 32)
     high = (high >> (2 * jnp.arange(4, dtype=jnp.uint8))[:, None]) & 3
     codes = _pairs(blocks, 0, 64) | (high.reshape(*blocks.shape[:-1], 256) << 4)
     return codes, (lax.bitcast_convert_type(_bytes(blocks, 192, 16), jnp.int8),), (_half(blocks, 208),)
 
 
-def _iq4_nl(blocks):
+def _iq4_nl(blocks: jax.Array) -> tuple[jax.Array, Arrays, Arrays]:
     return _halves(blocks, 2), (), (_half(blocks, 0),)
 
 
-def _iq4_xs(blocks):
+def _iq4_xs(blocks: jax.Array) -> tuple[jax.Array, Arrays, Arrays]:
     low = spread(take(blocks, 4, 4), 2, 4).reshape(*blocks.shape[:-1], 8)
     high = spread(take(blocks, 2, 2), 4, 2).reshape(*blocks.shape[:-1], 8)
     scale = ((low | (high << 4)) - 32).astype(jnp.int8)
@@ -137,7 +138,7 @@ def _iq4_xs(blocks):
     return _halves(groups, 0).reshape(*blocks.shape[:-1], 256), (scale,), (_half(blocks, 0),)
 
 
-def _mxfp4(blocks):
+def _mxfp4(blocks: jax.Array) -> tuple[jax.Array, Arrays, Arrays]:
     codes = _halves(blocks, 1)
     return jnp.where(codes == 8, 0, codes), (_bytes(blocks, 0, 1),), ()  # ggml has one zero
 
@@ -166,7 +167,7 @@ def plane_names(format: str) -> str:
 def fits(format: str, n: int, k: int) -> str | None:
     """None where a matrix [n, k] can be packed; else the reason in words."""
     if format not in PACKINGS:
-        return f"{format} has no TPU layout"
+        return f"{format} has no TPU memory layout"
     unit = max(FORMATS[format].block_size, LANES)
     if k % unit:
         return f"rows of {k} weights are no multiple of {unit}"
@@ -192,7 +193,7 @@ def pack(stored: jax.Array, format: str) -> Arrays:
         return _pack_tile(stored, format)
     tile = jax.eval_shape(lambda part: _pack_tile(part, format), jax.ShapeDtypeStruct((_TILE, width), jnp.uint8))
 
-    def body(i, planes):
+    def body(i: Any, planes: Any) -> Any:
         at = jnp.minimum(i * _TILE, n - _TILE)  # the last tile overlaps the one before: the same bytes again
         parts = _pack_tile(lax.dynamic_slice(stored, (at, 0), (_TILE, width)), format)
         return tuple(lax.dynamic_update_slice(plane, part, (0, at)) for plane, part in zip(planes, parts, strict=True))
@@ -234,7 +235,7 @@ def _pack(codes: jax.Array, field: tuple[int, int, tuple[int, ...]]) -> jax.Arra
     n = codes.shape[1]
     whole = codes.shape[0] // RUN * RUN
 
-    def merge(pieces):  # [any, pieces, rows, n]
+    def merge(pieces: Any) -> jax.Array:  # [any, pieces, rows, n]
         return sum(pieces[:, i] << shifts[i] for i in range(pieces.shape[1])).astype(jnp.uint8).reshape(-1, n)
 
     runs, tail = codes[:whole].reshape(-1, len(shifts), rows, n), codes[whole:]
@@ -247,7 +248,7 @@ def _unpack(packed: jax.Array, field: tuple[int, int, tuple[int, ...]], k: int) 
     n = packed.shape[1]
     whole = k // RUN * rows
 
-    def pieces(part):  # [any, rows, n]
+    def pieces(part: jax.Array) -> jax.Array:  # [any, rows, n]
         return jnp.stack([(part >> shift) & ((1 << bits) - 1) for shift in shifts], 1).reshape(-1, n)
 
     packed = packed.astype(jnp.int32)
@@ -290,7 +291,7 @@ def decode(planes: Arrays, format: str, n: int, k: int) -> jax.Array:
 def rows(planes: Arrays, index: Arrays, start: jax.Array | int, count: int) -> Arrays:
     """The planes of rows start .. start + count - 1 of the matrix at `index` of the stacks."""
 
-    def part(plane):
+    def part(plane: jax.Array) -> jax.Array:
         sizes = (1,) * len(index) + (plane.shape[-2], count)
         at = (*index, jnp.zeros((), jnp.int32), jnp.asarray(start, jnp.int32))
         return lax.dynamic_slice(plane, at, sizes).reshape(sizes[-2:])
@@ -301,7 +302,7 @@ def rows(planes: Arrays, index: Arrays, start: jax.Array | int, count: int) -> A
 def gather(planes: Arrays, ids: jax.Array) -> Arrays:
     """The planes of the rows `ids` int32 [t] of one matrix. Row by row: XLA would relayout the planes for `jnp.take`."""
 
-    def row(i):
+    def row(i: Any) -> Any:
         return tuple(lax.dynamic_slice(plane, (0, i), (plane.shape[0], 1))[:, 0] for plane in planes)
 
     return tuple(part.T for part in lax.map(row, ids))

@@ -1,8 +1,8 @@
-"""Blocks back from the planes of a device layout, for weights that were stored as one device wants them and are needed by
+"""Blocks back from the planes of a memory layout, for weights that were stored as one device wants them and are needed by
 another.
 
-A layout moves bits and combines none, so its inverse need not be written format by format: rows in which every bit spells
-its own number are packed, and the planes then say where each bit went and whether it is stored inverted.
+A memory layout moves bits and combines none, so its inverse need not be written format by format: rows in which every bit
+spells its own number are packed, and the planes then say where each bit went and whether it is stored inverted.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from .quantize import on_host
 _TILE_BITS = 1 << 26  # that are apart at a time, a byte each
 
 
-def unpack_blocks(planes: Sequence[np.ndarray], format: str, layout: str, rows: int, columns: int) -> np.ndarray:
-    """The blocks uint8 [rows, bytes] of one matrix, from its planes as `LAYOUTS[layout].pack` made them."""
-    if layout == "ggml":
+def unpack_blocks(planes: Sequence[np.ndarray], format: str, memory_layout: str, rows: int, columns: int) -> np.ndarray:
+    """The blocks uint8 [rows, bytes] of one matrix, from its planes as `LAYOUTS[memory_layout].pack` made them."""
+    if memory_layout == "ggml":
         return np.ascontiguousarray(planes[0]).view(np.uint8).reshape(rows, -1)
-    places, inverted = _places(format, layout, columns)
-    packed = _by_row(planes, layout)
+    places, inverted = _places(format, memory_layout, columns)
+    packed = _by_row(planes, memory_layout)
     out = np.empty((rows, format_of(format).row_bytes(columns)), np.uint8)
     step = max(1, _TILE_BITS // places.size)
     for start in range(0, rows, step):
@@ -35,7 +35,7 @@ def unpack_blocks(planes: Sequence[np.ndarray], format: str, layout: str, rows: 
 
 
 @functools.lru_cache(maxsize=64)
-def _places(format: str, layout: str, columns: int) -> tuple[np.ndarray, np.ndarray]:
+def _places(format: str, memory_layout: str, columns: int) -> tuple[np.ndarray, np.ndarray]:
     """For every bit of a row of blocks its place among the bits of the planes, and whether it is inverted there."""
     count = 8 * format_of(format).row_bytes(columns)
     number = np.arange(count)
@@ -46,18 +46,20 @@ def _places(format: str, layout: str, columns: int) -> tuple[np.ndarray, np.ndar
     probes = np.stack([row for bit, base in enumerate(bases) for row in (base, *(base ^ (digits * (number % 4 == bit))))])
     stored = np.packbits(probes.astype(np.uint8), axis=1, bitorder="little")
     with on_host():
-        planes = [np.asarray(plane) for plane in LAYOUTS[layout].pack(jnp.asarray(stored), format)]
-    bits = np.unpackbits(_by_row(planes, layout)[: len(probes)], axis=1, bitorder="little").reshape(4, len(digits) + 1, -1)
+        planes = [np.asarray(plane) for plane in LAYOUTS[memory_layout].pack(jnp.asarray(stored), format)]
+    bits = np.unpackbits(_by_row(planes, memory_layout)[: len(probes)], axis=1, bitorder="little").reshape(
+        4, len(digits) + 1, -1
+    )
     spelled = (bits[:, 1:] ^ bits[:, :1]).astype(np.int64) << np.arange(len(digits))[:, None]
     origin = spelled.sum((0, 1)) - 1  # of every bit of the planes; -1: filling
     places = np.full(count, -1)
     places[origin[origin >= 0]] = np.flatnonzero(origin >= 0)
     if (places < 0).any():
-        raise ValueError(f"layout {layout} does not keep all bits of {format}")
+        raise ValueError(f"memory layout {memory_layout} does not keep all bits of {format}")
     return places, bits[0, 0, places] ^ probes[0].astype(np.uint8)
 
 
-def _by_row(planes: Sequence[np.ndarray], layout: str) -> np.ndarray:
+def _by_row(planes: Sequence[np.ndarray], memory_layout: str) -> np.ndarray:
     """Planes side by side as bytes, [rows, any]."""
-    rows = [np.ascontiguousarray(plane if layout == "gpu" else plane.T).view(np.uint8) for plane in planes]
+    rows = [np.ascontiguousarray(plane if memory_layout == "gpu" else plane.T).view(np.uint8) for plane in planes]
     return np.concatenate(rows, 1)

@@ -1,9 +1,9 @@
 """All layers of a decoder in one call, where a backend has such a call: nothing between the products goes through memory
 and a step is one launch. Where none has, `backend_for` is None and the layers are the composition of the other operations.
 
-Contract of `backend.decoder_layers(x, cache, slots, tables, rope, stacks, layers, shape, record)`:
+Contract of `backend.decoder_layers(x, cache, kv_slots, tables, rope, stacks, layers, shape, record)`:
 
-* `x` float32 [tokens, hidden]: the residual stream. `cache`, `slots`: as `KVCache.write`; `tables`: as paged_attention's;
+* `x` float32 [tokens, hidden]: the residual stream. `cache`, `kv_slots`: as `KVCache.write`; `tables`: as paged_attention's;
   `rope`: as append's.
 * `stacks`: the parameters, each `Stack` of one role and one format, with all layers that have it so.
 * `layers`: for each layer a mapping from `ROLES` to the `Part` that the layer has: which stack, and where in it. A layer
@@ -25,15 +25,15 @@ import jax
 from pallas_kernels import dispatch, native
 from pallas_kernels.native.tables import ROLES, ROUTER_FORMAT
 
-__all__ = ["BACKENDS", "ROLES", "Part", "Shape", "Stack", "backend_for"]
+__all__ = ["BACKENDS", "ROLES", "LayerShape", "Part", "Stack", "backend_for"]
 
 
 class Stack(NamedTuple):
-    """A parameter of several layers: `array` has the layers first, then blocks of `format` in `layout`."""
+    """A parameter of several layers: `array` has the layers first, then blocks of `format` in `memory_layout`."""
 
     array: jax.Array
     format: str
-    layout: str
+    memory_layout: str
 
 
 class Part(NamedTuple):
@@ -43,7 +43,7 @@ class Part(NamedTuple):
     place: int
 
 
-class Shape(NamedTuple):
+class LayerShape(NamedTuple):
     """What all layers share. window, scales and normalize: as in paged_attention and routing."""
 
     head_dim: int
@@ -64,7 +64,7 @@ def backend_for(
     stacks: Sequence[Stack],
     layers: Sequence[Mapping[str, Part]],
     hidden: int,
-    shape: Shape,
+    shape: LayerShape,
     dtype: str,
     implementation: dispatch.Implementation = None,
 ) -> Any:
@@ -72,7 +72,7 @@ def backend_for(
     unknown = {role for layer in layers for role in layer} - set(ROLES)
     matrices = {(role, part.stack) for layer in layers for role, part in layer.items() if not role.endswith(("norm", "bias"))}
     named = ((role, stacks[number]) for role, number in matrices)
-    kinds = {(stack.format, stack.layout) for role, stack in named if (role, stack.format) != ("router", ROUTER_FORMAT)}
+    kinds = {(stack.format, stack.memory_layout) for role, stack in named if (role, stack.format) != ("router", ROUTER_FORMAT)}
     sizes = (hidden, shape.head_dim, len(unknown))
     target = dispatch.target("decoder_layers", implementation)
     cases = [dispatch.Case("decoder_layers", target, *kind[:1], dtype, kind[1], sizes) for kind in sorted(kinds)]

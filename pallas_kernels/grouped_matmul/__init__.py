@@ -3,19 +3,19 @@
 Contract of `grouped_matmul(x, group_sizes, experts)`:
 
 * `x` [m, k], rows sorted by expert; its dtype is the arithmetic, as in quantized_matmul.
-* `group_sizes` int32 [E]: how many rows each expert has. Rows beyond their sum belong to nobody: their results are zero.
+* `group_sizes` int32 [E]: how many rows each expert has. The results of rows beyond their sum are zero.
 * `experts`: a `Matrix` [n, k] with one stack axis, the experts, left without an index.
 * result [m, n] float32. An expert without rows is neither unpacked nor multiplied: what its blocks hold cannot matter,
   and time and temporaries do not grow with the number of experts. Row i depends on row i of x and its expert alone.
 * derivative: with respect to x.
 
-Contract of `expert_ffn(x, experts, weights, gate, up, down)`, a whole mixture-of-experts feed-forward:
+Contract of `expert_ffn(x, expert_ids, expert_weights, gate, up, down)`, a whole mixture-of-experts feed-forward:
 
-* `x` [tokens, k]; `experts` int32 [tokens, top_k], the id E stands for nobody; `weights` float32 [tokens, top_k].
+* `x` [tokens, k]; `expert_ids` int32 [tokens, top_k], E where a token is padding; `expert_weights` float32 [tokens, top_k].
 * gate, up: experts [n, k]; down: experts [k, n].
-* result float32 [tokens, k]: for each token the sum over its slots, in slot order, of weight * down(silu(gate x) * up x).
+* result float32 [tokens, k]: for each token the sum over its ranks, in their order, of weight * down(silu(gate x) * up x).
   Rows are brought together by expert on the device, stably.
-* derivative: with respect to x and weights.
+* derivative: with respect to x and expert_weights.
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ def grouped_matmul(
 
 def expert_ffn(
     x: jax.Array,
-    experts: jax.Array,
-    weights: jax.Array,
+    expert_ids: jax.Array,
+    expert_weights: jax.Array,
     gate: Matrix,
     up: Matrix,
     down: Matrix,
@@ -81,8 +81,8 @@ def expert_ffn(
 
     Args:
       x: [tokens, k].
-      experts: int32 [tokens, top_k], the chosen experts; the id E is padding.
-      weights: float32 [tokens, top_k].
+      expert_ids: int32 [tokens, top_k], the chosen experts; the id E is padding.
+      expert_weights: float32 [tokens, top_k].
       gate: [n, k] for each of E experts, compressed.
       up: [n, k] for each of E experts, compressed.
       down: [k, n] for each of E experts, compressed.
@@ -97,11 +97,12 @@ def expert_ffn(
         _check("expert_ffn", x, matrix, count)
     if (gate.rows, down.rows) != (up.rows, x.shape[1]) or (down.columns, open_axes(down)) != (gate.rows, (count,)):
         raise ValueError(f"expert_ffn: gate {gate}, up {up} and down {down} do not fit")
-    if experts.shape != weights.shape or experts.shape[:1] != x.shape[:1]:
-        raise ValueError(f"expert_ffn: x {x.shape}, experts {experts.shape} and weights {weights.shape} do not fit")
+    shape = expert_ids.shape
+    if shape != expert_weights.shape or shape[:1] != x.shape[:1]:
+        raise ValueError(f"expert_ffn: x {x.shape}, expert_ids {shape} and expert_weights {expert_weights.shape} do not fit")
     target = dispatch.target("expert_ffn", implementation)
     function = _composed_ffn if any(map(is_ordered, (gate, up, down))) else _expert_ffn
-    return function(x, experts, weights, gate, up, down, target, arithmetic or x.dtype.name)
+    return function(x, expert_ids, expert_weights, gate, up, down, target, arithmetic or x.dtype.name)
 
 
 def _check(operation: str, x: jax.Array, matrix: Matrix, experts: int) -> None:
@@ -109,34 +110,52 @@ def _check(operation: str, x: jax.Array, matrix: Matrix, experts: int) -> None:
         raise ValueError(f"{operation}: x {x.shape} and {open_axes(matrix)} {matrix} do not fit for {experts} experts")
 
 
-def _transposed(dy, group_sizes, experts, target, arithmetic):
+def _transposed(dy: jax.Array, group_sizes: jax.Array, experts: Matrix, target: dispatch.Target, arithmetic: str) -> jax.Array:
     return xla.grouped(dy, group_sizes, experts, target, transposed=True)
 
 
 @linear(_transposed, static=("target", "arithmetic"))
-def _grouped(x, group_sizes, experts, target, arithmetic):
+def _grouped(x: jax.Array, group_sizes: jax.Array, experts: Matrix, target: dispatch.Target, arithmetic: str) -> jax.Array:
     backend = backend_for("grouped_matmul", x, (experts,), target, arithmetic, BACKENDS)
     return backend.grouped(x, group_sizes, experts, target)
 
 
-def _composed_ffn(x, experts, weights, gate, up, down, target, arithmetic):
+def _composed_ffn(
+    x: jax.Array,
+    expert_ids: jax.Array,
+    expert_weights: jax.Array,
+    gate: Matrix,
+    up: Matrix,
+    down: Matrix,
+    target: dispatch.Target,
+    arithmetic: str,
+) -> jax.Array:
     """One grouped product after the other, each by the backend that takes it."""
-    tokens, top_k = experts.shape
-    groups = group(experts.reshape(-1), open_axes(gate)[0], tile_rows=16)
+    tokens, top_k = expert_ids.shape
+    groups = group(expert_ids.reshape(-1), open_axes(gate)[0], tile_rows=16)
 
-    def product(rows, matrix):
+    def product(rows: jax.Array, matrix: Matrix) -> jax.Array:
         rows, matrix = natural_rows(rows, groups.sizes, matrix)
         return _grouped(rows, groups.sizes, matrix, target, arithmetic)
 
     rows = x[groups.order // top_k]
     hidden = (jax.nn.silu(product(rows, gate)) * product(rows, up)).astype(x.dtype)
     y = product(hidden, down)[groups.place].reshape(tokens, top_k, -1)
-    return functools.reduce(jnp.add, (y[:, slot] * weights[:, slot, None] for slot in range(top_k)))
+    return functools.reduce(jnp.add, (y[:, rank] * expert_weights[:, rank, None] for rank in range(top_k)))
 
 
-@derivative_of(_composed_ffn, of=("x", "weights"), static=("target", "arithmetic"))
-def _expert_ffn(x, experts, weights, gate, up, down, target, arithmetic):
+@derivative_of(_composed_ffn, of=("x", "expert_weights"), static=("target", "arithmetic"))
+def _expert_ffn(
+    x: jax.Array,
+    expert_ids: jax.Array,
+    expert_weights: jax.Array,
+    gate: Matrix,
+    up: Matrix,
+    down: Matrix,
+    target: dispatch.Target,
+    arithmetic: str,
+) -> jax.Array:
     backend = backend_for("expert_ffn", x, (gate, up, down), target, arithmetic, EXPERT_BACKENDS)
     if backend is None:
-        return _composed_ffn(x, experts, weights, gate, up, down, target, arithmetic)
-    return backend.expert_ffn(x, experts, weights, gate, up, down, target)
+        return _composed_ffn(x, expert_ids, expert_weights, gate, up, down, target, arithmetic)
+    return backend.expert_ffn(x, expert_ids, expert_weights, gate, up, down, target)

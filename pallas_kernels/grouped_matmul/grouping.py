@@ -78,7 +78,7 @@ def tiles(sizes: jax.Array, rows: int, tile_rows: int, *, aligned: bool = False)
     begin = grid + (used - first) * tile_rows
     start, end = jnp.maximum(begin, starts), jnp.minimum(begin + tile_rows, starts + sizes)
 
-    def of_mine(values):
+    def of_mine(values: jax.Array) -> jax.Array:
         return _sum(jnp.where(mine, values, 0), 1)
 
     expert = of_mine(jnp.arange(num_experts, dtype=jnp.int32)[None])

@@ -1,4 +1,4 @@
-"""Mixture-of-experts feed-forward and grouped matmul on TPU, over compressed experts (layout "tpu").
+"""Mixture-of-experts feed-forward and grouped matmul on TPU, over compressed experts (memory layout "tpu").
 
 Few rows an expert (decode): one kernel from the tokens to the weighted sum. A step takes one expert's gate, up and down
 and up to eight of its rows; the expert is picked by scalar prefetch, and the grid ends where the routing does, so an
@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +33,7 @@ MANY = 128
 _SMALL = 2  # rows up to which the fused kernel has a body of its own: at batch 1 an expert has one
 
 
-def grouped(x: jax.Array, group_sizes: jax.Array, matrix: Matrix, target: Target, interpret=False) -> jax.Array:
+def grouped(x: jax.Array, group_sizes: jax.Array, matrix: Matrix, target: Target, interpret: bool = False) -> jax.Array:
     """Rows x [m, k] bfloat16, sorted by expert, each times its expert's matrix, transposed: float32 [m, n].
 
     group_sizes: int32 [E]. Rows beyond their sum are zero.
@@ -44,31 +45,33 @@ def grouped(x: jax.Array, group_sizes: jax.Array, matrix: Matrix, target: Target
 
 def expert_ffn(
     x: jax.Array,
-    experts: jax.Array,
-    weights: jax.Array,
+    expert_ids: jax.Array,
+    expert_weights: jax.Array,
     gate: Matrix,
     up: Matrix,
     down: Matrix,
     target: Target,
-    interpret=False,
+    interpret: bool = False,
 ) -> jax.Array:
-    """sum over slots of weight * down(silu(gate x) * up x) of each token's experts: float32 [T, K].
+    """The sum over ranks of weight * down(silu(gate x) * up x) of each token's experts: float32 [T, K].
 
-    x bfloat16 [T, K]; experts int32 [T, top_k], the number of experts meaning nobody; weights float32 [T, top_k].
+    x bfloat16 [T, K]; expert_ids int32 and expert_weights float32 [T, top_k], the number of experts where there is no expert.
     """
-    tokens, top_k = experts.shape
+    tokens, top_k = expert_ids.shape
     num_experts = gate.planes[0].shape[len(gate.index)]
     few = tokens * top_k <= FEW * num_experts
     if few and tokens * top_k <= MOST and _fused_bytes(tokens, top_k, gate, up, down) <= VMEM:
-        return _fused(x, experts, weights, gate, up, down, interpret)
+        return _fused(x, expert_ids, expert_weights, gate, up, down, interpret)
     rows = FEW if few else MANY
-    groups = group(experts.reshape(-1), num_experts, rows, aligned=True)
+    groups = group(expert_ids.reshape(-1), num_experts, rows, aligned=True)
     work = Tiles(*groups[3:])
     hidden = _grouped(x[groups.order // top_k], work, (gate, up), rows, interpret)
     y = _grouped(hidden, work, (down,), rows, interpret)
     place = groups.place.reshape(tokens, top_k)
-    slots = (jnp.where(experts[:, s, None] < num_experts, y[place[:, s]] * weights[:, s, None], 0.0) for s in range(top_k))
-    return functools.reduce(jnp.add, slots)
+    terms = (
+        jnp.where(expert_ids[:, s, None] < num_experts, y[place[:, s]] * expert_weights[:, s, None], 0.0) for s in range(top_k)
+    )
+    return functools.reduce(jnp.add, terms)
 
 
 def _expert_specs(matrices: Sequence[Matrix], columns: Sequence[int], tables: int) -> list[pl.BlockSpec]:
@@ -80,7 +83,7 @@ def _expert_specs(matrices: Sequence[Matrix], columns: Sequence[int], tables: in
     return specs
 
 
-def _factors(matrix: Matrix, columns: int):
+def _factors(matrix: Matrix, columns: int) -> Any:
     return pltpu.VMEM((tpu_tiles.factor_rows(matrix.format, matrix.columns), columns), jnp.float32)
 
 
@@ -90,7 +93,7 @@ def _plane_bytes(*matrices: Matrix) -> int:
 
 
 @functools.partial(jax.jit, static_argnames=("rows", "interpret"), inline=True)
-def _grouped(x: jax.Array, work: Tiles, matrices: tuple[Matrix, ...], rows: int, interpret) -> jax.Array:
+def _grouped(x: jax.Array, work: Tiles, matrices: tuple[Matrix, ...], rows: int, interpret: bool) -> jax.Array:
     """x [m, k] times each row's expert: float32 [m, n]; of gate and up, SwiGLU in the dtype of x.
 
     work: aligned tiles of `rows` rows. Rows of no tile are left as they are found.
@@ -101,7 +104,7 @@ def _grouped(x: jax.Array, work: Tiles, matrices: tuple[Matrix, ...], rows: int,
     indices, planes = indices_of(matrices), [plane for matrix in matrices for plane in matrix.planes]
     dtype = jnp.float32 if len(matrices) == 1 else x.dtype
 
-    def kernel(expert, start, count, *refs):
+    def kernel(expert: Any, start: Any, count: Any, *refs: Any) -> None:
         x, *rest = refs[len(indices) :]
         plane_refs, out, *scratch_refs = rest[: len(planes)], *rest[len(planes) :]
         mine = tiles_of(matrices, plane_refs)
@@ -112,7 +115,7 @@ def _grouped(x: jax.Array, work: Tiles, matrices: tuple[Matrix, ...], rows: int,
         else:
 
             @pl.when((j == 0) | (expert[j] != expert[jnp.maximum(j - 1, 0)]))
-            def _():
+            def _() -> None:
                 for tile, factor, expanded in zip(mine, factors, weights, strict=True):
                     tpu_tiles.expand(tile, factor, expanded)
 
@@ -162,48 +165,50 @@ def _fused_bytes(tokens: int, top_k: int, gate: Matrix, up: Matrix, down: Matrix
 
 
 @functools.partial(jax.jit, static_argnames="interpret", inline=True)
-def _fused(x, experts, weights, gate: Matrix, up: Matrix, down: Matrix, interpret) -> jax.Array:
+def _fused(
+    x: jax.Array, expert_ids: jax.Array, expert_weights: jax.Array, gate: Matrix, up: Matrix, down: Matrix, interpret: bool
+) -> jax.Array:
     """The whole feed-forward in one kernel; see the module."""
-    (tokens, k), n, top_k = x.shape, gate.rows, experts.shape[1]
+    (tokens, k), n, top_k = x.shape, gate.rows, expert_ids.shape[1]
     matrices = (gate, up, down)
     num_experts = gate.planes[0].shape[len(gate.index)]
     padded = -(-tokens // 16) * 16
-    work = group_few(experts.reshape(-1), num_experts, FEW, interpret)
+    work = group_few(expert_ids.reshape(-1), num_experts, FEW, interpret)
     indices, planes = indices_of(matrices), [plane for matrix in matrices for plane in matrix.planes]
-    inputs = (x, experts, weights)
+    inputs = (x, expert_ids, expert_weights)
 
-    def kernel(expert, start, count, order, *refs):
-        x, routed, weights, *rest = refs[len(indices) :]
+    def kernel(expert: Any, start: Any, count: Any, order: Any, *refs: Any) -> None:
+        x, routed, expert_weights, *rest = refs[len(indices) :]
         plane_refs, out, wide_x, mine, hidden, results, *factors = rest[: len(planes)], *rest[len(planes) :]
         gate_tile, up_tile, down_tile = tiles_of(matrices, plane_refs)
         i = pl.program_id(1)
 
         @pl.when(i == 0)
-        def _():
+        def _() -> None:
             wide_x[...] = x[...].astype(jnp.float32)  # single rows at any place can be read from 32-bit arrays alone
 
         place = [order[0, jnp.minimum(start[0, i] + row, tokens * top_k - 1)] for row in range(FEW)]
         for row in range(FEW):
             mine[row : row + 1] = wide_x[pl.ds(lax.div(place[row], top_k), 1)]
 
-        def body(m):
+        def body(m: int) -> None:
             products = tpu_tiles.folded((gate_tile, up_tile), factors[:2], m, mine)
             hidden[:m] = finish(products).astype(jnp.bfloat16).astype(jnp.float32)
             (y,) = tpu_tiles.folded((down_tile,), factors[2:], m, hidden)
             for row in range(m):
-                slot, token = lax.rem(place[row], top_k), lax.div(place[row], top_k)
-                to = jnp.where(row < count[0, i], slot * padded + token, top_k * padded)
+                rank, token = lax.rem(place[row], top_k), lax.div(place[row], top_k)
+                to = jnp.where(row < count[0, i], rank * padded + token, top_k * padded)
                 results[pl.ds(to, 1)] = y[row : row + 1]
 
         pl.when(count[0, i] <= _SMALL)(lambda: body(_SMALL))
         pl.when(count[0, i] > _SMALL)(lambda: body(FEW))
 
         @pl.when(i == pl.num_programs(1) - 1)
-        def _():
+        def _() -> None:
             total = jnp.zeros((padded, k), jnp.float32)
-            for slot in range(top_k):
-                part = results[slot * padded : (slot + 1) * padded] * weights[:, slot : slot + 1]
-                total = total + jnp.where(routed[:, slot : slot + 1] < num_experts, part, 0.0)
+            for rank in range(top_k):
+                part = results[rank * padded : (rank + 1) * padded] * expert_weights[:, rank : rank + 1]
+                total = total + jnp.where(routed[:, rank : rank + 1] < num_experts, part, 0.0)
             out[...] = total
 
     return pl.pallas_call(

@@ -6,7 +6,7 @@ on the lanes; counts are sums of comparisons, and the sums that run along the la
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,7 @@ class Work(NamedTuple):
     num_tiles: jax.Array  # scalar; 1 with nobody routed: a tile without rows
 
 
-def group_few(experts: jax.Array, num_experts: int, tile_rows: int, interpret=False) -> Work:
+def group_few(experts: jax.Array, num_experts: int, tile_rows: int, interpret: bool = False) -> Work:
     """Assignments `experts` int32 [at most MOST], sorted by expert and cut into tiles; `num_experts` belongs to nobody."""
     count = experts.shape[0]
     lanes = -(-count // 128) * 128
@@ -37,7 +37,7 @@ def group_few(experts: jax.Array, num_experts: int, tile_rows: int, interpret=Fa
     tiles = -(-max_tiles(count, num_experts, tile_rows) // 128) * 128
     ids = jnp.pad(experts, (0, lanes - count), constant_values=num_experts)[None]
 
-    def kernel(ids, order, tile_expert, tile_start, rows_of_tile, num_tiles):
+    def kernel(ids: Any, order: Any, tile_expert: Any, tile_start: Any, rows_of_tile: Any, num_tiles: Any) -> None:
         expert = _iota((sublanes, lanes), 0)
         mine = (ids[...] == expert).astype(jnp.float32)
         size = jnp.sum(mine, 1, keepdims=True)  # [experts, 1]
@@ -65,7 +65,7 @@ def group_few(experts: jax.Array, num_experts: int, tile_rows: int, interpret=Fa
         tile = jnp.minimum(_iota((sublanes, tiles), 1), total - 1) - first  # of each expert
         owned = (tile >= 0) & (tile < tiles_of)
 
-        def of_owner(values):
+        def of_owner(values: jax.Array) -> jax.Array:
             return jnp.sum(jnp.where(owned, values, 0).astype(jnp.float32), 0, keepdims=True).astype(jnp.int32)
 
         tile_expert[...] = of_owner(_iota((sublanes, tiles), 0))
@@ -73,7 +73,7 @@ def group_few(experts: jax.Array, num_experts: int, tile_rows: int, interpret=Fa
         rows = of_owner(jnp.minimum(kept - tile * tile_rows, tile_rows))
         rows_of_tile[...] = jnp.where(_iota((1, tiles), 1) < total, rows, 0)
 
-    def table(*shape):
+    def table(*shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, jnp.int32)
 
     vector, scalar = pl.BlockSpec(memory_space=pltpu.VMEM), pl.BlockSpec(memory_space=pltpu.SMEM)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,19 +42,19 @@ def grouped(x: jax.Array, group_sizes: jax.Array, experts: Matrix, target: Targe
 
 def expert_ffn(
     x: jax.Array,
-    experts: jax.Array,
-    weights: jax.Array,
+    expert_ids: jax.Array,
+    expert_weights: jax.Array,
     gate: Matrix,
     up: Matrix,
     down: Matrix,
     target: Target,
     interpret: bool = False,
 ) -> jax.Array:
-    """float32 [tokens, k]: the weighted sum of every token's experts, in slot order. The package says more."""
-    tokens, top_k = experts.shape
+    """float32 [tokens, k]: the weighted sum of every token's experts, in the order of their ranks. The package says more."""
+    tokens, top_k = expert_ids.shape
     (count,), chosen = open_axes(gate), tokens * top_k
     shape = _tile(chosen, count, (gate, up), target)
-    flat, order, work = experts.reshape(-1), None, None
+    flat, order, work = expert_ids.reshape(-1), None, None
     if tokens > 1 and chosen <= triton_grouping.MOST:
         order, work = triton_grouping.group(flat, count, shape.batch, interpret)
     elif tokens > 1:
@@ -63,7 +64,7 @@ def expert_ffn(
     hidden = launch("expert_gate_up", gpu.ordered(x), matrices=(gate, up), dtype=x.dtype, shape=shape, pick=top_k)
     shape = _tile(chosen, count, (down,), target, shape.batch)
     y = launch("expert_down", hidden, matrices=(down,), dtype=jnp.float32, shape=shape).reshape(tokens, top_k, -1)
-    terms = (jnp.where(experts[:, i, None] < count, y[:, i] * weights[:, i, None], 0.0) for i in range(top_k))
+    terms = (jnp.where(expert_ids[:, i, None] < count, y[:, i] * expert_weights[:, i, None], 0.0) for i in range(top_k))
     return functools.reduce(jnp.add, terms)
 
 
@@ -77,7 +78,7 @@ def _launch(
     name: str,
     x: jax.Array,
     matrices: Sequence[Matrix],
-    dtype,
+    dtype: Any,
     shape: dense.Tile,
     interpret: bool,
     experts: jax.Array,
@@ -97,14 +98,14 @@ def _launch(
     tables += [] if order is None else [order]
     (count,) = open_axes(matrices[0])
 
-    def kernel(x_ref, count_ref, *refs):
+    def kernel(x_ref: Any, count_ref: Any, *refs: Any) -> None:
         table, inputs, output = refs[: len(tables)], refs[len(tables) : -1], refs[-1]
         row = pl.program_id(0) * shape.rows + lax.iota(jnp.int32, shape.rows)
         index = pl.program_id(1)
         used = table[0][index] < count if work is None else index < table[3][0]
 
         @pl.when(used)
-        def _():
+        def _() -> None:
             lane = lax.iota(jnp.int32, shape.batch)
             start, length = (index, 1) if work is None else (table[1][index], table[2][index])
             valid, place = lane < length, start + lane
@@ -114,7 +115,7 @@ def _launch(
             source, target = (assignment // pick, place) if pick else (place, assignment)
             operands = dense.unflatten(matrices, inputs, dense.counting(count_ref), (table[0][index],))
 
-            def load_x(first, width):
+            def load_x(first: Any, width: int) -> Any:
                 at = (source[:, None], (first + lax.iota(jnp.int32, width))[None])
                 return compat.triton_load(x_ref.at[at], mask=valid[:, None], other=0)
 

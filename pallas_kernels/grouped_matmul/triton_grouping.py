@@ -5,6 +5,8 @@ Launches are what decoding pays for: XLA makes six or more of the same. Entries 
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -22,14 +24,14 @@ def group(experts: jax.Array, num_experts: int, tile_rows: int, interpret: bool 
     lanes = max(_CHUNK, 1 << (count - 1).bit_length())
     buckets = max(_CHUNK, 1 << (num_experts - 1).bit_length())
 
-    def kernel(experts_ref, order_ref, expert_ref, start_ref, rows_ref, tiles_ref):
-        def keys(lane):  # by expert, then by place: all different
+    def kernel(experts_ref: Any, order_ref: Any, expert_ref: Any, start_ref: Any, rows_ref: Any, tiles_ref: Any) -> None:
+        def keys(lane: Any) -> Any:  # by expert, then by place: all different
             return compat.triton_load(experts_ref.at[lane], mask=lane < count, other=num_experts) * lanes + lane
 
         lane, bucket = lax.iota(jnp.int32, lanes), lax.iota(jnp.int32, buckets)
         mine = keys(lane)
 
-        def chunk(i, carry):
+        def chunk(i: Any, carry: Any) -> Any:
             theirs = keys(i * _CHUNK + lax.iota(jnp.int32, _CHUNK))[None]
             bounds = mine, bucket * lanes, (bucket + 1) * lanes
             return [n + jnp.sum((theirs < bound[:, None]).astype(jnp.int32), 1) for n, bound in zip(carry, bounds, strict=True)]
@@ -43,7 +45,7 @@ def group(experts: jax.Array, num_experts: int, tile_rows: int, interpret: bool 
         first = jnp.cumsum(counts) - counts
         tiles_ref[0] = jnp.sum(counts)
 
-        def cut(i, _):
+        def cut(i: Any, _: Any) -> None:
             for ref, values in (
                 (expert_ref, bucket),
                 (start_ref, start + i * tile_rows),

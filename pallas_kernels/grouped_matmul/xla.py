@@ -28,7 +28,7 @@ def grouped(x: jax.Array, group_sizes: jax.Array, matrices: Matrix, target: Targ
     tile_ends = jnp.cumsum(tiles)
     padded = jnp.pad(x, ((0, rows), (0, 0)))
 
-    def body(i, y):
+    def body(i: jax.Array, y: jax.Array) -> jax.Array:
         expert = jnp.sum(tile_ends <= i, dtype=jnp.int32)
         first = tile_ends[expert] - tiles[expert]
         start = ends[expert] - group_sizes[expert] + (i - first) * rows

@@ -7,8 +7,8 @@ result depends neither on the other rows nor on the number of threads.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,10 @@ from pallas_kernels.blocks.matrix import Matrix
 from pallas_kernels.native import build
 from pallas_kernels.native.build import isa, prepare, refusal
 from pallas_kernels.native.tables import FORMATS, ROLES
+
+if TYPE_CHECKING:
+    from pallas_kernels.decoder_layers import LayerShape, Part, Stack
+    from pallas_kernels.paged_attention import KVCache, Tables
 
 __all__ = [
     "FORMATS",
@@ -43,8 +47,8 @@ def refuses(case: dispatch.Case) -> str | None:
         return f"is for int8 arithmetic, not {case.dtype}"
     if case.format not in FORMATS:
         return f"has no kernel for {case.format}"
-    if case.layout != "ggml":
-        return f"reads blocks as files have them, not layout {case.layout}"
+    if case.memory_layout != "ggml":
+        return f"reads blocks as files have them, not memory layout {case.memory_layout}"
     if case.dtype == "int8x2" and case.operation != "quantized_matmul":
         return "has int8x2 for single products alone"
     if case.operation == "grouped_matmul":
@@ -71,14 +75,30 @@ def swiglu(x: jax.Array, gate: Matrix, up: Matrix, target: dispatch.Target) -> j
     return _call("ferrum_swiglu", [gate.rows], (gate, up), "int8", x)[0]
 
 
-def expert_ffn(x, experts, weights, gate: Matrix, up: Matrix, down: Matrix, target: dispatch.Target) -> jax.Array:
+def expert_ffn(
+    x: jax.Array,
+    expert_ids: jax.Array,
+    expert_weights: jax.Array,
+    gate: Matrix,
+    up: Matrix,
+    down: Matrix,
+    target: dispatch.Target,
+) -> jax.Array:
     """The mixture of experts of grouped_matmul: float32 [tokens, k]."""
-    return _call("ferrum_experts", [down.rows], (gate, up, down), "int8", x, experts, weights)[0]
+    return _call("ferrum_experts", [down.rows], (gate, up, down), "int8", x, expert_ids, expert_weights)[0]
 
 
 def decoder_layers(
-    x, cache, slots, tables, rope, stacks, layers, shape, record
-) -> tuple[jax.Array, Any, tuple[jax.Array, ...]]:
+    x: jax.Array,
+    cache: KVCache,
+    kv_slots: jax.Array,
+    tables: Tables,
+    rope: tuple[jax.Array, jax.Array],
+    stacks: Sequence[Stack],
+    layers: Sequence[Mapping[str, Part]],
+    shape: LayerShape,
+    record: bool,
+) -> tuple[jax.Array, KVCache, tuple[jax.Array, ...]]:
     """As the contract of pallas_kernels.decoder_layers says."""
     places = np.full((len(layers), len(ROLES), 2), -1, np.int64)
     for places_of, layer in zip(places, layers, strict=True):
@@ -88,7 +108,7 @@ def decoder_layers(
     arrays = [format_of(s.format).decode(s.array) if number in vectors else s.array for number, s in enumerate(stacks)]
     kept = [cache.pages] if cache.scales is None else [cache.pages, cache.scales]
     cosine, sine = (part.reshape(x.shape[0], -1) for part in rope)
-    operands = (x, slots, tables.positions, tables.query_starts, tables.kv_lengths, tables.page_table, cosine, sine, *arrays)
+    operands = (x, kv_slots, tables.positions, tables.query_starts, tables.kv_lengths, tables.page_table, cosine, sine, *arrays)
     routed = sum("router" in layer for layer in layers), x.shape[0], shape.top_k
     recorded = [jax.ShapeDtypeStruct(routed, dtype) for dtype in (jnp.int32, jnp.float32)] if record else []
     y, *results = jax.ffi.ffi_call(

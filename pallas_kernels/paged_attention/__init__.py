@@ -1,10 +1,10 @@
 """Attention of a ragged batch of queries over a paged KV cache.
 
-Contract of `paged_attention(q, cache, layer, plan, scale)`:
+Contract of `paged_attention(q, cache, layer, metadata, scale)`:
 
 * `q` [tokens, q_heads, head_dim] float32: the queries of all sequences, one after the other.
 * `cache`: a `KVCache` with kv_heads heads, this step's keys and values written; q_heads is a multiple of kv_heads.
-* `layer`: int32 scalar. `plan`: what `make_plan(tables, ...)` gives, once a step for all its layers.
+* `layer`: int32 scalar. `metadata`: what `make_metadata(tables, ...)` gives, once a step for all its layers.
 * Query t of sequence s sees positions max(0, p - window + 1) .. p of its sequence, p = positions[t]; window 0 sees all.
 * result [tokens, q_heads, head_dim] float32; rows of no sequence, or of one with kv_length 0, are zero.
 * derivatives: with respect to q, and to the cache where it holds floats.
@@ -30,11 +30,11 @@ from pallas_kernels.paged_attention.cache import KV_DTYPES, KVCache, bytes_per_t
 __all__ = [
     "BACKENDS",
     "KV_DTYPES",
+    "AttentionMetadata",
     "KVCache",
-    "Plan",
     "Tables",
     "bytes_per_token",
-    "make_plan",
+    "make_metadata",
     "paged_attention",
     "storage_dtype",
 ]
@@ -65,7 +65,7 @@ class Tables(NamedTuple):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class AttentionMetadata:
     """A step's tables and what its backend made of them; the choice of backend is part of it."""
 
     tables: Tables
@@ -75,9 +75,9 @@ class Plan:
     backend: Any = dataclasses.field(metadata={"static": True})
 
 
-def make_plan(
+def make_metadata(
     tables: Tables, cache: KVCache, q_heads: int, window: int = 0, implementation: dispatch.Implementation = None
-) -> Plan:
+) -> AttentionMetadata:
     """Chooses the backend for batches of these shapes and has it prepare the tables: once a step, for all its layers.
 
     Args:
@@ -90,17 +90,19 @@ def make_plan(
     target = dispatch.target("paged_attention", implementation)
     shape = (*tables.positions.shape, *tables.page_table.shape, q_heads, cache.kv_heads, cache.head_dim, cache.page_size)
     backend = dispatch.choose(dispatch.Case("paged_attention", target, cache.dtype, "float32", shape=shape), BACKENDS)
-    return Plan(tables, backend.plan(tables, cache, q_heads, window), window, target, backend)
+    return AttentionMetadata(tables, backend.prepare(tables, cache, q_heads, window), window, target, backend)
 
 
-def paged_attention(q: jax.Array, cache: KVCache, layer: jax.Array | int, plan: Plan, scale: float) -> jax.Array:
+def paged_attention(
+    q: jax.Array, cache: KVCache, layer: jax.Array | int, metadata: AttentionMetadata, scale: float
+) -> jax.Array:
     """Attention over the pages of a layer. See the module's contract.
 
     Args:
       q: float32 [tokens, q_heads, head_dim].
       cache: with this step's keys and values written.
       layer: int32 scalar.
-      plan: from `make_plan`.
+      metadata: from `make_metadata`.
       scale: factor of the scores.
 
     Returns:
@@ -108,14 +110,14 @@ def paged_attention(q: jax.Array, cache: KVCache, layer: jax.Array | int, plan: 
     """
     if q.shape[-1] != cache.head_dim or q.shape[-2] % cache.kv_heads:
         raise ValueError(f"paged_attention: q {q.shape} and a cache {cache.pages.shape} do not fit")
-    return _attention(q, cache, jnp.asarray(layer, jnp.int32), plan, scale)
+    return _attention(q, cache, jnp.asarray(layer, jnp.int32), metadata, scale)
 
 
-def _reference(q, cache, layer, plan, scale):
-    plan = dataclasses.replace(plan, work=xla.plan(plan.tables, cache, q.shape[1], plan.window))
-    return xla.attention(q, cache, layer, plan, scale, differentiable=True)  # with loops of a known length
+def _reference(q: jax.Array, cache: KVCache, layer: jax.Array, metadata: AttentionMetadata, scale: float) -> jax.Array:
+    metadata = dataclasses.replace(metadata, work=xla.prepare(metadata.tables, cache, q.shape[1], metadata.window))
+    return xla.attention(q, cache, layer, metadata, scale, differentiable=True)  # with loops of a known length
 
 
 @derivative_of(_reference, of=("q", "cache"), static=("scale",))
-def _attention(q, cache, layer, plan, scale):
-    return plan.backend.attention(q, cache, layer, plan, scale)
+def _attention(q: jax.Array, cache: KVCache, layer: jax.Array, metadata: AttentionMetadata, scale: float) -> jax.Array:
+    return metadata.backend.attention(q, cache, layer, metadata, scale)

@@ -70,19 +70,19 @@ class KVCache:
     def head_dim(self) -> int:
         return self.pages.shape[4]
 
-    def write(self, layer: jax.Array | int, slots: jax.Array, k: jax.Array, v: jax.Array) -> KVCache:
+    def write(self, layer: jax.Array | int, kv_slots: jax.Array, k: jax.Array, v: jax.Array) -> KVCache:
         """A cache with keys and values put in. int8 is rounded by the largest of its row, fp8 saturates.
 
         Args:
           layer: which one.
-          slots: int32 [tokens], page * page_size + offset, none twice; -1 writes nowhere.
+          kv_slots: int32 [tokens], page * page_size + offset, none twice; -1 writes nowhere.
           k: [tokens, kv_heads, head_dim].
           v: [tokens, kv_heads, head_dim].
         """
-        page, place = layer * self.num_pages + slots // self.page_size, slots % self.page_size
+        page, place = layer * self.num_pages + kv_slots // self.page_size, kv_slots % self.page_size
         # Rows that go nowhere get pages of their own beyond the end, so that all indices differ.
-        nowhere = self.pages.shape[0] * self.num_pages + jnp.arange(slots.shape[0], dtype=jnp.int32)
-        page = jnp.where(slots < 0, nowhere, page)
+        nowhere = self.pages.shape[0] * self.num_pages + jnp.arange(kv_slots.shape[0], dtype=jnp.int32)
+        page = jnp.where(kv_slots < 0, nowhere, page)
 
         def put(array: jax.Array, index: tuple, values: jax.Array) -> jax.Array:
             flat = array.reshape(-1, *array.shape[2:])

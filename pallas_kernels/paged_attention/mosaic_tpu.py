@@ -8,13 +8,17 @@ list, the latter are read as if they had a page, and their rows are set to zero 
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels import compat
 from pallas_kernels.dispatch import Case
+from pallas_kernels.paged_attention.cache import KVCache
+
+if TYPE_CHECKING:
+    from pallas_kernels.paged_attention import AttentionMetadata, Tables
 
 KV_BLOCK = 512  # positions that are fetched and summed together
 _SMEM_ENTRIES = 224 * 1024  # of a page table; SMEM is 1 MiB in all
@@ -50,8 +54,8 @@ class Work(NamedTuple):
     live: jax.Array
 
 
-def plan(tables, cache, q_heads: int, window: int) -> Work:
-    """The arguments are `make_plan`'s."""
+def prepare(tables: Tables, cache: KVCache, q_heads: int, window: int) -> Work:
+    """The arguments are `make_metadata`'s."""
     queries = jnp.diff(tables.query_starts)
     order = jnp.argsort(queries == 0, stable=True)
     starts = jnp.concatenate([jnp.zeros((1,), jnp.int32), jnp.cumsum(queries[order]).astype(jnp.int32)])
@@ -66,9 +70,9 @@ def plan(tables, cache, q_heads: int, window: int) -> Work:
 
 
 @functools.partial(jax.jit, static_argnames=("scale",), inline=True)
-def attention(q, cache, layer, plan, scale: float) -> jax.Array:
+def attention(q: jax.Array, cache: KVCache, layer: jax.Array, metadata: AttentionMetadata, scale: float) -> jax.Array:
     """float32 [tokens, q_heads, head_dim]. See the package's contract."""
-    work: Work = plan.work
+    work: Work = metadata.work
     exact = cache.dtype == "float32"
     eight_bit = cache.pages.dtype.itemsize == 1
     tokens, sequences = q.shape[0], work.lengths.shape[0]
@@ -80,7 +84,7 @@ def attention(q, cache, layer, plan, scale: float) -> jax.Array:
         work.starts,
         work.present,
         sm_scale=scale,
-        sliding_window=plan.window or None,
+        sliding_window=metadata.window or None,
         k_scale=1.0 if eight_bit else None,
         v_scale=1.0 if eight_bit else None,
         num_kv_pages_per_block=_pages_a_block(cache.page_size),

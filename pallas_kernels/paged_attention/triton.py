@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,10 @@ from jax.experimental import pallas as pl
 from pallas_kernels import compat
 from pallas_kernels.dispatch import Case, Target
 from pallas_kernels.paged_attention import elements
+from pallas_kernels.paged_attention.cache import KVCache
+
+if TYPE_CHECKING:
+    from pallas_kernels.paged_attention import AttentionMetadata, Tables
 
 SPLIT = 256  # positions whose partial result starts anew
 _MASKED = -1e30  # finite, so that a row that has seen nothing yet never computes inf - inf
@@ -56,15 +60,15 @@ class Work(NamedTuple):
     place: jax.Array | None
 
 
-def plan(tables, cache, q_heads: int, window: int) -> Work:
-    """Cuts the queries into tiles. The arguments are `make_plan`'s."""
+def prepare(tables: Tables, cache: KVCache, q_heads: int, window: int) -> Work:
+    """Cuts the queries into tiles. The arguments are `make_metadata`'s."""
     tokens, sequences = tables.positions.shape[0], tables.kv_lengths.shape[0]
     starts = tables.query_starts
     token = jnp.arange(tokens, dtype=jnp.int32)
     owner = jnp.searchsorted(starts, token, side="right").astype(jnp.int32) - 1
     owner = jnp.where(token < starts[-1], owner, -1)
 
-    def tiles(first, end, sequence) -> jax.Array:
+    def tiles(first: jax.Array, end: jax.Array, sequence: jax.Array) -> jax.Array:
         position, length = tables.positions[jnp.minimum(first, tokens - 1)], tables.kv_lengths[jnp.maximum(sequence, 0)]
         return jnp.stack([first, end, sequence, position, length]).astype(jnp.int32)
 
@@ -84,10 +88,12 @@ def plan(tables, cache, q_heads: int, window: int) -> Work:
 
 
 @functools.partial(jax.jit, static_argnames=("scale", "interpret"), inline=True)
-def attention(q, cache, layer, plan, scale: float, *, interpret: bool = False) -> jax.Array:
+def attention(
+    q: jax.Array, cache: KVCache, layer: jax.Array, metadata: AttentionMetadata, scale: float, *, interpret: bool = False
+) -> jax.Array:
     """float32 [tokens, q_heads, head_dim]. See the package's contract."""
-    work: Work = plan.work
-    attend = functools.partial(_attend, q, cache, layer, plan.tables, plan.window, plan.target, scale, interpret)
+    work: Work = metadata.work
+    attend = functools.partial(_attend, q, cache, layer, metadata.tables, metadata.window, metadata.target, scale, interpret)
     y = attend(work.single, 1)
     if work.many is None or work.place is None:
         return y
@@ -96,7 +102,18 @@ def attention(q, cache, layer, plan, scale: float, *, interpret: bool = False) -
     return jnp.where(place >= 0, y[jnp.maximum(work.place, 0)], jnp.where(place == -1, rows, 0.0))
 
 
-def _attend(q, cache, layer, tables, window: int, target: Target, scale: float, interpret: bool, tiles, size: int):
+def _attend(
+    q: jax.Array,
+    cache: KVCache,
+    layer: jax.Array,
+    tables: Tables,
+    window: int,
+    target: Target,
+    scale: float,
+    interpret: bool,
+    tiles: Any,
+    size: int,
+) -> Any:
     """The results of the tiles' tokens: where size is 1 in the order of the tiles, else in their own places."""
     q_heads, count = q.shape[1], tiles.shape[1]
     splits = math.ceil(tables.page_table.shape[1] * cache.page_size / SPLIT)
@@ -131,7 +148,7 @@ def _attend(q, cache, layer, tables, window: int, target: Target, scale: float, 
     return parts[0]
 
 
-def _stored(cache) -> list[jax.Array]:
+def _stored(cache: KVCache) -> list[jax.Array]:
     """The cache as the kernel reads it: [rows, 2 * kv_heads, words], and the scales of int8 [rows * 2 * kv_heads]."""
     pages = cache.pages
     if pages.dtype.itemsize == 1:  # operands of one byte an element are addressed wrongly beyond 2 GiB
@@ -142,7 +159,7 @@ def _stored(cache) -> list[jax.Array]:
     return [pages] if cache.scales is None else [pages, cache.scales.reshape(-1)]
 
 
-def _tokens_a_tile(cache, q_heads: int) -> int:
+def _tokens_a_tile(cache: KVCache, q_heads: int) -> int:
     """So many that a tile's rows (tokens x heads of the group) and its two results stay in registers."""
     rows = (64 if cache.dtype in ("bfloat16", "float16") else 32) * 128 // max(128, pl.next_power_of_2(cache.head_dim))
     return max(2, rows * cache.kv_heads // q_heads)
@@ -194,7 +211,7 @@ class _Kernel(NamedTuple):
             return elements.from_int8(words, of_int8, self.interpret)
         return elements.from_e4m3(words, self.interpret) if self.planes == 2 else [words]
 
-    def queries(self, q, token, head, live) -> tuple[list[jax.Array], jax.Array]:
+    def queries(self, q: jax.Array, token: Any, head: Any, live: jax.Array) -> tuple[list[jax.Array], jax.Array]:
         """The planes of q's rows as operands, and what their products are to be multiplied by for exp2, [rows, 1]."""
         rows = [self.load(q, (token, head), live, plane) for plane in range(self.planes)]
         if self.dtype in ("float32", "bfloat16"):
@@ -213,38 +230,38 @@ class _Kernel(NamedTuple):
         """Channels of a plane, in whole powers of two."""
         return pl.next_power_of_2(self.head_dim // self.planes)
 
-    def part(self, array, index: tuple, mask, plane: int | None):
+    def part(self, array: Any, index: tuple, mask: Any, plane: int | None) -> Any:
         """array[*index, :] with indices [rows], all words or the channels of a plane, and which elements of it there are."""
         column, used = lax.iota(jnp.int32, self.columns), self.head_dim // self.planes
         channel = column if plane is None else column * self.planes + plane
         there = mask[:, None] if self.columns == used else mask[:, None] & (column < used)
         return array.at[*(i[:, None] for i in index), channel[None]], there
 
-    def load(self, array, index: tuple, mask, plane: int | None = None) -> jax.Array:
+    def load(self, array: Any, index: tuple, mask: Any, plane: int | None = None) -> jax.Array:
         """[rows, columns], zero where not `mask` [rows]."""
         part, there = self.part(array, index, mask, plane)
         return compat.triton_load(part, mask=there, other=jnp.zeros((), array.dtype))
 
-    def store(self, array, planes, index: tuple, mask) -> None:
+    def store(self, array: Any, planes: Any, index: tuple, mask: Any) -> None:
         for plane, values in enumerate(planes):
             part, there = self.part(array, index, mask, plane)
             compat.triton_store(part, values, mask=there)
 
     # Partial results: the largest score of each row, the sum of its weights relative to it, and the planes of its output
 
-    def nothing(self, rows: int):
+    def nothing(self, rows: int) -> Any:
         """That of no positions."""
         outs = [jnp.zeros((rows, self.columns), jnp.float32) for _ in range(self.planes)]
         return jnp.full((rows,), _MASKED), jnp.zeros((rows,), jnp.float32), outs
 
-    def finish(self, result) -> list[jax.Array]:
+    def finish(self, result: Any) -> list[jax.Array]:
         _, total, outs = result
         factor = self.unit / jnp.where(total == 0.0, 1.0, total)
         return [out * factor[:, None] for out in outs]
 
     # Kernels
 
-    def seen(self, tiles, offset):
+    def seen(self, tiles: Any, offset: Any) -> Any:
         """The tokens at offsets [rows] of this program's tile, which of them there are, and what each sees: low (0 for all
         without a window), high."""
         first, end, sequence, position, length = (tiles[i, pl.program_id(2)] for i in range(5))
@@ -253,7 +270,7 @@ class _Kernel(NamedTuple):
         low = jnp.where(live, jnp.maximum(until - self.window, 0), _NEVER) if self.window else jnp.zeros_like(until)
         return token, live, low, jnp.where(live, jnp.minimum(until, length), 0)
 
-    def attend(self, tiles, table, first_page, q, pages, *rest):
+    def attend(self, tiles: Any, table: Any, first_page: Any, q: jax.Array, pages: Any, *rest: Any) -> None:
         """Grid (kv_heads, splits or 1, tiles)."""
         scales, outputs = (rest[0], rest[1:]) if self.dtype == "int8" else (None, rest)
         kv_head, part, tile = (pl.program_id(axis) for axis in range(3))
@@ -265,7 +282,7 @@ class _Kernel(NamedTuple):
         queries, factor = self.queries(q, token, head, live)
         sequence = jnp.maximum(tiles[2, tile], 0)
 
-        def step(i, carry):
+        def step(i: Any, carry: Any) -> Any:
             best, total, outs = carry
             position = i * self.kv_tile + lax.iota(jnp.int32, self.kv_tile)
             inside = position < far
@@ -293,7 +310,7 @@ class _Kernel(NamedTuple):
             outs = [out * keep[:, None] + _dot(weights.astype(v.dtype), v, 0) for out, v in zip(outs, values, strict=True)]
             return new, total, outs
 
-        def walk(i):
+        def walk(i: Any) -> Any:
             """The partial result of range i."""
             first = jnp.maximum(i * (SPLIT // self.kv_tile), near // self.kv_tile)
             last = pl.cdiv(jnp.minimum((i + 1) * SPLIT, far), self.kv_tile)
@@ -302,7 +319,7 @@ class _Kernel(NamedTuple):
         if self.partial:
 
             @pl.when((part * SPLIT < far) & ((part + 1) * SPLIT > near))
-            def _():
+            def _() -> None:
                 best, total, outs = walk(part)
                 index = (tile + offset, jnp.full((count,), part), head)
                 self.store(outputs[0], outs, index, live)
@@ -317,7 +334,7 @@ class _Kernel(NamedTuple):
             else:
                 self.store(outputs[0], self.finish(result), (token, head), live)
 
-    def merge(self, tiles, outs, bests, totals, out):
+    def merge(self, tiles: Any, outs: Any, bests: Any, totals: Any, out: Any) -> None:
         """Grid (kv_heads, 1, tiles): the partial results of a token, in order of position."""
         kv_head, tile = pl.program_id(0), pl.program_id(2)
         count = pl.next_power_of_2(self.group)
@@ -327,7 +344,7 @@ class _Kernel(NamedTuple):
         first, last = (jnp.min(low) // SPLIT if self.window else 0), pl.cdiv(jnp.max(high), SPLIT)
         together = 4  # loads under way at a time
 
-        def step(i, result):
+        def step(i: Any, result: Any) -> Any:
             for part in (first + i * together + k for k in range(together)):
                 there = used & (part < last)
                 index = (jnp.full((count,), tile), jnp.full((count,), part), head)
@@ -347,7 +364,7 @@ def _dot(a: jax.Array, b: jax.Array, contract: int) -> jax.Array:
     return lax.dot_general(a, b, dimensions, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
 
 
-def _merged(a, b):
+def _merged(a: tuple[Any, ...], b: tuple[Any, ...]) -> tuple[Any, ...]:
     """Two partial results as one; the first is of earlier positions."""
     best = jnp.maximum(a[0], b[0])
     of_a, of_b = jnp.exp2(a[0] - best), jnp.exp2(b[0] - best)

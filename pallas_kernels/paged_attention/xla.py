@@ -9,13 +9,17 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.paged_attention.cache import KVCache
 from pallas_kernels.reductions import row_sum
+
+if TYPE_CHECKING:
+    from pallas_kernels.paged_attention import AttentionMetadata, Tables
 
 KV_TILE = 128
 _MASKED = -1e30  # finite, so that a row that has seen nothing yet never computes inf - inf
@@ -36,8 +40,8 @@ class Work(NamedTuple):
     place: jax.Array
 
 
-def plan(tables, cache, q_heads: int, window: int) -> Work:
-    """Cuts the queries into tiles. The arguments are `make_plan`'s."""
+def prepare(tables: Tables, cache: KVCache, q_heads: int, window: int) -> Work:
+    """Cuts the queries into tiles. The arguments are `make_metadata`'s."""
     tokens = tables.positions.shape[0]
     sequences, max_pages = tables.page_table.shape
     size = _query_tile(tokens, sequences)
@@ -65,12 +69,14 @@ def plan(tables, cache, q_heads: int, window: int) -> Work:
 
 
 @functools.partial(jax.jit, static_argnames=("scale", "differentiable"), inline=True)
-def attention(q, cache, layer, plan, scale: float, *, differentiable: bool = False) -> jax.Array:
+def attention(
+    q: jax.Array, cache: KVCache, layer: jax.Array, metadata: AttentionMetadata, scale: float, *, differentiable: bool = False
+) -> jax.Array:
     """float32 [tokens, q_heads, head_dim]. `differentiable`: loops of static length over every KV tile of the table."""
     _, q_heads, head_dim = q.shape
     page_size, kv_heads = cache.page_size, cache.kv_heads
     group = q_heads // kv_heads
-    work: Work = plan.work
+    work: Work = metadata.work
     tiles, size = work.rows.shape
     pages_a_tile = _pages_a_tile(page_size)
     span = pages_a_tile * page_size
@@ -81,14 +87,14 @@ def attention(q, cache, layer, plan, scale: float, *, differentiable: bool = Fal
     if size * group == 1:  # one-row products have other bits
         queries = jnp.pad(queries, ((0, 0), (0, 0), (0, 1), (0, 0)))
 
-    def walk(inputs):
+    def walk(inputs: Any) -> Any:
         query, pages_of, low, high = inputs  # [w, kv_heads, r, head_dim], [w, pages], [w, size], [w, size]
         r = query.shape[2]
         low, high = (jnp.repeat(bound, group, axis=1) for bound in (low, high))
         low, high = (jnp.pad(b, ((0, 0), (0, r - size * group)), mode="edge")[:, None, :, None] for b in (low, high))
         nearest, longest = low.min(axis=(1, 2, 3))[:, None], high.max(axis=(1, 2, 3))[:, None]
 
-        def step(i, carry):
+        def step(i: jax.Array, carry: Any) -> Any:
             best, total, out = carry
             ids = lax.dynamic_slice_in_dim(pages_of, i * pages_a_tile, pages_a_tile, axis=1)
             position = i * span + jnp.arange(span)

@@ -5,7 +5,7 @@ Contract of `quantized_matmul(x, matrix)`:
 * `x` [m, k] float32, bfloat16 or float16: its dtype is the arithmetic. float32 means float32 (`Precision.HIGHEST`).
   With `arithmetic` "int8" x is float32 and a backend may quantize it in blocks inside the product, with "int8x2" twice,
   the rest of the first time as well; others stay exact.
-* `matrix`: a `Matrix` [n, k] in any layout; its stack is never sliced into a copy.
+* `matrix`: a `Matrix` [n, k] in any memory layout; its stack is never sliced into a copy.
 * result [m, n] float32. Row i depends on row i of x alone; on CPU bit for bit, whatever m is.
 * derivative: with respect to x, through the compressed weights; the weights have none.
 
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 
@@ -109,24 +110,31 @@ def _check(operation: str, x: jax.Array, *matrices: Matrix) -> None:
             )
 
 
-def backend_for(operation: str, x: jax.Array, matrices: Sequence[Matrix], target: dispatch.Target, arithmetic: str, backends):
+def backend_for(
+    operation: str,
+    x: jax.Array,
+    matrices: Sequence[Matrix],
+    target: dispatch.Target,
+    arithmetic: str,
+    backends: Sequence[dispatch.Backend],
+) -> Any:
     """The functions of the backend that serves all the matrices in one call, or None where no one backend does."""
     found = [
         dispatch.choose(
-            dispatch.Case(operation, target, m.format, arithmetic, m.layout, (x.shape[0], m.rows, m.columns)), backends
+            dispatch.Case(operation, target, m.format, arithmetic, m.memory_layout, (x.shape[0], m.rows, m.columns)), backends
         )
         for m in matrices
     ]
     return found[0] if all(one is found[0] for one in found) else None
 
 
-def _transposed(dys, matrices, target, arithmetic):
+def _transposed(dys: Sequence[jax.Array], matrices: Sequence[Matrix], target: dispatch.Target, arithmetic: str) -> jax.Array:
     parts = (xla.matmul_transposed(dy, matrix, target) for dy, matrix in zip(dys, matrices, strict=True))
     return functools.reduce(jax.numpy.add, parts)
 
 
 @linear(_transposed, static=("target", "arithmetic"))
-def _matmuls(x, matrices, target, arithmetic):
+def _matmuls(x: jax.Array, matrices: Sequence[Matrix], target: dispatch.Target, arithmetic: str) -> tuple[jax.Array, ...]:
     together = backend_for("quantized_matmul", x, matrices, target, arithmetic, BACKENDS)
     if together is not None:
         twice = getattr(together, "matmuls_twice", together.matmuls)
@@ -134,12 +142,12 @@ def _matmuls(x, matrices, target, arithmetic):
     return tuple(_matmuls(x, (matrix,), target, arithmetic)[0] for matrix in matrices)
 
 
-def _composed_swiglu(x, gate, up, target, arithmetic):
+def _composed_swiglu(x: jax.Array, gate: Matrix, up: Matrix, target: dispatch.Target, arithmetic: str) -> jax.Array:
     gated, plain = _matmuls(x, (gate, up), target, arithmetic)
     return (jax.nn.silu(gated) * plain).astype(x.dtype)
 
 
 @derivative_of(_composed_swiglu, of=("x",), static=("target", "arithmetic"))
-def _swiglu(x, gate, up, target, arithmetic):
+def _swiglu(x: jax.Array, gate: Matrix, up: Matrix, target: dispatch.Target, arithmetic: str) -> jax.Array:
     together = backend_for("swiglu", x, (gate, up), target, arithmetic, SWIGLU_BACKENDS)
     return (together.swiglu if together else functools.partial(_composed_swiglu, arithmetic=arithmetic))(x, gate, up, target)

@@ -1,6 +1,6 @@
 """Tiles of a compressed matrix as operands of tensor cores, and the loop over k that every Triton kernel here is made of.
 
-The words of layout "gpu" reach registers in the order of a tensor-core operand, so they are unpacked where they lie:
+The words of memory layout "gpu" reach registers in the order of a tensor-core operand, so they are unpacked where they lie:
 two weights at a time, one mask and one packed multiply-add (inline PTX, with a jnp twin for interpret mode).
 
 In bfloat16 the field of a code is used as it is: bits 0..7 of a bfloat16 are linear, n stands for n * 2^-133, because
@@ -113,7 +113,9 @@ def _affine_twin(how: Arithmetic, n: jax.Array, scale: jax.Array, offset: jax.Ar
     return (value + offset.astype(jnp.float32)).astype(how.dtype)
 
 
-def field(how: Arithmetic, words: jax.Array, shift: int, mask: int, scale, offset, interpret: bool) -> jax.Array:
+def field(
+    how: Arithmetic, words: jax.Array, shift: int, mask: int, scale: jax.Array, offset: jax.Array, interpret: bool
+) -> jax.Array:
     """((words >> shift) & mask) * scale + offset of uint16 words; at most 8 bits."""
     if interpret:
         return _affine_twin(how, (words >> shift) & mask, scale, offset)
@@ -123,7 +125,15 @@ def field(how: Arithmetic, words: jax.Array, shift: int, mask: int, scale, offse
 
 
 def split_field(
-    how: Arithmetic, words: jax.Array, shift: int, high: jax.Array, at: jax.Array, bits: int, scale, offset, interpret: bool
+    how: Arithmetic,
+    words: jax.Array,
+    shift: int,
+    high: jax.Array,
+    at: jax.Array,
+    bits: int,
+    scale: jax.Array,
+    offset: jax.Array,
+    interpret: bool,
 ) -> jax.Array:
     """(((words >> shift) & 15) | (((high >> at) & (2^bits - 1)) << 4)) * scale + offset; `at` int32, one for each word."""
     mask = (1 << bits) - 1
@@ -157,7 +167,9 @@ def level_bytes(words: jax.Array, levels: Sequence[int], interpret: bool) -> jax
     return _asm(text, jnp.int32, 1, words.astype(jnp.int32), constraints="=r,r")
 
 
-def byte_field(how: Arithmetic, octets: jax.Array, piece: int, scale, offset, interpret: bool) -> jax.Array:
+def byte_field(
+    how: Arithmetic, octets: jax.Array, piece: int, scale: jax.Array, offset: jax.Array, interpret: bool
+) -> jax.Array:
     """Byte `piece` of each int32, times scale, plus offset."""
     if interpret:
         return _affine_twin(how, (octets >> (8 * piece)) & 255, scale, offset)
@@ -294,7 +306,7 @@ def pieces(
     return lambda p: _nibble(how, words, p, *scales(p), interpret)
 
 
-def _nibble(how: Arithmetic, words: jax.Array, piece: int, scale, offset, interpret: bool) -> jax.Array:
+def _nibble(how: Arithmetic, words: jax.Array, piece: int, scale: jax.Array, offset: jax.Array, interpret: bool) -> jax.Array:
     """Odd pieces stay where they are, four bits up: that saves their shift."""
     shift, odd = 8 * (piece // 2), piece % 2
     return field(how, words, shift, 0xF0 if odd else 0x0F, scale * how.dtype(1 / 16) if odd else scale, offset, interpret)
@@ -318,10 +330,10 @@ def products(
     units = operands[0].columns // (4 * width) // part[1]
     first, last = part[0] * units, (part[0] + 1) * units - 1
 
-    def ahead_of(unit):
+    def ahead_of(unit: Any) -> Any:
         return [_ahead(operand, rows, unit) for operand in operands]
 
-    def step(i, carry):
+    def step(i: Any, carry: Any) -> Any:
         totals, ahead = carry
         unit = first + i
         tiles = [pieces(operand, rows, unit, one, dtype, interpret) for operand, one in zip(operands, ahead, strict=True)]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,24 +30,24 @@ _ROWS = 12 << 20  # for the rows of one step, as well
 
 def refuses(case: Case) -> str | None:
     """None, or why the kernels cannot serve a case."""
-    if case.layout != "tpu":
-        return f'reads layout "tpu", not "{case.layout}"'
+    if case.memory_layout != "tpu":
+        return f'reads memory layout "tpu", not "{case.memory_layout}"'
     if case.dtype != "bfloat16":
         return f"computes in bfloat16, not {case.dtype}"
     return None
 
 
-def matmul(x: jax.Array, matrix: Matrix, target: Target, interpret=False) -> jax.Array:
+def matmul(x: jax.Array, matrix: Matrix, target: Target, interpret: bool = False) -> jax.Array:
     """x [m, k] bfloat16 times the transposed matrix [n, k]: float32 [m, n]."""
     return matmuls(x, (matrix,), target, interpret)[0]
 
 
-def matmuls(x: jax.Array, matrices: Sequence[Matrix], target: Target, interpret=False) -> list[jax.Array]:
+def matmuls(x: jax.Array, matrices: Sequence[Matrix], target: Target, interpret: bool = False) -> list[jax.Array]:
     """x [m, k] times each transposed matrix [n_i, k]: float32 [m, n_i]."""
     return _launch(x, tuple((matrix,) for matrix in matrices), interpret)
 
 
-def swiglu(x: jax.Array, gate: Matrix, up: Matrix, target: Target, interpret=False) -> jax.Array:
+def swiglu(x: jax.Array, gate: Matrix, up: Matrix, target: Target, interpret: bool = False) -> jax.Array:
     """silu(x · gateᵀ) * (x · upᵀ): [m, n] bfloat16."""
     return _launch(x, ((gate, up),), interpret)[0]
 
@@ -80,7 +81,7 @@ def plane_specs(matrix: Matrix, columns: int, where: Callable, first: int) -> li
     """
     depth = len(matrix.index)
 
-    def block(i, j, *scalars):
+    def block(i: Any, j: Any, *scalars: Any) -> Any:
         *experts, column = where(i, j, *scalars)
         return (*(scalar[0] for scalar in scalars[first : first + depth]), *experts, 0, column)
 
@@ -94,7 +95,7 @@ def tiles_of(matrices: Sequence[Matrix], refs: Sequence) -> list[tiles.Tile]:
 
 
 @functools.partial(jax.jit, static_argnames="interpret", inline=True)
-def _launch(x: jax.Array, jobs: tuple[tuple[Matrix, ...], ...], interpret) -> list[jax.Array]:
+def _launch(x: jax.Array, jobs: tuple[tuple[Matrix, ...], ...], interpret: bool) -> list[jax.Array]:
     """One result of each job: a matrix, or gate and up."""
     m, k = x.shape
     matrices = [matrix for job in jobs for matrix in job]
@@ -112,7 +113,7 @@ def _launch(x: jax.Array, jobs: tuple[tuple[Matrix, ...], ...], interpret) -> li
     for job, (begin, end) in zip(jobs, plan, strict=True):
         for matrix in job:
 
-            def where(i, j, *scalars, begin=begin, end=end):
+            def where(i: Any, j: Any, *scalars: Any, begin: Any = begin, end: Any = end) -> Any:
                 return (jnp.clip(i, begin, end - 1) - begin,)
 
             specs += plane_specs(matrix, columns, where, first)
@@ -123,7 +124,7 @@ def _launch(x: jax.Array, jobs: tuple[tuple[Matrix, ...], ...], interpret) -> li
     if not few:
         scratch += [pltpu.VMEM((k, columns), jnp.bfloat16)] * most
 
-    def kernel(*refs):
+    def kernel(*refs: Any) -> None:
         x, *rest = refs[len(indices) :]
         plane_refs, out, *scratch_refs = rest[: len(planes)], *rest[len(planes) :]
         factors, weights = scratch_refs[:most], scratch_refs[most:]
@@ -133,7 +134,7 @@ def _launch(x: jax.Array, jobs: tuple[tuple[Matrix, ...], ...], interpret) -> li
             mine = [next(every) for _ in job]
 
             @pl.when((step >= begin) & (step < end))
-            def _(mine=mine):
+            def _(mine: Any = mine) -> None:
                 if few:
                     out[:m] = finish(tiles.folded(mine, factors[: len(mine)], m, x)).astype(dtype)
                 else:
@@ -161,9 +162,9 @@ def _launch(x: jax.Array, jobs: tuple[tuple[Matrix, ...], ...], interpret) -> li
     return [y[:, begin * columns : begin * columns + job[0].rows] for job, (begin, _) in zip(jobs, plan, strict=True)]
 
 
-def _many(x, mine: Sequence[tiles.Tile], factors, weights, fresh) -> list[jax.Array]:
+def _many(x: jax.Array, mine: Sequence[tiles.Tile], factors: Any, weights: Any, fresh: Any) -> list[jax.Array]:
     @pl.when(fresh)
-    def _():
+    def _() -> None:
         for tile, scratch, out in zip(mine, factors, weights, strict=False):
             tiles.expand(tile, scratch, out)
 

@@ -1,4 +1,4 @@
-"""What the TPU kernels do with a tile of compressed weights in VMEM (layout "tpu": k on the sublanes, n on the lanes).
+"""What the TPU kernels do with a tile of compressed weights in VMEM (memory layout "tpu": k on the sublanes, n on the lanes).
 
 `folded` multiplies a few rows without making weights of the codes: with rows of x cut to one group of k each, stacked, one
 product gives every group's sum, and only those small results meet the scales. `expand` makes bfloat16 weights, once, for
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -54,7 +55,7 @@ def _whole(groups: int) -> int:
     return -(-groups // 8) * 8
 
 
-def unpack_factors(tile: Tile, out) -> None:
+def unpack_factors(tile: Tile, out: Any) -> None:
     """Writes the scale of each group to the first rows of `out` (float32 ref), the minima from row `_whole(groups)` on."""
     packing, groups = tile.packing, tile.groups
     whole = _whole(groups)
@@ -77,7 +78,7 @@ def unpack_factors(tile: Tile, out) -> None:
         out[rows] = integers[rows] * halves[run : run + 1]
 
 
-def codes(tile: Tile, run, half: int) -> jax.Array:
+def codes(tile: Tile, run: jax.Array | int, half: int) -> jax.Array:
     """What the codes of half a run stand for, exactly: int8 or bfloat16 [128, n]. The half run at the end is half 0 of run
     k // 256."""
     packing, refs = tile.packing, tile.planes
@@ -104,12 +105,12 @@ def codes(tile: Tile, run, half: int) -> jax.Array:
     return pltpu.bitcast(words, jnp.int8)
 
 
-def aligned(start, size: int, unit: int | None = None):
+def aligned(start: jax.Array | int, size: int, unit: int | None = None) -> Any:
     """[start, start + size) of a ref, start being a multiple of `unit`, or of `size`."""
     return pl.ds(start if isinstance(start, int) else pl.multiple_of(start, unit or size), size)
 
 
-def _words(ref, run, rows: int, count: int | None = None) -> jax.Array:
+def _words(ref: Any, run: jax.Array | int, rows: int, count: int | None = None) -> jax.Array:
     """Four rows of bytes a word: uint32 [rows / 4, n]."""
     return pltpu.bitcast(ref[aligned(run * rows, count or rows)], jnp.uint32)
 
@@ -148,7 +149,7 @@ def _look_up(codes: jax.Array, levels: Sequence[int]) -> jax.Array:
     return jnp.concatenate(found).astype(jnp.bfloat16)
 
 
-def folded(tiles: Sequence[Tile], factors: Sequence, m: int, x) -> list[jax.Array]:
+def folded(tiles: Sequence[Tile], factors: Sequence, m: int, x: jax.Array) -> list[jax.Array]:
     """The first m rows of x times each tile, transposed: float32 [m, n].
 
     factors: of each tile, a float32 ref of `factor_rows`, which is overwritten. x: ref [8 or 16, k] of bfloat16 values,
@@ -159,10 +160,10 @@ def folded(tiles: Sequence[Tile], factors: Sequence, m: int, x) -> list[jax.Arra
     return (_by_row if m <= _BY_ROW else _by_group)(tiles, factors, m, x)
 
 
-def _by_row(tiles: Sequence[Tile], factors: Sequence, m: int, x) -> list[jax.Array]:
+def _by_row(tiles: Sequence[Tile], factors: Sequence, m: int, x: jax.Array) -> list[jax.Array]:
     """Eight groups of one row fill a register: they meet eight rows of scales, and its sublanes are summed at the end."""
 
-    def step(run, halves, accumulators):
+    def step(run: jax.Array | int, halves: Any, accumulators: Any) -> Any:
         folds, sums = {}, []
         for tile, scratch, accumulator in zip(tiles, factors, accumulators, strict=True):
             group = tile.packing.group
@@ -189,11 +190,11 @@ def _by_row(tiles: Sequence[Tile], factors: Sequence, m: int, x) -> list[jax.Arr
     ]
 
 
-def _by_group(tiles: Sequence[Tile], factors: Sequence, m: int, x) -> list[jax.Array]:
+def _by_group(tiles: Sequence[Tile], factors: Sequence, m: int, x: jax.Array) -> list[jax.Array]:
     """All rows of one group fill a register: each meets one row of scales, spread over its sublanes."""
     rows = x.shape[0]
 
-    def half_run(run, half, accumulators):
+    def half_run(run: jax.Array | int, half: Any, accumulators: Any) -> Any:
         start = run * RUN + half * CHUNK
         part = _columns(x, start, CHUNK)
         folds = {group: _fold_groups(part, group) for group in {tile.packing.group for tile in tiles}}
@@ -210,7 +211,7 @@ def _by_group(tiles: Sequence[Tile], factors: Sequence, m: int, x) -> list[jax.A
             sums.append(accumulator)
         return sums
 
-    def step(run, halves, accumulators):
+    def step(run: jax.Array | int, halves: Any, accumulators: Any) -> Any:
         for half in range(halves):
             accumulators = half_run(run, half, accumulators)
         return accumulators
@@ -219,12 +220,12 @@ def _by_group(tiles: Sequence[Tile], factors: Sequence, m: int, x) -> list[jax.A
     return [result[:m] for result in results]
 
 
-def over_runs(k: int, step: Callable, carry):
+def over_runs(k: int, step: Callable, carry: Any) -> Any:
     """carry = step(run, halves, carry) over all of k; many runs in a loop, so that programs stay small."""
     runs, done = k // RUN, 0
     if runs > _UNROLLED:
 
-        def body(i, carry):
+        def body(i: Any, carry: Any) -> Any:
             for run in range(_BODY):
                 carry = step(i * _BODY + run, 2, carry)
             return carry
@@ -236,7 +237,7 @@ def over_runs(k: int, step: Callable, carry):
     return step(runs, 1, carry) if k % RUN else carry
 
 
-def _columns(x, start, size: int) -> jax.Array:
+def _columns(x: jax.Array, start: jax.Array | int, size: int) -> jax.Array:
     return x[:, aligned(start, size, CHUNK)].astype(jnp.float32)
 
 
@@ -263,12 +264,12 @@ def _with_sums(lhs: jax.Array) -> tuple[jax.Array, jax.Array]:
     return lhs.astype(jnp.bfloat16), jnp.sum(lhs, 1, keepdims=True)
 
 
-def expand(tile: Tile, factors, out) -> None:
+def expand(tile: Tile, factors: Any, out: Any) -> None:
     """The weights, rounded to bfloat16, into `out` (ref [k, n])."""
     unpack_factors(tile, factors)
     group, minima = tile.packing.group, tile.packing.minima
 
-    def step(run, halves, carry):
+    def step(run: jax.Array | int, halves: Any, carry: Any) -> Any:
         for half in range(halves):
             start = run * RUN + half * CHUNK
             values = codes(tile, run, half).astype(jnp.float32)

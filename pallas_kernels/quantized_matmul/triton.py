@@ -40,8 +40,8 @@ def refuses(case: Case) -> str | None:
     """None, or why the kernels cannot serve a case."""
     if case.target.capability < (8, 0):
         return f"needs compute capability 8.0, not {case.target.model or 'an unknown one'}"
-    if case.layout != gpu.NAME:
-        return f'reads layout "{gpu.NAME}", not "{case.layout}"'
+    if case.memory_layout != gpu.NAME:
+        return f'reads memory layout "{gpu.NAME}", not "{case.memory_layout}"'
     return None if case.dtype in DTYPES else f"computes in {' and '.join(DTYPES)}, not {case.dtype}"
 
 
@@ -107,7 +107,7 @@ def flatten(matrices: Sequence[Matrix]) -> list[jax.Array]:
     return [part for m in matrices for part in (*m.planes, *(i.reshape(1) for i in m.index))]
 
 
-def unflatten(matrices: Sequence[Matrix], refs: Sequence[Any], counts, lead: tuple[jax.Array, ...] = ()) -> list[Operand]:
+def unflatten(matrices: Sequence[Matrix], refs: Sequence[Any], counts: Any, lead: tuple[jax.Array, ...] = ()) -> list[Operand]:
     """The matrices inside the kernel; `lead` are indices of stack axes that the matrices have left open."""
     operands, at = [], 0
     for m in matrices:
@@ -118,7 +118,7 @@ def unflatten(matrices: Sequence[Matrix], refs: Sequence[Any], counts, lead: tup
 
 
 def _launch(
-    name: str, x: jax.Array, jobs: Sequence[Sequence[Matrix]], dtype, target: Target, interpret: bool, parts: int = 1
+    name: str, x: jax.Array, jobs: Sequence[Sequence[Matrix]], dtype: Any, target: Target, interpret: bool, parts: int = 1
 ) -> list[jax.Array]:
     """For each job, matrices of one shape, `silu_product` of x times them: [parts, m, n] of `dtype`, of one run of k each."""
     m, (matrices, counts) = x.shape[0], ([m for job in jobs for m in job], [len(job) for job in jobs])
@@ -126,14 +126,14 @@ def _launch(
     shape = tile(m, max(jobs, key=len), sum(heights) * parts, target)
     ends = [sum(-(-n // shape.rows) for n in heights[: i + 1]) for i in range(len(jobs))]
 
-    def kernel(x_ref, count_ref, *refs):
+    def kernel(x_ref: Any, count_ref: Any, *refs: Any) -> None:
         small = counting(count_ref)
         inputs, outputs = refs[: -len(jobs)], refs[-len(jobs) :]
         row = pl.program_id(0) * shape.batch + lax.iota(jnp.int32, shape.batch)
         operands = unflatten(matrices, inputs, small)
         place, part = pl.program_id(1), pl.program_id(2) if parts > 1 else 0
 
-        def load_x(first, width):
+        def load_x(first: Any, width: int) -> Any:
             at = (row[:, None], (first + lax.iota(jnp.int32, width))[None])
             return compat.triton_load(x_ref.at[at], mask=row[:, None] < m, other=0)
 
@@ -142,7 +142,7 @@ def _launch(
             mine = operands[sum(counts[:i]) : sum(counts[: i + 1])]
 
             @pl.when((place >= start) & (place < ends[i]))
-            def _(mine=mine, output=output, start=start, n=heights[i]):
+            def _(mine: Any = mine, output: Any = output, start: Any = start, n: Any = heights[i]) -> None:
                 column = (place - start) * shape.rows + lax.iota(jnp.int32, shape.rows)
                 totals = products(mine, jnp.minimum(column, n - 1), load_x, shape.batch, x.dtype, interpret, (part, parts))
                 result = silu_product(totals).astype(dtype).T

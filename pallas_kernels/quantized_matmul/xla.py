@@ -41,13 +41,13 @@ def matmul(x: jax.Array, matrix: Matrix, target: Target) -> jax.Array:
     x, dtype = _library_operand(x, target)
     rows, tiles = _tiling(n, k)
 
-    def tile(start):
+    def tile(start: jax.Array | int) -> jax.Array:
         return _dot(x, unpack_rows(matrix, start, rows).astype(dtype), contract=1)
 
     if tiles == 1:
         return tile(0)[:m]
 
-    def body(i, y):
+    def body(i: jax.Array, y: jax.Array) -> jax.Array:
         start = jnp.minimum(i * rows, n - rows)  # the last tile overlaps the one before: the same values again
         return lax.dynamic_update_slice(y, tile(start), (0, start))
 
@@ -61,7 +61,7 @@ def matmul_transposed(dy: jax.Array, matrix: Matrix, target: Target) -> jax.Arra
     dy, dtype = _library_operand(dy, target)
     rows, tiles = _tiling(n, k)
 
-    def body(i, dx):
+    def body(i: jax.Array, dx: jax.Array) -> jax.Array:
         start = jnp.minimum(i * rows, n - rows)
         fresh = start + jnp.arange(rows) >= i * rows  # rows that the tile before has not had
         part = jnp.where(fresh, lax.dynamic_slice(dy, (0, start), (dy.shape[0], rows)), 0)

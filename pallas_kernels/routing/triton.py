@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +28,7 @@ def route(
     tokens, experts = logits.shape
     lanes, slots = pl.next_power_of_2(experts), pl.next_power_of_2(top_k)
 
-    def kernel(logits, live, ids_out, weights_out):
+    def kernel(logits: Any, live: Any, ids_out: Any, weights_out: Any) -> None:
         token = pl.program_id(0)
         lane, slot = jnp.arange(lanes), jnp.arange(slots)
         values = compat.triton_load(logits.at[token, lane], mask=lane < experts, other=-jnp.inf)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels import aot, dispatch
-from pallas_kernels.paged_attention import KV_DTYPES, KVCache, Tables, make_plan, paged_attention
+from pallas_kernels.paged_attention import KV_DTYPES, KVCache, Tables, make_metadata, paged_attention
 from support.aot import ptx
 
 LAYERS, HEADS, KV_HEADS, HEAD_DIM, PAGE = 4, 32, 4, 128, 16
@@ -34,12 +34,12 @@ def i32(*shape):
 
 
 def step(cache, q, k, v, slots, tables, window=0):
-    plan = make_plan(tables, cache, HEADS, window)
+    metadata = make_metadata(tables, cache, HEADS, window)
 
     def body(carry, layer):
         x, cache = carry
         cache = cache.write(layer, slots, k, v)
-        return (x + paged_attention(x, cache, layer, plan, HEAD_DIM**-0.5), cache), None
+        return (x + paged_attention(x, cache, layer, metadata, HEAD_DIM**-0.5), cache), None
 
     return jax.lax.scan(body, (q, cache), jnp.arange(LAYERS, dtype=jnp.int32))[0]
 
@@ -106,7 +106,7 @@ def test_a_page_table_of_one_range_is_one_launch():
     tables = Tables(i32(32), i32(33), i32(32), i32(32, 16))
 
     def attend(cache, q, tables):
-        return paged_attention(q, cache, 1, make_plan(tables, cache, HEADS), 1.0)
+        return paged_attention(q, cache, 1, make_metadata(tables, cache, HEADS), 1.0)
 
     kernels, temp = ptx.measure("h200", attend, cache, q, tables)
     assert temp <= 1 << 16

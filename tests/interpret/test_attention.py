@@ -13,7 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import dispatch
-from pallas_kernels.paged_attention import KV_DTYPES, make_plan, mosaic_tpu, triton, xla
+from pallas_kernels.paged_attention import KV_DTYPES, make_metadata, mosaic_tpu, triton, xla
 from support.attention_cases import HALF_ULPS, LAYER, case, expected
 
 GPU, TPU = dispatch.Target("gpu", "9.0"), dispatch.Target("tpu", "v5e")
@@ -22,9 +22,9 @@ GPU, TPU = dispatch.Target("gpu", "9.0"), dispatch.Target("tpu", "v5e")
 @functools.partial(jax.jit, static_argnames="window")
 def on_gpu(q, cache, tables, window=0):
     with dispatch.on(GPU):
-        plan = make_plan(tables, cache, q.shape[1], window)
-    assert plan.backend is triton
-    return triton.attention(q, cache, LAYER, plan, q.shape[-1] ** -0.5, interpret=True)
+        metadata = make_metadata(tables, cache, q.shape[1], window)
+    assert metadata.backend is triton
+    return triton.attention(q, cache, LAYER, metadata, q.shape[-1] ** -0.5, interpret=True)
 
 
 def check_gpu(queries, contexts, window=0, dtype="bfloat16", **options):
@@ -133,11 +133,11 @@ def test_tpu(library_kernel, dtype, window):
     queries, contexts = [1, 70, 0, 3, 1], [600, 70, 33, 130, 17]
     q, cache, tables, k, v = case(queries, contexts, dtype=dtype, head_dim=128, page_size=128, padding=2, target=TPU)
     with dispatch.on(TPU):
-        plan = make_plan(tables, cache, 4, window)
-    assert plan.backend is mosaic_tpu
+        metadata = make_metadata(tables, cache, 4, window)
+    assert metadata.backend is mosaic_tpu
     y, bound = expected(q, queries, contexts, k, v, window, HALF_ULPS["float32" if dtype == "float32" else "bfloat16"])
     bound += np.abs(y) * (0 if dtype == "float32" else 2.0**-8)  # the result is rounded as well
-    assert (np.abs(np.asarray(mosaic_tpu.attention(q, cache, LAYER, plan, 128**-0.5)) - y) <= bound).all()
+    assert (np.abs(np.asarray(mosaic_tpu.attention(q, cache, LAYER, metadata, 128**-0.5)) - y) <= bound).all()
 
 
 def test_tpu_sequences_that_are_not_there(library_kernel):
@@ -145,8 +145,8 @@ def test_tpu_sequences_that_are_not_there(library_kernel):
     q, cache, tables, k, v = case([1, 1, 1], [40, 30, 20], head_dim=128, page_size=128, target=TPU)
     tables = tables._replace(kv_lengths=tables.kv_lengths.at[1].set(0))
     with dispatch.on(TPU):
-        plan = make_plan(tables, cache, 4)
-    y = np.asarray(mosaic_tpu.attention(q, cache, LAYER, plan, 128**-0.5))
+        metadata = make_metadata(tables, cache, 4)
+    y = np.asarray(mosaic_tpu.attention(q, cache, LAYER, metadata, 128**-0.5))
     of_others, bound = expected(q, [1, 1, 1], [40, 30, 20], k, v)
     assert (y[1] == 0).all() and (np.abs(y - of_others) <= bound)[[0, 2]].all()
     reference = xla.attention(q, cache, LAYER, plan_of_xla(tables, cache), 128**-0.5)
@@ -156,4 +156,4 @@ def test_tpu_sequences_that_are_not_there(library_kernel):
 
 def plan_of_xla(tables, cache):
     with dispatch.on(dispatch.Target("cpu")):
-        return make_plan(tables, cache, 4)
+        return make_metadata(tables, cache, 4)

@@ -235,6 +235,6 @@ def test_what_is_refused():
     assert "7.5" in why(target=Target("gpu", "7.5"))
     assert "NVIDIA" in why(target=Target("cpu"))
     assert "float32" in why(dtype="float32")
-    assert "ggml" in why(layout="ggml")
+    assert "ggml" in why(memory_layout="ggml")
     assert "no multiple of 256" in gpu.fits("Q4_K", 16, 128)
     assert "IQ2_XXS" in gpu.fits("IQ2_XXS", 16, 256)

@@ -130,7 +130,7 @@ def test_what_fits():
     )
     for format in tpu.PACKINGS:
         assert tpu.fits(format, 4096, 2048) is None
-    assert "no TPU layout" in tpu.fits("Q2_K", 128, 256)
+    assert "no TPU memory layout" in tpu.fits("Q2_K", 128, 256)
     assert "no multiple of 128" in tpu.fits("Q8_0", 128, 576)
     assert "no multiple of 256" in tpu.fits("Q4_K", 128, 896)
     assert "bytes" in tpu.fits("Q8_0", 130, 2048)
@@ -345,7 +345,7 @@ def test_what_is_refused():
     assert refuses(case) is None and grouped.refuses(case) is None
     for change, why in [
         ({"target": Target("gpu", "9.0")}, "TPU"),
-        ({"layout": "ggml"}, '"ggml"'),
+        ({"memory_layout": "ggml"}, '"ggml"'),
         ({"dtype": "float16"}, "float16"),
         ({"dtype": "float32"}, "float32"),
     ]:

@@ -10,9 +10,12 @@ namespace {
 
 // ---- formats -----------------------------------------------------------------------------------------------------
 
-const std::vector<std::string> kNames = {"Q4_0", "Q4_1", "Q5_0",   "Q5_1", "Q8_0", "IQ4_NL", "MXFP4",
-                                         "Q4_K", "Q5_K", "Q6_K", "IQ4_XS", "F16",  "BF16",
-                                         "U4_32_F16", "U4_64_F16", "U4_128_F16"};
+const std::vector<std::string> kNames = [] {  // of matrices; F32 is of routers alone
+  std::vector<std::string> names;
+  for (const Format& format : kFormats)
+    if (format.type != Type::F32) names.push_back(format.name);
+  return names;
+}();
 
 double level(int q) {
   static const int levels[] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};

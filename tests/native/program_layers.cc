@@ -6,7 +6,7 @@ namespace {
 
 // A model of two layers, dense or a mixture, and room for its cache.
 struct Model {
-  Shape shape;
+  LayerShape shape;
   std::vector<Stored> stored;
   std::vector<std::vector<float>> floats;
   std::vector<Layer> layers;

@@ -37,7 +37,7 @@ def test_weights_are_made_with_the_deviation_that_was_asked_for():
     params = weights.make(Lab(SMALL, jax.devices()[0]), SMALL.config)
     layers = params["layers"]
     down = layers["feed_forward"]["expert_down"]
-    assert down.layout == ("Q4_K", "Q4_K", "Q6_K")
+    assert down.formats == ("Q4_K", "Q4_K", "Q6_K")
     for tensor, std in ((params["unembedding"], 0.03), (down.stacks["Q6_K"], 0.01), (params["embedding"], 1.0)):
         assert isinstance(tensor, QuantizedTensor)
         matrix = tensor.operand(*([0] * (len(tensor.shape) - 2)))

@@ -243,7 +243,7 @@ def test_layouts_of_an_accelerator(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         on_gpu = read_parameters(model, places, jax.devices()[0])["layers"]
     for part, name in (("attention", "query"), ("attention", "output"), ("feed_forward", "expert_gate")):
         ours, theirs = (tree[part][name].stacks["Q4_0+order"] for tree in (on_cpu, on_gpu))
-        assert (ours.layout, theirs.layout) == ("ggml+order", "gpu+order") and ours.shape == theirs.shape
+        assert (ours.memory_layout, theirs.memory_layout) == ("ggml+order", "gpu+order") and ours.shape == theirs.shape
         index = (0,) * (len(ours.shape) - 2)
         one, other = (unpack_rows(tensor.operand(*index), 0, ours.shape[-2]) for tensor in (ours, theirs))
         assert (np.asarray(one) == np.asarray(other)).all() and np.asarray(one).std() > 0

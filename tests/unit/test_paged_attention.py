@@ -9,13 +9,13 @@ import pytest
 
 from benchmarks import kv_table
 from pallas_kernels import dispatch
-from pallas_kernels.paged_attention import KV_DTYPES, KVCache, Tables, bytes_per_token, make_plan, paged_attention
+from pallas_kernels.paged_attention import KV_DTYPES, KVCache, Tables, bytes_per_token, make_metadata, paged_attention
 from support.attention_cases import LAYER, case, expected, rounded
 
 
 @functools.partial(jax.jit, static_argnames="window")
 def attend(q, cache, tables, window=0):
-    return paged_attention(q, cache, LAYER, make_plan(tables, cache, q.shape[1], window), q.shape[-1] ** -0.5)
+    return paged_attention(q, cache, LAYER, make_metadata(tables, cache, q.shape[1], window), q.shape[-1] ** -0.5)
 
 
 def check(queries, contexts, window=0, **options):
@@ -134,7 +134,7 @@ def test_the_backend_is_chosen_for_the_target():
     ):
         for dtype in KV_DTYPES:
             with dispatch.on(target), dispatch.record() as choices:
-                make_plan(tables, KVCache.empty(1, 4, 16, 2, 128, dtype), 4)
+                make_metadata(tables, KVCache.empty(1, 4, 16, 2, 128, dtype), 4)
             chosen[str(target), dtype] = choices[0].backend
     assert {chosen["cpu", dtype] for dtype in KV_DTYPES} == {chosen["gpu 7.5", dtype] for dtype in KV_DTYPES} == {"xla"}
     assert {chosen["gpu 9.0", dtype] for dtype in KV_DTYPES} == {"triton"}

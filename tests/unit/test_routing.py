@@ -102,8 +102,8 @@ def test_what_is_recorded_is_what_is_computed_with(monkeypatch):
     batch, params = batch_of(TOKENS), params_of(MOE)
     before, _ = F.forward(params, cache_of(MOE), batch, config=MOE)
 
-    def by_position(logits, live, top_k, **options):
-        _, weights = xla.route(logits, live, top_k, **options)
+    def by_position(logits, live, top_k, *, normalize, scale, implementation):
+        _, weights = xla.route(logits, live, top_k, normalize, scale)
         return jnp.broadcast_to(jnp.arange(top_k), weights.shape), weights[:, ::-1]
 
     monkeypatch.setattr(layers, "route", by_position)

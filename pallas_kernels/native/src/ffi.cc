@@ -185,12 +185,12 @@ XLA_FFI_Error* experts(const Call& call) {
   });
 }
 
-// Operands: x, slots, positions, query_starts, kv_lengths, page_table, cosine, sine, stacks. `places`, of each layer and part: number of the operand among `stacks` (-1: none) and place in its first axis. Results: y, the
+// Operands: x, kv_slots, positions, query_starts, kv_lengths, page_table, cosine, sine, stacks. `places`, of each layer and part: number of the operand among `stacks` (-1: none) and place in its first axis. Results: y, the
 // pages of the cache, the scales of an int8 one, and where they are wanted experts and weights [routers, tokens, top_k].
 XLA_FFI_Error* layers(const Call& call) {
   constexpr size_t kFirstStack = 8;
   Checker check(call);
-  const Array x = check.operand(0, kF32, 2), slots = check.operand(1, kS32, 1), positions = check.operand(2, kS32, 1);
+  const Array x = check.operand(0, kF32, 2), kv_slots = check.operand(1, kS32, 1), positions = check.operand(2, kS32, 1);
   const Array query_starts = check.operand(3, kS32, 1), kv_lengths = check.operand(4, kS32, 1);
   const Array page_table = check.operand(5, kS32, 2), cosine = check.operand(6, kF32, 2), sine = check.operand(7, kF32, 2);
   const Array y = check.result(0, kF32, 2), pages = call.result(1);
@@ -213,9 +213,9 @@ XLA_FFI_Error* layers(const Call& call) {
   }
   check.require(pages.item_bytes() == store.item_bytes(), "the cache holds other elements");
   check.require(count <= pages.dim(0) && store.head_dim % 16 == 0 && store.num_pages > 0, "the cache does not fit");
-  ferrum::Batch batch{tokens, page_table.dim(0), page_table.dim(1), slots.ints(), positions.ints(), query_starts.ints(),
+  ferrum::Batch batch{tokens, page_table.dim(0), page_table.dim(1), kv_slots.ints(), positions.ints(), query_starts.ints(),
                       kv_lengths.ints(), page_table.ints(), cosine.floats(), sine.floats(), cosine.dim(1)};
-  check.require(slots.dim(0) == tokens && positions.dim(0) == tokens && cosine.dim(0) == tokens && sine.dim(0) == tokens &&
+  check.require(kv_slots.dim(0) == tokens && positions.dim(0) == tokens && cosine.dim(0) == tokens && sine.dim(0) == tokens &&
                     sine.dim(1) == batch.rotated && 2 * batch.rotated <= store.head_dim &&
                     query_starts.dim(0) == batch.sequences + 1 && kv_lengths.dim(0) == batch.sequences && y.dim(0) == tokens &&
                     y.dim(1) == hidden && hidden % 32 == 0,
@@ -297,7 +297,7 @@ XLA_FFI_Error* layers(const Call& call) {
   }
   check.require(routers == wanted, "there are fewer routers than are recorded");
   if (check.failed()) return check.error();
-  const ferrum::Shape shape{hidden, heads, window, top_k, eps, scale, expert_scale, normalize};
+  const ferrum::LayerShape shape{hidden, heads, window, top_k, eps, scale, expert_scale, normalize};
   std::memcpy(y.floats(), x.floats(), size_t(tokens * hidden) * sizeof(float));
   return with_pool(call, [&](ferrum::Pool& pool) { ferrum::decoder_layers(pool, shape, batch, all.data(), caches.data(), count, y.floats()); });
 }

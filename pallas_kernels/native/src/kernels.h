@@ -79,16 +79,16 @@ struct KvCache {
   }
 };
 
-// A step of a decoder: `tokens` rows of `sequences` sequences, as in paged_attention; slots are places in the cache or -1.
+// A step of a decoder: `tokens` rows of `sequences` sequences, as in paged_attention; kv_slots are places in the cache or -1.
 struct Batch {
   int64_t tokens, sequences, max_pages;
-  const int32_t *slots, *positions, *query_starts, *kv_lengths, *page_table;
+  const int32_t *kv_slots, *positions, *query_starts, *kv_lengths, *page_table;
   const float *cosine, *sine;  // [tokens, rotated]
   int64_t rotated;
 };
 
 // What all layers of a decoder have in common. window 0: none.
-struct Shape {
+struct LayerShape {
   int64_t hidden, heads, window, top_k;
   float eps, scale, expert_scale;
   bool normalize;
@@ -106,7 +106,7 @@ struct Layer {
 };
 
 // x [tokens, hidden] through some layers, in place; layer i reads and writes caches[i].
-void decoder_layers(Pool& pool, const Shape& shape, const Batch& batch, const Layer* layers, const KvCache* caches,
+void decoder_layers(Pool& pool, const LayerShape& shape, const Batch& batch, const Layer* layers, const KvCache* caches,
                     int64_t count, float* x);
 
 // The instruction set in use: "portable", "avx2", "avx512_vnni" or "amx"; nullptr where the library has none for this

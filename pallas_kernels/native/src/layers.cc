@@ -20,7 +20,7 @@ void add(const float* __restrict x, int64_t count, float* __restrict sum) {
 
 class Step {
  public:
-  Step(Pool& pool, const Shape& shape, const Batch& batch, const KvCache& cache, float* x)
+  Step(Pool& pool, const LayerShape& shape, const Batch& batch, const KvCache& cache, float* x)
       : pool_(pool), isa_(current_isa()), shape_(shape), batch_(batch), x_(x), m_(batch.tokens), width_(cache.head_dim) {
     const int64_t heads = shape.heads, kv_heads = cache.kv_heads, group = heads / kv_heads;
     queries_ = heads * width_;
@@ -108,7 +108,7 @@ class Step {
     for (int64_t h = 0; h < shape_.heads; ++h) turn(q + h * width_, layer.query_norm);
     for (int64_t i = 0; i < queries_; ++i) q[i] *= shape_.scale;
     for (int64_t h = 0; h < cache.kv_heads; ++h) turn(k + h * width_, layer.key_norm);
-    const int64_t slot = batch_.slots[t], bytes = width_ * cache.item_bytes();
+    const int64_t slot = batch_.kv_slots[t], bytes = width_ * cache.item_bytes();
     if (slot < 0 || slot >= cache.num_pages * cache.page_size) return;
     for (int64_t h = 0; h < cache.kv_heads; ++h)
       for (int of = 0; of < 2; ++of) {
@@ -219,7 +219,7 @@ class Step {
     products(pool_, isa_, Arithmetic::float32, rows, m_, &layer.router, 1, one, [&](int, int64_t first, int64_t width, const float* part) {
       for (int64_t t = 0; t < m_; ++t) std::memcpy(logits + t * padded + first, part + t * width, size_t(width) * sizeof(float));
     });
-    for_rows([&](int64_t t) { route(logits + t * padded, experts, padded, batch_.slots[t] >= 0, ids + t * top_k, weights + t * top_k); });
+    for_rows([&](int64_t t) { route(logits + t * padded, experts, padded, batch_.kv_slots[t] >= 0, ids + t * top_k, weights + t * top_k); });
     float* sum = y_;  // attention is done with it; hidden may be wider than all queries
     if (shape_.hidden > queries_) sum = static_cast<float*>(scratch(kMixed, size_t(m_ * shape_.hidden) * sizeof(float)));
     ferrum::experts(pool_, Arithmetic::int8, normed_, m_, shape_.hidden, ids, weights, top_k, experts, layer.gate, layer.up, layer.down, sum);
@@ -249,7 +249,7 @@ class Step {
 
   Pool& pool_;
   const Isa& isa_;
-  const Shape& shape_;
+  const LayerShape& shape_;
   const Batch& batch_;
   float* x_;
   int64_t m_, width_, queries_ = 0, keys_ = 0, tile_tokens_ = 1, tiles_ = 0, ranges_ = 1;
@@ -259,7 +259,7 @@ class Step {
 
 }  // namespace
 
-void decoder_layers(Pool& pool, const Shape& shape, const Batch& batch, const Layer* layers, const KvCache* caches,
+void decoder_layers(Pool& pool, const LayerShape& shape, const Batch& batch, const Layer* layers, const KvCache* caches,
                     int64_t count, float* x) {
   if (batch.tokens == 0 || count == 0) return;
   Step step(pool, shape, batch, caches[0], x);
