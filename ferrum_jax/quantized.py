@@ -197,7 +197,7 @@ def operand(stack: Stack, layer: Layer | None) -> Matrix:
     return tensor.operand(place)
 
 
-def _from_json(data: bytes):
+def _from_json(data: bytes) -> tuple:
     """Static fields as they were: JSON lists are tuples."""
     return tuple(tuple(field) if isinstance(field, list) else field for field in json.loads(bytes(data)))
 

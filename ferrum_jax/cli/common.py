@@ -169,7 +169,8 @@ def load_model(source: str, *, embeds: bool = False, adapter: str | None = None,
         if not embeds:
             raise refuse_encoder(source)
         raise click.UsageError(
-            f"{source} generates text; embed needs an embedding model (BERT family), such as all-MiniLM-L6-v2"
+            f"{source} generates text; embed needs an embedding model (BERT family), "
+            "such as sentence-transformers/all-MiniLM-L6-v2"
         )
     return model
 

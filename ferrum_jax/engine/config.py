@@ -1,4 +1,4 @@
-"""What an engine is asked to be, and the few shapes it compiles for."""
+"""The configuration of an engine, and the few shapes that it compiles."""
 
 from __future__ import annotations
 
@@ -19,24 +19,26 @@ _MOST = {
 
 @dataclasses.dataclass(frozen=True)
 class EngineConfig:
-    """Sizes of an engine.
+    """The configuration of an engine.
 
     Attributes:
-      page_size: tokens of a page.
-      num_pages: pages of the KV cache; None: as many as `max_seqs` sequences of the model's longest context fill, within
-        the memory there is.
-      initial_pages: pages to begin with; when they are used up the cache grows by fours up to `num_pages`, and steps are
-        compiled for its new size; None: all at once.
-      max_seqs: sequences that run at once.
-      token_budget: tokens of a step at most, decodes first; at least one prompt token always finds a place next to them.
-      steps_per_dispatch: decode steps that one dispatch makes while nothing waits; None: as many as take `dispatch_seconds`.
-      dispatch_seconds: how long a dispatch of several decode steps may take: less is smoother, more is faster.
-      prefix_cache: whether pages are found again by their text.
-      kv_dtype: of the KV cache; None: the model's.
-      speculation: tokens to draft from the sequence's own text and verify at once; 0: none.
+      page_size: tokens of a page; 1 to 65,536.
+      num_pages: pages of the KV cache, 1 to 2**31 - 1; None: enough for `max_seqs` sequences of the model's full context, or as
+        many as fit the free memory.
+      initial_pages: pages at the beginning, 1 to 2**31 - 1. When they are used up, the cache grows by a factor of four, up to
+        `num_pages`, and steps are compiled for the new size. None: all pages from the beginning.
+      max_seqs: sequences that run together; 1 to 65,536.
+      token_budget: limit of the tokens in a step, 1 to 1,048,576. Decoding rows come first; there is always room for at least
+        one prompt token.
+      steps_per_dispatch: decode steps of one dispatch while no request waits, 1 to 4,096; None: as many as take
+        `dispatch_seconds`.
+      dispatch_seconds: duration of a dispatch with several decode steps, greater than 0. Shorter is smoother, longer is faster.
+      prefix_cache: whether requests share the pages of equal beginnings.
+      kv_dtype: dtype of the KV cache; None: the model's.
+      speculation: number of tokens to draft from the sequence's own text and verify in one step, 0 to 1,024; 0: off.
 
     Raises:
-      ValueError: naming the field and what would be right.
+      ValueError: for a wrong value, naming the field and what would be right.
     """
 
     page_size: int = 16

@@ -16,7 +16,7 @@ _LEAST, _MOST = 3, 5  # tokens that have to be the same: one more after each mis
 _MOST_MISSES = 5  # a pause is 2 ** 5 - 1 steps at most
 
 
-def draft(slots: Slots, rows, alive, ends, most: int) -> tuple[Slots, jax.Array]:
+def draft(slots: Slots, rows: jax.Array, alive: jax.Array, ends: jax.Array, most: int) -> tuple[Slots, jax.Array]:
     """Writes up to `most` guesses behind the texts of rows int32 [R]: the slots, and how many int32 [R]. Only rows that are
     alive guess, and only so much that their text stays shorter than `ends` int32 [R]."""
     text, length = slots.history[rows], slots.length[rows]
@@ -47,13 +47,13 @@ def draft(slots: Slots, rows, alive, ends, most: int) -> tuple[Slots, jax.Array]
     return slots, count
 
 
-def worth_it(drafted, alive) -> jax.Array:
+def worth_it(drafted: jax.Array, alive: jax.Array) -> jax.Array:
     """Whether to verify guesses, int32 [R] of rows that are alive, bool [R]: the wider step is paid by all rows, so half of
     them have to gain by it."""
     return (drafted > 0).any() & (2 * (drafted > 0).sum() >= alive.sum())
 
 
-def learn(slots: Slots, rows, drafted, right) -> Slots:
+def learn(slots: Slots, rows: jax.Array, drafted: jax.Array, right: jax.Array) -> Slots:
     """Notes how many guesses int32 [R] were right of those that were verified, int32 [R]; less than half is a miss."""
     misses = jnp.where(2 * right >= drafted, 0, jnp.minimum(slots.misses[rows] + 1, _MOST_MISSES))
     slot = jnp.where(drafted > 0, rows, slots.length.shape[0])

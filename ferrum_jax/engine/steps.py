@@ -48,7 +48,17 @@ class Results(NamedTuple):
 
 
 def mixed(
-    params, state: DecodeState, slots: Slots, rows, table, starts, query_starts, samples, *, config: ModelConfig, tokens: int
+    params: Any,
+    state: DecodeState,
+    slots: Slots,
+    rows: jax.Array,
+    table: jax.Array,
+    starts: jax.Array,
+    query_starts: jax.Array,
+    samples: jax.Array,
+    *,
+    config: ModelConfig,
+    tokens: int,
 ) -> tuple[DecodeState, Slots, Results]:
     """One step over `tokens` tokens of R rows.
 
@@ -67,7 +77,17 @@ def mixed(
 
 
 def decode(
-    params, state: DecodeState, slots: Slots, rows, table, ends, limit, *, config: ModelConfig, steps: int, speculation: int
+    params: Any,
+    state: DecodeState,
+    slots: Slots,
+    rows: jax.Array,
+    table: jax.Array,
+    ends: jax.Array,
+    limit: jax.Array,
+    *,
+    config: ModelConfig,
+    steps: int,
+    speculation: int,
 ) -> tuple[DecodeState, Slots, Results]:
     """Up to min(limit, steps) steps of rows that each go on from their newest token.
 
@@ -84,7 +104,7 @@ def decode(
         jnp.zeros((count, columns, best), jnp.float32),
     )
 
-    def choose(logits, slots: Slots, alive, results: Results):
+    def choose(logits: jax.Array, slots: Slots, alive: jax.Array, results: Results) -> tuple[Slots, jax.Array, Results]:
         column = jnp.where(alive, slots.generated[rows] - begin, columns)
         slots, (token, ids, logprobs) = _choose(logits, slots, rows, alive)
         results = results._replace(tokens=results.tokens.at[jnp.arange(count), column].set(token, mode="drop"))
@@ -98,14 +118,14 @@ def decode(
 
         return slots, token, lax.cond(wanted, keep, lambda results: results, results)
 
-    def single(state, slots, results, alive):
+    def single(state: Any, slots: Slots, results: Results, alive: jax.Array) -> tuple[Any, Slots, Results]:
         starts = jnp.arange(count + 1, dtype=jnp.int32)
         first = slots.length[rows] - 1
         hidden, state = _hidden(params, state, slots, rows, table, first, starts, alive, count, config)
         slots, _, results = choose(functional.unembed(params, hidden, config=config), slots, alive, results)
         return state, slots, results
 
-    def verify(state, slots, results, alive, drafted):
+    def verify(state: Any, slots: Slots, results: Results, alive: jax.Array, drafted: jax.Array) -> tuple[Any, Slots, Results]:
         """The newest token and the draft after it as one prompt; then tokens are chosen while they are those drafted."""
         first, lengths = slots.length[rows] - 1, jnp.where(alive, drafted + 1, 0)
         starts = jnp.concatenate([jnp.zeros((1,), jnp.int32), jnp.cumsum(lengths)])
@@ -115,7 +135,7 @@ def decode(
         logits = logits.reshape(count, width, -1)
         text = slots.history[rows[:, None], jnp.clip(first[:, None] + jnp.arange(1, width + 1), 0, slots.history.shape[1] - 1)]
 
-        def one(j, carry):
+        def one(j: Any, carry: Any) -> Any:
             slots, results, going = carry
             slots, token, results = choose(logits[:, j], slots, going, results)
             going = going & (j < drafted) & (token == text[:, j]) & ~slots.done[rows]
@@ -124,7 +144,7 @@ def decode(
         slots, results, _ = lax.fori_loop(0, width, one, (slots, results, alive))
         return state, learn(slots, rows, drafted, slots.length[rows] - first - 2), results
 
-    def step(carry):
+    def step(carry: Any) -> Any:
         i, state, slots, results = carry
         alive = (rows >= 0) & ~slots.done[rows]
         if not speculation:
@@ -135,7 +155,7 @@ def decode(
         after = lax.fori_loop(0, guessed, lambda _, s: verify(*s, alive, drafted), (state, slots, results))  # type: ignore
         return i + 1, *lax.fori_loop(0, 1 - guessed, lambda _, s: single(*s, alive), after)  # type: ignore
 
-    def going(carry):
+    def going(carry: Any) -> jax.Array:
         i, _, slots, _ = carry
         return (i < jnp.minimum(limit, steps)) & ((rows >= 0) & ~slots.done[rows]).any()
 
@@ -144,7 +164,18 @@ def decode(
         return lax.while_loop(going, step, carry)[1:]
 
 
-def _hidden(params, state: DecodeState, slots: Slots, rows, table, first, query_starts, live, tokens: int, config):
+def _hidden(
+    params: Any,
+    state: DecodeState,
+    slots: Slots,
+    rows: jax.Array,
+    table: jax.Array,
+    first: jax.Array,
+    query_starts: jax.Array,
+    live: jax.Array,
+    tokens: int,
+    config: ModelConfig,
+) -> tuple[jax.Array, Any]:
     """Final hidden states [tokens, hidden_size] of the texts of rows from position `first` on, and the state."""
     place = jnp.arange(tokens, dtype=jnp.int32)
     row = jnp.clip(jnp.searchsorted(query_starts, place, side="right") - 1, 0, rows.shape[0] - 1).astype(jnp.int32)
@@ -165,7 +196,7 @@ def _hidden(params, state: DecodeState, slots: Slots, rows, table, first, query_
     return functional.hidden(params, state, batch, config=config)
 
 
-def _choose(logits, slots: Slots, rows, alive) -> tuple[Slots, Chosen]:
+def _choose(logits: jax.Array, slots: Slots, rows: jax.Array, alive: jax.Array) -> tuple[Slots, Chosen]:
     """Chooses the next token of the rows int32 [R] that are alive, and puts it at the end of their texts."""
     best, key = _best(logits.shape[1]), jnp.zeros((2,), jnp.uint32)
     wanted = (alive & slots.scored[rows]).any()
@@ -175,7 +206,15 @@ def _choose(logits, slots: Slots, rows, alive) -> tuple[Slots, Chosen]:
     return slots.chosen(choice)._replace(history=history), chosen
 
 
-def _prompt_scores(params, hidden, slots: Slots, rows, first, query_starts, config):
+def _prompt_scores(
+    params: Any,
+    hidden: jax.Array,
+    slots: Slots,
+    rows: jax.Array,
+    first: jax.Array,
+    query_starts: jax.Array,
+    config: ModelConfig,
+) -> Any:
     """Log-probabilities of the token after each of a step's, where its row wants those of its prompt: ids and logprobs
     [tokens, k + 1]."""
     tokens = hidden.shape[0]
@@ -184,12 +223,12 @@ def _prompt_scores(params, hidden, slots: Slots, rows, first, query_starts, conf
     following = jnp.clip(first[row] + place - query_starts[row] + 1, 0, slots.history.shape[1] - 1)
     target = slots.history[rows[row], following]
 
-    def scores():
+    def scores() -> Any:
         block = min(functional.ROWS, tokens)
         padding = -tokens % block
         blocks = jnp.pad(hidden, ((0, padding), (0, 0))).reshape(-1, block, hidden.shape[1])
 
-        def score(inputs):
+        def score(inputs: Any) -> Any:
             logits = functional.unembed(params, inputs[0], config=config)
             return token_logprobs(logits, inputs[1], _best(config.vocab_size))
 

@@ -11,6 +11,7 @@ import json
 import math
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -69,7 +70,7 @@ class _Configured(GGUFFile):
 
     is_gguf = False
 
-    def __init__(self, parts, metadata, tensors, files, config: ModelConfig):
+    def __init__(self, parts: Any, metadata: Any, tensors: Any, files: Any, config: ModelConfig):
         super().__init__(parts, metadata, tensors, files)
         self._config = config
 

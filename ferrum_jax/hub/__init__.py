@@ -1,7 +1,7 @@
-"""From the name a user gives a model to the file on this machine.
+"""Finds the file of a model by name, and downloads it if necessary.
 
-The idea: a name is a path, an alias or `owner/repo[:file or quantization]`; the last two are lists of sources. Every
-source's cached copy is looked for first, then the sources are asked in order, and an error says of each why it failed.
+The idea: a name is a path, an alias or `owner/repo[:file or quantization]`; the last two are lists of sources. First the caches
+of all sources are searched, then the sources are tried in order, and an error says for each why it failed.
 """
 
 import difflib
@@ -39,13 +39,13 @@ _HUB_PREFIX = re.compile(r"(https?://)?(hf\.co|huggingface\.co)/|hf://")
 
 
 def resolve(source: str | os.PathLike[str], *, progress: Report | None = None, offline: bool | None = None) -> Path:
-    """The file that a model name means, fetched if need be: the (first part of the) .gguf, or a directory's path (a
-    repository without .gguf files is fetched as one).
+    """The (first part of the) .gguf file that a model name means, or a directory. Downloads it if necessary; a repository
+    without .gguf files becomes a directory.
 
     source: path of a .gguf (any part of a split one) or of a directory, an alias, or owner/repo[:file or quantization].
-    progress(done_bytes, total_bytes or None, text): called while something is fetched, some times a second, and with
-    remarks. offline: no network; None means what $HF_HUB_OFFLINE says.
-    Raises ModelNotFoundError with every source that was tried and why it failed, one line each.
+    progress(done_bytes, total_bytes or None, text): called several times a second during a download, and for remarks.
+    offline: do not use the network; None: as $HF_HUB_OFFLINE says.
+    Raises ModelNotFoundError with all sources that were tried and why each failed, one on each line.
     """
     return _resolve(source, progress, is_offline() if offline is None else offline, thorough=False)
 
@@ -61,7 +61,7 @@ def _resolve(source: str | os.PathLike[str], progress: Report | None, offline: b
     try:
         if os.fspath(source) and path.exists():
             return _local(path)
-    except (OSError, ValueError) as error:  # a name too long or with a NUL, a directory that may not be read
+    except (OSError, ValueError) as error:  # a name that is too long or contains NUL, a directory that cannot be read
         raise ModelNotFoundError(f"{os.fspath(source)!r}: {error}") from None
     text = os.fspath(source)
     if isinstance(source, str) and (found := _on_hub(text)):
@@ -72,10 +72,10 @@ def _resolve(source: str | os.PathLike[str], progress: Report | None, offline: b
 
 
 def fetch_heads(source: str, directory: Path, whole: Callable[[Path], object]) -> Path | None:
-    """Only the beginnings of the files that a name means on the hub, put into `directory`: the path of the first part, or
-    None for a name that means nothing on the hub. `whole(path)` raises ModelFileError while more of them is needed.
+    """Downloads only the beginnings of a model's files on the hub into `directory`. Returns the path of the first part, or None
+    for a name that is not on the hub. `whole(path)` raises ModelFileError while it needs more of the file.
 
-    Raises ModelNotFoundError with every source that was tried and why it failed.
+    Raises ModelNotFoundError with all sources that were tried and why each failed.
     """
     alias, named = ALIASES.get(_alias_key(source)), _on_hub(source)
     sources = [s for s in (alias.sources if alias else (named,)) if isinstance(s, HubSource)]
@@ -90,12 +90,14 @@ def fetch_heads(source: str, directory: Path, whole: Callable[[Path], object]) -
             tried.append(f"{wanted}: {error}")
     if not tried:
         return None
-    raise ModelNotFoundError("\n  ".join([f"{source} is not at hand, and its header was not to be had. Tried:", *tried]))
+    raise ModelNotFoundError(
+        "\n  ".join([f"{source} is not on this machine, and its header cannot be downloaded. Tried:", *tried])
+    )
 
 
 def pull(source: str | os.PathLike[str], progress: Report | None = None) -> Path:
-    """Have the model here, whole, and say where: `resolve`, and what is here already is read and compared with what came,
-    or else with what the hub says, and fetched again where it differs."""
+    """Downloads a model and returns its path, as `resolve` does. Existing files are also read and compared with the record of
+    their download, or with the hub's values, and downloaded again if they differ."""
     return _resolve(source, progress, is_offline(), thorough=True)
 
 
@@ -104,7 +106,7 @@ def _alias_key(text: str) -> str:
 
 
 def _on_hub(text: str) -> HubSource | None:
-    """What a text means as owner/repo[:file or quantization]."""
+    """The source that a text means as owner/repo[:file or quantization]."""
     name = _HUB_PREFIX.sub("", text, count=1)
     match = _HUB_NAME.fullmatch(name)
     if match is None or (match["select"] is None and _looks_like_path(name)):
@@ -137,7 +139,7 @@ def _remark(text: str, progress: Report | None) -> None:
 
 
 def _first(name: str, sources: tuple[Source, ...], progress: Report | None, offline: bool, thorough: bool) -> Path:
-    """The first source that has the model: the caches of all, then all in order."""
+    """The model from the first source that has it: first the caches of all sources, then the sources in order."""
     report = progress or (lambda done, total, text: None)
     damaged: list[str] = []
     if thorough and any(isinstance(source, HubSource) and huggingface.snapshots(source.repo) for source in sources):
@@ -191,7 +193,7 @@ def _cached(source: Source, thorough: bool, damaged: list[str]) -> Path | None:
             return source.path if source.path.is_file() else None
         path = wheel.path_of(source)
         return path if is_whole(path, source.size, source.sha256) else None
-    except OSError:  # a cache that may not be read holds nothing for us
+    except OSError:  # a cache that cannot be read
         return None
 
 
@@ -203,17 +205,17 @@ def _unknown(text: str) -> str:
     hint = "near: " if near else "aliases begin with "
     near = near or sorted({alias.split(":")[0] for alias in ALIASES})
     return (
-        f"{text!r} is no file, no directory and no alias ({hint}{', '.join(near)});"
+        f"{text!r} is not a file, a directory or an alias ({hint}{', '.join(near)});"
         " a model on the hub is owner/repo or owner/repo:file-or-quantization"
     )
 
 
-# ---- what is here
+# ---- cached models
 
 
 @dataclass(frozen=True)
 class CachedModel:
-    """A model on this machine: a name that `resolve` takes, its first file, the bytes of all parts, its origin."""
+    """A model on this machine: a name for `resolve`, its first file, the bytes of all parts, and its origin."""
 
     name: str
     path: Path
@@ -222,7 +224,7 @@ class CachedModel:
 
 
 def list_cached() -> list[CachedModel]:
-    """The models in the cache and in that of huggingface_hub, by name. Unfinished downloads are not among them."""
+    """The models in the cache and in that of huggingface_hub, by name, without unfinished downloads."""
     found: set[CachedModel] = set()
     for alias in ALIASES.values():
         for source in alias.sources:

@@ -1,7 +1,7 @@
 """Short model names and where each one's file comes from.
 
-The idea: an alias is data. It lists sources in the order they are tried, its licence, and whether its file was ever
-fetched and run. A source with a sha256 is pinned: other bytes under the same name are refused.
+The idea: an alias is data. It lists its sources in the order in which they are tried, its license, and whether its file has
+been downloaded and run. A source with a sha256 is pinned: other bytes under the same name are an error.
 """
 
 from dataclasses import dataclass

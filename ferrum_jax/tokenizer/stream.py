@@ -1,4 +1,4 @@
-"""Text as it is made: tokens to whole characters, and the search for stop strings across pieces.
+"""Text while it is generated: tokens to whole characters, and the search for stop strings across pieces.
 
 Both hold back what could still change its meaning: an unfinished character, or the beginning of a stop string.
 """
@@ -9,7 +9,7 @@ from typing import Protocol
 
 
 class Pieces(Protocol):
-    """What `TextStream` needs of a tokenizer."""
+    """The part of a tokenizer that `TextStream` uses."""
 
     @property
     def adds_space_prefix(self) -> bool: ...
@@ -61,12 +61,12 @@ class TextStream:
         return self._decoder.decode(piece)
 
     def flush(self) -> str:
-        """The end: U+FFFD for an unfinished character."""
+        """Ends the text: returns U+FFFD for an unfinished character."""
         return self._decoder.decode(b"", final=True)
 
 
 class StopMatcher:
-    """Finds the first of some stop strings in a text that comes in pieces.
+    """Finds the first of several stop strings in a text that arrives in pieces.
 
     Text is given out only when it can no longer be part of a stop string; the stop string itself is never given out. Of
     several that occur, the one that is complete first counts (then the longest), so the pieces' sizes do not matter.
@@ -81,7 +81,7 @@ class StopMatcher:
         self.stopped = False
 
     def push(self, text: str) -> tuple[str, bool]:
-        """Takes a piece; returns (text that is safe to show, whether a stop string was met)."""
+        """Takes a piece and returns (text that is safe to show, whether a stop string was found)."""
         if self.stopped:
             return "", True
         self._held += text
@@ -94,7 +94,7 @@ class StopMatcher:
         return out, False
 
     def _first_partial(self) -> int:
-        """Where the longest tail that could begin a stop string starts."""
+        """The start of the longest tail that could begin a stop string."""
         held = self._held
         longest = max((len(stop) for stop in self._stops), default=0)
         for at in range(max(0, len(held) - longest + 1), len(held)):
@@ -103,6 +103,6 @@ class StopMatcher:
         return len(held)
 
     def flush(self) -> str:
-        """The text held back, when no more comes and no stop string was met."""
+        """The text that was held back, for the end of a text without a stop string."""
         out, self._held = self._held, ""
         return out

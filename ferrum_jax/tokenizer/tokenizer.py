@@ -19,8 +19,8 @@ _SILENT = frozenset({TokenType.CONTROL, TokenType.UNKNOWN})
 
 
 def named_templates(metadata: Mapping[str, object], source: str = "") -> dict[str, str]:
-    """The chat templates of a file by name. ModelFileError for one that is no string."""
-    names = metadata.get(_TEMPLATE + "s", [])  # what the file says that it has; the keys themselves are looked at
+    """The chat templates of a file by name. Raises ModelFileError for one that is not a string."""
+    names = metadata.get(_TEMPLATE + "s", [])  # the names that the file lists; the keys themselves decide
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ModelFileError(f"{source or 'model'}: {_TEMPLATE}s: must be an array of strings")
     found = {}
@@ -33,7 +33,7 @@ def named_templates(metadata: Mapping[str, object], source: str = "") -> dict[st
 
 
 def check_text(text: str) -> None:
-    """Raises ValueError for what is not a text, and for half of a surrogate pair, which no UTF-8 text can hold."""
+    """Raises ValueError if the value is not a text, or contains half of a surrogate pair, which UTF-8 cannot represent."""
     try:
         checks.text(text).encode()
     except UnicodeEncodeError as error:
@@ -41,11 +41,19 @@ def check_text(text: str) -> None:
 
 
 class Tokenizer:
-    """Of the BPE in a GGUF file; other kinds (opening.py) derive from it. `eos_ids` are all tokens that end a generation,
-    `eos_id` the file's own."""
+    """Converts text to token ids and back. This class reads the BPE of a GGUF file; other kinds derive from it (opening.py).
+
+    Attributes:
+      vocab_size (int): the number of tokens.
+      bos_id (int | None): the token that begins a text.
+      eos_id (int | None): the end token that the file names.
+      pad_id (int | None): the padding token.
+      eos_ids (frozenset[int]): all tokens that end a generation.
+      chat_templates (dict[str, str]): the chat templates by name.
+      chat_template (str | None): the template with the name "default"; it can be set.
+    """
 
     chat_templates: dict[str, str]
-    """By name; the one that `chat_template` is has the name "default"."""
 
     def __init__(self, vocabulary: Vocabulary, chat_templates: Mapping[str, str] = {}) -> None:
         self._vocabulary = vocabulary
@@ -75,7 +83,7 @@ class Tokenizer:
 
     @property
     def chat_template(self) -> str | None:
-        """The default template, None where there is none; it can be set."""
+        """The default template, or None. It can be set."""
         return self.chat_templates.get("default")
 
     @chat_template.setter
@@ -83,16 +91,16 @@ class Tokenizer:
         self.chat_templates = {**self.chat_templates, "default": template}
 
     def encode(self, text: str, add_special: bool = True, parse_special: bool = False) -> list[int]:
-        """Token ids of a text.
+        """The token ids of a text.
 
         Args:
-          text: what to encode.
-          add_special: put the file's BOS before and EOS after the text where the file (or its kind) says so.
-          parse_special: read the texts of control tokens as those tokens; else they are plain text. User-defined tokens are
-            always read as tokens.
+          text: the text.
+          add_special: add BOS before and EOS after the text if the file (or its kind of tokenizer) says so.
+          parse_special: read the texts of control tokens as those tokens and not as plain text. User-defined tokens are always
+            read as tokens.
 
         Raises:
-          ValueError: the text holds half of a surrogate pair, which no UTF-8 text can.
+          ValueError: if the text is not a str, or contains half of a surrogate pair, which UTF-8 cannot represent.
         """
         check_text(text)
         vocabulary = self._vocabulary
@@ -141,13 +149,13 @@ class Tokenizer:
         return parts
 
     def token_bytes(self, token: int) -> bytes:
-        """What a token adds to the text, as bytes (a character may be spread over tokens); of a control token its name.
+        """The bytes that a token adds to a text; for a control token, its name. A character can consist of several tokens.
 
         Args:
           token: an id.
 
         Raises:
-          ValueError: the id is outside the vocabulary.
+          ValueError: if the id is outside the vocabulary.
         """
         found = self._pieces.get(token) if isinstance(token, int) else None
         if found is None:
@@ -157,7 +165,7 @@ class Tokenizer:
 
     @functools.cached_property
     def _pieces(self) -> dict[int, bytes]:
-        """What `token_bytes` has found."""
+        """The results of `token_bytes`."""
         return {}
 
     def _piece(self, token: int) -> bytes:
@@ -176,13 +184,13 @@ class Tokenizer:
         return text.replace(SPACE, " ").encode()
 
     def is_control(self, token: int) -> bool:
-        """Whether the token stands for no text: control tokens and the unknown token."""
+        """Whether the token does not stand for text: a control token or the unknown token."""
         self._check(token)
         return self._vocabulary.types[token] in _SILENT
 
     @property
     def adds_space_prefix(self) -> bool:
-        """Whether `encode` puts a space in front of a text, which `decode` takes away again."""
+        """Whether `encode` adds a space before a text, which `decode` removes again."""
         return self._vocabulary.add_space_prefix
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
@@ -190,10 +198,10 @@ class Tokenizer:
 
         Args:
           ids: token ids.
-          skip_special: leave control tokens out; else they are written by name.
+          skip_special: leave out control tokens instead of writing their names.
 
         Raises:
-          ValueError: an id is outside the vocabulary.
+          ValueError: if an id is outside the vocabulary.
         """
         from ferrum_jax.tokenizer.stream import TextStream
 

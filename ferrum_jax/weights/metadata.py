@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -36,7 +36,7 @@ def plain(typed: Mapping[str, Typed]) -> dict[str, object]:
 def to_json(typed: Mapping[str, Typed]) -> dict[str, list]:
     """{key: [type, value]}; floats in hexadecimal and arrays of numbers in base64, so that they come back bit by bit."""
 
-    def value_of(entry: Typed):
+    def value_of(entry: Typed) -> Any:
         if isinstance(entry.value, np.ndarray):
             return base64.b64encode(entry.value.astype(_DTYPES[entry.element]).tobytes()).decode()
         return entry.value.hex() if isinstance(entry.value, float) else entry.value
@@ -49,7 +49,7 @@ def from_json(entries: Mapping[str, list]) -> dict[str, Typed]:
     return {key: Typed(_from_json(kind, value), kind) for key, (kind, value) in entries.items()}
 
 
-def _from_json(kind: str, value):
+def _from_json(kind: str, value: Any) -> Any:
     if kind in FLOATS:
         return float.fromhex(value)
     if kind.startswith("array ") and kind != "array string":

@@ -265,7 +265,15 @@ class OrbaxCheckpoint(Opened):
             name = tensor.name if layer is None else f"blk.{layer}.{tensor.name}"
             item = place if stack.layers else 0
 
-            def info(array: _Array, format: str, shape: tuple[int, ...], nbytes: int, order=None, name=name, item=item):
+            def info(
+                array: _Array,
+                format: str,
+                shape: tuple[int, ...],
+                nbytes: int,
+                order: TensorInfo | None = None,
+                name: str = name,
+                item: int = item,
+            ) -> TensorInfo:
                 return TensorInfo(name, format, shape, array.file(item), item % array.rows * array.item_bytes, nbytes, order)
 
             order = None
