@@ -116,7 +116,7 @@ def test_header_of_a_file_at_hand_or_of_the_package(cut):
     remarks = []
     assert plan.find_header(str(cut)).path == cut
     assert plan.find_header(QWEN, lambda *remark: remarks.append(remark[2])).path.suffix == ".json"
-    assert "comes with ferrum_jax" in remarks[0]
+    assert "its header in the ferrum_jax package" in remarks[0]
     with pytest.raises(ModelNotFoundError, match="is not a file, a directory or an alias"):
         plan.find_header("nonsense")
 
