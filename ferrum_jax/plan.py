@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -140,6 +141,11 @@ class _Model:
 
     def kv_bytes(self, batch: int, context: int) -> int:
         return memory.nbytes(self.state(batch, context))
+
+    def kv_read(self, batch: int, context: int) -> int:
+        """Bytes of keys and values that a decode step of full rows reads: in each layer as many as it sees."""
+        seen = Counter(min(context, spec.mixer.window or context) for spec in self.config.layers)
+        return sum(self.kv_bytes(batch, length) * count for length, count in seen.items()) // seen.total()
 
     def row_bytes(self, batch: int, context: int) -> int:
         """The bytes that grow with rows and context: the KV cache and the prompts."""
@@ -286,8 +292,7 @@ def compute(header: ModelSource, case: Case) -> Plan:
         plan.largest_batch = batches.largest(room, 1 << 20)
         plan.largest_context = min(contexts.largest(room, most) * PAGE, config.context_length)
     share, plan.experts_touched = experts_read(config, batch)
-    seen = min(context, config.sliding_window or context)
-    plan.read_bytes = weights_read(model.params, config, batch, share) + model.kv_bytes(batch, seen)
+    plan.read_bytes = weights_read(model.params, config, batch, share) + model.kv_read(batch, context)
     plan.tokens_per_s = batch * hardware.memory_bandwidth / plan.read_bytes
     plan.help = _help(plan)
     return plan

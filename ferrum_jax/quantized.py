@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import jax
 from jax import export
@@ -63,7 +63,7 @@ class QuantizedTensor:
 class Layer:
     """Layer number `first + step * period`: `first` and `period` are known while tracing, `step` may be a scan's counter.
 
-    Within one scan the layers at the same place of each period have the same formats.
+    Within one scan the layers at the same place of each period have the same spec and formats.
     """
 
     first: int
@@ -73,6 +73,14 @@ class Layer:
     @property
     def number(self) -> jax.Array | int:
         return self.first + self.step * self.period
+
+    def place(self, labels: Sequence[Hashable]) -> jax.Array | int:
+        """The layer's place among those that have its label; labels: one for each layer of the model."""
+        label = labels[self.first]
+        place: jax.Array | int = labels[: self.first].count(label)
+        if self.period:
+            place = place + self.step * labels[self.first : self.first + self.period].count(label)
+        return place
 
 
 @jax.tree_util.register_dataclass
@@ -89,11 +97,7 @@ class LayerStack:
 
     def select(self, layer: Layer) -> tuple[QuantizedTensor, jax.Array | int]:
         """The stack that holds the layer, and the layer's place in it."""
-        format = self.formats[layer.first]
-        place: jax.Array | int = self.formats[: layer.first].count(format)
-        if layer.period:
-            place = place + layer.step * self.formats[layer.first : layer.first + layer.period].count(format)
-        return self.stacks[format], place
+        return self.stacks[self.formats[layer.first]], layer.place(self.formats)
 
     def located(self, layer: Layer) -> tuple[jax.Array, jax.Array | int]:
         """For a parameter stored as plain numbers (norms, biases): float32 [n, columns] and the layer's place in it."""

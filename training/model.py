@@ -73,7 +73,7 @@ def forward(
     batch, length = tokens.shape
     story = jnp.cumsum(tokens == END, axis=1)
     visible = (story[:, :, None] == story[:, None, :]) & jnp.tri(length, dtype=bool)  # [batch, query, key]
-    cos, sin = rope_angles(config, jnp.arange(length), None)
+    cos, sin = rope_angles(config.layers[0].mixer.rope, jnp.arange(length), None)
     x = params["token_embd"][tokens].reshape(batch * length, -1)
     routings = []
     for layer in params["layers"]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,28 +69,23 @@ def describe(source: ModelSource, context: int | None = None) -> dict[str, Any]:
     if (encoder := source.encoder()) is not None:
         return describe_encoder(source, encoder)
     config = source.config()
-    bodies = sum(segment.period for segment in segments(parameters(source, config).layer_formats))
+    bodies = list(zip(parameters(source, config).layer_formats, config.layers, strict=True))
     context = context or min(DEFAULT_CONTEXT, config.context_length)
     kv = {name: config.kv_bytes_per_token(size) for name, size in KV_ITEM_BYTES.items()}
     working = _working_bytes(source, config)
+    kinds = dict.fromkeys(spec.mixer.rope.scaling.kind for spec in config.layers if spec.mixer.rope.scaling)
     return {
         **_of_the_file(source),
         "architecture": config.architecture,
         "num_layers": config.num_layers,
-        "layer_bodies": bodies,
+        "layer_bodies": sum(segment.period for segment in segments(bodies)),
         "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_heads": config.num_heads,
-        "num_kv_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
+        **{name: config.by_layer(name) for name in ("intermediate_size", "num_heads", "num_kv_heads", "head_dim")},
         "vocab_size": config.vocab_size,
         "context_length": config.context_length,
-        "sliding_window": config.sliding_window,
-        "num_experts": config.num_experts,
-        "experts_per_token": config.experts_per_token,
-        "expert_intermediate_size": config.expert_intermediate_size,
-        "rope_theta": config.rope_theta,
-        "rope_scaling": config.rope_scaling.kind if config.rope_scaling else None,
+        **{name: config.by_layer(name) for name in ("sliding_window", "num_experts", "experts_per_token")},
+        **{name: config.by_layer(name) for name in ("expert_intermediate_size", "rope_theta")},
+        "rope_scaling": " or ".join(kinds) or None,
         "rms_norm_eps": config.rms_norm_eps,
         "tokenizer": {key: _stated(source, f"tokenizer.ggml.{key}") for key in ("model", "pre")},
         "chat_template": "tokenizer.chat_template" in source.metadata,
@@ -149,12 +144,25 @@ def _print_encoder(facts: dict[str, Any], everything: bool) -> None:
     _print_formats(facts)
 
 
+def _each(value: Any) -> str:
+    """A number of layers; where they differ, each once."""
+    values = dict.fromkeys(value) if isinstance(value, tuple) else (value,)
+    return " or ".join(f"{one:g}" if isinstance(one, float) else str(one) for one in values if one is not None)
+
+
+def _sees(window: int | tuple[int, ...]) -> str:
+    if not isinstance(window, tuple):
+        return f", each sees {window:,}" if window else ""
+    counts = Counter(one for one in window if one)
+    return "".join(f", in {count} of {len(window)} layers each sees {one:,}" for one, count in counts.items())
+
+
 def _print_info(facts: dict[str, Any], everything: bool) -> None:
     memory, kv = facts["memory"], facts["kv_bytes_per_token"]
     experts = "none"
     if facts["num_experts"]:
-        experts = f"{facts['num_experts']}, {facts['experts_per_token']} a token"
-        experts += f", {facts['expert_intermediate_size']} wide"
+        experts = f"{_each(facts['num_experts'])}, {_each(facts['experts_per_token'])} a token"
+        experts += f", {_each(facts['expert_intermediate_size'])} wide"
     kind = " / ".join(value for value in facts["tokenizer"].values() if value) or "none in the file"
 
     def both(sizes: dict[str, int]) -> str:
@@ -165,17 +173,17 @@ def _print_info(facts: dict[str, Any], everything: bool) -> None:
     rows.append(("experts", experts))
     if everything:
         layers = f"{facts['num_layers']} (distinct bodies to compile: {facts['layer_bodies']}), {facts['hidden_size']} wide"
-        layers += f", feed-forward {facts['intermediate_size']}" if facts["intermediate_size"] else ""
+        layers += f", feed-forward {_each(facts['intermediate_size'])}" if facts["intermediate_size"] else ""
+        heads, head_dim, kv_heads = (_each(facts[key]) for key in ("num_heads", "head_dim", "num_kv_heads"))
         rows += [
             ("layers", layers),
-            ("heads", f"{facts['num_heads']} of {facts['head_dim']}, {facts['num_kv_heads']} for keys and values"),
+            ("heads", f"{heads} of {head_dim}, {kv_heads} for keys and values"),
             ("vocabulary", f"{facts['vocab_size']:,}"),
-            ("rope", f"theta {facts['rope_theta']:g}, scaling {facts['rope_scaling'] or 'none'}"),
+            ("rope", f"theta {_each(facts['rope_theta'])}, scaling {facts['rope_scaling'] or 'none'}"),
             ("KV cache", f"{both(kv)} a token"),
         ]
-    sees = f", each sees {facts['sliding_window']:,}" if facts["sliding_window"] else ""
     rows += [
-        ("context", f"{facts['context_length']:,} tokens{sees}"),
+        ("context", f"{facts['context_length']:,} tokens{_sees(facts['sliding_window'])}"),
         ("tokenizer", f"{kind}; chat template: {'yes' if facts['chat_template'] else 'no'}"),
         (f"at {memory['context']:,} tokens", f"KV cache {both(memory['kv_bytes'])}"),
         (

@@ -6,6 +6,7 @@ queries and keys (Qwen3), experts. Layers are scanned by index: the stacks stay 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -16,12 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from ferrum_jax.adapters import COLUMNS, without_adapters
-from ferrum_jax.config import ModelConfig
+from ferrum_jax.config import Mixture, ModelConfig, Rope
 from ferrum_jax.models.layers import ROUTING, Block
 from ferrum_jax.models.rope import rope_angles
 from ferrum_jax.models.scan import scan_layers
 from ferrum_jax.quantized import Layer, LayerStack, QuantizedTensor, linear
-from ferrum_jax.state import DecodeState, KVCache
+from ferrum_jax.state import DecodeState, KVCache, page_kinds
 from pallas_kernels.decoder_layers import LayerShape, Part, Stack, backend_for
 from pallas_kernels.derivatives import derivative_of
 from pallas_kernels.paged_attention import Tables, make_metadata
@@ -29,8 +30,9 @@ from pallas_kernels.reductions import rms_norm
 
 Cache = KVCache | DecodeState  # of layers of one kind, or of several
 Params = Mapping[str, Any]
-Chosen = tuple[jax.Array, ...]  # experts and their weights, or nothing
-Carry = tuple[jax.Array, KVCache, Chosen]
+Angles = tuple[tuple[jax.Array, jax.Array], ...]  # cos and sin, for each of `_ropes`
+Routing = tuple[jax.Array, ...]  # expert_ids and expert_weights, or nothing
+Carry = tuple[jax.Array, tuple[KVCache, ...], Routing]
 
 
 class RaggedBatch(NamedTuple):
@@ -68,24 +70,23 @@ class Decoder(nn.Module):
 
     def hidden(self, state: Cache, batch: RaggedBatch) -> tuple[jax.Array, Cache]:
         """The last layer's output, normed: float32 [T, hidden_size], and the state with this batch written."""
-        cache = state.pools[0] if isinstance(state, DecodeState) else state
+        places = _places(self.config, state, batch)
         with jax.named_scope("embedding"):
             x: jax.Array = self.get_variable("params", "embedding").gather(batch.tokens)
-        rope = rope_angles(self.config, batch.positions, self.get_variable("params", "rope_factors"))
-        tables = Tables(batch.positions, batch.query_starts, batch.kv_lengths, batch.page_table)
+        factors: jax.Array | None = self.get_variable("params", "rope_factors")
+        angles = tuple(rope_angles(rope, batch.positions, factors) for rope in _ropes(self.config))
         layers = self.variables["params"]["layers"]
         record = self.is_mutable_collection(ROUTING)
         if batch.adapters is None:
-            plain = without_adapters(layers)
-            x, cache, routing = run_layers(self.config, plain, x, cache, batch.slots, tables, rope, record)
+            x, pools, routing = run_layers(self.config, without_adapters(layers), x, places, angles, record)
         else:
             columns: jax.Array | None = self.get_variable("params", COLUMNS)
             if columns is None:
                 raise ValueError("RaggedBatch.adapters: the parameters have no adapters; load the model with some")
-            chosen = batch.adapters[:, None] == columns
-            x, cache, routing = _composed(self.config, layers, x, cache, batch.slots, tables, rope, chosen, record)
+            mask = batch.adapters[:, None] == columns
+            x, pools, routing = _composed(self.config, layers, x, places, angles, mask, record)
         self.sow(ROUTING, "chosen", routing)
-        state = DecodeState((cache,)) if isinstance(state, DecodeState) else cache
+        state = dataclasses.replace(state, pools=pools) if isinstance(state, DecodeState) else pools[0]
         return rms_norm(x, self.get_variable("params", "final_norm"), self.config.rms_norm_eps), state
 
     def logits(self, hidden: jax.Array) -> jax.Array:
@@ -100,22 +101,62 @@ class Decoder(nn.Module):
         return self.logits(hidden[batch.logits_rows]), state
 
 
-def run_layers(config: ModelConfig, layers: Params, x, cache: KVCache, slots, tables: Tables, rope, record=False) -> Carry:
-    """The residual stream x float32 [T, hidden_size] after all layers, the cache and, with `record`, what the routers chose:
+def _ropes(config: ModelConfig) -> tuple[Rope, ...]:
+    """The rotations of the layers, each once."""
+    return tuple(dict.fromkeys(spec.mixer.rope for spec in config.layers))
+
+
+class Places(NamedTuple):
+    """Where the layers of each kind of `page_kinds` read and write: pools, slots int32 [T] in them, and tables."""
+
+    pools: tuple[KVCache, ...]
+    slots: tuple[jax.Array, ...]
+    tables: tuple[Tables, ...]
+
+
+def _places(config: ModelConfig, state: Cache, batch: RaggedBatch) -> Places:
+    """ValueError for a state that is not of this model."""
+    pools = state.pools if isinstance(state, DecodeState) else (state,)
+    count, tokens, sequences = len(page_kinds(config)), batch.tokens.shape[0], batch.kv_lengths.shape[0]
+    if len(pools) != count:
+        raise ValueError(
+            f"the state has {len(pools)} pools of pages, but the model's layers need {count}: make it with new_cache"
+        )
+    slots = jnp.broadcast_to(batch.slots.reshape(-1, tokens), (count, tokens))
+    page_table = batch.page_table.reshape(-1, sequences, batch.page_table.shape[1])
+    page_table = jnp.broadcast_to(page_table, (count, *page_table.shape[1:]))
+    tables = (Tables(batch.positions, batch.query_starts, batch.kv_lengths, page_table[pool]) for pool in range(count))
+    return Places(pools, tuple(slots), tuple(tables))
+
+
+def run_layers(config: ModelConfig, layers: Params, x, places: Places, angles: Angles, record: bool = False) -> Carry:
+    """The residual stream x float32 [T, hidden_size] after all layers, the pools and, with `record`, what the routers chose:
     in one call where a backend has one."""
-    scale, normalize = config.expert_weights_scale, config.norm_topk_prob
-    shape = LayerShape(config.head_dim, config.rms_norm_eps, config.sliding_window, config.experts_per_token, normalize, scale)
-    parts = _parts(layers, config.num_layers)
+    shape, parts = _shape(config), _parts(layers, config.num_layers)
     backend = backend_for(*parts, config.hidden_size, shape, config.dtype, config.implementation)
     if backend is None:
-        return _composed(config, layers, x, cache, slots, tables, rope, record=record)
+        return _composed(config, layers, x, places, angles, record=record)
 
     @derivative_of(functools.partial(_composed, config, record=record))
-    def together(layers, x, cache, slots, tables, rope):
-        return backend.decoder_layers(x, cache, slots, tables, rope, *_parts(layers, config.num_layers), shape, record)
+    def together(layers, x, places, angles):
+        (cache,), (slots,), (tables,) = places
+        parts = _parts(layers, config.num_layers)
+        x, cache, routing = backend.decoder_layers(x, cache, slots, tables, *angles, *parts, shape, record)
+        return x, (cache,), routing
 
     with jax.named_scope("layers"):
-        return together(layers, x, cache, slots, tables, rope)
+        return together(layers, x, places, angles)
+
+
+def _shape(config: ModelConfig) -> LayerShape:
+    """What the first layer and the first mixture say, and how many kinds of either there are."""
+    mixers = list(dict.fromkeys(spec.mixer for spec in config.layers))
+    mixtures = list(dict.fromkeys(spec.feed_forward for spec in config.layers if isinstance(spec.feed_forward, Mixture)))
+    shape = LayerShape(mixers[0].head_dim, config.rms_norm_eps, mixers[0].window, kinds=max(len(mixers), len(mixtures)))
+    if not mixtures:
+        return shape
+    top_k, normalize, scale = mixtures[0].experts_per_token, mixtures[0].normalize, mixtures[0].scale
+    return shape._replace(top_k=top_k, normalize=normalize, expert_scale=scale)
 
 
 def _parts(layers: Params, count: int) -> tuple[list[Stack], list[dict[str, Part]]]:
@@ -132,21 +173,34 @@ def _parts(layers: Params, count: int) -> tuple[list[Stack], list[dict[str, Part
 
 
 def _composed(
-    config: ModelConfig, layers: Params, x, cache: KVCache, slots, tables: Tables, rope, chosen=None, record: bool = False
+    config: ModelConfig, layers: Params, x, places: Places, angles: Angles, adapter_mask=None, record: bool = False
 ) -> Carry:
-    """The layers one after the other, each `Block` once a distinct body. chosen bool [T, columns]: as in `LayerModule`."""
-    metadata = make_metadata(tables, cache, config.num_heads, config.sliding_window, config.implementation)
-    block = Block(config, parent=None)
+    """The layers one after the other, each `Block` once a distinct body. adapter_mask: as of `LayerModule`."""
+    pool_of = [0] * config.num_layers
+    for pool, kind in enumerate(page_kinds(config)):
+        for number in kind.layers:
+            pool_of[number] = pool
+    ropes = dict(zip(_ropes(config), angles, strict=True))
+    metadata = {}
+    for pool, mixer in dict.fromkeys((pool, spec.mixer) for pool, spec in zip(pool_of, config.layers, strict=True)):
+        if (key := (pool, mixer.num_heads)) not in metadata:
+            tables, cache = places.tables[pool], places.pools[pool]
+            metadata[key] = make_metadata(tables, cache, mixer.num_heads, mixer.window, config.implementation)
 
     def step(carry: Carry, layer: Layer) -> Carry:
-        x, cache, routing = carry
-        (x, cache), sown = block.apply({"params": layers}, x, cache, layer, slots, metadata, rope, chosen, mutable=[ROUTING])
+        x, pools, routing = carry
+        spec, pool = config.layers[layer.first], pool_of[layer.first]
+        attending = layer.place(pool_of), places.slots[pool], metadata[pool, spec.mixer.num_heads], ropes[spec.mixer.rope]
+        block = Block(config, spec, parent=None)
+        (x, cache), sown = block.apply({"params": layers}, x, pools[pool], layer, *attending, adapter_mask, mutable=[ROUTING])
         if routing and sown:
             (chose,) = sown[ROUTING]["feed_forward"]["chosen"]
             routing = tuple(known.at[layer.number].set(new) for known, new in zip(routing, chose, strict=True))
-        return x, cache, routing
+        return x, (*pools[:pool], cache, *pools[pool + 1 :]), routing
 
-    of_layers = config.num_layers, slots.shape[0], config.experts_per_token
-    routing = tuple(jnp.zeros(of_layers, dtype) for dtype in (jnp.int32, jnp.float32)) if record else ()
-    x, cache, routing = scan_layers(layers, step, (x, cache, routing))
-    return x, cache, tuple(known[np.asarray(config.expert_layers)] for known in routing)
+    routing: Routing = ()
+    if record:
+        of_layers = config.num_layers, x.shape[0], config.experts_per_token
+        routing = jnp.zeros(of_layers, jnp.int32), jnp.zeros(of_layers, jnp.float32)
+    x, pools, routing = scan_layers(layers, step, (x, places.pools, routing), config.layers)
+    return x, pools, tuple(known[np.asarray(config.expert_layers)] for known in routing)

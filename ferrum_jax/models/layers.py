@@ -1,7 +1,7 @@
 """The parts of a decoder layer: norm, attention, dense feed-forward, mixture of experts.
 
-Flax modules used purely. Each reads its own parameters, stacked over layers, and is told which `Layer` it is; the
-residual stream is float32, matrix products run in `config.dtype`.
+Flax modules used purely. Each reads its own parameters, stacked over layers, and is told which `Layer` it is and what that
+layer's spec says of it; the residual stream is float32, matrix products run in `config.dtype`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from ferrum_jax import adapters
-from ferrum_jax.config import ModelConfig
+from ferrum_jax.config import Attention as AttentionSpec
+from ferrum_jax.config import Dense, LayerSpec, Mixture, ModelConfig
 from ferrum_jax.quantized import Layer, LayerStack, gated_linear, linear, linears, mixture
 from ferrum_jax.state import KVCache
 from pallas_kernels.append import Norm, append
@@ -25,7 +26,7 @@ ROUTING = "routing"  # the Flax collection in which a mixture leaves its choice,
 class LayerModule(nn.Module):
     """A module whose parameters are `LayerStack`s.
 
-    Where it is given `chosen` bool [tokens, columns], those of A x that each token's adapter has, adapters are applied.
+    Where it is given `adapter_mask` bool [tokens, columns], those of A x that each token's adapter has, adapters are applied.
     """
 
     config: ModelConfig
@@ -33,7 +34,7 @@ class LayerModule(nn.Module):
     def stack(self, name: str) -> LayerStack:
         return self.get_variable("params", name)
 
-    def project(self, x: jax.Array, layer: Layer, *names: str, chosen=None, arithmetic: str = "") -> list[jax.Array]:
+    def project(self, x: jax.Array, layer: Layer, *names: str, adapter_mask=None, arithmetic: str = "") -> list[jax.Array]:
         """x [tokens, in] through each named matrix, its bias, if the file has one, and its adapters: float32 [tokens, out].
         arithmetic: of the products, where it is not `config.dtype`."""
         stacks = [self.stack(name) for name in names]
@@ -41,27 +42,32 @@ class LayerModule(nn.Module):
         ys = linears(x.astype(self.config.activations), stacks, layer, dtype, implementation)
         biases = [self.stack(name + "_bias") for name in names]
         ys = [y if bias is None else y + bias.vector(layer) for y, bias in zip(ys, biases, strict=True)]
-        adapted = (self.adapts(layer, name, chosen) for name in names)
+        adapted = (self.adapts(layer, name, adapter_mask) for name in names)
         return [
-            y + self.adapted(x, layer, name, chosen) if adapts else y
+            y + self.adapted(x, layer, name, adapter_mask) if adapts else y
             for y, name, adapts in zip(ys, names, adapted, strict=True)
         ]
 
-    def adapts(self, layer: Layer, name: str, chosen) -> bool:
+    def adapts(self, layer: Layer, name: str, adapter_mask) -> bool:
         stack = self.stack(name + adapters.A)
-        return chosen is not None and stack is not None and stack.has(layer)
+        return adapter_mask is not None and stack is not None and stack.has(layer)
 
-    def adapted(self, x, layer: Layer, name: str, chosen) -> jax.Array:
+    def adapted(self, x, layer: Layer, name: str, adapter_mask) -> jax.Array:
         """What the adapters add to x through a matrix: float32 [tokens, out]."""
         with jax.named_scope("adapters"):
             inner = linear(x.astype(jnp.float32), self.stack(name + adapters.A), layer)
-            return linear(jnp.where(chosen, inner, 0.0), self.stack(name + adapters.B), layer)
+            return linear(jnp.where(adapter_mask, inner, 0.0), self.stack(name + adapters.B), layer)
 
 
 class Attention(LayerModule):
     """Grouped-query attention over the paged cache; per-head RMSNorm of queries and keys where the file has it."""
 
-    def __call__(self, x, cache: KVCache, layer: Layer, slots, metadata, rope, chosen=None) -> tuple[jax.Array, KVCache]:
+    spec: AttentionSpec
+
+    def __call__(
+        self, x, cache: KVCache, layer: Layer, place, slots, metadata, rope, adapter_mask=None
+    ) -> tuple[jax.Array, KVCache]:
+        """place: of this layer in the cache."""
         config, tokens = self.config, x.shape[0]
 
         def norm(name: str) -> Norm:
@@ -71,45 +77,48 @@ class Attention(LayerModule):
         with jax.named_scope("qkv"):
             # Here int8 would cost most: the scores are exponents, and these are small matrices.
             arithmetic = "int8x2" if config.dtype == "int8" else config.dtype
-            ys = self.project(x, layer, "query", "key", "value", chosen=chosen, arithmetic=arithmetic)
-            q, k, v = (y.reshape(tokens, -1, config.head_dim) for y in ys)
+            ys = self.project(x, layer, "query", "key", "value", adapter_mask=adapter_mask, arithmetic=arithmetic)
+            q, k, v = (y.reshape(tokens, -1, self.spec.head_dim) for y in ys)
         with jax.named_scope("append"):
             norms = norm("query_norm"), norm("key_norm")
-            eps, implementation = config.rms_norm_eps, config.implementation
-            q, cache = append(q, k, v, cache, layer.number, slots, rope, *norms, eps, implementation)
+            q, cache = append(q, k, v, cache, place, slots, rope, *norms, config.rms_norm_eps, config.implementation)
         with jax.named_scope("paged_attention"):
-            y = paged_attention(q, cache, layer.number, metadata, config.head_dim**-0.5)
+            y = paged_attention(q, cache, place, metadata, self.spec.head_dim**-0.5)
         with jax.named_scope("attention_output"):
-            return self.project(y.reshape(tokens, -1), layer, "output", chosen=chosen)[0], cache
+            return self.project(y.reshape(tokens, -1), layer, "output", adapter_mask=adapter_mask)[0], cache
 
 
 class FeedForward(LayerModule):
-    """SwiGLU, down(silu(gate x) * up x) (arXiv 2002.05202), or in layers that have a router a mixture of them."""
+    """SwiGLU, down(silu(gate x) * up x) (arXiv 2002.05202), or a mixture of them."""
 
-    def __call__(self, x, layer: Layer, slots, chosen=None) -> jax.Array:
-        router = self.stack("router")
-        return self.mixture(x, layer, slots) if router is not None and router.has(layer) else self.dense(x, layer, chosen)
+    spec: Dense | Mixture
 
-    def dense(self, x, layer: Layer, chosen) -> jax.Array:
-        if not any(self.stack(f"{name}_bias") is not None or self.adapts(layer, name, chosen) for name in ("gate", "up")):
+    def __call__(self, x, layer: Layer, slots, adapter_mask=None) -> jax.Array:
+        if isinstance(self.spec, Mixture):
+            return self.mixture(x, layer, slots, self.spec)
+        return self.dense(x, layer, adapter_mask)
+
+    def dense(self, x, layer: Layer, adapter_mask) -> jax.Array:
+        if not any(self.stack(f"{name}_bias") is not None or self.adapts(layer, name, adapter_mask) for name in ("gate", "up")):
             x, stacks = x.astype(self.config.activations), (self.stack("gate"), self.stack("up"))
             hidden = gated_linear(x, *stacks, layer, self.config.dtype, self.config.implementation)
         else:
-            gate, up = self.project(x, layer, "gate", "up", chosen=chosen)
+            gate, up = self.project(x, layer, "gate", "up", adapter_mask=adapter_mask)
             hidden = jax.nn.silu(gate) * up
-        return self.project(hidden, layer, "down", chosen=chosen)[0]
+        return self.project(hidden, layer, "down", adapter_mask=adapter_mask)[0]
 
-    def mixture(self, x, layer: Layer, slots) -> jax.Array:
-        """The top_k experts of each token by router probability, each a SwiGLU, summed with their weights in slot order."""
+    def mixture(self, x, layer: Layer, slots, spec: Mixture) -> jax.Array:
+        """The experts of each token with the largest router probabilities, each a SwiGLU, summed with their weights in the
+        order of those."""
         config = self.config
         with jax.named_scope("router"):
             logits = linear(x, self.stack("router"), layer, implementation=config.implementation)
             expert_ids, expert_weights = route(
                 logits,
                 slots >= 0,
-                config.experts_per_token,
-                normalize=config.norm_topk_prob,
-                scale=config.expert_weights_scale,
+                spec.experts_per_token,
+                normalize=spec.normalize,
+                scale=spec.scale,
                 implementation=config.implementation,
             )
             self.sow(ROUTING, "chosen", (expert_ids, expert_weights))
@@ -122,16 +131,20 @@ class FeedForward(LayerModule):
 class Block(LayerModule):
     """One pre-norm transformer layer."""
 
-    def setup(self) -> None:
-        self.attention = Attention(self.config)
-        self.feed_forward = FeedForward(self.config)
+    spec: LayerSpec
 
-    def __call__(self, x, cache: KVCache, layer: Layer, slots, metadata, rope, chosen=None) -> tuple[jax.Array, KVCache]:
+    def setup(self) -> None:
+        self.attention = Attention(self.config, self.spec.mixer)
+        self.feed_forward = FeedForward(self.config, self.spec.feed_forward)
+
+    def __call__(
+        self, x, cache: KVCache, layer: Layer, place, slots, metadata, rope, adapter_mask=None
+    ) -> tuple[jax.Array, KVCache]:
         def norm(name: str) -> jax.Array:
             return rms_norm(x, self.stack(name).vector(layer), self.config.rms_norm_eps)
 
         with jax.named_scope("attention"):
-            y, cache = self.attention(norm("attention_norm"), cache, layer, slots, metadata, rope, chosen)
+            y, cache = self.attention(norm("attention_norm"), cache, layer, place, slots, metadata, rope, adapter_mask)
         x = x + y
         with jax.named_scope("feed_forward"):
-            return x + self.feed_forward(norm("feed_forward_norm"), layer, slots, chosen), cache
+            return x + self.feed_forward(norm("feed_forward_norm"), layer, slots, adapter_mask), cache

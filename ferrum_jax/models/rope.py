@@ -1,4 +1,4 @@
-"""Rotary position embedding in the half-split layout: value i of a head is rotated with value i + rope_dim / 2.
+"""Rotary position embedding in the half-split layout: value i of a head is rotated with value i + dim / 2.
 
 Files that store queries and keys for the interleaved layout have their rows reordered at load (weights.gguf).
 """
@@ -11,18 +11,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ferrum_jax.config import ModelConfig
+from ferrum_jax.config import Rope
 
 
-def rope_frequencies(config: ModelConfig) -> np.ndarray:
-    """Radians per position of each pair: float32 [rope_dim / 2], scaling applied (linear; YaRN, arXiv 2309.00071).
+def rope_frequencies(rope: Rope) -> np.ndarray:
+    """Radians per position of each pair: float32 [dim / 2], scaling applied (linear; YaRN, arXiv 2309.00071).
 
     In float32 throughout, as the models were trained: at long positions the last bit of a frequency is seen in the logits.
     """
-    half = config.rope_dim // 2
-    exponent = np.arange(0, config.rope_dim, 2).astype(np.float32) / np.float32(config.rope_dim)
-    wavelengths = np.power(np.float32(config.rope_theta), exponent)
-    scaling = config.rope_scaling
+    half = rope.dim // 2
+    exponent = np.arange(0, rope.dim, 2).astype(np.float32) / np.float32(rope.dim)
+    wavelengths = np.power(np.float32(rope.theta), exponent)
+    scaling = rope.scaling
     frequencies = np.float32(1) / wavelengths
     if scaling is None:
         return frequencies
@@ -32,7 +32,7 @@ def rope_frequencies(config: ModelConfig) -> np.ndarray:
 
     def pair_that_turns(rotations: float) -> float:
         """The pair whose angle makes so many full turns over the original context."""
-        return half * math.log(scaling.original_context / (rotations * 2 * math.pi)) / math.log(config.rope_theta)
+        return half * math.log(scaling.original_context / (rotations * 2 * math.pi)) / math.log(rope.theta)
 
     low = max(math.floor(pair_that_turns(scaling.beta_fast)), 0)
     high = min(math.ceil(pair_that_turns(scaling.beta_slow)), 2 * half - 1)
@@ -40,12 +40,12 @@ def rope_frequencies(config: ModelConfig) -> np.ndarray:
     return stretched * (1 - kept) + frequencies * kept
 
 
-def rope_angles(config: ModelConfig, positions: jax.Array, factors: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-    """cos and sin of the angles: float32 [tokens, 1, rope_dim / 2]. `factors` [rope_dim / 2] divide the frequencies
+def rope_angles(rope: Rope, positions: jax.Array, factors: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """cos and sin of the angles: float32 [tokens, 1, dim / 2]. `factors` [dim / 2] divide the frequencies
     (LLaMA-3.1's long-context correction, stored in the file as `rope_freqs`)."""
-    frequencies = jnp.asarray(rope_frequencies(config))
+    frequencies = jnp.asarray(rope_frequencies(rope))
     if factors is not None:
         frequencies = frequencies / factors
     angles = positions.astype(jnp.float32)[:, None, None] * frequencies
-    scale = config.rope_scaling.attention_factor if config.rope_scaling else 1.0
+    scale = rope.scaling.attention_factor if rope.scaling else 1.0
     return jnp.cos(angles) * scale, jnp.sin(angles) * scale

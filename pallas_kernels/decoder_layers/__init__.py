@@ -44,7 +44,8 @@ class Part(NamedTuple):
 
 
 class LayerShape(NamedTuple):
-    """What all layers share. window, scales and normalize: as in paged_attention and routing."""
+    """What all layers share. window, scales and normalize: as in paged_attention and routing. kinds: of how many kinds the
+    layers are, formats apart; more than one, and the rest is of the first."""
 
     head_dim: int
     eps: float
@@ -52,6 +53,7 @@ class LayerShape(NamedTuple):
     top_k: int = 0
     normalize: bool = True
     expert_scale: float = 1.0
+    kinds: int = 1
 
 
 BACKENDS = (
@@ -73,7 +75,7 @@ def backend_for(
     matrices = {(role, part.stack) for layer in layers for role, part in layer.items() if not role.endswith(("norm", "bias"))}
     named = ((role, stacks[number]) for role, number in matrices)
     kinds = {(stack.format, stack.memory_layout) for role, stack in named if (role, stack.format) != ("router", ROUTER_FORMAT)}
-    sizes = (hidden, shape.head_dim, len(unknown))
+    sizes = (hidden, shape.head_dim, len(unknown), shape.kinds)
     target = dispatch.target("decoder_layers", implementation)
     cases = [dispatch.Case("decoder_layers", target, *kind[:1], dtype, kind[1], sizes) for kind in sorted(kinds)]
     found = [dispatch.choose(case, BACKENDS) for case in cases]

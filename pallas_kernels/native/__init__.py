@@ -54,7 +54,9 @@ def refuses(case: dispatch.Case) -> str | None:
     if case.operation == "grouped_matmul":
         return "serves whole mixtures of experts"
     if case.operation == "decoder_layers":
-        hidden, head_dim, unknown = case.shape
+        hidden, head_dim, unknown, kinds = case.shape
+        if kinds > 1:
+            return f"has whole layers that differ in formats alone; these are of {kinds} kinds"
         if hidden % 32 or head_dim % 16 or unknown:
             return "has whole layers of 32n values with heads of 16n, and no bias of gate and up"
     return build.refusal()

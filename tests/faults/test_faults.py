@@ -185,8 +185,8 @@ FAULTS = {
     "12-window": Fault(
         "the sliding window is ignored when paged",
         decoder._composed,
-        "config.num_heads, config.sliding_window,",
-        "config.num_heads, 0,",
+        "mixer.num_heads, mixer.window,",
+        "mixer.num_heads, 0,",
         guards.a_window_is_all_that_a_query_sees,
     ),
     "12-pages": Fault(

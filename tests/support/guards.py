@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from ferrum_jax import choice, functional, sampling
-from ferrum_jax.config import RopeScaling
+from ferrum_jax.config import Rope, RopeScaling
 from ferrum_jax.engine import EngineConfig, steps
 from ferrum_jax.engine.device import Bucket, Device
 from ferrum_jax.engine.ledger import Held
@@ -278,9 +278,9 @@ def a_window_is_all_that_a_query_sees():
 
 
 def frequencies_are_those_of_the_file():
-    plain = dataclasses.replace(DENSE, rope_dim=8, head_dim=8)
+    plain = Rope(1e6, 8)
     yarn = RopeScaling("yarn", 4.0, original_context=64, beta_fast=32.0, beta_slow=1.0, attention_factor=1.0)
-    stretched = rope_frequencies(dataclasses.replace(plain, rope_scaling=yarn)) / rope_frequencies(plain)
+    stretched = rope_frequencies(dataclasses.replace(plain, scaling=yarn)) / rope_frequencies(plain)
     assert stretched[-1] == 0.25 and (np.diff(stretched) <= 0).all() and stretched[0] > 0.25
     position = jnp.asarray([1], jnp.int32)
     with_factors = rope_angles(plain, position, jnp.asarray([1.0, 1.0, 2.0, 8.0]))

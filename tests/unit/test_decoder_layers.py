@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from ferrum_jax import functional as F
+from ferrum_jax.config import Rope
 from ferrum_jax.models import decoder
 from ferrum_jax.quantized import LayerStack, QuantizedTensor
 from pallas_kernels import dispatch
@@ -18,6 +19,7 @@ from support.random_models import DENSE, MOE, tiny_params
 
 pytestmark = pytest.mark.skipif(build._compiler() is None, reason="there is no C++ compiler here; plain XLA serves")
 PAGE = 4
+
 VARIANTS = {
     "dense": DENSE,
     "moe": MOE,
@@ -148,12 +150,16 @@ def test_the_cache_is_updated_in_place_and_the_step_has_a_derivative():
     assert np.isfinite(gradient).all() and np.abs(gradient).min(axis=1).max() > 0
 
 
-@pytest.mark.parametrize("change", ["gate_bias", "format", "router", "head_dim"])
+@pytest.mark.parametrize("change", ["gate_bias", "format", "router", "head_dim", "rope"])
 def test_what_the_call_cannot_do_is_composed(change):
     config, params = model("moe" if change == "router" else "dense")
     if change == "head_dim":
         config = dataclasses.replace(config, head_dim=40, rope_dim=40)
         params = tiny_params(config)
+    elif change == "rope":
+        mixer = dataclasses.replace(config.layers[1].mixer, rope=Rope(1e4, 48))
+        layers = config.layers[0], dataclasses.replace(config.layers[1], mixer=mixer), config.layers[2]
+        config = dataclasses.replace(config, layers=layers)
     elif change in ("format", "router"):
         changed = "down" if change == "format" else "router"
         params = tiny_params(config, lambda name, layer: "NVFP4" if name == changed else "Q8_0")
