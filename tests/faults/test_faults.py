@@ -22,8 +22,8 @@ from ferrum_jax.models.rope import rope_angles, rope_frequencies
 from ferrum_jax.tokenizer import StopMatcher, TextStream
 from support import guards
 from support.patching import Fault, applied
-from unit import test_engine_pages as pages
-from unit import test_not_finite as not_finite
+from unit.engine import test_engine_pages as pages
+from unit.engine import test_not_finite as not_finite
 
 
 def one_page_twice():

@@ -12,8 +12,8 @@ import ferrum_jax as fj
 from ferrum_jax.cli import conversation, terminal, writer
 from support.patching import Fault, applied
 from support.tiny_gguf import write_tiny_llama
-from unit import test_cli_terminal as terminal_guards
-from unit import test_conversation as guards
+from unit.cli import test_cli_terminal as terminal_guards
+from unit.text import test_conversation as guards
 
 
 @pytest.fixture(scope="module")

@@ -14,9 +14,9 @@ from ferrum_jax.cli import bench, inspect, output
 from ferrum_jax.sampling_params import SamplingParams
 from ferrum_jax.weights.fresh import fresh
 from support.patching import Fault, applied
-from unit import test_checks as checks_guards
-from unit import test_cli_output as output_guards
-from unit import test_convert_disk as disk_guards
+from unit.cli import test_cli_output as output_guards
+from unit.convert import test_convert_disk as disk_guards
+from unit.model import test_checks as checks_guards
 
 
 def in_a_folder(guard, *more):

@@ -8,8 +8,8 @@ from ferrum_jax.engine.request import Request
 from ferrum_jax.engine.scheduler import Scheduler
 from ferrum_jax.engine.worker import Worker
 from support.patching import Fault, applied
-from unit import test_engine_interrupts as interrupts
-from unit import test_engine_pages as pages
+from unit.engine import test_engine_interrupts as interrupts
+from unit.engine import test_engine_pages as pages
 
 FAULTS = {
     "caller": Fault(

@@ -4,8 +4,8 @@ import pytest
 
 from ferrum_jax import plotting
 from support.patching import Fault, applied
-from unit import test_notebooks as notebooks
-from unit import test_plotting as plots
+from unit.repository import test_notebooks as notebooks
+from unit.repository import test_plotting as plots
 
 FAULTS = {
     "digest": Fault(

@@ -14,10 +14,10 @@ from ferrum_jax.tokenizer.huggingface import DirectoryTokenizer
 from ferrum_jax.tokenizer.library import LibraryTokenizer
 from ferrum_jax.tokenizer.vocabulary import _Keys, read_vocabulary
 from support.patching import Fault, applied
-from unit import test_continuation_text as continuation
-from unit import test_templates as templates
-from unit import test_vocabularies as vocabularies
-from unit.test_directory_tokenizer import byte_level
+from unit.engine import test_continuation_text as continuation
+from unit.text import test_templates as templates
+from unit.text import test_vocabularies as vocabularies
+from unit.text.test_directory_tokenizer import byte_level
 
 
 def a_loop_has_an_end(path: Path) -> None:

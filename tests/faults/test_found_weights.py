@@ -19,14 +19,14 @@ from support.directories import LLAMA, write
 from support.goldens import tiny_directories
 from support.patching import Fault, applied
 from support.tiny_gguf import write_tiny_llama
-from unit import test_adapter_files as adapters
-from unit import test_block_scales as block_scales
-from unit import test_config as of_gguf
-from unit import test_config_numbers as numbers
-from unit import test_directory_config as directory_config
-from unit import test_families as families
-from unit import test_schemes as schemes
-from unit import test_tied as tied
+from unit.kernels import test_block_scales as block_scales
+from unit.weights import test_adapter_files as adapters
+from unit.weights import test_config as of_gguf
+from unit.weights import test_config_numbers as numbers
+from unit.weights import test_directory_config as directory_config
+from unit.weights import test_families as families
+from unit.weights import test_schemes as schemes
+from unit.weights import test_tied as tied
 
 
 def in_folder(test: Callable, *arguments) -> Callable[[], None]:

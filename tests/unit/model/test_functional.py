@@ -248,7 +248,7 @@ def test_half_precision_stays_near_float32(name, dtype):
 EXPORTED = """
 import jax, numpy as np
 from jax import export
-from unit import test_functional as t
+from unit.model import test_functional as t
 blob = open({path!r}, "rb").read()
 step = export.deserialize(bytearray(blob))
 args = t.decode_arguments()

@@ -7,13 +7,13 @@ import shutil
 import struct
 import subprocess
 from importlib import metadata
-from pathlib import Path
 from types import SimpleNamespace
 
 import nbformat
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from support import ROOT
+
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 NAMES = ["01_quickstart", "02_inside_the_moe", "03_kernels", "04_serving"]
 _spec = importlib.util.spec_from_file_location("notebooks_execute", ROOT / "notebooks" / "execute.py")

@@ -7,7 +7,6 @@ import random
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,12 +15,11 @@ from hypothesis import strategies as st
 
 from ferrum_jax.errors import ModelFileError, UnsupportedModelError
 from ferrum_jax.tokenizer import StopMatcher, TextStream, Tokenizer
-
-GOLDENS = Path(__file__).parents[1] / "goldens/tokenizer"
+from support import GOLDENS
 
 
 def load(name: str) -> dict:
-    data = json.loads(gzip.decompress((GOLDENS / f"{name}.json.gz").read_bytes()))
+    data = json.loads(gzip.decompress((GOLDENS / "tokenizer" / f"{name}.json.gz").read_bytes()))
     keys = data["metadata"]
     keys["tokenizer.ggml.token_type"] = np.array(keys["tokenizer.ggml.token_type"], np.int32)
     if "tokenizer.ggml.scores" in keys:

@@ -2,7 +2,8 @@
 
 import subprocess
 import sys
-from pathlib import Path
+
+from support import ROOT
 
 CHILD = """
 import sys
@@ -15,10 +16,9 @@ print(int(peak.split()[1]) * 1024, model.memory()["parameters_total"])
 
 def test_peak_memory_of_loading(tmp_path):
     """VmHWM, mapped pages included, is at most the parameters and 1.5 GiB."""
-    root = Path(__file__).resolve().parents[2]
     path = tmp_path / "synthetic.gguf"
     make = [sys.executable, "-m", "benchmarks.make_synthetic", str(path), "--shape", "qwen3-moe-2g"]
-    subprocess.run(make, cwd=root, check=True, capture_output=True)
+    subprocess.run(make, cwd=ROOT, check=True, capture_output=True)
     try:
         done = subprocess.run([sys.executable, "-c", CHILD, str(path)], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr

@@ -22,7 +22,7 @@ from support.adapter_directories import CASES, CONFIG, TENSORS, Folder
 from support.directories import LLAMA, MOE, edit, edit_tensors
 from support.directories import write as write_directory
 from support.goldens import tiny_adapters, tiny_directories
-from unit.test_directory_fuzz import mutate
+from unit.weights.test_directory_fuzz import mutate
 
 PLAIN = tiny_adapters.Spec("adapter", LLAMA, rank=4)
 MODEL = "base_model.model.model."

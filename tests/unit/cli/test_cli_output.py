@@ -15,7 +15,7 @@ from ferrum_jax import hub
 from ferrum_jax.cli import doctor, inspect, main, output
 from ferrum_jax.weights.opening import open_model
 from support.terminals import in_terminal
-from unit.test_cli import small_gguf
+from unit.cli.test_cli import small_gguf
 
 STRING, ARRAY, FLOAT = gguf.GGUFValueType.STRING, gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.FLOAT32
 OTHER_TYPES = [

@@ -14,6 +14,7 @@ import ferrum_jax as fj
 from ferrum_jax.config import ModelConfig, RopeScaling
 from ferrum_jax.families import FAMILIES, of_content
 from ferrum_jax.families.family import ConfigFile
+from support import GOLDENS
 from support.goldens import tiny_directories
 from support.goldens.tiny_directories import Spec
 
@@ -128,7 +129,7 @@ def test_keys_of_another_rope_type() -> None:
 
 def test_the_table_of_fields_is_what_the_script_writes() -> None:
     pytest.importorskip("torch", reason="the script reads transformers' models, which need torch")
-    scripts = Path(__file__).parents[1] / "goldens" / "scripts"
+    scripts = GOLDENS / "scripts"
     spec = importlib.util.spec_from_file_location("make_config_fields", scripts / "make_config_fields.py")
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)

@@ -30,6 +30,7 @@ from ferrum_jax.hub import (
     web,
     wheel,
 )
+from support import ROOT
 from support.hub_server import COMMIT, black_hole, serve
 
 DATA = random.Random(0).randbytes(3_000_000)
@@ -490,7 +491,7 @@ def table_row(alias: Alias) -> str:
 
 
 def test_document_has_the_table():
-    text = (Path(__file__).parents[2] / "docs" / "models-and-sources.md").read_text()
+    text = (ROOT / "docs" / "models-and-sources.md").read_text()
     rows = [table_row(alias) for name, alias in ALIASES.items() if alias.name == name]
     assert [line for line in text.splitlines() if line.startswith("| `")] == rows
     for word in ("FERRUM_JAX_CACHE", "HF_HUB_OFFLINE", "HF_TOKEN", "HF_ENDPOINT", *huggingface.DEFAULT_QUANTS):

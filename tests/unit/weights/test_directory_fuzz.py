@@ -15,7 +15,7 @@ import pytest
 from ferrum_jax.loading import validate
 from ferrum_jax.weights.huggingface import open_directory
 from support.directories import GPTQ, LLAMA, MOE, write
-from unit.test_gguf_fuzz import check_logits, refused
+from unit.weights.test_gguf_fuzz import check_logits, refused
 
 SAMPLES = 6
 TOKENS = [b"{", b"}", b"[", b"]", b",", b":", b'"', b"0", b"-1", b"1e999", b"null", b"true", b'"x"', b"18446744073709551616"]

@@ -14,7 +14,7 @@ from ferrum_jax.weights.opening import open_model
 from ferrum_jax.weights.schemes import scheme_of
 from pallas_kernels.blocks import unpack
 from support.directories import LLAMA, Packing, edit, edit_tensors, write
-from unit.test_packed import DOWN, unpacked
+from unit.weights.test_packed import DOWN, unpacked
 
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False, "sym": True}
 # As GPTQModel 5 writes it into config.json.

@@ -16,10 +16,10 @@ from matplotlib import pyplot
 
 import ferrum_jax as fj
 from pallas_kernels.blocks import FORMATS
+from support import ROOT
 from support.goldens import golden_cases, tiny_models
 from support.tiny_gguf import tiny_vocabulary, write_tiny_llama
 
-ROOT = Path(__file__).resolve().parents[2]
 PAGES = [*(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 
 
@@ -190,7 +190,7 @@ def test_table_of_formats() -> None:
 def test_rows_of_models_name_tests_that_are_there() -> None:
     """The last cell of each row is the id of a test of this folder, with the parameters it names."""
     rows = [line for line in _page("models.md").splitlines() if re.match(r"\| (?!checkpoint|-)", line)]
-    named = [re.search(r"\| `(\w+\.py)(::\w+(\[[^]]+\])?)` \|$", row) for row in rows]
+    named = [re.search(r"\| `([\w/]+\.py)(::\w+(\[[^]]+\])?)` \|$", row) for row in rows]
     assert len(rows) > 20 and all(named), [row for row, found in zip(rows, named, strict=True) if not found]
     files = sorted({found[1] for found in named if found})
     asked = [sys.executable, "-m", "pytest", "--collect-only", *(f"tests/unit/{file}" for file in files)]

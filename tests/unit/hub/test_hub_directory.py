@@ -15,7 +15,7 @@ from ferrum_jax.weights.opening import open_model
 from support.directories import LLAMA, write
 from support.goldens import tiny_directories
 from support.hub_server import COMMIT
-from unit.test_hub import failure, hub, leftovers, surroundings  # noqa: F401
+from unit.hub.test_hub import failure, hub, leftovers, surroundings  # noqa: F401
 
 REPO = "someone/Tiny"
 SHARDED = tiny_directories.Spec("s", "LlamaForCausalLM", layers=1, hidden=64, heads=2, kv_heads=1, head_dim=32, ff=64, shards=2)

@@ -26,8 +26,8 @@ from ferrum_jax.tokenizer.opening import tokenizer_of_directory, tokenizer_of_gg
 from support.directories import LLAMA, edit, write
 from support.goldens import tiny_encoders
 from support.tiny_gguf import write_tiny_llama
-from unit.test_directory_tokenizer import byte_level, directory, spm
-from unit.test_tokenizer import BPE, SPM
+from unit.text.test_directory_tokenizer import byte_level, directory, spm
+from unit.text.test_tokenizer import BPE, SPM
 
 PREFIX = "tokenizer.ggml."
 IDS = ("bos", "eos", "unknown", "padding", "seperator", "cls", "mask", "eot", "eom", "fim_pad", "fim_sep")

@@ -13,7 +13,7 @@ from ferrum_jax import hub as hub_module
 from ferrum_jax.cli import main
 from ferrum_jax.hub import cache, cache_root, huggingface, pull, resolve, web
 from support.hub_server import COMMIT
-from unit.test_hub import DATA, REPO, failure, hub, leftovers, surroundings  # noqa: F401
+from unit.hub.test_hub import DATA, REPO, failure, hub, leftovers, surroundings  # noqa: F401
 
 SMALL = b'{"model_type": "llama"}\n'
 DIRECTORY = "someone/Tiny"

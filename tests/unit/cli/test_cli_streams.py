@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from unit.test_cli import small_gguf
+from unit.cli.test_cli import small_gguf
 
 FULL = "/dev/full"
 pytestmark = pytest.mark.skipif(not os.path.exists(FULL), reason="needs /dev/full")

@@ -3,15 +3,15 @@
 import gzip
 import json
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
 
+import support
 from ferrum_jax import chat
 from ferrum_jax.errors import ChatTemplateError, ModelFileError, UnsupportedModelError
 
-GOLDENS = json.loads(gzip.decompress((Path(__file__).parents[1] / "goldens/chat/goldens.json.gz").read_bytes()))
+GOLDENS = json.loads(gzip.decompress((support.GOLDENS / "chat" / "goldens.json.gz").read_bytes()))
 USER = [{"role": "user", "content": "Hi"}]
 
 

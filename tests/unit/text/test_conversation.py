@@ -15,7 +15,7 @@ from ferrum_jax.cli import chat, commands
 from ferrum_jax.cli.conversation import Conversation, Transcript, open_engine
 from ferrum_jax.tokenizer import Tokenizer
 from support.tiny_gguf import TEMPLATE, write_tiny_llama
-from unit.test_tokenizer import BPE, SPM, TIES
+from unit.text.test_tokenizer import BPE, SPM, TIES
 
 PAGE = fj.EngineConfig().page_size
 NO_CONTROL = {id: float("-inf") for id in range(3)}  # an answer of the length that is asked for, all of it text

@@ -12,7 +12,7 @@ import ferrum_jax as fj
 from ferrum_jax.loading import validate
 from ferrum_jax.weights.gguf import GGUFFile, open_gguf
 from support.tiny_gguf import write_tiny_llama
-from unit.test_directory_config import read
+from unit.weights.test_directory_config import read
 
 NAN, INF = float("nan"), float("inf")
 # Each key and values beyond what it may be; those before are of real models.

@@ -1,7 +1,6 @@
 """Quantizing: blocks that gguf-py reads, errors held against llama.cpp's own quantizers, and what is refused."""
 
 import json
-from pathlib import Path
 
 import gguf
 import numpy as np
@@ -9,9 +8,10 @@ import pytest
 
 from pallas_kernels.blocks import FORMATS, unpack
 from pallas_kernels.blocks.quantize import QUANTIZED, quantize
+from support import GOLDENS
 from support.quantize_cases import COLUMNS, cases, squared_error
 
-GOLDEN = json.loads((Path(__file__).resolve().parents[1] / "goldens" / "quantize" / "errors.json").read_text())
+GOLDEN = json.loads((GOLDENS / "quantize" / "errors.json").read_text())
 CASES = dict(cases())
 WORSE = 1.05  # of the root mean square
 

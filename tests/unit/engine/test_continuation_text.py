@@ -19,8 +19,8 @@ import ferrum_jax as fj
 from ferrum_jax.tokenizer import TextStream, Tokenizer
 from ferrum_jax.tokenizer.opening import tokenizer_of_directory
 from support.tiny_gguf import write_tiny_llama
-from unit.test_directory_tokenizer import KINDS, directory, spm
-from unit.test_tokenizer import BPE, SPM, TIES
+from unit.text.test_directory_tokenizer import KINDS, directory, spm
+from unit.text.test_tokenizer import BPE, SPM, TIES
 
 TEXTS = ["the cat", " the  cat\n", "Straße 東京 🧪 the", "<s>the</s> the", "  the", "é", "<x>a <x> the<y>▁▁t <y>"]
 

@@ -9,7 +9,7 @@ import pytest
 import ferrum_jax as fj
 from ferrum_jax import hub
 from ferrum_jax.cli import bench, main
-from unit.test_cli import model  # noqa: F401
+from unit.cli.test_cli import model  # noqa: F401
 
 PROMPTS = [
     (["m", "hi there"], "m", "hi there"),

@@ -21,7 +21,7 @@ from ferrum_jax.templates import Limits
 from ferrum_jax.tokenizer.opening import tokenizer_of_directory
 from support.directories import LLAMA, write
 from support.tiny_gguf import TEMPLATE, write_tiny_llama
-from unit.test_directory_tokenizer import byte_level, directory
+from unit.text.test_directory_tokenizer import byte_level, directory
 
 USER = [{"role": "user", "content": "Hi"}]
 TOOLS = [{"type": "function", "function": {"name": "w", "description": "", "parameters": {}}}]
