@@ -1,22 +1,75 @@
-"""Options of the test suite, and what keeps its tests apart."""
+"""Options of the test suite, the order of its tests and how long they take, and what keeps them apart.
 
+`slow` are the tests of SLOW folders and those marked one by one; files that have some come first, so that two workers end
+together.
+`--durations-file FILE` writes the seconds of every test, the longest first.
+"""
+
+import fcntl
 import functools
+import json
+import os
 import sys
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 pytest.register_assert_rewrite("support")
 
-from support import ROOT  # noqa: E402
+from support import ROOT, TESTS  # noqa: E402
 
 sys.path.append(str(ROOT))  # benchmarks and training; after site-packages: ferrum_jax is the one that is installed
+
+SLOW = ("aot", "native", "real")  # whole folders: compilers for other devices, sanitizers, models of 100 MB and more
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--fuzz-mutations", type=int, default=2000, metavar="N", help="damaged GGUF files the fuzz test makes (2000)"
     )
+    parser.addoption("--durations-file", type=Path, metavar="FILE", help="writes the seconds of every test to FILE")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if file := config.getoption("--durations-file"):
+        config.pluginmanager.register(Durations(file))
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    if item.path.relative_to(TESTS).parts[0] in SLOW:
+        item.add_marker(pytest.mark.slow)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log):
+    """Half of the tests for each worker, and what one has not begun for whoever is done."""
+    from xdist.scheduler import WorkStealingScheduling
+
+    return WorkStealingScheduling(config, log) if config.getoption("dist") == "load" else None
+
+
+class Durations:
+    """Seconds of every test, its fixtures included, for the file that the option names."""
+
+    def __init__(self, file: Path) -> None:
+        self.file, self.seconds = file, defaultdict(float)
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self.seconds[report.nodeid] += report.duration
+
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        if not hasattr(session.config, "workerinput"):  # a worker's reports come to the process that started it
+            longest = sorted(self.seconds.items(), key=lambda pair: -pair[1])
+            self.file.write_text("".join(f"{seconds:.2f}\t{test}\n" for test, seconds in longest))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -35,6 +88,24 @@ def kernels_are_built(nothing_kept: None) -> None:
     from pallas_kernels import native
 
     native.prepare()
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[], Any]], Any]:
+    """`once(name, make)`: what `make` returns, something of JSON, made by the worker that is first to ask for it."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # of all workers of this run
+
+    def read(name: str, make: Callable[[], Any]) -> Any:
+        made = folder / f"{name}.json"
+        with open(folder / f"{name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not made.exists():
+                made.write_text(json.dumps(make()))
+        return json.loads(made.read_text())
+
+    return read
 
 
 @pytest.fixture

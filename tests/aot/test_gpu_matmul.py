@@ -16,7 +16,6 @@ from pallas_kernels.grouped_matmul import triton as grouped
 from pallas_kernels.grouped_matmul import triton_grouping
 from pallas_kernels.quantized_matmul import triton as dense
 from support.aot import ptx
-from support.aot.ptx import SEEN
 
 TARGETS = ["a100-40g", "l4", "h200"]
 HIDDEN, EXPERT, LAYERS, EXPERTS, TOP_K = 2048, 768, 48, 128, 8
@@ -74,9 +73,9 @@ def test_every_format(target, format, m):
     matrix = stacked(format, HIDDEN, 4096, LAYERS)
     kernels, temporaries = ptx.measure(target, lambda x, w: dense.matmul(x, w, on), activations(m, 4096), matrix)
     assert temporaries <= room(m, HIDDEN, 4096)
-    if SEEN:
-        parts = dense.parts_of(m, HIDDEN, 4096)
-        lean(kernels["matmul"], dense.tile(m, [matrix], HIDDEN * parts, on), [format], m <= 16, 4096, parts)
+    ptx.need_kernels()
+    parts = dense.parts_of(m, HIDDEN, 4096)
+    lean(kernels["matmul"], dense.tile(m, [matrix], HIDDEN * parts, on), [format], m <= 16, 4096, parts)
 
 
 @pytest.mark.parametrize(("format", "dtype"), [("Q4_K", "bfloat16"), ("Q4_K", "float16"), ("IQ4_XS", "bfloat16")])
@@ -89,7 +88,8 @@ def test_swiglu(target, m, format, dtype):
         target, lambda x, gate, up: dense.swiglu(x, gate, up, on), activations(m, HIDDEN, dtype), matrix, matrix
     )
     assert temporaries <= 2 * m * HIDDEN + 4096
-    assert not SEEN or "swiglu" in kernels
+    ptx.need_kernels()
+    assert "swiglu" in kernels
 
 
 @pytest.mark.parametrize("m", [1, 32, 512])
@@ -99,16 +99,16 @@ def test_projections_of_mixed_formats_are_one_launch(target, m):
     parts = [stacked("Q4_K", 4096, HIDDEN, LAYERS), stacked("Q4_K", 512, HIDDEN, LAYERS), stacked("Q6_K", 512, HIDDEN, LAYERS)]
     kernels, temporaries = ptx.measure(target, lambda x, *parts: dense.matmuls(x, parts, on), activations(m, HIDDEN), *parts)
     assert temporaries <= room(m, 5120, HIDDEN)
-    if SEEN:
-        assert [name for name in kernels if name.startswith("matmul")] == ["matmul"]
-        lean(
-            kernels["matmul"],
-            dense.tile(m, parts[:1], 5120 * dense.parts_of(m, 5120, HIDDEN), on),
-            ["Q6_K"],
-            m <= 16,
-            HIDDEN,
-            dense.parts_of(m, 5120, HIDDEN),
-        )
+    ptx.need_kernels()
+    assert [name for name in kernels if name.startswith("matmul")] == ["matmul"]
+    lean(
+        kernels["matmul"],
+        dense.tile(m, parts[:1], 5120 * dense.parts_of(m, 5120, HIDDEN), on),
+        ["Q6_K"],
+        m <= 16,
+        HIDDEN,
+        dense.parts_of(m, 5120, HIDDEN),
+    )
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -117,8 +117,8 @@ def test_output(target):
     matrix = stacked("Q6_K", 151_936, HIDDEN, 1)
     kernels, temporaries = ptx.measure(target, lambda x, w: dense.matmul(x, w, on), activations(8, HIDDEN), matrix)
     assert temporaries <= room(8, 151_936, HIDDEN)
-    if SEEN:
-        lean(kernels["matmul"], dense.tile(8, [matrix], 151_936, on), ["Q6_K"], True, HIDDEN)
+    ptx.need_kernels()
+    lean(kernels["matmul"], dense.tile(8, [matrix], 151_936, on), ["Q6_K"], True, HIDDEN)
 
 
 @pytest.mark.parametrize("tokens", [1, 8, 32, 512])
@@ -138,8 +138,8 @@ def test_experts(target, last, tokens):
     kernels, temporaries = ptx.measure(target, lambda *args: grouped.expert_ffn(*args, on), *arguments, gate, gate, down)
     tables = 4096 + (600 * rows if rows > triton_grouping.MOST else 16 * (rows + EXPERTS))
     assert temporaries <= 2 * tokens * HIDDEN + rows * (2 * EXPERT + 4 * HIDDEN) + tables
-    if SEEN:
-        tile = grouped._tile(rows, EXPERTS, (gate, gate), on)
-        lean(kernels["expert_gate_up"], tile, ["Q4_K", "Q4_K"], tile.batch <= 16, HIDDEN)
-        assert ("expert_grouping" in kernels) == (1 < tokens <= 32)
-        assert len(kernels) <= 5 or tokens > 32
+    ptx.need_kernels()
+    tile = grouped._tile(rows, EXPERTS, (gate, gate), on)
+    lean(kernels["expert_gate_up"], tile, ["Q4_K", "Q4_K"], tile.batch <= 16, HIDDEN)
+    assert ("expert_grouping" in kernels) == (1 < tokens <= 32)
+    assert len(kernels) <= 5 or tokens > 32

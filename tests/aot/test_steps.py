@@ -2,41 +2,24 @@
 
 from __future__ import annotations
 
-import concurrent.futures
-import functools
-import json
-import subprocess
-import sys
+from collections.abc import Callable
 
 import pytest
 
 from pallas_kernels import aot
-from support import environment
 
-pytestmark = pytest.mark.timeout(1800)  # the first test waits for compilers
+pytestmark = pytest.mark.timeout(1800)  # the first test of a target compiles its steps
 
 KERNELS = {"gpu": "triton", "tpu": "mosaic_tpu"}
 TARGETS = ("t4", "a100-40g", "l4", "h200", "v5e", "v6e", "v5p")
 
 
-@functools.cache
-def compilations() -> dict[str, concurrent.futures.Future]:
-    """steps.py at work for every target, two at a time."""
-    pool = concurrent.futures.ThreadPoolExecutor(2)
-    return {target: pool.submit(compile_steps, target) for target in TARGETS}
-
-
-def compile_steps(target: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "support.aot.steps", target]
-    return subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=1500, check=False)
-
-
-@functools.cache
-def report(target: str) -> dict:
-    """What steps.py says."""
-    done = compilations()[target].result()
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout)
+@pytest.fixture
+def report(target: str, compiled_by: Callable) -> dict:
+    """What support.aot.steps says of the target."""
+    told = compiled_by("steps", target)
+    assert len(told["steps"]) == 3 and len(told.get("engine", "abc")) == 3
+    return told
 
 
 def bound(report: dict, step: dict) -> int:
@@ -53,28 +36,26 @@ def bound(report: dict, step: dict) -> int:
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_the_steps_compile_alias_the_cache_and_copy_no_weights(target):
-    result = report(target)
-    for name, step in result["steps"].items():
+def test_the_steps_compile_alias_the_cache_and_copy_no_weights(target, report):
+    for name, step in report["steps"].items():
         assert step["alias_bytes"] >= step["cache_bytes"], name
         fallback = (24 << 20) if target == "t4" else 0  # unpacked tiles of plain XLA
-        assert step["temp_bytes"] <= bound(result, step) + fallback, (name, step["temp_bytes"] / 2**20)
+        assert step["temp_bytes"] <= bound(report, step) + fallback, (name, step["temp_bytes"] / 2**20)
 
 
 @pytest.mark.parametrize("target", ("t4", "h200", "v5e"))
-def test_the_steps_of_the_engine_alias_cache_and_slots(target):
+def test_the_steps_of_the_engine_alias_cache_and_slots(target, report):
     """The sampler's temporaries are rows of the vocabulary; a TPU may lay 8 of them out as 128."""
-    result = report(target)
-    row = 4 * result["vocab"] * (128 if target.startswith("v") else 8)
-    for name, step in result["engine"].items():
+    row = 4 * report["vocab"] * (128 if target.startswith("v") else 8)
+    for name, step in report["engine"].items():
         assert step["alias"] >= step["donated"], name
         assert step["temp"] <= 8 * row + (96 << 20), (name, step["temp"] / 2**20)
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_the_kernels_are_taken(target):
+def test_the_kernels_are_taken(target, report):
     kind = aot.TARGETS[target].target
-    for name, step in report(target)["steps"].items():
+    for name, step in report["steps"].items():
         taken = {(c["operation"], c["format"]): c["backend"] for c in step["choices"]}
         expected = "xla" if target == "t4" else KERNELS[kind.platform]
         for operation in ("quantized_matmul", "expert_ffn"):
@@ -94,8 +75,8 @@ LAUNCHES = {
 
 
 @pytest.mark.parametrize("target", LAUNCHES)
-def test_launches_of_a_layer(target):
+def test_launches_of_a_layer(target, report):
     """What was counted is the ceiling, so that a lost fusion shows."""
     for name, (one, three) in LAUNCHES[target].items():
-        *_, first, last, middle = report(target)["steps"][name]["launches"]
+        *_, first, last, middle = report["steps"][name]["launches"]
         assert max(first, last) <= one and middle <= three, (name, first, middle, last)

@@ -4,14 +4,7 @@ Temporaries are bounded by activations: no layer, expert or unpacked matrix is c
 than written here, which is where a slower lowering would show first: a relayout costs ten times as many.
 """
 
-import functools
-import json
-import subprocess
-import sys
-
 import pytest
-
-from support import environment
 
 TARGETS = ("v5e", "v6e", "v5p")
 HIDDEN, WIDTH, TOP_K, KIB = 2048, 768, 8, 1024
@@ -72,13 +65,10 @@ CEILINGS = {
 # fmt: on
 
 
-@functools.cache
-def report(target):
-    """What tpu_kernels.py says, compiled once a run."""
-    command = [sys.executable, "-m", "support.aot.tpu_kernels", target]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=800, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout)
+@pytest.fixture
+def report(target, compiled_by):
+    """What support.aot.tpu_kernels says of the target."""
+    return compiled_by("tpu_kernels", target)
 
 
 def room(case):
@@ -97,21 +87,22 @@ def room(case):
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_temporaries_are_activations(target):
-    for case, found in report(target).items():
+def test_temporaries_are_activations(target, report):
+    assert {case for case, _ in CEILINGS} < set(report)
+    for case, found in report.items():
         assert found["temp_bytes"] <= room(case), case
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_bundles(target):
+def test_bundles(target, report):
     for (case, kernel), ceilings in CEILINGS.items():
-        bundles = report(target)[case]["kernels"][kernel]["bundles"]
+        bundles = report[case]["kernels"][kernel]["bundles"]
         assert 0 < bundles <= ceilings[TARGETS.index(target)], (case, kernel)
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_launches(target):
+def test_launches(target, report):
     """One for q, k and v; one for gate and up; two for a whole feed-forward of experts at decode."""
-    launches = {case: found["launches"] for case, found in report(target).items()}
+    launches = {case: found["launches"] for case, found in report.items()}
     assert launches["qkv, 8 rows"] == launches["swiglu, 8 rows"] == 1
     assert launches["experts, 1 tokens, down Q6_K"] == launches["experts, 512 tokens, down Q6_K"] == 2

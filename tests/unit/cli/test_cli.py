@@ -299,6 +299,7 @@ def test_bench_table_prints_a_gap(model, monkeypatch, capsys):
     assert len(model.loads) == 1
 
 
+@pytest.mark.slow
 def test_bench_refuses_short_completions_and_nan(model, monkeypatch, capsys):
     flags = ["--batch", "1", "--prompt-len", "5", "--gen-len", "10", "--no-second-start"]
     monkeypatch.setattr(model, "logits", lambda self, batch: [np.full((len(batch[0]), 128), np.nan, np.float32)])

@@ -249,6 +249,7 @@ def test_two_turns_and_ctrl_c(tmp_path):
     talk.ends(0)
 
 
+@pytest.mark.slow
 def test_turns_with_a_model(tmp_path):
     file = write_tiny_llama(tmp_path / "tiny.gguf", context=512)
     talk = Talk(tmp_path, "", 80, "--stats", "--seed", "1", "--max-tokens", "40", model=str(file))

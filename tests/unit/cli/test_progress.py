@@ -70,6 +70,7 @@ def test_a_line_that_cannot_be_drawn_stops_nothing(lines, monkeypatch):
         time.sleep(1.0)
 
 
+@pytest.mark.slow
 def test_the_engine_the_programs_and_many_prompts_say_what_they_do(lines, monkeypatch):
     told = []
     plain = progress._Task.__init__
@@ -114,7 +115,8 @@ def test_a_script_is_silent_unless_it_asks():
         assert ("working" in done.stderr) is expected and done.stdout == ""
 
 
-def test_a_notebook_draws_under_the_cell():
+def test_a_notebook_draws_under_the_cell(monkeypatch):
+    monkeypatch.delenv("FERRUM_JAX_PROGRESS", raising=False)
     nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
     work = "import time\nfrom ferrum_jax import progress\n"
     work += "with progress.task('working', 3) as update:\n    update(1); time.sleep(1.5)"

@@ -132,6 +132,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> fj.Model:
     return fj.load(write_tiny_llama(path, vocab=len(WORDS), metadata=keys), dtype="float32")
 
 
+@pytest.mark.slow
 def test_every_way_of_generating(model: fj.Model, tmp_path: Path) -> None:
     tokenizer, the = model.tokenizer, WORDS.index("▁the")
 

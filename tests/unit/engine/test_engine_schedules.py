@@ -358,6 +358,7 @@ def alone(model, prompt, params, seed):
     return ids, logprobs if params.logprobs is not None else None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", PLANS)
 def test_compiled_steps_give_the_bits_of_each_request_alone(models, plan, monkeypatch):
     which, config = PLANS[plan]

@@ -22,6 +22,7 @@ import ferrum_jax as fj
 from ferrum_jax import hub, loading, program_store, programs
 from pallas_kernels import cache, native
 from pallas_kernels.native import build
+from support import environment
 
 STAND_IN = """#!{python}
 import sys, time
@@ -335,14 +336,29 @@ def test_nothing_is_built_for_what_is_no_model(tmp_path, monkeypatch):
         fj.load("tinny", kv_dtype="int7")
 
 
+@pytest.mark.slow
+def test_a_cache_elsewhere_leaves_the_home_of_the_user_alone(tmp_path):
+    """Kernels, XLA's programs and this package's: all of them are where FERRUM_JAX_CACHE says."""
+    home, kept = tmp_path / "home", tmp_path / "cache"
+    home.mkdir()
+    variables = environment(HOME=str(home), FERRUM_JAX_CACHE=str(kept))
+    variables.pop("XDG_CACHE_HOME", None)
+    command = [sys.executable, "-m", "ferrum_jax", "run", "--prompt", "x", "--max-tokens", "2"]
+    done = subprocess.run(command, env=variables, cwd=tmp_path, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr
+    assert list(home.rglob("*")) == []
+    kernels = {"native"} if build._compiler() else set()
+    assert {"xla"} | kernels <= {path.name for path in kept.iterdir()} and any((kept / "xla").rglob("*"))
+
+
 def test_a_damaged_entry_of_the_cache_of_xla_is_one_line(tmp_path):
     """JAX warns of it at each start, with a place in its own code, and never writes it anew."""
-    environment = {**os.environ, "FERRUM_JAX_CACHE": str(tmp_path), "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     options = {"prompt": "a", "max-tokens": 2, "temperature": 0, "dtype": "float32"}
     command = [sys.executable, "-m", "ferrum_jax", "run", *(f"--{name}={value}" for name, value in options.items())]
 
     def run() -> subprocess.CompletedProcess[str]:
-        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=True)
+        variables = environment(FERRUM_JAX_CACHE=str(tmp_path))
+        return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=300, check=True)
 
     first = run()
     shutil.rmtree(tmp_path / "xla" / "programs")

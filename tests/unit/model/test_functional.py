@@ -77,6 +77,7 @@ def same_bits(a, b) -> bool:
     return a.shape == b.shape and bool((a.view(np.uint32) == b.view(np.uint32)).all())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 def test_logits_of_a_row_are_bit_equal_alone_in_a_batch_and_chunked(name):
     lengths = [40, 1, 130, 17, 16, 33, 70]  # with all 307 rows XLA would compute the router's softmax otherwise
@@ -89,6 +90,7 @@ def test_logits_of_a_row_are_bit_equal_alone_in_a_batch_and_chunked(name):
         assert same_bits(alone, chunked[row]), f"length {length}: whole and in chunks"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 def test_decoding_gives_the_bits_of_teacher_forcing(name):
     """generate's logprobs, step by step over the cache, against one pass over prompt and output."""
@@ -107,6 +109,7 @@ def test_decoding_gives_the_bits_of_teacher_forcing(name):
         assert (np.asarray(sampled.ids)[row, :, 0] == tokens[row]).all()
 
 
+@pytest.mark.slow
 def test_sampled_tokens_do_not_depend_on_the_batch():
     together = np.asarray(generated("moe", [40, 3, 17], temperature=0.9, top_p=0.95)[0])
     for row, length in enumerate([40, 3, 17]):

@@ -21,6 +21,7 @@ def replaced(tree: dict, path: tuple[str, ...], leaf) -> dict:
     return {**tree, path[0]: leaf if len(path) == 1 else replaced(tree[path[0]], path[1:], leaf)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama3-f32", "qwen3moe-f32"])
 def test_gradients_equal_torch(name, tmp_path):
     case = next(case for case in golden_cases.CASES if case.name == name)

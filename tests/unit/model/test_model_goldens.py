@@ -36,5 +36,6 @@ def test_logits(loaded) -> None:
     check_logits(*loaded)
 
 
+@pytest.mark.slow
 def test_greedy_tokens(loaded) -> None:
     check_greedy(*loaded)

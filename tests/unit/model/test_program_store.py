@@ -52,6 +52,7 @@ def test_a_kept_program_is_neither_traced_nor_other(folder, monkeypatch):
     assert "KV cache" in runner._newest.count() and "temporaries" in runner._newest.count()
 
 
+@pytest.mark.slow
 def test_what_decides_a_program_is_in_its_name(folder, monkeypatch):
     runs = [
         lambda: read(programs.Programs(DEVICE)),

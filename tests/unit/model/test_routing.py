@@ -186,6 +186,7 @@ def with_experts(model, count):
     return fj.Model(config, model.params, model.tokenizer, model.device, model.kv_dtype, model.max_seq_len)
 
 
+@pytest.mark.slow
 def test_other_numbers_of_experts_per_token(model):
     """The first layer sees the same, so its choice grows by one; perplexity is that of the functional layer's logits."""
     prompt = tiny_models.prompts(320)[-1]

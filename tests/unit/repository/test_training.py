@@ -238,6 +238,7 @@ def test_a_story_does_not_see_the_one_before():
     np.testing.assert_allclose(both[0, 3:], alone[0], atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", ["q8_0", "q4_k"])
 def test_the_package_reads_what_was_trained(tmp_path, tokenizer, format):
     """Ids and float32 logits of the directory, and a file that loads and generates."""

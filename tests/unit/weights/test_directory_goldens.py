@@ -33,6 +33,7 @@ def test_logits(loaded) -> None:
     check_logits(*loaded)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loaded", [case for case in directory_cases.CASES if not case.packing], ids=name_of, indirect=True)
 def test_greedy_tokens(loaded) -> None:
     check_greedy(*loaded)
