@@ -6,6 +6,7 @@ gets `environment()`.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from pathlib import Path
 
@@ -15,7 +16,9 @@ GOLDENS = TESTS / "goldens"
 
 
 def environment(**more: str) -> dict[str, str]:
-    """Of a child process that imports `support` and the tests, and ferrum_jax from where this process has it: not from the
-    folder that it is started in."""
-    path = os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")]))
-    return {**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1", **more}
+    """Of a child process that imports `support` and the tests, and ferrum_jax from where this process has it, which need not
+    be the folder that it is started in."""
+    found = importlib.util.find_spec("ferrum_jax")
+    in_clone = found is not None and Path(found.origin or "").parents[1] == ROOT
+    path = [str(TESTS), str(ROOT) if in_clone else "", os.environ.get("PYTHONPATH", "")]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, path)), "PYTHONSAFEPATH": "1", **more}

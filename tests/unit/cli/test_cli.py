@@ -17,6 +17,7 @@ import pytest
 import ferrum_jax as fj
 from ferrum_jax.cli import common, main
 from ferrum_jax.errors import ModelFileError, ModelNotFoundError
+from support import environment
 from support.cli_fakes import END, FakeModel, FakeParams, FakeTokenizer, child, failing_load, finished
 
 
@@ -45,13 +46,17 @@ def test_help_and_version_import_little(tmp_path):
     slow = {"jax", "flax", "gguf", "jinja2", "rich", "prompt_toolkit", "tokenizers", "asyncio"}
     code = f"import sys; from ferrum_jax.cli import main; c = main(sys.argv[1:]); assert not {slow} & set(sys.modules), c"
     for arguments in (["--help"], ["--version"], ["run", "--help"], []):
-        done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [sys.executable, "-c", code, *arguments], env=environment(), capture_output=True, text=True, check=False
+        )
         assert done.returncode == 0, done.stderr
         assert done.stdout and not done.stderr
 
 
 def test_module_is_the_command():
-    done = subprocess.run([sys.executable, "-m", "ferrum_jax", "--version"], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "ferrum_jax", "--version"], env=environment(), capture_output=True, text=True, check=True
+    )
     assert done.stdout.startswith("ferrum-jax ")
 
 
@@ -437,7 +442,9 @@ def test_info_of_a_damaged_file(tmp_path, capsys):
 def test_info_needs_no_jax(tmp_path):
     path = small_gguf(tmp_path / "tiny.gguf")
     code = "import sys; from ferrum_jax.cli import main; c = main(); assert 'jax' not in sys.modules; sys.exit(c)"
-    done = subprocess.run([sys.executable, "-c", code, "info", path], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code, "info", path], env=environment(), capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -533,7 +540,7 @@ def test_a_bar_is_drawn_on_a_terminal():
     master, slave = pty.openpty()
     lines = "with common.progress_bar() as update: update(0, None, 'remark'); update(5, 10, 'fetching')"
     code = f"from ferrum_jax.cli import common\n{lines}"
-    subprocess.run([sys.executable, "-c", code], stderr=slave, check=True, env=os.environ | {"TERM": "xterm"})
+    subprocess.run([sys.executable, "-c", code], stderr=slave, check=True, env=environment(TERM="xterm"))
     os.close(slave)
     shown = os.read(master, 4096).decode()
     os.close(master)

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from support import environment
 from unit.cli.test_cli import small_gguf
 
 FULL = "/dev/full"
@@ -26,8 +27,8 @@ VERBS = [
 def through_a_shell(redirection, arguments, unbuffered):
     """Exit code, standard output and standard error of a command line with this redirection."""
     command = ["sh", "-c", f'exec "$@" {redirection}', "sh", sys.executable, "-m", "ferrum_jax", *arguments]
-    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    variables = environment(PYTHONUNBUFFERED=unbuffered)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=variables)
     return done.returncode, done.stdout, done.stderr
 
 
@@ -70,5 +71,5 @@ def test_the_other_streams_may_be_missing(model, redirection):
 
 def test_a_reader_that_went_away_is_not_an_error(model):
     command = f"{sys.executable} -m ferrum_jax info {model} | true; echo ${{PIPESTATUS[0]}}"
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+    done = subprocess.run(["bash", "-c", command], env=environment(), capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == ("0\n", "")

@@ -11,6 +11,7 @@ import pytest
 
 import ferrum_jax as fj
 from ferrum_jax import progress
+from support import environment
 from support.terminals import in_terminal
 
 
@@ -111,7 +112,7 @@ def test_a_script_is_silent_unless_it_asks():
     work = "with progress.task('working'): time.sleep(1.0)"
     for line, expected in (("", False), ("progress.show()", True)):
         code = f"import time\nfrom ferrum_jax import progress\n{line}\n{work}"
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True)
         assert ("working" in done.stderr) is expected and done.stdout == ""
 
 

@@ -19,6 +19,7 @@ from ferrum_jax.weights.opening import open_model
 from ferrum_jax.weights.quantize import QUANTIZATIONS
 from pallas_kernels.blocks import unpack
 from pallas_kernels.dispatch import Target
+from support import environment
 from support.tiny_gguf import write_tiny_llama
 
 IDS = [[5, 9, 13, 2, 40, 41, 42]]
@@ -292,7 +293,7 @@ def test_an_interrupted_save_is_no_checkpoint(original: Path, tmp_path: Path):
         "convert(sys.argv[1], sys.argv[2], to='orbax')\n"
     )
     out = tmp_path / "model"
-    process = subprocess.Popen([sys.executable, "-c", code, str(original), str(out)], stdout=subprocess.PIPE)
+    process = subprocess.Popen([sys.executable, "-c", code, str(original), str(out)], env=environment(), stdout=subprocess.PIPE)
     assert process.stdout is not None and process.stdout.readline() == b"there\n"
     process.send_signal(signal.SIGKILL)
     process.wait()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 import resource
 import shutil
 import subprocess
@@ -15,6 +14,7 @@ import pytest
 from ferrum_jax.cli import main
 from ferrum_jax.convert import KINDS
 from ferrum_jax.weights.fresh import fresh
+from support import environment
 
 
 @pytest.mark.parametrize("to", KINDS)
@@ -36,7 +36,7 @@ def test_a_limit_that_is_met_while_writing_leaves_nothing(tmp_path, to):
     code += "import ferrum_jax.convert\nferrum_jax.convert.hub.resolve('tiny')\n"
     code += f"resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, {resource.RLIM_INFINITY}))\nsys.exit(main())"
     command = [sys.executable, "-c", code, "convert", "tiny", str(out), "--to", to]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | {"JAX_PLATFORMS": "cpu"})
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment(JAX_PLATFORMS="cpu"))
     ours = [line for line in done.stderr.splitlines() if line.startswith("ferrum-jax")]
     assert done.returncode == 2 and done.stdout == "" and len(ours) == 1
     assert str(out) in ours[0] and ("requested" in ours[0] or "too large" in ours[0])

@@ -30,7 +30,7 @@ from ferrum_jax.hub import (
     web,
     wheel,
 )
-from support import ROOT
+from support import ROOT, environment
 from support.hub_server import COMMIT, black_hole, serve
 
 DATA = random.Random(0).randbytes(3_000_000)
@@ -208,7 +208,7 @@ def test_server_without_ranges(hub):
 def test_a_killed_download_is_resumed(hub):
     hub.bytes_per_second = 1_000_000
     code = f"import ferrum_jax.hub as hub; hub.resolve('{REPO}:Q4_K_M', progress=lambda d, t, x: print(d, flush=True))"
-    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    child = subprocess.Popen([sys.executable, "-c", code], env=environment(), stdout=subprocess.PIPE, text=True)
     for line in child.stdout:
         if int(line) > 300_000:
             break

@@ -112,7 +112,7 @@ def test_a_library_is_on_the_disk_before_it_is_in_its_place(kernels, monkeypatch
 def test_killed_builds_are_swept_and_those_that_run_are_not(kernels, tmp_path):
     slow = stand_in(tmp_path / "slow", 60)
     code = f"from pallas_kernels.native import build; build._built({str(slow)!r})"
-    children = [subprocess.Popen([sys.executable, "-c", code], start_new_session=True) for _ in range(2)]
+    children = [subprocess.Popen([sys.executable, "-c", code], env=environment(), start_new_session=True) for _ in range(2)]
     try:
         deadline = time.monotonic() + 120
         while len(list(kernels.folder.glob("*/lock"))) < 2 or not all(p.read_text() for p in kernels.folder.glob("*/lock")):
@@ -351,6 +351,7 @@ def test_a_cache_elsewhere_leaves_the_home_of_the_user_alone(tmp_path):
     assert {"xla"} | kernels <= {path.name for path in kept.iterdir()} and any((kept / "xla").rglob("*"))
 
 
+@pytest.mark.slow
 def test_a_damaged_entry_of_the_cache_of_xla_is_one_line(tmp_path):
     """JAX warns of it at each start, with a place in its own code, and never writes it anew."""
     options = {"prompt": "a", "max-tokens": 2, "temperature": 0, "dtype": "float32"}

@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-from support import ROOT
+from support import ROOT, environment
 
 CHILD = """
 import sys
@@ -20,7 +20,9 @@ def test_peak_memory_of_loading(tmp_path):
     make = [sys.executable, "-m", "benchmarks.make_synthetic", str(path), "--shape", "qwen3-moe-2g"]
     subprocess.run(make, cwd=ROOT, check=True, capture_output=True)
     try:
-        done = subprocess.run([sys.executable, "-c", CHILD, str(path)], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [sys.executable, "-c", CHILD, str(path)], env=environment(), capture_output=True, text=True, check=False
+        )
         assert done.returncode == 0, done.stderr
         peak, parameters = map(int, done.stdout.split())
         assert parameters >= 1.9e9 and 0.95 <= parameters / path.stat().st_size <= 1.05

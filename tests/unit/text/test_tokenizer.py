@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from ferrum_jax.errors import ModelFileError, UnsupportedModelError
 from ferrum_jax.tokenizer import StopMatcher, TextStream, Tokenizer
-from support import GOLDENS
+from support import GOLDENS, environment
 
 
 def load(name: str) -> dict:
@@ -310,5 +310,5 @@ def test_time_grows_with_the_text(tokenizer: Tokenizer, unit: str) -> None:
 
 def test_import_is_light() -> None:
     code = "import sys, ferrum_jax.tokenizer, ferrum_jax.chat; print({'tokenizers', 'jinja2'} & set(sys.modules))"
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    out = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True).stdout
     assert out.strip() == "set()"

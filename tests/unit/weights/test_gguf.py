@@ -15,6 +15,7 @@ from gguf import GGMLQuantizationType, GGUFValueType
 from ferrum_jax.errors import ModelFileError, ModelNotFoundError
 from ferrum_jax.weights import ggml_types
 from ferrum_jax.weights.gguf import GGUFFile, open_gguf
+from support import environment
 from support.tiny_gguf import write_tiny_llama
 
 SCALARS = {
@@ -248,4 +249,4 @@ def test_type_table_agrees_with_the_kernels() -> None:
 
 def test_reading_headers_does_not_import_jax() -> None:
     code = "import sys, ferrum_jax.weights.gguf; sys.exit('jax' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], env=environment(), check=False).returncode == 0
