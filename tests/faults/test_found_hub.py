@@ -101,7 +101,9 @@ def a_lost_small_file_is_missed():
 def what_an_older_version_fetched_is_compared():
     with server(), noticing(fj.ModelNotFoundError):
         path = pulled()
-        for kept in (hub.cache_root() / "records").rglob("*.json"):
+        records = list((hub.cache_root() / "records").rglob("*.json"))
+        assert records
+        for kept in records:
             kept.unlink()
         (path / "config.json").write_bytes(FILES["config.json"][::-1])
         pulled()

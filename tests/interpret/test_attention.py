@@ -34,6 +34,7 @@ def check_gpu(queries, contexts, window=0, dtype="bfloat16", **options):
     assert (error <= bound).all(), (error / np.maximum(bound, 1e-30)).max()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", KV_DTYPES)
 @pytest.mark.parametrize("window", [0, 90])
 def test_mixed_batches(dtype, window):
@@ -47,12 +48,14 @@ def test_lengths_about_a_page(page_size):
     check_gpu(lengths, lengths, page_size=page_size)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("heads", "head_dim"), [((14, 2), 64), ((9, 3), 80), ((4, 4), 256), ((16, 1), 6)], ids=str)
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
 def test_heads(heads, head_dim, dtype):
     check_gpu([1, 9], [70, 40], dtype=dtype, heads=heads, head_dim=head_dim)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4))
 def test_random_batches(seed):
     rng = np.random.default_rng(seed)
@@ -68,6 +71,7 @@ def test_a_long_context(window):
     check_gpu([1], [30_000], window, heads=(2, 1), head_dim=16)
 
 
+@pytest.mark.slow
 def test_a_row_does_not_depend_on_its_batch():
     """Bit for bit: alone, with others, under a longer page table; and a prompt at once or in two chunks."""
     q, cache, tables, _, _ = case([1, 1, 1], [290, 40, 600], dtype="bfloat16", target=GPU)

@@ -136,6 +136,7 @@ def test_what_fits():
     assert "bytes" in tpu.fits("Q8_0", 130, 2048)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("m", [3, 11, 40])
 def test_every_format_in_one_launch(m):
     rng = np.random.default_rng(m)
@@ -163,6 +164,7 @@ def test_half_a_run_is_all(m):
     assert_within(dense.matmul(x, w.matrix, V5E, RACES), w.product(np.asarray(x, np.float64), many=m > dense.FEW_ROWS))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("m", [4, 5, 33])
 @pytest.mark.parametrize(("format", "k"), [("Q5_1", 5 * 256 + 128), ("Q6_K", 6 * 256)])
 def test_long_rows_are_a_loop(m, format, k, monkeypatch):
@@ -267,6 +269,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_expert_ffn(case):
     tokens, top_k, num_experts, nobody, formats = CASES[case]
@@ -308,6 +311,7 @@ def expected_tiles(ids, num_experts, tile_rows, aligned):
 ROUTINGS = [(1, 1, 8), (8, 128, 8), (256, 128, 8), (1024, 4, 16), (1025, 128, 128), (3000, 7, 128)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("count", "num_experts", "tile_rows"), ROUTINGS)
 @pytest.mark.parametrize("kind", ["random", "nobody", "the last"])
 def test_grouping(count, num_experts, tile_rows, kind):

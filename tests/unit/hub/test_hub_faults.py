@@ -171,12 +171,14 @@ def test_what_an_interrupted_pull_left_is_compared(repository, file, monkeypatch
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"size": "x", "sha256": 1}', "null"])
 def test_a_damaged_record_is_none(repository, content):
     path = pull(DIRECTORY)
-    for kept in (cache_root() / "records").rglob("*.json"):
+    records = list((cache_root() / "records").rglob("*.json"))
+    assert records
+    for kept in records:
         kept.write_text(content)
     assert resolve(DIRECTORY, offline=True) == path
     bodies = len(repository.bodies())
     assert pull(DIRECTORY) == path and len(repository.bodies()) == bodies
-    assert all(json.loads(kept.read_text())["size"] for kept in (cache_root() / "records").rglob("*.json"))
+    assert all(json.loads(kept.read_text())["size"] for kept in records)
 
 
 # ---- a token that cannot be sent

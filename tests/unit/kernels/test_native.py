@@ -17,8 +17,9 @@ from pallas_kernels.blocks.synthetic import random_blocks
 from pallas_kernels.grouped_matmul import expert_ffn
 from pallas_kernels.native import build
 from pallas_kernels.quantized_matmul import quantized_matmul, quantized_matmuls, swiglu
+from support.compiler import needs_compiler
 
-pytestmark = pytest.mark.skipif(build._compiler() is None, reason="there is no C++ compiler here; plain XLA serves")
+pytestmark = needs_compiler
 K = 256
 
 

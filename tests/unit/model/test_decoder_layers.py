@@ -13,11 +13,11 @@ from ferrum_jax.config import Rope
 from ferrum_jax.models import decoder
 from ferrum_jax.quantized import LayerStack, QuantizedTensor
 from pallas_kernels import dispatch
-from pallas_kernels.native import build
 from pallas_kernels.paged_attention import KV_DTYPES
+from support.compiler import needs_compiler
 from support.random_models import DENSE, MOE, tiny_params
 
-pytestmark = pytest.mark.skipif(build._compiler() is None, reason="there is no C++ compiler here; plain XLA serves")
+pytestmark = needs_compiler
 PAGE = 4
 
 VARIANTS = {

@@ -14,8 +14,8 @@ from ferrum_jax import functional as F
 from ferrum_jax.models import layers
 from ferrum_jax.quantized import QuantizedTensor, linear
 from pallas_kernels import dispatch
-from pallas_kernels.native import build
 from pallas_kernels.routing import route, xla
+from support.compiler import needs_compiler
 from support.goldens import directory_cases, tiny_directories, tiny_models
 from support.random_models import DENSE, MOE, tiny_params
 from support.tiny_gguf import write_tiny_llama
@@ -136,7 +136,7 @@ def test_inside_a_program_of_ones_own(config):
     assert np.abs(total - 1).max() <= 1e-6 if config.norm_topk_prob else (total < 2.5).all()
 
 
-@pytest.mark.skipif(build._compiler() is None, reason="there is no C++ compiler here; plain XLA serves")
+@needs_compiler
 @pytest.mark.parametrize("kv", ["float32", "int8"])
 def test_all_layers_in_one_call_record_too(monkeypatch, kv):
     """Both quantize activations, so a weight may differ a little, and who is chosen in a near tie."""
