@@ -8,7 +8,7 @@ from ferrum_jax import implementation
 from pallas_kernels import dispatch
 from support.patching import Fault, applied
 from support.random_models import DENSE
-from unit import test_implementation as guards
+from unit.model import test_implementation as guards
 
 
 def an_unused_operation_is_refused() -> None:
