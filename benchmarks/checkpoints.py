@@ -1,4 +1,4 @@
-"""How fast checkpoints load, beside a plain read of the same bytes, and how fast weights are quantized.
+"""How fast checkpoints load, compared with a plain read of the same bytes, and how fast weights are quantized.
 
     python -m benchmarks.checkpoints MODEL.gguf
 

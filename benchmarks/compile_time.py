@@ -4,7 +4,7 @@
 
 First the program of `functional.generate` for a Qwen3-MoE that exists only as shapes: layers of one format, 4 and 48 of
 them, and 48 layers as llama.cpp's Q4_K_M mixes them; time should go with the number of distinct layer bodies. Then new
-processes that load MODEL and print a token, with an empty compilation cache and with what that left behind.
+processes that load MODEL and print a token, with an empty compilation cache, and with the cache of that start.
 """
 
 from __future__ import annotations
@@ -198,7 +198,8 @@ def start_once(code: str, environment: dict[str, str], *arguments: str) -> tuple
 
 
 def starts(path: Path, rounds: int = 3) -> dict[str, Any]:
-    """First and second start with a compilation cache of its own, beside a process that only imports jax and runs x + 1."""
+    """First and second start with a separate compilation cache, compared with a process that only imports jax and runs x +
+    1."""
     samples: dict[str, list[tuple[float, dict[str, Any]]]] = {"empty": [], "first": [], "second": []}
     for _ in range(rounds):
         with tempfile.TemporaryDirectory() as folder:

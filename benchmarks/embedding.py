@@ -1,4 +1,4 @@
-"""Embedding throughput on the CPU beside sentence-transformers, on the same directory and texts, in turns.
+"""Embedding throughput on the CPU, alternating with sentence-transformers on the same directory and texts.
 
     pip install sentence-transformers
     python -m benchmarks.embedding PATH_OF_ALL_MINILM_L6_V2

@@ -1,4 +1,4 @@
-"""llama.cpp as a peer: its server, from the `xllamacpp` wheel, in a process of its own.
+"""llama.cpp as a peer: its server, from the `xllamacpp` wheel, in a separate process.
 
     with LlamaCpp(path, threads=2, context=640) as peer:
         tokens = peer.generate(prompt_ids, 64)

@@ -1,4 +1,4 @@
-"""Peak memory and speed of loading a file and generating 64 tokens from it, in a process of its own.
+"""Peak memory and speed of loading a file and generating 64 tokens from it, in a separate process.
 
     python -m benchmarks.memory MODEL.gguf --name qwen3-30b-a3b
     python -m benchmarks.memory MODEL.gguf --name qwen3-30b-a3b --llama-bench BUILD/bin/llama-bench   # in turns with it
@@ -92,7 +92,7 @@ def main() -> None:
     parser.add_argument("--name", required=True, help="what the result is called")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--llama-bench", type=Path, help="a build of llama.cpp to measure beside")
+    parser.add_argument("--llama-bench", type=Path, help="a build of llama.cpp to compare with")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:

@@ -1,4 +1,4 @@
-"""Writes docs/performance.md, and README's table of speeds, from benchmarks/results/*.json, and from nothing else.
+"""Writes docs/performance.md, and README's table of speeds, only from benchmarks/results/*.json.
 
 python -m benchmarks.report
 """
@@ -17,53 +17,53 @@ RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "performance.md"
 FRONT = ROOT / "README.md"
 BEGIN, END = "<!-- speed: written by python -m benchmarks.report -->\n", "<!-- end of speed -->\n"
-DISTURBED = 0.3  # cores of others above which no ratio between engines is shown
+DISTURBED = 0.3  # if other processes use more cores than this, no ratio between engines is shown
 
 HEAD = """# Performance
 
 Written by `python -m benchmarks.report` from the files in `benchmarks/results`; do not edit it. Each table comes from
-one run of the program named above it, and each speed stands beside a check of what was computed in that run. Figures
-are medians with the smallest and largest sample. What was expected, and why it came out otherwise, is in the
-[log](performance-log.md).
+one run of the program named above it, and each speed comes with a check of the output in the same run. Numbers
+are medians, with the smallest and largest sample. The [log](performance-log.md) has what was expected, and explains the
+differences.
 """
 CPU = """## CPU, against llama.cpp
 
-`python -m benchmarks.cpu`. Both engines read the same file, get the same token ids of an English text, and take turns in
+`python -m benchmarks.cpu`. Both engines read the same file, get the same token ids of an English text, and alternate in
 one run. Prefill is the time to the first token after {prompt_len} tokens; decode is the rate of the next {rest}.
-**The llama.cpp is the `xllamacpp` wheel, which is built for AVX2.** Where a build for the machine itself was at hand, its own
-programs were run in the same rounds and stand in a table of their own: prefill by `llama-bench`, decoding by
-`llama-batched-bench` behind prompts of the same length. With int8, layers and output matrix are this package's C++ kernels.
+**llama.cpp is the `xllamacpp` wheel, which is built for AVX2.** If a build for this machine was available, its own
+programs ran in the same rounds, and a separate table shows them: prefill by `llama-bench`, decoding by
+`llama-batched-bench` after prompts of the same length. With int8, this package's C++ kernels compute layers and output matrix.
 
-Check: the tokens that were timed, against this package's float32, which the tests hold to transformers. "Equal" counts
-those at the start that are float32's own. At the first other one, "gap" says how far its float32 logit lies below the
+Check: the timed tokens are compared with this package's float32, which the tests compare with transformers. "Equal" counts
+the first tokens that equal float32's. At the first different one, "gap" is the distance of its float32 logit from the
 best; "worst" is the largest such distance over all tokens, each after the tokens that the engine itself chose before it.
 llama.cpp quantizes activations to int8. "Others" is the largest number of cores that other processes used during
-a sample. Above {disturbed} the row is disturbed: its speeds are lower bounds, and no ratio to llama.cpp is given, because
-llama.cpp's threads wait for each other by spinning and lose far more by company than ours do.
+a sample. Above {disturbed} the row is disturbed: its speeds are lower limits, and no ratio to llama.cpp is shown, because
+llama.cpp's threads wait for each other by spinning and lose far more than ours if other processes run.
 """
 COMPILE = """## Compilation
 
 `python -m benchmarks.compile_time`. `functional.generate` (prefill, sampling and loop in one program) for a Qwen3-MoE of
-hidden size 256 and 16 experts that exists only as shapes; the persistent cache is off. Check: the program aliases the
+hidden size 256 and 16 experts, of which only the shapes exist; the persistent cache is off. Check: the program aliases the
 whole KV cache.
 """
 STARTS = """## First and second start
 
-The same program. From starting a process to its first token ({model}), with an empty compilation cache and with
-what that left, beside a process that imports jax and runs `x + 1`. {check}
+The same program. From starting a process to its first token ({model}), first with an empty compilation cache and then with
+the cache of that start, compared with a process that only imports jax and runs `x + 1`. {check}
 """
 MEMORY = """## Memory
 
 `python -m benchmarks.memory`. Peak resident memory (VmHWM, mapped pages included) of a process that loads a file and
-generates 64 tokens after 16; the limit is the parameters + 1.5 GiB. The files hold random weights in the shape of the
-models. What is read for a token: its experts and all other matrices. llama.cpp: a build for this machine, its llama-bench in
-turns with the processes of this package. Check: log-probabilities are finite and each token is the likeliest.
+generates 64 tokens after 16; the limit is the parameters + 1.5 GiB. The files have random weights in the shapes of the
+models. "Weights read" counts the experts of a token and all other matrices. llama.cpp: a build for this machine, its
+llama-bench alternating with the processes of this package. Check: log-probabilities are finite and each token is the likeliest.
 """
 CHECKPOINTS = """## Loading and quantizing
 
-`python -m benchmarks.checkpoints`. A GGUF file of {size} GiB, and the Orbax checkpoint made of it, from the page cache to
-arrays, beside a plain read into fresh memory, in turns; the best of each: {read:.2f} GB/s plain, {gguf:.2f} times that for
-GGUF and {orbax:.2f} times for Orbax. {equal}
+`python -m benchmarks.checkpoints`. A GGUF file of {size} GiB, and the Orbax checkpoint converted from it, read from the page
+cache to arrays, alternating with a plain read into fresh memory; the best of each: {read:.2f} GB/s plain, {gguf:.2f} times
+that for GGUF and {orbax:.2f} times for Orbax. {equal}
 
 Quantizing float32 weights on all cores; check: the RMS error, for numbers of a normal distribution.
 """
@@ -74,27 +74,28 @@ transformers on the exactly dequantized weights.
 """
 EMBEDDING = """## Embeddings
 
-`python -m benchmarks.embedding`. {name} in float32, texts of so many words cut from an English text, all at once, beside
-sentence-transformers {theirs} (torch {torch}) on the same directory, in turns. Check: the largest difference of the vectors.
+`python -m benchmarks.embedding`. {name} in float32; texts with the given number of words, cut from an English text, all at
+once; alternating with sentence-transformers {theirs} (torch {torch}) on the same directory. Check: the largest difference of
+the vectors.
 """
 ENGINE = """## The engine
 
-`python -m benchmarks.engine`. {name}, {threads} threads; {requests} requests that come at once, with prompts and outputs of
-mixed lengths, {prompt_tokens:,} and {output_tokens:,} tokens in all, generated greedily: one after the other, through {slots}
-slots of the engine, and through as many of llama.cpp's server, in turns. "x one by one" compares medians of one dtype.
-Times to the first token count from the moment at which all requests were there; the median and the worst of the
+`python -m benchmarks.engine`. {name}, {threads} threads; {requests} requests that arrive together, with prompts and outputs of
+mixed lengths, {prompt_tokens:,} and {output_tokens:,} tokens in total, generated greedily: one after the other, with {slots}
+slots of the engine, and with as many of llama.cpp's server, alternating. "x one by one" compares medians of the same dtype.
+Times to the first token count from the arrival of all requests; the table has the median and the worst of the
 requests.
 
-Check: "equal" counts the requests whose tokens are all those of float32 `generate`, called for each alone; "worst" is how
-far any token's float32 logit lies below the best one, each after the tokens before it.
+Check: "equal" counts the requests whose tokens all equal those of float32 `generate`, called for each alone; "worst" is the
+largest distance of a token's float32 logit from the best one, each after the tokens before it.
 """
 ENGINE_HOST = """### The host's part of a step
 
-Decode steps of so many rows, one a dispatch or as many as the engine chooses. The host decides, starts and takes in while the
-device computes: here on the same cores and out of the same caches; a small synthetic model leaves them to the host. "CPU" is
-what its thread computed in a step, by stage.
+Decode steps with the given number of rows, one in each dispatch or as many as the engine chooses. The host schedules,
+launches and processes results while the device computes, here on the same cores and with the same caches; a small synthetic
+model leaves most of them to the host. "CPU" is the time of the host's thread in a step, by stage.
 """
-ENGINE_PREFIX = """### A prompt that comes again
+ENGINE_PREFIX = """### A repeated prompt
 
 Time to the first token of a prompt of {prompt_len:,} tokens: first {first} s, repeated {repeated} s, {share:.1f} % of it,
 with {saved_tokens:,} tokens found in the prefix cache. Others: {other_cores:.2f}. {check}
@@ -102,20 +103,20 @@ with {saved_tokens:,} tokens found in the prefix cache. Others: {other_cores:.2f
 ENGINE_SPECULATION = """### Speculation
 
 Decoding with drafts from the sequence's own text (`speculation={count}`) and without. Repetitive: a paragraph,
-once more, and its beginning, copied on greedily; other: English at temperature 1. Check: the tokens with and without.
+the same again, and its beginning, continued greedily; other: English at temperature 1. Check: the tokens with and without.
 """
 ENGINE_KV = """### Cost of KV dtypes
 
-Perplexity of an English text in windows of {window} tokens, in float32, teacher-forced through decode steps of one token a
+Perplexity of an English text in windows of {window} tokens, in float32, teacher-forced in decode steps with one token in each
 row, so that every key and value is read back from its page. Check: float32 against prefill, {prefill:.5f}
 ({difference:+.5f} %). {scored:,} tokens are scored.
 """
 GPU = """## {device}
 
-`python -m benchmarks.gpu`. Qwen3-30B-A3B's shapes, random Q4_K_M weights made on the device; decoding starts at {context}
-tokens of context, {steps} tokens a dispatch. A share is that of the bytes a kernel must read, over a device-to-device
-copy measured in the same run. {checks} checks of kernels, attention and logits against float64 or float32 were made in
-that run; {wrong}.
+`python -m benchmarks.gpu`. Qwen3-30B-A3B's shapes, random Q4_K_M weights that were generated on the device; decoding starts
+at {context} tokens of context, with {steps} tokens in a dispatch. A share is the rate of the bytes that a kernel must read,
+divided by that of a device-to-device copy in the same run. {checks} checks of kernels, attention and logits against float64
+or float32 were made in that run; {wrong}.
 """
 PEERS = """### Other engines on it
 
@@ -146,7 +147,7 @@ def measured_on(result: dict[str, Any]) -> str:
 
 
 def native(result: dict[str, Any]) -> str:
-    """The native build of llama.cpp and what int8 is beside it."""
+    """The table of llama.cpp's native build, with int8 relative to it."""
     ours = {row["batch"]: row for row in result["rows"] if (row["engine"], row["dtype"]) == ("ferrum_jax", "int8")}
     rows = []
     for row in result["native"]:
@@ -452,7 +453,7 @@ def render(folder: Path = RESULTS) -> str:
 
 
 def front(folder: Path = RESULTS) -> str:
-    """README's table: int8 on a CPU, and beside it llama.cpp's build for the machine itself."""
+    """README's table: int8 on a CPU, and llama.cpp's build for the same machine."""
     paths = [path for prefix in ("cpu-", "memory-") for path in sorted(folder.glob(f"{prefix}*.json"))]
     results = [json.loads(path.read_text()) for path in paths]
     machine = results[0]["machine"]
@@ -479,7 +480,7 @@ def front(folder: Path = RESULTS) -> str:
 
 
 def with_front(text: str) -> str:
-    """README with its table of speeds written anew."""
+    """README with a new table of speeds."""
     head, rest = text.split(BEGIN)
     return f"{head}{BEGIN}\n{front()}\n{END}{rest.split(END)[1]}"
 

@@ -23,7 +23,7 @@ _TOKENS = (1, 64)  # of a step of decoding and of one that reads a prompt
 
 
 def checked_implementation(implementation: Mapping[str, str] | None) -> tuple[tuple[str, str], ...]:
-    """As a configuration holds it; ValueError for what is no mapping or names what is not there."""
+    """As a configuration stores it. Raises ValueError if it is not a mapping or has an unknown name."""
     if implementation is None:
         return ()
     if not isinstance(implementation, Mapping):

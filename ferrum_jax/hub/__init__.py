@@ -127,7 +127,7 @@ def _local(path: Path) -> Path:
         return path / models[0] if len(models) == 1 and models[0] in there else path
     first = path.with_name(huggingface.parts_of(path.name)[0])
     if not first.exists():
-        raise ModelNotFoundError(f"{path} is part of a split file whose first part, {first.name}, is not beside it")
+        raise ModelNotFoundError(f"{path} is part of a split file whose first part, {first.name}, is not next to it")
     return first
 
 

@@ -1,4 +1,4 @@
-"""The tokenizer of a checkpoint directory: tokenizer.json, with what the files beside it say about special tokens.
+"""The tokenizer of a checkpoint directory: tokenizer.json, with what the files next to it say about special tokens.
 
 Encoding is the `tokenizers` library's. Everything else is read out of the same JSON, so that tokens have bytes, ends and
 control tokens as those of a GGUF file have: a special token is read from a text only where the caller asks for it, and
@@ -227,7 +227,7 @@ class _SpecialTokens:
             return None
         if not isinstance(text, str) or (text not in self.ids and end != "pad"):
             raise ModelFileError(
-                f"{self.directory / 'tokenizer_config.json'}: key {end}_token: {text!r} is no token of the vocabulary"
+                f"{self.directory / 'tokenizer_config.json'}: key {end}_token: {text!r} is not a token of the vocabulary"
             )
         return self.ids.get(text)
 
@@ -236,7 +236,7 @@ class _SpecialTokens:
         ids = value if isinstance(value, list) else [] if value is None else [value]
         for i in ids:
             if type(i) is not int:
-                raise ModelFileError(f"{self.directory / name}: key eos_token_id: {i!r} is no id of a token")
+                raise ModelFileError(f"{self.directory / name}: key eos_token_id: {i!r} is not a token id")
         return [i for i in ids if 0 <= i < self.count]  # an id beyond the vocabulary is never sampled
 
 

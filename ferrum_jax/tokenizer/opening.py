@@ -23,7 +23,7 @@ def tokenizer_of_gguf(metadata: Mapping[str, object], source: str = "") -> Token
 
 
 def tokenizer_of_directory(directory: Path) -> Tokenizer:
-    """The tokenizer of a checkpoint directory, from tokenizer.json (of BERT: or vocab.txt) and the files beside it.
+    """The tokenizer of a checkpoint directory, from tokenizer.json (of BERT: or vocab.txt) and the files next to it.
 
     Raises ModelFileError, naming the file, where one is missing or inconsistent, UnsupportedModelError for a kind that is
     not supported.

@@ -45,10 +45,10 @@ class WordPieceTokenizer(LibraryTokenizer):
         self._tokens, self._ids = list(tokens), {token: i for i, token in enumerate(tokens)}
         if len(self._ids) != len(self._tokens):
             twice = next(token for i, token in enumerate(tokens) if self._ids[token] != i)
-            raise ModelFileError(f"{where}: the token {twice!r} is there twice")
+            raise ModelFileError(f"{where}: the token {twice!r} occurs twice")
         for name in ("unk", "cls", "sep"):
             if special[name] not in self._ids:
-                raise ModelFileError(f"{where}: has no token {special[name]!r}, which a WordPiece tokenizer needs")
+                raise ModelFileError(f"{where}: does not have the token {special[name]!r}, which a WordPiece tokenizer needs")
         self.vocab_size = len(self._tokens)
         self.chat_templates = {}
         self.bos_id, self.eos_id, self.pad_id = None, None, self._ids.get(special["pad"])
@@ -78,7 +78,7 @@ class WordPieceTokenizer(LibraryTokenizer):
 
     @classmethod
     def from_vocabulary(cls, directory: Path) -> WordPieceTokenizer:
-        """From vocab.txt, a token a line, and tokenizer_config.json beside it."""
+        """From vocab.txt, a token a line, and tokenizer_config.json next to it."""
         path = directory / "vocab.txt"
         lines = (read_text(path) or "").split("\n")
         tokens = [line.removesuffix("\r") for line in (lines[:-1] if lines[-1] == "" else lines)]

@@ -291,7 +291,7 @@ def test_damaged_directory(damage: str, tmp_path: Path) -> None:
         ("bert.block_count", 4, "blk.3.attn_q.weight: is missing"),
         ("bert.context_length", 63, "position_embd.weight: shape"),
         ("bert.rope.freq_base", 10000.0, "key bert.rope.freq_base"),
-        ("tokenizer.ggml.tokens", ["a"], "has no token '\\[UNK\\]'"),
+        ("tokenizer.ggml.tokens", ["a"], "does not have the token '\\[UNK\\]'"),
         ("tokenizer.ggml.tokens", ["a", "a"], "is both token 0 and token 1"),
     ],
 )

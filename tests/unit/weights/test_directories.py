@@ -93,7 +93,7 @@ def test_a_directory_that_is_no_checkpoint(tmp_path: Path) -> None:
         ("config.json", '{"a": 1, "a": 2}', "'a' appears twice"),
         ("tokenizer.json", "{}", r"key model\.vocab: is missing"),
         ("tokenizer.json", None, r"tokenizer\.json: is missing"),
-        ("tokenizer_config.json", '{"eos_token": "nobody"}', "key eos_token: 'nobody' is no token"),
+        ("tokenizer_config.json", '{"eos_token": "nobody"}', "key eos_token: 'nobody' is not a token"),
         ("tokenizer_config.json", '{"chat_template": "{% for"}', "chat_template"),
         ("chat_template.jinja", "{% for", "chat_template"),
         ("generation_config.json", '{"eos_token_id": "2"}', "key eos_token_id"),
