@@ -28,12 +28,11 @@ def every_layer(spec: Any) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """The rows number `index` of `count` equal parts of the rows of each expert in the tensor `tensor` [experts, rows, columns]
-    of a directory."""
+    """A part of the tensor `tensor` [experts, rows, columns] of a directory: of the equal parts that the rows of each expert
+    are cut into, as many as are named, the one with this index."""
 
     tensor: str
-    index: int
-    count: int
+    index: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,12 +103,9 @@ class Table:
         """What a module of a directory is that holds all experts of a layer: by suffix the GGUF names of the parts of its
         tensors, in order. None for another module."""
         layer, inside = self._inside(module)
-        found: dict[str, dict[int, str]] = {}
-        for tensor in self.layer:
-            for part in tensor.modules:
-                if isinstance(part, Part) and part.tensor.rpartition(".")[0] == inside:
-                    found.setdefault(part.tensor.rpartition(".")[2], {})[part.index] = f"blk.{layer}.{tensor.name}"
-        return {suffix: [names[i] for i in sorted(names)] for suffix, names in found.items()} if layer is not None else None
+        if layer is None or inside not in self._parts:
+            return None
+        return {suffix: [f"blk.{layer}.{name}" for name in names] for suffix, names in self._parts[inside].items()}
 
     def own_name(self, name: str) -> str:
         """What directories call the tensor `name` of GGUF, `*` for the number of an expert."""
@@ -144,3 +140,13 @@ class Table:
             return {module: tensor.stem for tensor in tensors for module in tensor.modules if isinstance(module, str)}
 
         return stems(self.whole), stems(self.layer)
+
+    @functools.cached_property
+    def _parts(self) -> dict[str, dict[str, list[str]]]:
+        """GGUF names by module and suffix of the tensors whose parts they are, in order."""
+        parts = [(part, tensor.name) for tensor in self.layer for part in tensor.modules if isinstance(part, Part)]
+        found: dict[str, dict[str, list[str]]] = {}
+        for part, name in sorted(parts, key=lambda known: known[0].index):
+            module, _, suffix = part.tensor.rpartition(".")
+            found.setdefault(module, {}).setdefault(suffix, []).append(name)
+        return found

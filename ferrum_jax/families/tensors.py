@@ -75,25 +75,19 @@ def dense(*, may_be_biased: bool = False) -> tuple[Tensor, ...]:
 
 
 def mixture() -> tuple[Tensor, ...]:
-    """Router and experts, SwiGLUs, under the names of Qwen and Mixtral, expert by expert or all in one tensor."""
-    axes = ("expert", "expert_width", "hidden")
-    down = ("expert", "hidden", "expert_width")
-    router = ("mlp.gate", "block_sparse_moe.gate")
-    return (
-        Tensor("ffn_gate_inp.weight", ("feed_forward", "router"), axes[::2], router, is_mixture, quantize=False),
-        *(
-            Tensor(f"ffn_{name}_exps.weight", ("feed_forward", f"expert_{name}"), axes, modules, is_mixture)
-            for name, axes, modules in (
-                ("gate", axes, (*_expert("gate_proj", "w1"), Part("mlp.experts.gate_up_proj", 0, 2))),
-                ("up", axes, (*_expert("up_proj", "w3"), Part("mlp.experts.gate_up_proj", 1, 2))),
-                ("down", down, (*_expert("down_proj", "w2"), Part("mlp.experts.down_proj", 0, 1))),
-            )
-        ),
-    )
-
-
-def _expert(qwen: str, mixtral: str) -> tuple[str, str]:
-    return f"mlp.experts.*.{qwen}", f"block_sparse_moe.experts.*.{mixtral}"
+    """Router and experts, SwiGLUs, under the names of Qwen and of Mixtral, expert by expert or all in one tensor."""
+    wide, narrow = ("expert", "expert_width", "hidden"), ("expert", "hidden", "expert_width")
+    modules: tuple[str | Part, ...] = ("mlp.gate", "block_sparse_moe.gate")
+    path = "feed_forward"
+    found = [Tensor("ffn_gate_inp.weight", (path, "router"), ("expert", "hidden"), modules, is_mixture, quantize=False)]
+    for name, letters, axes, part in (
+        ("gate", "w1", wide, Part("mlp.experts.gate_up_proj", 0)),
+        ("up", "w3", wide, Part("mlp.experts.gate_up_proj", 1)),
+        ("down", "w2", narrow, Part("mlp.experts.down_proj")),
+    ):
+        modules = (f"mlp.experts.*.{name}_proj", f"block_sparse_moe.experts.*.{letters}", part)
+        found.append(Tensor(f"ffn_{name}_exps.weight", (path, f"expert_{name}"), axes, modules, is_mixture))
+    return tuple(found)
 
 
 def sizes(config: ModelConfig, spec: LayerSpec | None) -> dict[str, int]:
