@@ -12,8 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ferrum_jax import functional
-from ferrum_jax.config import EncoderConfig, ModelConfig
+from ferrum_jax import families, functional
 from ferrum_jax.models import bert
 from ferrum_jax.runtime import PAGE
 from ferrum_jax.state import new_cache
@@ -36,11 +35,13 @@ def checked_implementation(implementation: Mapping[str, str] | None) -> tuple[tu
         raise ValueError(f"implementation: {error}") from None
 
 
-def require_implementation(config: ModelConfig | EncoderConfig, params: Any, kv_dtype: str, target: dispatch.Target) -> None:
-    """ValueError where a forced backend cannot serve the model or the model has no use for it. params: may be abstract."""
+def require_implementation(config: Any, params: Any, kv_dtype: str, target: dispatch.Target) -> None:
+    """ValueError where a forced backend cannot serve the model or the model has no use for it. config: of any family;
+    params: may be abstract."""
+    embeds = families.of_architecture(config.architecture, "implementation").embeds
     with dispatch.on(target), dispatch.record() as choices:
         for tokens in _TOKENS:
-            if isinstance(config, EncoderConfig):
+            if embeds:
                 embed = functools.partial(bert.embed, config=config, normalize=True)
                 jax.eval_shape(embed, params, _ints(1, tokens), _ints(1))
             else:
