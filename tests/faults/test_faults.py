@@ -346,6 +346,7 @@ def run(guard) -> None:
         guard()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("guard", SOUND)
 def test_without_a_fault_the_guards_are_content(guard):
     run(SOUND[guard])

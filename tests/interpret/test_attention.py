@@ -41,6 +41,7 @@ def test_mixed_batches(dtype, window):
     check_gpu([1, 70, 0, 3, 1, 1], [300, 70, 33, 270, 17, 1], window, dtype, padding=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page_size", [1, 16, 24, 256])
 def test_lengths_about_a_page(page_size):
     lengths = [1, max(1, page_size - 1), page_size, page_size + 1]
@@ -130,6 +131,7 @@ def library_kernel(monkeypatch):
     jax.clear_caches()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float8_e4m3fn"])
 @pytest.mark.parametrize("window", [0, 90])
 def test_tpu(library_kernel, dtype, window):

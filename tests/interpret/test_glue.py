@@ -31,6 +31,7 @@ def test_routing(tokens, experts, top_k, normalize):
     assert np.abs(np.asarray(weights) - chosen).max() <= 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("count", "experts", "rows"), [(8, 128, 8), (256, 128, 16), (24, 60, 8), (7, 4, 4), (1, 1, 8)])
 def test_grouping(count, experts, rows):
     """By a stable sort of NumPy: order, and tiles that cover each expert's rows once, in order."""

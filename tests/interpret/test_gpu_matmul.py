@@ -93,6 +93,7 @@ def assert_within(found, expected):
     assert np.all(np.abs(np.asarray(found, np.float64) - exact) <= bound)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ROUNDING)
 def test_every_format_in_one_launch(dtype):
     rng = np.random.default_rng(1)
@@ -103,6 +104,7 @@ def test_every_format_in_one_launch(dtype):
         assert_within(y, w.product(np.asarray(x, np.float64)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("k", [192, 128])
 def test_rows_that_are_no_multiple_of_256(k):
     rng = np.random.default_rng(k)
@@ -156,6 +158,7 @@ def test_grouped(sizes):
     assert np.all(found[ends[-1] :] == 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("tokens", "experts", "top_k", "dtype"),
     [(1, 128, 8, "bfloat16"), (9, 6, 3, "float16"), (5, 1, 1, "bfloat16"), (140, 4, 2, "bfloat16")],

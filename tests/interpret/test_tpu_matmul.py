@@ -147,6 +147,7 @@ def test_every_format_in_one_launch(m):
         assert_within(y, w.product(np.asarray(x, np.float64), many=m > dense.FEW_ROWS))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("m", [1, 6, 17])
 def test_half_a_run_at_the_end(m):
     rng = np.random.default_rng(m)

@@ -32,6 +32,7 @@ def bound(k: int, dtype: str) -> float:
     return 8 * (2.0**-24 * k**0.5 + 2 * ulp)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", FORMATS)
 def test_every_format_multiplies(format):
     weights, exact = matrices(format, 2, 24, 256)

@@ -53,6 +53,7 @@ def test_the_kernels_are_there():
     assert native.refusal() is None and native.isa() in ("portable", "avx2", "avx512_vnni", "amx")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("m", [1, 3, 17])
 @pytest.mark.parametrize("format", native.FORMATS)
 def test_products_lie_within_the_rounding_of_the_activations(format, m):

@@ -103,6 +103,7 @@ def same_bits(a, b):
     return a.shape == b.shape and bool((a.view(np.uint32) == b.view(np.uint32)).all())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, kv", [*((name, "float16") for name in VARIANTS), *(("dense", kv) for kv in KV_DTYPES)])
 def test_one_call_gives_what_the_composition_gives(name, kv):
     texts = texts_of(5, 1, 70, 17)

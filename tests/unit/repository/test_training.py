@@ -200,6 +200,7 @@ def batches(tokenizer):
     return data.Batches(data.encode(tokenizer, [text_of(n) for n in range(40)]), batch=4, length=32)
 
 
+@pytest.mark.slow
 def test_training_learns_and_goes_on_after_an_interruption(tmp_path, batches):
     recipe = train.Recipe(steps=24, batch=4, length=32, warmup=4, rate=1e-2, dtype="float32")
     whole = train.train(SMALL, recipe, batches, _made(tmp_path / "whole"), 1.0)
@@ -230,6 +231,7 @@ def test_experts_with_room_for_all_leave_nothing_out():
     assert np.abs(model.forward(params, tokens, SMALL, room=0.5)[0] - exact).max() > 1e-2
 
 
+@pytest.mark.slow
 def test_a_story_does_not_see_the_one_before():
     params = model.init(SMALL, 0)
     story, other = np.array([model.END, 7, 8, 9]), np.array([model.END, 5, 6])
