@@ -7,7 +7,7 @@ them of the metadata of a GGUF file or of a config.json.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 from ferrum_jax.errors import UnsupportedModelError
@@ -207,6 +207,12 @@ class ModelConfig:
         if len(found) > 1:
             return tuple(values[layer][0] if values[layer] else None for layer in self.layers)
         return found.pop() if found else absent
+
+    def with_windows(self, windows: Sequence[int]) -> ModelConfig:
+        """The same with a sliding window for each layer, 0 for none."""
+        pairs = zip(self.layers, windows, strict=True)
+        layers = (dataclasses.replace(spec, mixer=dataclasses.replace(spec.mixer, window=window)) for spec, window in pairs)
+        return dataclasses.replace(self, layers=tuple(layers))
 
     @classmethod
     def from_fields(cls, fields: Mapping[str, Any]) -> ModelConfig:

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from ferrum_jax.config import MOST_LAYERS, ModelConfig
 from ferrum_jax.errors import ModelFileError, UnsupportedModelError
 from ferrum_jax.families import rope
@@ -58,7 +60,7 @@ def from_gguf(
         if keys.has(key) and keys.number(key, SCALE) not in (0.0, 1.0):
             raise keys.unsupported(key, "this feature is not supported")
     keys.ignore("pooling_type")
-    return ModelConfig(
+    config = ModelConfig(
         architecture=family.architecture,
         num_layers=keys.integer("block_count", high=MOST_LAYERS),
         hidden_size=hidden,
@@ -71,9 +73,25 @@ def from_gguf(
         rope_theta=theta if theta and not keys.has("rope.freq_base") else keys.number("rope.freq_base", THETA),
         rope_dim=rope_dim,
         rope_scaling=rope.scaling_from_gguf(keys),
-        sliding_window=keys.integer("attention.sliding_window", low=0) if keys.has("attention.sliding_window") else 0,
         **of_feed_forward,
     )
+    return config.with_windows(_windows_of_gguf(keys, config.num_layers))
+
+
+def _windows_of_gguf(keys: Keys, layers: int) -> tuple[int, ...]:
+    """The sliding window of each layer, 0 for none. The pattern is a list of which layers have one, or a period n: of n layers
+    all but the last have one (0: every layer has)."""
+    key = "attention.sliding_window_pattern"
+    window = keys.integer("attention.sliding_window", low=0) if keys.has("attention.sliding_window") else 0
+    pattern = keys.get(key)
+    if not isinstance(pattern, np.ndarray):
+        period = 0 if pattern is None else keys.integer(key, low=0)
+        return tuple(window if not period or number % period < period - 1 else 0 for number in range(layers))
+    if len(pattern) != layers:
+        raise keys.fail(key, f"has {len(pattern)} values; it must have one for each of the {layers} layers")
+    if pattern.dtype.kind not in "biu" or not np.isin(pattern, (0, 1)).all():
+        raise keys.fail(key, "must be true or false for each layer")
+    return tuple(window if slides else 0 for slides in pattern)
 
 
 def _head_dim_of_gguf(keys: Keys, hidden: int, heads: int) -> int:
@@ -124,6 +142,9 @@ def to_gguf(config: ModelConfig, where: str, *, width_key: str = "feed_forward_l
         raise UnsupportedModelError(f"{where}: layers without experts among layers with them cannot be written as GGUF")
     if config.num_experts and not config.norm_topk_prob:
         raise UnsupportedModelError(f"{where}: norm_topk_prob false cannot be written as GGUF: llama.cpp renormalizes always")
+    if isinstance(config.by_layer("sliding_window"), tuple):
+        text = "a sliding window in some layers only cannot be written as GGUF: llama.cpp reads no pattern in architecture"
+        raise UnsupportedModelError(f"{where}: {text} {config.architecture}")
     integers = {
         "block_count": config.num_layers,
         "context_length": config.context_length,
@@ -160,12 +181,12 @@ def from_json(
     *,
     theta: float = 10_000.0,
     head_dim: int | None = None,
-    window: Callable[[Keys, int], int] | None = None,
+    window: Callable[[Keys, int], tuple[int, ...]] | None = None,
     feed_forward: Callable[[Keys, int], Fields] | None = None,
 ) -> ConfigFile:
     """As `Family.from_json`. theta, head_dim: of files from before the key existed (None: hidden_size / heads). window: the
-    sliding window (None: the class has none). feed_forward: keywords of `ModelConfig` about it (None: it is dense). Both are
-    given the number of layers."""
+    sliding window of each layer, 0 for none (None: the class has none). feed_forward: keywords of `ModelConfig` about it
+    (None: it is dense). Both are given the number of layers."""
     if keys.has("hidden_act") and (act := keys.get("hidden_act")) != "silu":
         raise keys.unsupported("hidden_act", f"{shown(act)} is not supported; supported: 'silu'")
     if not keys.boolean("is_causal", True):
@@ -200,9 +221,8 @@ def from_json(
         rope_theta=theta,
         rope_dim=head_dim,
         rope_scaling=scaling,
-        sliding_window=(window or no_window)(keys, layers),
         **(feed_forward or dense_from_json)(keys, layers),
-    )
+    ).with_windows((window or no_window)(keys, layers))
     return ConfigFile(family, config, keys.boolean("tie_word_embeddings", False), frozenset(biases), factors)
 
 
@@ -234,29 +254,29 @@ def num_experts(keys: Keys, *, low: int) -> int:
     return counts[0]
 
 
-def no_window(keys: Keys, layers: int) -> int:
-    """The window of a class that has none."""
+def no_window(keys: Keys, layers: int) -> tuple[int, ...]:
+    """As `from_json`'s window, of a class that has none."""
     if not is_neutral(keys.get("sliding_window")):
         raise keys.unsupported("sliding_window", "is not supported in this model class")
-    return _in_all_layers(keys, layers, 0)
+    return _by_layer(keys, layers, 0)
 
 
-def stated_window(keys: Keys, layers: int, *, default: int = 0) -> int:
-    """The window of a class in which `sliding_window` counts as it stands. default: where the key is absent."""
-    return _in_all_layers(keys, layers, _window(keys, default))
+def stated_window(keys: Keys, layers: int, *, default: int = 0, some: bool = False) -> tuple[int, ...]:
+    """As `from_json`'s window, of a class in which `sliding_window` counts as it stands. default: where the key is absent.
+    some: whether `layer_types` may name the layers that have it."""
+    return _by_layer(keys, layers, _window(keys, default), some=some)
 
 
-def window_on_request(keys: Keys, layers: int) -> int:
-    """The window of Qwen, for which `use_sliding_window` must ask; in layers from `max_window_layers` on, if the class has
-    that key and `layer_types` does not say."""
+def window_on_request(keys: Keys, layers: int) -> tuple[int, ...]:
+    """As `from_json`'s window, of Qwen, for which `use_sliding_window` must ask. If the class has `max_window_layers`, it is of
+    the layers from that one on, or of those that `layer_types` names."""
     window = _window(keys, 4096) if keys.boolean("use_sliding_window", False) else 0
     keys.ignore("sliding_window", "max_window_layers")
-    full = 0
-    if keys.get("layer_types") is None and "max_window_layers" in (keys.fields or ()):
+    some = "max_window_layers" in (keys.fields or ())
+    if window and some and keys.get("layer_types") is None:
         full = min(keys.integer("max_window_layers", low=0) if keys.has("max_window_layers") else 28, layers)
-        if window and 0 < full < layers:
-            raise keys.unsupported("max_window_layers", f"a window in the layers from {full} on only is not supported")
-    return _in_all_layers(keys, layers, 0 if full == layers else window)
+        return (0,) * full + (window,) * (layers - full)
+    return _by_layer(keys, layers, window, some=some)
 
 
 def _window(keys: Keys, default: int) -> int:
@@ -265,14 +285,14 @@ def _window(keys: Keys, default: int) -> int:
     return keys.integer("sliding_window", low=0) if keys.has("sliding_window") else 0
 
 
-def _in_all_layers(keys: Keys, layers: int, window: int) -> int:
-    """The window of every layer, 0 for none, with what `layer_types` says; windows of some layers only are refused."""
+def _by_layer(keys: Keys, layers: int, window: int, *, some: bool = False) -> tuple[int, ...]:
+    """The window of each layer, 0 for none, with what `layer_types` says."""
     kinds = keys.get("layer_types")
     if kinds is not None and (not isinstance(kinds, list) or len(kinds) != layers):
         raise keys.fail("layer_types", f"must be a list of {layers} kinds")
     found = set(map(str, kinds or ()))
-    if not found <= {"full_attention", "sliding_attention"} or (window and len(found) > 1):
-        raise keys.unsupported("layer_types", f"{sorted(found)} in one model is not supported")
-    if found == {"sliding_attention"} and not window:
+    if not found <= {"full_attention", "sliding_attention"} or (window and len(found) > 1 and not some):
+        raise keys.unsupported("layer_types", f"{sorted(found)} in one model of this class is not supported")
+    if not window and "sliding_attention" in found and (some or len(found) == 1):
         raise keys.fail("layer_types", "names sliding_attention, but there is no sliding_window")
-    return 0 if found == {"full_attention"} else window
+    return tuple(0 if kind == "full_attention" else window for kind in kinds or [""] * layers)

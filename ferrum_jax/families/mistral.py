@@ -1,4 +1,7 @@
-"""Mistral (arXiv 2310.06825): LLaMA with a sliding window; its GGUF files are of arch `llama`."""
+"""Mistral (arXiv 2310.06825): LLaMA with a sliding window; its GGUF files are of arch `llama`.
+
+A config.json with `layer_types` means what transformers' AutoModel takes it for, a Ministral: the window is of the layers that
+are named there."""
 
 import dataclasses
 from functools import partial
@@ -10,5 +13,5 @@ MISTRAL = dataclasses.replace(
     LLAMA,
     model_class="MistralForCausalLM",
     model_type="mistral",
-    from_json=partial(decoder.from_json, window=partial(decoder.stated_window, default=4096)),
+    from_json=partial(decoder.from_json, window=partial(decoder.stated_window, default=4096, some=True)),
 )

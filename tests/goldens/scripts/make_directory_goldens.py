@@ -37,7 +37,8 @@ def build(spec: tiny.Spec, path: Path) -> torch.nn.Module:
     model, report = transformers.AutoModelForCausalLM.from_pretrained(
         path, dtype=torch.float32, attn_implementation="eager", output_loading_info=True, **extra
     )
-    assert type(model).__name__ == spec.model_class
+    ministral = "layer_types" in spec.config and spec.model_class == "MistralForCausalLM"  # so AutoModel
+    assert type(model).__name__ == ("MinistralForCausalLM" if ministral else spec.model_class)
     assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"], report
     return model.eval()
 

@@ -69,6 +69,9 @@ def test_what_llama_cpp_cannot_run_is_refused(tmp_path: Path):
     unscaled = directories.write(MOE, tmp_path / "unscaled", {"norm_topk_prob": False})
     with pytest.raises(fj.UnsupportedModelError, match="norm_topk_prob false cannot be written as GGUF"):
         convert(unscaled, tmp_path / "out.gguf", to="gguf")
+    some = directories.write(CASES["mistral-window-kinds"], tmp_path / "some")
+    with pytest.raises(fj.UnsupportedModelError, match="a sliding window in some layers only cannot be written as GGUF"):
+        convert(some, tmp_path / "out.gguf", to="gguf")
     windowed = directories.write(CASES["mistral-f32"], tmp_path / "windowed")
     remarks: list[str] = []
     convert(windowed, tmp_path / "out.gguf", to="gguf", progress=lambda done, total, text: remarks.append(text))

@@ -26,6 +26,32 @@ def test_a_missing_key_is_named(key, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("pattern", "windows"),
+    [
+        (([True, False, True], T.ARRAY), (7, 0, 7)),
+        ((2, T.UINT32), (7, 0, 7)),
+        ((3, T.UINT32), (7, 7, 0)),
+        ((1, T.UINT32), (0, 0, 0)),
+        ((0, T.UINT32), (7, 7, 7)),
+        (None, (7, 7, 7)),
+    ],
+)
+def test_which_layers_have_the_window(pattern, windows, tmp_path):
+    """A list, or a period as llama.cpp's architectures with a pattern read it: the last layer of each sees all."""
+    metadata = {"llama.attention.sliding_window": (7, T.UINT32)}
+    metadata |= {"llama.attention.sliding_window_pattern": pattern} if pattern else {}
+    path = write_tiny_llama(tmp_path / "model.gguf", layers=3, metadata=metadata)
+    with open_gguf(path) as file:
+        config = file.config()
+    assert tuple(spec.mixer.window for spec in config.layers) == windows
+    length = 20
+    ids = np.random.default_rng(1).integers(1, 60, length).tolist()
+    model = fj.load(path, dtype="float32")
+    (far,), (near,) = model.logits([ids]), model.logits([[ids[0] % 60 + 1, *ids[1:]]])
+    assert model.config == config and np.array_equal(far[-1], near[-1]) == (windows == (7, 7, 7) and length > 3 * 6 + 1)
+
+
+@pytest.mark.parametrize(
     ("key", "value"),
     [
         ("llama.attention.causal", (False, T.BOOL)),
@@ -57,6 +83,9 @@ def test_a_feature_that_is_not_there_is_named(key, value, tmp_path):
         ("llama.attention.head_count", ("four", T.STRING)),
         ("llama.attention.head_count", (3, T.UINT32)),
         ("llama.attention.head_count_kv", ([2, 2, 2], T.ARRAY)),
+        ("llama.attention.sliding_window_pattern", ([True, False, True], T.ARRAY)),
+        ("llama.attention.sliding_window_pattern", ([0, 2], T.ARRAY)),
+        ("llama.attention.sliding_window_pattern", ("every", T.STRING)),
         ("llama.rope.scaling.type", ([1, 2], T.ARRAY)),
         ("llama.rope.dimension_count", (7, T.UINT32)),
         ("llama.vocab_size", ("many", T.STRING)),

@@ -139,10 +139,33 @@ def test_the_table_of_fields_is_what_the_script_writes() -> None:
     assert module.text() == module.OUT.read_text()
 
 
-def test_windows_of_some_layers_are_refused() -> None:
-    for keys in ({"max_window_layers": 2}, {"layer_types": ["full_attention"] * 2 + ["sliding_attention"] * 2}):
-        with pytest.raises(fj.UnsupportedModelError, match=r"max_window_layers|layer_types"):
-            read("qwen2", use_sliding_window=True, sliding_window=64, **keys)
+HALF = {"layer_types": ["full_attention", "sliding_attention"] * 2}
+
+
+@pytest.mark.parametrize(
+    ("kind", "keys", "windows"),
+    [
+        *((kind, {"use_sliding_window": True, "max_window_layers": 3}, (0, 0, 0, 64)) for kind in ("qwen2", "qwen3")),
+        ("qwen2", {"use_sliding_window": True, "max_window_layers": 3} | HALF, (0, 64, 0, 64)),
+        ("qwen2", {"use_sliding_window": False, "max_window_layers": 0}, (0, 0, 0, 0)),
+        ("mistral", HALF, (0, 64, 0, 64)),
+        ("mistral", {"layer_types": ["full_attention"] * 4}, (0, 0, 0, 0)),
+    ],
+)
+def test_windows_of_some_layers(kind: str, keys: dict, windows: tuple[int, ...]) -> None:
+    """As transformers has them: AutoModel takes a Mistral with layer_types for a Ministral."""
+    config = read(kind, sliding_window=64, **keys).config
+    assert tuple(spec.mixer.window for spec in config.layers) == windows
+    assert ModelConfig.from_fields(json.loads(json.dumps(dataclasses.asdict(config)))) == config
+
+
+def test_windows_of_some_layers_where_the_class_has_none() -> None:
+    for kind in ("mixtral", "qwen3_moe"):
+        with pytest.raises(fj.UnsupportedModelError, match=r"layer_types: .* in one model of this class"):
+            read(kind, use_sliding_window=True, sliding_window=64, **HALF)
+    for kind, keys in (("qwen2", {"sliding_window": 64}), ("mistral", {"sliding_window": None})):
+        with pytest.raises(fj.ModelFileError, match="names sliding_attention, but there is no sliding_window"):
+            read(kind, **keys, **HALF)
 
 
 @pytest.mark.parametrize(
