@@ -48,6 +48,16 @@ class Attention:
 
 
 @dataclasses.dataclass(frozen=True)
+class Recurrent:
+    """A mixer that recurs; a subclass has its numbers as fields."""
+
+    @property
+    def kept(self) -> dict[str, tuple[int, ...]]:
+        """What it keeps of a sequence in one layer: float32 arrays, by name their shapes."""
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True)
 class Dense:
     """A feed-forward: one SwiGLU of this width."""
 
@@ -70,7 +80,7 @@ class Mixture:
 class LayerSpec:
     """What one layer is. Layers with equal specs and formats share a compiled body."""
 
-    mixer: Attention
+    mixer: Any  # an Attention or a Recurrent
     feed_forward: Dense | Mixture
 
 

@@ -54,10 +54,15 @@ def nbytes(tree: Any) -> int:
 
 
 def abstract_state(
-    config: ModelConfig, pages: int | Sequence[int], page_size: int, dtype: str, target: dispatch.Target
+    config: ModelConfig,
+    pages: int | Sequence[int],
+    page_size: int,
+    dtype: str,
+    target: dispatch.Target,
+    num_states: int = 1,
 ) -> DecodeState:
     """The state on a device of the kind `target`, as `jax.ShapeDtypeStruct`s."""
-    make = functools.partial(new_state, config, pages=pages, page_size=page_size, dtype=dtype)
+    make = functools.partial(new_state, config, pages=pages, page_size=page_size, dtype=dtype, num_states=num_states)
     with dispatch.on(target):
         return jax.eval_shape(make)
 

@@ -17,7 +17,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,12 +28,13 @@ from ferrum_jax import headers, hub, memory
 from ferrum_jax.config import ModelConfig
 from ferrum_jax.engine import EngineConfig, steps
 from ferrum_jax.engine.config import MAX_STEPS
+from ferrum_jax.engine.ledger import pool_sizes
 from ferrum_jax.errors import ModelNotFoundError
 from ferrum_jax.loading import auto_dtype
 from ferrum_jax.programs import COMPILER_OPTIONS
 from ferrum_jax.runtime import PAGE
 from ferrum_jax.sampling import Sampling, SamplingParams
-from ferrum_jax.state import DecodeState
+from ferrum_jax.state import DecodeState, page_kinds
 from ferrum_jax.weights.names import parameters
 from ferrum_jax.weights.opening import open_model
 from ferrum_jax.weights.source import ModelSource
@@ -136,16 +136,19 @@ class _Model:
         self.compile_s: dict[str, float] = {}
 
     def state(self, batch: int, context: int) -> DecodeState:
-        pages = batch * -(-context // PAGE)
-        return memory.abstract_state(self.config, pages, PAGE, self.kv_dtype, self.target)
+        windows = [kind.window for kind in page_kinds(self.config)]
+        engine = EngineConfig(max_seqs=batch)
+        pages = pool_sizes(windows, batch * -(-context // PAGE), engine)
+        return memory.abstract_state(self.config, pages, PAGE, self.kv_dtype, self.target, engine.num_states)
+
+    def read_bytes(self, batch: int, context: int) -> int:
+        """Keys and values that a decode step of full rows reads."""
+        seen = [min(context, kind.window or context) for kind in page_kinds(self.config)]
+        pages = [batch * -(-tokens // PAGE) for tokens in seen]
+        return memory.nbytes(memory.abstract_state(self.config, pages, PAGE, self.kv_dtype, self.target, batch))
 
     def kv_bytes(self, batch: int, context: int) -> int:
         return memory.nbytes(self.state(batch, context))
-
-    def kv_read(self, batch: int, context: int) -> int:
-        """Bytes of keys and values that a decode step of full rows reads: in each layer as many as it sees."""
-        seen = Counter(min(context, spec.mixer.window or context) for spec in self.config.layers)
-        return sum(self.kv_bytes(batch, length) * count for length, count in seen.items()) // seen.total()
 
     def row_bytes(self, batch: int, context: int) -> int:
         """The bytes that grow with rows and context: the KV cache and the prompts."""
@@ -292,7 +295,7 @@ def compute(header: ModelSource, case: Case) -> Plan:
         plan.largest_batch = batches.largest(room, 1 << 20)
         plan.largest_context = min(contexts.largest(room, most) * PAGE, config.context_length)
     share, plan.experts_touched = experts_read(config, batch)
-    plan.read_bytes = weights_read(model.params, config, batch, share) + model.kv_read(batch, context)
+    plan.read_bytes = weights_read(model.params, config, batch, share) + model.read_bytes(batch, context)
     plan.tokens_per_s = batch * hardware.memory_bandwidth / plan.read_bytes
     plan.help = _help(plan)
     return plan

@@ -13,7 +13,7 @@ MAX_STEPS = 64  # decode steps of one dispatch at most, where the engine chooses
 _DRAFTING_STEPS = 16  # the same with drafts, which need more room for results
 _MOST = {
     "page_size": 1 << 16, "max_seqs": 1 << 16, "token_budget": 1 << 20, "speculation": 1 << 10, "num_pages": 2**31 - 1,
-    "steps_per_dispatch": 1 << 12, "initial_pages": 2**31 - 1,
+    "steps_per_dispatch": 1 << 12, "initial_pages": 2**31 - 1, "checkpoints": 1 << 20,
 }  # fmt: skip
 
 
@@ -24,7 +24,7 @@ class EngineConfig:
     Attributes:
       page_size: tokens of a page; 1 to 65,536.
       num_pages: pages of the KV cache, 1 to 2**31 - 1; None: enough for `max_seqs` sequences of the model's full context, or as
-        many as fit the free memory.
+        many as fit the free memory. Where layers differ in what they see, of the pool of those that see most.
       initial_pages: pages at the beginning, 1 to 2**31 - 1. When they are used up, the cache grows by a factor of four, up to
         `num_pages`, and steps are compiled for the new size. None: all pages from the beginning.
       max_seqs: sequences that run together; 1 to 65,536.
@@ -35,6 +35,8 @@ class EngineConfig:
       dispatch_seconds: duration of a dispatch with several decode steps, greater than 0. Shorter is smoother, longer is faster.
       prefix_cache: whether requests share the pages of equal beginnings.
       kv_dtype: dtype of the KV cache; None: the model's.
+      checkpoints: for a model with layers that recur, the number of states kept at beginnings of texts, from which another
+        request may continue, 0 to 1,048,576; None: `max_seqs`.
       speculation: number of tokens to draft from the sequence's own text and verify in one step, 0 to 1,024; 0: off.
 
     Raises:
@@ -50,12 +52,13 @@ class EngineConfig:
     kv_dtype: str | None = None
     speculation: int = 0
     initial_pages: int | None = None
+    checkpoints: int | None = None
     dispatch_seconds: float = 0.05
 
     def __post_init__(self) -> None:
-        optional = ("num_pages", "steps_per_dispatch", "initial_pages")
+        optional = ("num_pages", "steps_per_dispatch", "initial_pages", "checkpoints")
         for field, most in _MOST.items():
-            value, least = getattr(self, field), 0 if field == "speculation" else 1
+            value, least = getattr(self, field), 0 if field in ("speculation", "checkpoints") else 1
             if value is None and field in optional:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
@@ -79,6 +82,22 @@ class EngineConfig:
     def longest(self) -> int:
         """Tokens of a mixed step at most."""
         return max(self.token_budget, self.max_seqs + 1)
+
+    @property
+    def num_checkpoints(self) -> int:
+        """States that are kept next to those of running sequences."""
+        return self.max_seqs if self.checkpoints is None else self.checkpoints
+
+    @property
+    def num_states(self) -> int:
+        """Places for states: one a slot, the checkpoints, and with speculation one after each token of a verification."""
+        width = 1 + self.speculation if self.speculation else 0
+        return self.max_seqs * (1 + width) + self.num_checkpoints
+
+    @property
+    def at_once(self) -> int:
+        """Tokens that a step adds to a sequence at most."""
+        return max(self.longest, 1 + self.speculation)
 
     @functools.cached_property
     def buckets(self) -> list[Bucket]:

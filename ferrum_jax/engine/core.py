@@ -25,7 +25,7 @@ from ferrum_jax.engine.sequence import Dispatch, Row
 from ferrum_jax.engine.watcher import listed
 from ferrum_jax.engine.worker import Job, Worker
 from ferrum_jax.prompts import Prompts
-from ferrum_jax.state import DecodeState, read_places
+from ferrum_jax.state import DecodeState, PageKind, kind_names, read_places
 
 _LOG = logging.getLogger("ferrum_jax.engine.engine")
 
@@ -49,6 +49,7 @@ class Core:
     serving: bool
     warmed_up: tuple[int, int]
     _device: Device
+    _kinds: tuple[PageKind, ...]
     _driver: Worker
     _compiler: Worker
     _lock: threading.Lock
@@ -116,10 +117,22 @@ class Core:
             "preemptions": scheduler.preemptions,
             "pages_free": ledger.free,
             "pages_cached": ledger.cached,
+            **self._measure_pools(),
             "requests_waiting": len(scheduler.waiting),
             "requests_running": len(scheduler.running),
             **self._seconds,
         }
+
+    def _measure_pools(self) -> dict[str, float]:
+        """What the metrics say of each pool where there are several, and of checkpoints where there are any."""
+        pools, checkpoints = self._scheduler.ledger.pools, self._scheduler.ledger.checkpoints
+        found: dict[str, float] = {}
+        if checkpoints is not None:
+            found = {"checkpoints_free": checkpoints.free, "checkpoints_cached": checkpoints.cached}
+            found["checkpoint_evictions"] = checkpoints.evictions
+        for name, pool in zip(kind_names(self._kinds), pools, strict=True) if len(pools) > 1 else ():
+            found |= {f"pages_free_{name}": pool.free, f"pages_cached_{name}": pool.cached}
+        return found
 
     # Serving in the background
 
@@ -213,7 +226,7 @@ class Core:
             if not self._land(before):  # tokens that are there do not wait for the compiler
                 return
             before = None
-        if dispatch is not None and any(row.valid for row in dispatch.rows):
+        if dispatch is not None:  # though its rows were aborted meanwhile: what it writes is registered
             try:
                 self._flight = self._launch(dispatch)
             except Exception as error:  # whatever it is, it must not take the engine along
@@ -347,25 +360,24 @@ class Core:
             found = ledger.written(sequence.held, sequence.written) if sequence.state == "running" else ledger.nothing()
             if not found.full:
                 found = ledger.find([*request.prompt_token_ids, *request.token_ids], sequence.adapter)
-            if any(-1 in pages for pages in found.pages):
-                found = ledger.nothing()
+            facts["full_pages"] = found.full
             ledger.share(found)
         try:
-            return facts, self._device.read(found.pages) if found.full else None
+            return facts, self._device.read(ledger.places(found)) if found.full else None
         finally:
             with self._lock:
                 ledger.release(found)
 
-    def _fill_prefix_cache(self, text: list[int], content: DecodeState, adapter: int) -> None:
-        """Puts what is not cached yet of the state of a text into free places. It is found once they hold it."""
+    def _fill_prefix_cache(self, text: list[int], full: int, content: DecodeState, adapter: int) -> None:
+        """Puts what is not cached yet of the first `full` pages of a text into free places. It is found once they hold it."""
         self._renew()
         ledger = self._scheduler.ledger
         with self._lock:
-            reserved = ledger.reserve(text, content.num_pages, adapter)
+            reserved = ledger.reserve(text, full, content.counts, adapter)
         if not any(reserved):
             return
         try:
-            part = read_places(content, [np.asarray([number for _, number, _ in pages], np.int32) for pages in reserved])
+            part = read_places(content, [np.asarray([place for _, place, _ in pages], np.int32) for pages in reserved])
             self._device.write([[page for page, *_ in pages] for pages in reserved], part)
         except BaseException:  # the state was donated
             with self._lock:

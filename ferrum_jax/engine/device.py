@@ -6,7 +6,9 @@ is started and its results are fetched later, one dispatch behind, so that the d
 
 from __future__ import annotations
 
+import bisect
 import contextlib
+import operator
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -18,11 +20,12 @@ import numpy as np
 from ferrum_jax import memory
 from ferrum_jax.engine import steps
 from ferrum_jax.engine.config import Bucket, EngineConfig
+from ferrum_jax.engine.ledger import pool_sizes
 from ferrum_jax.engine.sequence import Dispatch, Extras, Sequence
 from ferrum_jax.runtime import Runtime
 from ferrum_jax.sampling import Sampling
 from ferrum_jax.sampling_params import MAX_BIAS, SamplingParams
-from ferrum_jax.state import DecodeState, bytes_per_token, copy_places, grow, new_state, read_places, write_places
+from ferrum_jax.state import DecodeState, bytes_per_state, copy_places, grow, new_state, page_kinds, read_places, write_places
 from ferrum_jax.units import readable_bytes
 from pallas_kernels.dispatch import target_of
 
@@ -217,7 +220,8 @@ class Device:
         return tuple(min(pages, most) for most in self.num_pages)
 
     def _state_sizes(self, pages: int) -> dict[str, Any]:
-        return {"pages": self._sizes_of_pools(pages), "page_size": self.config.page_size, "dtype": self.kv_dtype}
+        sizes = {"pages": self._sizes_of_pools(pages), "page_size": self.config.page_size, "dtype": self.kv_dtype}
+        return {**sizes, "num_states": self.config.num_states}
 
     def _sampling(self, params: list[SamplingParams], rows: int) -> Sampling:
         tokenizer = self.model.tokenizer
@@ -271,10 +275,18 @@ def _arrays(places: list[list[int]]) -> tuple[np.ndarray, ...]:
 
 def choose_num_pages(model: Runtime, config: EngineConfig) -> int:
     """Pages for `max_seqs` sequences of the longest context, or as many as there is memory for; at least one sequence's."""
-    size = config.page_size * bytes_per_token(model.config, config.kv_dtype or model.kv_dtype)
+    kinds, dtype = page_kinds(model.config), config.kv_dtype or model.kv_dtype
+    windows = [kind.window for kind in kinds]
+    sizes = [config.page_size * kind.bytes_per_token(dtype) for kind in kinds]
+
+    def nbytes(pages: int) -> int:
+        return sum(map(operator.mul, sizes, pool_sizes(windows, pages, config)))
+
     context = -(-model.max_seq_len // config.page_size)
     limit = memory.device_limit(model.device)
     most = _HOST_CACHE_BYTES
     if model.device.platform != "cpu" and limit is not None:
         most = int(limit.free * _FREE_FRACTION)
-    return max(1, min(config.max_seqs * context, max(most // size, min(context, 64))))
+    most -= config.num_states * bytes_per_state(model.config)
+    fitting = bisect.bisect(range(1, config.max_seqs * context + 1), most, key=nbytes)
+    return max(1, min(config.max_seqs * context, max(fitting, min(context, 64))))

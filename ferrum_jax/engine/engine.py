@@ -22,7 +22,7 @@ from ferrum_jax.engine import snapshot, steps, worker
 from ferrum_jax.engine.config import EngineConfig, config_of
 from ferrum_jax.engine.core import Core
 from ferrum_jax.engine.device import Device, choose_num_pages
-from ferrum_jax.engine.ledger import Ledger
+from ferrum_jax.engine.ledger import Ledger, pool_sizes
 from ferrum_jax.engine.request import Request
 from ferrum_jax.engine.scheduler import Scheduler
 from ferrum_jax.engine.sequence import Extras, Sequence
@@ -31,7 +31,7 @@ from ferrum_jax.errors import ModelFileError
 from ferrum_jax.progress import task
 from ferrum_jax.prompts import Prompt, Prompts
 from ferrum_jax.sampling_params import MAX_BIAS, SamplingParams
-from ferrum_jax.state import page_kinds
+from ferrum_jax.state import page_kinds, recurrent_kinds
 
 if TYPE_CHECKING:
     from ferrum_jax.model import Model
@@ -72,13 +72,14 @@ class Engine(Core):
 
         def set_up() -> None:
             config = self.config
-            self.num_pages = config.num_pages or choose_num_pages(self.model, config)
-            self.context, kinds = self.model.max_seq_len, page_kinds(self.model.config)
-            if not all(kind.window for kind in kinds):
-                self.context = min(self.context, self.num_pages * config.page_size)
-            self._device = Device(self.model, config, [self.num_pages] * len(kinds), self.context)
+            num_pages, self.context = config.num_pages or choose_num_pages(self.model, config), self.model.max_seq_len
+            self._kinds = page_kinds(self.model.config)
+            if not all(kind.window for kind in self._kinds):
+                self.context = min(self.context, num_pages * config.page_size)
+            self._device = Device(self.model, config, self._pool_sizes(num_pages), self.context)
             self.identity = f"{self.model.fingerprint()} kv {self._device.kv_dtype}, pages of {config.page_size}"
-            self._scheduler = Scheduler(config, self._new_ledger(self.num_pages))
+            self._scheduler = Scheduler(config, self._new_ledger(num_pages))
+            self.num_pages = sum(self._device.num_pages)
             self._choose_steps()
 
         self._driver.call(set_up)
@@ -166,7 +167,7 @@ class Engine(Core):
         sequence.owner, sequence.cacheable = request, saved.params.prompt_logprobs is None
         request._resume(saved, path)
         if self.config.prefix_cache and saved.content is not None:
-            self._driver.call(partial(self._fill_prefix_cache, text, saved.content, place))
+            self._driver.call(partial(self._fill_prefix_cache, text, saved.full_pages, saved.content, place))
         if request.state != "finished":
             self._do(self._add, [request], undo=partial(self._end_choices, request))
         return request
@@ -220,24 +221,22 @@ class Engine(Core):
 
         compiles; steps of the model (each of a dispatch of N counts); prompt_tokens that were computed; generated_tokens;
         prefix_lookups, prefix_hit_pages, prefix_saved_tokens, prefix_evictions; preemptions; pages_free, pages_cached (what
-        is left is held); requests_waiting, requests_running; host_seconds: processor time of the driving threads, deciding,
-        launching and taking in; device_seconds: wall time from a launch, or the results before, to its results.
+        is left is held), of all pools, and of each where there are several, as in pages_free_full and
+        pages_free_window_4096; of a model with layers that recur checkpoints_free, checkpoints_cached, checkpoint_evictions;
+        requests_waiting, requests_running; host_seconds: processor time of the driving threads,
+        deciding, launching and taking in; device_seconds: wall time from a launch, or the results before, to its results.
         """
         return self._do(self._measure)
 
     # Inside
 
+    def _pool_sizes(self, num_pages: int) -> list[int]:
+        return pool_sizes([kind.window for kind in self._kinds], num_pages, self.config)
+
     def _new_ledger(self, num_pages: int) -> Ledger:
-        windows = [kind.window for kind in page_kinds(self.model.config)]
-        return Ledger(
-            [num_pages] * len(windows),
-            windows,
-            self.config.page_size,
-            context=self.context,
-            at_once=max(self.config.longest, 1 + self.config.speculation),
-            remembers=self.config.prefix_cache,
-            salt=self.identity.encode(),
-        )
+        windows = [kind.window for kind in self._kinds]
+        recurs = bool(recurrent_kinds(self.model.config))
+        return Ledger(self.config, windows, self._pool_sizes(num_pages), self.context, self.identity.encode(), recurs)
 
     def _do(self, work: Callable[..., Any], *args: Any, undo: Callable[[], object] | None = None) -> Any:
         """What short work on the host's state gives, done under the lock."""
@@ -299,12 +298,13 @@ class Engine(Core):
         if length >= self.model.max_seq_len:
             raise ValueError(f"the prompt has {length} tokens and leaves no room in a context of {self.model.max_seq_len}")
         limit = min(length + params.max_tokens, self.model.max_seq_len)
-        needed = max(self._scheduler.ledger.pages_needed(limit))
-        if needed > self.num_pages:
-            raise ValueError(
-                f"a prompt of {length} tokens with max_tokens={params.max_tokens} needs {needed} pages of "
-                f"{self.config.page_size} tokens; the engine has {self.num_pages}"
-            )
+        ledger = self._scheduler.ledger
+        for needed, pool in zip(ledger.pages_needed(limit), ledger.pools, strict=True):
+            if needed > pool.num_pages:
+                raise ValueError(
+                    f"a prompt of {length} tokens with max_tokens={params.max_tokens} needs {needed} pages of "
+                    f"{self.config.page_size} tokens; the engine has {pool.num_pages}"
+                )
         return limit
 
     def _extras(self, params: SamplingParams) -> Extras:

@@ -4,24 +4,31 @@ A text is cut into pages of `page_size` tokens, and page n of a text is one page
 of pages, one chain of digests, and a table with a row for each pool. The pools differ in what their layers look at: those
 with a window need the pages within it alone, so those behind it are given back, and the beginning of a text is found where
 each pool has what its layers will look at.
+
+Layers that recur have one state of a text, at its end. A running sequence has it in the place of its slot. A checkpoint is a
+copy of it, made between two dispatches where a text ends with a page: it is found, shared and evicted as pages are, and the
+beginning of a text is found only where there is one. A state is worth the pages of thousands of tokens, so a sequence makes
+few: before the last page of its prompt, and where its text has left another that is known. Each holds its newest.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
+from ferrum_jax.engine.config import EngineConfig
 from ferrum_jax.engine.pages import Entry, PagePool, entry, root
 
 
 class Held:
     """What a sequence holds: `count` pages of each pool. pages: their numbers for each pool, -1 for those that were given
     back (behind a window; `behind` are passed); table: int32 [pools, most], the same for the device; digests: of the first
-    full pages, those that are registered."""
+    full pages, those that are registered. checkpoint: the place of its newest one, -1 for none, which is of the first
+    `checkpointed` pages and is `fresh` until it may be found; stops: numbers of pages after which it is to make others."""
 
-    __slots__ = ("behind", "count", "digests", "pages", "table")
+    __slots__ = ("behind", "checkpoint", "checkpointed", "count", "digests", "fresh", "pages", "stops", "table")
 
     def __init__(self, pools: int = 0, most: int = 0):
         self.count = 0
@@ -29,6 +36,8 @@ class Held:
         self.behind = [0] * pools
         self.table = np.zeros((pools, most), np.int32)
         self.digests: list[bytes] = []
+        self.checkpoint, self.checkpointed, self.fresh = -1, 0, False
+        self.stops: list[int] = []
 
     def append(self, pages: Sequence[int]) -> None:
         for held, row, page in zip(self.pages, self.table, pages, strict=True):
@@ -39,11 +48,14 @@ class Held:
 
 class Found(NamedTuple):
     """The beginning of a text that is there. pages: full ones for each pool, -1 for those behind its window; digests: of
-    those that are registered; rest: in each pool the page whose beginning holds the rest of the text, to be copied."""
+    those that are registered; rest: in each pool the page whose beginning holds the rest of the text, to be copied;
+    checkpoint: of the layers that recur, -1 for none; known: how many pages there would be with a checkpoint after them."""
 
     pages: list[list[int]]
     digests: list[bytes]
     rest: list[int] | None = None
+    checkpoint: int = -1
+    known: int = 0
 
     @property
     def full(self) -> int:
@@ -52,34 +64,46 @@ class Found(NamedTuple):
 
 
 class Reserved(NamedTuple):
-    """A page of a pool that is about to be written with page `number` of a text."""
+    """A page that is about to be written with what is at `place` of the content of a pool."""
 
     page: int
-    number: int
+    place: int
     entry: Entry
 
 
-class Ledger:
-    """The pools of a state: for each the number of its pages and the window of its layers (0: none).
+def pages_at_once(window: int, config: EngineConfig) -> int:
+    """Pages that a sequence holds at most in a pool whose layers see so many positions."""
+    return -(-(window + config.at_once) // config.page_size) + 2
 
-    page_size: tokens of a page; context: tokens of a sequence at most; at_once: tokens that a step may add to a sequence;
-    remembers: whether pages are found again by their text; salt: names the model that their contents depend on.
+
+def pool_sizes(windows: Sequence[int], num_pages: int, config: EngineConfig) -> list[int]:
+    """Pages of each pool, by the windows of its layers (0: none): `num_pages` where they see farthest, elsewhere what
+    `max_seqs` sequences hold at most."""
+    farthest = 0 if 0 in windows else max(windows)
+    most = [num_pages if window == farthest else config.max_seqs * pages_at_once(window, config) for window in windows]
+    return [min(num_pages, size) for size in most]
+
+
+class Ledger:
+    """The pools of a state: for each the window of its layers (0: none) and the number of its pages.
+
+    context: tokens of a sequence at most; salt: names the model that the contents of pages depend on; recurs: whether there
+    are layers that recur.
     """
 
     def __init__(
         self,
-        num_pages: Sequence[int],
+        config: EngineConfig,
         windows: Sequence[int],
-        page_size: int,
-        *,
+        num_pages: Sequence[int],
         context: int,
-        at_once: int = 1,
-        remembers: bool = True,
         salt: bytes = b"",
+        recurs: bool = False,
     ):
+        self.config, self.page_size, self.windows = config, config.page_size, list(windows)
         self.pools = [PagePool(count) for count in num_pages]
-        self.windows, self.page_size, self.at_once, self.remembers = list(windows), page_size, at_once, remembers
-        self.pages_a_sequence = -(-context // page_size)
+        self.checkpoints = PagePool(config.num_checkpoints, config.max_seqs) if recurs else None
+        self.pages_a_sequence = self.count(context)
         self._windowed = [pool for pool, window in enumerate(windows) if window]
         self._salt = salt
 
@@ -109,28 +133,54 @@ class Ledger:
     def pages_needed(self, tokens: int) -> list[int]:
         """Pages of each pool that a sequence alone needs at once to grow to so many tokens; the last one is never written."""
         pages = self.count(tokens - 1)
-        return [min(pages, self.count(window + self.at_once) + 2) if window else pages for window in self.windows]
+        return [min(pages, pages_at_once(window, self.config)) if window else pages for window in self.windows]
 
     # What a sequence holds
 
-    def admit(self, found: Found, tokens: int, reserve: bool) -> tuple[Held, list[tuple[int, int, int]]] | None:
-        """What a sequence of so many tokens holds at its beginning, and the pages to copy before it runs, as (pool, source,
-        target); None where there is no room for the rest of it. reserve: whether to leave some pages to others."""
+    def admit(self, found: Found, tokens: int, slot: int, reserve: bool) -> tuple[Held, list[tuple[int, int, int]]] | None:
+        """What a sequence of so many tokens holds at its beginning in a slot, and the copies to make before it runs, as
+        (part of the state, source, target); None where there is no room for the rest of it. reserve: whether to leave some
+        pages to others."""
         self.share(found)
-        needed = self.pages_needed(tokens)
+        needed = self.pages_needed(tokens + 1)
         for pool, pages, most in zip(self.pools, found.pages, needed, strict=True):
             watermark = max(1, pool.num_pages // 100) if reserve else 0
             if pool.available < most - sum(page >= 0 for page in pages) + watermark:
                 self.release(found)
                 return None
-        held = Held(len(self.pools), self.pages_a_sequence)
+        held, copies = Held(len(self.pools), self.pages_a_sequence), []
         held.digests = found.digests
         for numbers in zip(*found.pages, strict=True):
             held.append(numbers)
-        if found.rest is None:
-            return held, []
-        held.append([pool.take() for pool in self.pools])
-        return held, [(number, page, held.pages[number][-1]) for number, page in enumerate(found.rest)]
+        if found.rest is not None:
+            held.append([pool.take() for pool in self.pools])
+            copies = [(number, page, held.pages[number][-1]) for number, page in enumerate(found.rest)]
+        if self.checkpoints is not None:
+            held.checkpoint, held.checkpointed = found.checkpoint, found.full
+            held.stops = sorted({found.known, (tokens - 1) // self.page_size} - set(range(found.full + 1)))
+            if found.checkpoint >= 0:
+                copies.append((len(self.pools), found.checkpoint, slot))
+        return held, copies
+
+    def at_most(self, held: Held, prefilled: int, count: int) -> int:
+        """How many of the next `count` tokens of a prompt may be read at once, so that its text ends where it stops next."""
+        stop = next((stop * self.page_size for stop in held.stops if stop * self.page_size > prefilled), prefilled + count)
+        return min(count, stop - prefilled)
+
+    def checkpoint(self, held: Held, prefilled: int, slot: int) -> list[tuple[int, int, int]]:
+        """The copies that make a checkpoint of a sequence that has read so many tokens, where it stops there and there is a
+        place."""
+        if not held.stops or held.stops[0] * self.page_size != prefilled:
+            return []
+        assert self.checkpoints is not None
+        full = held.stops.pop(0)
+        if held.checkpoint >= 0:
+            self.checkpoints.give_back(held.checkpoint)
+            held.checkpoint = -1
+        if not self.checkpoints.available:
+            return []
+        held.checkpoint, held.checkpointed, held.fresh = self.checkpoints.take(), full, True
+        return [(len(self.pools), slot, held.checkpoint)]
 
     def grow(self, held: Held, tokens: int) -> bool:
         """Takes pages for so many tokens; False where a pool has none left."""
@@ -145,7 +195,7 @@ class Ledger:
         """Registers the pages that are full of known tokens once so many are written, and gives back those that no layer of
         their pool will look at again."""
         size = self.page_size
-        while self.remembers and (len(held.digests) + 1) * size <= written:
+        while self.config.prefix_cache and (len(held.digests) + 1) * size <= written:
             number = len(held.digests)
             parent = held.digests[-1] if number else self.root(adapter)
             known = entry(parent, tokens[number * size : (number + 1) * size])
@@ -153,6 +203,8 @@ class Ledger:
             for pool, pages in zip(self.pools, held.pages, strict=True):
                 if pages[number] >= 0:
                     pool.register(pages[number], known)
+        if held.fresh and len(held.digests) >= held.checkpointed:
+            self._register_checkpoint(held, tokens, adapter)
         for windowed in self._windowed:
             pages = held.pages[windowed]
             while held.behind[windowed] < self._behind(windowed, written):
@@ -164,7 +216,7 @@ class Ledger:
 
     def give_back(self, held: Held) -> None:
         """All that a sequence holds, from its end on."""
-        self.release(Found(held.pages, []))
+        self.release(Found(held.pages, [], None, held.checkpoint))
 
     # Texts
 
@@ -175,32 +227,43 @@ class Ledger:
         return Found([[] for _ in self.pools], [])
 
     def find(self, tokens: Sequence[int], adapter: int = -1) -> Found:
-        """The longest beginning of a text that is registered. The last token is always left out: its logits have to be
-        computed, in a page that no other sequence shares."""
-        found = self.nothing()
+        """The longest beginning of a text that is registered, which is where each pool has all that its layers look at from
+        there on. The last token is always left out: its logits have to be computed, in a page that no other shares."""
+        found, best, reached, checkpoint = self.nothing(), 0, 0, -1
+        gaps = [0] * len(self.pools)  # in each pool the first page after the newest that is missing
         parent = self.root(adapter)
         for start in range(0, len(tokens) - self.page_size, self.page_size):
             known = entry(parent, tokens[start : start + self.page_size])
-            pages = [page for pool in self.pools if (page := pool.find(known)) is not None]
-            if len(pages) < len(self.pools):
-                break
             parent = known.digest
             found.digests.append(parent)
-            for held, page in zip(found.pages, pages, strict=True):
-                held.append(page)
-        for windowed in self._windowed:
-            behind = self._behind(windowed, found.full * self.page_size)
-            found.pages[windowed][:behind] = [-1] * behind
-        return found
+            for number, pool in enumerate(self.pools):
+                page = pool.find(known)
+                found.pages[number].append(-1 if page is None else page)
+                if page is None:
+                    gaps[number] = found.full
+            if any(gap and not window for gap, window in zip(gaps, self.windows, strict=True)):
+                break
+            if all(gap <= self._behind(number, found.full * self.page_size) for number, gap in enumerate(gaps)):
+                reached = found.full
+                state = -1 if self.checkpoints is None else self.checkpoints.find(known)
+                if state is not None:
+                    best, checkpoint = reached, state
+        return self._cut(found, best)._replace(checkpoint=checkpoint, known=reached)
 
     def written(self, held: Held, written: int) -> Found:
-        """The full pages of a sequence of which so many tokens are written."""
-        count = written // self.page_size
-        return Found([pages[:count] for pages in held.pages], held.digests[:count])
+        """The full pages of a sequence of which so many tokens are written, as `find` gives them: nothing where some of what
+        would be looked at from there on was given back."""
+        full = written // self.page_size if self.checkpoints is None else held.checkpointed
+        if any(held.behind[pool] > self._behind(pool, full * self.page_size) for pool in self._windowed):
+            return self.nothing()
+        return self._cut(Found(held.pages, held.digests, None, held.checkpoint), full)
 
     def branch(self, held: Held, last: int) -> Found | None:
-        """What a sequence holds of its text before position `last`, for a branch that goes on there; None where a page that
+        """What a sequence holds of its text before position `last`, for a branch that goes on there; None where some of what
         the branch would look at was given back."""
+        if self.checkpoints is not None:
+            found = self.written(held, last)
+            return found if found.full and found.full * self.page_size <= last else None
         if any(held.behind[pool] > self._behind(pool, last) for pool in self._windowed):
             return None
         full, more = divmod(last, self.page_size)
@@ -208,50 +271,85 @@ class Ledger:
         return Found([pages[:full] for pages in held.pages], held.digests[:full], rest)
 
     def share(self, found: Found) -> None:
-        """Counts one holder more of full pages."""
-        for pool, pages in zip(self.pools, found.pages, strict=True):
+        """Counts one holder more of full pages and their checkpoint."""
+        for pool, pages in self._places(found):
             for page in pages:
                 if page >= 0:
                     pool.share(page)
 
     def release(self, found: Found) -> None:
-        """Counts one holder less of full pages, from the end on."""
-        for pool, pages in zip(self.pools, found.pages, strict=True):
+        """Counts one holder less of full pages, from the end on, and their checkpoint."""
+        for pool, pages in self._places(found):
             for page in reversed(pages):
                 if page >= 0:
                     pool.give_back(page)
 
-    def reserve(self, text: Sequence[int], count: int, adapter: int) -> list[list[Reserved]]:
-        """Free pages of each pool for those of the first `count` of a text that are not registered, until it has none."""
-        reserved: list[list[Reserved]] = [[] for _ in self.pools]
+    def reserve(self, text: Sequence[int], full: int, counts: Sequence[int], adapter: int) -> list[list[Reserved]]:
+        """Free places for what is not registered of the first `full` pages of a text, of each part of the state the last
+        `counts` of them, until it has none."""
+        pools = self._all
+        reserved: list[list[Reserved]] = [[] for _ in pools]
         parent = self.root(adapter)
-        for number in range(count):
+        for number in range(full):
             known = entry(parent, text[number * self.page_size : (number + 1) * self.page_size])
             parent = known.digest
-            for pool, pages in zip(self.pools, reserved, strict=True):
-                if pool.free and pool.find(known) is None:
-                    pages.append(Reserved(pool.take(), number, known))
+            for pool, pages, count in zip(pools, reserved, counts, strict=True):
+                place = number - (full - count)
+                if place >= 0 and pool.free and pool.find(known) is None:
+                    pages.append(Reserved(pool.take(), place, known))
         return reserved
 
     def publish(self, reserved: list[list[Reserved]]) -> None:
         """Registers reserved pages, which hold their texts now, and lets go of them."""
-        for pool, pages in zip(self.pools, reserved, strict=True):
+        for pool, pages in zip(self._all, reserved, strict=True):
             for page, _, known in pages:
                 pool.register(page, known)
-        self.release(Found([[page for page, *_ in pages] for pages in reserved], []))
+            for page, *_ in reversed(pages):
+                pool.give_back(page)
+
+    def places(self, found: Found) -> list[list[int]]:
+        """What is found, for each part of the state."""
+        return [[page for page in pages if page >= 0] for _, pages in self._places(found)]
 
     def forget(self) -> None:
         """Forgets all registered text; pages that are held stay held."""
-        for pool in self.pools:
+        for pool in self._all:
             pool.reset()
 
     def clear(self) -> None:
         """Forgets all text and all holders: everything is free."""
-        for pool in self.pools:
+        for pool in self._all:
             pool.clear()
 
     # Inside
 
+    @property
+    def _all(self) -> list[PagePool]:
+        return self.pools if self.checkpoints is None else [*self.pools, self.checkpoints]
+
+    def _places(self, found: Found) -> Iterator[tuple[PagePool, list[int]]]:
+        """What is found in each pool."""
+        yield from zip(self.pools, found.pages, strict=True)
+        if self.checkpoints is not None:
+            yield self.checkpoints, [found.checkpoint]
+
+    def _register_checkpoint(self, held: Held, tokens: Sequence[int], adapter: int) -> None:
+        """Lets a checkpoint be found; nothing where it is already."""
+        assert self.checkpoints is not None
+        number, held.fresh = held.checkpointed - 1, False
+        parent = held.digests[number - 1] if number else self.root(adapter)
+        text = tokens[number * self.page_size : held.checkpointed * self.page_size]
+        self.checkpoints.register(held.checkpoint, entry(parent, text))
+
     def _behind(self, pool: int, position: int) -> int:
         """How many pages of a pool no layer looks at from this position on."""
-        return max(0, position + 1 - self.windows[pool]) // self.page_size
+        window = self.windows[pool]
+        return max(0, position + 1 - window) // self.page_size if window else 0
+
+    def _cut(self, found: Found, full: int) -> Found:
+        """The first `full` pages, without those that are behind the windows there."""
+        pages = [numbers[:full] for numbers in found.pages]
+        for pool in self._windowed:
+            behind = self._behind(pool, full * self.page_size)
+            pages[pool][:behind] = [-1] * behind
+        return found._replace(pages=pages, digests=found.digests[:full])

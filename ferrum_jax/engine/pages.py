@@ -36,16 +36,15 @@ def root(salt: bytes, adapter: int = -1) -> bytes:
 
 
 class PagePool:
-    """Pages 0 .. num_pages - 1. Counts `evictions`: cached pages given to another text."""
+    """Pages first .. first + num_pages - 1. Counts `evictions`: cached pages given to another text."""
 
-    def __init__(self, num_pages: int):
-        self.num_pages = num_pages
+    def __init__(self, num_pages: int, first: int = 0):
+        self.num_pages, self._first = num_pages, first
         self.evictions = 0
-        self._free = list(range(num_pages - 1, -1, -1))
-        self._holders = [0] * num_pages
         self._entries: dict[int, Entry] = {}
         self._pages: dict[bytes, int] = {}
         self._cached: OrderedDict[int, None] = OrderedDict()  # registered, held by nobody; unused for longest first
+        self.clear()
 
     @property
     def free(self) -> int:
@@ -113,9 +112,11 @@ class PagePool:
 
     def clear(self) -> None:
         """Forgets all text and all holders: every page is free."""
-        self.reset()
-        self._free = list(range(self.num_pages - 1, -1, -1))
-        self._holders = [0] * self.num_pages
+        self._entries.clear()
+        self._pages.clear()
+        self._cached.clear()
+        self._free = list(range(self._first + self.num_pages - 1, self._first - 1, -1))
+        self._holders = [0] * (self._first + self.num_pages)
 
     def _forget(self, page: int) -> None:
         del self._pages[self._entries.pop(page).digest]

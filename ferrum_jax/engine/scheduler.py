@@ -124,8 +124,9 @@ class Scheduler:
         """Rows with prompt tokens: of running sequences, then of those that are admitted."""
         for sequence in self._running():
             if budget and sequence.prefilled != sequence.target:
-                count = min(budget, sequence.target - sequence.prefilled)
+                count = self._next(sequence, budget)
                 if self._grow(sequence, sequence.prefilled + count):
+                    copies += self.ledger.checkpoint(sequence.held, sequence.prefilled, sequence.slot)
                     budget -= count
                     yield _prompt_row(sequence, count)
         for sequence in list(self.waiting):
@@ -140,15 +141,20 @@ class Scheduler:
                     raise RuntimeError(f"{len(sequence.tokens)} tokens do not fit into {pages} pages")
                 return
             admitted.append((sequence, sequence.slot))
-            count = min(budget, sequence.target - sequence.prefilled)
+            count = self._next(sequence, budget)
             self._grow(sequence, sequence.prefilled + count)
             budget -= count
             yield _prompt_row(sequence, count)
 
+    def _next(self, sequence: Sequence, budget: int) -> int:
+        """How many tokens of its prompt a sequence reads next."""
+        count = min(budget, sequence.target - sequence.prefilled)
+        return self.ledger.at_most(sequence.held, sequence.prefilled, count)
+
     def _admit(self, sequence: Sequence, copies: list[tuple[int, int, int]]) -> bool:
         """Gives a waiting sequence a slot and what is there already of its state, if there is room for the rest."""
         found = self._found(sequence)
-        admitted = self.ledger.admit(found, len(sequence.tokens) + 1, bool(self.running))
+        admitted = self.ledger.admit(found, len(sequence.tokens), self._slots[-1], bool(self.running))
         if admitted is None:
             return False
         self.waiting.remove(sequence)
@@ -158,7 +164,7 @@ class Scheduler:
         sequence.state, sequence.slot, sequence.origin = "running", self._slots.pop(), None
         sequence.pending = sequence.due = 0
         sequence.target = len(sequence.tokens)
-        sequence.prefilled = sequence.target - 1 if needed else found.full * self.ledger.page_size
+        sequence.prefilled = found.full * self.ledger.page_size if found.rest is None else sequence.target - 1
         self.lookups += sequence.cacheable and self.config.prefix_cache
         self.hit_pages += found.full
         self.saved_tokens += sequence.prefilled

@@ -10,19 +10,21 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from ferrum_jax.errors import ModelFileError
 from ferrum_jax.sampling_params import SamplingParams
 from ferrum_jax.state import DecodeState, KVCache
 
-_VERSION = 2
+_VERSION = 3
 _MAX_FACTS = 1 << 28  # bytes
 _REASONS = (None, "stop", "length", "abort", "error")
 
 
 class Saved(NamedTuple):
-    """A snapshot: `content` are full pages, on the host."""
+    """A snapshot: `content` is, on the host, what the layers look at of the text's first `full_pages` pages, and from there
+    on: of each pool the last of them."""
 
     params: SamplingParams
     seed: int
@@ -32,6 +34,7 @@ class Saved(NamedTuple):
     logprobs: list | None
     prompt_logprobs: list | None
     finish_reason: str | None
+    full_pages: int
     content: DecodeState | None
 
 
@@ -77,11 +80,10 @@ def load(path: Path, identity: str, vocab: int, like: DecodeState) -> Saved:
         saved = _checked(facts, vocab)
         if not parts:
             return saved
-        _check_pages(parts, like, len(saved.prompt) + len(saved.output))
+        _check_pages(parts, like, saved.full_pages, len(saved.prompt) + len(saved.output))
         with _checkpointer() as checkpointer:
             content = _part(checkpointer, path, parts)
-        pools = (KVCache(content["pages"], content.get("scales"), pool.dtype) for pool in like.pools)
-        return saved._replace(content=DecodeState(tuple(pools)))
+        return saved._replace(content=_state(content, like))
     except Exception as error:
         raise ModelFileError(f"{path}: is a damaged snapshot: {error}") from error
 
@@ -115,7 +117,8 @@ def _checked(facts: dict[str, Any], vocab: int) -> Saved:
     prompt_logprobs = _pairs("prompt_logprobs", rows, params.prompt_logprobs, range(len(prompt)), vocab)
     if prompt_logprobs is not None:
         prompt_logprobs = [None, *prompt_logprobs]
-    return Saved(params, facts["seed"], facts["adapter"], prompt, output, logprobs, prompt_logprobs, reason, None)
+    known = prompt, output, logprobs, prompt_logprobs, reason, facts["full_pages"]
+    return Saved(params, facts["seed"], facts["adapter"], *known, None)
 
 
 def _pairs(field: str, rows: Any, best: int | None, lengths: range, vocab: int) -> list | None:
@@ -133,23 +136,47 @@ def _pairs(field: str, rows: Any, best: int | None, lengths: range, vocab: int) 
     return pairs
 
 
-def _check_pages(parts: dict[str, Any], like: DecodeState, tokens: int) -> None:
-    """That the arrays hold pages like those of a state, and no more than so many tokens fill."""
+def _check_pages(parts: dict[str, Any], like: DecodeState, full: int, tokens: int) -> None:
+    """That the arrays hold pages like those of a state: of each pool no more than `full`, which so many tokens fill."""
     expected = _arrays(like)
     if parts.keys() != expected.keys():
         raise ValueError(f"it has {', '.join(parts)} where this engine has {', '.join(expected)}")
-    pages = {part.shape[1:2] for part in parts.values()}
+    if type(full) is not int or not 0 < full <= tokens // like.page_size:
+        raise ValueError(f"{full} full pages of {like.page_size} tokens where the text has {tokens}")
     for name, right in expected.items():
         shape, dtype = parts[name].shape, np.dtype(parts[name].dtype)
-        if len(pages) > 1 or (shape[:1], shape[2:], dtype) != (right.shape[:1], right.shape[2:], right.dtype):
+        if (shape[:1], shape[2:], dtype) != (right.shape[:1], right.shape[2:], right.dtype):
             raise ValueError(f"{name} {dtype}{list(shape)} are not pages of this engine, {right.dtype}{list(right.shape)}")
-    if not 0 < parts["pages"].shape[1] <= tokens // like.page_size:
-        raise ValueError(f"{parts['pages'].shape[1]} full pages of {like.page_size} tokens where the text has {tokens}")
+    state = _state(parts, like)
+    for part, most in zip(state.parts, [*[full] * len(like.pools), 1], strict=False):
+        counts = {array.shape[1] for array in jax.tree.leaves(part, is_leaf=lambda node: hasattr(node, "shape"))}
+        if len(counts) > 1 or max(counts) > most:
+            raise ValueError(f"{' and '.join(map(str, counts))} pages or states where there are {most}")
+
+
+def _names(pool: int) -> tuple[str, str]:
+    """What the arrays of a pool are called."""
+    return ("pages", "scales") if pool == 0 else (f"pages_{pool}", f"scales_{pool}")
 
 
 def _arrays(state: DecodeState) -> dict[str, Any]:
-    (pool,) = state.pools
-    return {"pages": pool.pages} | ({} if pool.scales is None else {"scales": pool.scales})
+    """The arrays of a state by names of their own."""
+    arrays: dict[str, Any] = {}
+    for number, pool in enumerate(state.pools):
+        arrays |= dict(zip(_names(number), (pool.pages, pool.scales), strict=True))
+    for number, kept in enumerate(state.recurrent):
+        arrays |= {f"recurrent_{number}_{name}": array for name, array in kept.items()}
+    return {name: array for name, array in arrays.items() if array is not None}
+
+
+def _state(arrays: dict[str, Any], like: DecodeState) -> DecodeState:
+    """The state that has these arrays, by the names of `_arrays`."""
+    pools = []
+    for number, pool in enumerate(like.pools):
+        pages, scales = _names(number)
+        pools.append(KVCache(arrays[pages], arrays.get(scales), pool.dtype))
+    kept = ({name: arrays[f"recurrent_{number}_{name}"] for name in kind} for number, kind in enumerate(like.recurrent))
+    return DecodeState(tuple(pools), tuple(kept))
 
 
 def _part(checkpointer: Any, path: Path, parts: dict[str, Any]) -> dict[str, Any]:

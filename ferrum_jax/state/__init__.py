@@ -1,7 +1,9 @@
-"""What sequences have read, as one donated value with kinds: pages of keys and values, a pool for each kind of layer."""
+"""What sequences have read, as one donated value with kinds: pages of keys and values, a pool for each kind of layer that
+attends, and the states of layers that recur."""
 
 from ferrum_jax.state.decode_state import (
     DecodeState,
+    bytes_per_state,
     bytes_per_token,
     copy_places,
     grow,
@@ -11,7 +13,7 @@ from ferrum_jax.state.decode_state import (
     read_places,
     write_places,
 )
-from ferrum_jax.state.kinds import PageKind, page_kinds
+from ferrum_jax.state.kinds import PageKind, RecurrentKind, kind_names, page_kinds, recurrent_kinds
 from pallas_kernels.paged_attention import KV_DTYPES, KVCache
 
 __all__ = [
@@ -19,13 +21,17 @@ __all__ = [
     "DecodeState",
     "KVCache",
     "PageKind",
+    "RecurrentKind",
+    "bytes_per_state",
     "bytes_per_token",
     "copy_places",
     "grow",
+    "kind_names",
     "kv_dtype",
     "new_cache",
     "new_state",
     "page_kinds",
     "read_places",
+    "recurrent_kinds",
     "write_places",
 ]

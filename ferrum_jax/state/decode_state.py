@@ -17,26 +17,33 @@ from jax.typing import DTypeLike
 
 from ferrum_jax import checks
 from ferrum_jax.config import ModelConfig
-from ferrum_jax.state.kinds import page_kinds
+from ferrum_jax.state.kinds import page_kinds, recurrent_kinds
 from ferrum_jax.units import shown_dtype
-from pallas_kernels import paged_attention
 from pallas_kernels.paged_attention import KV_DTYPES, KVCache
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DecodeState:
-    """The state of a model. pools: a KVCache for each of the model's `page_kinds`, all with the same page_size."""
+    """The state of a model.
+
+    Attributes:
+      pools: a KVCache for each of the model's `page_kinds`, all with the same page_size.
+      recurrent: for each of its `recurrent_kinds` float32 arrays [layers, states, ...] by name.
+    """
 
     pools: tuple[KVCache, ...]
+    recurrent: tuple[dict[str, jax.Array], ...] = ()
 
     @property
     def parts(self) -> tuple[Any, ...]:
-        """Trees of arrays [layers, places, ...]."""
-        return self.pools
+        """Trees of arrays [layers, places, ...]: the pools, then all recurrent state."""
+        return (*self.pools, self.recurrent) if self.recurrent else self.pools
 
     def with_parts(self, parts: Sequence[Any]) -> DecodeState:
-        return DecodeState(tuple(parts))
+        """A state like this with these parts."""
+        pools = len(self.pools)
+        return DecodeState(tuple(parts[:pools]), *parts[pools:])
 
     @property
     def num_pages(self) -> int:
@@ -46,6 +53,15 @@ class DecodeState:
     @property
     def page_size(self) -> int:
         return self.pools[0].page_size
+
+    @property
+    def counts(self) -> list[int]:
+        """How many places each part has."""
+        return [jax.tree.leaves(part)[0].shape[1] for part in self.parts]
+
+    def copy_states(self, sources: jax.Array, targets: jax.Array) -> DecodeState:
+        """With recurrent states copied, int32 [N] each; a target beyond the end copies nothing."""
+        return dataclasses.replace(self, recurrent=_copied(self.recurrent, sources, targets))
 
 
 def kv_dtype(dtype: DTypeLike) -> str:
@@ -59,13 +75,16 @@ def kv_dtype(dtype: DTypeLike) -> str:
 def bytes_per_token(config: ModelConfig, dtype: DTypeLike) -> int:
     """Bytes of one token's keys and values in all layers, scales included."""
     name = kv_dtype(dtype)
-    return sum(
-        len(kind.layers) * paged_attention.bytes_per_token(name, kind.kv_heads, kind.head_dim) for kind in page_kinds(config)
-    )
+    return sum(kind.bytes_per_token(name) for kind in page_kinds(config))
 
 
 def new_cache(
-    config: ModelConfig, *, num_pages: int, page_size: int = 16, dtype: DTypeLike = "float32"
+    config: ModelConfig,
+    *,
+    num_pages: int,
+    page_size: int = 16,
+    dtype: DTypeLike = "float32",
+    num_states: int | None = None,
 ) -> KVCache | DecodeState:
     """An empty cache: the KVCache of a model whose layers are all of one kind, else a DecodeState with a pool for each kind.
 
@@ -75,15 +94,20 @@ def new_cache(
       page_size: tokens of a page.
       dtype: float32, bfloat16, float16, int8 (one scale for each token and head) or float8_e4m3fn ("fp8").
 
+      num_states: sequences whose state layers that recur may keep; None: as many as pages.
+
     Raises:
       ValueError: for another dtype, and for a cache without pages or tokens.
     """
-    state = new_state(config, pages=num_pages, page_size=page_size, dtype=dtype)
+    states = num_pages if num_states is None else num_states
+    state = new_state(config, pages=num_pages, page_size=page_size, dtype=dtype, num_states=states)
     return state if len(state.parts) > 1 else state.pools[0]
 
 
-def new_state(config: ModelConfig, *, pages: int | Sequence[int], page_size: int, dtype: DTypeLike) -> DecodeState:
-    """An empty state with so many pages for each of the model's kinds, or for all of them. ValueError as `new_cache`."""
+def new_state(
+    config: ModelConfig, *, pages: int | Sequence[int], page_size: int, dtype: DTypeLike, num_states: int = 0
+) -> DecodeState:
+    """An empty state with so many pages for each of the model's kinds, or for all of them. The rest as in `new_cache`."""
     dtype, kinds = kv_dtype(dtype), page_kinds(config)
     counts = [pages] * len(kinds) if isinstance(pages, int) else pages
     if min(counts) < 1 or page_size < 1:
@@ -92,16 +116,25 @@ def new_state(config: ModelConfig, *, pages: int | Sequence[int], page_size: int
         KVCache.empty(len(kind.layers), count, page_size, kind.kv_heads, kind.head_dim, dtype)
         for kind, count in zip(kinds, counts, strict=True)
     )
-    return DecodeState(tuple(pools))
+    recurrent = (
+        {name: jnp.zeros((len(kind.layers), num_states, *shape), jnp.float32) for name, shape in kind.kept}
+        for kind in recurrent_kinds(config)
+    )
+    return DecodeState(tuple(pools), tuple(recurrent))
+
+
+def bytes_per_state(config: ModelConfig) -> int:
+    """Bytes of what layers that recur keep of one sequence."""
+    return sum(kind.bytes_per_state for kind in recurrent_kinds(config))
+
+
+def _copied(part: Any, sources: jax.Array, targets: jax.Array) -> Any:
+    return jax.tree.map(lambda a: a.at[:, targets].set(a.at[:, sources].get(mode="clip"), mode="drop"), part)
 
 
 def copy_places(state: DecodeState, sources: jax.Array, targets: jax.Array) -> DecodeState:
     """Copies places to places of the same part in all layers: int32 [parts, N] each; a target beyond the end copies nothing."""
-
-    def copy(part: Any, source: jax.Array, target: jax.Array) -> Any:
-        return jax.tree.map(lambda a: a.at[:, target].set(a.at[:, source].get(mode="clip"), mode="drop"), part)
-
-    return state.with_parts([copy(*each) for each in zip(state.parts, sources, targets, strict=True)])
+    return state.with_parts([_copied(*each) for each in zip(state.parts, sources, targets, strict=True)])
 
 
 def grow(state: DecodeState, *, pages: tuple[int, ...]) -> DecodeState:

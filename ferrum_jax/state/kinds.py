@@ -1,10 +1,14 @@
-"""Which kinds of state a model's layers have: layers whose keys and values look alike share a pool of pages."""
+"""Which kinds of state a model's layers have: layers whose keys and values look alike share a pool of pages, layers that
+recur alike share arrays of states."""
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from typing import NamedTuple
 
-from ferrum_jax.config import ModelConfig
+from ferrum_jax.config import Attention, ModelConfig, Recurrent
+from pallas_kernels import paged_attention
 
 
 class PageKind(NamedTuple):
@@ -15,11 +19,45 @@ class PageKind(NamedTuple):
     head_dim: int
     window: int
 
+    def bytes_per_token(self, dtype: str) -> int:
+        """Bytes of one token's keys and values, scales included."""
+        return len(self.layers) * paged_attention.bytes_per_token(dtype, self.kv_heads, self.head_dim)
+
+
+class RecurrentKind(NamedTuple):
+    """Layers that recur and keep the same, in order; `kept`: names and shapes of float32 arrays."""
+
+    layers: tuple[int, ...]
+    kept: tuple[tuple[str, tuple[int, ...]], ...]
+
+    @property
+    def bytes_per_state(self) -> int:
+        """Bytes of what is kept of one sequence."""
+        return 4 * len(self.layers) * sum(math.prod(shape) for _, shape in self.kept)
+
 
 def page_kinds(config: ModelConfig) -> tuple[PageKind, ...]:
-    """The kinds of pages of a model, in the order in which its layers have them."""
+    """The kinds of pages of a model, in the order in which its layers have them. Where no layer attends there is one without
+    layers: its pages count positions."""
     groups: dict[tuple[int, int, int], list[int]] = {}
     for number, layer in enumerate(config.layers):
-        mixer = layer.mixer
-        groups.setdefault((mixer.num_kv_heads, mixer.head_dim, mixer.window), []).append(number)
-    return tuple(PageKind(tuple(numbers), *kind) for kind, numbers in groups.items())
+        if isinstance(mixer := layer.mixer, Attention):
+            groups.setdefault((mixer.num_kv_heads, mixer.head_dim, mixer.window), []).append(number)
+    return tuple(PageKind(tuple(numbers), *kind) for kind, numbers in groups.items()) or (PageKind((), 1, 1, 0),)
+
+
+def recurrent_kinds(config: ModelConfig) -> tuple[RecurrentKind, ...]:
+    """The kinds of recurrent state of a model, in the order in which its layers have them."""
+    groups: dict[tuple, list[int]] = {}
+    for number, layer in enumerate(config.layers):
+        if isinstance(layer.mixer, Recurrent):
+            groups.setdefault(tuple(layer.mixer.kept.items()), []).append(number)
+    return tuple(RecurrentKind(tuple(numbers), kept) for kept, numbers in groups.items())
+
+
+def kind_names(kinds: tuple[PageKind, ...]) -> list[str]:
+    """A name for each kind: "full" or "window_4096", with heads and head width where that is the name of several."""
+    names = [f"window_{kind.window}" if kind.window else "full" for kind in kinds]
+    shapes = [f"{kind.kv_heads}x{kind.head_dim}" for kind in kinds]
+    count = Counter(names)
+    return [name if count[name] == 1 else f"{name}_{shape}" for name, shape in zip(names, shapes, strict=True)]

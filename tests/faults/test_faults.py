@@ -129,7 +129,7 @@ FAULTS = {
     "6-overflow": Fault(
         "what can never fit is accepted",
         Engine._check,
-        "if needed > self.num_pages:",
+        "if needed > pool.num_pages:",
         "if False:",
         pages.test_what_can_never_fit_is_refused_with_the_numbers,
     ),

@@ -20,7 +20,8 @@ from ferrum_jax.config import Attention, Dense, LayerSpec, Rope
 from ferrum_jax.engine import Engine, EngineConfig, engine, steps
 from ferrum_jax.engine.sequence import Dispatch, Row, Sequence
 from ferrum_jax.sampling_params import SamplingParams
-from ferrum_jax.state import DecodeState, KVCache
+from ferrum_jax.state import DecodeState, KVCache, page_kinds, recurrent_kinds
+from support.recurrent_toy import Toy
 
 VOCAB, END = 6, 0  # ids 1 .. 5 are the letters a .. e
 ADAPTERS = ("one", "other")
@@ -43,6 +44,11 @@ def require(holds: bool, what: str) -> None:
 def next_token(text: list[int], seed: int, adapter: int) -> int:
     value = zlib.crc32(bytes(text), seed + (adapter + 1 << 8)) * 2654435761 % 2**32 >> 8
     return END if value % 12 == 0 else 1 + value // 12 % (VOCAB - 1)
+
+
+def state_of(text: list[int], adapter: int) -> tuple[int, int, int]:
+    """What layers that recur keep of a text."""
+    return zlib.crc32(bytes(text)) & 0x7FFFFFFF, len(text), adapter
 
 
 class Tokenizer:
@@ -74,8 +80,10 @@ class Model:
     kv_dtype = "float32"
     step_seconds = 0.0
 
-    def __init__(self, max_seq_len: int = 48, window: int = 0):
-        self.max_seq_len, self.config, self.tokenizer = max_seq_len, Config((layer(window),)), Tokenizer()
+    def __init__(self, max_seq_len: int = 48, *windows: int, recurs: bool = False):
+        self.max_seq_len, self.tokenizer = max_seq_len, Tokenizer()
+        recurrent = (LayerSpec(Toy(1), Dense(1)),) * recurs
+        self.config = Config((*map(layer, windows or [0]), *recurrent))
 
     def fingerprint(self) -> str:
         return "stand-in"
@@ -128,22 +136,27 @@ class _Pending(NamedTuple):
 
 class Device:
     """`ferrum_jax.engine.device.Device` as far as the engine can tell. `fault`: where to fail next ("admit", "launch" or
-    "fetch"); `struck`: sequences of the dispatches that failed so."""
+    "fetch"); `struck`: sequences of the dispatches that failed so. `pages`: of each pool [pages, page_size, 3]; `states`:
+    [states, 3], of a model with layers that recur: a hash of what was read, its length, and the adapter."""
 
     def __init__(self, model: Model, config: EngineConfig, num_pages: list[int], context: int):
-        self.model, self.config, (self.num_pages,) = model, config, num_pages
+        self.model, self.config, self.num_pages = model, config, num_pages
+        self.recurs = bool(recurrent_kinds(model.config))  # type: ignore[arg-type]
+        self.windows = [kind.window for kind in page_kinds(model.config)]  # type: ignore[arg-type]
         self.kv_dtype, self.compiles = model.kv_dtype, 0
         self.capacity = -(-context // config.page_size) * config.page_size
         self.fault = ""
         self.struck: list[Sequence] = []
         self.launches = 0
         self.between: Callable[[], object] = lambda: None
-        self.pool: Any = None
-        self.registered: dict[int, Any] = {}  # pages with known text before the scheduler chose the newest dispatch
+        self.pools: list[Any] = []
+        # Pages with known text before the scheduler chose the newest dispatch.
+        self.registered: list[dict[int, Any]] = [{} for _ in num_pages]
         self.reset()
 
     def reset(self) -> None:
-        self.pages = np.full((self.num_pages, self.config.page_size, 3), -1, np.int32)
+        self.pages = [np.full((count, self.config.page_size, 3), -1, np.int32) for count in self.num_pages]
+        self.states = np.full((self.config.num_states, 3), -1, np.int32)
         self.slots: dict[int, _Slot] = {}
         self.broken = False
 
@@ -156,10 +169,10 @@ class Device:
     def watch(self, scheduler: Any) -> None:
         """Notes which pages are registered before the scheduler decides, and so must not be written any more. `between` is
         called once between a decision and its launch, where another thread may come in."""
-        (self.pool,), choose = scheduler.ledger.pools, scheduler.next
+        self.pools, choose = scheduler.ledger.pools, scheduler.next
 
         def next(steps: int) -> Dispatch | None:
-            self.registered = dict(self.pool._entries)
+            self.registered = [dict(pool._entries) for pool in self.pools]
             self.coming = choose(steps)
             between, self.between = self.between, lambda: None
             between()
@@ -183,11 +196,14 @@ class Device:
         self._strike("launch", dispatch)
         require(not self.broken, "a failed device goes on without a reset")
         self.launches += 1
-        for first in range(0, len(dispatch.copies), _COPIES):
-            _, source, target = np.asarray(dispatch.copies[first : first + _COPIES]).T
-            for page in target.tolist():
-                self._writable(page)
-            self.pages[target] = self.pages[source]
+        for pool, pages in enumerate(self.pages):
+            copies = [pair for part, *pair in dispatch.copies if part == pool]
+            for first in range(0, len(copies), _COPIES):
+                source, target = np.asarray(copies[first : first + _COPIES]).T
+                for page in target.tolist():
+                    self._writable(pool, page)
+                pages[target] = pages[source]
+        self._copy_states([pair for part, *pair in dispatch.copies if part == len(self.pages)])
         slots = [row.slot for row in dispatch.rows]
         require(len(set(slots)) == len(slots) <= self.config.max_seqs, f"slots of a dispatch: {slots}")
         for row in dispatch.rows:
@@ -204,19 +220,44 @@ class Device:
         return steps.Results(pending.tokens, None, None)
 
     def read(self, places: list[list[int]]) -> DecodeState:
-        (pages,) = places
-        return DecodeState((KVCache(self.pages[None, pages, :, :, None], None, self.kv_dtype),))  # type: ignore[arg-type]
+        read = [pages[None, ids, :, :, None] for pages, ids in zip(self.pages, places, strict=True)]
+        return self._state(read, self.states[None, places[-1]] if self.recurs else None)
 
     def write(self, places: list[list[int]], content: DecodeState) -> None:
-        for page, new in zip(*places, np.asarray(content.pools[0].pages)[0, ..., 0], strict=True):
-            self._writable(page)
-            self.pages[page] = new
+        if self.recurs:
+            *places, checkpoints = places
+            self.states[checkpoints] = np.asarray(content.recurrent[0]["state"])[0]
+        for pool, (pages, ids, new) in enumerate(zip(self.pages, places, content.pools, strict=True)):
+            for page in ids:
+                self._writable(pool, page)
+            pages[ids] = np.asarray(new.pages)[0, ..., 0]
 
     def abstract_state(self) -> DecodeState:
-        shape = (1, self.num_pages, self.config.page_size, 3, 1)
-        return DecodeState((KVCache(jax.ShapeDtypeStruct(shape, np.int32), None, self.kv_dtype),))  # type: ignore[arg-type]
+        arrays = [jax.ShapeDtypeStruct((1, *pages.shape, 1), np.int32) for pages in self.pages]
+        return self._state(arrays, jax.ShapeDtypeStruct((1, *self.states.shape), np.int32) if self.recurs else None)
 
     # Inside
+
+    def _state(self, pools: list[Any], states: Any) -> DecodeState:
+        recurrent = () if states is None else ({"state": states},)
+        return DecodeState(tuple(KVCache(pages, None, self.kv_dtype) for pages in pools), recurrent)
+
+    def _copy_states(self, copies: list[Any]) -> None:
+        slots = range(self.config.max_seqs)
+        for first in range(0, len(copies), _COPIES):
+            source, target = np.asarray(copies[first : first + _COPIES]).T
+            require(len(set(target.tolist())) == len(target), "a state is copied to a place twice at once")
+            for place in {*source.tolist(), *target.tolist()}.difference(slots):
+                require(place < slots.stop + self.config.num_checkpoints, f"a copy of state {place}")
+            self.states[target] = self.states[source]
+
+    def _advance(self, row: Row, first: int, count: int) -> None:
+        """The state of a row, which has read `first` tokens, reads some more."""
+        text, adapter = self.slots[row.slot].text, row.sequence.adapter
+        if self.recurs:
+            held, right = tuple(self.states[row.slot].tolist()), state_of(text[:first], adapter)
+            require(first == 0 or held == right, f"slot {row.slot} has the state {held}, not {right}")
+            self.states[row.slot] = state_of(text[: first + count], adapter)
 
     def _strike(self, where: str, dispatch: Dispatch) -> None:
         if self.fault == where:
@@ -233,6 +274,7 @@ class Device:
             first = len(slot.text) - 1 if row.start < 0 else row.start
             if row.start >= 0 or not slot.done:
                 self._write(row, first, slot.text[first : first + row.length])
+                self._advance(row, first, row.length)
                 live.append((row, first))
         for row, first in live:
             self._read(row, first, row.length)
@@ -259,11 +301,13 @@ class Device:
                 self._write(row, first, draft)
                 counts[i] = right + 1
             for i, row in live:
-                self._read(row, len(self.slots[row.slot].text) - 1, 1)
+                first = len(self.slots[row.slot].text) - 1
+                self._read(row, first, 1)
                 for _ in range(counts[i]):
                     made[i].append(self._choose(row))
                     if self.slots[row.slot].done:
                         break
+                self._advance(row, first, len(self.slots[row.slot].text) - 1 - first)
         return made
 
     def _drafted(self, row: Row, slot: _Slot) -> int:
@@ -275,39 +319,41 @@ class Device:
         slot.text.append(next_token(slot.text, slot.seed, slot.sequence.adapter))
         return slot.text[-1]
 
-    def _page(self, row: Row, position: int) -> int:
-        """The page of a position. One behind the window may have been given back when this dispatch was chosen: nobody
-        else can have it yet."""
-        number = position // self.config.page_size
-        held, (pages,) = row.held, row.held.pages
-        page, given_back = int(held.table[0, number]), number < held.behind[0]
-        holders = self.pool.holders(page)
-        if not row.valid:  # aborted between or just now: what it had alone is nobody's before the next dispatch
+    def _page(self, row: Row, pool: int, position: int) -> int:
+        """The page of a position. One behind the window may have been given back when this dispatch was chosen: no other
+        sequence can have it yet."""
+        held, number = row.held, position // self.config.page_size
+        pages = held.pages[pool]
+        page, given_back = int(held.table[pool, number]), number < held.behind[pool]
+        holders = self.pools[pool].holders(page)
+        if not row.valid:  # aborted between or just now: what it had alone is no other's before the next dispatch
             return page
         require(number < len(pages), f"position {position} has no page")
         require(given_back or pages[number] == page, f"position {position}: the table and the pages differ")
-        require(holders > 0 or given_back, f"position {position}: nobody holds page {page}")
+        require(holders > 0 or given_back, f"position {position}: page {page} has no holder")
         return page
 
-    def _writable(self, page: int, valid: bool = True) -> None:
-        require(self.pool.holders(page) <= valid, f"page {page} is written and has {self.pool.holders(page)} holders")
-        known = self.registered.get(page)
-        require(known is None or self.pool._entries.get(page) is not known, f"page {page} is written and registered")
+    def _writable(self, pool: int, page: int, valid: bool = True) -> None:
+        holders, known = self.pools[pool].holders(page), self.registered[pool].get(page)
+        require(holders <= valid, f"page {page} is written and has {holders} holders")
+        require(known is None or self.pools[pool]._entries.get(page) is not known, f"page {page} is written and registered")
 
     def _write(self, row: Row, first: int, tokens: list[int]) -> None:
-        for position, token in enumerate(tokens, first):
-            page = self._page(row, position)
-            self._writable(page, row.valid)
-            self.pages[page, position % self.config.page_size] = token, position, row.sequence.adapter
+        for pool, pages in enumerate(self.pages):
+            for position, token in enumerate(tokens, first):
+                page = self._page(row, pool, position)
+                self._writable(pool, page, row.valid)
+                pages[page, position % self.config.page_size] = token, position, row.sequence.adapter
 
     def _read(self, row: Row, first: int, length: int) -> None:
         """Everything that the queries from `first` on look at is the text of the row."""
-        text, window = self.slots[row.slot].text, self.model.config.layers[0].mixer.window
-        for position in range(max(0, first + 1 - window) if window else 0, first + length):
-            page = self._page(row, position)
-            held = tuple(self.pages[page, position % self.config.page_size].tolist())
-            right = text[position], position, row.sequence.adapter
-            require(held == right, f"page {page} holds {held}, not {right}")
+        text = self.slots[row.slot].text
+        for pool, (pages, window) in enumerate(zip(self.pages, self.windows, strict=True)):
+            for position in range(max(0, first + 1 - window) if window else 0, first + length):
+                page = self._page(row, pool, position)
+                held = tuple(pages[page, position % self.config.page_size].tolist())
+                right = text[position], position, row.sequence.adapter
+                require(held == right, f"page {page} of pool {pool} holds {held}, not {right}")
 
 
 def use(model: Model, config: EngineConfig) -> Engine:
@@ -340,33 +386,11 @@ def drive(engine: Engine, steps: int = 1000) -> None:
 def check(engine: Engine) -> None:
     """Every page is free, cached or held, by exactly those who say so; registered pages hold what they are said to hold;
     slots are free or in use."""
-    scheduler, ledger, device = engine._scheduler, engine._scheduler.ledger, engine._device
-    (pool,) = ledger.pools
-    held = [0] * pool.num_pages
-    for sequence in scheduler.running:
-        for number, page in enumerate(sequence.held.pages[0]):
-            if page >= 0:
-                held[page] += 1
-                assert sequence.held.table[0, number] == page, "the table is not that of the pages"
-    assert held == [pool.holders(page) for page in range(pool.num_pages)], "holders are not those of the sequences"
-    parts = [*pool._free, *pool._cached, *(page for page, count in enumerate(held) if count)]
-    assert sorted(parts) == list(range(pool.num_pages)), f"pages lost or doubled: {sorted(parts)}"
-    assert all(page in pool._entries for page in pool._cached), "a cached page without text"
-    assert not any(page in pool._entries for page in pool._free), "a free page with text"
-    assert {e.digest: page for page, e in pool._entries.items()} == pool._pages, "a page and its digest differ"
-    assert engine.config.prefix_cache or not pool._entries, "text is registered without a prefix cache"
-    for page, entry in pool._entries.items():
-        content = device.pages[page]  # type: ignore[attr-defined]
-        tokens = np.frombuffer(entry.tokens, np.int32)
-        first, adapter = content[0, 1:]
-        positions = np.arange(first, first + ledger.page_size)
-        right = first % ledger.page_size == 0 and (content[:, 0] == tokens).all() and (content[:, 1] == positions).all()
-        right = right and (content[:, 2] == adapter).all()
-        assert bool(right), f"page {page} does not hold the text that it is registered with"
-        if entry.parent in pool._pages:
-            parent = device.pages[pool._pages[entry.parent]]  # type: ignore[attr-defined]
-            assert parent[0, 1] == first - ledger.page_size, "a page does not follow its parent"
-        assert (entry.parent == ledger.root(adapter)) == (first == 0), "a page at the beginning has another parent"
+    scheduler = engine._scheduler
+    for pool in range(len(scheduler.ledger.pools)):
+        _check_pool(engine, pool)
+    if scheduler.ledger.checkpoints is not None:
+        _check_checkpoints(engine)
     used = [sequence.slot for sequence in scheduler.running]
     assert sorted([*used, *scheduler._slots]) == list(range(engine.config.max_seqs)), "slots lost or doubled"
     for sequence in scheduler.waiting:
@@ -376,3 +400,55 @@ def check(engine: Engine) -> None:
     for sequences in (scheduler.waiting, scheduler.running):
         numbers = [sequence.number for sequence in sequences]
         assert numbers == sorted(numbers), "the order of arrival is lost"
+
+
+def _check_checkpoints(engine: Engine) -> None:
+    """The same of checkpoints."""
+    scheduler, ledger, states = engine._scheduler, engine._scheduler.ledger, engine._device.states  # type: ignore
+    pool, size = ledger.checkpoints, ledger.page_size
+    places = range(engine.config.max_seqs, engine.config.max_seqs + pool.num_pages)
+    held = dict.fromkeys(places, 0)
+    for sequence in scheduler.running:
+        if sequence.held.checkpoint >= 0:
+            held[sequence.held.checkpoint] += 1
+            right = state_of(sequence.tokens[: sequence.held.checkpointed * size], sequence.adapter)
+            assert tuple(states[sequence.held.checkpoint].tolist()) == right, "a checkpoint of another text"
+    assert held == {place: pool.holders(place) for place in places}, "holders are not those of the sequences"
+    parts = [*pool._free, *pool._cached, *(place for place, count in held.items() if count)]
+    assert sorted(parts) == list(places), f"checkpoints lost or doubled: {sorted(parts)}"
+    assert all(place in pool._entries for place in pool._cached), "a cached checkpoint without text"
+    assert engine.config.prefix_cache or not pool._entries, "text is registered without a prefix cache"
+    for place, entry in pool._entries.items():
+        assert states[place, 1] % size == 0 and states[place, 1] > 0, "a checkpoint inside a page"
+        assert (entry.parent == ledger.root(states[place, 2])) == (states[place, 1] == size), "a checkpoint elsewhere"
+
+
+def _check_pool(engine: Engine, number: int) -> None:
+    scheduler, ledger, contents = engine._scheduler, engine._scheduler.ledger, engine._device.pages[number]  # type: ignore
+    pool, size = ledger.pools[number], ledger.page_size
+    held = [0] * pool.num_pages
+    for sequence in scheduler.running:
+        for place, page in enumerate(sequence.held.pages[number]):
+            if page >= 0:
+                held[page] += 1
+                assert sequence.held.table[number, place] == page, "the table is not that of the pages"
+        assert len(sequence.held.pages[number]) == sequence.held.count, "a pool has other pages than the sequence"
+    assert held == [pool.holders(page) for page in range(pool.num_pages)], "holders are not those of the sequences"
+    parts = [*pool._free, *pool._cached, *(page for page, count in enumerate(held) if count)]
+    assert sorted(parts) == list(range(pool.num_pages)), f"pages lost or doubled: {sorted(parts)}"
+    assert all(page in pool._entries for page in pool._cached), "a cached page without text"
+    assert not any(page in pool._entries for page in pool._free), "a free page with text"
+    assert {e.digest: page for page, e in pool._entries.items()} == pool._pages, "a page and its digest differ"
+    assert engine.config.prefix_cache or not pool._entries, "text is registered without a prefix cache"
+    for page, entry in pool._entries.items():
+        content = contents[page]
+        tokens = np.frombuffer(entry.tokens, np.int32)
+        first, adapter = content[0, 1:]
+        positions = np.arange(first, first + size)
+        right = first % size == 0 and (content[:, 0] == tokens).all() and (content[:, 1] == positions).all()
+        right = right and (content[:, 2] == adapter).all()
+        assert bool(right), f"page {page} does not hold the text that it is registered with"
+        if entry.parent in pool._pages:
+            parent = contents[pool._pages[entry.parent]]
+            assert parent[0, 1] == first - size, "a page does not follow its parent"
+        assert (entry.parent == ledger.root(adapter)) == (first == 0), "a page at the beginning has another parent"

@@ -13,7 +13,7 @@ import pytest
 
 import ferrum_jax as fj
 from ferrum_jax.engine import EngineConfig
-from ferrum_jax.engine.ledger import Ledger
+from ferrum_jax.engine.ledger import Held, Ledger, pool_sizes
 from ferrum_jax.engine.pages import PagePool, entry
 from ferrum_jax.engine.scheduler import Scheduler
 from ferrum_jax.engine.sequence import Sequence
@@ -24,7 +24,7 @@ GREEDY = fj.SamplingParams(max_tokens=6, ignore_eos=True, seed=0)
 
 
 def ledger_of(num_pages, page_size=2, salt=b"", windows=(0,)):
-    return Ledger([num_pages] * len(windows), windows, page_size, context=100, salt=salt)
+    return Ledger(EngineConfig(page_size=page_size), windows, [num_pages] * len(windows), 100, salt)
 
 
 def filled(ledger, tokens, adapter=-1):
@@ -40,7 +40,7 @@ def filled(ledger, tokens, adapter=-1):
 
 def found(ledger, tokens, adapter=-1):
     """The pages that are found, and their digests."""
-    (pages,), digests, _ = ledger.find(tokens, adapter)
+    (pages,), digests, *_ = ledger.find(tokens, adapter)
     return pages, digests
 
 
@@ -49,8 +49,11 @@ def returned(pool, pages):
         pool.give_back(page)
 
 
-def engine_of(context=60, window=0, **config):
-    return use(Model(context, window), EngineConfig(**{"page_size": 4, "num_pages": 12, "steps_per_dispatch": 1, **config}))
+def engine_of(context=60, windows=(0,), recurs=False, **config):
+    return use(
+        Model(context, *windows, recurs=recurs),
+        EngineConfig(**{"page_size": 4, "num_pages": 12, "steps_per_dispatch": 1, **config}),
+    )
 
 
 def answers(engine, *requests):
@@ -185,9 +188,9 @@ def test_a_reset_forgets_texts_and_leaves_pages_to_their_holders():
 # ---- the scheduler
 
 
-def scheduler_of(num_pages=12, page_size=4, context=48, window=0, **config):
+def scheduler_of(num_pages=12, page_size=4, context=48, windows=(0,), **config):
     config = EngineConfig(page_size=page_size, num_pages=num_pages, **config)
-    ledger = Ledger([num_pages], [window], page_size, context=context, at_once=config.longest, remembers=config.prefix_cache)
+    ledger = Ledger(config, windows, pool_sizes(windows, num_pages, config), context)
     return Scheduler(config, ledger)
 
 
@@ -302,7 +305,7 @@ def test_several_steps_are_made_while_nobody_waits():
 
 
 def test_pages_behind_the_window_are_given_back():
-    scheduler = scheduler_of(window=5, prefix_cache=False)
+    scheduler = scheduler_of(windows=[5], prefix_cache=False)
     sequence = added(scheduler, 0, 3, more=30)
     for _ in range(25):
         run(scheduler)
@@ -310,6 +313,40 @@ def test_pages_behind_the_window_are_given_back():
         seen = range(max(0, sequence.written + 1 - 5), sequence.written)
         assert all(sequence.held.pages[0][position // 4] >= 0 for position in seen)
     assert scheduler.ledger.available >= 9
+
+
+def test_a_pool_with_a_window_gives_pages_back_while_another_holds_its_own():
+    scheduler = scheduler_of(windows=[0, 5], prefix_cache=False, max_seqs=2, token_budget=4)
+    full, windowed = scheduler.ledger.pools
+    assert (full.num_pages, windowed.num_pages) == (12, 2 * 5)  # 5 + 4 tokens in 3 pages, and two at the borders
+    sequence = added(scheduler, 0, 3, more=40)
+    for _ in range(40):
+        run(scheduler)
+        assert full.free == 12 - sequence.held.count and -1 not in sequence.held.pages[0]
+        assert windowed.free == 10 - sum(page >= 0 for page in sequence.held.pages[1]) >= 7
+        seen = range(max(0, sequence.written + 1 - 5), sequence.written)
+        assert all(sequence.held.pages[1][position // 4] >= 0 for position in seen)
+    assert sequence.held.count >= 10
+
+
+def test_a_text_is_found_where_each_pool_has_what_it_looks_at():
+    ledger = ledger_of(8, windows=(0, 3))
+    full, windowed = ledger.pools
+    held = Held(2, 8)
+    text = list(range(1, 13))
+    assert ledger.grow(held, 12)
+    ledger.settle(held, text, 12, -1)
+    assert held.pages[1][:5] == [-1] * 5 and held.pages[1][5] >= 0  # position 12 sees 10 and 11
+    assert [len(pages) for pages in ledger.find([*text, 1]).pages] == [6, 6]
+    found = ledger.find([*text[:7], 9])
+    assert found.pages == [held.pages[0][:3], [-1, -1, found.pages[1][2]]] and found.full == 3 and found.pages[1][2] >= 0
+    ledger.give_back(held)
+    gone = windowed.find(entry(found.digests[1], text[4:6]))
+    while windowed.find(entry(found.digests[1], text[4:6])) is not None:
+        windowed.take()
+    assert gone == found.pages[1][2] and full.cached == 6
+    assert ledger.find([*text[:7], 9]).full == 0  # position 6 sees 4 and 5
+    assert ledger.find([*text, 1]).full == 6  # position 12 does not
 
 
 # ---- both under the engine
@@ -419,16 +456,43 @@ def test_what_can_never_fit_is_refused_with_the_numbers():
 
 @pytest.mark.parametrize("prompts", [(10, 13), (13, 13)])
 def test_a_hit_longer_than_the_window_leaves_room_to_go_on(prompts):
-    engine = engine_of(window=4, page_size=1, num_pages=10, max_seqs=1, token_budget=1)
+    engine = engine_of(windows=[4], page_size=1, num_pages=10, max_seqs=1, token_budget=1)
     for length in prompts:
         answers(engine, engine.submit([1] * length, fj.SamplingParams(max_tokens=2, ignore_eos=True, seed=0)))
+
+
+def test_metrics_count_every_pool():
+    engine = engine_of(windows=[0, 3], max_seqs=1, token_budget=4)
+    answers(engine, engine.submit([1, 2, 3, 4, 5, 1, 2, 3, 4], GREEDY))
+    metrics = engine.metrics()
+    assert engine.num_pages == 12 + 4 and metrics["pages_cached_full"] == 3 and metrics["pages_free_full"] == 9
+    assert metrics["pages_free"] == metrics["pages_free_full"] + metrics["pages_free_window_3"]
+    assert metrics["pages_cached"] == metrics["pages_cached_full"] + metrics["pages_cached_window_3"]
+    assert "pages_free_full" not in engine_of().metrics()
+
+
+@pytest.mark.parametrize("windows", [[3], [0, 3], [3, 0, 9]])
+def test_a_snapshot_has_what_each_pool_looks_at(windows):
+    with tempfile.TemporaryDirectory() as folder:
+        for steps in (2, 12):
+            path = Path(folder) / str(steps)
+            engine, other = engine_of(windows=windows), engine_of(windows=windows)
+            origin = engine.submit([1, 2, 3, 4, 5, 1, 2, 3, 4], fj.SamplingParams(max_tokens=20, ignore_eos=True, seed=0))
+            for _ in range(steps):
+                step(engine)
+            engine.snapshot(origin, path)
+            copy = other.restore(path)
+            check(other)
+            drive(other)
+            answers(engine, origin)
+            assert copy.result() == origin.result() and other.metrics()["prefix_hit_pages"] >= 2
 
 
 @pytest.mark.parametrize(("steps", "drafts"), [(1, 0), (4, 0), (4, 2), (1, 4), (4, 4)])
 def test_a_window_in_the_fewest_pages(steps, drafts):
     sizes = {"page_size": 1, "max_seqs": 1, "token_budget": 1, "steps_per_dispatch": steps, "speculation": drafts}
-    (needed,) = engine_of(window=3, **sizes)._scheduler.ledger.pages_needed(50)
-    engine = engine_of(window=3, **{**sizes, "num_pages": needed})
+    (needed,) = engine_of(windows=[3], **sizes)._scheduler.ledger.pages_needed(50)
+    engine = engine_of(windows=[3], **{**sizes, "num_pages": needed})
     answers(engine, engine.submit([1, 2, 3, 4], fj.SamplingParams(max_tokens=40, ignore_eos=True, seed=0)))
 
 
@@ -486,6 +550,21 @@ def test_a_failure_ends_the_requests_of_its_step_alone():
         drive(engine)
         assert [request.finish_reason == "error" for request in (first, second)] == failed
         answers(engine, engine.submit([3, 3], GREEDY), *([] if failed[1] else [second]))
+
+
+@pytest.mark.parametrize("recurs", [False, True])
+def test_an_abort_of_all_that_a_dispatch_has_leaves_no_page_unwritten(recurs):
+    """What it would have written is registered already."""
+    engine = engine_of(recurs=recurs, token_budget=8)
+    for steps in (0, 1):
+        gone = engine.submit([1, 2, 3, 4, 5, 1, 2, 3, 4, 5], GREEDY)
+        for _ in range(steps):
+            step(engine)
+        engine._device.between = lambda gone=gone: engine._end_choices(gone)  # as the desk does it, with the lock held
+        step(engine)
+        check(engine)
+        answers(engine, engine.submit([1, 2, 3, 4, 5, 1, 2, 3, 4, 2], GREEDY))
+        assert gone.finish_reason == "abort"
 
 
 def test_an_abort_while_a_dispatch_is_started_harms_nobody():

@@ -24,7 +24,8 @@ from support.tiny_gguf import write_tiny_llama
 
 SCHEDULES = int(os.environ.get("ENGINE_SCHEDULES", "0"))
 RULES = 50  # of one schedule
-PAGE_SIZES, WINDOWS, BUDGETS, DRAFTS = [1, 1, 2, 3, 4, 7, 16], [0, 0, 0, 1, 3, 4, 9], [1, 2, 3, 5, 8, 24], [0, 0, 2, 4]
+PAGE_SIZES, BUDGETS, DRAFTS = [1, 1, 2, 3, 4, 7, 16], [1, 2, 3, 5, 8, 24], [0, 0, 2, 4]
+WINDOWS = [(0,), (0,), (0,), (1,), (3,), (4,), (9,), (0, 3), (4, 0), (2, 9), (0, 1, 7)]  # of the layers of a model
 STEPS, COUNTS, STOPS = [1, None, 4], [1, 1, 1, 2, 3], [(), (), ("ab",), ("a", "cab", "d")]
 NAMES = [None, None, *ADAPTERS]
 
@@ -37,6 +38,7 @@ configs = st.builds(
     steps_per_dispatch=st.sampled_from(STEPS),
     prefix_cache=st.booleans(),
     speculation=st.sampled_from(DRAFTS),
+    checkpoints=st.sampled_from([None, 0, 1, 3]),
 )
 params = st.builds(
     fj.SamplingParams,
@@ -52,9 +54,9 @@ which = st.integers(0, 1000)
 class Schedule(RuleBasedStateMachine):
     """The rules. `requests`: all that were accepted, with their prompts and seeds; `spoilt`: those that may end early."""
 
-    @initialize(config=configs, context=st.integers(12, 60), window=st.sampled_from(WINDOWS))
-    def start(self, config, context, window):
-        self.engine = use(Model(context, window), config)
+    @initialize(config=configs, context=st.integers(12, 60), windows=st.sampled_from(WINDOWS), recurs=st.booleans())
+    def start(self, config, context, windows, recurs):
+        self.engine = use(Model(context, *windows, recurs=recurs), config)
         self.device, self.scheduler = self.engine._device, self.engine._scheduler
         self.requests, self.aborted = [], set()
         self.oldest, self.left = None, 0
@@ -62,13 +64,13 @@ class Schedule(RuleBasedStateMachine):
     def submitted(self, make, prompt, params):
         """Takes a request that `make` submits, or a refusal that has a reason."""
         size, limit = self.engine.config.page_size, min(len(prompt) + params.max_tokens, self.engine.model.max_seq_len)
-        never = len(prompt) >= self.engine.model.max_seq_len or -(-(limit - 1) // size) > self.engine.num_pages
+        never = len(prompt) >= self.engine.model.max_seq_len or -(-(limit - 1) // size) > min(self.device.num_pages)
         try:
             request = make()
         except ValueError:
             assert never
             return
-        assert not never or self.engine.model.config.layers[0].mixer.window
+        assert not never or any(self.device.windows)
         for i, choice in enumerate(request.choices):
             self.requests.append((choice, list(prompt), params, params.seed + i))
 
@@ -214,8 +216,9 @@ def busy(seed: int) -> Schedule:
         steps_per_dispatch=dice.choice(STEPS),
         prefix_cache=dice.random() < 0.7,
         speculation=dice.choice(DRAFTS),
+        checkpoints=dice.choice([None, 0, 1, 3]),
     )
-    schedule.start(config=config, context=dice.randint(12, 60), window=dice.choice(WINDOWS))
+    schedule.start(config=config, context=dice.randint(12, 60), windows=dice.choice(WINDOWS), recurs=dice.random() < 0.4)
     for _ in range(RULES):
         params = fj.SamplingParams(
             max_tokens=dice.randint(1, 14),
@@ -366,8 +369,8 @@ def test_compiled_steps_give_the_bits_of_each_request_alone(models, plan, monkey
     for seed in range(25):
         dice = random.Random(f"{plan} {seed}")
         engine = fj.Engine(model, dataclasses.replace(config, prefix_cache=dice.random() < 0.8))
-        engine.num_pages = dice.choice([7, 9])  # with the programs of the others
-        engine._scheduler.ledger = engine._new_ledger(engine.num_pages)
+        engine._scheduler.ledger = engine._new_ledger(dice.choice([7, 9]))  # with the programs of the others
+        engine.num_pages = sum(pool.num_pages for pool in engine._scheduler.ledger.pools)
         requests = []
         for _ in range(24):
             move, params, known = dice.random(), sampled(dice), [r for r in requests if len(r[1]) + len(r[0].token_ids) <= 16]
