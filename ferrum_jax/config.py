@@ -49,7 +49,7 @@ class Attention:
 
 @dataclasses.dataclass(frozen=True)
 class Recurrent:
-    """A mixer that recurs; a subclass has its numbers as fields."""
+    """A mixer that recurs. A subclass has its numbers as fields, and its module is in `models.layers.MIXERS`."""
 
     @property
     def kept(self) -> dict[str, tuple[int, ...]]:
@@ -199,6 +199,11 @@ class ModelConfig:
         return "float32" if self.dtype == "int8" else self.dtype
 
     @property
+    def attentions(self) -> list[Attention]:
+        """The mixers of the layers that attend."""
+        return [layer.mixer for layer in self.layers if isinstance(layer.mixer, Attention)]
+
+    @property
     def expert_layers(self) -> tuple[int, ...]:
         """The numbers of the layers that are a mixture of experts."""
         return tuple(number for number, layer in enumerate(self.layers) if isinstance(layer.feed_forward, Mixture))
@@ -236,7 +241,7 @@ class ModelConfig:
 
     def kv_bytes_per_token(self, itemsize: int) -> int:
         """Bytes of keys and values of one token in all layers, with elements of `itemsize` bytes."""
-        return sum(2 * layer.mixer.num_kv_heads * layer.mixer.head_dim * itemsize for layer in self.layers)
+        return sum(2 * mixer.num_kv_heads * mixer.head_dim * itemsize for mixer in self.attentions)
 
 
 def parts(value: Any) -> Iterator[Any]:

@@ -129,7 +129,10 @@ def decode(
         """The newest token and the draft after it as one prompt; then tokens are chosen while they are those drafted."""
         first, lengths = slots.length[rows] - 1, jnp.where(alive, drafted + 1, 0)
         starts = jnp.concatenate([jnp.zeros((1,), jnp.int32), jnp.cumsum(lengths)])
-        hidden, state = _hidden(params, state, slots, rows, table, first, starts, alive, count * width, config)
+        after = None
+        if state.recurrent:  # the last places are those of verification, `width` for each slot
+            after = state.counts[-1] - (slots.length.shape[0] - rows[:, None]) * width + jnp.arange(width)
+        hidden, state = _hidden(params, state, slots, rows, table, first, starts, alive, count * width, config, after)
         place = jnp.clip(starts[:-1, None] + jnp.arange(width), 0, count * width - 1)
         logits = functional.unembed(params, hidden[place].reshape(count * width, -1), config=config)
         logits = logits.reshape(count, width, -1)
@@ -142,7 +145,11 @@ def decode(
             return slots, results, going
 
         slots, results, _ = lax.fori_loop(0, width, one, (slots, results, alive))
-        return state, learn(slots, rows, drafted, slots.length[rows] - first - 2), results
+        made = slots.length[rows] - first - 1
+        if after is not None:  # the state after the tokens that are right
+            target = jnp.where(alive, rows, state.counts[-1])
+            state = state.copy_states(after[:, 0] + made - 1, target)
+        return state, learn(slots, rows, drafted, made - 1), results
 
     def step(carry: Any) -> Any:
         i, state, slots, results = carry
@@ -175,8 +182,10 @@ def _hidden(
     live: jax.Array,
     tokens: int,
     config: ModelConfig,
+    after: jax.Array | None = None,
 ) -> tuple[jax.Array, Any]:
-    """Final hidden states [tokens, hidden_size] of the texts of rows from position `first` on, and the state."""
+    """Final hidden states [tokens, hidden_size] of the texts of rows from position `first` on, and the state. after int32
+    [R, N]: where the state of layers that recur goes after each token of a row; None: after the last to the row's slot."""
     place = jnp.arange(tokens, dtype=jnp.int32)
     row = jnp.clip(jnp.searchsorted(query_starts, place, side="right") - 1, 0, rows.shape[0] - 1).astype(jnp.int32)
     there = (place < query_starts[-1]) & live[row]
@@ -192,6 +201,8 @@ def _hidden(
         page_table=table,
         logits_rows=jnp.zeros((0,), jnp.int32),
         adapters=slots.adapter[rows[row]] if COLUMNS in params else None,
+        states=rows if state.recurrent else None,
+        state_writes=after[row, place - query_starts[row]] if state.recurrent and after is not None else None,
     )
     return functional.hidden(params, state, batch, config=config)
 

@@ -6,7 +6,6 @@ queries and keys (Qwen3), experts. Layers are scanned by index: the stacks stay 
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -17,12 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from ferrum_jax.adapters import COLUMNS, without_adapters
-from ferrum_jax.config import Mixture, ModelConfig, Rope
-from ferrum_jax.models.layers import ROUTING, Block
+from ferrum_jax.config import Attention, Mixture, ModelConfig, Rope
+from ferrum_jax.models.layers import ROUTING, Block, Paged
+from ferrum_jax.models.recurrence import Recurrence, recurrence
 from ferrum_jax.models.rope import rope_angles
 from ferrum_jax.models.scan import scan_layers
 from ferrum_jax.quantized import Layer, LayerStack, QuantizedTensor, linear
-from ferrum_jax.state import DecodeState, KVCache, page_kinds
+from ferrum_jax.state import DecodeState, KVCache, page_kinds, recurrent_kinds
 from pallas_kernels.decoder_layers import LayerShape, Part, Stack, backend_for
 from pallas_kernels.derivatives import derivative_of
 from pallas_kernels.paged_attention import Tables, make_metadata
@@ -32,7 +32,7 @@ Cache = KVCache | DecodeState  # of layers of one kind, or of several
 Params = Mapping[str, Any]
 Angles = tuple[tuple[jax.Array, jax.Array], ...]  # cos and sin, for each of `_ropes`
 Routing = tuple[jax.Array, ...]  # expert_ids and expert_weights, or nothing
-Carry = tuple[jax.Array, tuple[KVCache, ...], Routing]
+Carry = tuple[jax.Array, tuple[Any, ...], Routing]
 
 
 class RaggedBatch(NamedTuple):
@@ -44,9 +44,13 @@ class RaggedBatch(NamedTuple):
       slots: [T], where each token's KV goes: page * page_size + offset, -1 for padding.
       query_starts: [S + 1]; tokens of sequence s are query_starts[s] .. query_starts[s + 1] - 1.
       kv_lengths: [S], cached tokens of the sequence, these included.
-      page_table: [S, P], the pages of each sequence in order.
+      page_table: [S, P], the pages of each sequence in order. Where a model has several pools of pages, `slots` [pools * T]
+        and `page_table` [pools * S, P] may have a block for each, one after the other; a single block serves all pools.
       logits_rows: [R], the tokens whose logits are wanted.
       adapters: [T], each token's adapter by its place among those of the parameters, -1 for none; None: no token has one.
+      states: [S], the place of each sequence's state in layers that recur; None: sequence s has place s.
+      state_writes: [T], places for the state after each token, -1 for nowhere; None: the state after the last token of each
+        sequence goes to its place.
     """
 
     tokens: jax.Array
@@ -57,6 +61,8 @@ class RaggedBatch(NamedTuple):
     page_table: jax.Array
     logits_rows: jax.Array
     adapters: jax.Array | None = None
+    states: jax.Array | None = None
+    state_writes: jax.Array | None = None
 
 
 class Decoder(nn.Module):
@@ -78,15 +84,16 @@ class Decoder(nn.Module):
         layers = self.variables["params"]["layers"]
         record = self.is_mutable_collection(ROUTING)
         if batch.adapters is None:
-            x, pools, routing = run_layers(self.config, without_adapters(layers), x, places, angles, record)
+            x, parts, routing = run_layers(self.config, without_adapters(layers), x, places, angles, record)
         else:
             columns: jax.Array | None = self.get_variable("params", COLUMNS)
             if columns is None:
                 raise ValueError("RaggedBatch.adapters: the parameters have no adapters; load the model with some")
             mask = batch.adapters[:, None] == columns
-            x, pools, routing = _composed(self.config, layers, x, places, angles, mask, record)
+            x, parts, routing = _composed(self.config, layers, x, places, angles, mask, record)
         self.sow(ROUTING, "chosen", routing)
-        state = dataclasses.replace(state, pools=pools) if isinstance(state, DecodeState) else pools[0]
+        pools = len(places.pools)
+        state = DecodeState(parts[:pools], parts[pools:]) if isinstance(state, DecodeState) else parts[0]
         return rms_norm(x, self.get_variable("params", "final_norm"), self.config.rms_norm_eps), state
 
     def logits(self, hidden: jax.Array) -> jax.Array:
@@ -103,15 +110,18 @@ class Decoder(nn.Module):
 
 def _ropes(config: ModelConfig) -> tuple[Rope, ...]:
     """The rotations of the layers, each once."""
-    return tuple(dict.fromkeys(spec.mixer.rope for spec in config.layers))
+    return tuple(dict.fromkeys(mixer.rope for mixer in config.attentions))
 
 
 class Places(NamedTuple):
-    """Where the layers of each kind of `page_kinds` read and write: pools, slots int32 [T] in them, and tables."""
+    """Where the layers of each kind read and write: of `page_kinds` pools, slots int32 [T] in them and tables, of
+    `recurrent_kinds` arrays, and what those layers are told."""
 
     pools: tuple[KVCache, ...]
     slots: tuple[jax.Array, ...]
     tables: tuple[Tables, ...]
+    recurrent: tuple[dict[str, jax.Array], ...] = ()
+    recurrence: Recurrence | None = None
 
 
 def _places(config: ModelConfig, state: Cache, batch: RaggedBatch) -> Places:
@@ -126,20 +136,25 @@ def _places(config: ModelConfig, state: Cache, batch: RaggedBatch) -> Places:
     page_table = batch.page_table.reshape(-1, sequences, batch.page_table.shape[1])
     page_table = jnp.broadcast_to(page_table, (count, *page_table.shape[1:]))
     tables = (Tables(batch.positions, batch.query_starts, batch.kv_lengths, page_table[pool]) for pool in range(count))
-    return Places(pools, tuple(slots), tuple(tables))
+    if not isinstance(state, DecodeState) or not state.recurrent:
+        return Places(pools, tuple(slots), tuple(tables))
+    told = recurrence(batch.positions, batch.query_starts, slots[0] >= 0, batch.states, batch.state_writes)
+    return Places(pools, tuple(slots), tuple(tables), state.recurrent, told)
 
 
 def run_layers(config: ModelConfig, layers: Params, x, places: Places, angles: Angles, record: bool = False) -> Carry:
-    """The residual stream x float32 [T, hidden_size] after all layers, the pools and, with `record`, what the routers chose:
-    in one call where a backend has one."""
-    shape, parts = _shape(config), _parts(layers, config.num_layers)
-    backend = backend_for(*parts, config.hidden_size, shape, config.dtype, config.implementation)
+    """The residual stream x float32 [T, hidden_size] after all layers, the parts of the state and, with `record`, what the
+    routers chose: in one call where a backend has one."""
+    backend = None
+    if not places.recurrent:
+        shape, parts = _shape(config), _parts(layers, config.num_layers)
+        backend = backend_for(*parts, config.hidden_size, shape, config.dtype, config.implementation)
     if backend is None:
         return _composed(config, layers, x, places, angles, record=record)
 
     @derivative_of(functools.partial(_composed, config, record=record))
     def together(layers, x, places, angles):
-        (cache,), (slots,), (tables,) = places
+        (cache,), (slots,), (tables,), *_ = places
         parts = _parts(layers, config.num_layers)
         x, cache, routing = backend.decoder_layers(x, cache, slots, tables, *angles, *parts, shape, record)
         return x, (cache,), routing
@@ -176,31 +191,38 @@ def _composed(
     config: ModelConfig, layers: Params, x, places: Places, angles: Angles, adapter_mask=None, record: bool = False
 ) -> Carry:
     """The layers one after the other, each `Block` once a distinct body. adapter_mask: as of `LayerModule`."""
-    pool_of = [0] * config.num_layers
-    for pool, kind in enumerate(page_kinds(config)):
-        for number in kind.layers:
-            pool_of[number] = pool
+    part_of = [0] * config.num_layers
+    of_parts = [kind.layers for kind in page_kinds(config)] + [kind.layers for kind in recurrent_kinds(config)]
+    for part, numbers in enumerate(of_parts):
+        for number in numbers:
+            part_of[number] = part
     ropes = dict(zip(_ropes(config), angles, strict=True))
+    told: dict[Any, Any] = {}
     metadata = {}
-    for pool, mixer in dict.fromkeys((pool, spec.mixer) for pool, spec in zip(pool_of, config.layers, strict=True)):
-        if (key := (pool, mixer.num_heads)) not in metadata:
-            tables, cache = places.tables[pool], places.pools[pool]
+    for part, mixer in dict.fromkeys((part, spec.mixer) for part, spec in zip(part_of, config.layers, strict=True)):
+        if not isinstance(mixer, Attention):
+            told[mixer] = places.recurrence
+            continue
+        if (key := (part, mixer.num_heads)) not in metadata:
+            tables, cache = places.tables[part], places.pools[part]
             metadata[key] = make_metadata(tables, cache, mixer.num_heads, mixer.window, config.implementation)
+        told[mixer] = Paged(places.slots[part], metadata[key], ropes[mixer.rope])
+    live = places.slots[0] >= 0
 
     def step(carry: Carry, layer: Layer) -> Carry:
-        x, pools, routing = carry
-        spec, pool = config.layers[layer.first], pool_of[layer.first]
-        attending = layer.place(pool_of), places.slots[pool], metadata[pool, spec.mixer.num_heads], ropes[spec.mixer.rope]
-        block = Block(config, spec, parent=None)
-        (x, cache), sown = block.apply({"params": layers}, x, pools[pool], layer, *attending, adapter_mask, mutable=[ROUTING])
+        x, parts, routing = carry
+        spec, part = config.layers[layer.first], part_of[layer.first]
+        arguments = x, parts[part], layer, layer.place(part_of), told[spec.mixer], live, adapter_mask
+        (x, new), sown = Block(config, spec, parent=None).apply({"params": layers}, *arguments, mutable=[ROUTING])
         if routing and sown:
             (chose,) = sown[ROUTING]["feed_forward"]["chosen"]
             routing = tuple(known.at[layer.number].set(new) for known, new in zip(routing, chose, strict=True))
-        return x, (*pools[:pool], cache, *pools[pool + 1 :]), routing
+        return x, (*parts[:part], new, *parts[part + 1 :]), routing
 
     routing: Routing = ()
     if record:
         of_layers = config.num_layers, x.shape[0], config.experts_per_token
         routing = jnp.zeros(of_layers, jnp.int32), jnp.zeros(of_layers, jnp.float32)
-    x, pools, routing = scan_layers(layers, step, (x, places.pools, routing), config.layers)
-    return x, pools, tuple(known[np.asarray(config.expert_layers)] for known in routing)
+    parts = (*places.pools, *places.recurrent)
+    x, parts, routing = scan_layers(layers, step, (x, parts, routing), config.layers)
+    return x, parts, tuple(known[np.asarray(config.expert_layers)] for known in routing)

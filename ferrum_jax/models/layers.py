@@ -6,6 +6,8 @@ layer's spec says of it; the residual stream is float32, matrix products run in 
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -59,14 +61,20 @@ class LayerModule(nn.Module):
             return linear(jnp.where(adapter_mask, inner, 0.0), self.stack(name + adapters.B), layer)
 
 
+class Paged(NamedTuple):
+    """What attention is told of a step. kv_slots int32 [tokens]: where keys and values go; rope: cos and sin."""
+
+    kv_slots: jax.Array
+    metadata: Any
+    rope: tuple[jax.Array, jax.Array]
+
+
 class Attention(LayerModule):
     """Grouped-query attention over the paged cache; per-head RMSNorm of queries and keys where the file has it."""
 
     spec: AttentionSpec
 
-    def __call__(
-        self, x, cache: KVCache, layer: Layer, place, slots, metadata, rope, adapter_mask=None
-    ) -> tuple[jax.Array, KVCache]:
+    def __call__(self, x, cache: KVCache, layer: Layer, place, told: Paged, adapter_mask=None) -> tuple[jax.Array, KVCache]:
         """place: of this layer in the cache."""
         config, tokens = self.config, x.shape[0]
 
@@ -81,9 +89,11 @@ class Attention(LayerModule):
             q, k, v = (y.reshape(tokens, -1, self.spec.head_dim) for y in ys)
         with jax.named_scope("append"):
             norms = norm("query_norm"), norm("key_norm")
-            q, cache = append(q, k, v, cache, place, slots, rope, *norms, config.rms_norm_eps, config.implementation)
+            q, cache = append(
+                q, k, v, cache, place, told.kv_slots, told.rope, *norms, config.rms_norm_eps, config.implementation
+            )
         with jax.named_scope("paged_attention"):
-            y = paged_attention(q, cache, place, metadata, self.spec.head_dim**-0.5)
+            y = paged_attention(q, cache, place, told.metadata, self.spec.head_dim**-0.5)
         with jax.named_scope("attention_output"):
             return self.project(y.reshape(tokens, -1), layer, "output", adapter_mask=adapter_mask)[0], cache
 
@@ -93,9 +103,9 @@ class FeedForward(LayerModule):
 
     spec: Dense | Mixture
 
-    def __call__(self, x, layer: Layer, slots, adapter_mask=None) -> jax.Array:
+    def __call__(self, x, layer: Layer, live, adapter_mask=None) -> jax.Array:
         if isinstance(self.spec, Mixture):
-            return self.mixture(x, layer, slots, self.spec)
+            return self.mixture(x, layer, live, self.spec)
         return self.dense(x, layer, adapter_mask)
 
     def dense(self, x, layer: Layer, adapter_mask) -> jax.Array:
@@ -107,7 +117,7 @@ class FeedForward(LayerModule):
             hidden = jax.nn.silu(gate) * up
         return self.project(hidden, layer, "down", adapter_mask=adapter_mask)[0]
 
-    def mixture(self, x, layer: Layer, slots, spec: Mixture) -> jax.Array:
+    def mixture(self, x, layer: Layer, live, spec: Mixture) -> jax.Array:
         """The experts of each token with the largest router probabilities, each a SwiGLU, summed with their weights in the
         order of those."""
         config = self.config
@@ -115,7 +125,7 @@ class FeedForward(LayerModule):
             logits = linear(x, self.stack("router"), layer, implementation=config.implementation)
             expert_ids, expert_weights = route(
                 logits,
-                slots >= 0,
+                live,
                 spec.experts_per_token,
                 normalize=spec.normalize,
                 scale=spec.scale,
@@ -128,23 +138,32 @@ class FeedForward(LayerModule):
             return mixture(x, expert_ids, expert_weights, gate, up, down, layer, dtype, config.implementation)
 
 
+# The module of each kind of mixer, and the name of its parameters. A module is called with x float32 [tokens, hidden_size],
+# its part of the state, the layer, the layer's place in that part, what it is told of the step (`Paged`, or the `Recurrence`
+# of a mixer that recurs) and the adapter_mask; it gives what it adds to x, and its part of the state.
+MIXERS: dict[type, tuple[str, Any]] = {AttentionSpec: ("attention", Attention)}
+
+
 class Block(LayerModule):
     """One pre-norm transformer layer."""
 
     spec: LayerSpec
 
     def setup(self) -> None:
-        self.attention = Attention(self.config, self.spec.mixer)
+        name, module = MIXERS[type(self.spec.mixer)]
+        setattr(self, name, module(self.config, self.spec.mixer))
         self.feed_forward = FeedForward(self.config, self.spec.feed_forward)
 
-    def __call__(
-        self, x, cache: KVCache, layer: Layer, place, slots, metadata, rope, adapter_mask=None
-    ) -> tuple[jax.Array, KVCache]:
+    def __call__(self, x, part: Any, layer: Layer, place, told: Any, live, adapter_mask=None) -> tuple[jax.Array, Any]:
+        """x float32 [tokens, hidden_size] after the layer, and its part of the state. live bool [tokens]: no padding; the
+        rest as in `MIXERS`."""
+
         def norm(name: str) -> jax.Array:
             return rms_norm(x, self.stack(name).vector(layer), self.config.rms_norm_eps)
 
-        with jax.named_scope("attention"):
-            y, cache = self.attention(norm("attention_norm"), cache, layer, place, slots, metadata, rope, adapter_mask)
+        name, _ = MIXERS[type(self.spec.mixer)]
+        with jax.named_scope(name):
+            y, part = getattr(self, name)(norm("attention_norm"), part, layer, place, told, adapter_mask)
         x = x + y
         with jax.named_scope("feed_forward"):
-            return x + self.feed_forward(norm("feed_forward_norm"), layer, slots, adapter_mask), cache
+            return x + self.feed_forward(norm("feed_forward_norm"), layer, live, adapter_mask), part

@@ -11,6 +11,8 @@ import os
 import random
 import threading
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -18,8 +20,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 
 import ferrum_jax as fj
 from ferrum_jax.engine import EngineConfig
+from ferrum_jax.quantized import LayerStack, QuantizedTensor
 from support.engine_stand_in import ADAPTERS, VOCAB, Injected, Model, check, expected, step, use
 from support.goldens import golden_cases, tiny_models
+from support.recurrent_toy import Toy
 from support.tiny_gguf import write_tiny_llama
 
 SCHEDULES = int(os.environ.get("ENGINE_SCHEDULES", "0"))
@@ -320,6 +324,7 @@ REFERENCE = {"max_tokens": 16, "logprobs": 2}  # of one shape, so that one progr
 PLAIN = EngineConfig(page_size=4, num_pages=9, max_seqs=3, token_budget=8, steps_per_dispatch=4)
 DRAFTED = dataclasses.replace(PLAIN, speculation=2)
 PLANS = {"plain": (0, PLAIN), "window and drafts": (7, DRAFTED), "experts in int8": ("int8", DRAFTED)}
+PLANS |= {"two windows": ("windows", PLAIN), "recurrent": ("recurrent", PLAIN), "all kinds and drafts": ("all", DRAFTED)}
 
 
 @pytest.fixture(scope="module")
@@ -333,7 +338,31 @@ def models(tmp_path_factory):
         made[window] = fj.load(path, dtype="float32", max_seq_len=25)
     path = tmp_path_factory.mktemp("model") / "mixture.gguf"
     tiny_models.write(next(case.spec for case in golden_cases.CASES if case.name == "qwen3moe-q4_k_m"), path)
-    return made | {"int8": fj.load(path, dtype="int8", max_seq_len=25)}
+    made["int8"] = fj.load(path, dtype="int8", max_seq_len=25)
+    path = tmp_path_factory.mktemp("model") / "layers.gguf"
+    deep = fj.load(write_tiny_llama(path, layers=4), dtype="float32", max_seq_len=25)
+    kinds = {"windows": (7, 0, 7, 0), "recurrent": (0, None, 0, None), "all": (7, None, 0, 3)}
+    return made | {name: unlike(deep, *of_layers) for name, of_layers in kinds.items()}
+
+
+def unlike(model, *windows):
+    """A model with other windows in its layers, or where that is None a layer that recurs."""
+    rng, (spec, *_) = np.random.default_rng(5), model.config.layers
+    toys = [number for number, window in enumerate(windows) if window is None]
+    layers = [
+        dataclasses.replace(spec, mixer=Toy(16) if window is None else dataclasses.replace(spec.mixer, window=window))
+        for window in windows
+    ]
+    params, hidden = dict(model.params), model.config.hidden_size
+    if toys:
+        formats = tuple("F32" if number in toys else "" for number in range(len(windows)))
+        shapes = {"into": (len(toys), 16, hidden), "out": (len(toys), hidden, 16)}
+        params["layers"] = params["layers"] | {"toy": {
+            name: LayerStack({"F32": QuantizedTensor.of(jnp.asarray(rng.normal(0, 0.2, shape), jnp.float32), "F32")}, formats)
+            for name, shape in shapes.items()
+        }}  # fmt: skip
+    config, runtime = dataclasses.replace(model.config, layers=layers), model._runtime
+    return type(model)(config, params, model.tokenizer, runtime.device, runtime.kv_dtype, 25)
 
 
 def sampled(dice: random.Random) -> fj.SamplingParams:
