@@ -96,7 +96,7 @@ class Core:
     def _forget(self) -> None:
         self._scheduler.ledger.forget()
         for sequence in self._scheduler.running:
-            sequence.held.digests = []
+            sequence.held.digests, sequence.held.settles_at = [], 0
 
     def _start_over(self) -> None:
         """Gives up what is on its way and on the device; running requests are computed again."""

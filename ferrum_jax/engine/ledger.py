@@ -25,10 +25,11 @@ from ferrum_jax.engine.pages import Entry, PagePool, entry, root
 class Held:
     """What a sequence holds: `count` pages of each pool. pages: their numbers for each pool, -1 for those that were given
     back (behind a window; `behind` are passed); table: int32 [pools, most], the same for the device; digests: of the first
-    full pages, those that are registered. checkpoint: the place of its newest one, -1 for none, which is of the first
+    full pages, those that are registered; settles_at: how many known tokens there must be before `settle` has anything to
+    do. checkpoint: the place of its newest one, -1 for none, which is of the first
     `checkpointed` pages and is `fresh` until it may be found; stops: numbers of pages after which it is to make others."""
 
-    __slots__ = ("behind", "checkpoint", "checkpointed", "count", "digests", "fresh", "pages", "stops", "table")
+    __slots__ = ("behind", "checkpoint", "checkpointed", "count", "digests", "fresh", "pages", "settles_at", "stops", "table")
 
     def __init__(self, pools: int = 0, most: int = 0):
         self.count = 0
@@ -36,6 +37,7 @@ class Held:
         self.behind = [0] * pools
         self.table = np.zeros((pools, most), np.int32)
         self.digests: list[bytes] = []
+        self.settles_at = 0
         self.checkpoint, self.checkpointed, self.fresh = -1, 0, False
         self.stops: list[int] = []
 
@@ -104,7 +106,7 @@ class Ledger:
         self.pools = [PagePool(count) for count in num_pages]
         self.checkpoints = PagePool(config.num_checkpoints, config.max_seqs) if recurs else None
         self.pages_a_sequence = self.count(context)
-        self._windowed = [pool for pool, window in enumerate(windows) if window]
+        self.windowed = [pool for pool, window in enumerate(windows) if window]
         self._salt = salt
 
     # How much there is
@@ -180,11 +182,12 @@ class Ledger:
         if not self.checkpoints.available:
             return []
         held.checkpoint, held.checkpointed, held.fresh = self.checkpoints.take(), full, True
+        held.settles_at = 0
         return [(len(self.pools), slot, held.checkpoint)]
 
     def grow(self, held: Held, tokens: int) -> bool:
         """Takes pages for so many tokens; False where a pool has none left."""
-        needed = self.count(tokens)
+        needed = -(-tokens // self.page_size)
         while held.count < needed:
             if not self.available:
                 return False
@@ -205,7 +208,7 @@ class Ledger:
                     pool.register(pages[number], known)
         if held.fresh and len(held.digests) >= held.checkpointed:
             self._register_checkpoint(held, tokens, adapter)
-        for windowed in self._windowed:
+        for windowed in self.windowed:
             pages = held.pages[windowed]
             while held.behind[windowed] < self._behind(windowed, written):
                 number = held.behind[windowed]
@@ -213,6 +216,7 @@ class Ledger:
                     self.pools[windowed].give_back(pages[number])
                     pages[number] = -1
                 held.behind[windowed] += 1
+        held.settles_at = 0 if self.windowed or held.fresh else (len(held.digests) + 1) * size
 
     def give_back(self, held: Held) -> None:
         """All that a sequence holds, from its end on."""
@@ -254,7 +258,7 @@ class Ledger:
         """The full pages of a sequence of which so many tokens are written, as `find` gives them: nothing where some of what
         would be looked at from there on was given back."""
         full = written // self.page_size if self.checkpoints is None else held.checkpointed
-        if any(held.behind[pool] > self._behind(pool, full * self.page_size) for pool in self._windowed):
+        if any(held.behind[pool] > self._behind(pool, full * self.page_size) for pool in self.windowed):
             return self.nothing()
         return self._cut(Found(held.pages, held.digests, None, held.checkpoint), full)
 
@@ -264,7 +268,7 @@ class Ledger:
         if self.checkpoints is not None:
             found = self.written(held, last)
             return found if found.full and found.full * self.page_size <= last else None
-        if any(held.behind[pool] > self._behind(pool, last) for pool in self._windowed):
+        if any(held.behind[pool] > self._behind(pool, last) for pool in self.windowed):
             return None
         full, more = divmod(last, self.page_size)
         rest = [pages[full] for pages in held.pages] if more else None
@@ -349,7 +353,7 @@ class Ledger:
     def _cut(self, found: Found, full: int) -> Found:
         """The first `full` pages, without those that are behind the windows there."""
         pages = [numbers[:full] for numbers in found.pages]
-        for pool in self._windowed:
+        for pool in self.windowed:
             behind = self._behind(pool, full * self.page_size)
             pages[pool][:behind] = [-1] * behind
         return found._replace(pages=pages, digests=found.digests[:full])

@@ -197,7 +197,9 @@ class Scheduler:
         return max(0, self.ledger.count(tokens) - sequence.held.count)
 
     def _settle(self, sequence: Sequence) -> None:
-        self.ledger.settle(sequence.held, sequence.tokens, sequence.written, sequence.adapter)
+        held = sequence.held
+        if len(sequence.tokens) >= held.settles_at:
+            self.ledger.settle(held, sequence.tokens, sequence.written, sequence.adapter)
 
     def _give_up(self, sequence: Sequence) -> None:
         self.running.remove(sequence)

@@ -192,7 +192,7 @@ FAULTS = {
     "12-pages": Fault(
         "pages behind the window are kept",
         Ledger.settle,
-        "for windowed in self._windowed:",
+        "for windowed in self.windowed:",
         "for windowed in ():",
         pages.test_pages_behind_the_window_are_given_back,
     ),
