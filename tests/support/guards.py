@@ -21,6 +21,7 @@ from ferrum_jax.engine.ledger import Held
 from ferrum_jax.engine.sequence import Dispatch, Row, Sequence
 from ferrum_jax.models.rope import rope_angles, rope_frequencies
 from ferrum_jax.sampling import Sampling, SamplingParams, filtered_logits, is_end, sample
+from ferrum_jax.state import DecodeState
 from ferrum_jax.tokenizer import TextStream
 from support.engine_stand_in import Model
 from support.random_models import DENSE, tiny_params
@@ -208,11 +209,11 @@ def masked_ids_are_not_chosen():
 def decoded(drafts: int, params: SamplingParams, prompt: list[int]) -> list[int]:
     """Tokens of one row, from `steps.decode` over a model whose logits are a table."""
 
-    def hidden(params, cache, slots, rows, table, first, query_starts, live, tokens, config):
+    def hidden(params, state, slots, rows, table, first, query_starts, live, tokens, config, after=None):
         place = jnp.arange(tokens)
         row = jnp.clip(jnp.searchsorted(query_starts, place, side="right") - 1, 0, rows.shape[0] - 1)
         position = jnp.clip(first[row] + place - query_starts[row], 0, CAPACITY - 1)
-        return jnp.asarray(TABLE)[slots.history[rows[row], position]], cache
+        return jnp.asarray(TABLE)[slots.history[rows[row], position]], state
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(steps, "_hidden", hidden)
@@ -220,7 +221,7 @@ def decoded(drafts: int, params: SamplingParams, prompt: list[int]) -> list[int]
         slots = admitted(slots_of(1), 0, prompt, [], params)
         rows, table, ends = jnp.zeros(1, jnp.int32), jnp.zeros((1, 1), jnp.int32), jnp.asarray([len(prompt) + MADE], jnp.int32)
         static = {"config": dataclasses.replace(DENSE, vocab_size=VOCAB), "steps": MADE, "speculation": drafts}
-        found = np.asarray(steps.decode(None, None, slots, rows, table, ends, MADE, **static)[2].tokens)[0]
+        found = np.asarray(steps.decode(None, DecodeState(()), slots, rows, table, ends, MADE, **static)[2].tokens)[0]
     return found[found >= 0].tolist()
 
 

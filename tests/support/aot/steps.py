@@ -25,6 +25,7 @@ from ferrum_jax.engine import steps as engine
 from ferrum_jax.loading import auto_dtype
 from ferrum_jax.programs import COMPILER_OPTIONS
 from ferrum_jax.sampling import Sampling
+from ferrum_jax.state import new_state
 from ferrum_jax.weights.names import parameters
 from ferrum_jax.weights.stream import abstract_parameters
 from pallas_kernels import aot, dispatch
@@ -90,7 +91,8 @@ def engine_steps(target: str, config, header):
     params = abstract_parameters(parameters(header, config), kind)
     slots, pages, rows = 32, 128, 8
     with dispatch.on(kind):
-        cache = jax.eval_shape(functools.partial(F.new_cache, config, num_pages=slots * pages, dtype=config.dtype))
+        sizes = {"pages": slots * pages, "page_size": 16, "dtype": config.dtype}
+        cache = jax.eval_shape(functools.partial(new_state, config, **sizes))
     sampling = Sampling.from_params([], eos_ids=[1], vocab_limit=config.vocab_size, pad_to=slots, default_seeds=[])
     state = jax.eval_shape(lambda: engine.new_slots(sampling, slots=slots, capacity=pages * 16, vocab=config.vocab_size))
     i32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
