@@ -168,7 +168,7 @@ def test_merged_into_gguf(dtype: str, folder: Folder, tmp_path: Path) -> None:
     expected = fj.load(folder(spec), dtype="float32", merge_adapter=folder(case)).logits(PROMPTS)
     file = convert(folder(spec), tmp_path / "plain.gguf", to="gguf")
     with open_model(file) as source:
-        assert source.interleaved and source.tensors["blk.1.attn_q.weight"].format == dtype
+        assert source.is_gguf and source.tensors["blk.1.attn_q.weight"].format == dtype
     made = convert(folder(spec), tmp_path / "merged.gguf", to="gguf", merge_adapter=folder(case))
     at_load = fj.load(file, dtype="float32", merge_adapter=folder(case)).logits(PROMPTS)
     before = fj.load(made, dtype="float32").logits(PROMPTS)
