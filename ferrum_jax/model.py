@@ -24,7 +24,7 @@ from ferrum_jax.prompts import Prompt, Prompts
 from ferrum_jax.runtime import PAGE
 from ferrum_jax.sampling_params import SamplingParams
 from ferrum_jax.shapes import bucket, by_fours, padded, power_of_two
-from ferrum_jax.state import bytes_per_token
+from ferrum_jax.state import bytes_per_state, bytes_per_token
 from ferrum_jax.tokenizer import Tokenizer
 from ferrum_jax.weights.stream import bytes_by_format
 
@@ -364,11 +364,13 @@ class Model:
         """Sizes in bytes.
 
         Returns:
-          "parameters": bytes by block format; "parameters_total": their sum; "kv_bytes_per_token": the KV cache of a token.
+          "parameters": bytes by block format; "parameters_total": their sum; "kv_bytes_per_token": the KV cache of a token;
+          for a model with layers that recur "state_bytes": what they keep of a sequence.
         """
         formats = bytes_by_format(self.params)
-        per_token = bytes_per_token(self.config, self.kv_dtype)
-        return {"parameters": formats, "parameters_total": sum(formats.values()), "kv_bytes_per_token": per_token}
+        sizes = {"parameters_total": sum(formats.values()), "kv_bytes_per_token": bytes_per_token(self.config, self.kv_dtype)}
+        recurrent = {"state_bytes": size} if (size := bytes_per_state(self.config)) else {}
+        return {"parameters": formats, **sizes, **recurrent}
 
     def timings(self) -> dict[str, float]:
         """What has been done since the model was loaded.
@@ -391,7 +393,7 @@ class Model:
             initial = by_fours(min(longest, len(prompts[0]) + _AHEAD), _SHORT) // PAGE
             return Engine(self._runtime, EngineConfig(num_pages=pages, initial_pages=min(initial, pages), max_seqs=1, **fields))
         pages = -(-bucket(longest) // PAGE)
-        fitting = max(1, _CACHE_BYTES // (pages * PAGE * self.memory()["kv_bytes_per_token"]))
+        fitting = max(1, _CACHE_BYTES // max(1, pages * PAGE * self.memory()["kv_bytes_per_token"]))
         rows = min(rows, 1 << (fitting.bit_length() - 1))
         return Engine(self._runtime, EngineConfig(num_pages=rows * pages, max_seqs=rows, **fields))
 
