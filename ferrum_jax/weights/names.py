@@ -7,6 +7,7 @@ error, raised before a byte of weights is read.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -17,7 +18,7 @@ from ferrum_jax.families.table import Path
 from ferrum_jax.weights.source import ModelSource
 from ferrum_jax.weights.tensor_info import TensorInfo
 
-__all__ = ["Parameters", "Path", "kept_format", "kind_of", "parameters"]
+__all__ = ["Parameters", "Path", "kept_format", "kinds_of", "parameters"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Parameters:
     @property
     def layer_formats(self) -> list[tuple[str, ...]]:
         """The kinds of each layer's parameters: layers of equal kinds share a compiled body."""
-        return list(zip(*([kind_of(t) if t else "" for t in tensors] for tensors in self.stacked.values()), strict=True))
+        return list(zip(*map(kinds_of, self.stacked.values()), strict=True))
 
 
 def kept_format(tensor: TensorInfo) -> str:
@@ -40,9 +41,16 @@ def kept_format(tensor: TensorInfo) -> str:
     return "F32" if len(tensor.shape) == 1 else tensor.format
 
 
-def kind_of(tensor: TensorInfo) -> str:
-    """What tensors of one stack have in common: the format kept, and whether their columns lie in another order."""
-    return kept_format(tensor) + ("+order" if tensor.order else "")
+def kinds_of(tensors: Sequence[TensorInfo | None]) -> tuple[str, ...]:
+    """What tensors of one stack have in common, "" for None: the format kept, whether their columns lie in another order, and
+    their shape if it is not the first one's."""
+    first = next((tensor.shape for tensor in tensors if tensor), ())
+
+    def kind(tensor: TensorInfo) -> str:
+        shape = "" if tensor.shape == first else f" {list(tensor.shape)}"
+        return kept_format(tensor) + ("+order" if tensor.order else "") + shape
+
+    return tuple(kind(tensor) if tensor else "" for tensor in tensors)
 
 
 def parameters(source: ModelSource, config: ModelConfig | EncoderConfig) -> Parameters:

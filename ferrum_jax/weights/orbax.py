@@ -62,17 +62,20 @@ _SPLIT_BYTES = 64 << 20  # arrays above have a file for each layer
 @dataclasses.dataclass(frozen=True)
 class Stack:
     """The parameter `path`, of all its layers that have one format: planes [layers, *experts, *plane], or of a parameter
-    that is no layer's (layers == ()) without the first axis. shape: of the tensor of one layer, in weights."""
+    that is no layer's (layers == ()) without the first axis. shape: of the tensor of one layer, in weights. apart: whether
+    its arrays have the shape in their names, because layers of another shape have the format too."""
 
     path: tuple[str, ...]
     format: str
     layout: str
     shape: tuple[int, ...]
     layers: tuple[int, ...]
+    apart: bool = False
 
     def key(self, plane: int) -> str:
         ordered = "order" if self.layout.endswith(SUFFIX) else "plain"
-        return ".".join((*self.path, self.format, ordered, str(plane)))
+        shape = ["x".join(map(str, self.shape))] if self.apart else []
+        return ".".join((*self.path, self.format, ordered, *shape, str(plane)))
 
 
 def tokenizer_files(source: ModelSource) -> list[Path]:
@@ -170,9 +173,12 @@ def _stacks(params: dict) -> Iterator[tuple[Stack, tuple[Any, ...]]]:
         else:
             yield Stack((name,), "F32", "ggml", value.shape, ()), (value,)
     for path, value in _leaves(params["layers"], ()):
+        keys: set[str] = set()
         for kind, stack in value.stacks.items():
             layers = tuple(i for i, kept in enumerate(value.formats) if kept == kind)
-            yield Stack(path, stack.format, stack.memory_layout, stack.shape[1:], layers), stack.planes
+            named = Stack(path, stack.format, stack.memory_layout, stack.shape[1:], layers)
+            yield dataclasses.replace(named, apart=named.key(0) in keys), stack.planes
+            keys.add(named.key(0))
 
 
 def _leaves(node: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], LayerStack]]:
@@ -392,11 +398,13 @@ def _config(fields: Mapping[str, Any]) -> ModelConfig:
 
 
 def _stack(fields: Mapping[str, Any]) -> Stack:
-    stack = Stack(tuple(fields["path"]), fields["format"], fields["layout"], tuple(fields["shape"]), tuple(fields["layers"]))
+    apart = fields.get("apart", False)
+    numbers = tuple(fields["shape"]), tuple(fields["layers"])
+    stack = Stack(tuple(fields["path"]), fields["format"], fields["layout"], *numbers, apart)
     if {type(part) for part in (*stack.path, stack.format, stack.layout)} != {str}:
         raise TypeError(f"parameter {stack.path} of format {stack.format!r} in layout {stack.layout!r}")
-    if not {type(size) for size in (*stack.shape, *stack.layers)} <= {int}:
-        raise TypeError(f"shape {stack.shape} of layers {stack.layers}")
+    if not {type(size) for size in (*stack.shape, *stack.layers)} <= {int} or type(apart) is not bool:
+        raise TypeError(f"shape {stack.shape} of layers {stack.layers}, apart {apart!r}")
     return stack
 
 

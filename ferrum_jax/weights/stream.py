@@ -19,7 +19,7 @@ import numpy as np
 from ferrum_jax.errors import ModelFileError
 from ferrum_jax.quantized import LayerStack, QuantizedTensor
 from ferrum_jax.weights.block_scales import read_blocks
-from ferrum_jax.weights.names import Parameters, Path, kept_format, kind_of
+from ferrum_jax.weights.names import Parameters, Path, kept_format, kinds_of
 from ferrum_jax.weights.source import ModelSource
 from ferrum_jax.weights.tensor_info import TensorInfo
 from pallas_kernels.blocks import format_of
@@ -60,7 +60,7 @@ def _tree(parameters: Parameters, make: Maker, target: Target) -> dict:
         tree[path[0]] = planes[0] if len(tensor.shape) == 1 else dataclasses.replace(whole, planes=planes)
     layers: dict = {}
     for path, tensors in parameters.stacked.items():
-        kinds = tuple(kind_of(t) if t else "" for t in tensors)
+        kinds = kinds_of(tensors)
         stacks = {}
         for kind in sorted(set(kinds) - {""}):
             members = [t for t, own in zip(tensors, kinds, strict=True) if t and own == kind]

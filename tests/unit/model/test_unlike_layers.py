@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +16,13 @@ from ferrum_jax.models.rope import rope_frequencies
 from ferrum_jax.models.scan import layer_segments
 from ferrum_jax.quantized import LayerStack, QuantizedTensor
 from ferrum_jax.state import page_kinds
+from ferrum_jax.weights import orbax
+from ferrum_jax.weights.names import parameters as parameter_table
+from ferrum_jax.weights.opening import open_model
+from ferrum_jax.weights.stream import read_parameters
 
 HIDDEN, VOCAB = 32, 40
+forward = jax.jit(F.forward, static_argnames="config")
 WIDE, TURNED = Rope(1e4, 16), Rope(1e6, 8, RopeScaling("linear", 2.0))
 SLIDING = LayerSpec(Attention(4, 2, 16, WIDE, window=5), Dense(48))
 MIXED = LayerSpec(Attention(4, 2, 16, WIDE, window=5), Mixture(5, 2, 24, normalize=True, scale=1.5))
@@ -151,13 +157,13 @@ def test_every_layer_works_from_its_own_spec() -> None:
     wanted, _ = reference(config, layers, embedding, tokens)
     cache, found = F.new_cache(config, num_pages=3), []
     for first, last in ((0, 17), (17, 18), (18, 40)):
-        logits, cache = F.forward(params, cache, batch(tokens, first, last), config=config)
+        logits, cache = forward(params, cache, batch(tokens, first, last), config=config)
         found.append(np.asarray(logits))
     error = np.abs(np.concatenate(found) - wanted).max()
     assert not error > 1e-3 and wanted.std() > 1
     for changed in ({"sliding_window": 0}, {"rope_theta": 1e4}, {"rope_scaling": None}, {"expert_weights_scale": 1.0}):
         other = dataclasses.replace(config, **changed)
-        logits, _ = F.forward(params, F.new_cache(other, num_pages=3), batch(tokens, 0, 40), config=other)
+        logits, _ = forward(params, F.new_cache(other, num_pages=3), batch(tokens, 0, 40), config=other)
         assert np.abs(np.asarray(logits) - wanted).max() > 0.01, changed
 
 
@@ -172,7 +178,27 @@ def test_every_kind_of_layer_has_pages_of_its_own() -> None:
     place = whole.positions
     apart = whole._replace(page_table=table, slots=(table[:, place // 16] * 16 + place % 16).reshape(-1))
     assert len(table) == 4
-    results = [F.forward(params, F.new_cache(config, num_pages=5), each, config=config)[0] for each in (whole, apart)]
+    results = [forward(params, F.new_cache(config, num_pages=5), each, config=config)[0] for each in (whole, apart)]
+    assert np.array_equal(*map(np.asarray, results))
+
+
+def test_parameters_of_several_shapes_are_saved_and_read(tmp_path: Path) -> None:
+    """A parameter has a stack for each shape, in memory and in an Orbax checkpoint."""
+    rng = np.random.default_rng(6)
+    config = dataclasses.replace(configure(LAYERS), architecture="qwen3moe")
+    params = parameters([matrices(spec, rng) for spec in LAYERS], rng.normal(0, 1, (VOCAB, HIDDEN)))
+    orbax.save(tmp_path / "model", config, {}, params)
+    with open_model(tmp_path / "model") as source:
+        assert source.config() == config
+        again = read_parameters(source, parameter_table(source, config), jax.devices()[0])
+    query = again["layers"]["attention"]["query"]
+    assert {kind: stack.shape for kind, stack in query.stacks.items()} == {
+        "F32": (4, 64, 32), "F32 [128, 32]": (1, 128, 32), "F32 [32, 32]": (1, 32, 32), "F32 [96, 32]": (1, 96, 32)
+    }  # fmt: skip
+    tokens = rng.integers(0, VOCAB, 20).astype(np.int32)
+    results = [
+        forward(each, F.new_cache(config, num_pages=2), batch(tokens, 0, 20), config=config)[0] for each in (params, again)
+    ]
     assert np.array_equal(*map(np.asarray, results))
 
 
@@ -215,7 +241,7 @@ def test_a_state_of_another_model_is_refused() -> None:
     with pytest.raises(
         ValueError, match="the state has 1 pools of pages, but the model's layers need 4: make it with new_cache"
     ):
-        F.forward({}, F.new_cache(alike, num_pages=3), batch(np.zeros(2, np.int32), 0, 2), config=config)
+        forward({}, F.new_cache(alike, num_pages=3), batch(np.zeros(2, np.int32), 0, 2), config=config)
 
 
 def test_frequencies_are_of_the_rotation() -> None:
