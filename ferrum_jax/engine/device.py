@@ -275,7 +275,8 @@ def _arrays(places: list[list[int]]) -> tuple[np.ndarray, ...]:
 
 def choose_num_pages(model: Runtime, config: EngineConfig) -> int:
     """Pages for `max_seqs` sequences of the longest context, or as many as there is memory for; at least one sequence's."""
-    kinds, dtype = page_kinds(model.config), config.kv_dtype or model.kv_dtype
+    dtype = config.kv_dtype or model.kv_dtype  # first: an embedding model refuses here
+    kinds = page_kinds(model.config)
     windows = [kind.window for kind in kinds]
     sizes = [config.page_size * kind.bytes_per_token(dtype) for kind in kinds]
 
