@@ -131,7 +131,7 @@ class Device:
 
     def write(self, places: list[list[int]], content: DecodeState) -> None:
         """Puts what `read` gave into some places."""
-        self._grow(1 + max(max(pages, default=-1) for pages in places))
+        self._grow(1 + max(max(pages, default=-1) for pages in places[: len(self.num_pages)]))
         arguments = self.state, _arrays(places), content
         self.state = self.model.programs.get(write_places, *arguments, donate=(0,))(*arguments)
 
@@ -151,7 +151,7 @@ class Device:
         if self.pages == self.most:
             return 0
         used = (page for row in dispatch.rows for pages in row.held.pages for page in pages)
-        return 1 + max(*used, *(target for *_, target in dispatch.copies), -1, -1)
+        return 1 + max(*used, *(target for part, _, target in dispatch.copies if part < len(self.num_pages)), -1, -1)
 
     def _copy(self, copies: list[tuple[int, int, int]]) -> None:
         """Copies places, given as (part, source, target), in this order."""

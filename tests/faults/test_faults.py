@@ -196,6 +196,20 @@ FAULTS = {
         "for windowed in ():",
         pages.test_pages_behind_the_window_are_given_back,
     ),
+    "12-pools": Fault(
+        "a text is found where one pool has what another lacks",
+        Ledger.find,
+        "if all(gap <=",
+        "if any(gap <=",
+        pages.test_a_text_is_found_where_each_pool_has_what_it_looks_at,
+    ),
+    "12-state": Fault(
+        "pages are enough where layers recur",
+        Ledger.find,
+        "if state is not None:",
+        "if True:",
+        pages.test_layers_that_recur_go_on_from_a_checkpoint,
+    ),
     "12-yarn": Fault(
         "YaRN is ignored",
         rope_frequencies,

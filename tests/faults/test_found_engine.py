@@ -11,6 +11,11 @@ from support.patching import Fault, applied
 from unit.engine import test_engine_interrupts as interrupts
 from unit.engine import test_engine_pages as pages
 
+
+def all_are_aborted():
+    pages.test_an_abort_of_all_that_a_dispatch_has_leaves_no_page_unwritten(False)
+
+
 FAULTS = {
     "caller": Fault(
         "the caller's thread does the work, where an interrupt cuts it short",
@@ -39,6 +44,13 @@ FAULTS = {
         "self._start_over()",
         "pass",
         pages.test_a_restore_that_fails_leaves_no_page_behind,
+    ),
+    "aborted": Fault(
+        "what all rows of a dispatch have left is registered and never written",
+        Engine._step,
+        "if dispatch is not None:",
+        "if dispatch is not None and any(row.valid for row in dispatch.rows):",
+        all_are_aborted,
     ),
     "head": Fault(
         "an error that one request brings stops the queue",

@@ -220,7 +220,7 @@ class Device:
         return steps.Results(pending.tokens, None, None)
 
     def read(self, places: list[list[int]]) -> DecodeState:
-        read = [pages[None, ids, :, :, None] for pages, ids in zip(self.pages, places, strict=True)]
+        read = [pages[None, ids, :, :, None] for pages, ids in zip(self.pages, places, strict=False)]
         return self._state(read, self.states[None, places[-1]] if self.recurs else None)
 
     def write(self, places: list[list[int]], content: DecodeState) -> None:

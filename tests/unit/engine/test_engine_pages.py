@@ -3,6 +3,7 @@ computes anything: tests/faults calls them too."""
 
 import asyncio
 import contextlib
+import dataclasses
 import hashlib
 import tempfile
 from pathlib import Path
@@ -459,6 +460,35 @@ def test_a_hit_longer_than_the_window_leaves_room_to_go_on(prompts):
     engine = engine_of(windows=[4], page_size=1, num_pages=10, max_seqs=1, token_budget=1)
     for length in prompts:
         answers(engine, engine.submit([1] * length, fj.SamplingParams(max_tokens=2, ignore_eos=True, seed=0)))
+
+
+def test_layers_that_recur_go_on_from_a_checkpoint():
+    """A prompt makes one before its last page, and one where it leaves a text that is known; there others go on."""
+    engine = engine_of(recurs=True, num_pages=20)
+    known, saved = [1, 2, 3, 4, 5, 1, 2, 3], []
+    for prompt in ([*known, 4], [*known, 5], [1, 2, 3, 4, 2, 2, 2], [1, 2, 3, 4, 3, 3, 3], [*known, 1]):
+        answers(engine, engine.submit(prompt, GREEDY))
+        saved.append(engine.metrics()["prefix_saved_tokens"] - sum(saved))
+    assert saved == [0, 8, 0, 4, 8]  # of the first page alone there was no state before the third prompt
+    metrics = engine.metrics()
+    assert metrics["checkpoints_cached"] == 2 and metrics["checkpoints_free"] == 30 and not metrics["checkpoint_evictions"]
+
+
+def test_a_branch_and_a_copy_of_what_recurs():
+    with tempfile.TemporaryDirectory() as folder:
+        engine, other = engine_of(recurs=True), engine_of(recurs=True)
+        params = fj.SamplingParams(max_tokens=12, ignore_eos=True, seed=0)
+        origin = engine.submit([1, 2, 3, 4, 5, 1], params)
+        while len(origin.token_ids) < 2:
+            step(engine)
+        branch = origin.fork(dataclasses.replace(params, seed=1))
+        engine.snapshot(origin, Path(folder) / "one")
+        answers(engine, origin, branch)
+        assert engine.metrics()["prefix_saved_tokens"] == 4  # from the checkpoint on
+        copy = other.restore(Path(folder) / "one")
+        check(other)
+        drive(other)
+        assert copy.result() == origin.result() and other.metrics()["prefix_saved_tokens"] == 4
 
 
 def test_metrics_count_every_pool():
