@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 _ROWS = 32  # sequences that run together, at most
 _CACHE_BYTES = 2 << 30  # limit of the KV cache for more than one sequence
 _SHORT = 256  # tokens of the smallest cache for a single sequence
-_UNWATCHED = 0.25  # seconds that a dispatch may take if no text is shown before the end
+_UNWATCHED = 0.5  # seconds that a dispatch may take if no text is shown before the end
 _AHEAD = 512  # tokens of output that the cache of a single sequence can hold at first
 
 
