@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from ferrum_jax import headers, hub, memory
 from ferrum_jax.config import ModelConfig
 from ferrum_jax.engine import EngineConfig, steps
-from ferrum_jax.engine.config import MAX_STEPS
+from ferrum_jax.engine.config import MAX_SEQS, MAX_STEPS
 from ferrum_jax.engine.ledger import pool_sizes
 from ferrum_jax.errors import ModelNotFoundError
 from ferrum_jax.loading import auto_dtype
@@ -292,7 +292,7 @@ def compute(header: ModelSource, case: Case) -> Plan:
         pages, most = -(-context // PAGE), -(-config.context_length // PAGE)
         batches = _Axis(lambda n: model.row_bytes(n, context), lambda n: model.decode(n, context), {batch: decode})
         contexts = _Axis(lambda n: model.row_bytes(batch, n * PAGE), lambda n: model.decode(batch, n * PAGE), {pages: decode})
-        plan.largest_batch = batches.largest(room, 1 << 20)
+        plan.largest_batch = batches.largest(room, MAX_SEQS)
         plan.largest_context = min(contexts.largest(room, most) * PAGE, config.context_length)
     share, plan.experts_touched = experts_read(config, batch)
     plan.read_bytes = weights_read(model.params, config, batch, share) + model.read_bytes(batch, context)

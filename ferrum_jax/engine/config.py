@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 
 from ferrum_jax.state import kv_dtype
 
+MAX_SEQS = 1 << 16  # sequences that run at once at most
 MAX_STEPS = 64  # decode steps of one dispatch at most, where the engine chooses
 _DRAFTING_STEPS = 16  # the same with drafts, which need more room for results
 _MOST = {
-    "page_size": 1 << 16, "max_seqs": 1 << 16, "token_budget": 1 << 20, "speculation": 1 << 10, "num_pages": 2**31 - 1,
+    "page_size": 1 << 16, "max_seqs": MAX_SEQS, "token_budget": 1 << 20, "speculation": 1 << 10, "num_pages": 2**31 - 1,
     "steps_per_dispatch": 1 << 12, "initial_pages": 2**31 - 1, "checkpoints": 1 << 20,
 }  # fmt: skip
 

@@ -109,7 +109,7 @@ def new_state(
 ) -> DecodeState:
     """An empty state with so many pages for each of the model's kinds, or for all of them. The rest as in `new_cache`."""
     dtype, kinds = kv_dtype(dtype), page_kinds(config)
-    counts = [pages] * len(kinds) if isinstance(pages, int) else pages
+    counts = list(pages) if isinstance(pages, Sequence) else [pages] * len(kinds)
     if min(counts) < 1 or page_size < 1:
         raise ValueError(f"a cache needs at least one page and one token a page, not {min(counts)} and {page_size}")
     pools = (

@@ -129,7 +129,7 @@ CHOICES = [
 REPORT = {
     "problems": [], "versions": {"python": "3.11"}, "auto_dtype": "int8", "cpu_kernels": "avx2", "backends": CHOICES,
     "devices": [{"platform": "cpu", "kind": "cpu", "memory_bytes": 2**34, "in_use_bytes": 2**30, "counted": "memory"}],
-    "compilation_cache": {"path": str(LONG), "bytes": 5}, "model_cache": None,
+    "compilation_cache": {"path": str(LONG), "bytes": 5}, "model_cache": None, "implementations": {"route": ["xla"]},
 }  # fmt: skip
 
 

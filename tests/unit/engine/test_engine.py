@@ -428,7 +428,7 @@ def test_snapshots_that_cannot_be(model, engine, tmp_path):
     other = fj.Engine(model, dataclasses.replace(SMALL, page_size=4))
     with pytest.raises(ValueError, match="of another model or engine"):
         other.restore(tmp_path / "one")
-    assert snapshot._VERSION == 2 and MAX_LOGPROBS == 64
+    assert snapshot._VERSION == 3 and MAX_LOGPROBS == 64
 
 
 def test_a_reset_forgets_texts_and_keeps_requests(model, engine):

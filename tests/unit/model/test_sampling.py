@@ -153,7 +153,7 @@ def test_arrays_of_a_batch():
     assert is_end(jnp.array([2, 3, 5, 0]), s).tolist() == [False, False, True, False]
     with pytest.raises(ValueError, match="pad_to must be at least the number of rows, 2; got 1"):
         Sampling.from_params(params, eos_ids=[], vocab_limit=10, pad_to=1, default_seeds=[1, 2])
-    with pytest.raises(ValueError, match="one seed a row, 2; got 1"):
+    with pytest.raises(ValueError, match="one seed for each row, 2; got 1"):
         Sampling.from_params(params, eos_ids=[], vocab_limit=10, default_seeds=[1])
     with pytest.raises(ValueError, match="vocab_limit must be at least 1; got 0"):
         Sampling.from_params(params, eos_ids=[], vocab_limit=0, default_seeds=[1, 2])
