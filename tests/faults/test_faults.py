@@ -366,6 +366,7 @@ def test_without_a_fault_the_guards_are_content(guard):
     run(SOUND[guard])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", FAULTS)
 def test_every_fault_is_noticed(number):
     fault = FAULTS[number]

@@ -66,6 +66,7 @@ FAULTS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAULTS)
 def test_the_guard_notices(name, model):
     fault = FAULTS[name]

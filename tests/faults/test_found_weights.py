@@ -169,6 +169,7 @@ FAULTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", FAULTS)
 def test_every_fault_is_noticed(number: str) -> None:
     fault = FAULTS[number]

@@ -105,6 +105,7 @@ def test_scales_of_any_size():
             assert (np.abs(np.asarray(on_gpu(q * size, cache, tables)) - y) <= bound).all(), (dtype, size)
 
 
+@pytest.mark.slow
 def test_nan_that_is_seen_is_passed_on():
     """Also where it is bits of an 8-bit float."""
     for dtype in KV_DTYPES:
@@ -146,6 +147,7 @@ def test_tpu(library_kernel, dtype, window):
     assert (np.abs(np.asarray(mosaic_tpu.attention(q, cache, LAYER, metadata, 128**-0.5)) - y) <= bound).all()
 
 
+@pytest.mark.slow
 def test_tpu_sequences_that_are_not_there(library_kernel):
     """A row whose sequence has nothing cached is zero, and the rows beside it are as without it."""
     q, cache, tables, k, v = case([1, 1, 1], [40, 30, 20], head_dim=128, page_size=128, target=TPU)

@@ -116,6 +116,7 @@ def test_rows_that_are_no_multiple_of_256(k):
         assert_within(y, w.product(np.asarray(x, np.float64)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("m", "n"), [(1, 1), (9, 200), (40, 72), (130, 264)])
 def test_every_tile(m, n):
     rng = np.random.default_rng(m)
@@ -135,6 +136,7 @@ def test_swiglu(dtype):
     assert_within(found, silu_product(gate.product(exact), up.product(exact), dtype))
 
 
+@pytest.mark.slow
 def test_a_row_does_not_depend_on_the_others():
     rng = np.random.default_rng(4)
     w = Weights(rng, "Q4_K", 32, 512, "bfloat16")

@@ -195,6 +195,7 @@ def test_many_tiles_of_rows_and_columns():
     assert_within(dense.matmul(x, w.matrix, V5E, RACES), w.product(np.asarray(x, np.float64), many=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("m", [2, 7, 25])
 def test_swiglu(m):
     rng = np.random.default_rng(m)
@@ -285,6 +286,7 @@ def test_one_expert_of_128_takes_all():
     check_ffn(rng, ids, np.ones((11, 1), np.float32), 128, ("Q4_0", "Q4_0", "Q4_0"), RACES, k=128, n=128)
 
 
+@pytest.mark.slow
 def test_experts_too_large_for_one_kernel(monkeypatch):
     monkeypatch.setattr(grouped, "_fused_bytes", lambda *sizes: dense.VMEM + 1)
     rng = np.random.default_rng(9)

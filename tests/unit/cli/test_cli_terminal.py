@@ -234,6 +234,7 @@ cli_fakes.FakeModel.delay = 0.1
 """
 
 
+@pytest.mark.slow
 def test_two_turns_and_ctrl_c(tmp_path):
     talk = Talk(tmp_path, SLOW + 'cli_fakes.FakeModel.reply = "ab cd " * 9')
     talk.until(">>>")
@@ -263,6 +264,7 @@ def test_turns_with_a_model(tmp_path):
     talk.ends(0)
 
 
+@pytest.mark.slow
 def test_what_is_pasted_ahead_is_one_message(tmp_path):
     talk = Talk(tmp_path, SLOW)
     talk.until(">>>")
@@ -277,6 +279,7 @@ def test_what_is_pasted_ahead_is_one_message(tmp_path):
     assert "two" not in talk.seen
 
 
+@pytest.mark.slow
 def test_what_is_typed_ahead_is_the_next_message(tmp_path):
     talk = Talk(tmp_path, SLOW + 'cli_fakes.FakeModel.reply = "ab cd " * 9')
     talk.until(">>>")
@@ -313,6 +316,7 @@ def test_a_failure_of_ours(tmp_path):
     talk.ends(1)
 
 
+@pytest.mark.slow
 def test_words_in_a_terminal_that_changes(tmp_path):
     code = f"cli_fakes.FakeModel.reply, cli_fakes.FakeModel.delay = {ENGLISH!r} * 12, 0.002"
     talk = Talk(tmp_path, code, 50, "--max-seq-len", "5000", "--max-tokens", "4000")

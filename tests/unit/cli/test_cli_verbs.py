@@ -63,6 +63,7 @@ def test_fp8_has_one_name_and_the_other_is_taken(model):  # noqa: F811
     assert [load["kv_dtype"] for load in model.loads] == ["fp8", "fp8"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("context", "flags", "prompts", "generated"),
     [

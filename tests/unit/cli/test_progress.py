@@ -100,6 +100,7 @@ cli_fakes.FakeModel.stream = stream
 """
 
 
+@pytest.mark.slow
 def test_the_command_line_draws_on_a_terminal_and_leaves_the_answer_whole():
     code, shown = in_terminal(50, "run", "m", "hi", code=SLOW)
     assert code == 0 and "compiling start (program 1), 1 s" in shown
@@ -116,6 +117,7 @@ def test_a_script_is_silent_unless_it_asks():
         assert ("working" in done.stderr) is expected and done.stdout == ""
 
 
+@pytest.mark.slow
 def test_a_notebook_draws_under_the_cell(monkeypatch):
     monkeypatch.delenv("FERRUM_JAX_PROGRESS", raising=False)
     nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")

@@ -72,6 +72,7 @@ def test_preempted_requests_end_as_if_nothing_had_been(model):
 
 
 @pytest.mark.parametrize("params", [GREEDY, NOISY], ids=["greedy", "sampled"])
+@pytest.mark.slow
 def test_speculation_changes_no_token(model, params):
     params = dataclasses.replace(params, max_tokens=60, frequency_penalty=0.1)
     prompts = [[5, 6, 7, 8] * 6, PROMPTS[4], [9, 9, 9, 9, 9, 9, 9, 9]]
@@ -81,6 +82,7 @@ def test_speculation_changes_no_token(model, params):
     assert [parts(request.result()) for request in requests] == plain and is_whole(engine)
 
 
+@pytest.mark.slow
 def test_steps_of_a_repetitive_text_are_fewer_with_speculation(model):
     params = fj.SamplingParams(max_tokens=60, temperature=0.0, ignore_eos=True, logit_bias={7: 100.0})  # 7 7 7 7 ...
     engine = fj.Engine(model, GUESSING)
@@ -88,6 +90,7 @@ def test_steps_of_a_repetitive_text_are_fewer_with_speculation(model):
     assert engine.metrics()["steps"] < 30
 
 
+@pytest.mark.slow
 def test_choices_share_the_prompt_and_have_noise_of_their_own(model, engine):
     params = dataclasses.replace(NOISY, n=3, prompt_logprobs=1)
     request = engine.submit(PROMPTS[6], params)
@@ -444,6 +447,7 @@ def test_a_reset_forgets_texts_and_keeps_requests(model, engine):
     assert engine.metrics()["prefix_hit_pages"] == hits
 
 
+@pytest.mark.slow
 def test_a_thousand_requests_in_the_queue(model, engine):
     params = fj.SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True)
     requests = [engine.submit(PROMPTS[i % len(PROMPTS)], params) for i in range(1000)]

@@ -199,6 +199,7 @@ def test_a_storm_of_signals_changes_no_token_and_loses_no_page(tmp_path, seed):
     assert struck > 50 and ended > 20
 
 
+@pytest.mark.slow
 def test_a_storm_over_a_real_model(tmp_path):
     model = fj.load(write_tiny_llama(tmp_path / "tiny.gguf", context=64), dtype="float32")
     engine = fj.Engine(model, EngineConfig(page_size=4, num_pages=24, max_seqs=3, token_budget=8, steps_per_dispatch=2))

@@ -251,6 +251,7 @@ def busy(seed: int) -> Schedule:
     return schedule
 
 
+@pytest.mark.slow
 def test_busy_schedules():
     first = random.SystemRandom().randrange(2**32) if SCHEDULES else 0
     found = {"dispatches": 0, "preemptions": 0, "hits": 0, "evictions": 0, "faults": 0}
@@ -446,6 +447,7 @@ def test_compiled_steps_give_the_bits_of_each_request_alone(models, plan, monkey
     assert min(found.values()) >= 5, found
 
 
+@pytest.mark.slow
 def test_every_choice_and_branch_has_the_logprobs_of_its_prompt(models):
     engine, prompt = fj.Engine(models[0], PLAIN), [3, 4, 5, 6, 7, 8, 9, 3, 4]
     params = fj.SamplingParams(max_tokens=4, seed=1, n=3, ignore_eos=True, prompt_logprobs=1, logprobs=1)

@@ -37,6 +37,7 @@ def model(request, tmp_path_factory):
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_generate_and_stream_end_with_an_error(model, way):
     for completion in model.generate([[5, 6], [7]], WAYS[way]):
@@ -63,6 +64,7 @@ def test_a_router_that_is_not_finite_is_an_error():
         model.trace_routing([5, 6])
 
 
+@pytest.mark.slow
 def test_the_pure_program_marks_the_place(model):
     sampling = Sampling.from_params([GREEDY, GREEDY], eos_ids=[2], vocab_limit=model.config.vocab_size)
     run = functools.partial(functional.generate, config=model.config, max_tokens=4)
@@ -94,6 +96,7 @@ def test_an_embedding_that_is_not_finite_is_an_error(tmp_path):
         model.embed(["one", "two"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "verb", [["run", "--prompt", "the"], ["run", "--prompt", "the", "--output-format", "jsonl"], ["bench"]]
 )

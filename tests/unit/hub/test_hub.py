@@ -297,6 +297,7 @@ def timed_failure(name) -> tuple[str, float]:
     return message, time.monotonic() - start
 
 
+@pytest.mark.slow
 def test_dead_hub_costs_at_most_five_seconds(monkeypatch):
     for address in ("http://127.0.0.1:9", "http://no-such-host.invalid", "nonsense://x"):
         monkeypatch.setenv("HF_ENDPOINT", address)

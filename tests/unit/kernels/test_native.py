@@ -170,6 +170,7 @@ def test_without_a_compiler_plain_xla_serves_and_says_why(monkeypatch, fresh_lib
     assert loading.auto_dtype(dispatch.Target("cpu")) == "float32"
 
 
+@pytest.mark.slow
 def test_a_compiler_that_fails_is_quoted(monkeypatch, tmp_path, fresh_library):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     original = subprocess.run

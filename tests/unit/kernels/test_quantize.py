@@ -22,6 +22,7 @@ def test_the_goldens_are_of_these_weights():
         assert squared_error(values, np.zeros_like(values)) == pytest.approx(GOLDEN["squares"][name], rel=1e-5), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", QUANTIZED)
 def test_error_is_no_more_than_llama_cpps(format: str):
     blocks = quantize(np.stack(list(CASES.values())), format)

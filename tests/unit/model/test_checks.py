@@ -74,6 +74,7 @@ def test_a_model_says_what_would_be_right(model, says, call):
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
 
 
+@pytest.mark.slow
 def test_what_is_right_in_another_form_is_taken(model):
     greedy = P(max_tokens=2, temperature=0.0)
     expected = [done.token_ids for done in model.generate([[1, 2]], greedy)]

@@ -133,6 +133,7 @@ def test_a_text_that_is_not_finite_spoils_no_other():
     assert np.isnan(rows[1][9:]).all()
 
 
+@pytest.mark.slow
 def test_the_cache_is_updated_in_place_and_the_step_has_a_derivative():
     config, params = model("dense")
     text = texts_of(9)[0].astype(np.int32)

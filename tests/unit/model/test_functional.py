@@ -118,6 +118,7 @@ def test_sampled_tokens_do_not_depend_on_the_batch():
     assert (other != together).any()
 
 
+@pytest.mark.slow
 def test_rows_stop_by_themselves():
     tokens, lengths, _ = generated("dense", [4, 9], max_tokens=12, ignore_eos=False)
     assert lengths.tolist() == [9, 9], "each row's own max_tokens, not the program's"
@@ -137,6 +138,7 @@ def test_a_cache_that_is_too_small_is_refused():
         generated("dense", [30, 8], max_tokens=9, pages=2)
 
 
+@pytest.mark.slow
 def test_generate_stops_when_every_row_has_stopped():
     """With all rows ended early the loop body must not run on: the cache beyond stays untouched."""
     _, lengths, cache = generated("dense", [4], max_tokens=40)
@@ -145,6 +147,7 @@ def test_generate_stops_when_every_row_has_stopped():
     assert written.sum() == 4 + 9 - 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["dense", "moe"])
 def test_programs_alias_the_whole_cache(name):
     config, params = CONFIGS[name], params_of(name)
@@ -233,6 +236,7 @@ def test_program_size_is_that_of_its_distinct_bodies():
     assert size_of_program(deep, tiny_params(deep)) <= 1.05 * size_of_program(shallow, tiny_params(shallow))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("name", ["dense", "moe"])
 def test_half_precision_stays_near_float32(name, dtype):
@@ -270,6 +274,7 @@ def decode_arguments():
     return params_of("moe"), cache, batch
 
 
+@pytest.mark.slow
 def test_the_step_survives_export(tmp_path):
     """Serialized, read by another process, donated again: the same bits."""
     from jax import export

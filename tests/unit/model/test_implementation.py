@@ -108,6 +108,7 @@ def test_what_a_model_cannot_have_is_refused(config, forced, words):
         require_implementation(config, tiny_params(config), "float32", CPU)
 
 
+@pytest.mark.slow
 def test_two_models_with_different_choices_share_no_program(path, tmp_path, monkeypatch):
     one, two = (fj.load(path, dtype="float32", implementation=forced) for forced in (None, {"append": "xla"}))
     assert one.config.implementation == () and two.config.implementation == (("append", "xla"),)

@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 from support import ROOT, environment
 
 CHILD = """
@@ -14,6 +16,7 @@ print(int(peak.split()[1]) * 1024, model.memory()["parameters_total"])
 """
 
 
+@pytest.mark.slow
 def test_peak_memory_of_loading(tmp_path):
     """VmHWM, mapped pages included, is at most the parameters and 1.5 GiB."""
     path = tmp_path / "synthetic.gguf"

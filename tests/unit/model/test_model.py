@@ -31,6 +31,7 @@ def tokens_of(completions):
     return [completion.token_ids for completion in completions]
 
 
+@pytest.mark.slow
 def test_texts_and_ids_may_be_mixed_and_come_back_in_order(model):
     ids = model.tokenizer.encode("abc", add_special=True, parse_special=True)
     first, second, third = model.generate([ids, "abc", [5, 6, 7, 8, 9]], GREEDY)
@@ -41,6 +42,7 @@ def test_texts_and_ids_may_be_mixed_and_come_back_in_order(model):
 
 
 @pytest.mark.parametrize("params", [GREEDY, NOISY], ids=["greedy", "sampled"])
+@pytest.mark.slow
 def test_stream_gives_the_tokens_of_generate(model, params):
     (whole,) = model.generate(["abc"], params)
     stream = model.stream("abc", params)
@@ -57,6 +59,7 @@ def test_a_stream_can_be_closed(model):
     assert list(stream) == [] and len(stream.token_ids) >= 1
 
 
+@pytest.mark.slow
 def test_rows_do_not_see_each_other(model):
     prompts = [[3], [4] * 20, [5, 6, 7], list(range(33))]
     each = [dataclasses.replace(NOISY, seed=i, max_tokens=4 + i) for i in range(4)]
@@ -66,6 +69,7 @@ def test_rows_do_not_see_each_other(model):
     assert [len(c.token_ids) for c in together] == [4, 5, 6, 7]
 
 
+@pytest.mark.slow
 def test_logits_have_the_same_bits_alone_and_in_a_batch(model):
     prompts = [list(range(1, n + 1)) for n in (1, 2, 17, 40, 63)]
     together = model.logits(prompts)
@@ -73,6 +77,7 @@ def test_logits_have_the_same_bits_alone_and_in_a_batch(model):
         assert (model.logits([prompt])[0].view(np.uint32) == logits.view(np.uint32)).all(), len(prompt)
 
 
+@pytest.mark.slow
 def test_more_prompts_than_one_program_takes(model, monkeypatch):
     prompts = [[i + 1, 7] for i in range(7)]
     expected = tokens_of(model.generate(prompts, GREEDY))
@@ -116,6 +121,7 @@ def test_logprobs_are_of_the_raw_distribution(model):
         assert all(abs(value - row[id]) <= 1e-5 for id, value in entries)
 
 
+@pytest.mark.slow
 def test_generation_ends_with_the_context(model):
     (completion,) = model.generate([[3] * 90], dataclasses.replace(GREEDY, max_tokens=50))
     assert len(completion.token_ids) == 6 and completion.finish_reason == "length"
@@ -193,6 +199,7 @@ def test_arguments_that_cannot_be(path, arguments, message):
         fj.load(path, **arguments)
 
 
+@pytest.mark.slow
 def test_half_precision_models_load_and_answer(path):
     for dtype in ("bfloat16", "float16"):
         model = fj.load(path, dtype=dtype)
@@ -207,6 +214,7 @@ def test_auto_takes_what_the_device_is_fast_at():
     assert auto_dtype(Target("gpu")) == "bfloat16"
 
 
+@pytest.mark.slow
 def test_int8_is_for_cpus_and_keeps_its_cache_in_16_bits(path):
     model = fj.load(path, dtype="int8")
     assert model.kv_dtype == "float16" and model.config.activations == "float32"

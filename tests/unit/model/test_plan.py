@@ -214,6 +214,7 @@ def test_bound_in_tokens_per_second(monkeypatch):
     assert found.tokens_per_s == pytest.approx(4.8e12 / found.read_bytes)
 
 
+@pytest.mark.slow
 def test_largest_batch_and_context_fit_and_one_more_does_not(path, monkeypatch):
     """Against plans for the answer itself and for a tenth more, whatever temporaries grow with."""
     header = plan.find_header(str(path))

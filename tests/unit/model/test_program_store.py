@@ -43,6 +43,7 @@ def untraced(monkeypatch):
     return programs.Programs(DEVICE)
 
 
+@pytest.mark.slow
 def test_a_kept_program_is_neither_traced_nor_other(folder, monkeypatch):
     fresh = read(programs.Programs(DEVICE))
     assert len(os.listdir(folder)) == 1
@@ -84,6 +85,7 @@ def test_what_decides_a_program_is_in_its_name(folder, monkeypatch):
         run()
 
 
+@pytest.mark.slow
 def test_a_program_compiled_again_is_kept_whole_beside_the_cache_of_xla(folder, tmp_path, monkeypatch):
     changes = {
         "jax_compilation_cache_dir": str(tmp_path / "xla"),
@@ -136,6 +138,7 @@ def test_the_folder_is_that_of_the_compilation_cache(monkeypatch, tmp_path):
         assert program_store.directory() is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content", [b"", b"\x80no pickle", None])
 def test_a_damaged_file_is_replaced(folder, content):
     fresh = read(programs.Programs(DEVICE))
@@ -152,6 +155,7 @@ def test_a_folder_that_cannot_be_is_no_reason_to_fail(tmp_path, monkeypatch):
     assert np.isfinite(read(programs.Programs(DEVICE))[0]).all()
 
 
+@pytest.mark.slow
 def test_those_unused_for_longest_make_room(folder, monkeypatch):
     for number, length in enumerate((3, 4, 5)):
         read(programs.Programs(DEVICE), length=length)

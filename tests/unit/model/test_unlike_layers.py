@@ -148,6 +148,7 @@ def batch(tokens: np.ndarray, first: int, last: int) -> F.RaggedBatch:
     )
 
 
+@pytest.mark.slow
 def test_every_layer_works_from_its_own_spec() -> None:
     rng = np.random.default_rng(3)
     config = configure(LAYERS)
@@ -167,6 +168,7 @@ def test_every_layer_works_from_its_own_spec() -> None:
         assert np.abs(np.asarray(logits) - wanted).max() > 0.01, changed
 
 
+@pytest.mark.slow
 def test_every_kind_of_layer_has_pages_of_its_own() -> None:
     """Pages and slots for each pool, one after the other: the same bits as with the same pages in all of them."""
     rng = np.random.default_rng(5)
@@ -182,6 +184,7 @@ def test_every_kind_of_layer_has_pages_of_its_own() -> None:
     assert np.array_equal(*map(np.asarray, results))
 
 
+@pytest.mark.slow
 def test_parameters_of_several_shapes_are_saved_and_read(tmp_path: Path) -> None:
     """A parameter has a stack for each shape, in memory and in an Orbax checkpoint."""
     rng = np.random.default_rng(6)

@@ -46,6 +46,7 @@ def test_python_of_readme_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_python_of_quickstart_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     names = run(ROOT / "docs" / "quickstart.md", tmp_path)
     assert names["requests"] and capsys.readouterr().out
@@ -125,6 +126,7 @@ def test_code_of_the_site_is_wrapped_and_never_cut() -> None:
         assert [line for block in blocks(page, "python") for line in block.splitlines() if len(line) > 88] == []
 
 
+@pytest.mark.slow
 def test_python_of_the_notebooks_page_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The blocks are one program; it runs with a tiny mixture of experts."""
     case = next(case for case in golden_cases.CASES if case.name == "qwen3moe-f32")

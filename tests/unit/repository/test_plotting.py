@@ -126,6 +126,7 @@ def test_timeline_begins_with_its_first_event():
     assert ax.get_xlim()[0] == 0 and ax.get_xlim()[1] < 2
 
 
+@pytest.mark.slow
 def test_events_of_an_engine(tmp_path):
     """The loop of the docstring: each request is read, then decoded, without a gap, one step at a time."""
     model = fj.load(write_tiny_llama(tmp_path / "tiny.gguf"), dtype="float32")

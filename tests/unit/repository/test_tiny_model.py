@@ -24,6 +24,7 @@ def test_file_is_small_and_its_card_is_of_it():
     assert corpus.OUT.stat().st_size <= corpus.LARGEST
 
 
+@pytest.mark.slow
 def test_it_tells_stories(tiny):
     """Held-out text: far below what an untrained model needs, 12 bits a token; and every expert of every layer is used."""
     _, held_out = data.split(corpus.read_stories())
@@ -41,6 +42,7 @@ def test_llama_cpp_predicts_the_same(dtype):
     assert peer.agreement(fj.load("tiny", dtype=dtype), golden["texts"], golden["llama.cpp"]) >= 0.95
 
 
+@pytest.mark.slow
 def test_run_without_a_model(tmp_path):
     command = [
         sys.executable,

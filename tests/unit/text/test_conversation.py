@@ -55,10 +55,12 @@ def later_turns_cost_what_is_new(model):
         assert answer.usage["prompt_tokens"] > 700
 
 
+@pytest.mark.slow
 def test_later_turns_cost_what_is_new(model):
     later_turns_cost_what_is_new(model)
 
 
+@pytest.mark.slow
 def test_answers_are_those_of_generate(model):
     params = fj.SamplingParams(max_tokens=24, temperature=0.0)
     with open_engine(model) as engine:

@@ -104,6 +104,7 @@ def tokens_of(completions) -> list[list[int]]:
 # ---- goldens
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_beside_the_weights(name: str, folder: Folder, together) -> None:
     """With adapters of other ranks and for other modules in the same model."""
@@ -115,6 +116,7 @@ def test_beside_the_weights(name: str, folder: Folder, together) -> None:
     check_greedy(Adapted(model, name), golden, prompts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_alone_beside_the_weights(name: str, folder: Folder) -> None:
     case = CASES[name]
@@ -123,6 +125,7 @@ def test_alone_beside_the_weights(name: str, folder: Folder) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.base.dtype == "F32"])
+@pytest.mark.slow
 def test_merged(name: str, folder: Folder) -> None:
     case = CASES[name]
     golden, prompts = folder.golden(case), tiny_models.prompts(case.base.vocab)
@@ -160,6 +163,7 @@ def test_merged_weights_are_rounded_once(name: str, folder: Folder) -> None:
 # ---- merging into other files
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
 def test_merged_into_gguf(dtype: str, folder: Folder, tmp_path: Path) -> None:
     """GGUF files of LLaMA have the rotated rows in another order."""
@@ -181,6 +185,7 @@ def test_merged_into_gguf(dtype: str, folder: Folder, tmp_path: Path) -> None:
         check_logits(Adapted(beside, "it"), folder.golden(case), tiny_models.prompts(LLAMA.vocab))
 
 
+@pytest.mark.slow
 def test_merged_into_orbax_and_quantized_after_it(folder: Folder, tmp_path: Path) -> None:
     case = CASES["llama-all"]
     paths = {"merge_adapter": folder(case)}
@@ -272,6 +277,7 @@ def test_beside_packed_matrices(folder: Folder, tmp_path: Path) -> None:
         assert np.abs(one - other).max() <= 1e-3
 
 
+@pytest.mark.slow
 def test_other_arithmetics_are_near(folder: Folder) -> None:
     """What rounding costs with an adapter is what it costs without one, within a factor of two, where the weights are
     quantized, so that int8 has something to multiply."""
@@ -290,6 +296,7 @@ def test_other_arithmetics_are_near(folder: Folder) -> None:
 # ---- several in one batch
 
 
+@pytest.mark.slow
 def test_no_adapter_is_the_model_itself(model: fj.Model, base: fj.Model, of_base) -> None:
     for found, want in zip(model.logits(PROMPTS), base.logits(PROMPTS), strict=True):
         assert np.array_equal(found, want)
@@ -298,6 +305,7 @@ def test_no_adapter_is_the_model_itself(model: fj.Model, base: fj.Model, of_base
 
 
 @pytest.mark.parametrize("params", [GREEDY, NOISY], ids=["greedy", "sampled"])
+@pytest.mark.slow
 def test_rows_of_a_batch_have_the_tokens_that_they_have_alone(params, model: fj.Model, alone, of_base) -> None:
     mixed = tokens_of(model.generate(PROMPTS, params, adapter=NAMES))
     assert mixed == alone(params)
@@ -307,6 +315,7 @@ def test_rows_of_a_batch_have_the_tokens_that_they_have_alone(params, model: fj.
     assert len({tuple(ids) for ids in tokens_of(one)}) == len(set(NAMES)) == 4
 
 
+@pytest.mark.slow
 def test_functional(model: fj.Model, base: fj.Model, alone) -> None:
     """Adapters by their place, one for each row; in NumPy here, which tracing must not mind."""
     rows, longest = len(PROMPTS), max(map(len, PROMPTS))
@@ -395,6 +404,7 @@ def test_conversations_and_perplexity(model: fj.Model) -> None:
 # ---- the engine
 
 
+@pytest.mark.slow
 def test_requests_of_an_engine(model: fj.Model, alone) -> None:
     """Rows of several adapters in the same steps, each with what it has alone, also when it is preempted."""
     for params in (GREEDY, NOISY):
@@ -409,6 +419,7 @@ def test_requests_of_an_engine(model: fj.Model, alone) -> None:
     assert engine.metrics()["preemptions"] > 0
 
 
+@pytest.mark.slow
 def test_speculation(model: fj.Model, alone) -> None:
     engine = fj.Engine(model, dataclasses.replace(ENGINE, speculation=3))
     requests = [engine.submit(prompt, GREEDY, adapter=name) for prompt, name in zip(PROMPTS, NAMES, strict=True)]
@@ -463,6 +474,7 @@ def test_snapshots_keep_the_adapter(model: fj.Model, base: fj.Model, tmp_path: P
 # ---- the command line
 
 
+@pytest.mark.slow
 def test_run_and_perplexity(folder: Folder, model: fj.Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     case = CASES["llama-all"]
     path, adapter = str(folder(LLAMA)), ["--adapter", str(folder(case)), "--dtype", "float32"]

@@ -63,6 +63,7 @@ def seeds(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return paths
 
 
+@pytest.mark.slow
 def test_mutants_are_refused_or_sound(seeds: list[Path], tmp_path: Path, pytestconfig: pytest.Config) -> None:
     count = pytestconfig.getoption("--fuzz-mutations")
     path = tmp_path / "mutant"

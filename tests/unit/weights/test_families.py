@@ -67,6 +67,7 @@ NAMES = {"architectures": ["NewForCausalLM"], "model_type": "new", "rope_theta":
 SPEC = Spec("new", "Qwen3ForCausalLM", **SMALL)
 
 
+@pytest.mark.slow
 def test_a_family_is_added_by_one_object(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = fj.load(write(SPEC, tmp_path / "qwen3"), dtype="float32").logits(IDS)[0]
     directory = write(SPEC, tmp_path / "new", NAMES)

@@ -148,6 +148,7 @@ def test_experts_agree_in_one_format(tmp_path: Path) -> None:
     assert (made[3] != dense["model.layers.0.mlp.experts.3.up_proj.weight"]).any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gptq-ordered-bf16", "gptq-asym-ordered", "awq", "compressed-ordered"])
 def test_faster_arithmetic(name: str, tmp_path: Path) -> None:
     """What "auto" takes, ordinary kernels behind the order of columns, and bfloat16: close to float32's logits."""
@@ -198,6 +199,7 @@ def ordered(format: str, experts: int, rows: int, columns: int, seed: int) -> tu
     return Matrix((blocks, jnp.asarray(order)), (), format, "ggml+order", rows, columns), plain
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", ["Q4_0", "U4_64_F16"])
 def test_ordered_products(format: str) -> None:
     rng = np.random.default_rng(3)
