@@ -18,15 +18,15 @@ import numpy as np
 from ferrum_jax import hub
 from ferrum_jax.config import ModelConfig
 from ferrum_jax.errors import UnsupportedModelError
+from ferrum_jax.files.metadata import Typed
+from ferrum_jax.files.tensor_info import TensorInfo
 from ferrum_jax.loading import check
 from ferrum_jax.weights import ggml_types, orbax
 from ferrum_jax.weights.fresh import fresh
-from ferrum_jax.weights.metadata import Typed
 from ferrum_jax.weights.opening import open_model
 from ferrum_jax.weights.quantize import PLAIN, checked_format, plain_numbers
 from ferrum_jax.weights.source import ModelSource
 from ferrum_jax.weights.stream import read_parameters
-from ferrum_jax.weights.tensor_info import TensorInfo
 
 KINDS = ("orbax", "gguf")
 Progress = Callable[[int, int | None, str], None]

@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, Protocol, cast
 
 from ferrum_jax import checks
 from ferrum_jax.engine import snapshot, steps, worker
@@ -33,8 +33,12 @@ from ferrum_jax.prompts import Prompt, Prompts
 from ferrum_jax.sampling_params import MAX_BIAS, SamplingParams
 from ferrum_jax.state import page_kinds, recurrent_kinds
 
-if TYPE_CHECKING:
-    from ferrum_jax.model import Model
+
+class Loaded(Protocol):
+    """A model as its users have it (`ferrum_jax.Model`): what an engine takes of it."""
+
+    @property
+    def _runtime(self) -> Prompts: ...
 
 
 class Engine(Core):
@@ -53,7 +57,7 @@ class Engine(Core):
       OutOfMemoryError: where the KV cache does not fit.
     """
 
-    def __init__(self, model: Model | Prompts, config: EngineConfig | Mapping[str, Any] = EngineConfig()):
+    def __init__(self, model: Loaded | Prompts, config: EngineConfig | Mapping[str, Any] = EngineConfig()):
         if not hasattr(model, "max_seq_len"):  # whatever runs as one does
             raise ValueError(f"an engine runs a Model, as ferrum_jax.load gives it, not {checks.kind(model)}")
         self.model = cast(Prompts, getattr(model, "_runtime", model))

@@ -15,7 +15,7 @@ from ferrum_jax.families.keys import EPS, Keys, shown
 from ferrum_jax.families.table import Table, Tensor
 
 if TYPE_CHECKING:
-    from ferrum_jax.weights.tensor_info import TensorInfo
+    from ferrum_jax.files.tensor_info import TensorInfo
 
 _POOLING_TYPES = {1: "mean", 2: "cls"}  # of GGUF
 _POOLINGS = {"mean": {"mean", "mean_tokens"}, "cls": {"cls", "cls_token"}}  # of sentence-transformers, new and old
@@ -80,7 +80,7 @@ def _from_json(family: Family, keys: Keys, path: Path) -> ConfigFile:
 
 def _sentence_transformers(directory: Path) -> tuple[str, int | None]:
     """The pooling ("mean" where nothing says) and the length that texts are cut to, or None."""
-    from ferrum_jax.weights.json_file import parse_array, read_object, read_text
+    from ferrum_jax.files.json_file import parse_array, read_object, read_text
 
     pooling = "1_Pooling"
     if (text := read_text(directory / "modules.json")) is not None:

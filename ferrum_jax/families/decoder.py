@@ -13,10 +13,10 @@ from ferrum_jax.errors import ModelFileError, UnsupportedModelError
 from ferrum_jax.families import rope
 from ferrum_jax.families.family import ConfigFile, Family, embedding_rows
 from ferrum_jax.families.keys import EPS, SCALE, THETA, Keys, is_neutral, shown
-from ferrum_jax.weights.metadata import Typed
+from ferrum_jax.files.metadata import Typed
 
 if TYPE_CHECKING:
-    from ferrum_jax.weights.tensor_info import TensorInfo
+    from ferrum_jax.files.tensor_info import TensorInfo
 
 Fields = dict[str, Any]  # keywords of ModelConfig
 

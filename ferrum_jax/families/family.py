@@ -14,10 +14,10 @@ from ferrum_jax.errors import ModelFileError
 from ferrum_jax.families.fields import FIELDS
 from ferrum_jax.families.keys import Keys, is_neutral, shown
 from ferrum_jax.families.table import Table, Tensor
-from ferrum_jax.weights.metadata import Typed
+from ferrum_jax.files.metadata import Typed
 
 if TYPE_CHECKING:
-    from ferrum_jax.weights.tensor_info import TensorInfo
+    from ferrum_jax.files.tensor_info import TensorInfo
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,7 @@ from ferrum_jax.config import RopeScaling
 from ferrum_jax.errors import UnsupportedModelError
 from ferrum_jax.families.fields import ROPE_FIELDS
 from ferrum_jax.families.keys import AT_LEAST_ZERO, ATTENTION_FACTOR, FACTOR, SCALE, THETA, TURNS, Keys, shown
-from ferrum_jax.weights.metadata import Typed
+from ferrum_jax.files.metadata import Typed
 
 _JSON_KINDS = ("default", "linear", "llama3", "yarn")
 

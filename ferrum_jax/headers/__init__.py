@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 
 from ferrum_jax.config import ModelConfig
+from ferrum_jax.files.tensor_info import TensorInfo
 from ferrum_jax.hub import ALIASES
 from ferrum_jax.weights.ggml_types import BY_NAME
 from ferrum_jax.weights.gguf import GGUFFile
 from ferrum_jax.weights.source import ModelSource
-from ferrum_jax.weights.tensor_info import TensorInfo
 
 BUNDLED = {"qwen3:30b-a3b": "qwen3-30b-a3b-q4_k_m.json"}
 """By alias; made by tests/goldens/scripts/make_plan_header.py."""

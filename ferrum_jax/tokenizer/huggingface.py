@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from ferrum_jax.errors import ModelFileError, UnsupportedModelError
+from ferrum_jax.files.json_file import parse_object, read_object, read_text
 from ferrum_jax.tokenizer.bpe import byte_values
 from ferrum_jax.tokenizer.library import LibraryTokenizer
 from ferrum_jax.tokenizer.spm import SPACE
 from ferrum_jax.tokenizer.vocabulary import BYTE, SPECIAL_TYPES, TokenType, mend_types
 from ferrum_jax.tokenizer.wordpiece import text_flags
-from ferrum_jax.weights.json_file import parse_object, read_object, read_text
 
 _FLAGS = ("single_word", "lstrip", "rstrip", "special")
 EXTRA_TEMPLATES = "additional_chat_templates"

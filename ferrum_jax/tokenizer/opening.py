@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ferrum_jax.errors import ModelFileError
+from ferrum_jax.files.json_file import read_object
 from ferrum_jax.tokenizer.huggingface import DirectoryTokenizer
 from ferrum_jax.tokenizer.library import LibraryTokenizer
 from ferrum_jax.tokenizer.tokenizer import Tokenizer
 from ferrum_jax.tokenizer.vocabulary import PREFIX
 from ferrum_jax.tokenizer.wordpiece import WordPieceTokenizer
-from ferrum_jax.weights.json_file import read_object
 
 
 def tokenizer_of_gguf(metadata: Mapping[str, object], source: str = "") -> Tokenizer:

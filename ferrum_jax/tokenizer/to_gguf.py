@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 
 from ferrum_jax.errors import UnsupportedModelError
+from ferrum_jax.files.json_file import parse_object, read_text
+from ferrum_jax.files.metadata import Typed
 from ferrum_jax.tokenizer.bpe import splitter
 from ferrum_jax.tokenizer.huggingface import DirectoryTokenizer
 from ferrum_jax.tokenizer.pretokenizers import PRE_TOKENIZERS
 from ferrum_jax.tokenizer.tokenizer import Tokenizer
 from ferrum_jax.tokenizer.vocabulary import BYTE, PREFIX, TokenType
-from ferrum_jax.weights.json_file import parse_object, read_text
-from ferrum_jax.weights.metadata import Typed
 
 # Where pre-tokenizers differ: case, contractions, digits by one or three, marks, signs, scripts, spaces, line ends.
 PROBE = (

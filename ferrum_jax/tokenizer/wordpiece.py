@@ -12,10 +12,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ferrum_jax.errors import ModelFileError
+from ferrum_jax.files.json_file import read_object, read_text
 from ferrum_jax.tokenizer.library import LibraryTokenizer
 from ferrum_jax.tokenizer.spm import SPACE
 from ferrum_jax.tokenizer.vocabulary import PREFIX, _Keys, _read_tokens
-from ferrum_jax.weights.json_file import read_object, read_text
 
 _SPECIAL = {"unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "pad": "[PAD]", "mask": "[MASK]"}
 _SLOTS = {  # keys of GGUF, the older name first; "seperator" is how the format spells it

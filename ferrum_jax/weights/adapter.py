@@ -26,12 +26,12 @@ from ferrum_jax.families import Family
 from ferrum_jax.families.keys import Keys
 from ferrum_jax.families.table import Path as TensorPath
 from ferrum_jax.families.table import Tensor
-from ferrum_jax.weights.files import open_regular, read_range
-from ferrum_jax.weights.json_file import read_object
+from ferrum_jax.files.json_file import open_regular, read_object
+from ferrum_jax.files.tensor_info import TensorInfo
+from ferrum_jax.weights.opened import read_range
 from ferrum_jax.weights.quantize import PLAIN, plain_numbers
 from ferrum_jax.weights.safetensors import parse_header
 from ferrum_jax.weights.source import ModelSource
-from ferrum_jax.weights.tensor_info import TensorInfo
 from ferrum_jax.weights.tied import same_numbers
 from ferrum_jax.weights.wrapped import innermost
 

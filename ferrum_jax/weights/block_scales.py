@@ -9,9 +9,9 @@ from __future__ import annotations
 import numpy as np
 
 from ferrum_jax.errors import ModelFileError
+from ferrum_jax.files.tensor_info import TensorInfo
 from ferrum_jax.weights import ggml_types
 from ferrum_jax.weights.source import ModelSource
-from ferrum_jax.weights.tensor_info import TensorInfo
 
 _RUN = 1 << 20  # bytes
 _EXPONENT = 0x7C  # of the upper byte of a half; all ones: infinity or NaN

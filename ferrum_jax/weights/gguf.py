@@ -19,10 +19,11 @@ import numpy as np
 from ferrum_jax import families
 from ferrum_jax.errors import ModelFileError, ModelNotFoundError
 from ferrum_jax.families import Family
-from ferrum_jax.weights.files import Opened, checked_range, open_regular, read_range
+from ferrum_jax.files import open_regular
+from ferrum_jax.files.metadata import Typed
+from ferrum_jax.files.tensor_info import TensorInfo
 from ferrum_jax.weights.gguf_header import Header, parse_header
-from ferrum_jax.weights.metadata import Typed
-from ferrum_jax.weights.tensor_info import TensorInfo
+from ferrum_jax.weights.opened import Opened, checked_range, read_range
 
 if TYPE_CHECKING:
     from ferrum_jax.config import EncoderConfig, ModelConfig

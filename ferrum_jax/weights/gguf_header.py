@@ -20,8 +20,8 @@ from pathlib import Path
 import numpy as np
 
 from ferrum_jax.errors import ModelFileError, UnsupportedModelError
+from ferrum_jax.files.tensor_info import TensorInfo
 from ferrum_jax.weights import ggml_types
-from ferrum_jax.weights.tensor_info import TensorInfo
 
 MAX_HEADER_BYTES = 64 << 20  # the largest vocabularies in use need about 20 MiB
 MAX_ENTRIES = 1 << 16

@@ -22,13 +22,13 @@ from ferrum_jax import families
 from ferrum_jax.config import EncoderConfig, ModelConfig
 from ferrum_jax.errors import ModelFileError, UnsupportedModelError
 from ferrum_jax.families.family import ConfigFile, Family
+from ferrum_jax.files.json_file import open_regular, read_object
+from ferrum_jax.files.tensor_info import TensorInfo
 from ferrum_jax.tokenizer.huggingface import chat_templates
-from ferrum_jax.weights.files import Opened, checked_range, open_regular, read_range
-from ferrum_jax.weights.json_file import read_object
+from ferrum_jax.weights.opened import Opened, checked_range, read_range
 from ferrum_jax.weights.packed import SUFFIXES, PackedMatrix, agreeing, packed_matrix
 from ferrum_jax.weights.safetensors import parse_header
 from ferrum_jax.weights.schemes import Scheme, scheme_of
-from ferrum_jax.weights.tensor_info import TensorInfo
 
 if TYPE_CHECKING:
     from ferrum_jax.tokenizer import Tokenizer

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 
 from ferrum_jax.errors import ModelFileError, UnsupportedModelError
+from ferrum_jax.files.tensor_info import TensorInfo
 from ferrum_jax.weights.adapter import read_adapter
 from ferrum_jax.weights.quantize import PLAIN, plain_numbers, stored_numbers
 from ferrum_jax.weights.source import ModelSource
-from ferrum_jax.weights.tensor_info import TensorInfo
 from ferrum_jax.weights.wrapped import Wrapped, whole_rows
 
 _RUN = 1 << 22  # weights at a time

@@ -15,8 +15,8 @@ from ferrum_jax import families
 from ferrum_jax.config import EncoderConfig, ModelConfig
 from ferrum_jax.errors import ModelFileError
 from ferrum_jax.families.table import Path
+from ferrum_jax.files.tensor_info import TensorInfo
 from ferrum_jax.weights.source import ModelSource
-from ferrum_jax.weights.tensor_info import TensorInfo
 
 __all__ = ["Parameters", "Path", "kept_format", "kinds_of", "parameters"]
 

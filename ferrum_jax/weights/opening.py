@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from ferrum_jax.errors import ModelFileError
+from ferrum_jax.files.tensor_info import TensorInfo
 from ferrum_jax.weights.gguf import open_gguf
 from ferrum_jax.weights.huggingface import open_directory
 from ferrum_jax.weights.quantize import Quantized, checked_format
 from ferrum_jax.weights.source import MARKER, ModelSource
-from ferrum_jax.weights.tensor_info import TensorInfo
 from ferrum_jax.weights.tied import tie
 
 

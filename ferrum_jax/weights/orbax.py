@@ -31,16 +31,16 @@ from ferrum_jax import families
 from ferrum_jax.config import ModelConfig, parts
 from ferrum_jax.errors import ModelFileError, UnsupportedModelError
 from ferrum_jax.families import Family
+from ferrum_jax.files.json_file import read_object
+from ferrum_jax.files.metadata import Typed, from_json, plain, to_json
+from ferrum_jax.files.tensor_info import TensorInfo
 from ferrum_jax.quantized import LayerStack, QuantizedTensor
 from ferrum_jax.tokenizer import Tokenizer
 from ferrum_jax.tokenizer.huggingface import EXTRA_TEMPLATES
 from ferrum_jax.tokenizer.opening import tokenizer_of_directory, tokenizer_of_gguf
-from ferrum_jax.weights.files import Opened, checked_range
 from ferrum_jax.weights.fresh import fresh
-from ferrum_jax.weights.json_file import read_object
-from ferrum_jax.weights.metadata import Typed, from_json, plain, to_json
+from ferrum_jax.weights.opened import Opened, checked_range
 from ferrum_jax.weights.source import MARKER, ModelSource
-from ferrum_jax.weights.tensor_info import TensorInfo
 from pallas_kernels.blocks import FORMATS, GROUPS, format_of
 from pallas_kernels.blocks.layouts import LAYOUTS
 from pallas_kernels.blocks.ordered import SUFFIX

@@ -18,8 +18,8 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from ferrum_jax.errors import ModelFileError, UnsupportedModelError
+from ferrum_jax.files.tensor_info import TensorInfo
 from ferrum_jax.weights.schemes import SIZES, Scheme
-from ferrum_jax.weights.tensor_info import TensorInfo
 
 Read = Callable[[TensorInfo], np.ndarray]  # the raw bytes of a tensor of a file
 

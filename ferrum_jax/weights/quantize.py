@@ -16,10 +16,10 @@ import numpy as np
 
 from ferrum_jax.errors import ModelFileError, UnsupportedModelError
 from ferrum_jax.families.table import Table
+from ferrum_jax.files.metadata import Typed
+from ferrum_jax.files.tensor_info import TensorInfo
 from ferrum_jax.weights import ggml_types
-from ferrum_jax.weights.metadata import Typed
 from ferrum_jax.weights.source import ModelSource
-from ferrum_jax.weights.tensor_info import TensorInfo
 from ferrum_jax.weights.wrapped import Wrapped, whole_rows
 
 QUANTIZATIONS = ("q8_0", "q6_k", "q5_k", "q5_1", "q5_0", "q4_k", "q4_1", "q4_0", "iq4_nl", "iq4_xs", "q3_k", "q2_k")

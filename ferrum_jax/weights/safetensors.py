@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from ferrum_jax.errors import ModelFileError
-from ferrum_jax.weights.json_file import parse_object
-from ferrum_jax.weights.tensor_info import TensorInfo
+from ferrum_jax.files.json_file import parse_object
+from ferrum_jax.files.tensor_info import TensorInfo
 
 MAX_HEADER_BYTES = 64 << 20
 MAX_TENSORS = 1 << 18

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Protocol, Self
 
 import numpy as np
 
-from ferrum_jax.weights.tensor_info import TensorInfo
+from ferrum_jax.files.tensor_info import TensorInfo
 
 if TYPE_CHECKING:
     from ferrum_jax.config import EncoderConfig, ModelConfig
     from ferrum_jax.families import Family
+    from ferrum_jax.files.metadata import Typed
     from ferrum_jax.tokenizer import Tokenizer
-    from ferrum_jax.weights.metadata import Typed
 
 MARKER = "ferrum_jax.json"
 """The file by which a directory that ferrum_jax wrote is told from one of Hugging Face."""

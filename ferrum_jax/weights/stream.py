@@ -17,11 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from ferrum_jax.errors import ModelFileError
+from ferrum_jax.files.tensor_info import TensorInfo
 from ferrum_jax.quantized import LayerStack, QuantizedTensor
 from ferrum_jax.weights.block_scales import read_blocks
 from ferrum_jax.weights.names import Parameters, Path, kept_format, kinds_of
 from ferrum_jax.weights.source import ModelSource
-from ferrum_jax.weights.tensor_info import TensorInfo
 from pallas_kernels.blocks import format_of
 from pallas_kernels.blocks.layouts import LAYOUTS, choose
 from pallas_kernels.blocks.ordered import SUFFIX

@@ -10,9 +10,9 @@ from collections.abc import Callable
 
 import numpy as np
 
+from ferrum_jax.files.tensor_info import TensorInfo
 from ferrum_jax.weights.quantize import PLAIN, plain_numbers
 from ferrum_jax.weights.source import ModelSource
-from ferrum_jax.weights.tensor_info import TensorInfo
 
 Fill = Callable[[TensorInfo, np.ndarray, int], None]  # as `ModelSource.read_into`
 _RUN = 1 << 20  # weights at a time

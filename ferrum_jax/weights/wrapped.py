@@ -6,15 +6,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ferrum_jax.weights.files import Opened
+from ferrum_jax.files.tensor_info import TensorInfo
+from ferrum_jax.weights.opened import Opened
 from ferrum_jax.weights.source import ModelSource
-from ferrum_jax.weights.tensor_info import TensorInfo
 
 if TYPE_CHECKING:
     from ferrum_jax.config import EncoderConfig, ModelConfig
     from ferrum_jax.families import Family
+    from ferrum_jax.files.metadata import Typed
     from ferrum_jax.tokenizer import Tokenizer
-    from ferrum_jax.weights.metadata import Typed
 
 
 class Wrapped(Opened):

@@ -18,42 +18,13 @@ Contract of `backend.decoder_layers(x, cache, kv_slots, tables, rope, stacks, la
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
-
-import jax
+from typing import Any
 
 from pallas_kernels import dispatch, native
+from pallas_kernels.decoder_layers.parts import LayerShape, Part, Stack
 from pallas_kernels.native.tables import ROLES, ROUTER_FORMAT
 
 __all__ = ["BACKENDS", "ROLES", "LayerShape", "Part", "Stack", "backend_for"]
-
-
-class Stack(NamedTuple):
-    """A parameter of several layers: `array` has the layers first, then blocks of `format` in `memory_layout`."""
-
-    array: jax.Array
-    format: str
-    memory_layout: str
-
-
-class Part(NamedTuple):
-    """A parameter of one layer: the number of its stack and its place along that stack's first axis."""
-
-    stack: int
-    place: int
-
-
-class LayerShape(NamedTuple):
-    """What all layers share. window, scales and normalize: as in paged_attention and routing. kinds: of how many kinds the
-    layers are, formats apart; more than one, and the rest is of the first."""
-
-    head_dim: int
-    eps: float
-    window: int = 0
-    top_k: int = 0
-    normalize: bool = True
-    expert_scale: float = 1.0
-    kinds: int = 1
 
 
 BACKENDS = (

@@ -22,7 +22,7 @@ from pallas_kernels.native.build import isa, prepare, refusal
 from pallas_kernels.native.tables import FORMATS, ROLES
 
 if TYPE_CHECKING:
-    from pallas_kernels.decoder_layers import LayerShape, Part, Stack
+    from pallas_kernels.decoder_layers.parts import LayerShape, Part, Stack
     from pallas_kernels.paged_attention import KVCache, Tables
 
 __all__ = [

@@ -20,10 +20,10 @@ from ferrum_jax.families.family import ConfigFile
 from ferrum_jax.families.fields import FIELDS
 from ferrum_jax.families.keys import Keys
 from ferrum_jax.families.tensors import is_dense
+from ferrum_jax.files.metadata import Typed, plain
+from ferrum_jax.files.tensor_info import TensorInfo
 from ferrum_jax.loading import validate
 from ferrum_jax.weights.gguf import GGUFFile
-from ferrum_jax.weights.metadata import Typed, plain
-from ferrum_jax.weights.tensor_info import TensorInfo
 from support import ROOT
 from support.directories import SMALL, write
 from support.goldens.tiny_directories import Spec

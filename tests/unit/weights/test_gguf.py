@@ -187,7 +187,7 @@ def test_read_into_reads_any_range(tmp_path: Path) -> None:
 
 
 def test_reads_longer_than_one_chunk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ferrum_jax.weights.files._READ_BYTES", 1000)
+    monkeypatch.setattr("ferrum_jax.weights.opened._READ_BYTES", 1000)
     path = write_tiny_llama(tmp_path / "tiny.gguf")
     with open_gguf(path) as model:
         assert_agrees(model, [gguf.GGUFReader(path)])

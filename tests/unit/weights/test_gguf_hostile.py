@@ -274,7 +274,7 @@ def test_not_a_readable_regular_file(tmp_path: Path, monkeypatch: pytest.MonkeyP
     def refuse(path: object, flags: int) -> int:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("ferrum_jax.weights.files.os.open", refuse)  # as root, chmod would refuse nothing
+    monkeypatch.setattr("ferrum_jax.files.os.open", refuse)  # as root, chmod would refuse nothing
     assert_refused(locked, r"locked\.gguf: the file cannot be opened: Permission denied")
 
 

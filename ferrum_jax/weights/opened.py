@@ -1,10 +1,9 @@
-"""Files of weights: opened without trusting what lies at the path, read by position straight into the caller's array."""
+"""Open checkpoints: what they do alike, and tensors read by position straight into the caller's array."""
 
 from __future__ import annotations
 
 import io
 import os
-import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -14,29 +13,10 @@ import numpy as np
 from ferrum_jax.config import EncoderConfig, ModelConfig, refuse_encoder
 from ferrum_jax.errors import ModelFileError
 from ferrum_jax.families import Family
-from ferrum_jax.weights.metadata import Typed
-from ferrum_jax.weights.tensor_info import TensorInfo
+from ferrum_jax.files.metadata import Typed
+from ferrum_jax.files.tensor_info import TensorInfo
 
 _READ_BYTES = 16 << 20  # of one positioned read
-
-
-def open_regular(path: Path, kind: str) -> tuple[io.FileIO, os.stat_result]:
-    """Opens a regular file; `kind` (".gguf") is what an error asks for. FileNotFoundError passes through: the caller
-    knows what the file was wanted for."""
-    try:
-        # Without O_NONBLOCK a named pipe would hang the open.
-        file = io.FileIO(path, opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
-    except FileNotFoundError:
-        raise
-    except IsADirectoryError:
-        raise ModelFileError(f"{path}: this is a directory; name the {kind} file in it") from None
-    except OSError as error:
-        raise ModelFileError(f"{path}: the file cannot be opened: {error.strerror}") from None
-    status = os.fstat(file.fileno())
-    if not stat.S_ISREG(status.st_mode):
-        file.close()
-        raise ModelFileError(f"{path}: this is not a regular file; name a {kind} file")
-    return file, status
 
 
 class Opened:

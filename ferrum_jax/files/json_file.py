@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ferrum_jax.errors import ModelFileError
-from ferrum_jax.weights.files import open_regular
+from ferrum_jax.files import open_regular
 
 MAX_BYTES = 64 << 20  # the largest tokenizer.json in use have about 40 MiB
 
