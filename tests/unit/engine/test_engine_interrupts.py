@@ -375,7 +375,7 @@ def test_the_interpreter_ends_in_the_middle_of_anything():
         def interrupt():
             while len(requests[0].token_ids) < 20:
                 time.sleep(0.001)
-            signal.raise_signal(signal.SIGINT)
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)  # as Ctrl-C: it wakes what waits
         try:
             threading.Thread(target=interrupt, daemon=True).start()
             requests[0].result()
