@@ -19,6 +19,7 @@ IDS = [[5, 9, 13, 2, 40, 41, 42]]
 CASES = {case.name: case for case in directory_cases.CASES}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama3-bf16", "qwen3moe-f32", "gptq-llama"])
 def test_a_directory_from_orbax_and_from_gguf(name: str, tmp_path: Path):
     """Rotated rows interleaved for GGUF and back, factors of rope, stacked experts, packed matrices that are ggml's."""

@@ -97,6 +97,7 @@ def test_texts_of_several_chunks(model, monkeypatch):
         assert np.array_equal(one, other)
 
 
+@pytest.mark.slow
 def test_what_is_recorded_is_what_is_computed_with(monkeypatch):
     """A router of our own: it is what is recorded, and what the experts are summed with."""
     batch, params = batch_of(TOKENS), params_of(MOE)

@@ -379,6 +379,7 @@ MIXED = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("vocab", [300, 20011])
 def test_a_row_does_not_depend_on_the_batch(vocab):
     rng = np.random.default_rng(1)

@@ -41,6 +41,7 @@ def run(page: Path, folder: Path) -> dict:
     return names
 
 
+@pytest.mark.slow
 def test_python_of_readme_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(ROOT / "README.md", tmp_path)["requests"]
     assert capsys.readouterr().out

@@ -221,6 +221,7 @@ def _made(path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_experts_with_room_for_all_leave_nothing_out():
     """Places for half the rows change the result, places for as many as come do not."""
     params = model.init(SMALL, 0)

@@ -71,6 +71,7 @@ def test_answers_are_those_of_generate(model):
             assert (answer.text, answer.finish_reason) == (expected.text, expected.finish_reason)
 
 
+@pytest.mark.slow
 def test_nothing_compiles_between_answers(model):
     """After the warm-up, turns that cross every size of a step and of the cache."""
     compiled = []

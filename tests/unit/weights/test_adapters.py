@@ -255,6 +255,7 @@ def unpacked(source_path: Path, out: Path, config: tiny_directories.Spec, **opti
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", ["q8_0", "q4_k"])
 def test_beside_blocks(format: str, folder: Folder, tmp_path: Path) -> None:
     """The same as merged into the float32 values of the blocks."""
