@@ -40,6 +40,7 @@ def contents(path: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
 # ---- quantize at load
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "formats"),
     [
@@ -183,6 +184,7 @@ def test_orbax_back_to_gguf(original: Path, saved: Path, tmp_path: Path):
     assert contents(convert(saved, tmp_path / "back.gguf", to="gguf")) == contents(direct)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", [Target("gpu", "9.0"), Target("tpu", "TPU v5e")], ids=lambda target: target.platform)
 def test_a_device_layout_is_stored_and_repacked(tmp_path: Path, monkeypatch, target: Target):
     """Written for another device: read as it lies there, and repacked for this one."""

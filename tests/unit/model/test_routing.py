@@ -65,6 +65,7 @@ def cache_of(config, dtype="float32"):
     return F.new_cache(config, num_pages=2, page_size=16, dtype=dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen3moe-mixed-bf16", "qwen3moe-f32", "mixtral-bf16"])
 def test_routing_is_that_of_transformers(folder, name):
     digest, model = loaded(folder, name)
@@ -114,6 +115,7 @@ def test_what_is_recorded_is_what_is_computed_with(monkeypatch):
     assert np.abs(np.asarray(after) - np.asarray(before)).max() > 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [MOE, dataclasses.replace(MOE, dtype="bfloat16"), NATIVE], ids=lambda config: config.dtype)
 def test_inside_a_program_of_ones_own(config):
     """Jitted with more around it; padding goes to nobody; the cache is what `forward` leaves."""

@@ -76,6 +76,7 @@ def test_compiler_options_hold_inside_the_block_alone():
     assert [program.options for program, _ in lab.collected.values()] == [{}, {"xla_gpu_enable_command_buffer": "FUSION"}]
 
 
+@pytest.mark.slow
 def test_small_kernels_section_gives_rows_with_their_checks(monkeypatch):
     lab = Lab(SMALL, jax.devices()[0], rehearsal=True)
     wanted = ("ceilings", "experts 1", "attention 4 bfloat16", "qkv 1")

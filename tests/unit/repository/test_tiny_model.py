@@ -36,6 +36,7 @@ def test_it_tells_stories(tiny):
         assert np.bincount(layer.ravel(), minlength=8).min() > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "int8", "bfloat16"])
 def test_llama_cpp_predicts_the_same(dtype):
     golden = json.loads(peer.OUT.read_text())

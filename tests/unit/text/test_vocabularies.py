@@ -52,6 +52,7 @@ def test_an_id_beyond_the_vocabulary_counts_as_absent(name: str, tmp_path: Path)
         assert (made.eos_ids, made.bos_id, made.pad_id) == (expected.eos_ids, expected.bos_id, expected.pad_id)
 
 
+@pytest.mark.slow
 def test_a_file_with_such_an_id_loads(tmp_path: Path) -> None:
     keys = {f"{PREFIX}{name}_token_id": (2**32 - 1, T.UINT32) for name in ("padding", "seperator", "eos")}
     with pytest.warns(UserWarning, match="is ignored"):
