@@ -75,7 +75,7 @@ class Device:
         return [("admit", self.pages), *((name, pages) for pages in sizes for name in names), *growth]
 
     def compile(self, bucket: Bucket | str, pages: int | None = None) -> Callable:
-        """The program of a bucket, or "admit", "copy" or "grow", for so many pages (None: as there are now), compiled
+        """The program of a bucket, or "admit", "copy" or "grow", for `pages` pages (None: as there are now), compiled
         where it is not yet; safe in any thread."""
         pages = pages or self.pages
         key = bucket, 0 if bucket == "admit" else pages
@@ -136,7 +136,7 @@ class Device:
         self.state = self.model.programs.get(write_places, *arguments, donate=(0,))(*arguments)
 
     def abstract_state(self, pages: int = 1) -> DecodeState:
-        """The state as `jax.ShapeDtypeStruct`s, with so many pages in the largest pool."""
+        """The state as `jax.ShapeDtypeStruct`s, with `pages` pages in the largest pool."""
         sizes = self._state_sizes(pages)
         return memory.abstract_state(self.model.config, target=target_of(self.model.device), **sizes)
 
@@ -175,7 +175,7 @@ class Device:
 
     @contextlib.contextmanager
     def _room(self, pages: int) -> Iterator[None]:
-        """A block that makes a state of so many pages; OutOfMemoryError, which counts it, where it does not fit."""
+        """A block that makes a state of `pages` pages; OutOfMemoryError, which counts it, where it does not fit."""
         size, device = memory.nbytes(self.abstract_state(pages)), self.model.device
         tokens = pages * self.config.page_size
         count = f"a KV cache of {pages:,} pages ({tokens:,} tokens, {self.kv_dtype}) takes {readable_bytes(size)}"

@@ -2,7 +2,7 @@
 
 A text is cut into pages of `page_size` tokens, and page n of a text is one page in each pool. So a sequence has one count
 of pages, one chain of digests, and a table with a row for each pool. The pools differ in what their layers look at: those
-with a window need the pages within it alone, so those behind it are given back, and the beginning of a text is found where
+with a window need the pages within it alone, so those before it are given back, and the beginning of a text is found where
 each pool has what its layers will look at.
 
 Layers that recur have one state of a text, at its end. A running sequence has it in the place of its slot. A checkpoint is a
@@ -24,7 +24,7 @@ from ferrum_jax.engine.pages import Entry, PagePool, entry, root
 
 class Held:
     """What a sequence holds: `count` pages of each pool. pages: their numbers for each pool, -1 for those that were given
-    back (behind a window; `behind` are passed); table: int32 [pools, most], the same for the device; digests: of the first
+    back (before a window; `behind` are passed); table: int32 [pools, most], the same for the device; digests: of the first
     full pages, those that are registered; settles_at: how many known tokens there must be before `settle` has anything to
     do. checkpoint: the place of its newest one, -1 for none, which is of the first
     `checkpointed` pages and is `fresh` until it may be found; stops: numbers of pages after which it is to make others."""
@@ -49,7 +49,7 @@ class Held:
 
 
 class Found(NamedTuple):
-    """The beginning of a text that is there. pages: full ones for each pool, -1 for those behind its window; digests: of
+    """The beginning of a text that is there. pages: full ones for each pool, -1 for those before its window; digests: of
     those that are registered; rest: in each pool the page whose beginning holds the rest of the text, to be copied;
     checkpoint: of the layers that recur, -1 for none; known: how many pages there would be with a checkpoint after them."""
 
@@ -74,7 +74,7 @@ class Reserved(NamedTuple):
 
 
 def pages_at_once(window: int, config: EngineConfig) -> int:
-    """Pages that a sequence holds at most in a pool whose layers see so many positions."""
+    """Pages that a sequence holds at most in a pool whose layers see `window` positions."""
     return -(-(window + config.at_once) // config.page_size) + 2
 
 
@@ -129,18 +129,18 @@ class Ledger:
         return sum(pool.evictions for pool in self.pools)
 
     def count(self, tokens: int) -> int:
-        """How many pages so many tokens fill."""
+        """How many pages `tokens` tokens fill."""
         return -(-tokens // self.page_size)
 
     def pages_needed(self, tokens: int) -> list[int]:
-        """Pages of each pool that a sequence alone needs at once to grow to so many tokens; the last one is never written."""
+        """Pages of each pool that a sequence alone needs at once to grow to `tokens` tokens; the last one is never written."""
         pages = self.count(tokens - 1)
         return [min(pages, pages_at_once(window, self.config)) if window else pages for window in self.windows]
 
     # What a sequence holds
 
     def admit(self, found: Found, tokens: int, slot: int, reserve: bool) -> tuple[Held, list[tuple[int, int, int]]] | None:
-        """What a sequence of so many tokens holds at its beginning in a slot, and the copies to make before it runs, as
+        """What a sequence of `tokens` tokens holds at its beginning in a slot, and the copies to make before it runs, as
         (part of the state, source, target); None where there is no room for the rest of it. reserve: whether to leave some
         pages to others."""
         self.share(found)
@@ -170,7 +170,7 @@ class Ledger:
         return min(count, stop - prefilled)
 
     def checkpoint(self, held: Held, prefilled: int, slot: int) -> list[tuple[int, int, int]]:
-        """The copies that make a checkpoint of a sequence that has read so many tokens, where it stops there and there is a
+        """The copies that make a checkpoint of a sequence that has read `prefilled` tokens, where it stops there and there is a
         place."""
         if not held.stops or held.stops[0] * self.page_size != prefilled:
             return []
@@ -186,7 +186,7 @@ class Ledger:
         return [(len(self.pools), slot, held.checkpoint)]
 
     def grow(self, held: Held, tokens: int) -> bool:
-        """Takes pages for so many tokens; False where a pool has none left."""
+        """Takes pages for `tokens` tokens; False where a pool has none left."""
         needed = -(-tokens // self.page_size)
         while held.count < needed:
             if not self.available:
@@ -195,7 +195,7 @@ class Ledger:
         return True
 
     def settle(self, held: Held, tokens: Sequence[int], written: int, adapter: int) -> None:
-        """Registers the pages that are full of known tokens once so many are written, and gives back those that no layer of
+        """Registers the pages that are full of known tokens once `written` are written, and gives back those that no layer of
         their pool will look at again."""
         size = self.page_size
         while self.config.prefix_cache and (len(held.digests) + 1) * size <= written:
@@ -255,7 +255,7 @@ class Ledger:
         return self._cut(found, best)._replace(checkpoint=checkpoint, known=reached)
 
     def written(self, held: Held, written: int) -> Found:
-        """The full pages of a sequence of which so many tokens are written, as `find` gives them: nothing where some of what
+        """The full pages of a sequence of which `written` tokens are written, as `find` gives them: nothing where some of what
         would be looked at from there on was given back."""
         full = written // self.page_size if self.checkpoints is None else held.checkpointed
         if any(held.behind[pool] > self._behind(pool, full * self.page_size) for pool in self.windowed):
@@ -351,7 +351,7 @@ class Ledger:
         return max(0, position + 1 - window) // self.page_size if window else 0
 
     def _cut(self, found: Found, full: int) -> Found:
-        """The first `full` pages, without those that are behind the windows there."""
+        """The first `full` pages, without those that are before the windows there."""
         pages = [numbers[:full] for numbers in found.pages]
         for pool in self.windowed:
             behind = self._behind(pool, full * self.page_size)

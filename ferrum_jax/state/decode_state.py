@@ -107,7 +107,7 @@ def new_cache(
 def new_state(
     config: ModelConfig, *, pages: int | Sequence[int], page_size: int, dtype: DTypeLike, num_states: int = 0
 ) -> DecodeState:
-    """An empty state with so many pages for each of the model's kinds, or for all of them. The rest as in `new_cache`."""
+    """An empty state with `pages` pages for each of the model's kinds, or for all of them. The rest as in `new_cache`."""
     dtype, kinds = kv_dtype(dtype), page_kinds(config)
     counts = list(pages) if isinstance(pages, Sequence) else [pages] * len(kinds)
     if min(counts) < 1 or page_size < 1:
@@ -138,7 +138,7 @@ def copy_places(state: DecodeState, sources: jax.Array, targets: jax.Array) -> D
 
 
 def grow(state: DecodeState, *, pages: tuple[int, ...]) -> DecodeState:
-    """The same state with so many pages in each pool."""
+    """The same state with pages[i] pages in pool i."""
 
     def pad(array: jax.Array, size: int) -> jax.Array:
         return jnp.pad(array, [(0, size - extent if axis == 1 else 0) for axis, extent in enumerate(array.shape)])

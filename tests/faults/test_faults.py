@@ -23,11 +23,12 @@ from ferrum_jax.tokenizer import StopMatcher, TextStream
 from support import guards
 from support.patching import Fault, applied
 from unit.engine import test_engine_pages as pages
+from unit.engine import test_engine_paging as paging
 from unit.engine import test_not_finite as not_finite
 
 
 def one_page_twice():
-    pages.test_a_prompt_around_one_page_is_the_same_the_second_time(4)
+    paging.test_a_prompt_around_one_page_is_the_same_the_second_time(4)
 
 
 def nan_in_a_large_vocabulary():
@@ -40,7 +41,7 @@ FAULTS = {
         Ledger.settle,
         "parent = held.digests[-1] if number else self.root(adapter)",
         "parent = self.root(adapter)",
-        pages.test_every_chunk_of_a_prompt_is_known_by_all_that_is_before_it,
+        paging.test_every_chunk_of_a_prompt_is_known_by_all_that_is_before_it,
     ),
     "2": Fault(
         "a prompt of exactly one page hits fully",
@@ -54,14 +55,14 @@ FAULTS = {
         Ledger.admit,
         "held.append([pool.take() for pool in self.pools])",
         "self.share(found._replace(pages=[[page] for page in found.rest])); held.append(found.rest)",
-        pages.test_a_branch_writes_into_a_page_of_its_own,
+        paging.test_a_branch_writes_into_a_page_of_its_own,
     ),
     "4-idle": Fault(
         "going idle discards the prefix cache",
         Scheduler.finish,
         'sequence.state = "finished"',
         'sequence.state = "finished"\n    if not (self.waiting or self.running): self.ledger.forget()',
-        pages.test_texts_are_kept_while_nothing_runs,
+        paging.test_texts_are_kept_while_nothing_runs,
     ),
     "4-order": Fault(
         "the page given back last is evicted first",
@@ -103,14 +104,14 @@ FAULTS = {
         Scheduler._settle,
         "sequence.written",
         "min(sequence.written, sequence.prompt_length)",
-        pages.test_generated_pages_are_found_too,
+        paging.test_generated_pages_are_found_too,
     ),
     "5-mixed": Fault(
         "mixed batches do not look texts up",
         Scheduler._found,
         "if self.config.prefix_cache",
         "if self.config.prefix_cache and not self.running",
-        pages.test_requests_beside_others_look_texts_up_and_leave_theirs,
+        paging.test_requests_beside_others_look_texts_up_and_leave_theirs,
     ),
     "6-up-front": Fault(
         "a sequence takes all the pages that it may ever need at once",
@@ -124,28 +125,28 @@ FAULTS = {
         Ledger.grow,
         "if not self.available:",
         "if False:",
-        pages.test_a_pool_that_runs_out_lets_requests_wait,
+        paging.test_a_pool_that_runs_out_lets_requests_wait,
     ),
     "6-overflow": Fault(
         "what can never fit is accepted",
         Engine._check,
         "if needed > pool.num_pages:",
         "if False:",
-        pages.test_what_can_never_fit_is_refused_with_the_numbers,
+        paging.test_what_can_never_fit_is_refused_with_the_numbers,
     ),
     "7-leak": Fault(
         "a release forgets a page",
         Ledger.give_back,
         "held.pages",
         "[pages[:-1] for pages in held.pages]",
-        pages.test_sixty_forgotten_requests_leave_the_pool_whole,
+        paging.test_sixty_forgotten_requests_leave_the_pool_whole,
     ),
     "7-forgotten": Fault(
         "an abort forgets the release",
         Engine._end,
         "self._scheduler.finish(request._sequence)",
         "request._sequence.state = 'finished'",
-        pages.test_sixty_forgotten_requests_leave_the_pool_whole,
+        paging.test_sixty_forgotten_requests_leave_the_pool_whole,
     ),
     "7-stale": Fault(
         "the length of a released sequence leaks into the next",
@@ -159,14 +160,14 @@ FAULTS = {
         Scheduler.preempt,
         "self._give_up(sequence)",
         "self._give_up(sequence); sequence.tokens = sequence.tokens[: sequence.prompt_length]",
-        pages.test_preempted_requests_go_on_where_they_were,
+        paging.test_preempted_requests_go_on_where_they_were,
     ),
     "8-noise": Fault(
         "preemption begins the noise anew",
         Engine._launch,
         "request._seed",
         "request._seed + sequence.epoch",
-        pages.test_preempted_requests_go_on_where_they_were,
+        paging.test_preempted_requests_go_on_where_they_were,
     ),
     "8-counts": Fault(
         "preemption forgets the counts of penalties",
@@ -208,7 +209,7 @@ FAULTS = {
         Ledger.find,
         "if state is not None:",
         "if True:",
-        pages.test_layers_that_recur_go_on_from_a_checkpoint,
+        paging.test_layers_that_recur_go_on_from_a_checkpoint,
     ),
     "12-yarn": Fault(
         "YaRN is ignored",
@@ -320,7 +321,7 @@ FAULTS = {
         StopMatcher.push,
         "keep = self._first_partial()",
         "keep = len(self._held)",
-        pages.test_a_stop_string_of_several_tokens_is_never_shown,
+        paging.test_a_stop_string_of_several_tokens_is_never_shown,
     ),
     "15-utf8": Fault(
         "a character of several tokens is decoded token by token",

@@ -9,11 +9,11 @@ from ferrum_jax.engine.scheduler import Scheduler
 from ferrum_jax.engine.worker import Worker
 from support.patching import Fault, applied
 from unit.engine import test_engine_interrupts as interrupts
-from unit.engine import test_engine_pages as pages
+from unit.engine import test_engine_paging as paging
 
 
 def all_are_aborted():
-    pages.test_an_abort_of_all_that_a_dispatch_has_leaves_no_page_unwritten(False)
+    paging.test_an_abort_of_all_that_a_dispatch_has_leaves_no_page_unwritten(False)
 
 
 FAULTS = {
@@ -43,7 +43,7 @@ FAULTS = {
         Engine._fill_prefix_cache,
         "self._start_over()",
         "pass",
-        pages.test_a_restore_that_fails_leaves_no_page_behind,
+        paging.test_a_restore_that_fails_leaves_no_page_behind,
     ),
     "aborted": Fault(
         "what all rows of a dispatch have left is registered and never written",
@@ -57,35 +57,35 @@ FAULTS = {
         Engine._step,
         "return self._fail({self._scheduler.current.owner: error})",
         "raise",
-        pages.test_a_poisoned_request_at_the_head_of_the_queue_ends_alone,
+        paging.test_a_poisoned_request_at_the_head_of_the_queue_ends_alone,
     ),
     "too large": Fault(
         "what never fits waits for ever",
         Scheduler._prompts,
         "if not self.running:",
         "if False:",
-        pages.test_a_request_that_can_never_fit_ends_alone,
+        paging.test_a_request_that_can_never_fit_ends_alone,
     ),
     "taken in": Fault(
         "tokens that cannot be taken in stop all others",
         Engine._take_in,
         "errors[row.sequence.owner] = error",
         "raise",
-        pages.test_tokens_that_cannot_be_taken_in_end_their_request_alone,
+        paging.test_tokens_that_cannot_be_taken_in_end_their_request_alone,
     ),
     "foreign": Fault(
         "a request of another engine is ended in this one's pages",
         Engine._own,
         "if request._engine is not self:",
         "if False:",
-        pages.test_a_request_of_another_engine_is_refused,
+        paging.test_a_request_of_another_engine_is_refused,
     ),
     "booleans": Fault(
         "True is a token id",
         checks.token_ids,
         "if isinstance(item, bool | np.bool_):",
         "if False:",
-        pages.test_booleans_are_no_token_ids,
+        paging.test_booleans_are_no_token_ids,
     ),
 }
 

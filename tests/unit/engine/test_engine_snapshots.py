@@ -9,7 +9,7 @@ import ferrum_jax as fj
 from ferrum_jax.engine import snapshot
 from ferrum_jax.state import DecodeState
 from support.engine_stand_in import check, step
-from unit.engine.test_engine_pages import GREEDY, engine_of
+from support.ledgers import GREEDY, engine_of
 
 
 @pytest.mark.parametrize(
