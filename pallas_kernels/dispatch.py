@@ -89,7 +89,8 @@ def on(target: Target) -> Iterator[None]:
 @dataclasses.dataclass(frozen=True)
 class Case:
     """What a backend needs to know to decide: the target, the block format or KV dtype, the dtype of the arithmetic, the
-    memory layout of the weights on the device, and the sizes that the operation's contract names."""
+    memory layout of the weights on the device, the sizes that the operation's contract names, and the parts of the contract
+    that not every call needs and this one does."""
 
     operation: str
     target: Target
@@ -97,28 +98,36 @@ class Case:
     dtype: str
     memory_layout: str = "ggml"
     shape: tuple[int, ...] = ()
+    features: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        return f"{self.format} (memory layout {self.memory_layout}) in {self.dtype} on {self.target}, sizes {list(self.shape)}"
+        text = f"{self.format} (memory layout {self.memory_layout}) in {self.dtype} on {self.target}, sizes {list(self.shape)}"
+        return f"{text}, with {' and '.join(self.features)}" if self.features else text
 
 
 @dataclasses.dataclass(frozen=True)
 class Backend:
     """One implementation: its name, why it cannot serve a case (None: it can), and what gives its functions. `parts`: the
-    operations that it is composed of."""
+    operations that it is composed of. `features`: those of cases that it has."""
 
     name: str
     refuses: Callable[[Case], str | None]
     functions: Callable[[], Any]
     parts: tuple[str, ...] = ()
+    features: tuple[str, ...] = ()
+
+    def refusal(self, case: Case) -> str | None:
+        """Why it cannot serve the case; None: it can."""
+        missing = [feature for feature in case.features if feature not in self.features]
+        return self.refuses(case) or (f"has no {' and no '.join(missing)}" if missing else None)
 
 
-def composed(*parts: str) -> Backend:
+def composed(*parts: str, features: tuple[str, ...] = ()) -> Backend:
     """The backend without functions of its own: other operations, one after the other, each by a backend that serves it."""
-    return Backend("composed", lambda case: None, lambda: None, parts)
+    return Backend("composed", lambda case: None, lambda: None, parts, features)
 
 
-def kernels(name: str, package: str, platform: str) -> Backend:
+def kernels(name: str, package: str, platform: str, features: tuple[str, ...] = ()) -> Backend:
     """The backend in the module `name` of a package, its `refuses` included, which serves devices of one platform: elsewhere
     neither it nor Pallas is imported."""
 
@@ -128,7 +137,7 @@ def kernels(name: str, package: str, platform: str) -> Backend:
     def refuses(case: Case) -> str | None:
         return module().refuses(case) if case.target.platform == platform else _PLATFORMS[platform]
 
-    return Backend(name, refuses, module)
+    return Backend(name, refuses, module, features=features)
 
 
 _PLATFORMS = {"cpu": "for CPUs", "gpu": "for NVIDIA GPUs", "tpu": "for TPUs"}
@@ -174,12 +183,12 @@ def choose(case: Case, backends: Sequence[Backend]) -> Any:
     name, reason = _forced(case, backends)
     if name:
         backend = next(backend for backend in backends if backend.name == name)
-        if refusal := backend.refuses(case):
+        if refusal := backend.refusal(case):
             raise ValueError(f"{case.operation}: the forced implementation {name!r} cannot serve {case}: {refusal}")
         return _taken(case, backend, reason)
     passed: list[str] = []
     for backend in backends:
-        refusal = backend.refuses(case)
+        refusal = backend.refusal(case)
         if refusal is None:
             return _taken(case, backend, "; ".join(passed) or "first choice")
         passed.append(f"{backend.name}: {refusal}")

@@ -1,13 +1,15 @@
 """Attention of a ragged batch of queries over a paged KV cache.
 
-Contract of `paged_attention(q, cache, layer, metadata, scale)`:
+Contract of `paged_attention(q, cache, layer, metadata, scale, sinks)`:
 
 * `q` [tokens, q_heads, head_dim] float32: the queries of all sequences, one after the other.
 * `cache`: a `KVCache` with kv_heads heads, this step's keys and values written; q_heads is a multiple of kv_heads.
 * `layer`: int32 scalar. `metadata`: what `make_metadata(tables, ...)` gives, once a step for all its layers.
 * Query t of sequence s sees positions max(0, p - window + 1) .. p of its sequence, p = positions[t]; window 0 sees all.
+* `sinks` [q_heads] float32, or None: one more score for each head, not scaled, of a position whose value is zero
+  (arXiv 2508.10925).
 * result [tokens, q_heads, head_dim] float32; rows of no sequence, or of one with kv_length 0, are zero.
-* derivatives: with respect to q, and to the cache where it holds floats.
+* derivatives: with respect to q and sinks, and to the cache where it holds floats.
 
 Sums run over fixed ranges of positions in order, so a row depends on that row, its sequence and its length alone; on CPU
 bit for bit. Pages beyond a sequence's length are never read into a result, whatever they hold, and their entries in the
@@ -40,10 +42,13 @@ __all__ = [
 ]
 
 BACKENDS = (
-    dispatch.kernels("triton", __name__, "gpu"),
+    dispatch.kernels("triton", __name__, "gpu", features=("sinks",)),
     dispatch.kernels("mosaic_tpu", __name__, "tpu"),
-    dispatch.Backend("xla", lambda case: None, lambda: xla),
+    dispatch.Backend("xla", lambda case: None, lambda: xla, features=("sinks",)),
 )
+
+
+Sinks = jax.Array | None
 
 
 class Tables(NamedTuple):
@@ -71,12 +76,19 @@ class AttentionMetadata:
     tables: Tables
     work: Any
     window: int = dataclasses.field(metadata={"static": True})
+    sinks: bool = dataclasses.field(metadata={"static": True})
     target: dispatch.Target = dataclasses.field(metadata={"static": True})
     backend: Any = dataclasses.field(metadata={"static": True})
 
 
 def make_metadata(
-    tables: Tables, cache: KVCache, q_heads: int, window: int = 0, implementation: dispatch.Implementation = None
+    tables: Tables,
+    cache: KVCache,
+    q_heads: int,
+    window: int = 0,
+    implementation: dispatch.Implementation = None,
+    *,
+    sinks: bool = False,
 ) -> AttentionMetadata:
     """Chooses the backend for batches of these shapes and has it prepare the tables: once a step, for all its layers.
 
@@ -86,15 +98,23 @@ def make_metadata(
       q_heads: heads of the queries.
       window: positions a query sees, itself included; 0 for all.
       implementation: the backend to take, instead of the first that can.
+      sinks: whether `paged_attention` will be given some.
     """
     target = dispatch.target("paged_attention", implementation)
     shape = (*tables.positions.shape, *tables.page_table.shape, q_heads, cache.kv_heads, cache.head_dim, cache.page_size)
-    backend = dispatch.choose(dispatch.Case("paged_attention", target, cache.dtype, "float32", shape=shape), BACKENDS)
-    return AttentionMetadata(tables, backend.prepare(tables, cache, q_heads, window), window, target, backend)
+    features = ("sinks",) if sinks else ()
+    case = dispatch.Case("paged_attention", target, cache.dtype, "float32", shape=shape, features=features)
+    backend = dispatch.choose(case, BACKENDS)
+    return AttentionMetadata(tables, backend.prepare(tables, cache, q_heads, window), window, sinks, target, backend)
 
 
 def paged_attention(
-    q: jax.Array, cache: KVCache, layer: jax.Array | int, metadata: AttentionMetadata, scale: float
+    q: jax.Array,
+    cache: KVCache,
+    layer: jax.Array | int,
+    metadata: AttentionMetadata,
+    scale: float,
+    sinks: Sinks = None,
 ) -> jax.Array:
     """Attention over the pages of a layer. See the module's contract.
 
@@ -104,20 +124,28 @@ def paged_attention(
       layer: int32 scalar.
       metadata: from `make_metadata`.
       scale: factor of the scores.
+      sinks: float32 [q_heads].
 
     Returns:
       float32 [tokens, q_heads, head_dim].
     """
     if q.shape[-1] != cache.head_dim or q.shape[-2] % cache.kv_heads:
         raise ValueError(f"paged_attention: q {q.shape} and a cache {cache.pages.shape} do not fit")
-    return _attention(q, cache, jnp.asarray(layer, jnp.int32), metadata, scale)
+    if metadata.sinks != (sinks is not None) or (sinks is not None and sinks.shape != q.shape[1:2]):
+        given = "none" if sinks is None else sinks.shape
+        raise ValueError(f"paged_attention: sinks: {given} with q {q.shape} and make_metadata(sinks={metadata.sinks})")
+    return _attention(q, cache, jnp.asarray(layer, jnp.int32), metadata, scale, sinks)
 
 
-def _reference(q: jax.Array, cache: KVCache, layer: jax.Array, metadata: AttentionMetadata, scale: float) -> jax.Array:
+def _reference(
+    q: jax.Array, cache: KVCache, layer: jax.Array, metadata: AttentionMetadata, scale: float, sinks: Sinks
+) -> jax.Array:
     metadata = dataclasses.replace(metadata, work=xla.prepare(metadata.tables, cache, q.shape[1], metadata.window))
-    return xla.attention(q, cache, layer, metadata, scale, differentiable=True)  # with loops of a known length
+    return xla.attention(q, cache, layer, metadata, scale, sinks, differentiable=True)  # with loops of a known length
 
 
-@derivative_of(_reference, of=("q", "cache"), static=("scale",))
-def _attention(q: jax.Array, cache: KVCache, layer: jax.Array, metadata: AttentionMetadata, scale: float) -> jax.Array:
-    return metadata.backend.attention(q, cache, layer, metadata, scale)
+@derivative_of(_reference, of=("q", "cache", "sinks"), static=("scale",))
+def _attention(
+    q: jax.Array, cache: KVCache, layer: jax.Array, metadata: AttentionMetadata, scale: float, sinks: Sinks
+) -> jax.Array:
+    return metadata.backend.attention(q, cache, layer, metadata, scale, sinks)

@@ -70,8 +70,10 @@ def prepare(tables: Tables, cache: KVCache, q_heads: int, window: int) -> Work:
 
 
 @functools.partial(jax.jit, static_argnames=("scale",), inline=True)
-def attention(q: jax.Array, cache: KVCache, layer: jax.Array, metadata: AttentionMetadata, scale: float) -> jax.Array:
-    """float32 [tokens, q_heads, head_dim]. See the package's contract."""
+def attention(
+    q: jax.Array, cache: KVCache, layer: jax.Array, metadata: AttentionMetadata, scale: float, sinks: None = None
+) -> jax.Array:
+    """float32 [tokens, q_heads, head_dim]. See the package's contract; without sinks."""
     work: Work = metadata.work
     exact = cache.dtype == "float32"
     eight_bit = cache.pages.dtype.itemsize == 1

@@ -4,6 +4,7 @@ A program has one KV head and the rows (token, query head of its group) of a til
 KV tiles of 64 positions (or 32), aligned to position 0, with the online softmax, and starts anew at every multiple of
 `SPLIT` positions; the partial results are merged in order of position. A tile of many tokens does so in one program. A
 single token, where there would be too few programs, gets one for each range, and a second kernel merges them the same way.
+A sink is one more partial result, merged last: its score is the largest, its weight 1 and its output zero.
 
 Positions are gathered through the page table one by one, so the size of a page costs nothing. 8-bit elements are read as
 16-bit words, an even and an odd channel in each: channels meet only in sums, so both halves are products of their own.
@@ -26,7 +27,7 @@ from pallas_kernels.paged_attention import elements
 from pallas_kernels.paged_attention.cache import KVCache
 
 if TYPE_CHECKING:
-    from pallas_kernels.paged_attention import AttentionMetadata, Tables
+    from pallas_kernels.paged_attention import AttentionMetadata, Sinks, Tables
 
 SPLIT = 256  # positions whose partial result starts anew
 _MASKED = -1e30  # finite, so that a row that has seen nothing yet never computes inf - inf
@@ -89,11 +90,19 @@ def prepare(tables: Tables, cache: KVCache, q_heads: int, window: int) -> Work:
 
 @functools.partial(jax.jit, static_argnames=("scale", "interpret"), inline=True)
 def attention(
-    q: jax.Array, cache: KVCache, layer: jax.Array, metadata: AttentionMetadata, scale: float, *, interpret: bool = False
+    q: jax.Array,
+    cache: KVCache,
+    layer: jax.Array,
+    metadata: AttentionMetadata,
+    scale: float,
+    sinks: Sinks = None,
+    *,
+    interpret: bool = False,
 ) -> jax.Array:
     """float32 [tokens, q_heads, head_dim]. See the package's contract."""
     work: Work = metadata.work
-    attend = functools.partial(_attend, q, cache, layer, metadata.tables, metadata.window, metadata.target, scale, interpret)
+    told = metadata.tables, metadata.window, metadata.target, scale, interpret
+    attend = functools.partial(_attend, q, cache, layer, sinks, *told)
     y = attend(work.single, 1)
     if work.many is None or work.place is None:
         return y
@@ -106,6 +115,7 @@ def _attend(
     q: jax.Array,
     cache: KVCache,
     layer: jax.Array,
+    sinks: Sinks,
     tables: Tables,
     window: int,
     target: Target,
@@ -119,7 +129,9 @@ def _attend(
     splits = math.ceil(tables.page_table.shape[1] * cache.page_size / SPLIT)
     partial = size == 1 and splits > 1
     group = q_heads // cache.kv_heads
-    kernel = _Kernel(target, cache.dtype, cache.head_dim, cache.page_size, group, size, window, scale, partial, interpret)
+    shape = cache.dtype, cache.head_dim, cache.page_size, group, size, window
+    kernel = _Kernel(target, *shape, scale, sinks is not None, partial, interpret)
+    last = [] if sinks is None else [sinks]  # operand of the kernel that finishes
 
     def results(*shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, jnp.float32)
@@ -134,7 +146,7 @@ def _attend(
         num_warps=4 if size == 1 and cache.dtype != "float32" else 8,
         num_stages=kernel.stages,
         interpret=interpret,
-    )(tiles, tables.page_table, jnp.reshape(layer * cache.num_pages, (1,)), q, *_stored(cache))
+    )(tiles, tables.page_table, jnp.reshape(layer * cache.num_pages, (1,)), q, *_stored(cache), *([] if partial else last))
     if partial:
         parts = compat.triton_call(
             kernel.merge,
@@ -144,7 +156,7 @@ def _attend(
             num_warps=4,
             num_stages=2,
             interpret=interpret,
-        )(tiles, *parts)
+        )(tiles, *parts, *last)
     return parts[0]
 
 
@@ -166,8 +178,8 @@ def _tokens_a_tile(cache: KVCache, q_heads: int) -> int:
 
 
 class _Kernel(NamedTuple):
-    """The kernels for one KV dtype and shape: `group` query heads a KV head, `size` tokens a tile; `partial`: a program has
-    one range of positions. Rows are (token, query head) pairs, `count` of them."""
+    """The kernels for one KV dtype and shape: `group` query heads a KV head, `size` tokens a tile; `sinks`: there are some;
+    `partial`: a program has one range of positions. Rows are (token, query head) pairs, `count` of them."""
 
     target: Target
     dtype: str
@@ -177,6 +189,7 @@ class _Kernel(NamedTuple):
     size: int
     window: int
     scale: float
+    sinks: bool
     partial: bool
     interpret: bool
 
@@ -254,7 +267,11 @@ class _Kernel(NamedTuple):
         outs = [jnp.zeros((rows, self.columns), jnp.float32) for _ in range(self.planes)]
         return jnp.full((rows,), _MASKED), jnp.zeros((rows,), jnp.float32), outs
 
-    def finish(self, result: Any) -> list[jax.Array]:
+    def finish(self, result: Any, sinks: Any, head: jax.Array, mask: jax.Array) -> list[jax.Array]:
+        """The planes of the output of rows of these heads; sinks: those of all heads, or None."""
+        if sinks is not None:
+            sink = compat.triton_load(sinks.at[head], mask=mask, other=_MASKED) * _LOG2_E
+            result = _merged(result, (sink, jnp.ones_like(sink), [jnp.zeros_like(out) for out in result[2]]))
         _, total, outs = result
         factor = self.unit / jnp.where(total == 0.0, 1.0, total)
         return [out * factor[:, None] for out in outs]
@@ -272,7 +289,8 @@ class _Kernel(NamedTuple):
 
     def attend(self, tiles: Any, table: Any, first_page: Any, q: jax.Array, pages: Any, *rest: Any) -> None:
         """Grid (kv_heads, splits or 1, tiles)."""
-        scales, outputs = (rest[0], rest[1:]) if self.dtype == "int8" else (None, rest)
+        scales, rest = (rest[0], rest[1:]) if self.dtype == "int8" else (None, rest)
+        sinks, outputs = (rest[0], rest[1:]) if self.sinks and not self.partial else (None, rest)
         kv_head, part, tile = (pl.program_id(axis) for axis in range(3))
         count = max(16, pl.next_power_of_2(self.size * self.group))
         row = lax.iota(jnp.int32, count)
@@ -329,13 +347,15 @@ class _Kernel(NamedTuple):
         else:
             ranges = (near // SPLIT, pl.cdiv(far, SPLIT))
             result = lax.fori_loop(*ranges, lambda i, so_far: _merged(so_far, walk(i)), self.nothing(count))
+            result = self.finish(result, sinks, head, offset < self.size)
             if self.size == 1:  # every tile is a row of the result, zero where there is no token
-                self.store(outputs[0], self.finish(result), (tile + offset, head), offset == 0)
+                self.store(outputs[0], result, (tile + offset, head), offset == 0)
             else:
-                self.store(outputs[0], self.finish(result), (token, head), live)
+                self.store(outputs[0], result, (token, head), live)
 
-    def merge(self, tiles: Any, outs: Any, bests: Any, totals: Any, out: Any) -> None:
+    def merge(self, tiles: Any, outs: Any, bests: Any, totals: Any, *rest: Any) -> None:
         """Grid (kv_heads, 1, tiles): the partial results of a token, in order of position."""
+        *sinks, out = rest
         kv_head, tile = pl.program_id(0), pl.program_id(2)
         count = pl.next_power_of_2(self.group)
         row = lax.iota(jnp.int32, count)
@@ -355,7 +375,8 @@ class _Kernel(NamedTuple):
             return result
 
         result = lax.fori_loop(0, pl.cdiv(last - first, together), step, self.nothing(count))
-        self.store(out, self.finish(result), (jnp.full((count,), tile), head), used)
+        result = self.finish(result, sinks[0] if sinks else None, head, used)
+        self.store(out, result, (jnp.full((count,), tile), head), used)
 
 
 def _dot(a: jax.Array, b: jax.Array, contract: int) -> jax.Array:

@@ -2,7 +2,8 @@
 
 Queries of one sequence are cut into tiles of `_query_tile` rows; a few tiles at a time walk over the KV in tiles of
 `KV_TILE` positions, aligned to position 0, and stop at the longest of them. A KV tile that a row does not see leaves its
-sums as they are, bit for bit, so neither the other rows nor the length of the walk reach a row's result.
+sums as they are, bit for bit, so neither the other rows nor the length of the walk reach a row's result. Where there are
+sinks, a row begins as if it had seen one position, with the sink as its score and zeros as its value.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pallas_kernels.paged_attention.cache import KVCache
 from pallas_kernels.reductions import row_sum
 
 if TYPE_CHECKING:
-    from pallas_kernels.paged_attention import AttentionMetadata, Tables
+    from pallas_kernels.paged_attention import AttentionMetadata, Sinks, Tables
 
 KV_TILE = 128
 _MASKED = -1e30  # finite, so that a row that has seen nothing yet never computes inf - inf
@@ -70,7 +71,14 @@ def prepare(tables: Tables, cache: KVCache, q_heads: int, window: int) -> Work:
 
 @functools.partial(jax.jit, static_argnames=("scale", "differentiable"), inline=True)
 def attention(
-    q: jax.Array, cache: KVCache, layer: jax.Array, metadata: AttentionMetadata, scale: float, *, differentiable: bool = False
+    q: jax.Array,
+    cache: KVCache,
+    layer: jax.Array,
+    metadata: AttentionMetadata,
+    scale: float,
+    sinks: Sinks = None,
+    *,
+    differentiable: bool = False,
 ) -> jax.Array:
     """float32 [tokens, q_heads, head_dim]. `differentiable`: loops of static length over every KV tile of the table."""
     _, q_heads, head_dim = q.shape
@@ -86,6 +94,8 @@ def attention(
     queries = queries.transpose(0, 2, 1, 3, 4).reshape(tiles, kv_heads, size * group, head_dim)
     if size * group == 1:  # one-row products have other bits
         queries = jnp.pad(queries, ((0, 0), (0, 0), (0, 1), (0, 0)))
+    if sinks is not None:  # [kv_heads, rows, 1], the rows as those of queries
+        sinks = jnp.tile(sinks.reshape(kv_heads, 1, group), (1, queries.shape[2] // group, 1)).reshape(kv_heads, -1, 1)
 
     def walk(inputs: Any) -> Any:
         query, pages_of, low, high = inputs  # [w, kv_heads, r, head_dim], [w, pages], [w, size], [w, size]
@@ -115,7 +125,8 @@ def attention(
         column = jnp.zeros((*query.shape[:3], 1), jnp.float32)
         first = 0 if differentiable else jnp.minimum(low.min(), high.max()) // span
         last = kv_tiles if differentiable else jnp.minimum(-(-high.max() // span), kv_tiles)
-        _, total, out = lax.fori_loop(first, last, step, (column + _MASKED, column, jnp.zeros_like(query)))
+        nothing = (column + _MASKED, column) if sinks is None else (column + sinks, column + 1)
+        _, total, out = lax.fori_loop(first, last, step, (*nothing, jnp.zeros_like(query)))
         return out / jnp.where(total == 0.0, 1.0, total)
 
     inputs = (queries, work.pages, work.seen_from, work.seen_until)

@@ -90,6 +90,21 @@ def test_gpu(target, dtype, batch):
         assert 0 < kernel.loop <= ceilings.get(name, 700), kernel
 
 
+@pytest.mark.parametrize("batch", BATCHES)
+def test_sinks_cost_no_registers(batch):
+    """The kernels that finish rows read them: `ptx.measure` fails where one spills."""
+    cache, q, *_, tables = arguments("h200", "bfloat16", batch)
+
+    def attend(cache, q, tables, sinks):
+        return paged_attention(q, cache, 1, make_metadata(tables, cache, HEADS, sinks=True), 1.0, sinks)
+
+    kernels, _ = ptx.measure("h200", attend, cache, q, tables, jax.ShapeDtypeStruct((HEADS,), jnp.float32))
+    ptx.need_kernels()
+    ceilings = dict(zip(("paged_attention_splits", "paged_attention"), CEILINGS["bfloat16"]["h200"], strict=True))
+    for name, kernel in kernels.items():
+        assert 0 < kernel.loop <= ceilings.get(name, 700), kernel
+
+
 @pytest.mark.parametrize(
     ("dtype", "batch", "pool"), [("float16", "mixed", 4096), ("bfloat16", "decode", 1 << 16), ("int8", "decode", 3 << 16)]
 )

@@ -20,17 +20,18 @@ GPU, TPU = dispatch.Target("gpu", "9.0"), dispatch.Target("tpu", "v5e")
 
 
 @functools.partial(jax.jit, static_argnames="window")
-def on_gpu(q, cache, tables, window=0):
+def on_gpu(q, cache, tables, sinks=None, window=0):
     with dispatch.on(GPU):
-        metadata = make_metadata(tables, cache, q.shape[1], window)
+        metadata = make_metadata(tables, cache, q.shape[1], window, sinks=sinks is not None)
     assert metadata.backend is triton
-    return triton.attention(q, cache, LAYER, metadata, q.shape[-1] ** -0.5, interpret=True)
+    return triton.attention(q, cache, LAYER, metadata, q.shape[-1] ** -0.5, sinks, interpret=True)
 
 
-def check_gpu(queries, contexts, window=0, dtype="bfloat16", **options):
+def check_gpu(queries, contexts, window=0, dtype="bfloat16", sinks=None, **options):
     q, cache, tables, k, v = case(queries, contexts, dtype=dtype, target=GPU, **options)
-    y, bound = expected(q, queries, contexts, k, v, window, HALF_ULPS[dtype])
-    error = np.abs(np.asarray(on_gpu(q, cache, tables, window=window)) - y)
+    y, bound = expected(q, queries, contexts, k, v, window, HALF_ULPS[dtype], sinks)
+    sinks = None if sinks is None else jnp.asarray(sinks, jnp.float32)
+    error = np.abs(np.asarray(on_gpu(q, cache, tables, sinks, window=window)) - y)
     assert (error <= bound).all(), (error / np.maximum(bound, 1e-30)).max()
 
 
@@ -39,6 +40,14 @@ def check_gpu(queries, contexts, window=0, dtype="bfloat16", **options):
 @pytest.mark.parametrize("window", [0, 90])
 def test_mixed_batches(dtype, window):
     check_gpu([1, 70, 0, 3, 1, 1], [300, 70, 33, 270, 17, 1], window, dtype, padding=2)
+
+
+@pytest.mark.parametrize("window", [0, 90])
+def test_sinks(window):
+    """Of one range, of several that a second kernel merges, and of many tokens; heads that are no power of two."""
+    sinks = np.asarray([20.0, 0.5, -2.0, -90.0, 1.0, 3.0])
+    check_gpu([1, 20, 1], [300, 20, 17], window, "int8", sinks, heads=(6, 2), padding=2)
+    check_gpu([1, 1], [30, 9], window, sinks=sinks, heads=(6, 2))
 
 
 @pytest.mark.slow

@@ -69,9 +69,10 @@ def case(queries, contexts, *, heads=(4, 2), head_dim=48, page_size=16, dtype="f
     return jnp.asarray(q), cache, tables, rounded(k, dtype), rounded(v, dtype)
 
 
-def expected(q, queries, contexts, keys, values, window=0, half_ulps=(0.0, 0.0)) -> tuple[np.ndarray, np.ndarray]:
+def expected(q, queries, contexts, keys, values, window=0, half_ulps=(0.0, 0.0), sinks=None) -> tuple[np.ndarray, np.ndarray]:
     """The definition, in float64, [tokens, q_heads, head_dim]; rows behind the last sequence are zero. And how far a kernel
-    may be from it with queries and weights rounded by `half_ulps`, relative, and all sums in float32.
+    may be from it with queries and weights rounded by `half_ulps`, relative, and all sums in float32. sinks [q_heads]: scores
+    of one more position for each head, whose value is zero.
 
     A weight exp(score) is off by its score's error: half an ulp of q times sum |q k| / sqrt(head_dim), and the sum's own;
     and by its rounding. A result moves by the mean of |value - result| times that. float32: 2^-24 times sqrt(terms).
@@ -85,7 +86,11 @@ def expected(q, queries, contexts, keys, values, window=0, half_ulps=(0.0, 0.0))
         for position in range(context - n, context):
             low = max(0, position - window + 1) if window else 0
             seen, held = k[low : position + 1], v[low : position + 1]
+            if sinks is not None:
+                seen, held = (np.concatenate([x, np.zeros_like(x[:1])]) for x in (seen, held))
             scores = np.einsum("hd,phd->hp", q[token], seen) * scale
+            if sinks is not None:
+                scores[:, -1] = sinks
             weights = np.exp(scores - scores.max(-1, keepdims=True))
             weights /= weights.sum(-1, keepdims=True)
             y[token] = np.einsum("hp,phd->hd", weights, held)

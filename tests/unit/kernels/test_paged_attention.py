@@ -14,16 +14,19 @@ from support.attention_cases import LAYER, case, expected, rounded
 
 
 @functools.partial(jax.jit, static_argnames="window")
-def attend(q, cache, tables, window=0):
-    return paged_attention(q, cache, LAYER, make_metadata(tables, cache, q.shape[1], window), q.shape[-1] ** -0.5)
+def attend(q, cache, tables, sinks=None, window=0):
+    metadata = make_metadata(tables, cache, q.shape[1], window, sinks=sinks is not None)
+    return paged_attention(q, cache, LAYER, metadata, q.shape[-1] ** -0.5, sinks)
 
 
-def check(queries, contexts, window=0, **options):
+def check(queries, contexts, window=0, sinks=None, **options):
     q, cache, tables, k, v = case(queries, contexts, **options)
-    y, bound = expected(q, queries, contexts, k, v, window)
-    assert (np.abs(np.asarray(attend(q, cache, tables, window=window)) - y) <= bound).all()
+    y, bound = expected(q, queries, contexts, k, v, window, sinks=sinks)
+    sinks = None if sinks is None else jnp.asarray(sinks, jnp.float32)
+    assert (np.abs(np.asarray(attend(q, cache, tables, sinks, window=window)) - y) <= bound).all()
 
 
+SINKS = np.asarray([30.0, 0.5, -2.0, -90.0])
 RAGGED = [
     ([1], [1]),
     ([1, 1, 1], [1, 16, 400]),
@@ -39,6 +42,29 @@ RAGGED = [
 @pytest.mark.parametrize(("queries", "contexts"), RAGGED, ids=str)
 def test_ragged_batches(queries, contexts, window):
     check(queries, contexts, window)
+
+
+@pytest.mark.parametrize("window", [0, 21])
+@pytest.mark.parametrize(("queries", "contexts"), [([1], [1]), ([1, 70, 0, 3, 1], [129, 70, 33, 128, 17])], ids=str)
+def test_sinks(queries, contexts, window):
+    """Far above the scores, among them and far below; also where a row has to itself a product that is padded."""
+    check(queries, contexts, window, sinks=SINKS)
+    check(queries, contexts, window, heads=(1, 1), sinks=SINKS[1:2])
+
+
+def test_sinks_change_no_row_of_no_sequence_and_have_a_derivative():
+    q, cache, tables, k, v = case([3, 2], [3, 40], padding=4)
+    sinks = jnp.asarray(SINKS[::-1], jnp.float32)
+    y = np.asarray(attend(q, cache, tables, sinks))
+    assert np.isfinite(y).all() and (y[5:] == 0).all()
+
+    def dense(sinks):
+        scores = jnp.einsum("hd,phd->hp", q[4], jnp.repeat(k[3:], 2, axis=1)) * q.shape[-1] ** -0.5
+        weights = jax.nn.softmax(jnp.concatenate([scores, sinks[:, None]], axis=1), axis=1)[:, :-1]
+        return jnp.einsum("hp,phd->hd", weights, jnp.repeat(v[3:], 2, axis=1)).sum()
+
+    found = jax.grad(lambda sinks: attend(q, cache, tables, sinks)[4].sum())(sinks)
+    assert np.allclose(found, jax.grad(dense)(sinks), atol=1e-5) and np.abs(found).max() > 1e-3
 
 
 @pytest.mark.parametrize("heads", [(1, 1), (8, 1), (6, 3)], ids=str)
@@ -135,7 +161,9 @@ def test_the_backend_is_chosen_for_the_target():
         for dtype in KV_DTYPES:
             with dispatch.on(target), dispatch.record() as choices:
                 make_metadata(tables, KVCache.empty(1, 4, 16, 2, 128, dtype), 4)
+                make_metadata(tables, KVCache.empty(1, 4, 16, 2, 128, dtype), 4, sinks=True)
             chosen[str(target), dtype] = choices[0].backend
+            assert choices[-1].backend == ("xla" if target.platform == "tpu" else choices[0].backend)
     assert {chosen["cpu", dtype] for dtype in KV_DTYPES} == {chosen["gpu 7.5", dtype] for dtype in KV_DTYPES} == {"xla"}
     assert {chosen["gpu 9.0", dtype] for dtype in KV_DTYPES} == {"triton"}
     assert chosen["tpu v5e", "bfloat16"] == "mosaic_tpu" and chosen["tpu v5e", "float16"] == "xla"
@@ -145,6 +173,11 @@ def test_shapes_that_do_not_fit_are_refused():
     q, cache, tables, _, _ = case([1], [1])
     with pytest.raises(ValueError, match="do not fit"):
         attend(q[:, :3], cache, tables)
+    metadata = make_metadata(tables, cache, 4)
+    with pytest.raises(ValueError, match=r"sinks: \(4,\) with q .* and make_metadata\(sinks=False\)"):
+        paged_attention(q, cache, LAYER, metadata, 1.0, jnp.zeros(4))
+    with pytest.raises(ValueError, match="sinks: none"):
+        paged_attention(q, cache, LAYER, make_metadata(tables, cache, 4, sinks=True), 1.0)
 
 
 def test_the_table_of_what_reads_what_is_current():
