@@ -133,7 +133,7 @@ def routing(
     require_experts(config)
     decoder = Decoder(config)
     (_, cache), recorded = decoder.apply({"params": params}, cache, batch, method="hidden", mutable=[ROUTING])
-    return recorded[ROUTING]["chosen"][0], cache
+    return recorded[ROUTING]["experts"][0], cache
 
 
 def unembed(params: Params, hidden: jax.Array, *, config: ModelConfig) -> jax.Array:

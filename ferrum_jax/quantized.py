@@ -74,13 +74,13 @@ class Layer:
     def number(self) -> jax.Array | int:
         return self.first + self.step * self.period
 
-    def place(self, labels: Sequence[Hashable]) -> jax.Array | int:
-        """The layer's place among those that have its label; labels: one for each layer of the model."""
+    def index(self, labels: Sequence[Hashable]) -> jax.Array | int:
+        """The layer's index among those that have its label; labels: one for each layer of the model."""
         label = labels[self.first]
-        place: jax.Array | int = labels[: self.first].count(label)
+        index: jax.Array | int = labels[: self.first].count(label)
         if self.period:
-            place = place + self.step * labels[self.first : self.first + self.period].count(label)
-        return place
+            index = index + self.step * labels[self.first : self.first + self.period].count(label)
+        return index
 
 
 @jax.tree_util.register_dataclass
@@ -96,18 +96,18 @@ class LayerStack:
         return bool(self.formats[layer.first])
 
     def select(self, layer: Layer) -> tuple[QuantizedTensor, jax.Array | int]:
-        """The stack that holds the layer, and the layer's place in it."""
-        return self.stacks[self.formats[layer.first]], layer.place(self.formats)
+        """The stack that holds the layer, and the layer's index in it."""
+        return self.stacks[self.formats[layer.first]], layer.index(self.formats)
 
     def located(self, layer: Layer) -> tuple[jax.Array, jax.Array | int]:
-        """For a parameter stored as plain numbers (norms, biases): float32 [n, columns] and the layer's place in it."""
-        tensor, place = self.select(layer)
-        return format_of(tensor.format).decode(tensor.planes[0]), place
+        """For a parameter stored as plain numbers (norms, biases): float32 [n, columns] and the layer's index in it."""
+        tensor, index = self.select(layer)
+        return format_of(tensor.format).decode(tensor.planes[0]), index
 
     def vector(self, layer: Layer) -> jax.Array:
         """The layer's parameter as float32, for one stored as plain numbers: [columns]."""
-        values, place = self.located(layer)
-        return values[place]
+        values, index = self.located(layer)
+        return values[index]
 
 
 Stack = LayerStack | QuantizedTensor
@@ -197,8 +197,8 @@ def operand(stack: Stack, layer: Layer | None) -> Matrix:
         return stack.operand()
     if layer is None:
         raise ValueError("linear: a stack of layers needs a layer")
-    tensor, place = stack.select(layer)
-    return tensor.operand(place)
+    tensor, index = stack.select(layer)
+    return tensor.operand(index)
 
 
 def _from_json(data: bytes) -> tuple:

@@ -47,7 +47,7 @@ class RaggedBatch(NamedTuple):
       page_table: [S, P], the pages of each sequence in order. Where a model has several pools of pages, `slots` [pools * T]
         and `page_table` [pools * S, P] may have a block for each, one after the other; a single block serves all pools.
       logits_rows: [R], the tokens whose logits are wanted.
-      adapters: [T], each token's adapter by its place among those of the parameters, -1 for none; None: no token has one.
+      adapters: [T], each token's adapter by its index among those of the parameters, -1 for none; None: no token has one.
       states: [S], the place of each sequence's state in layers that recur; None: sequence s has place s.
       state_writes: [T], places for the state after each token, -1 for nowhere; None: the state after the last token of each
         sequence goes to its place.
@@ -69,14 +69,14 @@ class Decoder(nn.Module):
     """Parameters: `embedding` [vocab, hidden], `unembedding` (absent where tied to the embedding), `final_norm`
     [hidden], `rope_factors` (optional) and `layers`, a tree of `LayerStack`s; with adapters those of `adapters`.
 
-    Where the collection `ROUTING` is mutable, "chosen" in it is the experts of every token, int32, and their weights,
+    Where the collection `ROUTING` is mutable, "experts" in it is the experts of every token, int32, and their weights,
     float32, both [layers with experts, T, top_k]; where it is not, nothing is recorded and the program is the same."""
 
     config: ModelConfig
 
     def hidden(self, state: Cache, batch: RaggedBatch) -> tuple[jax.Array, Cache]:
         """The last layer's output, normed: float32 [T, hidden_size], and the state with this batch written."""
-        places = _places(self.config, state, batch)
+        access = _access(self.config, state, batch)
         with jax.named_scope("embedding"):
             x: jax.Array = self.get_variable("params", "embedding").gather(batch.tokens)
         factors: jax.Array | None = self.get_variable("params", "rope_factors")
@@ -84,15 +84,15 @@ class Decoder(nn.Module):
         layers = self.variables["params"]["layers"]
         record = self.is_mutable_collection(ROUTING)
         if batch.adapters is None:
-            x, parts, routing = run_layers(self.config, without_adapters(layers), x, places, angles, record)
+            x, parts, routing = run_layers(self.config, without_adapters(layers), x, access, angles, record)
         else:
             columns: jax.Array | None = self.get_variable("params", COLUMNS)
             if columns is None:
                 raise ValueError("RaggedBatch.adapters: the parameters have no adapters; load the model with some")
             mask = batch.adapters[:, None] == columns
-            x, parts, routing = _composed(self.config, layers, x, places, angles, mask, record)
-        self.sow(ROUTING, "chosen", routing)
-        pools = len(places.pools)
+            x, parts, routing = _composed(self.config, layers, x, access, angles, mask, record)
+        self.sow(ROUTING, "experts", routing)
+        pools = len(access.pools)
         state = DecodeState(parts[:pools], parts[pools:]) if isinstance(state, DecodeState) else parts[0]
         return rms_norm(x, self.get_variable("params", "final_norm"), self.config.rms_norm_eps), state
 
@@ -113,18 +113,18 @@ def _ropes(config: ModelConfig) -> tuple[Rope, ...]:
     return tuple(dict.fromkeys(mixer.rope for mixer in config.attentions))
 
 
-class Places(NamedTuple):
-    """Where the layers of each kind read and write: of `page_kinds` pools, slots int32 [T] in them and tables, of
-    `recurrent_kinds` arrays, and what those layers are told."""
+class Access(NamedTuple):
+    """How the layers of each kind reach what they read and write: of `page_kinds` pools, int32 [T] slots in them and tables;
+    of `recurrent_kinds` arrays, and what those layers are told."""
 
     pools: tuple[KVCache, ...]
-    slots: tuple[jax.Array, ...]
+    kv_slots: tuple[jax.Array, ...]
     tables: tuple[Tables, ...]
     recurrent: tuple[dict[str, jax.Array], ...] = ()
     recurrence: Recurrence | None = None
 
 
-def _places(config: ModelConfig, state: Cache, batch: RaggedBatch) -> Places:
+def _access(config: ModelConfig, state: Cache, batch: RaggedBatch) -> Access:
     """ValueError for a state that is not of this model."""
     pools = state.pools if isinstance(state, DecodeState) else (state,)
     count, tokens, sequences = len(page_kinds(config)), batch.tokens.shape[0], batch.kv_lengths.shape[0]
@@ -132,35 +132,37 @@ def _places(config: ModelConfig, state: Cache, batch: RaggedBatch) -> Places:
         raise ValueError(
             f"the state has {len(pools)} pools of pages, but the model's layers need {count}: make it with new_cache"
         )
-    slots = jnp.broadcast_to(batch.slots.reshape(-1, tokens), (count, tokens))
+    kv_slots = jnp.broadcast_to(batch.slots.reshape(-1, tokens), (count, tokens))
     page_table = batch.page_table.reshape(-1, sequences, batch.page_table.shape[1])
     page_table = jnp.broadcast_to(page_table, (count, *page_table.shape[1:]))
     tables = (Tables(batch.positions, batch.query_starts, batch.kv_lengths, page_table[pool]) for pool in range(count))
     if not isinstance(state, DecodeState) or not state.recurrent:
-        return Places(pools, tuple(slots), tuple(tables))
-    told = recurrence(batch.positions, batch.query_starts, slots[0] >= 0, batch.states, batch.state_writes)
-    return Places(pools, tuple(slots), tuple(tables), state.recurrent, told)
+        return Access(pools, tuple(kv_slots), tuple(tables))
+    told = recurrence(batch.positions, batch.query_starts, kv_slots[0] >= 0, batch.states, batch.state_writes)
+    return Access(pools, tuple(kv_slots), tuple(tables), state.recurrent, told)
 
 
-def run_layers(config: ModelConfig, layers: Params, x, places: Places, angles: Angles, record: bool = False) -> Carry:
+def run_layers(
+    config: ModelConfig, layers: Params, x: jax.Array, access: Access, angles: Angles, record: bool = False
+) -> Carry:
     """The residual stream x float32 [T, hidden_size] after all layers, the parts of the state and, with `record`, what the
     routers chose: in one call where a backend has one."""
     backend = None
-    if not places.recurrent:
+    if not access.recurrent:
         shape, parts = _shape(config), _parts(layers, config.num_layers)
         backend = backend_for(*parts, config.hidden_size, shape, config.dtype, config.implementation)
     if backend is None:
-        return _composed(config, layers, x, places, angles, record=record)
+        return _composed(config, layers, x, access, angles, record=record)
 
     @derivative_of(functools.partial(_composed, config, record=record))
-    def together(layers, x, places, angles):
-        (cache,), (slots,), (tables,), *_ = places
+    def together(layers: Params, x: jax.Array, access: Access, angles: Angles) -> Carry:
+        (cache,), (kv_slots,), (tables,), *_ = access
         parts = _parts(layers, config.num_layers)
-        x, cache, routing = backend.decoder_layers(x, cache, slots, tables, *angles, *parts, shape, record)
+        x, cache, routing = backend.decoder_layers(x, cache, kv_slots, tables, *angles, *parts, shape, record)
         return x, (cache,), routing
 
     with jax.named_scope("layers"):
-        return together(layers, x, places, angles)
+        return together(layers, x, access, angles)
 
 
 def _shape(config: ModelConfig) -> LayerShape:
@@ -182,13 +184,19 @@ def _parts(layers: Params, count: int) -> tuple[list[Stack], list[dict[str, Part
         numbers = {format: len(stacks) + i for i, format in enumerate(parameter.stacks)}
         stacks += [Stack(tensor.planes[0], tensor.format, tensor.memory_layout) for tensor in parameter.stacks.values()]
         for layer in filter(parameter.has, map(Layer, range(count))):
-            _, place = parameter.select(layer)
-            parts[layer.first][path[-1].key] = Part(numbers[parameter.formats[layer.first]], place)
+            _, item = parameter.select(layer)
+            parts[layer.first][path[-1].key] = Part(numbers[parameter.formats[layer.first]], item)
     return stacks, parts
 
 
 def _composed(
-    config: ModelConfig, layers: Params, x, places: Places, angles: Angles, adapter_mask=None, record: bool = False
+    config: ModelConfig,
+    layers: Params,
+    x: jax.Array,
+    access: Access,
+    angles: Angles,
+    adapter_mask: jax.Array | None = None,
+    record: bool = False,
 ) -> Carry:
     """The layers one after the other, each `Block` once a distinct body. adapter_mask: as of `LayerModule`."""
     part_of = [0] * config.num_layers
@@ -201,28 +209,28 @@ def _composed(
     metadata = {}
     for part, mixer in dict.fromkeys((part, spec.mixer) for part, spec in zip(part_of, config.layers, strict=True)):
         if not isinstance(mixer, Attention):
-            told[mixer] = places.recurrence
+            told[mixer] = access.recurrence
             continue
         if (key := (part, mixer.num_heads)) not in metadata:
-            tables, cache = places.tables[part], places.pools[part]
+            tables, cache = access.tables[part], access.pools[part]
             metadata[key] = make_metadata(tables, cache, mixer.num_heads, mixer.window, config.implementation)
-        told[mixer] = Paged(places.slots[part], metadata[key], ropes[mixer.rope])
-    live = places.slots[0] >= 0
+        told[mixer] = Paged(access.kv_slots[part], metadata[key], ropes[mixer.rope])
+    live = access.kv_slots[0] >= 0
 
     def step(carry: Carry, layer: Layer) -> Carry:
         x, parts, routing = carry
         spec, part = config.layers[layer.first], part_of[layer.first]
-        arguments = x, parts[part], layer, layer.place(part_of), told[spec.mixer], live, adapter_mask
+        arguments = x, parts[part], layer, layer.index(part_of), told[spec.mixer], live, adapter_mask
         (x, new), sown = Block(config, spec, parent=None).apply({"params": layers}, *arguments, mutable=[ROUTING])
         if routing and sown:
-            (chose,) = sown[ROUTING]["feed_forward"]["chosen"]
-            routing = tuple(known.at[layer.number].set(new) for known, new in zip(routing, chose, strict=True))
+            (experts,) = sown[ROUTING]["feed_forward"]["experts"]
+            routing = tuple(known.at[layer.number].set(new) for known, new in zip(routing, experts, strict=True))
         return x, (*parts[:part], new, *parts[part + 1 :]), routing
 
     routing: Routing = ()
     if record:
         of_layers = config.num_layers, x.shape[0], config.experts_per_token
         routing = jnp.zeros(of_layers, jnp.int32), jnp.zeros(of_layers, jnp.float32)
-    parts = (*places.pools, *places.recurrent)
+    parts = (*access.pools, *access.recurrent)
     x, parts, routing = scan_layers(layers, step, (x, parts, routing), config.layers)
     return x, parts, tuple(known[np.asarray(config.expert_layers)] for known in routing)

@@ -22,6 +22,7 @@ from pallas_kernels.paged_attention import paged_attention
 from pallas_kernels.reductions import rms_norm
 from pallas_kernels.routing import route
 
+Index = jax.Array | int  # of a layer in its part of the state
 ROUTING = "routing"  # the Flax collection in which a mixture leaves its choice, where that is mutable
 
 
@@ -36,7 +37,9 @@ class LayerModule(nn.Module):
     def stack(self, name: str) -> LayerStack:
         return self.get_variable("params", name)
 
-    def project(self, x: jax.Array, layer: Layer, *names: str, adapter_mask=None, arithmetic: str = "") -> list[jax.Array]:
+    def project(
+        self, x: jax.Array, layer: Layer, *names: str, adapter_mask: jax.Array | None = None, arithmetic: str = ""
+    ) -> list[jax.Array]:
         """x [tokens, in] through each named matrix, its bias, if the file has one, and its adapters: float32 [tokens, out].
         arithmetic: of the products, where it is not `config.dtype`."""
         stacks = [self.stack(name) for name in names]
@@ -44,17 +47,18 @@ class LayerModule(nn.Module):
         ys = linears(x.astype(self.config.activations), stacks, layer, dtype, implementation)
         biases = [self.stack(name + "_bias") for name in names]
         ys = [y if bias is None else y + bias.vector(layer) for y, bias in zip(ys, biases, strict=True)]
-        adapted = (self.adapts(layer, name, adapter_mask) for name in names)
+        if adapter_mask is None:
+            return ys
         return [
-            y + self.adapted(x, layer, name, adapter_mask) if adapts else y
-            for y, name, adapts in zip(ys, names, adapted, strict=True)
+            y + self.adapted(x, layer, name, adapter_mask) if self.adapts(layer, name, adapter_mask) else y
+            for y, name in zip(ys, names, strict=True)
         ]
 
-    def adapts(self, layer: Layer, name: str, adapter_mask) -> bool:
+    def adapts(self, layer: Layer, name: str, adapter_mask: jax.Array | None) -> bool:
         stack = self.stack(name + adapters.A)
         return adapter_mask is not None and stack is not None and stack.has(layer)
 
-    def adapted(self, x, layer: Layer, name: str, adapter_mask) -> jax.Array:
+    def adapted(self, x: jax.Array, layer: Layer, name: str, adapter_mask: jax.Array) -> jax.Array:
         """What the adapters add to x through a matrix: float32 [tokens, out]."""
         with jax.named_scope("adapters"):
             inner = linear(x.astype(jnp.float32), self.stack(name + adapters.A), layer)
@@ -74,8 +78,10 @@ class Attention(LayerModule):
 
     spec: AttentionSpec
 
-    def __call__(self, x, cache: KVCache, layer: Layer, place, told: Paged, adapter_mask=None) -> tuple[jax.Array, KVCache]:
-        """place: of this layer in the cache."""
+    def __call__(
+        self, x: jax.Array, cache: KVCache, layer: Layer, index: Index, told: Paged, adapter_mask: jax.Array | None = None
+    ) -> tuple[jax.Array, KVCache]:
+        """As in `MIXERS`."""
         config, tokens = self.config, x.shape[0]
 
         def norm(name: str) -> Norm:
@@ -90,10 +96,10 @@ class Attention(LayerModule):
         with jax.named_scope("append"):
             norms = norm("query_norm"), norm("key_norm")
             q, cache = append(
-                q, k, v, cache, place, told.kv_slots, told.rope, *norms, config.rms_norm_eps, config.implementation
+                q, k, v, cache, index, told.kv_slots, told.rope, *norms, config.rms_norm_eps, config.implementation
             )
         with jax.named_scope("paged_attention"):
-            y = paged_attention(q, cache, place, told.metadata, self.spec.head_dim**-0.5)
+            y = paged_attention(q, cache, index, told.metadata, self.spec.head_dim**-0.5)
         with jax.named_scope("attention_output"):
             return self.project(y.reshape(tokens, -1), layer, "output", adapter_mask=adapter_mask)[0], cache
 
@@ -103,12 +109,13 @@ class FeedForward(LayerModule):
 
     spec: Dense | Mixture
 
-    def __call__(self, x, layer: Layer, live, adapter_mask=None) -> jax.Array:
+    def __call__(self, x: jax.Array, layer: Layer, live: jax.Array, adapter_mask: jax.Array | None = None) -> jax.Array:
+        """x float32, live bool [tokens] -> float32, x and the result [tokens, hidden_size]."""
         if isinstance(self.spec, Mixture):
             return self.mixture(x, layer, live, self.spec)
         return self.dense(x, layer, adapter_mask)
 
-    def dense(self, x, layer: Layer, adapter_mask) -> jax.Array:
+    def dense(self, x: jax.Array, layer: Layer, adapter_mask: jax.Array | None) -> jax.Array:
         if not any(self.stack(f"{name}_bias") is not None or self.adapts(layer, name, adapter_mask) for name in ("gate", "up")):
             x, stacks = x.astype(self.config.activations), (self.stack("gate"), self.stack("up"))
             hidden = gated_linear(x, *stacks, layer, self.config.dtype, self.config.implementation)
@@ -117,7 +124,7 @@ class FeedForward(LayerModule):
             hidden = jax.nn.silu(gate) * up
         return self.project(hidden, layer, "down", adapter_mask=adapter_mask)[0]
 
-    def mixture(self, x, layer: Layer, live, spec: Mixture) -> jax.Array:
+    def mixture(self, x: jax.Array, layer: Layer, live: jax.Array, spec: Mixture) -> jax.Array:
         """The experts of each token with the largest router probabilities, each a SwiGLU, summed with their weights in the
         order of those."""
         config = self.config
@@ -131,7 +138,7 @@ class FeedForward(LayerModule):
                 scale=spec.scale,
                 implementation=config.implementation,
             )
-            self.sow(ROUTING, "chosen", (expert_ids, expert_weights))
+            self.sow(ROUTING, "experts", (expert_ids, expert_weights))
         with jax.named_scope("experts"):
             gate, up, down = (self.stack(f"expert_{name}") for name in ("gate", "up", "down"))
             x, dtype = x.astype(config.activations), config.dtype
@@ -139,7 +146,7 @@ class FeedForward(LayerModule):
 
 
 # The module of each kind of mixer, and the name of its parameters. A module is called with x float32 [tokens, hidden_size],
-# its part of the state, the layer, the layer's place in that part, what it is told of the step (`Paged`, or the `Recurrence`
+# its part of the state, the layer, the layer's index in that part, what it is told of the step (`Paged`, or the `Recurrence`
 # of a mixer that recurs) and the adapter_mask; it gives what it adds to x, and its part of the state.
 MIXERS: dict[type, tuple[str, Any]] = {AttentionSpec: ("attention", Attention)}
 
@@ -154,7 +161,16 @@ class Block(LayerModule):
         setattr(self, name, module(self.config, self.spec.mixer))
         self.feed_forward = FeedForward(self.config, self.spec.feed_forward)
 
-    def __call__(self, x, part: Any, layer: Layer, place, told: Any, live, adapter_mask=None) -> tuple[jax.Array, Any]:
+    def __call__(
+        self,
+        x: jax.Array,
+        part: Any,
+        layer: Layer,
+        index: Index,
+        told: Any,
+        live: jax.Array,
+        adapter_mask: jax.Array | None = None,
+    ) -> tuple[jax.Array, Any]:
         """x float32 [tokens, hidden_size] after the layer, and its part of the state. live bool [tokens]: no padding; the
         rest as in `MIXERS`."""
 
@@ -163,7 +179,7 @@ class Block(LayerModule):
 
         name, _ = MIXERS[type(self.spec.mixer)]
         with jax.named_scope(name):
-            y, part = getattr(self, name)(norm("attention_norm"), part, layer, place, told, adapter_mask)
+            y, part = getattr(self, name)(norm("attention_norm"), part, layer, index, told, adapter_mask)
         x = x + y
         with jax.named_scope("feed_forward"):
             return x + self.feed_forward(norm("feed_forward_norm"), layer, live, adapter_mask), part

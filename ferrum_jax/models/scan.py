@@ -26,7 +26,7 @@ def scan_layers(
     """`carry = step(carry, layer)` for every layer in turn, each distinct body traced once; specs as of `layer_segments`."""
     for segment in layer_segments(layers, specs):
 
-        def body(carry, number, segment=segment):
+        def body(carry: Any, number: jax.Array | int, segment: Segment = segment) -> tuple[Any, None]:
             for offset in range(segment.period):
                 carry = step(carry, Layer(segment.start + offset, segment.period, number))
             return carry, None

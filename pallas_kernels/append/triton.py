@@ -59,9 +59,9 @@ def append(
         def rotated(ref: Any, index: Any, norm: Any) -> Any:
             values = [compat.triton_load(ref.at[token, index, at], mask=mask, other=0.0) for at, mask in parts]
             if norm is not None:
-                weights, place = norm
+                weights, item = norm
                 scale = lax.rsqrt(sum(jnp.sum(x * x) for x in values) / head_dim + eps)
-                vector = [compat.triton_load(weights.at[place[0], at], mask=mask, other=0.0) for at, mask in parts]
+                vector = [compat.triton_load(weights.at[item[0], at], mask=mask, other=0.0) for at, mask in parts]
                 values = [x * scale * w for x, w in zip(values, vector, strict=True)]
             c, s = (compat.triton_load(angle.at[token, lane], mask=lane < half, other=0.0) for angle in (cos, sin))
             first, second, *unturned = values

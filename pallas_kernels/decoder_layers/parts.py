@@ -16,10 +16,10 @@ class Stack(NamedTuple):
 
 
 class Part(NamedTuple):
-    """A parameter of one layer: the number of its stack and its place along that stack's first axis."""
+    """A parameter of one layer: the number of its stack, and which item of that stack's first axis it is."""
 
     stack: int
-    place: int
+    item: int
 
 
 class LayerShape(NamedTuple):

@@ -35,8 +35,8 @@ class ToyMixer(LayerModule):
 
     spec: Toy
 
-    def __call__(self, x, part: dict[str, jax.Array], layer: Layer, place, told: Recurrence, adapter_mask=None):
-        before = {name: told.read(array, place) for name, array in part.items()}
+    def __call__(self, x, part: dict[str, jax.Array], layer: Layer, index, told: Recurrence, adapter_mask=None):
+        before = {name: told.read(array, index) for name, array in part.items()}
 
         def token(carry, inputs):
             u, row, first = inputs
@@ -48,7 +48,7 @@ class ToyMixer(LayerModule):
         zeros = tuple(jnp.zeros(before[name].shape[1:], jnp.float32) for name in ("state", "tail"))
         _, (states, tails) = lax.scan(token, zeros, (linear(x, self.stack("into"), layer), told.row, told.first))
         kept = {"state": states, "tail": tails}
-        return linear(states, self.stack("out"), layer), {n: told.write(a, place, kept[n]) for n, a in part.items()}
+        return linear(states, self.stack("out"), layer), {n: told.write(a, index, kept[n]) for n, a in part.items()}
 
 
 MIXERS[Toy] = "toy", ToyMixer
