@@ -14,12 +14,11 @@ Contract of `append(q, k, v, cache, layer, kv_slots, rope, q_norm, k_norm, eps)`
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 
 from pallas_kernels import dispatch
 from pallas_kernels.append import xla
+from pallas_kernels.append.operands import Norm, Operands
 from pallas_kernels.append.xla import rotate
 from pallas_kernels.derivatives import derivative_of
 from pallas_kernels.paged_attention import KVCache
@@ -27,8 +26,6 @@ from pallas_kernels.paged_attention import KVCache
 __all__ = ["BACKENDS", "Norm", "append", "rotate"]
 
 BACKENDS = (dispatch.kernels("triton", __name__, "gpu"), dispatch.Backend("xla", lambda case: None, lambda: xla))
-
-Norm = tuple[jax.Array, Any] | None
 
 
 def append(
@@ -48,22 +45,12 @@ def append(
     kv = (q.shape[0], cache.kv_heads, cache.head_dim)
     if k.shape != kv or v.shape != kv or q.shape[-1] != cache.head_dim or kv_slots.shape != q.shape[:1]:
         raise ValueError(f"append: q {q.shape}, k {k.shape}, v {v.shape} and a cache {cache.pages.shape} do not fit")
-    return _append(q, k, v, cache, layer, kv_slots, rope, q_norm, k_norm, eps, dispatch.target("append", implementation))
+    operands = Operands(q, k, v, cache, layer, kv_slots, rope, q_norm, k_norm)
+    return _append(operands, eps, dispatch.target("append", implementation))
 
 
-@derivative_of(lambda *arguments: xla.append(*arguments[:-1]), static=("eps", "target"))
-def _append(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    cache: KVCache,
-    layer: jax.Array | int,
-    kv_slots: jax.Array,
-    rope: tuple[jax.Array, jax.Array],
-    q_norm: Norm,
-    k_norm: Norm,
-    eps: float,
-    target: dispatch.Target,
-) -> tuple[jax.Array, KVCache]:
-    case = dispatch.Case("append", target, cache.dtype, "float32", shape=(*q.shape, cache.kv_heads))
-    return dispatch.choose(case, BACKENDS).append(q, k, v, cache, layer, kv_slots, rope, q_norm, k_norm, eps)
+@derivative_of(lambda operands, eps, target: xla.append(operands, eps), static=("eps", "target"))
+def _append(operands: Operands, eps: float, target: dispatch.Target) -> tuple[jax.Array, KVCache]:
+    cache = operands.cache
+    case = dispatch.Case("append", target, cache.dtype, "float32", shape=(*operands.q.shape, cache.kv_heads))
+    return dispatch.choose(case, BACKENDS).append(operands, eps)

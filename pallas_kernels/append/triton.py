@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +10,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels import compat
+from pallas_kernels.append.operands import Operands
 from pallas_kernels.dispatch import Case
 from pallas_kernels.paged_attention import KVCache
-
-if TYPE_CHECKING:
-    from pallas_kernels.append import Norm
 
 
 def refuses(case: Case) -> str | None:
@@ -24,20 +22,9 @@ def refuses(case: Case) -> str | None:
     return None if case.format in ("float32", "bfloat16", "float16") else f"a {case.format} cache is written by XLA"
 
 
-def append(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    cache: KVCache,
-    layer: jax.Array | int,
-    kv_slots: jax.Array,
-    rope: tuple[jax.Array, jax.Array],
-    q_norm: Norm,
-    k_norm: Norm,
-    eps: float,
-    interpret: bool = False,
-) -> tuple[jax.Array, KVCache]:
+def append(operands: Operands, eps: float, interpret: bool = False) -> tuple[jax.Array, KVCache]:
     """As the package's contract says."""
+    q, k, v, cache, layer, kv_slots, rope, q_norm, k_norm = operands
     tokens, q_heads, head_dim = q.shape
     kv_heads, count = cache.kv_heads, cache.num_pages * cache.page_size
     half = rope[0].shape[-1]
@@ -88,14 +75,14 @@ def append(
             values = [compat.triton_load(v.at[token, index, at], mask=mask, other=0.0) for at, mask in parts]
             store(pages, (row, 2 * index + 1), values)
 
-    operands = (q, k, v, *flat_rope, kv_slots, jnp.asarray(layer, jnp.int32).reshape(1), *(part for n in norms for part in n))
+    inputs = (q, k, v, *flat_rope, kv_slots, jnp.asarray(layer, jnp.int32).reshape(1), *(part for n in norms for part in n))
     out, pages = compat.triton_call(
         kernel,
         name="append",
         grid=(tokens, q_heads + 2 * kv_heads),
         out_shape=[jax.ShapeDtypeStruct(q.shape, jnp.float32), jax.ShapeDtypeStruct(pages.shape, pages.dtype)],
-        input_output_aliases={len(operands): 1},
+        input_output_aliases={len(inputs): 1},
         num_warps=1,
         interpret=interpret,
-    )(*operands, pages)
+    )(*inputs, pages)
     return out, KVCache(pages.reshape(cache.pages.shape), cache.scales, cache.dtype)

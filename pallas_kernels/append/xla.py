@@ -2,32 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.append.operands import Operands
 from pallas_kernels.paged_attention import KVCache
 from pallas_kernels.reductions import rms_norm
 
-if TYPE_CHECKING:
-    from pallas_kernels.append import Norm
 
-
-def append(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    cache: KVCache,
-    layer: jax.Array | int,
-    kv_slots: jax.Array,
-    rope: tuple[jax.Array, jax.Array],
-    q_norm: Norm,
-    k_norm: Norm,
-    eps: float,
-) -> tuple[jax.Array, KVCache]:
+def append(operands: Operands, eps: float) -> tuple[jax.Array, KVCache]:
     """As the package's contract says."""
-    q, k = (rotate(x if norm is None else rms_norm(x, norm[0][norm[1]], eps), *rope) for x, norm in ((q, q_norm), (k, k_norm)))
+    q, k, v, cache, layer, kv_slots, rope, *norms = operands
+    q, k = (
+        rotate(x if norm is None else rms_norm(x, norm[0][norm[1]], eps), *rope) for x, norm in zip((q, k), norms, strict=True)
+    )
     return q, cache.write(layer, kv_slots, k, v)
 
 

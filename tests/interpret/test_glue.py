@@ -7,6 +7,7 @@ import pytest
 from pallas_kernels import dispatch
 from pallas_kernels.append import triton as append_triton
 from pallas_kernels.append import xla as append_xla
+from pallas_kernels.append.operands import Operands
 from pallas_kernels.grouped_matmul import grouping, triton_grouping
 from pallas_kernels.paged_attention import KVCache
 from pallas_kernels.routing import triton as route_triton
@@ -70,9 +71,9 @@ def test_heads_into_the_cache(tokens, heads, kv_heads, head_dim, half, normed, d
     rope = normal(tokens, 1, half), normal(tokens, 1, half)
     norms = ((normal(2, head_dim), 1), (normal(3, head_dim), 2)) if normed else (None, None)
     heads_of = (normal(tokens, n, head_dim) for n in (heads, kv_heads, kv_heads))
-    arguments = (*heads_of, cache, 2, slots, rope, *norms, 1e-6)
-    q, written = append_triton.append(*arguments, interpret=True)
-    q_expected, expected = append_xla.append(*arguments)
+    operands = Operands(*heads_of, cache, 2, slots, rope, *norms)
+    q, written = append_triton.append(operands, 1e-6, interpret=True)
+    q_expected, expected = append_xla.append(operands, 1e-6)
     assert np.abs(np.asarray(q - q_expected)).max() <= 2.0**-20 * np.abs(q_expected).max()
     ulp = {"float32": 2.0**-22, "bfloat16": 2.0**-8, "float16": 2.0**-10}[dtype]
     difference = np.abs(np.asarray(written.pages, np.float32) - np.asarray(expected.pages, np.float32))
