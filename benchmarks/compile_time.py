@@ -18,99 +18,38 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import common
-from benchmarks.make_synthetic import more_bits
+from benchmarks.gpu import sizes
+from benchmarks.tensors import FormatOf, q4_k_m, shapes
 from ferrum_jax import functional, hub
 from ferrum_jax.config import ModelConfig
 from ferrum_jax.models.scan import layer_segments
 from ferrum_jax.programs import COMPILER_OPTIONS
-from ferrum_jax.quantized import LayerStack, QuantizedTensor
 from ferrum_jax.sampling import Sampling, SamplingParams
-from pallas_kernels.blocks import FORMATS
+from pallas_kernels import dispatch
 
 ROUNDS = 3
 PROMPT, TOKENS = 16, 16
-SMALL = ModelConfig(
-    architecture="qwen3moe",
-    num_layers=4,
-    hidden_size=256,
-    intermediate_size=0,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=64,
-    vocab_size=1024,
-    context_length=4096,
-    rms_norm_eps=1e-6,
-    rope_theta=1e6,
-    rope_dim=64,
-    num_experts=16,
-    experts_per_token=4,
-    expert_intermediate_size=256,
-    norm_topk_prob=True,
+SMALL = dataclasses.replace(
+    sizes.SMALL.config, num_layers=4, vocab_size=1024, context_length=4096, num_experts=16, experts_per_token=4, dtype="float32"
 )
-FormatOf = Callable[[str, int], str]
 
 
-def one_format(name: str, layer: int) -> str:
-    return "Q4_K"
-
-
-def q4_k_m(name: str, layer: int) -> str:
-    """llama.cpp's recipe for 48 layers."""
-    return "Q6_K" if name in ("value", "expert_down") and more_bits(layer, 48) else "Q4_K"
-
-
-def shapes(config: ModelConfig, format_of: FormatOf) -> dict[str, Any]:
-    """A Qwen3-MoE's parameters as `jax.ShapeDtypeStruct`s; `format_of(name, layer)` is the format of each matrix."""
-
-    def tensor(format: str, *shape: int) -> QuantizedTensor:
-        known = FORMATS[format]
-        stored = (*shape[:-1], known.stored_width(shape[-1]))
-        return QuantizedTensor.of(jax.ShapeDtypeStruct(stored, known.storage), format)
-
-    def stack(name: str, *shape: int, format: str | None = None) -> LayerStack:
-        layout = tuple(format or format_of(name, layer) for layer in range(config.num_layers))
-        return LayerStack({kind: tensor(kind, layout.count(kind), *shape) for kind in sorted(set(layout))}, layout)
-
-    hidden, experts, inner = config.hidden_size, config.num_experts, config.expert_intermediate_size
-    queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    return {
-        "embedding": tensor("Q4_K", config.vocab_size, hidden),
-        "unembedding": tensor("Q6_K", config.vocab_size, hidden),
-        "final_norm": jax.ShapeDtypeStruct((hidden,), jnp.float32),
-        "layers": {
-            "attention_norm": stack("attention_norm", hidden, format="F32"),
-            "feed_forward_norm": stack("feed_forward_norm", hidden, format="F32"),
-            "attention": {
-                "query": stack("query", queries, hidden),
-                "key": stack("key", keys, hidden),
-                "value": stack("value", keys, hidden),
-                "output": stack("output", hidden, queries),
-                "query_norm": stack("query_norm", config.head_dim, format="F32"),
-                "key_norm": stack("key_norm", config.head_dim, format="F32"),
-            },
-            "feed_forward": {
-                "router": stack("router", experts, hidden, format="F32"),
-                "expert_gate": stack("expert_gate", experts, inner, hidden),
-                "expert_up": stack("expert_up", experts, inner, hidden),
-                "expert_down": stack("expert_down", experts, hidden, inner),
-            },
-        },
-    }
+def one_format(name: str, layer: int | None, config: ModelConfig) -> str:
+    """Q4_K, and Q6_K of the output matrix, which is no layer's."""
+    return "Q6_K" if name == "unembedding" else "Q4_K"
 
 
 def compile_once(config: ModelConfig, format_of: FormatOf) -> tuple[float, float, dict[str, int]]:
     """Seconds of tracing, seconds of XLA, and facts of the program: how many layer bodies, what it aliases."""
     jax.clear_caches()
-    params = shapes(config, format_of)
+    params = shapes(config, dispatch.Target("cpu"), format_of)
     new_cache = functools.partial(functional.new_cache, config, num_pages=(PROMPT + TOKENS) // 16)
     cache = jax.eval_shape(new_cache)
     sampling = Sampling.from_params(

@@ -20,6 +20,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 
+from benchmarks.tensors import more_bits
 from pallas_kernels.blocks.synthetic import random_blocks
 
 WEIGHT_STD = 0.03
@@ -76,11 +77,6 @@ class Tensor:
     def std(self) -> float:
         """Standard deviation of the weights."""
         return STDS.get(self.name.split(".")[-2], WEIGHT_STD)
-
-
-def more_bits(layer: int, layers: int) -> bool:
-    """Which layers llama.cpp's Q4_K_M gives 6 bits for attn_v and ffn_down: the outer eighths, and every third."""
-    return layer < layers // 8 or layer >= 7 * layers // 8 or (layer - layers // 8) % 3 == 2
 
 
 def list_tensors(shape: Shape, mix: str) -> Iterator[Tensor]:

@@ -47,8 +47,8 @@ def check_format(lab: Lab, format: str, dtype: str) -> Iterator[dict]:
         raw = random_blocks(format, EXPERTS * rows, columns, rng, 0.03).reshape(EXPERTS, rows, -1)
         exact[name] = reference_weights(raw, format)
         raw[list(NOT_CHOSEN)] = 0xFF
-        layout = choose(format, rows, columns, lab.target)
-        stored[name] = lab.run(pack, raw, format=format, layout=layout, rows=rows, columns=columns)
+        memory_layout = choose(format, rows, columns, lab.target)
+        stored[name] = lab.run(pack, raw, format=format, memory_layout=memory_layout, rows=rows, columns=columns)
     if dtype == "bfloat16":
         yield from check_layout(lab, stored["gate"], exact["gate"], format)
     unit = UNIT[dtype]
@@ -97,7 +97,7 @@ def check_layout(lab: Lab, gate: Matrix, exact: np.ndarray, format: str) -> Iter
     got = lab.run(decoded, gate)
     if not lab.collecting:
         wrong = int((np.asarray(got) != exact[0]).sum())
-        yield {"name": f"layout {gate.memory_layout} of {format}", "error": wrong, "bound": 0, "ok": wrong == 0}
+        yield {"name": f"memory layout {gate.memory_layout} of {format}", "error": wrong, "bound": 0, "ok": wrong == 0}
 
 
 def check_route(lab: Lab) -> Iterator[dict]:
@@ -168,11 +168,11 @@ def mixture_of(x: np.ndarray, ids: np.ndarray, weights: np.ndarray, exact: dict[
 # Programs
 
 
-def pack(raw, *, format: str, layout: str, rows: int, columns: int) -> Matrix:
-    """Blocks uint8 [experts, rows, bytes] as the layout keeps them."""
-    planes = jax.vmap(lambda stored: LAYOUTS[layout].pack(stored, format))(raw)
+def pack(raw, *, format: str, memory_layout: str, rows: int, columns: int) -> Matrix:
+    """Blocks uint8 [experts, rows, bytes] as the memory layout keeps them."""
+    planes = jax.vmap(lambda stored: LAYOUTS[memory_layout].pack(stored, format))(raw)
     assert FORMATS[format].storage.itemsize == 1
-    return Matrix(tuple(planes), (), format, layout, rows, columns)
+    return Matrix(tuple(planes), (), format, memory_layout, rows, columns)
 
 
 def decoded(matrix: Matrix) -> jax.Array:

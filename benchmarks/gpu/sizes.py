@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from ferrum_jax import headers
 from ferrum_jax.config import ModelConfig
 
 TARGET = "h200"  # what the rehearsal compiles for
@@ -69,26 +70,10 @@ class Sizes:
         return max(self.context, self.prompt) + 64
 
 
+_HEADER = headers.bundled("qwen3:30b-a3b")
+assert _HEADER is not None
 REAL = Sizes(
-    config=ModelConfig(
-        architecture="qwen3moe",
-        num_layers=48,
-        hidden_size=2048,
-        intermediate_size=0,
-        num_heads=32,
-        num_kv_heads=4,
-        head_dim=128,
-        vocab_size=151936,
-        context_length=40960,
-        rms_norm_eps=1e-6,
-        rope_theta=1e6,
-        rope_dim=128,
-        num_experts=128,
-        experts_per_token=8,
-        expert_intermediate_size=768,
-        norm_topk_prob=True,
-        dtype="bfloat16",
-    ),
+    config=dataclasses.replace(_HEADER.config(), dtype="bfloat16"),
     real=True,
     context=1024,
     batch=32,

@@ -11,19 +11,17 @@ import functools
 import os
 import time
 from collections.abc import Callable, Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.gpu import weights, whole
+from benchmarks import tensors
+from benchmarks.gpu import whole
 from benchmarks.gpu.lab import Lab
 from benchmarks.gpu.sizes import goal
 from ferrum_jax import functional
-from ferrum_jax.weights import names
-from ferrum_jax.weights.stream import abstract_parameters
 from pallas_kernels import dispatch
 
 BUCKETS = (1, 8, 32)  # rows of decode programs
@@ -62,8 +60,7 @@ def programs(lab: Lab) -> Iterator[tuple[str, Callable, tuple, dict[str, Any]]]:
     sizes, config = lab.sizes, lab.sizes.config
     if lab.rehearsal and lab.collecting:  # one kind of layer instead of five: all of them compile elsewhere
         config = dataclasses.replace(config, num_layers=1)
-    file: Any = SimpleNamespace(path="synthetic", tensors={tensor.name: tensor for tensor in weights.tensors(config)})
-    params = abstract_parameters(names.parameters(file, config), lab.target)
+    params = tensors.shapes(config, lab.target)
 
     def cache(rows: int):
         with dispatch.on(lab.target):

@@ -1,7 +1,7 @@
 """A Qwen3-MoE of random weights, made where it will be read: no file, and nothing but small pools from the host.
 
 A pool is a few megabytes of valid random blocks (pallas_kernels.blocks.synthetic); a matrix is blocks drawn from it at
-random, packed by the layout that the device's kernels read, as loading packs them. The mix of formats is llama.cpp's
+random, packed in the memory layout that the device's kernels read, as loading packs them. The mix of formats is llama.cpp's
 Q4_K_M, and tokens outweigh what layers add, as in make_synthetic.
 """
 
@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import zlib
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -19,11 +17,9 @@ import numpy as np
 from jax import lax
 
 from benchmarks.gpu.lab import Lab
+from benchmarks.tensors import shapes
 from ferrum_jax.config import ModelConfig
 from ferrum_jax.quantized import QuantizedTensor
-from ferrum_jax.weights import names
-from ferrum_jax.weights.gguf_header import TensorInfo
-from ferrum_jax.weights.stream import abstract_parameters
 from pallas_kernels.blocks import FORMATS
 from pallas_kernels.blocks.layouts import LAYOUTS, choose
 from pallas_kernels.blocks.synthetic import random_blocks
@@ -33,69 +29,28 @@ STDS = {"embedding": 1.0, "output": 0.01, "expert_down": 0.01}
 POOL_BYTES = 4 << 20
 
 
-def more_bits(layer: int, layers: int) -> bool:
-    """Which layers llama.cpp's Q4_K_M gives 6 bits for attn_v and ffn_down."""
-    return layer < layers // 8 or layer >= 7 * layers // 8 or (layer - layers // 8) % 3 == 2
-
-
-def tensors(config: ModelConfig) -> list[TensorInfo]:
-    """The tensors of the model's Q4_K_M file, as if there were one."""
-    hidden, inner, experts, head = (
-        config.hidden_size,
-        config.expert_intermediate_size,
-        config.num_experts,
-        config.head_dim,
-    )
-    queries, keys = config.num_heads * head, config.num_kv_heads * head
-    vectors = {"attn_norm": hidden, "attn_q_norm": head, "attn_k_norm": head, "ffn_norm": hidden}
-    matrices = {
-        "attn_q": (queries, hidden),
-        "attn_k": (keys, hidden),
-        "attn_v": (keys, hidden),
-        "attn_output": (hidden, queries),
-        "ffn_gate_inp": (experts, hidden),
-        "ffn_gate_exps": (experts, inner, hidden),
-        "ffn_up_exps": (experts, inner, hidden),
-        "ffn_down_exps": (experts, hidden, inner),
-    }
-    listed = [
-        ("token_embd", "Q4_K", (config.vocab_size, hidden)),
-        ("output_norm", "F32", (hidden,)),
-        ("output", "Q6_K", (config.vocab_size, hidden)),
-    ]
-    for layer in range(config.num_layers):
-        large = ("attn_v", "ffn_down_exps") if more_bits(layer, config.num_layers) else ()
-        for name, size in vectors.items():
-            listed.append((f"blk.{layer}.{name}", "F32", (size,)))
-        for name, shape in matrices.items():
-            format = "F32" if name == "ffn_gate_inp" else "Q6_K" if name in large else "Q4_K"
-            listed.append((f"blk.{layer}.{name}", format, shape))
-    return [TensorInfo(f"{name}.weight", format, shape, Path(), 0, 0) for name, format, shape in listed]
-
-
 def make(lab: Lab, config: ModelConfig) -> dict:
     """The parameters of `functional`'s programs, on the device."""
     lab.ahead(lambda scout: make(scout, config))
-    file: Any = SimpleNamespace(path="synthetic", tensors={tensor.name: tensor for tensor in tensors(config)})
-    tree = abstract_parameters(names.parameters(file, config), lab.target)
 
     def fill(path, leaf):
         name = jax.tree_util.keystr(path)
         words = [word for word in STDS if f"'{word}'" in name]
         return make_tensor(lab, leaf, STDS[words[0]] if words else WEIGHT_STD, name)
 
+    tree = shapes(config, lab.target)
     return jax.tree_util.tree_map_with_path(fill, tree, is_leaf=lambda node: isinstance(node, QuantizedTensor))
 
 
 def stack(lab: Lab, format: str, *shape: int, seed: str = "") -> QuantizedTensor:
-    """Random matrices [*stack, rows, columns] in the layout of the lab's target."""
+    """Random matrices [*stack, rows, columns] in the memory layout of the lab's target."""
     *lead, rows, columns = shape
-    layout = choose(format, rows, columns, lab.target)
+    memory_layout = choose(format, rows, columns, lab.target)
     planes: Any = tuple(
         jax.ShapeDtypeStruct((*lead, *plane.shape), plane.dtype)
-        for plane in LAYOUTS[layout].plane_shapes(format, rows, columns)
+        for plane in LAYOUTS[memory_layout].plane_shapes(format, rows, columns)
     )
-    return make_tensor(lab, QuantizedTensor(planes, format, layout, (rows, columns)), WEIGHT_STD, f"{shape}{seed}")
+    return make_tensor(lab, QuantizedTensor(planes, format, memory_layout, (rows, columns)), WEIGHT_STD, f"{shape}{seed}")
 
 
 def make_tensor(lab: Lab, tensor, std: float, name: str):
@@ -110,7 +65,7 @@ def make_tensor(lab: Lab, tensor, std: float, name: str):
     known = FORMATS[tensor.format]
     count = POOL_BYTES // known.block_bytes if lab.sizes.real else 256
     pool = random_blocks(tensor.format, count, known.block_size, np.random.default_rng(zlib.crc32(name.encode())), std)
-    static = {"planes": tensor.planes, "format": tensor.format, "layout": tensor.memory_layout, "matrix": tensor.matrix}
+    static = {"planes": tensor.planes, "format": tensor.format, "memory_layout": tensor.memory_layout, "matrix": tensor.matrix}
     return dataclasses.replace(tensor, planes=lab.run(draw, lab.put(pool), key, **static))
 
 
@@ -119,17 +74,17 @@ def normal(key, *, mean: float, std: float, shape: tuple[int, ...]) -> jax.Array
     return mean + std * jax.random.normal(key, shape)
 
 
-def draw(pool, key, *, planes, format: str, layout: str, matrix: tuple[int, int]) -> tuple[jax.Array, ...]:
+def draw(pool, key, *, planes, format: str, memory_layout: str, matrix: tuple[int, int]) -> tuple[jax.Array, ...]:
     """Planes of a stack of matrices whose blocks are drawn from `pool` uint8 [blocks, block_bytes]: one layer (an entry
     of the stack's first axis) at a time, as loading does."""
     rows, columns = matrix
-    axes = len(planes[0].shape) - len(LAYOUTS[layout].plane_shapes(format, rows, columns)[0].shape)
+    axes = len(planes[0].shape) - len(LAYOUTS[memory_layout].plane_shapes(format, rows, columns)[0].shape)
     lead = planes[0].shape[:axes]
 
     def packed(key, lead):
         ids = jax.random.randint(key, (*lead, rows, columns // FORMATS[format].block_size), 0, pool.shape[0])
         stored = pool[ids].reshape(*lead, rows, -1)
-        pack = lambda stored: LAYOUTS[layout].pack(stored, format)  # noqa: E731
+        pack = lambda stored: LAYOUTS[memory_layout].pack(stored, format)  # noqa: E731
         for _ in lead:
             pack = jax.vmap(pack)
         return pack(stored)

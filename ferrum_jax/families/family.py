@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,6 +65,15 @@ class Family:
         """The shape of a tensor, of layer `layer` or (None) of the whole model."""
         sizes = self.sizes(config, None if layer is None else config.layers[layer])
         return tuple(sizes[axis] for axis in tensor.axes)
+
+    def tensors_of(self, config: Any) -> Iterator[tuple[str, Tensor, int | None]]:
+        """Every tensor that such a model has or may have: its name in GGUF files, its row, and its layer or None."""
+        for row in self.tensors.whole:
+            yield row.name, row, None
+        for layer, spec in enumerate(config.layers):
+            for row in self.tensors.layer:
+                if row.layers(spec):
+                    yield f"blk.{layer}.{row.name}", row, layer
 
     def read_gguf(self, metadata: Mapping[str, object], tensors: Mapping[str, TensorInfo], where: str) -> Any:
         """The configuration of a GGUF file, by metadata and shapes. UnsupportedModelError for a feature that is not

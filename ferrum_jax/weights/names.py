@@ -81,13 +81,9 @@ def parameters(source: ModelSource, config: ModelConfig | EncoderConfig) -> Para
         if row.gguf_rows and source.is_gguf:
             order[tensor] = row.gguf_rows(config.layers[layer], expected[0])
 
-    for row in family.tensors.whole:
-        if row.path not in whole and not row.optional:
-            raise ModelFileError(f"{source.path}: tensor {source.own_name(row.name)}: is missing")
-    for row in family.tensors.layer:
-        found = layers.get(row.path)
-        for number, spec in enumerate(config.layers):
-            needed = row.layers(spec) and (found is not None or not row.optional)
-            if needed and (found is None or found[number] is None):
-                raise ModelFileError(f"{source.path}: tensor {source.own_name(f'blk.{number}.{row.name}')}: is missing")
+    for name, row, layer in family.tensors_of(config):
+        stacked = layers.get(row.path)
+        is_missing = row.path not in whole if layer is None else stacked is None or stacked[layer] is None
+        if is_missing and (stacked is not None or not row.optional):
+            raise ModelFileError(f"{source.path}: tensor {source.own_name(name)}: is missing")
     return Parameters(whole, {path: tuple(tensors) for path, tensors in layers.items()}, order)

@@ -2,10 +2,12 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
+from ferrum_jax import families
 from ferrum_jax.config import ModelConfig
 from ferrum_jax.quantized import LayerStack, QuantizedTensor
 from pallas_kernels.blocks import FORMATS
@@ -42,56 +44,35 @@ def stored(format: str, shape: tuple[int, ...], rng: np.random.Generator, std: f
     return raw.view(FORMATS[format].storage).reshape(*shape[:-1], -1)
 
 
-def tiny_params(config: ModelConfig, format_of: Callable[[str, int], str] = lambda name, layer: "Q8_0", seed: int = 0):
-    """Parameters for `config`; `format_of(name, layer)` gives the format of each matrix, norms are F32."""
+def tiny_params(
+    config: ModelConfig, format_of: Callable[[str, int], str] = lambda name, layer: "Q8_0", seed: int = 0
+) -> dict[str, Any]:
+    """Parameters for `config`, all that its family does not call optional; `format_of(name, layer)` gives the format of each
+    matrix of a layer, everything else is F32."""
     rng = np.random.default_rng(seed)
-    queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    hidden, width, experts = config.hidden_size, config.intermediate_size, config.num_experts
+    family = families.of_architecture(config.architecture, "a random model")
 
-    def matrix(name: str, *shape: int) -> LayerStack:
-        layout = tuple(format_of(name, layer) for layer in range(config.num_layers))
+    def tensor(shape: tuple[int, ...], format: str, std: float, *, vectors: bool = False) -> QuantizedTensor:
+        values = rng.uniform(0.5, 1.5, shape).astype(np.float32) if vectors else stored(format, shape, rng, std)
+        return QuantizedTensor.of(jnp.asarray(values), format, vectors=vectors)
+
+    params: dict[str, Any] = {"layers": {}}
+    for row in family.tensors.whole:
+        if not row.optional:
+            whole = tensor(family.shape(row, config, None), "F32", 0.3, vectors=len(row.axes) == 1)
+            params[row.path[0]] = whole.planes[0] if len(row.axes) == 1 else whole
+    for row in family.tensors.layer:
+        shapes = {n: family.shape(row, config, n) for n, spec in enumerate(config.layers) if row.layers(spec)}
+        if row.optional or not shapes:
+            continue
+        vectors = len(row.axes) == 1
+        formats = ["F32" if vectors else format_of(row.path[-1], n) for n in shapes]
+        (shape,) = set(shapes.values())
         stacks = {
-            format: QuantizedTensor.of(
-                jnp.asarray(stored(format, (layout.count(format), *shape), rng, shape[-1] ** -0.5)), format
-            )
-            for format in sorted(set(layout))
+            format: tensor((formats.count(format), *shape), format, shape[-1] ** -0.5, vectors=vectors)
+            for format in sorted(set(formats))
         }
-        return LayerStack(stacks, layout)
-
-    def norm(size: int) -> LayerStack:
-        values = rng.uniform(0.5, 1.5, (config.num_layers, size)).astype(np.float32)
-        return LayerStack({"F32": QuantizedTensor.of(jnp.asarray(values), "F32", vectors=True)}, ("F32",) * config.num_layers)
-
-    if experts:
-        inner = config.expert_intermediate_size
-        feed_forward = {
-            "router": matrix("router", experts, hidden),
-            "expert_gate": matrix("expert_gate", experts, inner, hidden),
-            "expert_up": matrix("expert_up", experts, inner, hidden),
-            "expert_down": matrix("expert_down", experts, hidden, inner),
-        }
-    else:
-        feed_forward = {
-            "gate": matrix("gate", width, hidden),
-            "up": matrix("up", width, hidden),
-            "down": matrix("down", hidden, width),
-        }
-    attention = {
-        "query": matrix("query", queries, hidden),
-        "key": matrix("key", keys, hidden),
-        "value": matrix("value", keys, hidden),
-        "output": matrix("output", hidden, queries),
-        "query_norm": norm(config.head_dim),
-        "key_norm": norm(config.head_dim),
-    }
-    embedding = stored("F32", (config.vocab_size, hidden), rng, 0.3)
-    return {
-        "embedding": QuantizedTensor.of(jnp.asarray(embedding), "F32"),
-        "final_norm": jnp.asarray(rng.uniform(0.5, 1.5, hidden).astype(np.float32)),
-        "layers": {
-            "attention_norm": norm(hidden),
-            "feed_forward_norm": norm(hidden),
-            "attention": attention,
-            "feed_forward": feed_forward,
-        },
-    }
+        by_layer = dict(zip(shapes, formats, strict=True))
+        node = params["layers"] if len(row.path) == 1 else params["layers"].setdefault(row.path[0], {})
+        node[row.path[-1]] = LayerStack(stacks, tuple(by_layer.get(n, "") for n in range(config.num_layers)))
+    return params

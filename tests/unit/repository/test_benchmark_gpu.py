@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import make_synthetic, report
+from benchmarks import make_synthetic, report, tensors
 from benchmarks.gpu import check_kernels, kernels, run, starts, trace, weights, whole
 from benchmarks.gpu.lab import Lab
 from benchmarks.gpu.sizes import GOALS, REAL, SMALL, goal
@@ -27,7 +27,7 @@ from support import ROOT
 def test_model_is_the_one_that_make_synthetic_writes():
     name = "qwen3-30b-a3b"
     listed = list(make_synthetic.list_tensors(make_synthetic.SHAPES[name], "q4_k_m"))
-    ours = weights.tensors(REAL.config)
+    ours = tensors.tensors(REAL.config)
     assert sorted((t.name, t.format, t.shape) for t in ours) == sorted((t.name, t.format, t.shape) for t in listed)
     nbytes = sum(FORMATS[t.format].row_bytes(t.shape[-1]) * int(np.prod(t.shape[:-1])) for t in ours)
     assert 17e9 < nbytes < 19.5e9  # a file of this model is 18.6 GB
