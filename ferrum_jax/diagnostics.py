@@ -28,18 +28,18 @@ _TOKENS, _HEADS, _KV_HEADS, _HEAD_DIM = 4, 4, 2, 128
 
 def trial(dtype: str = "float32") -> list[dispatch.Choice]:
     """Traces and compiles the operations of a step for every block format and KV dtype, with activations in `dtype` and
-    weights in the layout that loading would choose. For whole layers only the choice is made. Returns the dispatcher's
+    weights in the memory layout that loading would choose. For whole layers only the choice is made. Returns the dispatcher's
     record."""
     x = _array((_TOKENS, _SIZE), "float32" if dtype == "int8" else dtype)
     index, ids = _array((), "int32"), _array((_TOKENS,), "int32")
     with dispatch.record() as choices:
         for name in track(tuple(FORMATS), "trying the kernels, format"):
-            layout = choose(name, _SIZE, _SIZE, dispatch.target())
-            shapes = LAYOUTS[layout].plane_shapes(name, _SIZE, _SIZE)
+            memory_layout = choose(name, _SIZE, _SIZE, dispatch.target())
+            shapes = LAYOUTS[memory_layout].plane_shapes(name, _SIZE, _SIZE)
             one, experts = (tuple(_array((*lead, *p.shape), p.dtype) for p in shapes) for lead in ((1,), (1, 2)))
 
-            def matrix(planes: Any, index: Any, name: str = name, layout: str = layout) -> Any:
-                return Matrix(planes, (), name, layout, _SIZE, _SIZE).at(index)
+            def matrix(planes: Any, index: Any, name: str = name, memory_layout: str = memory_layout) -> Any:
+                return Matrix(planes, (), name, memory_layout, _SIZE, _SIZE).at(index)
 
             def mixture(x: Any, planes: Any, index: Any, ids: Any, weights: Any, matrix: Any = matrix) -> Any:
                 experts = matrix(planes, index)
@@ -48,7 +48,9 @@ def trial(dtype: str = "float32") -> list[dispatch.Choice]:
             def product(x: Any, planes: Any, index: Any, matrix: Any = matrix) -> Any:
                 return quantized_matmul(x, matrix(planes, index), dtype)
 
-            backend_for([Stack(one[0], name, layout)], [{"query": Part(0, 0)}], _SIZE, LayerShape(_HEAD_DIM, 1e-6), dtype)
+            backend_for(
+                [Stack(one[0], name, memory_layout)], [{"query": Part(0, 0)}], _SIZE, LayerShape(_HEAD_DIM, 1e-6), dtype
+            )
             _compile(product, x, one, index)
             lowered = jax.jit(mixture).lower(x, experts, index, _array((_TOKENS, 2), "int32"), _array((_TOKENS, 2), "float32"))
             if name == "Q4_K":  # the same backends are chosen for the others, and compiling all of them takes a minute
@@ -59,8 +61,8 @@ def trial(dtype: str = "float32") -> list[dispatch.Choice]:
         angles = _array((_TOKENS, 1, _HEAD_DIM // 2), "float32")
         tables = Tables(ids, _array((3,), "int32"), _array((2,), "int32"), _array((2, 1), "int32"))
 
-        def attend(q: Any, k: Any, v: Any, cache: Any, layer: Any, slots: Any, rope: Any, tables: Any) -> Any:
-            q, cache = append(q, k, v, cache, layer, slots, rope)
+        def attend(q: Any, k: Any, v: Any, cache: Any, layer: Any, kv_slots: Any, rope: Any, tables: Any) -> Any:
+            q, cache = append(q, k, v, cache, layer, kv_slots, rope)
             return paged_attention(q, cache, layer, make_metadata(tables, cache, _HEADS), 1.0)
 
         for name in KV_DTYPES:

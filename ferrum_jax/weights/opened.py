@@ -42,7 +42,7 @@ class Opened:
         """As `ModelSource.typed_metadata`."""
         return {key: Typed(value, "string") for key, value in self.metadata.items() if isinstance(value, str) and value}
 
-    def packed(self, info: TensorInfo, layout: str) -> tuple[np.ndarray, ...] | None:
+    def packed(self, info: TensorInfo, memory_layout: str) -> tuple[np.ndarray, ...] | None:
         """As `ModelSource.packed`."""
         return None
 

@@ -4,7 +4,7 @@
     tokenizer/        of a model that came with the files of Hugging Face's tokenizers: those files
     parameters/       Orbax: an uncompressed zarr array for every plane of every stack, a file a layer
 
-The planes are those of a device layout, and the header says which. Orbax writes them and can read them; here they are read
+The planes are those of a memory layout, and the header says which. Orbax writes them and can read them; here they are read
 as what they are, plain files of bytes, straight into their place, so that a directory loads as fast as a GGUF file and is a
 `ModelSource` like it. A directory gets its name when all of it is written: an interrupted save leaves NAME.partial-PID.
 """
@@ -67,13 +67,13 @@ class Stack:
 
     path: tuple[str, ...]
     format: str
-    layout: str
+    memory_layout: str
     shape: tuple[int, ...]
     layers: tuple[int, ...]
     apart: bool = False
 
     def key(self, plane: int) -> str:
-        ordered = "order" if self.layout.endswith(SUFFIX) else "plain"
+        ordered = "order" if self.memory_layout.endswith(SUFFIX) else "plain"
         shape = ["x".join(map(str, self.shape))] if self.apart else []
         return ".".join((*self.path, self.format, ordered, *shape, str(plane)))
 
@@ -237,23 +237,25 @@ class OrbaxCheckpoint(Opened):
                 self.tensors[name] = info  # type: ignore[index]
                 self._places[info] = stack, place, arrays
                 if info.order is not None:
-                    plain_stack = dataclasses.replace(stack, layout="ggml")
+                    plain_stack = dataclasses.replace(stack, memory_layout="ggml")
                     self._places[info.order] = plain_stack, place, arrays[-1:]
             parts += [file for array in arrays for file in _files(array)]
         self.parts = tuple(parts)
 
     def _arrays(self, stack: Stack) -> tuple[_Array, ...]:
-        """The planes of a stack, each checked against what the stack's format and layout make them."""
+        """The planes of a stack, each checked against what the stack's format and memory layout make them."""
         where = f"{self.path / MARKER}: parameter {'/'.join(stack.path)}"
         if self.family.tensors.at(stack.path) is None:
             raise ModelFileError(f"{where}: is unknown")
         if not all(0 <= size < 2**40 for size in (*stack.shape, *stack.layers)) or not 1 <= len(stack.shape) <= 3:
             raise ModelFileError(f"{where}: shape {stack.shape} of layers {stack.layers} is impossible")
-        if (stack.format not in FORMATS and stack.format not in GROUPS) or stack.layout not in LAYOUTS:
-            raise UnsupportedModelError(f"{where}: format {stack.format!r} in layout {stack.layout!r} is not known")
+        if (stack.format not in FORMATS and stack.format not in GROUPS) or stack.memory_layout not in LAYOUTS:
+            raise UnsupportedModelError(
+                f"{where}: format {stack.format!r} in memory layout {stack.memory_layout!r} is not known"
+            )
         *experts, rows, columns = (1, *stack.shape)[-max(2, len(stack.shape)) :]
         try:
-            known = LAYOUTS[stack.layout].plane_shapes(stack.format, rows, columns)
+            known = LAYOUTS[stack.memory_layout].plane_shapes(stack.format, rows, columns)
         except (ValueError, TypeError) as error:
             raise ModelFileError(f"{where}: {error}") from None
         axes = ((len(stack.layers),) if stack.layers else ()) + tuple(experts)
@@ -283,7 +285,7 @@ class OrbaxCheckpoint(Opened):
                 return TensorInfo(name, format, shape, array.file(item), item % array.rows * array.item_bytes, nbytes, order)
 
             order = None
-            if stack.layout.endswith(SUFFIX):
+            if stack.memory_layout.endswith(SUFFIX):
                 shape = (*stack.shape[:-2], stack.shape[-1])
                 order = info(arrays[-1], "I32", shape, 4 * math.prod(shape))
             yield name, info(arrays[0], stack.format, stack.shape, nbytes, order)
@@ -310,13 +312,13 @@ class OrbaxCheckpoint(Opened):
     def own_name(self, name: str) -> str:
         return name
 
-    def packed(self, info: TensorInfo, layout: str) -> tuple[np.ndarray, ...] | None:
+    def packed(self, info: TensorInfo, memory_layout: str) -> tuple[np.ndarray, ...] | None:
         """As `ModelSource.packed`."""
-        return self._planes(info) if self.layout(info) == layout else None
+        return self._planes(info) if self.memory_layout(info) == memory_layout else None
 
-    def layout(self, info: TensorInfo) -> str:
-        """The device layout in which a tensor's blocks are stored."""
-        return self._places[info][0].layout.removesuffix(SUFFIX)
+    def memory_layout(self, info: TensorInfo) -> str:
+        """The memory layout in which a tensor's blocks are stored."""
+        return self._places[info][0].memory_layout.removesuffix(SUFFIX)
 
     def _planes(self, info: TensorInfo) -> tuple[np.ndarray, ...]:
         """The planes of a tensor's blocks as they are stored, [*experts, *plane] each."""
@@ -334,14 +336,14 @@ class OrbaxCheckpoint(Opened):
         checked_range(info, out, start)
         stack, place, arrays = self._places[info]
         flat = out.reshape(-1)
-        layout = stack.layout.removesuffix(SUFFIX)
-        if layout == "ggml":
+        memory_layout = stack.memory_layout.removesuffix(SUFFIX)
+        if memory_layout == "ggml":
             self._fill(arrays[0], place * info.nbytes + start, flat)
             return
         *experts, rows, columns = stack.shape
         planes = [plane.reshape(-1, *plane.shape[len(experts) :]) for plane in self._planes(info)]
         blocks = [
-            unpack_blocks([plane[e] for plane in planes], stack.format, layout, rows, columns)
+            unpack_blocks([plane[e] for plane in planes], stack.format, memory_layout, rows, columns)
             for e in range(math.prod(experts))
         ]
         flat[:] = np.stack(blocks).reshape(-1)[start : start + out.nbytes]
@@ -400,9 +402,10 @@ def _config(fields: Mapping[str, Any]) -> ModelConfig:
 def _stack(fields: Mapping[str, Any]) -> Stack:
     apart = fields.get("apart", False)
     numbers = tuple(fields["shape"]), tuple(fields["layers"])
-    stack = Stack(tuple(fields["path"]), fields["format"], fields["layout"], *numbers, apart)
-    if {type(part) for part in (*stack.path, stack.format, stack.layout)} != {str}:
-        raise TypeError(f"parameter {stack.path} of format {stack.format!r} in layout {stack.layout!r}")
+    memory_layout = fields["memory_layout"] if "memory_layout" in fields else fields["layout"]  # its name in earlier files
+    stack = Stack(tuple(fields["path"]), fields["format"], memory_layout, *numbers, apart)
+    if {type(part) for part in (*stack.path, stack.format, stack.memory_layout)} != {str}:
+        raise TypeError(f"parameter {stack.path} of format {stack.format!r} in memory layout {stack.memory_layout!r}")
     if not {type(size) for size in (*stack.shape, *stack.layers)} <= {int} or type(apart) is not bool:
         raise TypeError(f"shape {stack.shape} of layers {stack.layers}, apart {apart!r}")
     return stack

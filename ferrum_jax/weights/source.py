@@ -96,8 +96,8 @@ class ModelSource(Protocol):
         """
         ...
 
-    def packed(self, info: TensorInfo, layout: str) -> tuple[np.ndarray, ...] | None:
-        """The planes of a tensor's blocks, [*experts, *plane] each, where they are stored in that layout of a device."""
+    def packed(self, info: TensorInfo, memory_layout: str) -> tuple[np.ndarray, ...] | None:
+        """The planes of a tensor's blocks, [*experts, *plane] each, where they are stored in that memory layout."""
         ...
 
     def read(self, info: TensorInfo) -> np.ndarray:

@@ -24,12 +24,12 @@ LAYOUTS: dict[str, Any] = _PLAIN | {name + SUFFIX: Ordered(module) for name, mod
 def choose(format: str, rows: int, columns: int, target: Target) -> str:
     """The memory layout in which the kernels of `target` want such a matrix; "ggml" where they have none for it."""
     if target.platform == "gpu" and target.capability >= (8, 0):
-        layout = "gpu"
+        memory_layout = "gpu"
     elif target.platform == "tpu":
-        layout = "tpu"
+        memory_layout = "tpu"
     else:
         return "ggml"
-    return layout if LAYOUTS[layout].fits(format, rows, columns) is None else "ggml"
+    return memory_layout if LAYOUTS[memory_layout].fits(format, rows, columns) is None else "ggml"
 
 
 def open_axes(matrix: Matrix) -> tuple[int, ...]:

@@ -26,7 +26,7 @@ class Ordered:
         self.NAME, self.inner = inner.NAME + SUFFIX, inner
 
     def fits(self, format: str, n: int, k: int) -> str | None:
-        """As the inner layout."""
+        """As the inner memory layout."""
         return self.inner.fits(format, n, k)
 
     def plane_shapes(self, format: str, n: int, k: int) -> tuple[jax.ShapeDtypeStruct, ...]:

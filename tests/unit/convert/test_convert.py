@@ -195,7 +195,7 @@ def test_a_device_layout_is_stored_and_repacked(tmp_path: Path, monkeypatch, tar
         out = convert(path, tmp_path / "packed", to="orbax")
         with open_model(out) as model, open_model(path) as file:
             assert len(model.parts) > 3 * 7
-            layouts = {model.layout(info) for info in model.tensors.values()}
+            layouts = {model.memory_layout(info) for info in model.tensors.values()}
             assert layouts == {target.platform, "ggml"}
             device = fj.load(path, dtype="float32").device
             both = [stream.read_parameters(source, check(source)[1], device) for source in (file, model)]
@@ -237,7 +237,10 @@ OLD_CONFIG = json.loads(
 
 def test_an_older_header_loads(saved: Path, tmp_path: Path):
     path = copy(saved, tmp_path / "old")
-    changed(path, config=OLD_CONFIG)
+    parameters = json.loads((saved / "ferrum_jax.json").read_text())["parameters"]
+    stacks = [{"layout" if key == "memory_layout" else key: value for key, value in stack.items()} for stack in parameters]
+    assert all("layout" in stack for stack in stacks)
+    changed(path, config=OLD_CONFIG, parameters=stacks)
     assert fj.load(path, dtype="float32").config == fj.load(saved, dtype="float32").config
     changed(path, config=OLD_CONFIG | {"num_layers": 2**40})
     with pytest.raises(fj.ModelFileError, match=r"is damaged .*num_layers is 1099511627776; it must be from 1 to 4096"):
@@ -280,7 +283,7 @@ def test_damage_is_named(saved: Path, tmp_path: Path):
     expect("tensor token_embd.weight: is missing", lambda path: changed(path, parameters=parameters[1:]))
     expect("is there twice", lambda path: changed(path, parameters=[parameters[0], *parameters]))
     expect("parameter exec: is unknown", lambda path: changed(path, parameters=[parameters[0] | {"path": ["exec"]}]))
-    expect("layout 'x' is not known", lambda path: changed(path, parameters=[parameters[0] | {"layout": "x"}]))
+    expect("memory layout 'x' is not known", lambda path: changed(path, parameters=[parameters[0] | {"memory_layout": "x"}]))
     expect("is impossible", lambda path: changed(path, parameters=[parameters[0] | {"shape": [-1, 256]}]))
 
 
