@@ -8,6 +8,7 @@ needs of a model is in `Model._runtime`. The pure program that needs no host is 
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -44,16 +45,33 @@ class Routing(NamedTuple):
     Attributes:
       tokens: int32 [tokens], the token ids of the text.
       layers: int32 [layers], the numbers of the layers that have experts.
-      ids: int32 [layers, tokens, top_k], the experts chosen for each token, most probable first.
-      weights: float32 [layers, tokens, top_k], their weights, as the model uses them.
+      expert_ids: int32 [layers, tokens, top_k], the experts chosen for each token, most probable first.
+      expert_weights: float32 [layers, tokens, top_k], their weights, as the model uses them.
       num_experts: experts in each of these layers.
     """
 
     tokens: np.ndarray
     layers: np.ndarray
-    ids: np.ndarray
-    weights: np.ndarray
+    expert_ids: np.ndarray
+    expert_weights: np.ndarray
     num_experts: int
+
+    @property
+    def ids(self) -> np.ndarray:
+        """The old name of expert_ids, with a DeprecationWarning."""
+        return _renamed("ids", "expert_ids", self.expert_ids)
+
+    @property
+    def weights(self) -> np.ndarray:
+        """The old name of expert_weights, with a DeprecationWarning."""
+        return _renamed("weights", "expert_weights", self.expert_weights)
+
+
+def _renamed(old: str, new: str, value: np.ndarray) -> np.ndarray:
+    warnings.warn(
+        f"Routing.{old} is called {new} now; the old name goes with the next version", DeprecationWarning, stacklevel=3
+    )
+    return value
 
 
 class Stream:
@@ -349,14 +367,14 @@ class Model:
         require_experts(self.config)
         ids = self._runtime.encode(prompt)
         parts = [
-            [array[:, : len(row)] for array in self._runtime.programs.fetch(chosen)]
-            for row, _, chosen in self._chunks(functional.routing_chunk, [ids], adapter)
+            [array[:, : len(row)] for array in self._runtime.programs.fetch(routing)]
+            for row, _, routing in self._chunks(functional.routing_chunk, [ids], adapter)
         ]
-        experts, weights = (np.concatenate(arrays, axis=1) for arrays in zip(*parts, strict=True))
-        if not np.isfinite(weights).all():
+        expert_ids, expert_weights = (np.concatenate(arrays, axis=1) for arrays in zip(*parts, strict=True))
+        if not np.isfinite(expert_weights).all():
             raise NotFiniteError("the weights of the experts are not finite, so this text has no routing")
         layers = np.asarray(self.config.expert_layers, np.int32)
-        return Routing(np.asarray(ids, np.int32), layers, experts, weights, self.config.num_experts)
+        return Routing(np.asarray(ids, np.int32), layers, expert_ids, expert_weights, self.config.num_experts)
 
     # Facts
 

@@ -75,9 +75,9 @@ def expert_heatmap(routing: Routing, layer: int | None = None, *, ax: Axes | Non
         ax.set_yticks(shown, labels=routing.layers[shown].tolist())
         ax.set(xlabel="expert", ylabel="layer")
         return ax
-    place, tokens = _place(routing, layer), len(routing.tokens)
+    row, tokens = _row(routing, layer), len(routing.tokens)
     weights = np.full((routing.num_experts, tokens), np.nan)
-    weights[routing.ids[place], np.arange(tokens)[:, None]] = routing.weights[place]
+    weights[routing.expert_ids[row], np.arange(tokens)[:, None]] = routing.expert_weights[row]
     ax = _axes(ax, min(8.0, max(4.0, routing.num_experts / 24)))
     _image(ax, weights, "weight")
     ax.locator_params(axis="y", integer=True)
@@ -97,8 +97,8 @@ def expert_load(routing: Routing, layer: int | None = None, *, ax: Axes | None =
       ValueError: if the layer does not have experts.
     """
     load = 100 * _load(routing)
-    shares = load.mean(axis=0) if layer is None else load[_place(routing, layer)]
-    uniform = 100 * routing.ids.shape[2] / routing.num_experts
+    shares = load.mean(axis=0) if layer is None else load[_row(routing, layer)]
+    uniform = 100 * routing.expert_ids.shape[2] / routing.num_experts
     ax = _axes(ax)
     ax.bar(np.arange(len(shares)), shares, color="C0", label="mean over layers" if layer is None else f"layer {layer}")
     ax.axhline(uniform, color="C1", linestyle="--", label=f"uniform: {uniform:.3g} %")
@@ -122,23 +122,23 @@ def token_probabilities(completion: Completion, tokenizer: Tokenizer, count: int
     """
     if completion.logprobs is None:
         raise ValueError("the completion has no logprobs; generate it with SamplingParams(logprobs=k)")
-    places, labels, values, chosen = [], [], [], []
-    place = 0.0
+    heights, labels, values, chosen = [], [], [], []
+    height = 0.0
     for entries in completion.logprobs[:count]:
         for id, logprob in dict(entries).items():
-            places.append(place)
+            heights.append(height)
             labels.append(repr(tokenizer.token_bytes(id).decode("utf-8", "backslashreplace")))
             values.append(np.exp(logprob))
             chosen.append(id == entries[0][0])
-            place += 1
-        place += 0.75
-    ax = _axes(ax, 0.9 + 0.2 * place)
+            height += 1
+        height += 0.75
+    ax = _axes(ax, 0.9 + 0.2 * height)
     for kind, color, mine in (("chosen", "C0", np.array(chosen, bool)), ("alternative", "0.7", ~np.array(chosen, bool))):
-        ax.barh(np.array(places)[mine], np.array(values)[mine], color=color, label=kind)
-    ax.set_yticks(places, labels=labels)
+        ax.barh(np.array(heights)[mine], np.array(values)[mine], color=color, label=kind)
+    ax.set_yticks(heights, labels=labels)
     for label in ax.get_yticklabels():
         label.set_parse_math(False)  # a dollar is a dollar
-    ax.set(xlabel="probability", ylabel="token", xlim=(0, 1), ylim=(place - 1.0, -0.75))
+    ax.set(xlabel="probability", ylabel="token", xlim=(0, 1), ylim=(height - 1.0, -0.75))
     _legend_above(ax)
     return ax
 
@@ -169,8 +169,8 @@ def timeline(events: Sequence[Event], *, ax: Axes | None = None) -> Axes:
         mine = [event for event in events if event.kind == kind]
         widths = [event.end_s - event.begin_s for event in mine]
         begins = [event.begin_s - first for event in mine]
-        places = [rows[event.request] for event in mine]
-        ax.barh(places, widths, 0.7, begins, color=color, edgecolor="white", linewidth=0.3, label=kind)
+        heights = [rows[event.request] for event in mine]
+        ax.barh(heights, widths, 0.7, begins, color=color, edgecolor="white", linewidth=0.3, label=kind)
     ax.set_yticks(list(rows.values()), labels=[str(request) for request in rows])
     ax.set(xlabel="time since the first event (s)", ylabel="request", ylim=(len(rows) - 0.5, -0.5), xlim=(0, None))
     _legend_above(ax)
@@ -225,7 +225,7 @@ def _legend_above(ax: Axes) -> None:
     ax.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False)
 
 
-def _place(routing: Routing, layer: int) -> int:
+def _row(routing: Routing, layer: int) -> int:
     """The index of a layer among those with experts."""
     if layer not in routing.layers:
         raise ValueError(f"layer {layer} has no experts; those that have: {', '.join(map(str, routing.layers))}")
@@ -240,5 +240,5 @@ def _image(ax: Axes, values: np.ndarray, label: str) -> None:
 
 def _load(routing: Routing) -> np.ndarray:
     """The share of tokens that go to each expert: float64 [layers, experts]."""
-    counts = [np.bincount(ids.ravel(), minlength=routing.num_experts) for ids in routing.ids]
+    counts = [np.bincount(ids.ravel(), minlength=routing.num_experts) for ids in routing.expert_ids]
     return np.stack(counts) / len(routing.tokens)

@@ -76,18 +76,26 @@ def test_routing_is_that_of_transformers(folder, name):
     found = model.trace_routing(prompt)
     assert found.tokens.tolist() == prompt and found.num_experts == 8
     assert found.layers.tolist() == [layer for layer in range(CASES[name].layers) if layer not in CASES[name].dense]
-    assert (found.ids.dtype, found.weights.dtype) == (np.int32, np.float32)
-    assert (found.ids == ids).all()
-    assert np.abs(found.weights - weights).max() <= 1e-4
-    normalized = np.abs(found.weights.sum(axis=-1) - 1).max() <= 1e-6
+    assert (found.expert_ids.dtype, found.expert_weights.dtype) == (np.int32, np.float32)
+    assert (found.expert_ids == ids).all()
+    assert np.abs(found.expert_weights - weights).max() <= 1e-4
+    normalized = np.abs(found.expert_weights.sum(axis=-1) - 1).max() <= 1e-6
     assert normalized == (name != "qwen3moe-mixed-bf16")
 
 
 def test_a_token_does_not_see_what_follows(model):
     prompt = tiny_models.prompts(320)[-1]
     whole, begin = model.trace_routing(prompt), model.trace_routing(prompt[:17])
-    assert whole.ids.shape == (2, 130, 3) and (whole.ids < 8).all()
-    assert np.array_equal(whole.ids[:, :17], begin.ids) and np.array_equal(whole.weights[:, :17], begin.weights)
+    assert whole.expert_ids.shape == (2, 130, 3) and (whole.expert_ids < 8).all()
+    assert np.array_equal(whole.expert_ids[:, :17], begin.expert_ids)
+    assert np.array_equal(whole.expert_weights[:, :17], begin.expert_weights)
+
+
+def test_the_old_names_of_a_routing_warn(model):
+    found = model.trace_routing([1, 2, 3])
+    for old in ("ids", "weights"):
+        with pytest.warns(DeprecationWarning, match=f"Routing.{old} is called expert_{old} now"):
+            assert getattr(found, old) is getattr(found, f"expert_{old}")
 
 
 def test_texts_of_several_chunks(model, monkeypatch):
@@ -197,7 +205,7 @@ def test_other_numbers_of_experts_per_token(model):
     for count in range(1, 9):
         other = with_experts(model, count)
         found.append(other.perplexity(prompt))
-        chosen.append(other.trace_routing(prompt).ids[0])
+        chosen.append(other.trace_routing(prompt).expert_ids[0])
         assert chosen[-1].shape == (130, count)
     assert all(np.array_equal(more[:, :-1], fewer) for fewer, more in itertools.pairwise(chosen))
     assert found[2] == model.perplexity(prompt) and len(set(found)) == 8

@@ -21,8 +21,8 @@ from support.tiny_gguf import write_tiny_llama
 ROUTING = fj.Routing(
     tokens=np.asarray([5, 6, 7, 8], np.int32),
     layers=np.asarray([1, 5], np.int32),
-    ids=np.asarray([[[0, 2], [2, 0], [2, 1], [3, 2]], [[3, 0], [3, 1], [3, 2], [3, 4]]], np.int32),
-    weights=np.asarray([[[0.75, 0.25]] * 4, [[0.5, 0.375]] * 4], np.float32),
+    expert_ids=np.asarray([[[0, 2], [2, 0], [2, 1], [3, 2]], [[3, 0], [3, 1], [3, 2], [3, 4]]], np.int32),
+    expert_weights=np.asarray([[[0.75, 0.25]] * 4, [[0.5, 0.375]] * 4], np.float32),
     num_experts=5,
 )
 SHARES = np.asarray([[50, 25, 100, 25, 0], [25, 25, 25, 100, 25]])
@@ -74,7 +74,7 @@ def test_heatmap_of_one_layer():
 
 
 def test_heatmap_of_many_layers_names_some():
-    many = ROUTING._replace(layers=np.arange(60), ids=np.repeat(ROUTING.ids[:1], 60, axis=0))
+    many = ROUTING._replace(layers=np.arange(60), expert_ids=np.repeat(ROUTING.expert_ids[:1], 60, axis=0))
     labels = ticks(plotting.expert_heatmap(many).get_yticklabels())
     assert len(labels) == 16 and (labels[0], labels[-1]) == ("0", "59")
 

@@ -31,8 +31,8 @@ def test_it_tells_stories(tiny):
     ids = [token for story in held_out[:16] for token in tiny.tokenizer.encode(story)]
     assert tiny.perplexity(ids, window=256) <= 20
     routing = tiny.trace_routing(ids[:500])
-    assert routing.ids.shape == (4, 500, 2)
-    for layer in routing.ids:
+    assert routing.expert_ids.shape == (4, 500, 2)
+    for layer in routing.expert_ids:
         assert np.bincount(layer.ravel(), minlength=8).min() > 0
 
 
