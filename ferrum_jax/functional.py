@@ -230,9 +230,9 @@ def start(
     def read(i: jax.Array, carry: tuple[Cache, jax.Array]) -> tuple[Cache, jax.Array]:
         cache, last = carry
         hidden, cache = hidden_chunk(params, cache, prompts, prompt_lengths, i, adapters, chunk=chunk, config=config)
-        place = ends - 1 - i * chunk
-        here = (place >= 0) & (place < chunk) & (prompt_lengths > 0)
-        return cache, jnp.where(here[:, None], hidden[jnp.clip(place, 0, chunk - 1)], last)
+        newest = ends - 1 - i * chunk  # the last token of each row, counted from the start of the chunk
+        here = (newest >= 0) & (newest < chunk) & (prompt_lengths > 0)
+        return cache, jnp.where(here[:, None], hidden[jnp.clip(newest, 0, chunk - 1)], last)
 
     with jax.named_scope("prefill"):
         last = jnp.zeros((rows, config.hidden_size), jnp.float32)

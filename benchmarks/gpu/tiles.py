@@ -17,7 +17,7 @@ from pallas_kernels.quantized_matmul import triton
 COMPILED_ELSEWHERE = (weights.draw, weights.normal, *kernels.EXACT, *kernels.EXACT.values())
 
 
-class Shape(NamedTuple):
+class Tile(NamedTuple):
     """Rows of the matrix that a program takes, its warps, and the steps of k in flight."""
 
     rows: int
@@ -28,14 +28,14 @@ class Shape(NamedTuple):
         return f"{self.rows} rows, {self.warps} warps, {self.stages} stages"
 
 
-FEW = tuple(Shape(*one) for one in ((16, 1, 3), (16, 1, 5), (16, 2, 4), (32, 1, 4), (32, 2, 3), (32, 2, 4), (64, 4, 3)))
-MANY = tuple(Shape(*one) for one in ((64, 4, 2), (64, 4, 3), (128, 4, 2), (128, 8, 2), (128, 8, 3)))
+FEW = tuple(Tile(*one) for one in ((16, 1, 3), (16, 1, 5), (16, 2, 4), (32, 1, 4), (32, 2, 3), (32, 2, 4), (64, 4, 3)))
+MANY = tuple(Tile(*one) for one in ((64, 4, 2), (64, 4, 3), (128, 4, 2), (128, 8, 2), (128, 8, 3)))
 
 
 def steps(lab: Lab) -> Iterator[tuple[str, Callable[[], Iterator[dict]]]]:
     alone = kernels.Alone(lab)
     many = lab.sizes.batch
-    cases: list[tuple[str, tuple[Shape, ...], Callable[[], Iterator[dict]]]] = [
+    cases: list[tuple[str, tuple[Tile, ...], Callable[[], Iterator[dict]]]] = [
         ("experts 1", FEW, lambda: alone.experts(1, "bfloat16")),
         (f"experts {many}", FEW, lambda: alone.experts(many, "bfloat16")),
         ("qkv 1", FEW, lambda: alone.dense("qkv", 1)),
@@ -43,32 +43,32 @@ def steps(lab: Lab) -> Iterator[tuple[str, Callable[[], Iterator[dict]]]]:
         (f"qkv {64 * many}", MANY, lambda: alone.dense("qkv", 64 * many)),
     ]
     yield "ceilings", alone.ceilings
-    for name, shapes, case in cases[:1] if lab.rehearsal and not lab.collecting else cases:
+    for name, tiles, case in cases[:1] if lab.rehearsal and not lab.collecting else cases:
         yield name, case
-        for shape in shapes[:1] if lab.rehearsal else shapes:
-            yield f"{name}: {shape}", lambda case=case, shape=shape: tiled(alone, shape, case)
+        for tile in tiles[:1] if lab.rehearsal else tiles:
+            yield f"{name}: {tile}", lambda case=case, tile=tile: tiled(alone, tile, case)
 
 
-def tiled(alone: kernels.Alone, shape: Shape, case: Callable[[], Iterator[dict]]) -> Iterator[dict]:
+def tiled(alone: kernels.Alone, tile: Tile, case: Callable[[], Iterator[dict]]) -> Iterator[dict]:
     """The rows of `case` with programs that are traced for this tile."""
-    alone.traced_with = lambda function: with_tile(function, shape)
+    alone.traced_with = lambda function: with_tile(function, tile)
     try:
         for row in case():
-            yield row | {"name": f"{row['name']}: {shape}"}
+            yield row | {"name": f"{row['name']}: {tile}"}
     finally:
         alone.traced_with = lambda function: function
 
 
-def with_tile(function: Callable, shape: Shape) -> Callable:
-    """`function`, traced while the kernels are given `shape` instead of their own choice."""
+def with_tile(function: Callable, tile: Tile) -> Callable:
+    """`function`, traced while the kernels are given `tile` instead of their own choice."""
     own = triton.tile
 
     def choose(*args, **keywords):
-        return own(*args, **keywords)._replace(rows=shape.rows, warps=shape.warps, stages=shape.stages)
+        return own(*args, **keywords)._replace(rows=tile.rows, warps=tile.warps, stages=tile.stages)
 
     def traced(*args, **static):
         with mock.patch.object(triton, "tile", choose):
             return function(*args, **static)
 
-    traced.__name__ = f"{function.__name__}_{shape.rows}_{shape.warps}_{shape.stages}"
+    traced.__name__ = f"{function.__name__}_{tile.rows}_{tile.warps}_{tile.stages}"
     return traced

@@ -21,15 +21,15 @@ def draft(slots: Slots, rows: jax.Array, alive: jax.Array, ends: jax.Array, most
     alive guess, and only so much that their text stays shorter than `ends` int32 [R]."""
     text, length = slots.history[rows], slots.length[rows]
     capacity = text.shape[1]
-    # The latest place behind the most tokens that are the same as the newest ones: _LEAST of them, then one more, ...
-    place = jnp.arange(_MOST, capacity)
-    same = place < length[:, None]
+    # The latest position after the most tokens that are the same as the newest ones: _LEAST of them, then one more, ...
+    position = jnp.arange(_MOST, capacity)
+    same = position < length[:, None]
     level = jnp.zeros(same.shape, jnp.int32)
     for back in range(1, _MOST + 1):
         newest = jnp.take_along_axis(text, jnp.maximum(length - back, 0)[:, None], axis=1)
         same &= text[:, _MOST - back : capacity - back] == newest
         level += same & (back >= _LEAST)
-    best = jnp.max(level * capacity + place, axis=1)
+    best = jnp.max(level * capacity + position, axis=1)
     needed = 1 + jnp.minimum(slots.misses[rows], _MOST - _LEAST)
     found = jnp.where(best // capacity >= needed, best % capacity, 0)
     resting = slots.pause[rows] > 0

@@ -160,18 +160,18 @@ class Engine(Core):
         saved = self._files.call(lambda: snapshot.load(path, self.identity, vocab, self._device.abstract_state()))
         text = [*saved.prompt, *saved.output]
         try:
-            place, extras = self.model.adapter_index(saved.adapter), self._extras(saved.params)
+            index, extras = self.model.adapter_index(saved.adapter), self._extras(saved.params)
         except ValueError as error:
             raise ModelFileError(f"{path}: is a damaged snapshot: {error}") from error
         limit = self._check(len(saved.prompt), saved.params)
         if saved.finish_reason is None and len(text) >= limit:
             raise ValueError(f"the request's {len(text)} tokens leave no room in a context of {self.model.max_seq_len}")
-        sequence = Sequence(next(self._numbers), text, len(saved.prompt), limit, adapter=place)
+        sequence = Sequence(next(self._numbers), text, len(saved.prompt), limit, adapter=index)
         request = Request(self, sequence, saved.params, saved.seed, extras, saved.adapter)
         sequence.owner, sequence.cacheable = request, saved.params.prompt_logprobs is None
         request._resume(saved, path)
         if self.config.prefix_cache and saved.content is not None:
-            self._driver.call(partial(self._fill_prefix_cache, text, saved.full_pages, saved.content, place))
+            self._driver.call(partial(self._fill_prefix_cache, text, saved.full_pages, saved.content, index))
         if request.state != "finished":
             self._do(self._add, [request], undo=partial(self._end_choices, request))
         return request
@@ -276,13 +276,13 @@ class Engine(Core):
     ) -> Request:
         if not isinstance(params, SamplingParams):
             raise ValueError(f"params must be SamplingParams, not {type(params).__name__}")
-        place = self.model.adapter_index(adapter)
+        index = self.model.adapter_index(adapter)
         limit = self._check(len(tokens), params)
         extras = self._extras(params)
         seed = secrets.randbits(32) if params.seed is None else params.seed
         choices: list[Request] = []
         for i in range(params.n):
-            sequence = Sequence(next(self._numbers), list(tokens), len(tokens), limit, origin=origin, adapter=place)
+            sequence = Sequence(next(self._numbers), list(tokens), len(tokens), limit, origin=origin, adapter=index)
             sequence.owner = request = Request(self, sequence, params, (seed + i) % 2**32, extras, adapter)
             sequence.cacheable = params.prompt_logprobs is None or i > 0
             if i > 0:

@@ -11,7 +11,7 @@ class Sequence:
     """A prompt and what was made of it so far.
 
     tokens: prompt and known output. limit: tokens in all at most. number: order of arrival. cacheable: whether it may
-    take cached pages. origin: a sequence that this one is a branch of. adapter: its place among the model's, -1 for none.
+    take cached pages. origin: a sequence that this one is a branch of. adapter: its index among the model's, -1 for none.
     owner: whoever watches it.
 
     While it runs it has a `slot`, and `held` is what it holds of the state. `target`: tokens known when it was admitted;

@@ -33,7 +33,7 @@ class Slots(NamedTuple):
     scored: jax.Array  # bool [S]: whether logprobs are wanted
     scored_prompt: jax.Array  # bool [S]: whether those of the prompt are wanted
     prompt_length: jax.Array  # int32 [S]
-    adapter: jax.Array  # int32 [S]: its place among the model's, -1 for none
+    adapter: jax.Array  # int32 [S]: its index among the model's, -1 for none
     misses: jax.Array  # int32 [S]: drafts in a row of which no token was right
     pause: jax.Array  # int32 [S]: steps without a draft that are left
     sampling: Sampling  # of S rows
@@ -44,7 +44,7 @@ class Slots(NamedTuple):
         adjustments = Adjustments(**{name: getattr(self, name) for name in Adjustments._fields})
         return Choice(self.length, self.generated, self.done, self.seen, adjustments)
 
-    def chosen(self, choice: Choice) -> Slots:
+    def with_choice(self, choice: Choice) -> Slots:
         """These slots with what choosing has changed."""
         return self._replace(length=choice.length, generated=choice.generated, done=choice.done, seen=choice.seen)
 
@@ -96,9 +96,9 @@ def new_slots(sampling: Sampling, *, slots: int, capacity: int, vocab: int) -> S
 def admit(slots: Slots, asked: Asked) -> Slots:
     """Puts a sequence into a slot; what it made already (it was preempted) counts as output."""
     capacity, vocab = slots.history.shape[1], slots.seen.shape[1]
-    place = jnp.arange(capacity)
-    prompt = jnp.where(place < asked.prompt_length, asked.text, vocab)
-    output = jnp.where((place >= asked.prompt_length) & (place < asked.length), asked.text, vocab)
+    position = jnp.arange(capacity)
+    prompt = jnp.where(position < asked.prompt_length, asked.text, vocab)
+    output = jnp.where((position >= asked.prompt_length) & (position < asked.length), asked.text, vocab)
     seen = jnp.zeros((vocab,), jnp.int32).at[prompt].set(1, mode="drop").at[output].add(2, mode="drop")
     bias = jnp.zeros((vocab,), jnp.float32).at[asked.bias_ids].add(asked.bias, mode="drop")
     words = (asked.banned[:, -1] >= 0).any()

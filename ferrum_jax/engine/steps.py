@@ -110,10 +110,10 @@ def decode(
         results = results._replace(tokens=results.tokens.at[jnp.arange(count), column].set(token, mode="drop"))
 
         def keep(results: Results) -> Results:
-            place = jnp.arange(count), column
+            at = jnp.arange(count), column
             return results._replace(
-                ids=results.ids.at[place].set(ids, mode="drop"),
-                logprobs=results.logprobs.at[place].set(logprobs, mode="drop"),
+                ids=results.ids.at[at].set(ids, mode="drop"),
+                logprobs=results.logprobs.at[at].set(logprobs, mode="drop"),
             )
 
         return slots, token, lax.cond(wanted, keep, lambda results: results, results)
@@ -133,8 +133,8 @@ def decode(
         if state.recurrent:  # the last places are those of verification, `width` for each slot
             after = state.counts[-1] - (slots.length.shape[0] - rows[:, None]) * width + jnp.arange(width)
         hidden, state = _hidden(params, state, slots, rows, table, first, starts, alive, count * width, config, after)
-        place = jnp.clip(starts[:-1, None] + jnp.arange(width), 0, count * width - 1)
-        logits = functional.unembed(params, hidden[place].reshape(count * width, -1), config=config)
+        inputs = jnp.clip(starts[:-1, None] + jnp.arange(width), 0, count * width - 1)
+        logits = functional.unembed(params, hidden[inputs].reshape(count * width, -1), config=config)
         logits = logits.reshape(count, width, -1)
         text = slots.history[rows[:, None], jnp.clip(first[:, None] + jnp.arange(1, width + 1), 0, slots.history.shape[1] - 1)]
 
@@ -186,10 +186,10 @@ def _hidden(
 ) -> tuple[jax.Array, Any]:
     """Final hidden states [tokens, hidden_size] of the texts of rows from position `first` on, and the state. after int32
     [R, N]: where the state of layers that recur goes after each token of a row; None: after the last to the row's slot."""
-    place = jnp.arange(tokens, dtype=jnp.int32)
-    row = jnp.clip(jnp.searchsorted(query_starts, place, side="right") - 1, 0, rows.shape[0] - 1).astype(jnp.int32)
-    there = (place < query_starts[-1]) & live[row]
-    position = jnp.where(there, first[row] + place - query_starts[row], 0)
+    token = jnp.arange(tokens, dtype=jnp.int32)
+    row = jnp.clip(jnp.searchsorted(query_starts, token, side="right") - 1, 0, rows.shape[0] - 1).astype(jnp.int32)
+    there = (token < query_starts[-1]) & live[row]
+    position = jnp.where(there, first[row] + token - query_starts[row], 0)
     page = table.reshape(-1, rows.shape[0], table.shape[1])[:, row, position // state.page_size]  # [pools, tokens]
     lengths = jnp.diff(query_starts)
     batch = RaggedBatch(
@@ -202,7 +202,7 @@ def _hidden(
         logits_rows=jnp.zeros((0,), jnp.int32),
         adapters=slots.adapter[rows[row]] if COLUMNS in params else None,
         states=rows if state.recurrent else None,
-        state_writes=after[row, place - query_starts[row]] if state.recurrent and after is not None else None,
+        state_writes=after[row, token - query_starts[row]] if state.recurrent and after is not None else None,
     )
     return functional.hidden(params, state, batch, config=config)
 
@@ -214,7 +214,7 @@ def _choose(logits: jax.Array, slots: Slots, rows: jax.Array, alive: jax.Array) 
     choice, chosen = choose(logits, slots.choice, slots.sampling, key, alive, rows, logprobs=best, requested=wanted)
     slot = jnp.where(alive, rows, slots.length.shape[0])  # out of range: nothing is written
     history = slots.history.at[slot, slots.length[rows]].set(chosen.token, mode="drop")
-    return slots.chosen(choice)._replace(history=history), chosen
+    return slots.with_choice(choice)._replace(history=history), chosen
 
 
 def _prompt_scores(
@@ -229,9 +229,9 @@ def _prompt_scores(
     """Log-probabilities of the token after each of a step's, where its row wants those of its prompt: ids and logprobs
     [tokens, k + 1]."""
     tokens = hidden.shape[0]
-    place = jnp.arange(tokens)
-    row = jnp.clip(jnp.searchsorted(query_starts, place, side="right") - 1, 0, rows.shape[0] - 1)
-    following = jnp.clip(first[row] + place - query_starts[row] + 1, 0, slots.history.shape[1] - 1)
+    token = jnp.arange(tokens)
+    row = jnp.clip(jnp.searchsorted(query_starts, token, side="right") - 1, 0, rows.shape[0] - 1)
+    following = jnp.clip(first[row] + token - query_starts[row] + 1, 0, slots.history.shape[1] - 1)
     target = slots.history[rows[row], following]
 
     def scores() -> Any:

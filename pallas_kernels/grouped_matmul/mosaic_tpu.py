@@ -3,7 +3,7 @@
 Few rows an expert (decode): one kernel from the tokens to the weighted sum. A step takes one expert's gate, up and down
 and up to eight of its rows; the expert is picked by scalar prefetch, and the grid ends where the routing does, so an
 expert that nobody chose is not read. Many rows (prefill): XLA gathers the rows by expert, and a step multiplies the rows
-that a tile of 128 shares with one expert. Results meet in slot order, so a token does not depend on its neighbors.
+that a tile of 128 shares with one expert. Results meet in the order of ranks, so a token does not depend on its neighbors.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Rows are sorted by expert into tiles (grouping.py); a program takes one tile of rows and some rows of its expert's
 matrices. The grid is the worst case, and programs beyond the last tile do nothing, so an expert that nobody chose is
 never read. The feed-forward is two launches: gate, up and SwiGLU of rows picked by their token, then down, whose results
-go back to the places of their tokens; XLA adds these in slot order.
+go back to the places of their tokens; XLA adds these in the order of ranks.
 """
 
 from __future__ import annotations

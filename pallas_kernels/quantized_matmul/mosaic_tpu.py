@@ -102,15 +102,15 @@ def _launch(x: jax.Array, jobs: tuple[tuple[Matrix, ...], ...], interpret: bool)
     few = m <= FEW_ROWS
     rows = _round_up(m, 8) if few else min(512, _round_up(m, 16), _ROWS // (4 * k) // 16 * 16)
     columns = block_columns(jobs)
-    plan, steps = [], 0
+    spans, steps = [], 0
     for job in jobs:
-        plan.append((steps, steps + math.ceil(job[0].rows / columns)))
-        steps = plan[-1][1]
+        spans.append((steps, steps + math.ceil(job[0].rows / columns)))
+        steps = spans[-1][1]
     width = jobs[0][0].rows if len(jobs) == 1 else steps * columns
     indices, planes = indices_of(matrices), [plane for matrix in matrices for plane in matrix.planes]
     dtype = jnp.float32 if len(jobs[0]) == 1 else x.dtype
     specs, first = [pl.BlockSpec((rows, k), lambda i, j, *scalars: (j, 0))], 0
-    for job, (begin, end) in zip(jobs, plan, strict=True):
+    for job, (begin, end) in zip(jobs, spans, strict=True):
         for matrix in job:
 
             def where(i: Any, j: Any, *scalars: Any, begin: Any = begin, end: Any = end) -> Any:
@@ -130,7 +130,7 @@ def _launch(x: jax.Array, jobs: tuple[tuple[Matrix, ...], ...], interpret: bool)
         factors, weights = scratch_refs[:most], scratch_refs[most:]
         every = iter(tiles_of(matrices, plane_refs))
         step, fresh = pl.program_id(0), pl.program_id(1) == 0
-        for job, (begin, end) in zip(jobs, plan, strict=True):
+        for job, (begin, end) in zip(jobs, spans, strict=True):
             mine = [next(every) for _ in job]
 
             @pl.when((step >= begin) & (step < end))
@@ -159,7 +159,7 @@ def _launch(x: jax.Array, jobs: tuple[tuple[Matrix, ...], ...], interpret: bool)
     )(*indices, x, *planes)
     if len(jobs) == 1:
         return [y]
-    return [y[:, begin * columns : begin * columns + job[0].rows] for job, (begin, _) in zip(jobs, plan, strict=True)]
+    return [y[:, begin * columns : begin * columns + job[0].rows] for job, (begin, _) in zip(jobs, spans, strict=True)]
 
 
 def _many(x: jax.Array, mine: Sequence[tiles.Tile], factors: Any, weights: Any, fresh: Any) -> list[jax.Array]:

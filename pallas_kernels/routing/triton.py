@@ -24,29 +24,29 @@ def refuses(case: Case) -> str | None:
 def route(
     logits: jax.Array, live: jax.Array, top_k: int, normalize: bool, scale: float, interpret: bool = False
 ) -> tuple[jax.Array, jax.Array]:
-    """experts int32 and weights float32 [tokens, top_k]."""
+    """expert_ids int32 and expert_weights float32 [tokens, top_k]."""
     tokens, experts = logits.shape
-    lanes, slots = pl.next_power_of_2(experts), pl.next_power_of_2(top_k)
+    lanes, ranks = pl.next_power_of_2(experts), pl.next_power_of_2(top_k)
 
     def kernel(logits: Any, live: Any, ids_out: Any, weights_out: Any) -> None:
         token = pl.program_id(0)
-        lane, slot = jnp.arange(lanes), jnp.arange(slots)
+        lane, rank = jnp.arange(lanes), jnp.arange(ranks)
         values = compat.triton_load(logits.at[token, lane], mask=lane < experts, other=-jnp.inf)
         odds = jnp.exp(values - jnp.max(values))
         left = jnp.where(lane < experts, odds / jnp.sum(odds), -1.0)
-        ids, weights = jnp.zeros(slots, jnp.int32), jnp.zeros(slots, jnp.float32)
+        ids, weights = jnp.zeros(ranks, jnp.int32), jnp.zeros(ranks, jnp.float32)
         for i in range(top_k):
             best = jnp.max(left)
             expert = jnp.min(jnp.where(left == best, lane, lanes))  # ties: the smaller id
-            ids, weights = jnp.where(slot == i, expert, ids), jnp.where(slot == i, best, weights)
+            ids, weights = jnp.where(rank == i, expert, ids), jnp.where(rank == i, best, weights)
             left = jnp.where(lane == expert, -1.0, left)
         if normalize:
             total = jnp.sum(weights)
             empty = total <= 0  # not where it is NaN, which has to be seen
             weights = jnp.where(empty, 1.0 / top_k, weights / jnp.where(empty, 1.0, total))
         ids = jnp.where(live[token] != 0, ids, experts)
-        compat.triton_store(ids_out.at[token, slot], ids, mask=slot < top_k)
-        compat.triton_store(weights_out.at[token, slot], weights * scale, mask=slot < top_k)
+        compat.triton_store(ids_out.at[token, rank], ids, mask=rank < top_k)
+        compat.triton_store(weights_out.at[token, rank], weights * scale, mask=rank < top_k)
 
     return compat.triton_call(
         kernel,

@@ -46,8 +46,8 @@ def answers(engine, *requests):
     """Drives an engine until the requests are finished, and requires that each gives what it would give alone."""
     drive(engine)
     for request in requests:
-        place = engine.model.adapter_index(request.adapter)
-        right = expected(request.prompt_token_ids, request.params, request._seed, engine.model.max_seq_len, place)
+        index = engine.model.adapter_index(request.adapter)
+        right = expected(request.prompt_token_ids, request.params, request._seed, engine.model.max_seq_len, index)
         assert (request.token_ids, request.text, request.finish_reason) == (right.token_ids, right.text, right.finish_reason)
         outputs = list(request)
         assert [id for output in outputs for id in output.token_ids] == right.token_ids
