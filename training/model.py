@@ -26,10 +26,10 @@ Params = dict[str, Any]
 
 
 class Routing(NamedTuple):
-    """What the routers of a batch did. chosen int32 [layers, rows, top_k]; balance, z: the losses of Switch Transformer
+    """What the routers of a batch did. expert_ids int32 [layers, rows, top_k]; balance, z: the losses of Switch Transformer
     (arXiv 2101.03961; 1 where all experts get as much) and ST-MoE (2202.08906), means over layers."""
 
-    chosen: jax.Array
+    expert_ids: jax.Array
     balance: jax.Array
     z: jax.Array
 
@@ -83,8 +83,8 @@ def forward(
         x = x + y
         routings.append(routing)
     logits = dot(rms_norm(x, params["output_norm"], config), params["token_embd"], dtype)
-    chosen, balance, z = (jnp.stack(each) for each in zip(*routings, strict=True))
-    return logits.reshape(batch, length, -1), Routing(chosen, balance.mean(), z.mean())
+    expert_ids, balance, z = (jnp.stack(each) for each in zip(*routings, strict=True))
+    return logits.reshape(batch, length, -1), Routing(expert_ids, balance.mean(), z.mean())
 
 
 def loss(params: Params, tokens: jax.Array, config: ModelConfig, dtype: str = "float32", room: float = 0.0):
@@ -133,33 +133,33 @@ def attention(layer: Params, x: jax.Array, visible, cos, sin, config: ModelConfi
 def route(logits: jax.Array, config: ModelConfig) -> tuple[jax.Array, Routing]:
     """logits [rows, experts] -> the weights of the chosen experts, float32 [rows, top_k], and what the router did."""
     probabilities = jax.nn.softmax(logits, axis=-1)
-    weights, chosen = jax.lax.top_k(probabilities, config.experts_per_token)
-    load = jax.nn.one_hot(chosen, config.num_experts).mean((0, 1))
+    weights, expert_ids = jax.lax.top_k(probabilities, config.experts_per_token)
+    load = jax.nn.one_hot(expert_ids, config.num_experts).mean((0, 1))
     balance = config.num_experts * jnp.sum(load * probabilities.mean(0))
-    routing = Routing(chosen, balance, jnp.square(jax.nn.logsumexp(logits, axis=-1)).mean())
+    routing = Routing(expert_ids, balance, jnp.square(jax.nn.logsumexp(logits, axis=-1)).mean())
     return weights / weights.sum(-1, keepdims=True), routing
 
 
 def mixture(layer: Params, x: jax.Array, config: ModelConfig, dtype: str, room: float) -> tuple[jax.Array, Routing]:
     """x [rows, hidden] through the experts of each row: [rows, hidden].
 
-    Rows are copied to their experts, each of which has places for `room` times an even share of them; what finds no place
-    is left out. room 0: places for all.
+    Rows are copied to their experts, each of which takes `room` times an even share of them; rows beyond that
+    are left out. room 0: it takes all.
     """
     rows, experts, top_k = x.shape[0], config.num_experts, config.experts_per_token
     weights, routing = route(dot(x, layer["ffn_gate_inp"], "float32"), config)
-    places = min(rows, round(room * rows * top_k / experts)) or rows
-    expert = routing.chosen.reshape(-1)  # [rows * top_k]
+    capacity = min(rows, round(room * rows * top_k / experts)) or rows
+    expert = routing.expert_ids.reshape(-1)  # [rows * top_k]
     mine = jax.nn.one_hot(expert, experts, dtype=jnp.int32)
     rank = (jnp.cumsum(mine, axis=0) * mine).sum(1) - 1
-    place = jnp.where(rank < places, expert * places + rank, experts * places)  # the last one is nowhere
-    source = jnp.zeros(experts * places, jnp.int32).at[place].set(jnp.arange(rows * top_k) // top_k, mode="drop")
-    inputs = x[source].reshape(experts, places, -1).astype(dtype)
+    target = jnp.where(rank < capacity, expert * capacity + rank, experts * capacity)  # the last one is nowhere
+    source = jnp.zeros(experts * capacity, jnp.int32).at[target].set(jnp.arange(rows * top_k) // top_k, mode="drop")
+    inputs = x[source].reshape(experts, capacity, -1).astype(dtype)
 
     def each(x: jax.Array, name: str) -> jax.Array:
         matrices = layer[f"ffn_{name}_exps"].astype(dtype)
         return jnp.einsum("epi,eoi->epo", x.astype(dtype), matrices, preferred_element_type=jnp.float32)
 
-    outputs = each(jax.nn.silu(each(inputs, "gate")) * each(inputs, "up"), "down").reshape(experts * places, -1)
-    found = outputs.at[place].get(mode="fill", fill_value=0.0).reshape(rows, top_k, -1)
+    outputs = each(jax.nn.silu(each(inputs, "gate")) * each(inputs, "up"), "down").reshape(experts * capacity, -1)
+    found = outputs.at[target].get(mode="fill", fill_value=0.0).reshape(rows, top_k, -1)
     return jnp.einsum("rkh,rk->rh", found, weights), routing

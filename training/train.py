@@ -147,8 +147,8 @@ class Scores(NamedTuple):
 def _score(params, tokens, real, config):
     """Nats of the targets that are real [batch, length], and how often each expert was chosen there [layers, experts]."""
     logits, routing = model.forward(params, tokens[:, :-1], config)
-    chosen = jax.nn.one_hot(routing.chosen, config.num_experts).sum(2) * real.reshape(-1, 1)
-    return -jnp.sum(jnp.where(real, model.token_logprobs(logits, tokens[:, 1:]), 0.0)), chosen.sum(1)
+    load = jax.nn.one_hot(routing.expert_ids, config.num_experts).sum(2) * real.reshape(-1, 1)
+    return -jnp.sum(jnp.where(real, model.token_logprobs(logits, tokens[:, 1:]), 0.0)), load.sum(1)
 
 
 def evaluate(params: model.Params, config: ModelConfig, stories: Sequence[np.ndarray], rows: int = 16) -> Scores:

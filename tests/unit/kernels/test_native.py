@@ -113,32 +113,32 @@ def test_swiglu_is_that_of_the_products():
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 9, 70])
-def test_mixtures_are_sums_in_slot_order(tokens):
+def test_mixtures_are_sums_in_the_order_of_ranks(tokens):
     experts, top_k, width, k = 6, 3, 64, 256
     (gate, exact_gate), (up, exact_up) = (blocks_of("Q4_0", 2, experts, width, k, seed=seed) for seed in (5, 6))
     down, exact_down = blocks_of("Q8_0", 2, experts, k, width, seed=7)
     rng = np.random.default_rng(8)
     x = rows_of(tokens, k)
-    chosen = np.stack([rng.permutation(experts)[:top_k] for _ in range(tokens)]).astype(np.int32)
-    chosen[0, 1] = experts  # nobody
-    chosen[chosen == 4] = 3  # an expert that nobody chose
+    expert_ids = np.stack([rng.permutation(experts)[:top_k] for _ in range(tokens)]).astype(np.int32)
+    expert_ids[0, 1] = experts  # nobody
+    expert_ids[expert_ids == 4] = 3  # an expert that nobody chose
     weights = rng.random((tokens, top_k)).astype(np.float32)
     poisoned = down.at[1, 4].set(255)
 
     @jax.jit
-    def mixture(x, chosen, weights, down):
+    def mixture(x, expert_ids, weights, down):
         matrices = [Matrix.of(stored, format).at(1) for stored, format in ((gate, "Q4_0"), (up, "Q4_0"), (down, "Q8_0"))]
-        return expert_ffn(x, chosen, weights, *matrices, arithmetic="int8")
+        return expert_ffn(x, expert_ids, weights, *matrices, arithmetic="int8")
 
-    y = np.asarray(mixture(x, chosen, weights, poisoned))
+    y = np.asarray(mixture(x, expert_ids, weights, poisoned))
     want = np.zeros((tokens, k))
     for token in range(tokens):
-        for slot in range(top_k):
-            if (e := chosen[token, slot]) < experts:
+        for rank in range(top_k):
+            if (e := expert_ids[token, rank]) < experts:
                 a, b = exact_gate[1, e] @ x[token], exact_up[1, e] @ x[token]
-                want[token] += weights[token, slot] * (exact_down[1, e] @ (a / (1 + np.exp(-a)) * b))
+                want[token] += weights[token, rank] * (exact_down[1, e] @ (a / (1 + np.exp(-a)) * b))
     assert np.abs(y - want).max() <= 0.02 * np.abs(want).max()
-    alone = np.asarray(mixture(x[:1], chosen[:1], weights[:1], down))
+    alone = np.asarray(mixture(x[:1], expert_ids[:1], weights[:1], down))
     assert (alone.view(np.uint32) == y[:1].view(np.uint32)).all()
 
 

@@ -223,11 +223,11 @@ def _made(path: Path) -> Path:
 
 @pytest.mark.slow
 def test_experts_with_room_for_all_leave_nothing_out():
-    """Places for half the rows change the result, places for as many as come do not."""
+    """Room for half the rows changes the result, room for as many as come does not."""
     params = model.init(SMALL, 0)
     tokens = np.random.default_rng(0).integers(0, SMALL.vocab_size, (2, 16)).astype(np.int32)
     exact, routing = model.forward(params, tokens, SMALL)
-    room = 4 * max(np.bincount(np.ravel(layer), minlength=4).max() for layer in np.asarray(routing.chosen)) / 64
+    room = 4 * max(np.bincount(np.ravel(layer), minlength=4).max() for layer in np.asarray(routing.expert_ids)) / 64
     np.testing.assert_allclose(model.forward(params, tokens, SMALL, room=room)[0], exact, atol=1e-5)
     assert np.abs(model.forward(params, tokens, SMALL, room=0.5)[0] - exact).max() > 1e-2
 
