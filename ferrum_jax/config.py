@@ -122,6 +122,8 @@ def _common(name: str) -> Any:
 class ModelConfig:
     """What is one for the whole decoder, and its layers.
 
+    `architecture` is its name in GGUF files, `context_length` the most tokens that its positions are made for, `rms_norm_eps`
+    the number inside the root of every RMSNorm (arXiv 1910.07467).
     `dtype` is the arithmetic of matrix products: "float32", "bfloat16", "float16" or "int8" (float32 that a product may
     quantize in blocks); norms, softmax, router, residual stream and logits are float32 always. `implementation`: (operation,
     backend) pairs, the backends of pallas_kernels that are forced.

@@ -88,6 +88,9 @@ def forward(params: Params, cache: Cache, batch: RaggedBatch, *, config: ModelCo
 
     Returns:
       float32 logits [R, vocab_size] of `batch.logits_rows`, and the new cache.
+
+    Raises:
+      ValueError: if the cache is not of such a model, or `batch` has adapters and `params` do not.
     """
     return _apply(params, config, cache, batch)
 
@@ -107,6 +110,9 @@ def hidden(params: Params, cache: Cache, batch: RaggedBatch, *, config: ModelCon
 
     Returns:
       Final hidden states float32 [T, hidden_size], and the new cache.
+
+    Raises:
+      ValueError: as `forward`.
     """
     return _apply(params, config, cache, batch, method="hidden")
 
@@ -129,6 +135,7 @@ def routing(
 
     Raises:
       UnsupportedModelError: if the model has no experts.
+      ValueError: as `forward`.
     """
     require_experts(config)
     decoder = Decoder(config)
@@ -141,7 +148,7 @@ def unembed(params: Params, hidden: jax.Array, *, config: ModelConfig) -> jax.Ar
 
     Args:
       params (dict): of the model.
-      hidden: [R, hidden_size].
+      hidden: float32 [R, hidden_size], as `hidden` gives them.
       config: the model's configuration; static.
 
     Returns:

@@ -290,6 +290,9 @@ class Model:
 
         Args:
           text: the rendered conversation. If both the template and the tokenizer add a beginning-of-text token, one is kept.
+
+        Raises:
+          ValueError: as for `Tokenizer.encode`.
         """
         return self._runtime.encode_rendered(text)
 

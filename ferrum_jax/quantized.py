@@ -127,6 +127,9 @@ def linear(
 
     Returns:
       float32 [tokens, rows].
+
+    Raises:
+      ValueError: if x and the matrix do not fit, a stack of layers is without `layer`, or the backend cannot serve them.
     """
     return quantized_matmul(x, operand(stack, layer), arithmetic, implementation)
 
@@ -168,6 +171,9 @@ def grouped_linear(
 
     Returns:
       float32 [m, rows].
+
+    Raises:
+      ValueError: as `linear`.
     """
     return grouped_matmul(x, group_sizes, operand(stack, layer), implementation=implementation)
 

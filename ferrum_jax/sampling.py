@@ -161,7 +161,8 @@ def occurred(seen: jax.Array, rows: jax.Array, tokens: jax.Array) -> jax.Array:
 
 
 def filtered_logits(logits: jax.Array, sampling: Sampling, seen: jax.Array) -> jax.Array:
-    """The numbers to which `sample` adds its noise: float32 [B, V], -inf for every id that cannot be sampled.
+    """The numbers to which `sample` adds its noise: float32 [B, V], -inf for every id that cannot be sampled. Of the same
+    arguments as `sample`.
 
     In a row with a temperature, the others are log-probabilities plus a constant of the row (the greatest is 0). In a greedy
     row they are the penalized logits, and only ids from `vocab_limit` on are removed.

@@ -138,6 +138,10 @@ class Engine(Core):
         Args:
           request: of this engine.
           path: a directory that does not exist yet.
+
+        Raises:
+          FileExistsError: if there is something at `path`.
+          ValueError: for a request of another engine.
         """
         self._own(request)
         path = snapshot.free(Path(checks.path(path, "path")))

@@ -53,6 +53,8 @@ class Request:
       adapter (str | None): the name of its adapter.
       choices (list[Request]): with n > 1 all requests that were made of it, itself first.
       error (str): what went wrong, where finish_reason is "error".
+      prompt_token_ids (list[int]): the tokens of the prompt.
+      prompt_logprobs (list | None): as of `Completion`, as far as they are known.
     """
 
     def __init__(
@@ -102,6 +104,7 @@ class Request:
 
     @property
     def logprobs(self) -> list[list[tuple[int, float]]] | None:
+        """As of `Completion`, for the output so far."""
         return self._watcher.logprobs
 
     def __iter__(self) -> Iterator[Output]:
@@ -161,6 +164,9 @@ class Request:
 
         Args:
           params: how to go on; None: as this request.
+
+        Raises:
+          ValueError: as for `Engine.submit`.
         """
         return self._engine._fork(self, self.params if params is None else params)
 

@@ -93,7 +93,6 @@ def new_cache(
       num_pages: pages of each pool; page p has the slots p * page_size to (p + 1) * page_size - 1.
       page_size: tokens of a page.
       dtype: float32, bfloat16, float16, int8 (one scale for each token and head) or float8_e4m3fn ("fp8").
-
       num_states: sequences whose state layers that recur may keep; None: as many as pages.
 
     Raises:

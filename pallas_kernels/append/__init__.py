@@ -41,7 +41,11 @@ def append(
     eps: float = 1e-6,
     implementation: dispatch.Implementation = None,
 ) -> tuple[jax.Array, KVCache]:
-    """(q float32 [tokens, q_heads, head_dim], cache). See the module's contract."""
+    """(q float32 [tokens, q_heads, head_dim], cache). See the module's contract.
+
+    Raises:
+      ValueError: if shapes do not fit, or the forced backend cannot serve the case.
+    """
     kv = (q.shape[0], cache.kv_heads, cache.head_dim)
     if k.shape != kv or v.shape != kv or q.shape[-1] != cache.head_dim or kv_slots.shape != q.shape[:1]:
         raise ValueError(f"append: q {q.shape}, k {k.shape}, v {v.shape} and a cache {cache.pages.shape} do not fit")

@@ -61,6 +61,9 @@ def grouped_matmul(
 
     Returns:
       float32 [m, n].
+
+    Raises:
+      ValueError: if shapes do not fit, or the forced backend cannot serve the case.
     """
     _check("grouped_matmul", x, experts, group_sizes.shape[0])
     x, experts = natural_rows(x, group_sizes, experts)
@@ -91,6 +94,9 @@ def expert_ffn(
 
     Returns:
       float32 [tokens, k].
+
+    Raises:
+      ValueError: if shapes do not fit, or the forced backend cannot serve the case.
     """
     (count,) = open_axes(gate)
     for matrix in (gate, up):

@@ -99,6 +99,9 @@ def make_metadata(
       window: positions a query sees, itself included; 0 for all.
       implementation: the backend to take, instead of the first that can.
       sinks: whether `paged_attention` will be given some.
+
+    Raises:
+      ValueError: if the forced backend cannot serve the case.
     """
     target = dispatch.target("paged_attention", implementation)
     shape = (*tables.positions.shape, *tables.page_table.shape, q_heads, cache.kv_heads, cache.head_dim, cache.page_size)
@@ -128,6 +131,9 @@ def paged_attention(
 
     Returns:
       float32 [tokens, q_heads, head_dim].
+
+    Raises:
+      ValueError: if the heads of q and of the cache do not fit.
     """
     if q.shape[-1] != cache.head_dim or q.shape[-2] % cache.kv_heads:
         raise ValueError(f"paged_attention: q {q.shape} and a cache {cache.pages.shape} do not fit")

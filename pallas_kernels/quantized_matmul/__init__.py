@@ -11,7 +11,7 @@ Contract of `quantized_matmul(x, matrix)`:
 
 `quantized_matmuls(x, matrices)` is the same for several matrices that share x, in one launch where the backend can.
 `swiglu(x, gate, up)` is silu(x · gateᵀ) * (x · upᵀ) in the dtype of x, without the two products in memory where the
-backend can (arXiv 2002.05202). Raise ValueError when shapes do not fit.
+backend can (arXiv 2002.05202).
 """
 
 from __future__ import annotations
@@ -51,6 +51,9 @@ def quantized_matmul(
 
     Returns:
       float32 [m, n].
+
+    Raises:
+      ValueError: if shapes do not fit, or the forced backend cannot serve the case.
     """
     return quantized_matmuls(x, (matrix,), arithmetic, implementation)[0]
 
@@ -68,6 +71,9 @@ def quantized_matmuls(
 
     Returns:
       float32 [m, n_i] for each.
+
+    Raises:
+      ValueError: if shapes do not fit, or the forced backend cannot serve the case.
     """
     _check("quantized_matmul", x, *matrices)
     if any(map(is_ordered, matrices)):
@@ -90,6 +96,9 @@ def swiglu(
 
     Returns:
       [m, n] in the dtype of x.
+
+    Raises:
+      ValueError: if shapes do not fit, or the forced backend cannot serve the case.
     """
     _check("swiglu", x, gate, up)
     if gate.rows != up.rows:

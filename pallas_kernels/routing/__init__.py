@@ -29,7 +29,11 @@ def route(
     scale: float = 1.0,
     implementation: dispatch.Implementation = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """(expert_ids int32, expert_weights float32), both [tokens, top_k]. See the module's contract."""
+    """(expert_ids int32, expert_weights float32), both [tokens, top_k]. See the module's contract.
+
+    Raises:
+      ValueError: if shapes do not fit, or the forced backend cannot serve the case.
+    """
     if logits.ndim != 2 or live.shape != logits.shape[:1] or not 0 < top_k <= logits.shape[1]:
         raise ValueError(f"route: logits {logits.shape}, live {live.shape} and top_k {top_k} do not fit")
     return _route(logits, live, top_k, normalize, scale, dispatch.target("route", implementation))
