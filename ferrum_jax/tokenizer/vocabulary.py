@@ -51,9 +51,9 @@ _END_TEXTS = (
     *("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<end_of_turn>", "<turn|>", "<end_of_utterance>", "[e~["),
     *("<|return|>", "<|call|>", "<|calls|>", "<|flush|>", "<|tool_response>"),
 )
-# Slots of fill-in-the-middle models: key, texts that fill the slot where the key is absent, whether the token ends a
-# generation. One token fills a slot: the first by id.
-_FILL_SLOTS: tuple[tuple[str, str, bool], ...] = (
+# Tokens of fill-in-the-middle models: key, texts of the token where the key is absent (of several the first by id), whether
+# it ends a generation.
+_FILL_TOKENS: tuple[tuple[str, str, bool], ...] = (
     (
         "fim_pre",
         "<|fim_prefix|> <fim-prefix> <fim_prefix> <｜fim▁begin｜> ▁<PRE> <PRE> <|code_prefix|> <|prefix|>",
@@ -193,14 +193,14 @@ def _read_merges(keys: _Keys, ids: dict[str, int]) -> list[tuple[str, str]]:
 def _correct_types(keys: _Keys, ids: dict[str, int], types: list[int], eos: int | None) -> frozenset[int]:
     """Mends `types` of the tokens known by text; returns the ids that end a generation."""
     ends: set[int] = set()
-    for key, texts, is_end in _FILL_SLOTS:
-        slot = keys.token(key, len(types))
-        if slot is None:
-            slot = min((ids[text] for text in texts.split() if text in ids), default=None)
-            if slot is not None:
-                types[slot] = TokenType.CONTROL
-        if slot is not None and is_end:
-            ends.add(slot)
+    for key, texts, is_end in _FILL_TOKENS:
+        token = keys.token(key, len(types))
+        if token is None:
+            token = min((ids[text] for text in texts.split() if text in ids), default=None)
+            if token is not None:
+                types[token] = TokenType.CONTROL
+        if token is not None and is_end:
+            ends.add(token)
     for text in _END_TEXTS:
         if text in ids:
             types[ids[text]] = TokenType.CONTROL

@@ -18,7 +18,7 @@ from ferrum_jax.tokenizer.spm import SPACE
 from ferrum_jax.tokenizer.vocabulary import PREFIX, _Keys, _read_tokens
 
 _SPECIAL = {"unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "pad": "[PAD]", "mask": "[MASK]"}
-_SLOTS = {  # keys of GGUF, the older name first; "seperator" is how the format spells it
+_KEYS = {  # keys of GGUF, the older name first; "seperator" is how the format spells it
     **{"unk": ("unknown",), "cls": ("cls", "bos"), "sep": ("seperator", "eos")},
     **{"pad": ("padding",), "mask": ("mask",)},
 }
@@ -69,8 +69,8 @@ class WordPieceTokenizer(LibraryTokenizer):
         stored, _ = _read_tokens(keys)
         tokens = [_respelled(token) for token in stored]
         special = dict(_SPECIAL)
-        for name, slots in _SLOTS.items():
-            found = next((i for slot in slots if (i := keys.token(slot, len(tokens))) is not None), None)
+        for name, names in _KEYS.items():
+            found = next((i for key in names if (i := keys.token(key, len(tokens))) is not None), None)
             if found is not None:
                 special[name] = tokens[found]
         lowercase = not any(re.search("[A-Z]", token) for token in tokens if not token.startswith("["))
