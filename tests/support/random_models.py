@@ -2,6 +2,8 @@
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax.numpy as jnp
@@ -9,7 +11,9 @@ import numpy as np
 
 from ferrum_jax import families
 from ferrum_jax.config import ModelConfig
+from ferrum_jax.files.tensor_info import TensorInfo
 from ferrum_jax.quantized import LayerStack, QuantizedTensor
+from ferrum_jax.weights.names import kinds_of, parameters
 from pallas_kernels.blocks import FORMATS
 from pallas_kernels.blocks.synthetic import random_blocks
 
@@ -51,28 +55,25 @@ def tiny_params(
     matrix of a layer, everything else is F32."""
     rng = np.random.default_rng(seed)
     family = families.of_architecture(config.architecture, "a random model")
-
-    def tensor(shape: tuple[int, ...], format: str, std: float, *, vectors: bool = False) -> QuantizedTensor:
-        values = rng.uniform(0.5, 1.5, shape).astype(np.float32) if vectors else stored(format, shape, rng, std)
-        return QuantizedTensor.of(jnp.asarray(values), format, vectors=vectors)
-
-    params: dict[str, Any] = {"layers": {}}
-    for row in family.tensors.whole:
+    file: Any = SimpleNamespace(path="a random model", tensors={}, is_gguf=False)
+    for name, row, layer in family.tensors_of(config):
         if not row.optional:
-            whole = tensor(family.shape(row, config, None), "F32", 0.3, vectors=len(row.axes) == 1)
-            params[row.path[0]] = whole.planes[0] if len(row.axes) == 1 else whole
-    for row in family.tensors.layer:
-        shapes = {n: family.shape(row, config, n) for n, spec in enumerate(config.layers) if row.layers(spec)}
-        if row.optional or not shapes:
-            continue
-        vectors = len(row.axes) == 1
-        formats = ["F32" if vectors else format_of(row.path[-1], n) for n in shapes]
-        (shape,) = set(shapes.values())
-        stacks = {
-            format: tensor((formats.count(format), *shape), format, shape[-1] ** -0.5, vectors=vectors)
-            for format in sorted(set(formats))
-        }
-        by_layer = dict(zip(shapes, formats, strict=True))
-        node = params["layers"] if len(row.path) == 1 else params["layers"].setdefault(row.path[0], {})
-        node[row.path[-1]] = LayerStack(stacks, tuple(by_layer.get(n, "") for n in range(config.num_layers)))
-    return params
+            format = "F32" if layer is None or len(row.axes) == 1 else format_of(row.path[-1], layer)
+            file.tensors[name] = TensorInfo(name, format, family.shape(row, config, layer), Path(), 0, 0)
+
+    def stack(first: TensorInfo, count: int) -> QuantizedTensor:
+        shape, vectors = (count, *first.shape), len(first.shape) == 1
+        values = rng.uniform(0.5, 1.5, shape) if vectors else stored(first.format, shape, rng, shape[-1] ** -0.5)
+        return QuantizedTensor.of(jnp.asarray(values, np.float32 if vectors else None), first.format, vectors=vectors)
+
+    layers: dict[str, Any] = {}
+    for path, tensors in parameters(file, config).stacked.items():
+        kinds = kinds_of(tensors)
+        stacks = {kind: stack(tensors[kinds.index(kind)], kinds.count(kind)) for kind in sorted(set(kinds) - {""})}
+        node = layers if len(path) == 1 else layers.setdefault(path[0], {})
+        node[path[-1]] = LayerStack(stacks, kinds)
+    return {
+        "embedding": QuantizedTensor.of(jnp.asarray(stored("F32", (config.vocab_size, config.hidden_size), rng, 0.3)), "F32"),
+        "final_norm": jnp.asarray(rng.uniform(0.5, 1.5, config.hidden_size), np.float32),
+        "layers": layers,
+    }
