@@ -270,7 +270,7 @@ def _list_aliases(aliases: dict[str, Any], as_json: bool) -> None:
         {
             "name": name,
             "sources": [str(source) for source in alias.sources],
-            "licence": alias.licence,
+            "licence": alias.license,
             "checked": alias.checked,
             "note": alias.note if name == alias.name else f"the same as {alias.name}",
         }

@@ -60,7 +60,7 @@ class Alias:
 
     name: str
     sources: tuple[Source, ...]
-    licence: str
+    license: str
     checked: bool | str = False
     note: str = ""
 
@@ -99,8 +99,8 @@ _TINY = Alias(
 )
 
 
-def _hub(name: str, repo: str, select: str, licence: str = "Apache-2.0", note: str = "") -> Alias:
-    return Alias(name, (HubSource(repo, select),), licence, note=note)
+def _hub(name: str, repo: str, select: str, license: str = "Apache-2.0", note: str = "") -> Alias:
+    return Alias(name, (HubSource(repo, select),), license, note=note)
 
 
 def _aliases() -> list[Alias]:
@@ -116,8 +116,8 @@ def _aliases() -> list[Alias]:
         ("Qwen2.5-Coder", ("0.5B", "1.5B", "3B", "7B", "14B", "32B")),
     ):
         for size in sizes:
-            licence = "Qwen Research" if size == "3B" else "Apache-2.0"
-            found.append(_hub(f"{family}:{size}".lower(), f"Qwen/{family}-{size}-Instruct-GGUF", "Q4_K_M", licence))
+            license = "Qwen Research" if size == "3B" else "Apache-2.0"
+            found.append(_hub(f"{family}:{size}".lower(), f"Qwen/{family}-{size}-Instruct-GGUF", "Q4_K_M", license))
     for size in ("1B", "3B"):
         stem = f"Llama-3.2-{size}-Instruct"
         found.append(_hub(f"llama3.2:{size.lower()}", f"bartowski/{stem}-GGUF", f"{stem}-Q4_K_M.gguf", "Llama 3.2 Community"))

@@ -454,7 +454,7 @@ def hub(monkeypatch):
     from ferrum_jax import hub
 
     cached = types.SimpleNamespace(name="tiny:1b", path=Path("/cache/tiny.gguf"), bytes=2048, source="hub")
-    alias = types.SimpleNamespace(name="tiny:1b", sources=("owner/repo:Q4_K_M",), licence="mit", checked=False, note="")
+    alias = types.SimpleNamespace(name="tiny:1b", sources=("owner/repo:Q4_K_M",), license="mit", checked=False, note="")
     monkeypatch.setattr(hub, "list_cached", lambda: [cached])
     monkeypatch.setattr(hub, "ALIASES", {"tiny:1b": alias})
     return hub

@@ -488,7 +488,7 @@ def table_row(alias: Alias) -> str:
     also = ", ".join(f"`{short}`" for short, other in ALIASES.items() if other is alias and short != alias.name)
     sources = "; then ".join(f"`{source}`" for source in alias.sources)
     checked = alias.checked or "not checked"
-    return f"| `{alias.name}` | {also} | {sources} | {alias.licence} | {checked} | {alias.note} |"
+    return f"| `{alias.name}` | {also} | {sources} | {alias.license} | {checked} | {alias.note} |"
 
 
 def test_document_has_the_table():
