@@ -80,7 +80,7 @@ class Mixture:
 class LayerSpec:
     """What one layer is. Layers with equal specs and formats share a compiled body."""
 
-    mixer: Any  # an Attention or a Recurrent
+    mixer: Attention | Recurrent
     feed_forward: Dense | Mixture
 
 
@@ -225,10 +225,13 @@ class ModelConfig:
             return tuple(values[layer][0] if values[layer] else None for layer in self.layers)
         return found.pop() if found else absent
 
-    def with_windows(self, windows: Sequence[int]) -> ModelConfig:
-        """The same with a sliding window for each layer, 0 for none."""
-        pairs = zip(self.layers, windows, strict=True)
-        layers = (dataclasses.replace(spec, mixer=dataclasses.replace(spec.mixer, window=window)) for spec, window in pairs)
+    def with_by_layer(self, **values: Sequence[Any]) -> ModelConfig:
+        """The same with numbers of layers, by the names of their properties one value for each layer. A layer that does not
+        have such a number stays as it is."""
+        layers = list(self.layers)
+        for name, of_layers in values.items():
+            kind, field, _ = _OF_LAYERS[name]
+            layers = [_revised(spec, {(kind, field): value}) for spec, value in zip(layers, of_layers, strict=True)]
         return dataclasses.replace(self, layers=tuple(layers))
 
     @classmethod
@@ -308,15 +311,16 @@ def _changed(config: ModelConfig, of_layers: Mapping[str, Any]) -> tuple[LayerSp
     if unknown := of_layers.keys() - _OF_LAYERS.keys():
         raise TypeError(f"ModelConfig has no field {', '.join(sorted(unknown))} that can be changed in all layers")
     changes = {_OF_LAYERS[name][:2]: value for name, value in of_layers.items()}
+    return tuple(_revised(layer, changes) for layer in layers)
 
-    def revised(part: Any) -> Any:
-        values = {field.name: getattr(part, field.name) for field in dataclasses.fields(part)}
-        return type(part)(**{
-            name: changes.get((type(part), name), revised(value) if dataclasses.is_dataclass(value) else value)
-            for name, value in values.items()
-        })  # fmt: skip
 
-    return tuple(revised(layer) for layer in layers)
+def _revised(part: Any, changes: Mapping[tuple[type, str], Any]) -> Any:
+    """A dataclass with other values of fields, by kind of part and name, in itself and in its parts."""
+    values = {field.name: getattr(part, field.name) for field in dataclasses.fields(part)}
+    return type(part)(**{
+        name: changes.get((type(part), name), _revised(value, changes) if dataclasses.is_dataclass(value) else value)
+        for name, value in values.items()
+    })  # fmt: skip
 
 
 _KINDS = {"mixer": (Attention,), "feed_forward": (Dense, Mixture), "rope": (Rope,), "scaling": (RopeScaling,)}

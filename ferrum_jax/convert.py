@@ -87,7 +87,7 @@ def write_gguf(source: ModelSource, out: Path, *, force: bool = False, progress:
     checkpoint get the names and the order of llama.cpp's converter."""
     config, _, _ = check(source)
     metadata = _metadata(source, config)
-    windows = {spec.mixer.window for spec in config.layers} - {0}
+    windows = {mixer.window for mixer in config.attentions} - {0}
     if windows and progress is not None:
         progress(0, None, f"llama.cpp does not apply the window of {max(windows)} tokens in this architecture")
     kept = {name: _kept(source, name, info) for name, info in source.tensors.items()}

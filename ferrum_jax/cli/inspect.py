@@ -73,7 +73,7 @@ def describe(source: ModelSource, context: int | None = None) -> dict[str, Any]:
     context = context or min(DEFAULT_CONTEXT, config.context_length)
     kv = {name: config.kv_bytes_per_token(size) for name, size in KV_ITEM_BYTES.items()}
     working = _working_bytes(source, config)
-    kinds = dict.fromkeys(spec.mixer.rope.scaling.kind for spec in config.layers if spec.mixer.rope.scaling)
+    kinds = dict.fromkeys(mixer.rope.scaling.kind for mixer in config.attentions if mixer.rope.scaling)
     return {
         **_of_the_file(source),
         "architecture": config.architecture,

@@ -27,10 +27,10 @@ def from_gguf(
     tensors: Mapping[str, TensorInfo],
     *,
     theta: float | None = None,
-    feed_forward: Callable[[Keys], Fields] | None = None,
+    feed_forward: Callable[[Keys, int], Fields] | None = None,
 ) -> ModelConfig:
     """As `Family.from_gguf`. theta: of files without `rope.freq_base` (None: it must be there). feed_forward: keywords of
-    `ModelConfig` about it (None: it is dense)."""
+    `ModelConfig` about it, given the number of layers (None: it is dense); tuples have a value for each."""
     vocab_size = embedding_rows(keys, tensors)
     hidden = keys.integer("embedding_length")
     if keys.has("vocab_size"):
@@ -41,17 +41,19 @@ def from_gguf(
             f"{keys.source}: tensor token_embd.weight: shape {list(shape)} does not end in "
             f"{family.architecture}.embedding_length = {hidden}"
         )
-    heads = keys.integer("attention.head_count", high=2**16, per_layer=True)
-    kv_heads = heads
+    layers = keys.integer("block_count", high=MOST_LAYERS)
+    heads = kv_heads = keys.integers("attention.head_count", layers, high=2**16)
     if keys.has("attention.head_count_kv"):
-        kv_heads = keys.integer("attention.head_count_kv", high=2**16, per_layer=True)
-    if heads % kv_heads:
-        raise keys.fail("attention.head_count_kv", f"{kv_heads} does not divide attention.head_count {heads}")
+        kv_heads = keys.integers("attention.head_count_kv", layers, high=2**16)
+    for layer, (count, kv_count) in enumerate(zip(heads, kv_heads, strict=True)):
+        if count % kv_count:
+            text = f"{kv_count} of layer {layer} does not divide attention.head_count {count}"
+            raise keys.fail("attention.head_count_kv", text)
     head_dim = _head_dim_of_gguf(keys, hidden, heads)
     rope_dim = keys.integer("rope.dimension_count", high=head_dim) if keys.has("rope.dimension_count") else head_dim
     if rope_dim % 2:
         raise keys.fail("rope.dimension_count", f"is {rope_dim}; it must be even")
-    of_feed_forward = (feed_forward or dense_from_gguf)(keys)
+    of_feed_forward = (feed_forward or dense_from_gguf)(keys, layers)
     if keys.has("expert_gating_func") and keys.integer("expert_gating_func", low=0) > 1:  # 0: not stated, 1: softmax
         raise keys.unsupported("expert_gating_func", "only softmax (1) is supported")
     if keys.has("attention.causal") and not keys.boolean("attention.causal"):
@@ -60,12 +62,12 @@ def from_gguf(
         if keys.has(key) and keys.number(key, SCALE) not in (0.0, 1.0):
             raise keys.unsupported(key, "this feature is not supported")
     keys.ignore("pooling_type")
+    by_layer = {name: value for name, value in of_feed_forward.items() if isinstance(value, tuple)}
+    by_layer |= {"num_heads": heads, "num_kv_heads": kv_heads, "sliding_window": _windows_of_gguf(keys, layers)}
     config = ModelConfig(
         architecture=family.architecture,
-        num_layers=keys.integer("block_count", high=MOST_LAYERS),
+        num_layers=layers,
         hidden_size=hidden,
-        num_heads=heads,
-        num_kv_heads=kv_heads,
         head_dim=head_dim,
         vocab_size=vocab_size,
         context_length=keys.integer("context_length"),
@@ -73,9 +75,9 @@ def from_gguf(
         rope_theta=theta if theta and not keys.has("rope.freq_base") else keys.number("rope.freq_base", THETA),
         rope_dim=rope_dim,
         rope_scaling=rope.scaling_from_gguf(keys),
-        **of_feed_forward,
+        **of_feed_forward | {name: values[0] for name, values in by_layer.items()},
     )
-    return config.with_windows(_windows_of_gguf(keys, config.num_layers))
+    return config.with_by_layer(**by_layer)
 
 
 def _windows_of_gguf(keys: Keys, layers: int) -> tuple[int, ...]:
@@ -94,13 +96,15 @@ def _windows_of_gguf(keys: Keys, layers: int) -> tuple[int, ...]:
     return tuple(window if slides else 0 for slides in pattern)
 
 
-def _head_dim_of_gguf(keys: Keys, hidden: int, heads: int) -> int:
+def _head_dim_of_gguf(keys: Keys, hidden: int, heads: tuple[int, ...]) -> int:
     """The file's key_length; without the key the format defines it as hidden / heads."""
     keys.ignore("attention.value_length")
     if not keys.has("attention.key_length"):
-        if hidden % heads:
-            raise keys.fail("attention.key_length", f"is missing and {hidden} is no multiple of {heads} heads")
-        return hidden // heads
+        if len(set(heads)) > 1:
+            raise keys.fail("attention.key_length", "is missing, and attention.head_count differs from layer to layer")
+        if hidden % heads[0]:
+            raise keys.fail("attention.key_length", f"is missing and {hidden} is not a multiple of {heads[0]} heads")
+        return hidden // heads[0]
     head_dim = keys.integer("attention.key_length", high=2**14)
     value_dim = keys.integer("attention.value_length") if keys.has("attention.value_length") else head_dim
     if value_dim != head_dim:
@@ -109,19 +113,19 @@ def _head_dim_of_gguf(keys: Keys, hidden: int, heads: int) -> int:
     return head_dim
 
 
-def dense_from_gguf(keys: Keys) -> Fields:
+def dense_from_gguf(keys: Keys, layers: int) -> Fields:
     """The keywords about a dense feed-forward; what is about experts says nothing then."""
     keys.ignore("expert_used_count", "expert_feed_forward_length", "expert_weights_norm")
     if keys.has("expert_weights_scale"):
         keys.number("expert_weights_scale", SCALE)
-    return {"intermediate_size": keys.integer("feed_forward_length", per_layer=True)}
+    return {"intermediate_size": keys.integers("feed_forward_length", layers)}
 
 
-def mixture_from_gguf(keys: Keys, width_key: str) -> Fields:
+def mixture_from_gguf(keys: Keys, layers: int, width_key: str) -> Fields:
     """The keywords about mixtures of experts, whose width is under `width_key`; those of a dense one where there are none."""
     experts = keys.integer("expert_count", low=0, high=2**16) if keys.has("expert_count") else 0
     if not experts:
-        return dense_from_gguf(keys)
+        return dense_from_gguf(keys, layers)
     if keys.has("expert_weights_norm") and not keys.boolean("expert_weights_norm"):
         architecture = keys.prefix.removesuffix(".")
         raise keys.unsupported("expert_weights_norm", f"false contradicts how {architecture} files are run")
@@ -130,7 +134,7 @@ def mixture_from_gguf(keys: Keys, width_key: str) -> Fields:
     return {
         "num_experts": experts,
         "experts_per_token": keys.integer("expert_used_count", high=experts),
-        "expert_intermediate_size": keys.integer(width_key, per_layer=width_key == "feed_forward_length"),
+        "expert_intermediate_size": keys.integers(width_key, layers),
         "norm_topk_prob": True,  # files are run with normalized weights whether or not they carry the key
         "expert_weights_scale": scale or 1.0,  # 0 is written by converters for "none"
     }
@@ -149,9 +153,9 @@ def to_gguf(config: ModelConfig, where: str, *, width_key: str = "feed_forward_l
         "block_count": config.num_layers,
         "context_length": config.context_length,
         "embedding_length": config.hidden_size,
-        "feed_forward_length": config.intermediate_size,
-        "attention.head_count": config.num_heads,
-        "attention.head_count_kv": config.num_kv_heads,
+        "feed_forward_length": config.by_layer("intermediate_size"),
+        "attention.head_count": config.by_layer("num_heads"),
+        "attention.head_count_kv": config.by_layer("num_kv_heads"),
         "attention.key_length": config.head_dim,
         "attention.value_length": config.head_dim,
         "rope.dimension_count": config.rope_dim,
@@ -161,11 +165,15 @@ def to_gguf(config: ModelConfig, where: str, *, width_key: str = "feed_forward_l
         "expert_used_count": config.experts_per_token,
     }
     if config.num_experts:
-        integers[width_key] = config.expert_intermediate_size
+        integers[width_key] = config.by_layer("expert_intermediate_size")
     floats = {"attention.layer_norm_rms_epsilon": config.rms_norm_eps, "rope.freq_base": config.rope_theta}
     if config.expert_weights_scale != 1.0:
         floats["expert_weights_scale"] = config.expert_weights_scale
-    typed = {key: Typed(value, "uint32") for key, value in integers.items() if value}
+    typed = {
+        key: Typed(np.array(value, np.uint32), "array uint32") if isinstance(value, tuple) else Typed(value, "uint32")
+        for key, value in integers.items()
+        if value
+    }
     typed |= {key: Typed(value, "float32") for key, value in floats.items()}
     typed |= rope.scaling_to_gguf(config.rope_scaling)
     return {f"{config.architecture}.{key}": entry for key, entry in typed.items()}
@@ -222,7 +230,7 @@ def from_json(
         rope_dim=head_dim,
         rope_scaling=scaling,
         **(feed_forward or dense_from_json)(keys, layers),
-    ).with_windows((window or no_window)(keys, layers))
+    ).with_by_layer(sliding_window=(window or no_window)(keys, layers))
     return ConfigFile(family, config, keys.boolean("tie_word_embeddings", False), frozenset(biases), factors)
 
 

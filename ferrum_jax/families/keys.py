@@ -71,22 +71,28 @@ class Keys:
         for key, value in self.unread():
             raise self.unsupported(key, text.format(shown(value)))
 
-    def integer(self, key: str, *, low: int = 1, high: int = 2**31 - 1, per_layer: bool = False) -> int:
-        """per_layer: it may be an array of one number for each of `block_count` layers, which must agree."""
+    def integer(self, key: str, *, low: int = 1, high: int = 2**31 - 1) -> int:
         value = self.get(key)
         if value is None:
             raise self.fail(key, "is missing")
-        if isinstance(value, np.ndarray) and per_layer:
-            values = value.tolist()
-            if len(values) != self.integer("block_count"):
-                raise self.fail(key, f"has {len(values)} values; it must have one for each of the layers")
-            if len(set(values)) != 1:
-                raise self.unsupported(key, "differs from layer to layer, which is not supported")
-            value = values[0]
+        return self._integer(key, value, low, high)
+
+    def integers(self, key: str, layers: int, *, low: int = 1, high: int = 2**31 - 1) -> tuple[int, ...]:
+        """One for each layer: an array of them, or one number for all."""
+        value = self.get(key)
+        if not isinstance(value, np.ndarray):
+            return (self.integer(key, low=low, high=high),) * layers
+        if len(value) != layers:
+            raise self.fail(key, f"has {len(value)} values; it must have one for each of the {layers} layers")
+        return tuple(
+            self._integer(key, item, low, high, f"the value of layer {layer} ") for layer, item in enumerate(value.tolist())
+        )
+
+    def _integer(self, key: str, value: object, low: int, high: int, where: str = "") -> int:
         if isinstance(value, bool) or not isinstance(value, int):
-            raise self.fail(key, f"must be an integer, not {shown(value)}")
+            raise self.fail(key, f"{where}must be an integer, not {shown(value)}")
         if not low <= value <= high:
-            raise self.fail(key, f"is {shown(value)}; it must be from {low} to {high}")
+            raise self.fail(key, f"{where}is {shown(value)}; it must be from {low} to {high}")
         return value
 
     def number(self, key: str, within: Range = POSITIVE) -> float:

@@ -10,10 +10,10 @@ from ferrum_jax.families.qwen3 import ATTENTION
 _WIDTH_KEY = "expert_feed_forward_length"
 
 
-def _experts_of_gguf(keys: Keys) -> decoder.Fields:
+def _experts_of_gguf(keys: Keys, layers: int) -> decoder.Fields:
     if not keys.has("expert_count") or not keys.integer("expert_count", low=0):
         raise keys.fail("expert_count", "is missing or zero in a mixture-of-experts model")
-    return decoder.mixture_from_gguf(keys, _WIDTH_KEY)
+    return decoder.mixture_from_gguf(keys, layers, _WIDTH_KEY)
 
 
 def _experts_of_json(keys: Keys, layers: int) -> decoder.Fields:

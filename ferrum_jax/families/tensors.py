@@ -6,7 +6,7 @@ import functools
 
 import numpy as np
 
-from ferrum_jax.config import Dense, LayerSpec, Mixture, ModelConfig
+from ferrum_jax.config import Attention, Dense, LayerSpec, Mixture, ModelConfig
 from ferrum_jax.families.table import GgufRows, Part, Table, Tensor
 
 _IGNORED = r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
@@ -94,19 +94,20 @@ def sizes(config: ModelConfig, spec: LayerSpec | None) -> dict[str, int]:
     """Of the axes above; heads and kv_heads are as many rows as all heads together have."""
     found = {"vocab": config.vocab_size, "hidden": config.hidden_size}
     if spec is None:
-        return found | {"rotated": max(layer.mixer.rope.dim for layer in config.layers) // 2}
+        return found | {"rotated": max(mixer.rope.dim for mixer in config.attentions) // 2}
     mixer, feed_forward = spec.mixer, spec.feed_forward
-    found |= {"heads": mixer.num_heads * mixer.head_dim, "kv_heads": mixer.num_kv_heads * mixer.head_dim}
+    if isinstance(mixer, Attention):
+        head = mixer.head_dim
+        found |= {"heads": mixer.num_heads * head, "kv_heads": mixer.num_kv_heads * head, "head": head}
     if isinstance(feed_forward, Mixture):
-        found |= {"expert": feed_forward.num_experts, "expert_width": feed_forward.width}
-    else:
-        found |= {"width": feed_forward.width}
-    return found | {"head": mixer.head_dim}
+        return found | {"expert": feed_forward.num_experts, "expert_width": feed_forward.width}
+    return found | {"width": feed_forward.width}
 
 
 @functools.lru_cache
 def interleaved_rows(spec: LayerSpec, rows: int) -> np.ndarray:
     """Where each row of half-split heads lies in a file for interleaved rotation, which stores rotated pairs side by side."""
+    assert isinstance(spec.mixer, Attention)
     width, rotated = spec.mixer.head_dim, spec.mixer.rope.dim
     head = np.arange(width)
     head[:rotated] = head[:rotated].reshape(-1, 2).T.reshape(-1)

@@ -167,7 +167,7 @@ def run_layers(
 
 def _shape(config: ModelConfig) -> LayerShape:
     """What the first layer and the first mixture say, and how many kinds of either there are."""
-    mixers = list(dict.fromkeys(spec.mixer for spec in config.layers))
+    mixers = list(dict.fromkeys(config.attentions))
     mixtures = list(dict.fromkeys(spec.feed_forward for spec in config.layers if isinstance(spec.feed_forward, Mixture)))
     shape = LayerShape(mixers[0].head_dim, config.rms_norm_eps, mixers[0].window, kinds=max(len(mixers), len(mixtures)))
     if not mixtures:

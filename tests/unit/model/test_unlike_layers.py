@@ -4,6 +4,7 @@ import collections
 import dataclasses
 from pathlib import Path
 
+import gguf
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,12 +12,15 @@ import pytest
 
 from ferrum_jax import functional as F
 from ferrum_jax.config import Attention, Dense, LayerSpec, Mixture, ModelConfig, Rope, RopeScaling
+from ferrum_jax.families.qwen3 import QWEN3
+from ferrum_jax.files.metadata import plain
 from ferrum_jax.models import decoder
 from ferrum_jax.models.rope import rope_frequencies
 from ferrum_jax.models.scan import layer_segments
 from ferrum_jax.quantized import LayerStack, QuantizedTensor
 from ferrum_jax.state import page_kinds
 from ferrum_jax.weights import orbax
+from ferrum_jax.weights.gguf import open_gguf
 from ferrum_jax.weights.names import parameters as parameter_table
 from ferrum_jax.weights.opening import open_model
 from ferrum_jax.weights.stream import read_parameters
@@ -203,6 +207,49 @@ def test_parameters_of_several_shapes_are_saved_and_read(tmp_path: Path) -> None
         forward(each, F.new_cache(config, num_pages=2), batch(tokens, 0, 20), config=config)[0] for each in (params, again)
     ]
     assert np.array_equal(*map(np.asarray, results))
+
+
+def write_gguf(path: Path, config: ModelConfig, layers: list[dict[str, np.ndarray]], embedding: np.ndarray) -> None:
+    """With gguf-py: of heads and widths an array, as converters write them."""
+    writer = gguf.GGUFWriter(path, "qwen3")
+    writer.add_block_count(config.num_layers)
+    writer.add_context_length(config.context_length)
+    writer.add_embedding_length(HIDDEN)
+    writer.add_head_count([mixer.num_heads for mixer in config.attentions])
+    writer.add_head_count_kv([mixer.num_kv_heads for mixer in config.attentions])
+    writer.add_key_length(config.head_dim)
+    writer.add_feed_forward_length([spec.feed_forward.width for spec in config.layers])
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_theta)
+    names = {tensor.path[-1]: tensor.name for tensor in QWEN3.tensors.layer}
+    tensors = {f"blk.{i}.{names[name]}": array for i, layer in enumerate(layers) for name, array in layer.items()}
+    tensors |= {"token_embd.weight": embedding, "output_norm.weight": np.ones(HIDDEN)}
+    for name, array in tensors.items():
+        writer.add_tensor(name, array.astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.mark.slow
+def test_a_gguf_file_has_heads_and_widths_for_each_layer(tmp_path: Path) -> None:
+    rng = np.random.default_rng(8)
+    heads, kv_heads, widths = (4, 8, 2, 4), (2, 2, 1, 2), (48, 64, 48, 96)
+    specs = [LayerSpec(Attention(*n, 16, WIDE), Dense(width)) for *n, width in zip(heads, kv_heads, widths, strict=True)]
+    config = dataclasses.replace(configure(specs), rms_norm_eps=float(np.float32(1e-6)))  # as a file has it
+    layers = [matrices(spec, rng) for spec in config.layers]
+    embedding = rng.normal(0, 1, (VOCAB, HIDDEN)).astype(np.float32).astype(np.float64)
+    write_gguf(tmp_path / "model.gguf", config, layers, embedding)
+    with open_gguf(tmp_path / "model.gguf") as source:
+        assert source.config() == config
+        params = read_parameters(source, parameter_table(source, config), jax.devices()[0])
+        keys = plain(QWEN3.to_gguf(config, "here"))
+        assert QWEN3.read_gguf(keys, source.tensors, "here") == config
+    tokens = rng.integers(0, VOCAB, 20).astype(np.int32)
+    logits, _ = forward(params, F.new_cache(config, num_pages=2), batch(tokens, 0, 20), config=config)
+    wanted, _ = reference(config, layers, embedding, tokens)
+    assert not np.abs(np.asarray(logits) - wanted).max() > 1e-3 and wanted.std() > 1
 
 
 def test_routing_is_that_of_the_layers_with_experts() -> None:

@@ -63,14 +63,11 @@ def test_which_layers_have_the_window(pattern, windows, tmp_path):
         ("llama.rope.scaling.type", ("longrope", T.STRING)),
         ("llama.expert_gating_func", (2, T.UINT32)),
         ("llama.expert_shared_count", (1, T.UINT32)),
-        ("llama.attention.head_count_kv", (np.array([2, 1], np.uint32), T.ARRAY)),
         ("llama.attention.value_length", (8, T.UINT32)),
         ("general.architecture", ("gpt2", T.STRING)),
     ],
 )
 def test_a_feature_that_is_not_there_is_named(key, value, tmp_path):
-    if isinstance(value[0], np.ndarray):
-        value = (value[0].tolist(), T.ARRAY)
     path = write_tiny_llama(tmp_path / "model.gguf", metadata={key: value})
     with pytest.raises(fj.UnsupportedModelError, match=r"model\.gguf: "):
         validate(path)
@@ -97,6 +94,29 @@ def test_a_feature_that_is_not_there_is_named(key, value, tmp_path):
 def test_a_value_that_cannot_be_is_named(key, value, tmp_path):
     path = write_tiny_llama(tmp_path / "model.gguf", metadata={key: value})
     with pytest.raises(fj.ModelFileError, match=r"model\.gguf"):
+        validate(path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        ({"head_count_kv": [2, 3]}, "head_count_kv: 3 of layer 1 does not divide attention.head_count 4"),
+        ({"head_count": [4, 0]}, "head_count: the value of layer 1 is 0; it must be from 1 to 65536"),
+        ({"head_count": [4, 4, 4]}, "head_count: has 3 values; it must have one for each of the 2 layers"),
+        ({"head_count": [4.0, 4.0]}, r"head_count: the value of layer 0 must be an integer, not 4\.0"),
+        (
+            {"head_count": [4, 2], "key_length": None},
+            "key_length: is missing, and attention.head_count differs from layer to layer",
+        ),
+        ({"head_count": [4, 8]}, r"tensor blk\.1\.attn_q\.weight"),
+    ],
+)
+def test_a_number_of_a_layer_that_cannot_be_is_named(changes, error, tmp_path):
+    metadata = {
+        f"llama.attention.{key}": (value, T.ARRAY) if isinstance(value, list) else value for key, value in changes.items()
+    }
+    path = write_tiny_llama(tmp_path / "model.gguf", metadata=metadata)
+    with pytest.raises(fj.ModelFileError, match=rf"model\.gguf: .*{error}"):
         validate(path)
 
 
