@@ -7,8 +7,10 @@ together.
 
 import fcntl
 import functools
+import gc
 import json
 import os
+import signal
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -23,6 +25,8 @@ from support import ROOT, TESTS  # noqa: E402
 
 sys.path.append(str(ROOT))  # benchmarks and training; after site-packages: ferrum_jax is the one that is installed
 
+MAPS = 16_000  # of the 65,530 memory maps that Linux allows a process; XLA takes some for every compiled program
+
 SLOW = ("aot", "native", "real")  # whole folders: compilers for other devices, sanitizers, models of 100 MB and more
 
 
@@ -34,6 +38,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # of a shell's background job; some tests interrupt themselves
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if file := config.getoption("--durations-file"):
         config.pluginmanager.register(Durations(file))
 
@@ -88,6 +94,18 @@ def kernels_are_built(nothing_kept: None) -> None:
     from pallas_kernels import native
 
     native.prepare()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_programs() -> Iterator[None]:
+    """Drops the programs that JAX keeps before there are more than a process can map: XLA then ends the process."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > MAPS:
+        import jax
+
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")

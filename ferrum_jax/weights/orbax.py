@@ -156,13 +156,25 @@ def _quiet() -> Iterator[None]:
         yield
         sys.unraisablehook = hook  # after a failure writes may still end, and find their loop closed
     except ValueError as error:
-        if found := re.search(r"\[os_error_code='(\d+)'\]", str(error)):
-            raise OSError(int(found[1]), os.strerror(int(found[1]))) from None
+        if code := _os_error_code(error):
+            for logger in loggers:
+                logger.addFilter(_is_not_of_a_write)  # stays: a failed task is logged when the last thread lets go of it
+            raise OSError(code, os.strerror(code)) from None
         raise
     finally:
         gc.collect()  # tasks that failed are logged when they go
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+def _os_error_code(error: object) -> int:
+    """The errno in the message of a write that TensorStore could not do; 0 if there is none."""
+    found = re.search(r"\[os_error_code='(\d+)'\]", str(error))
+    return int(found[1]) if found else 0
+
+
+def _is_not_of_a_write(record: logging.LogRecord) -> bool:
+    return not (record.exc_info and _os_error_code(record.exc_info[1]))
 
 
 def _stacks(params: dict) -> Iterator[tuple[Stack, tuple[Any, ...]]]:
