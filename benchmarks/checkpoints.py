@@ -2,9 +2,9 @@
 
     python -m benchmarks.checkpoints MODEL.gguf
 
-All files are in the page cache and every read goes to fresh memory. The three are taken in turns; the result holds the best of
-each, as what disturbs a read only ever slows it. Checks of the same run: the Orbax checkpoint loads as the same parameters,
-and the error of what was quantized is that of its format.
+All files are in the page cache and every read goes to fresh memory. The three are measured in turn; the result holds the best
+of each, because disturbances only ever slow a read. The same run checks that the Orbax checkpoint loads as the same parameters,
+and that quantized weights are off by what their format explains.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ FORMATS = ("Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q4_0", "IQ4_NL")
 
 
 def plain_read(path: Path) -> float:
-    """Bytes a second."""
+    """Bytes per second."""
     begin = time.perf_counter()
     out = np.empty(path.stat().st_size, np.uint8)
     with path.open("rb", buffering=0) as file:
@@ -43,7 +43,7 @@ def plain_read(path: Path) -> float:
 
 
 def load(path: Path) -> tuple[float, Any]:
-    """Bytes of weights a second, from the checked header to arrays on the device, and the arrays."""
+    """Bytes of weights loaded per second, from the checked header to arrays on the device, and the arrays."""
     with open_model(path) as source:
         _, places, _ = check(source)
         begin = time.perf_counter()

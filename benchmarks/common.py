@@ -1,8 +1,8 @@
 """What the benchmarks share: a description of the machine, samples taken while it is quiet, and result files.
 
-Benchmarks are run on machines that other work shares, and other work on the same cores changes ratios, not only
-times. So every sample is preceded by a wait for quiet, comes with the number of cores that other processes used
-meanwhile, and is taken again if that was too many; the largest number that remained is published.
+Benchmarks run on shared machines, and other work on the same cores changes ratios, not only times. So every sample is preceded
+by a wait for quiet, records how many cores other processes used meanwhile, and is repeated if that was too many; the largest
+number that remained is published.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 TEXT = ROOT / "tests" / "goldens" / "real" / "text.txt"  # about 1,500 words of plain English
 
-QUIET = 0.15  # cores that others may use during a sample
+QUIET = 0.15  # cores that other processes may use during a sample
 _SHOWN_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
 
 
 def machine() -> dict[str, Any]:
-    """The CPU, its cores and instruction sets, and the memory in GiB; nothing that names the host."""
+    """The CPU, its cores and instruction sets, and the memory in GiB; nothing that identifies the host."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     facts = dict(line.replace("\t", "").split(":", 1) for line in lines if ":" in line)
     flags = facts.get("flags", "").split()
@@ -75,13 +75,13 @@ class Load:
 
 
 class Patience:
-    """Seconds that a benchmark may still spend on waiting and on samples taken again; then it takes what it gets."""
+    """Seconds that a benchmark may still spend on waiting and on repeated samples; after that it accepts what it gets."""
 
     left = 60.0
 
 
 def wait_for_quiet() -> None:
-    """Returns when other processes have left the cores alone for half a second, or when patience is spent."""
+    """Returns once other processes have left the cores idle for half a second, or when patience is spent."""
     while Patience.left > 0:
         load = Load()
         time.sleep(0.5)
@@ -93,7 +93,7 @@ def wait_for_quiet() -> None:
 def sample(work: Callable[[], Any], pids: Sequence[int] = ()) -> tuple[float, float, Any]:
     """(seconds, cores that others used meanwhile, result) of `work`: the first quiet try, or the quieter of two.
 
-    `pids`: processes that work for it."""
+    `pids`: processes whose load counts as the work's own."""
     tries: list[tuple[float, float, Any]] = []
     while len(tries) < 2:
         wait_for_quiet()
@@ -108,8 +108,8 @@ def sample(work: Callable[[], Any], pids: Sequence[int] = ()) -> tuple[float, fl
 
 
 def write(name: str, result: dict[str, Any], *packages: str, keep: bool = False) -> None:
-    """Puts a result, with machine and versions, into benchmarks/results/NAME.json. keep: parts that the result lacks stay as
-    they are there; ValueError where they are of another machine, other versions or another model."""
+    """Writes a result, with machine and versions, to benchmarks/results/NAME.json. keep: parts of the existing file that this
+    result lacks are kept; ValueError if they come from another machine, other versions or another model."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
     whole = {"benchmark": name, "machine": machine(), "versions": versions(*packages)} | result

@@ -1,10 +1,10 @@
-"""What compilation costs, and what the second start of a program is spared.
+"""What compilation costs, and how much of it the second start of a program saves.
 
     python -m benchmarks.compile_time [MODEL]
 
-First the program of `functional.generate` for a Qwen3-MoE that exists only as shapes: layers of one format, 4 and 48 of
-them, and 48 layers as llama.cpp's Q4_K_M mixes them; time should go with the number of distinct layer bodies. Then new
-processes that load MODEL and print a token, with an empty compilation cache, and with the cache of that start.
+First the program of `functional.generate` for a Qwen3-MoE that exists only as shapes: layers of one format, 4 and 48 of them,
+and 48 layers as llama.cpp's Q4_K_M mixes them; time should grow with the number of distinct layer bodies. Then new processes
+load MODEL and print a token: first with an empty compilation cache, then with the cache that the first one filled.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def one_format(name: str, layer: int | None, config: ModelConfig) -> str:
 
 
 def compile_once(config: ModelConfig, format_of: FormatOf) -> tuple[float, float, dict[str, int]]:
-    """Seconds of tracing, seconds of XLA, and facts of the program: how many layer bodies, what it aliases."""
+    """Seconds of tracing, seconds in XLA, and facts about the program: how many layer bodies, what it aliases."""
     jax.clear_caches()
     params = shapes(config, dispatch.Target("cpu"), format_of)
     new_cache = functools.partial(functional.new_cache, config, num_pages=(PROMPT + TOKENS) // 16)
@@ -125,7 +125,7 @@ print("done", flush=True)
 
 
 def start_once(code: str, environment: dict[str, str], *arguments: str) -> tuple[float, dict[str, Any]]:
-    """Seconds from starting a process to its first line, and the object that its second line, if any, holds."""
+    """Seconds from starting a process to its first line of output, and the object on its second line, if any."""
     begin = time.perf_counter()
     command = [sys.executable, "-c", code, *arguments]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | environment) as child:

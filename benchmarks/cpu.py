@@ -4,11 +4,12 @@
     python -m benchmarks.cpu MODEL.gguf --name qwen2.5-coder-0.5b
     python -m benchmarks.cpu --synthetic qwen3-moe-600m
 
-    python -m benchmarks.cpu --llama-bench BUILD/bin/llama-bench   # and against that build of llama.cpp
+    python -m benchmarks.cpu --llama-bench BUILD/bin/llama-bench   # also against that build of llama.cpp
 
-For every engine the same clock around the same requests: one token after the prompt is prefill; what `--generate` tokens
-take beyond that is decoding. A build that was named is measured by its own llama-bench, and by the llama-batched-bench
-beside it where there is one. The tokens that were timed are then checked against this package's float32, teacher-forced.
+For every engine the same clock runs around the same requests: generating one token after the prompt is prefill; the further
+time that `--generate` tokens take is decoding. A build given by --llama-bench is measured by its own llama-bench, and by the
+llama-batched-bench in the same folder if there is one. The timed tokens are then checked against this package in float32,
+teacher-forced.
 """
 
 from __future__ import annotations
@@ -51,10 +52,10 @@ def make_prompts(tokenizer: Any, count: int, length: int) -> list[list[int]]:
 
 
 def check(exact: Any, prompt: list[int], tokens: list[int], reference: list[int]) -> dict[str, Any]:
-    """How `tokens`, generated after `prompt`, stand with float32.
+    """How `tokens`, generated after `prompt`, compare with float32.
 
-    equal_tokens: how many at the start are float32's own; gap_at_parting: how far, in float32's logits, the first other
-    token lies below the best one; worst_gap: the same over all tokens, each after the ones before it.
+    equal_tokens: how many at the start are the same as in float32; gap_at_parting: how far the first different token lies below
+    the best one in float32's logits; worst_gap: the largest such gap over all tokens, each after the ones before it.
     """
     [logits] = exact.logits([[*prompt, *tokens[:-1]]])
     rows = logits[len(prompt) - 1 :, : exact.tokenizer.vocab_size]
@@ -68,8 +69,8 @@ def check(exact: Any, prompt: list[int], tokens: list[int], reference: list[int]
 
 
 class Native:
-    """A llama-bench that somebody built, and what it said in each round: tokens a second by (test, batch). It decodes from an
-    empty context, llama-batched-bench behind the prompt."""
+    """A native build's llama-bench, and its results in each round: tokens per second by (test, batch). It decodes from an empty
+    context, llama-batched-bench after the prompt."""
 
     def __init__(self, program: Path, path: Path, threads: int, prompt_len: int, gen_len: int, batches: list[int]):
         self.sizes = prompt_len, gen_len, batches

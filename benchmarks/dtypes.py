@@ -2,8 +2,8 @@
 
     python -m benchmarks.dtypes smollm2:135m qwen2.5-coder-0.5b=PATH.gguf
 
-A model is NAME=SOURCE, or a source alone. The check is transformers' perplexity of the same windows on exactly
-dequantized weights, from tests/goldens/real, for the models whose text has the same ids there.
+A model is NAME=SOURCE, or a source alone. The check is transformers' perplexity of the same windows on exactly dequantized
+weights, from tests/goldens/real, for the models whose token ids of the text are the same there.
 """
 
 from __future__ import annotations

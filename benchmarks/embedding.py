@@ -3,8 +3,8 @@
     pip install sentence-transformers
     python -m benchmarks.embedding PATH_OF_ALL_MINILM_L6_V2
 
-Texts of 4 to 200 words cut from an English text, in float32 on all cores; each round embeds all of them once with each of
-the two. Check: the largest difference between the two's vectors, which have length 1.
+Texts of 4 to 200 words cut from an English text, in float32 on all cores; each round embeds all of them once with each library.
+Check: the largest difference between the vectors of the two, which have length 1.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import ferrum_jax as fj
 from benchmarks import common
 
 ROUNDS, BOUND = 5, 1e-5
-TEXTS = {"short": (4, 30, 512), "long": (60, 200, 128)}  # words, at least and at most, and how many
+TEXTS = {"short": (4, 30, 512), "long": (60, 200, 128)}  # fewest and most words, number of texts
 
 
 def texts(least: int, most: int, count: int) -> list[str]:
@@ -42,7 +42,7 @@ def measure(path: Path, rounds: int) -> list[dict[str, Any]]:
     rows = []
     for kind, (least, most, count) in TEXTS.items():
         given = texts(least, most, count)
-        vectors = {name: embed(given) for name, embed in programs.items()}  # compiles, and warms up
+        vectors = {name: embed(given) for name, embed in programs.items()}  # compiles and warms up
         rates: dict[str, list[float]] = {name: [] for name in programs}
         others = 0.0
         for _ in range(rounds):

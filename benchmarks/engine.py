@@ -3,8 +3,8 @@
     python -m benchmarks.engine                    # SmolLM2-135M
     python -m benchmarks.engine MODEL.gguf --quick
 
-Each part times two or more ways of doing the same work in turn and compares their medians; what was computed is checked
-in the same run against this package's float32. Requests all come at once, and times to the first token count from then.
+Each part times two or more ways of doing the same work in turn and compares their medians; the results are checked in the same
+run against this package's float32. All requests arrive at once, and times to the first token are counted from then.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def greedy(tokens: int) -> fj.SamplingParams:
 
 
 def make_requests(ids: list[int], sizes: Sizes, seed: int = 0) -> list[Ask]:
-    """Runs of English from places all over the text, prompts and outputs of every length up to the longest."""
+    """Passages from all over the text, with prompts and outputs of every length up to the longest."""
     rng = np.random.default_rng(seed)
     lengths = rng.integers(16, sizes.prompt, sizes.requests, endpoint=True)
     starts = rng.integers(0, len(ids) - lengths)
@@ -100,14 +100,14 @@ def follow(engine: fj.Engine, requests: list[fj.Request], begin: float) -> list[
 
 
 def together(engine: fj.Engine, asks: list[Ask], params: Callable[[int], fj.SamplingParams] = greedy) -> list[Answer]:
-    """All requests at once; nothing of earlier ones is kept."""
+    """All requests at once; nothing is kept from earlier ones."""
     engine.reset()
     begin = time.perf_counter()
     return follow(engine, [engine.submit(ask.prompt, params(ask.tokens)) for ask in asks], begin)
 
 
 def one_by_one(engine: fj.Engine, asks: list[Ask]) -> list[Answer]:
-    """Each request when the one before is finished, so that nothing waits inside the engine."""
+    """Each request starts when the one before has finished, so that nothing waits inside the engine."""
     engine.reset()
     begin = time.perf_counter()
     return [follow(engine, [engine.submit(ask.prompt, greedy(ask.tokens))], begin)[0] for ask in asks]
@@ -185,8 +185,8 @@ def throughput(path: Path, models: dict[str, Any], asks: list[Ask], sizes: Sizes
 def check_all(
     exact: Any, asks: list[Ask], made: list[list[int]], reference: list[list[int]], known: dict[tuple, dict[str, Any]]
 ) -> dict[str, Any]:
-    """How many requests have the tokens of `reference`, float32's one by one, and how far any token lies below float32's
-    best. `known`: what was found before."""
+    """How many requests have exactly the tokens of `reference` (float32, one request at a time), and how far any token lies
+    below float32's best. `known`: a cache of earlier checks."""
     checks = []
     for i, (ask, tokens, expected) in enumerate(zip(asks, made, reference, strict=True)):
         key = i, *tokens
@@ -197,7 +197,7 @@ def check_all(
     return {"requests": len(checks), "equal_requests": equal, "worst_gap": max(one["worst_gap"] for one in checks)}
 
 
-# The host's part of a step
+# Host time of a step
 
 
 @contextlib.contextmanager
@@ -226,9 +226,9 @@ def stopwatch(targets: dict[str, tuple[Any, str]]) -> Iterator[dict[str, list[fl
 
 
 def host_time(model: Any, name: str, ids: list[int], rows: int, dispatches: int, at_once: int | None) -> dict[str, Any]:
-    """Host seconds of decode steps of `rows` rows, as the engine counts them, `at_once` steps a dispatch (None: as many as the
-    engine likes); and the part of that which is this thread's CPU time, by stage. The device computes on the same cores, and
-    the host may have to wait for one."""
+    """Host seconds of decode steps of `rows` rows, as the engine counts them, with `at_once` steps per dispatch (None: the
+    engine chooses), and this thread's wall and CPU time by stage. The device computes on the same cores, so the host may have
+    to wait for one."""
     tokens = 3 + dispatches * (at_once or MAX_STEPS)
     config = fj.EngineConfig(
         page_size=PAGE, num_pages=-(-(tokens + 32) // PAGE) * rows, max_seqs=rows, steps_per_dispatch=at_once
@@ -275,7 +275,8 @@ def host_time(model: Any, name: str, ids: list[int], rows: int, dispatches: int,
 
 
 def host_times(models: dict[str, Any], name: str, ids: list[int], dispatches: int) -> list[dict[str, Any]]:
-    """Of the model, whose weights take the caches from the host; and of one so small that the device is never waited for."""
+    """For the model, whose weights push the host's data out of the caches, and for one so small that the host never waits for
+    the device."""
     found = [host_time(model, name, ids, rows, dispatches, 1) for model in models.values() for rows in (16, 32)]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"{SMALL}.gguf"
@@ -289,7 +290,7 @@ def host_times(models: dict[str, Any], name: str, ids: list[int], dispatches: in
 
 
 def prefix_cache(engine: fj.Engine, prompt: list[int], rounds: int) -> dict[str, Any]:
-    """Time to the first token of a prompt that is new and of the same prompt again."""
+    """Time to the first token of a new prompt, and of the same prompt repeated."""
     times: dict[str, list[float]] = {"first": [], "repeated": []}
     loads, tokens, saved = [], [], 0
     for _ in range(rounds):
@@ -317,8 +318,8 @@ def prefix_cache(engine: fj.Engine, prompt: list[int], rounds: int) -> dict[str,
 
 
 def speculation(model: Any, ids: list[int], sizes: Sizes) -> list[dict[str, Any]]:
-    """With and without drafts. Repetitive: a paragraph of the text twice and the beginning of a third time, which a greedy
-    model goes on copying. Other: English at temperature 1."""
+    """With and without drafts. Repetitive: a paragraph of the text, twice and the beginning a third time, which a greedy model
+    continues to copy. Other: English at temperature 1."""
     context = 1024
     engines = {count: make_engine(model, 4, context, speculation=count) for count in (0, SPECULATION)}
     part = sizes.speculated + 32
@@ -419,7 +420,7 @@ def kv_dtypes(model: Any, ids: list[int], sizes: Sizes) -> dict[str, Any]:
 
 
 def measure(path: Path, name: str, sizes: Sizes, only: Sequence[str]) -> dict[str, Any]:
-    """The parts that are named in `only`, or all."""
+    """The parts named in `only`, or all."""
     threads = len(os.sched_getaffinity(0))
     models = {dtype: fj.load(path, dtype=dtype) for dtype in DTYPES}
     exact = models["float32"]

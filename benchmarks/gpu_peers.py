@@ -2,11 +2,11 @@
 
     python -m benchmarks.gpu_peers [--llama-cpp FOLDER] [--out FOLDER]
 
-transformers: Qwen3MoeForCausalLM in bfloat16, random weights made on the device, static KV cache, its grouped (and for
-few rows batched) experts, as written and compiled by torch with CUDA graphs. llama.cpp: its CUDA backend on a synthetic
-Q4_K_M file, by llama-batched-bench, which prints speeds alone. FOLDER holds that program or llama.cpp's sources; the
-device machine needs nvcc and cmake for the latter, and the `gguf` package to make the file. What cannot be measured
-gets a row that says why. `--rehearse` runs transformers at small shapes on the CPU.
+transformers: Qwen3MoeForCausalLM in bfloat16 with random weights made on the device, a static KV cache and its grouped (for few
+rows: batched) experts, both eager and compiled by torch with CUDA graphs. llama.cpp: its CUDA backend on a synthetic Q4_K_M
+file, by llama-batched-bench, which prints speeds only. FOLDER holds that program or llama.cpp's sources; building them needs
+nvcc and cmake on the device machine, and making the file needs the `gguf` package. What cannot be measured gets a row that says
+why. `--rehearse` runs transformers at small shapes on the CPU.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def emit(kind: str, value: Any) -> None:
     print("@" + json.dumps({kind: value}), flush=True)
 
 
-# transformers, in a process of its own
+# transformers, in a separate process
 
 
 class Transformers:
@@ -71,7 +71,7 @@ class Transformers:
         self.can_choose = hasattr(self.model, "set_experts_implementation")
 
     def experts(self, implementation: str) -> None:
-        """Which of its ways to multiply experts the model takes; an error where this version has no such choice."""
+        """Sets how the model multiplies its experts; an error if this version of transformers does not offer the choice."""
         if not self.can_choose:
             raise RuntimeError("this version of transformers cannot choose how experts are multiplied")
         self.model.set_experts_implementation(implementation)
@@ -118,7 +118,7 @@ class Transformers:
         yield {"value": statistics.median(rates), "samples": common.summary(rates, 1)}
 
     def decode(self, rows: int, compile: bool) -> Iterator[dict]:
-        """Steps of `rows` rows from the context on; compiled, its tokens are held against the ones of the plain model."""
+        """Decode steps of `rows` rows after the context; a compiled model's tokens are compared with those of the eager one."""
         steps, begin = self.sizes.steps, time.perf_counter()
         prompt = self.tokens(rows, self.sizes.context)
 
@@ -136,7 +136,7 @@ class Transformers:
         row: dict[str, Any] = {"batch": rows, "context": self.sizes.context}
         if compile:
             compiled = self.compiled()
-            run(compiled, 4)  # compiles, records the graph
+            run(compiled, 4)  # compiles and records the graph
             row["compile_s"] = round(time.perf_counter() - begin, 1)
             chosen, taken = run(compiled, steps)
             equal = next((i for i, pair in enumerate(zip(plain, chosen, strict=True)) if pair[0] != pair[1]), steps)
@@ -237,7 +237,7 @@ def batched_bench(program: str, path: Path, prompt: int, tokens: int, rows: int)
 
 
 def measure(out: Path, folder: Path | None, small: bool) -> int:
-    """Runs both, writes what there is after every row; 0 where every row was measured or says why not."""
+    """Runs both and writes the rows so far after each one; 0 if every row was measured or says why not."""
     found: dict[str, Any] = {"benchmark": "gpu-peers", "machine": common.machine(), "versions": {}, "rows": []}
     begin, sizes = time.monotonic(), SMALL if small else REAL
 

@@ -1,6 +1,6 @@
 """Which backend reads a KV cache of which dtype on which device: `python -m benchmarks.kv_table [--compile] [--write]`.
 
-The table is what the dispatcher chooses at the heads of Qwen3-30B-A3B (32 query and 4 KV heads of 128). --compile compiles
+The table shows what the dispatcher chooses for the heads of Qwen3-30B-A3B (32 query and 4 KV heads of 128). --compile compiles
 each cell as well, without the devices; --write puts the table into docs/kernels-attention.md.
 """
 
@@ -45,7 +45,7 @@ def attend(q, cache, tables):
 
 
 def choice(dtype: str, target: dispatch.Target) -> dispatch.Choice:
-    """What the dispatcher takes."""
+    """The backend that the dispatcher takes."""
     _, cache, tables = arguments(dtype, target)
     with dispatch.on(target), dispatch.record() as choices:
         jax.eval_shape(lambda: make_metadata(jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), tables), cache, HEADS).work)
@@ -53,7 +53,7 @@ def choice(dtype: str, target: dispatch.Target) -> dispatch.Choice:
 
 
 def table() -> str:
-    """Markdown: a row for each dtype, a column for each target, and why a kernel is not taken where its target has one."""
+    """Markdown: a row for each dtype, a column for each target, and the reason where a target's kernel is not taken."""
     rows = [["KV dtype", *TARGETS], ["---"] * (1 + len(TARGETS))]
     reasons: dict[str, None] = {}
     for dtype in KV_DTYPES:
@@ -68,7 +68,7 @@ def table() -> str:
 
 
 def written(text: str) -> str:
-    """The page with the table as it is now."""
+    """The page with the current table."""
     before, rest = text.split(BEGIN)
     return before + BEGIN + "\n" + table() + "\n" + END + rest.split(END)[1]
 

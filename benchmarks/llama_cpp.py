@@ -3,8 +3,8 @@
     with LlamaCpp(path, threads=2, context=640) as peer:
         tokens = peer.generate(prompt_ids, 64)
 
-The wheel is built for AVX2 and no further. The child prints one line of JSON when the model is loaded and leaves when
-its standard input ends.
+The wheel uses no instructions beyond AVX2. The child prints one line of JSON when the model is loaded, and exits when its
+standard input ends.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from typing import Any
 
 
 class LlamaCpp:
-    """A server process. `context`: tokens of a slot; `slots`: requests that it serves at once. `pid`; `build`: what the
-    library says about its instruction sets."""
+    """A server process. `context`: tokens of a slot; `slots`: requests that it serves at once. `pid`; `build`: what the library
+    reports about its instruction sets."""
 
     def __init__(self, path: Path, *, threads: int, context: int, slots: int = 1):
         command = [sys.executable, "-m", "benchmarks.llama_cpp", *map(str, (path, threads, context, slots))]
@@ -43,12 +43,12 @@ class LlamaCpp:
         self.process.wait(timeout=60)
 
     def generate(self, prompt: list[int], tokens: int) -> list[int]:
-        """`tokens` greedy token ids after `prompt`, nothing of which is kept from earlier requests."""
+        """`tokens` greedy token ids after `prompt`; nothing is kept from earlier requests."""
         with self._ask(prompt, tokens, stream=False) as reply:
             return self._whole(json.load(reply)["tokens"], tokens)
 
     def stream(self, prompt: list[int], tokens: int) -> tuple[list[int], float]:
-        """The same, and when the first token had come, on the clock of time.perf_counter."""
+        """The same, and when the first token arrived, on the clock of time.perf_counter."""
         times, made = [], []
         with self._ask(prompt, tokens, stream=True) as reply:
             for line in reply:

@@ -2,10 +2,10 @@
 
     python -m benchmarks.make_synthetic OUT.gguf --shape qwen3-30b-a3b
 
-The weights are valid blocks with scales that keep logits finite. Random bytes are slow to make, so the experts are
-runs, from random starts, of a pool of blocks for each format; all other matrices are made afresh. `--mix q4_k_m` is
-llama.cpp's recipe; `q4_k` and so on give every matrix that one format. The tokenizer has the 256 bytes, a few merges
-and special tokens; other ids are made-up words, so any output is text.
+The weights are valid blocks with scales that keep logits finite. Random bytes are slow to make, so experts are copied from a
+pool of blocks per format, in runs that begin at random places; all other matrices are made afresh. `--mix q4_k_m` is
+llama.cpp's recipe; `q4_k` and so on give every matrix that one format. The tokenizer has the 256 bytes, a few merges and
+special tokens; all other ids are made-up words, so any output is text.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ class Blocks:
         return out
 
     def tiled(self, format: str, std: float, nbytes: int) -> np.ndarray:
-        """Runs of the pool from random starts, uint8 [nbytes]."""
+        """Runs of blocks from random places of the pool, uint8 [nbytes]."""
         if (format, std) not in self.pools:
             self.pools[format, std] = self.fresh(format, std, POOL_BYTES)
         pool = self.pools[format, std]

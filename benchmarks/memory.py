@@ -1,10 +1,10 @@
 """Peak memory and speed of loading a file and generating 64 tokens from it, in a separate process.
 
     python -m benchmarks.memory MODEL.gguf --name qwen3-30b-a3b
-    python -m benchmarks.memory MODEL.gguf --name qwen3-30b-a3b --llama-bench BUILD/bin/llama-bench   # in turns with it
+    python -m benchmarks.memory MODEL.gguf --name qwen3-30b-a3b --llama-bench BUILD/bin/llama-bench   # alternating with it
 
 The peak is the kernel's VmHWM, mapped pages included. It should stay below the parameters' bytes + 1.5 GiB. Decoding is
-compared with what reading the weights of a token takes (experts: those a token is expected to choose).
+compared with the time it takes to read the weights of a token (of the experts, as many as a token is expected to choose).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def peak_bytes() -> int:
 
 
 def child(path: str, dtype: str) -> dict[str, Any]:
-    """Loads, generates, and returns what was seen; runs in the measured process."""
+    """Loads, generates and returns the measurements; runs in the measured process."""
     import jax
 
     import ferrum_jax as fj

@@ -1,4 +1,4 @@
-"""Writes docs/performance.md, and README's table of speeds, only from benchmarks/results/*.json.
+"""Writes docs/performance.md and README's table of speeds, from benchmarks/results/*.json alone.
 
 python -m benchmarks.report
 """
@@ -17,7 +17,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "performance.md"
 FRONT = ROOT / "README.md"
 BEGIN, END = "<!-- speed: written by python -m benchmarks.report -->\n", "<!-- end of speed -->\n"
-DISTURBED = 0.3  # if other processes use more cores than this, no ratio between engines is shown
+DISTURBED = 0.3  # cores used by other processes, above which no ratio between engines is shown
 
 HEAD = """# Performance
 

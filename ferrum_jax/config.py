@@ -1,7 +1,7 @@
-"""What a model is, as one frozen value.
+"""The configuration of a model, as one frozen value.
 
-`ModelConfig`, of a decoder, and `EncoderConfig` are hashable and go into jit as static arguments. Families (families/) make
-them of the metadata of a GGUF file or of a config.json.
+`ModelConfig` (of a decoder) and `EncoderConfig` are hashable and are passed to jit as static arguments. Families (families/)
+make them from the metadata of a GGUF file or from a config.json.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class RopeScaling:
     kind: str
     factor: float
     original_context: int = 0
-    attention_factor: float = 1.0  # multiplies cos and sin, the logarithmic term of YaRN included
+    attention_factor: float = 1.0  # multiplies cos and sin, including the logarithmic term of YaRN
     beta_fast: float = 32.0
     beta_slow: float = 1.0
 
@@ -38,7 +38,7 @@ class Rope:
 
 @dataclasses.dataclass(frozen=True)
 class Attention:
-    """A mixer: grouped-query attention. `window` is the number of positions a query sees, itself included (0: all)."""
+    """A mixer: grouped-query attention. `window` is the number of positions that a query sees, including its own (0: all)."""
 
     num_heads: int
     num_kv_heads: int
@@ -49,11 +49,11 @@ class Attention:
 
 @dataclasses.dataclass(frozen=True)
 class Recurrent:
-    """A mixer that recurs. A subclass has its numbers as fields, and its module is in `models.layers.MIXERS`."""
+    """A mixer that recurs. A subclass has its sizes as fields, and its module is in `models.layers.MIXERS`."""
 
     @property
     def kept(self) -> dict[str, tuple[int, ...]]:
-        """What it keeps of a sequence in one layer: float32 arrays, by name their shapes."""
+        """The float32 arrays that it keeps for a sequence in one layer: shapes by name."""
         raise NotImplementedError
 
 
@@ -78,14 +78,14 @@ class Mixture:
 
 @dataclasses.dataclass(frozen=True)
 class LayerSpec:
-    """What one layer is. Layers with equal specs and formats share a compiled body."""
+    """The description of one layer. Layers with equal specs and formats share a compiled body."""
 
     mixer: Attention | Recurrent
     feed_forward: Dense | Mixture
 
 
-# Numbers of layers under the names that they have as keywords and properties of a ModelConfig: the part that has the number,
-# its field, and the value where no layer has such a part.
+# Numbers of layers by their names as keywords and properties of a ModelConfig: the part of a layer that has the number, its
+# field, and the value if no layer has such a part.
 _OF_LAYERS: dict[str, tuple[type, str, Any]] = {
     "num_heads": (Attention, "num_heads", 0),
     "num_kv_heads": (Attention, "num_kv_heads", 0),
@@ -104,7 +104,7 @@ _OF_LAYERS: dict[str, tuple[type, str, Any]] = {
 
 
 def _common(name: str) -> Any:
-    """A property: the number that all layers have that have it at all."""
+    """A property: the number shared by all layers that have it."""
     kind, field, _ = _OF_LAYERS[name]
 
     def common(config: ModelConfig) -> Any:
@@ -120,18 +120,17 @@ def _common(name: str) -> Any:
 
 @dataclasses.dataclass(frozen=True, init=False)
 class ModelConfig:
-    """What is one for the whole decoder, and its layers.
+    """The facts that hold for the whole decoder, and its layers.
 
     `architecture` is its name in GGUF files, `context_length` the most tokens that its positions are made for, `rms_norm_eps`
-    the number inside the root of every RMSNorm (arXiv 1910.07467).
-    `dtype` is the arithmetic of matrix products: "float32", "bfloat16", "float16" or "int8" (float32 that a product may
-    quantize in blocks); norms, softmax, router, residual stream and logits are float32 always. `implementation`: (operation,
-    backend) pairs, the backends of pallas_kernels that are forced.
+    the number inside the root of every RMSNorm (arXiv 1910.07467). `dtype` is the arithmetic of matrix products: "float32",
+    "bfloat16", "float16" or "int8" (float32 that a product may quantize in blocks); norms, softmax, router, residual stream and
+    logits are always float32. `implementation`: (operation, backend) pairs, the forced backends of pallas_kernels.
 
-    A model whose layers are alike is made of keywords instead of `layers`: num_layers, num_heads, num_kv_heads, head_dim,
+    A model whose layers are alike can be made from keywords instead of `layers`: num_layers, num_heads, num_kv_heads, head_dim,
     rope_theta, rope_dim, rope_scaling, sliding_window, intermediate_size (of a dense feed-forward), num_experts,
     experts_per_token, expert_intermediate_size, norm_topk_prob, expert_weights_scale, dense_layers (those without experts).
-    They are properties too, and next to `layers`, as in `dataclasses.replace(config, experts_per_token=2)`, they change
+    They are also properties. Together with `layers`, as in `dataclasses.replace(config, experts_per_token=2)`, they change
     every layer that has such a number.
     """
 
@@ -174,7 +173,7 @@ class ModelConfig:
         if layers is not None and of_layers:
             object.__setattr__(self, "layers", _changed(self, of_layers))
 
-    def __hash__(self) -> int:  # of few parts: jit asks for it at every call
+    def __hash__(self) -> int:  # of few parts, because jit computes it at every call
         return hash((self.architecture, self.hidden_size, self.vocab_size, self.dtype, len(self.layers), self.layers[0]))
 
     num_heads = _common("num_heads")
@@ -216,8 +215,8 @@ class ModelConfig:
         return tuple(sorted(set(range(self.num_layers)) - set(self.expert_layers))) if self.expert_layers else ()
 
     def by_layer(self, name: str) -> Any:
-        """A number of layers, by the name of its property: one value where all layers agree that have it, else a tuple of
-        one for each layer, None for a layer that does not have it."""
+        """A number of layers, by the name of its property: one value if all layers that have it agree, else a tuple with one
+        for each layer, None for a layer without it."""
         kind, field, absent = _OF_LAYERS[name]
         values = {layer: [getattr(part, field) for part in parts(layer) if type(part) is kind] for layer in set(self.layers)}
         found = {value for of_layer in values.values() for value in of_layer}
@@ -236,13 +235,13 @@ class ModelConfig:
 
     @classmethod
     def from_fields(cls, fields: Mapping[str, Any]) -> ModelConfig:
-        """From what `dataclasses.asdict` gave, be it by way of JSON, of this version or of one before there were layers."""
+        """From the result of `dataclasses.asdict`, also after JSON, of this version or of one before `layers` existed."""
         known = dict(fields)
         if "layers" in known:
             known["layers"] = [_decoded((LayerSpec,), layer) for layer in known["layers"]]
         elif known.get("rope_scaling") is not None:
             known["rope_scaling"] = _decoded((RopeScaling,), known["rope_scaling"])
-        return cls(**known | {"implementation": ()})  # which is for one machine
+        return cls(**known | {"implementation": ()})  # forced backends are a choice for one machine
 
     def kv_bytes_per_token(self, itemsize: int) -> int:
         """Bytes of keys and values of one token in all layers, with elements of `itemsize` bytes."""
@@ -250,7 +249,7 @@ class ModelConfig:
 
 
 def parts(value: Any) -> Iterator[Any]:
-    """The dataclasses that a configuration or a part of one is made of, itself first."""
+    """The dataclasses that a configuration or a part of it consists of, itself first."""
     if isinstance(value, tuple):
         for item in value:
             yield from parts(item)
@@ -273,7 +272,7 @@ def _alike(
     dense_layers: Collection[int] = (),
     **of_feed_forward: Any,
 ) -> tuple[LayerSpec, ...]:
-    """Layers that differ in nothing but whether they have experts."""
+    """Layers that differ only in whether they have experts."""
     if not 0 < num_layers <= MOST_LAYERS:
         raise ValueError(f"num_layers is {num_layers}; it must be from 1 to {MOST_LAYERS}")
     attention = Attention(num_heads, num_kv_heads, head_dim, Rope(rope_theta, rope_dim, rope_scaling), sliding_window)
@@ -297,7 +296,7 @@ def _feed_forward(
 
 
 def _changed(config: ModelConfig, of_layers: Mapping[str, Any]) -> tuple[LayerSpec, ...]:
-    """The layers of `config` with other numbers, given as the keywords of ModelConfig."""
+    """The layers of `config` with changed numbers, given as keywords of ModelConfig."""
     of_layers, layers = dict(of_layers), config.layers
     count = of_layers.pop("num_layers", len(layers))
     if count != len(layers):
@@ -327,7 +326,7 @@ _KINDS = {"mixer": (Attention,), "feed_forward": (Dense, Mixture), "rope": (Rope
 
 
 def _decoded(kinds: tuple[type, ...], fields: Mapping[str, Any]) -> Any:
-    """The dataclass, of that kind whose fields these are."""
+    """An instance of the dataclass that has these fields."""
     values = {
         name: value if name not in _KINDS or value is None else _decoded(_KINDS[name], value) for name, value in fields.items()
     }
@@ -343,9 +342,9 @@ def _decoded(kinds: tuple[type, ...], fields: Mapping[str, Any]) -> Any:
 class EncoderConfig:
     """Shapes and constants of one encoder: post-norm layers, learned positions, GELU by the error function.
 
-    `num_types` token types (segments) are known, all tokens of a text are of the first. `pooling` is "mean" or "cls".
-    `context_length` is the number of positions, `text_length` the tokens that a text is cut to unless the caller chooses.
-    `dtype` is the arithmetic of products with weights and `implementation` what backends are forced, as in `ModelConfig`.
+    There are `num_types` token types (segments); all tokens of a text have the first. `pooling` is "mean" or "cls".
+    `context_length` is the number of positions, `text_length` the number of tokens that a text is cut to by default. `dtype` is
+    the arithmetic of products with weights and `implementation` has the forced backends, as in `ModelConfig`.
     """
 
     architecture: str
@@ -365,7 +364,7 @@ class EncoderConfig:
 
     @property
     def layers(self) -> tuple[EncoderConfig, ...]:
-        """What each layer is: all are as this says."""
+        """The description of each layer, which is this configuration for all of them."""
         return (self,) * self.num_layers
 
     @property
@@ -375,7 +374,7 @@ class EncoderConfig:
 
 
 def refuse_encoder(where: object) -> UnsupportedModelError:
-    """The error for an encoder where a model that generates is needed."""
+    """The error for an encoder if a model that generates is needed."""
     return UnsupportedModelError(f"{where}: is an embedding model (BERT), which makes no text and has no logits; use `embed`")
 
 

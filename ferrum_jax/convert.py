@@ -121,7 +121,7 @@ def _metadata(source: ModelSource, config: ModelConfig) -> dict[str, Typed]:
     metadata = source.typed_metadata()
     if f"{config.architecture}.block_count" not in metadata:
         metadata |= {"general.architecture": Typed(config.architecture, "string"), "general.type": Typed("model", "string")}
-        assert source.family.to_gguf is not None  # encoders are refused before
+        assert source.family.to_gguf is not None  # encoders were refused before
         metadata |= source.family.to_gguf(config, str(source.path))
     if "tokenizer.ggml.tokens" not in metadata:
         metadata = {key: entry for key, entry in metadata.items() if not key.startswith("tokenizer.")}
@@ -151,7 +151,7 @@ def _kept(source: ModelSource, name: str, info: TensorInfo) -> TensorInfo:
     """The tensor as the file stores it: norms, biases and routers of other checkpoints become float32 in GGUF."""
     where = f"{info.path}: tensor {source.own_name(name)}"
     tensor, _ = source.family.tensors.find(name)
-    assert tensor is not None  # `check` has found it there
+    assert tensor is not None  # `check` found it in the table
     if tensor.not_in_gguf:
         raise UnsupportedModelError(f"{where}: {tensor.not_in_gguf}")
     if info.order is not None:

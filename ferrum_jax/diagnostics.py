@@ -53,7 +53,7 @@ def trial(dtype: str = "float32") -> list[dispatch.Choice]:
             )
             _compile(product, x, one, index)
             lowered = jax.jit(mixture).lower(x, experts, index, _array((_TOKENS, 2), "int32"), _array((_TOKENS, 2), "float32"))
-            if name == "Q4_K":  # the same backends are chosen for the others, and compiling all of them takes a minute
+            if name == "Q4_K":  # the others get the same backends, and compiling all of them takes a minute
                 lowered.compile()
         _compile(lambda x: route(x, x[:, 0] > 0, 2), _array((_TOKENS, _SIZE), "float32"))
 

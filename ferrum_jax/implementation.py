@@ -1,6 +1,6 @@
-"""Backends that the user forces: named at loading, kept in the configuration, and so part of every program's key.
+"""Backends that the user forces: named when loading, kept in the configuration, and so part of every program's key.
 
-Whether they can serve the model is found out before a weight is read, by tracing a step over abstract weights.
+A step is traced over abstract weights to find out, before any weights are read, whether they can serve the model.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from ferrum_jax.runtime import PAGE
 from ferrum_jax.state import new_cache
 from pallas_kernels import dispatch, operations
 
-_TOKENS = (1, 64)  # of a step of decoding and of one that reads a prompt
+_TOKENS = (1, 64)  # of a decoding step, and of one that reads a prompt
 
 
 def checked_implementation(implementation: Mapping[str, str] | None) -> tuple[tuple[str, str], ...]:
-    """As a configuration stores it. Raises ValueError if it is not a mapping or has an unknown name."""
+    """The backends as a configuration stores them. Raises ValueError if they are not a mapping or have an unknown name."""
     if implementation is None:
         return ()
     if not isinstance(implementation, Mapping):
@@ -36,8 +36,8 @@ def checked_implementation(implementation: Mapping[str, str] | None) -> tuple[tu
 
 
 def require_implementation(config: Any, params: Any, kv_dtype: str, target: dispatch.Target) -> None:
-    """ValueError where a forced backend cannot serve the model or the model has no use for it. config: of any family;
-    params: may be abstract."""
+    """Raises ValueError if a forced backend cannot serve the model or the model does not use it. config: of any family; params:
+    may be abstract."""
     embeds = families.of_architecture(config.architecture, "implementation").embeds
     with dispatch.on(target), dispatch.record() as choices:
         for tokens in _TOKENS:

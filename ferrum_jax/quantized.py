@@ -1,8 +1,8 @@
-"""Compressed tensors as pytrees, and `linear` and `grouped_linear`, the one way from the model into the kernels.
+"""Compressed tensors as pytrees, and `linear` and `grouped_linear`, the only way from the model to the kernels.
 
-A `QuantizedTensor` is one array of stored blocks and, static beside it, the name of their format. Layers of a model are
-stacked; where a file mixes formats, a `LayerStack` holds one stack for each format and knows in which of them each layer
-is. Nobody slices a layer out: a `Layer` travels to the operation, which reads the blocks where they are.
+A `QuantizedTensor` consists of arrays of stored blocks and, as a static field, the name of their format. Layers of a model are
+stacked; if a file mixes formats, a `LayerStack` holds one stack per format and the format of each layer. A layer is never
+sliced out: the operation gets a `Layer` and reads its blocks in place.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class QuantizedTensor:
 
     @classmethod
     def of(cls, stored: jax.Array, format: str, *, vectors: bool = False) -> QuantizedTensor:
-        """From blocks in file order, [*stack, rows, stored width] of the dtype `format_of(format).storage`."""
+        """Made from blocks in file order, [*stack, rows, stored width] of the dtype `format_of(format).storage`."""
         known = format_of(format)
         columns = stored.shape[-1] * known.storage.itemsize // known.block_bytes * known.block_size
         return cls((stored,), format, "ggml", (columns,) if vectors else (stored.shape[-2], columns))
@@ -61,7 +61,7 @@ class QuantizedTensor:
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """Layer number `first + step * period`: `first` and `period` are known while tracing, `step` may be a scan's counter.
+    """The layer `first + step * period`: `first` and `period` are known while tracing, `step` may be a scan's counter.
 
     Within one scan the layers at the same place of each period have the same spec and formats.
     """
@@ -86,7 +86,7 @@ class Layer:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LayerStack:
-    """One parameter of all layers. `formats[l]` names the format of layer l ("" where the layer has no such parameter);
+    """One parameter of all layers. `formats[l]` names the format of layer l ("" if the layer does not have the parameter);
     `stacks[format]` holds the layers of that format in order, layer axis first."""
 
     stacks: dict[str, QuantizedTensor]
@@ -119,11 +119,9 @@ def linear(
     """Rows times a transposed matrix, which stays in its blocks. Differentiable with respect to x.
 
     Args:
-      x: [tokens, columns]; its dtype is the arithmetic, but for "int8".
-      stack: the matrix, or those of all layers.
-      layer: which one, for a stack of layers.
-      arithmetic: "int8" or "int8x2", as of `quantized_matmul`.
-      implementation: the backend to take, as of `quantized_matmul`.
+      x: [tokens, columns]; its dtype is the arithmetic, except for "int8". stack: the matrix, or those of all layers. layer:
+      which one, for a stack of layers. arithmetic: "int8" or "int8x2", as for `quantized_matmul`. implementation: the backend
+      to take, as for `quantized_matmul`.
 
     Returns:
       float32 [tokens, rows].
@@ -141,7 +139,7 @@ def linears(
     arithmetic: str = "",
     implementation: Implementation = None,
 ) -> list[jax.Array]:
-    """`linear` with several matrices that share x, in one launch where the device can."""
+    """`linear` with several matrices that share x, in one launch if the device can."""
     return quantized_matmuls(x, [operand(stack, layer) for stack in stacks], arithmetic, implementation)
 
 
@@ -163,11 +161,9 @@ def grouped_linear(
     """Rows, sorted by expert, times the transposed matrix of their expert. Differentiable with respect to x.
 
     Args:
-      x: [m, columns].
-      group_sizes: int32 [experts], rows of each expert; rows beyond their sum give zero.
-      stack: the experts, or those of all layers.
-      layer: which one, for a stack of layers.
-      implementation: the backend to take, as of `grouped_matmul`.
+      x: [m, columns]. group_sizes: int32 [experts], rows of each expert; rows beyond their sum give zero. stack: the experts,
+      or those of all layers. layer: which one, for a stack of layers. implementation: the backend to take, as for
+      `grouped_matmul`.
 
     Returns:
       float32 [m, rows].
@@ -191,14 +187,14 @@ def mixture(
 ) -> jax.Array:
     """The weighted sum of each token's experts, each down(silu(gate x) * up x): float32 [tokens, columns].
 
-    x [tokens, columns]; expert_ids int32 and expert_weights float32 [tokens, top_k], the id `num_experts` where there is none.
+    x [tokens, columns]; expert_ids int32 and expert_weights float32 [tokens, top_k]; the id `num_experts` means no expert.
     """
     gates, ups, downs = (operand(stack, layer) for stack in (gate, up, down))
     return expert_ffn(x, expert_ids, expert_weights, gates, ups, downs, arithmetic, implementation)
 
 
 def operand(stack: Stack, layer: Layer | None) -> Matrix:
-    """The matrix (or the experts) of one layer, where it lies."""
+    """The matrix (or the experts) of one layer, in its stack."""
     if isinstance(stack, QuantizedTensor):
         return stack.operand()
     if layer is None:
@@ -208,11 +204,11 @@ def operand(stack: Stack, layer: Layer | None) -> Matrix:
 
 
 def _from_json(data: bytes) -> tuple:
-    """Static fields as they were: JSON lists are tuples."""
+    """Static fields restored from JSON, whose lists become tuples."""
     return tuple(tuple(field) if isinstance(field, list) else field for field in json.loads(bytes(data)))
 
 
-for _kind in (QuantizedTensor, LayerStack):  # so that a step over them survives jax.export
+for _kind in (QuantizedTensor, LayerStack):  # so that a step with them survives jax.export
     export.register_pytree_node_serialization(
         _kind,
         serialized_name=f"ferrum_jax.{_kind.__name__}",

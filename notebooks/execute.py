@@ -3,10 +3,10 @@
     python notebooks/execute.py [NAME ...]   executes these, or all; renders every one
     python notebooks/execute.py --render     renders only: after a change of text
 
-The idea: outputs belong to code. A cell that was executed carries the digest of its
-source and of all code before it, so a notebook whose code was changed afterwards is
-found by comparing digests, without running anything. The first code cell is install.py
-with the address of the repository and the range of JAX that pyproject.toml has.
+The idea: outputs belong to code. An executed cell carries the digest of its source and
+of all code before it, so a notebook whose code was changed afterwards is detected by
+comparing digests, without running anything. The first code cell is install.py with the
+address of the repository and the range of JAX that pyproject.toml has.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ ADDRESS = re.compile(r'(?<=ferrum-jax @ git\+)https://[^"\s]+')  # in pages
 
 
 def facts() -> dict[str, str]:
-    """REPOSITORY, with /OWNER/ in it where there is none, and JAX."""
+    """REPOSITORY, with /OWNER/ in it if it is a placeholder, and JAX."""
     text = (FOLDER.parent / "pyproject.toml").read_text(encoding="utf-8")
     project = tomllib.loads(text)["project"]
     jax = next(each for each in project["dependencies"] if re.match("jax[<>=]", each))
@@ -51,12 +51,13 @@ def install_cell() -> str:
 
 
 def code_cells(notebook: NotebookNode) -> list[NotebookNode]:
-    """In their order."""
+    """The code cells, in order."""
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
 
 def digests(notebook: NotebookNode) -> list[str]:
-    """For each code cell, of its source and all code before it, without install.py."""
+    """For each code cell the digest of its source and all code before it, without
+    install.py."""
     digest, found = hashlib.sha256(), [""]
     for cell in code_cells(notebook)[1:]:
         digest.update(cell.source.encode() + b"\0")
@@ -66,7 +67,7 @@ def digests(notebook: NotebookNode) -> list[str]:
 
 def faults(notebook: NotebookNode, host: str = "") -> list[str]:
     """Outputs that are stale, failed, or show the machine that they were made on: paths
-    and, where it is given, its name."""
+    and, if given, its name."""
     wrong = []
     cells = zip(code_cells(notebook), digests(notebook), strict=True)
     for number, (cell, digest) in enumerate(cells, 1):
@@ -88,7 +89,7 @@ def faults(notebook: NotebookNode, host: str = "") -> list[str]:
 def execute(notebook: NotebookNode) -> None:
     """Runs all cells and keeps their outputs, but none of a cell tagged no-output, such
     as one that prints speeds. Standard error is printed and not kept."""
-    os.environ["FERRUM_JAX_PROGRESS"] = "0"  # what comes and goes is no output
+    os.environ["FERRUM_JAX_PROGRESS"] = "0"  # a line that disappears is not an output
     before, folder = notebook.metadata.copy(), {"metadata": {"path": str(FOLDER)}}
     NotebookClient(notebook, resources=folder, record_timing=False).execute()
     notebook.metadata = before
@@ -142,7 +143,7 @@ def origin(name: str) -> str:
 
 
 def text_of(output: NotebookNode) -> str:
-    """What an output has as text."""
+    """The text of an output."""
     return output.get("text") or output.get("data", {}).get("text/plain", "")
 
 

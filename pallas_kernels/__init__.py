@@ -1,4 +1,4 @@
-"""Operations over compressed weights and paged caches: contracts, plain-JAX references, ordered backends.
+"""Operations on compressed weights and paged caches: contracts, references in plain JAX, ordered backends.
 
-Knows arrays and block formats, nothing of models. Depends on jax alone.
+Deals with arrays and block formats, not with models, and depends on jax alone.
 """

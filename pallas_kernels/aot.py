@@ -1,9 +1,9 @@
-"""Compile for an accelerator that is not there.
+"""Compiles for an accelerator that is not there.
 
-A topology description stands in for the device: XLA, Triton and Mosaic run in full, limits of shared memory, VMEM and
-HBM are enforced, and `memory_analysis()` of the result is the real one. Nothing is run. It takes the wheels of the `aot`
-extra, none of which needs a driver: for CUDA jax's plugin (of jax's own version), ptxas and libdevice, for TPU libtpu.
-A process that had no accelerator to begin with should set `JAX_PLATFORMS=cpu`; what can abort belongs in one of its own.
+A topology description stands in for the device: XLA, Triton and Mosaic run in full, limits of shared memory, VMEM and HBM are
+enforced, and `memory_analysis()` of the result is the real one. Nothing is run. It needs the wheels of the `aot` extra, none of
+which needs a driver: for CUDA jax's plugin (of jax's own version), ptxas and libdevice, for TPU libtpu. A process without an
+accelerator should set `JAX_PLATFORMS=cpu`; a compilation that may abort belongs in a separate process.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # there is no driver whose version could be wrong
+os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # no driver is needed
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
@@ -31,7 +31,7 @@ GIB = 1 << 30
 
 @dataclasses.dataclass(frozen=True)
 class Gpu:
-    """One CUDA device as XLA's `GpuTargetConfigProto` wants it (sizes in bytes, rates in bytes/s), from its data sheet."""
+    """One CUDA device as described by XLA's `GpuTargetConfigProto` (sizes in bytes, rates in bytes/s), from its data sheet."""
 
     name: str
     compute_capability: tuple[int, int]
@@ -50,7 +50,7 @@ class Gpu:
         return dispatch.Target("gpu", "{}.{}".format(*self.compute_capability))
 
     def target_config(self) -> str:
-        """The proto in text form. Driver and runtime versions unlock what XLA may put into CUDA graphs."""
+        """The proto in text form. Driver and runtime versions decide what XLA may put into CUDA graphs."""
         major, minor = self.compute_capability
         return f"""gpu_device_info {{
   threads_per_block_limit: 1024
@@ -113,7 +113,7 @@ _WHEELS = {"gpu": ("jax_cuda13_plugin", "nvidia"), "tpu": ("libtpu",)}
 
 
 def missing(name: str) -> str | None:
-    """What is not installed that compiling for the target takes, or None. KeyError for an unknown target."""
+    """What is needed to compile for the target but not installed, or None. KeyError for an unknown target."""
     absent = [wheel for wheel in _WHEELS[TARGETS[name].target.platform] if importlib.util.find_spec(wheel) is None]
     return f"{', '.join(absent)} ({extras.install('aot')})" if absent else None
 

@@ -1,8 +1,8 @@
-"""Where this machine's copies of things are kept: models, built kernels, compiled programs.
+"""The cache on this machine: models, built kernels, compiled programs.
 
-The idea: one root for all of it, and for what is run as code (kernels, programs) three rules. A file carries the digest of
-its content, so a damaged one is made again and never run. It appears whole or not at all, through a crash too. And code is
-not taken from a folder that another user owns or can write to.
+The idea: one root for everything, and three rules for files that are run as code (kernels, programs). A file carries the digest
+of its content, so a damaged one is made again and never run. It appears complete or not at all, even after a crash. And code is
+not loaded from a folder that another user owns or can write to.
 
     <root>/hub  wheels  records  tmp  locks     models: `ferrum_jax.hub.cache`
     <root>/native                               kernels: `pallas_kernels.native.build`
@@ -30,9 +30,9 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 _DIGEST = 32  # bytes, after the content
-_STALE = 3600.0  # seconds after which unfinished work without a lock is taken for a killed process's
+_STALE = 3600.0  # seconds after which unfinished work without a lock counts as abandoned
 _WORK = ".work-"
-_NOBODY = 65534  # owns, in a sandbox, what the system owns outside it
+_NOBODY = 65534  # in a sandbox, the owner of files that the system owns outside it
 _OTHERS = stat.S_IWGRP | stat.S_IWOTH
 _ELSEWHERE = "FERRUM_JAX_CACHE sets another place"
 
@@ -49,9 +49,9 @@ def cache_root() -> Path:
 
 
 def distrusted(folder: Path) -> str | None:
-    """Why no code is loaded from a folder, in words: another user owns it or what it lies in, or can write there; else None.
-    A folder that is not there yet is judged by what it would lie in."""
-    if not hasattr(os, "getuid"):  # Windows: the profile that the cache lies in is its user's own
+    """Why code is not loaded from a folder, in words: another user owns it or a folder above it, or can write there; else None.
+    A folder that does not exist yet is judged by the folders above it."""
+    if not hasattr(os, "getuid"):  # Windows: the cache is in the user's own profile
         return None
     folder = Path(os.path.realpath(folder))
     for place in (folder, *folder.parents):
@@ -63,7 +63,7 @@ def distrusted(folder: Path) -> str | None:
             return f"{place}: {error.strerror}"
         if found.st_uid not in (0, os.getuid()) and (place == folder or found.st_uid != _NOBODY):
             return f"{place} belongs to another user"
-        # Further up the sticky bit will do, and a group of the user alone, which some systems give everyone.
+        # Further up, the sticky bit is enough, and so is a group with this user alone, which some systems give every user.
         others = found.st_mode & _OTHERS
         if place != folder and (found.st_mode & stat.S_ISVTX or (others == stat.S_IWGRP and _is_own(found.st_gid))):
             continue
@@ -85,9 +85,10 @@ def _is_own(gid: int) -> bool:
 
 
 def make_private(folder: Path) -> None:
-    """Makes a folder for code, writable by its user alone. One of the user's own that others could write to is emptied first.
+    """Makes a folder for code that only its user can write to. A folder of the user that others could write to is emptied
+    first.
 
-    OSError, whose text says why and what sets another place, where that cannot be or code would not be loaded from it.
+    Raises OSError, which says why and how to choose another place, if that is impossible or code would not be loaded from it.
     """
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -106,14 +107,14 @@ def make_private(folder: Path) -> None:
 
 
 def read_sealed(path: Path) -> bytes | None:
-    """The content of a file that `write_sealed` wrote, None where it is damaged; FileNotFoundError where there is none."""
+    """The content of a file that `write_sealed` wrote, or None if it is damaged; FileNotFoundError if there is none."""
     sealed = path.read_bytes()
     content = sealed[:-_DIGEST]
     return content if hashlib.sha256(content).digest() == sealed[-_DIGEST:] else None
 
 
 def write_sealed(path: Path, content: bytes) -> None:
-    """Content with its digest after it, in a folder for code."""
+    """Writes content followed by its digest, in a folder for code."""
     make_private(path.parent)
     with workspace(path.parent) as folder:
         fresh = folder / "content"
@@ -122,7 +123,7 @@ def write_sealed(path: Path, content: bytes) -> None:
 
 
 def put(fresh: Path, path: Path) -> None:
-    """Moves a finished file to its place in one step, when all of it is on the disk."""
+    """Moves a finished file to its place in one step, after all of it has reached the disk."""
     with open(fresh, "rb+") as file:
         os.fsync(file.fileno())
     os.replace(fresh, path)
@@ -130,7 +131,7 @@ def put(fresh: Path, path: Path) -> None:
 
 @contextlib.contextmanager
 def workspace(folder: Path) -> Iterator[Path]:
-    """A directory in `folder` for unfinished work, removed afterwards; those that killed processes left are removed too."""
+    """A directory in `folder` for unfinished work, removed afterwards; those left by killed processes are removed, too."""
     for entry in folder.iterdir():
         if entry.name.startswith((_WORK, "tmp")) and _is_abandoned(entry):
             _remove(entry)
@@ -146,7 +147,7 @@ def workspace(folder: Path) -> Iterator[Path]:
 
 
 def _taken(lock: IO[str]) -> bool:
-    """Takes a lock unless another process holds it, or there are none here."""
+    """Takes a lock, unless another process holds it or locks are not supported here."""
     if fcntl is None:
         return False
     try:
@@ -157,7 +158,7 @@ def _taken(lock: IO[str]) -> bool:
 
 
 def _is_abandoned(entry: Path) -> bool:
-    """Whether the process that worked here is gone. A lock is written to when it is held, so an empty one says nothing."""
+    """Whether the process that worked here is gone. A lock is written to while it is held, so an empty one proves nothing."""
     try:
         with open(entry / "lock", "r+") as lock:
             if lock.read(1):

@@ -1,6 +1,6 @@
 """The only file that touches names of Pallas and JAX that change between versions (0.10.2 to 0.12).
 
-Triton kernels are written against the few functions here: a version of jax without the Triton lowering costs this file.
+Triton kernels use only the few functions here: if a version of jax drops the Triton lowering, only this file changes.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def triton_call(
     interpret: bool = False,
     **options: Any,
 ) -> Callable:
-    """A `pallas_call` that Triton lowers, over whole arrays. Keywords as `pallas_call`'s."""
+    """A `pallas_call` lowered by Triton, over whole arrays. Keywords are those of `pallas_call`."""
     return pl.pallas_call(
         kernel,
         out_shape=out_shape,
@@ -46,12 +46,12 @@ def triton_asm(body: str, *, args: Sequence[jax.Array], constraints: str, pack: 
 
 
 def abstract_mesh(mesh: jax.sharding.Mesh) -> contextlib.AbstractContextManager[Any]:
-    """Tracing for the devices of `mesh`, which need not be there: helpers that ask for the device kind find it."""
+    """Tracing for the devices of `mesh`, which need not exist: helpers that look up the device kind find it there."""
     return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 
 
 def ragged_paged_attention(*args: Any, precision: str, **options: Any) -> jax.Array:
-    """jax's TPU kernel; `precision` is that of its products, as `jax.default_matmul_precision` names it."""
+    """jax's TPU kernel; `precision` of its products, as in `jax.default_matmul_precision`."""
     from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ragged_paged_attention
 
     with jax.default_matmul_precision(precision):

@@ -1,7 +1,7 @@
-"""The derivative of an operation whose kernels have none.
+"""Derivatives for operations whose kernels have none.
 
 The idea: whichever backend served the call, its derivative is that of a reference which computes the same in plain JAX. A
-linear operation needs no reference, only its transpose, and then its first argument is not kept for the way back.
+linear operation does not need a reference, only its transpose, and then its first argument is not kept for the backward pass.
 """
 
 from __future__ import annotations
@@ -19,9 +19,8 @@ def derivative_of(reference: Function, *, of: Sequence[str] = (), static: Sequen
     """Decorates an operation, to be called with positional arguments: its derivative is that of `reference`.
 
     Args:
-      reference: of the same arguments, static ones included.
-      of: names of the arguments that have a derivative; () for all of them.
-      static: names of the arguments that are no arrays.
+      reference: of the same arguments, static ones included. of: names of the arguments that have a derivative; () for all of
+      them. static: names of the arguments that are not arrays.
     """
 
     def decorate(operation: Function) -> Function:
@@ -50,9 +49,9 @@ def linear(transpose: Function, *, static: Sequence[str] = ()) -> Callable[[Func
     """Decorates an operation that is linear in its first argument and has no derivative with respect to the others.
 
     Args:
-      transpose: from the cotangents of the results, in the first argument's dtype, the other arguments and the static ones
-        to the cotangent of the first argument.
-      static: names of the arguments that are no arrays, the last ones.
+      transpose: takes the cotangents of the results (in the first argument's dtype), the other arguments and the static ones,
+        and returns the cotangent of the first argument.
+      static: names of the arguments that are not arrays, the last ones.
     """
 
     def decorate(operation: Function) -> Function:
@@ -67,7 +66,8 @@ def linear(transpose: Function, *, static: Sequence[str] = ()) -> Callable[[Func
 
 
 def _with_rule(operation: Function, static: Sequence[str], keep: Function, backward: Function) -> Function:
-    """The operation with `backward(*static, kept, cotangents)`, where `keep` says what of its other arguments is kept."""
+    """The operation with the backward pass `backward(*static, kept, cotangents)`; `keep` selects what of its other arguments is
+    kept."""
     names = list(inspect.signature(operation).parameters)
     fixed = [names.index(name) for name in static]
     operation = jax.custom_vjp(operation, nondiff_argnums=fixed)

@@ -1,13 +1,13 @@
 """The backend choice: which backend serves an operation on the device at hand, and the record of what was chosen.
 
-Each operation lists its backends in order of preference. A backend says for the case at hand either None ("I can") or
-why it cannot; the first that can is taken, or the one that the caller forces with `implementation=`. The choice is made
-while a program is traced and can be seen by tracing inside `record()`: that is what `ferrum-jax doctor` prints, so it
-cannot differ from what runs.
+Each operation lists its backends in order of preference. For a given case a backend returns either None ("I can") or the reason
+why it cannot; the first that can is taken, or the one that the caller forces with `implementation=`. The choice is made while a
+program is traced and is visible when tracing inside `record()`: that is what `ferrum-jax doctor` prints, so it cannot differ
+from what runs.
 
-What is traced for is a `Target`: the default device's, or inside `on(...)` one that need not be there (see aot.py), and
-the backends that are forced. JAX does not know of that context, so a function that JAX caches takes the target as a static
-argument; that is how one call with a forced backend and one without never share a trace.
+A program is traced for a `Target`: that of the default device, or inside `on(...)` one that need not exist (see aot.py),
+together with the forced backends. JAX does not include that context in its caches, so a function that JAX caches takes the
+target as a static argument; therefore a call with a forced backend and one without never share a trace.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ import jax
 _TPU_GENERATIONS = {"v5 lite": "v5e", "v5e": "v5e", "v5p": "v5p", "v5": "v5p", "v6 lite": "v6e", "v6e": "v6e"}
 
 
-# What operations take as `implementation=`: None, the name of a backend, or (operation, backend) pairs, of which the
-# operation heeds its own and those of the operations that it is composed of.
+# What operations take as `implementation=`: None, the name of a backend, or (operation, backend) pairs, of which those for the
+# operation itself and for the operations that it is composed of count.
 Implementation = str | tuple[tuple[str, str], ...] | None
 
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """A kind of device: platform "cpu", "gpu" or "tpu", and its model: the compute capability of a GPU ("9.0"), the
-    generation of a TPU ("v5e"), "" of a CPU. `forced`: the operations whose backend is not left to the order."""
+    """A kind of device: platform "cpu", "gpu" or "tpu", and its model: the compute capability of a GPU ("9.0"), the generation
+    of a TPU ("v5e"), "" for a CPU. `forced`: the operations whose backend is forced."""
 
     platform: str
     model: str = ""
@@ -43,13 +43,13 @@ class Target:
 
     @property
     def capability(self) -> tuple[int, int]:
-        """CUDA compute capability, (0, 0) where there is none."""
+        """CUDA compute capability, (0, 0) if there is none."""
         major, _, minor = self.model.partition(".")
         return (int(major), int(minor)) if self.platform == "gpu" and major.isdigit() and minor.isdigit() else (0, 0)
 
 
 def target_of(device: jax.Device) -> Target:
-    """The kind of a device that is there."""
+    """The target of an existing device."""
     if device.platform == "gpu":
         return Target("gpu", str(getattr(device, "compute_capability", "")))
     if device.platform == "tpu":
@@ -62,7 +62,7 @@ _target: contextvars.ContextVar[Target | None] = contextvars.ContextVar("target"
 
 
 def target(operation: str = "", implementation: Implementation = None) -> Target:
-    """What is being traced for, with what an operation was called with as `implementation=`."""
+    """The target being traced for, combined with an operation's `implementation=`."""
     found = _target.get()
     if found is None:
         config: Any = jax.config
@@ -78,7 +78,7 @@ def target(operation: str = "", implementation: Implementation = None) -> Target
 
 @contextlib.contextmanager
 def on(target: Target) -> Iterator[None]:
-    """Traces inside the block are for `target`, whatever devices there are."""
+    """Traces inside the block are for `target`, whichever devices exist."""
     token = _target.set(target)
     try:
         yield
@@ -88,9 +88,9 @@ def on(target: Target) -> Iterator[None]:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """What a backend needs to know to decide: the target, the block format or KV dtype, the dtype of the arithmetic, the
-    memory layout of the weights on the device, the sizes that the operation's contract names, and the parts of the contract
-    that not every call needs and this one does."""
+    """The facts by which a backend decides: the target, the block format or KV dtype, the dtype of the arithmetic, the memory
+    layout of the weights on the device, the sizes that the operation's contract names, and the parts of the contract that not
+    every call needs and this one does."""
 
     operation: str
     target: Target
@@ -107,8 +107,8 @@ class Case:
 
 @dataclasses.dataclass(frozen=True)
 class Backend:
-    """One implementation: its name, why it cannot serve a case (None: it can), and what gives its functions. `parts`: the
-    operations that it is composed of. `features`: those of cases that it has."""
+    """One implementation: its name, why it cannot serve a case (None: it can), and the function that returns its functions.
+    `parts`: the operations that it is composed of. `features`: those of cases that it has."""
 
     name: str
     refuses: Callable[[Case], str | None]
@@ -123,13 +123,13 @@ class Backend:
 
 
 def composed(*parts: str, features: tuple[str, ...] = ()) -> Backend:
-    """The backend without functions of its own: other operations, one after the other, each by a backend that serves it."""
+    """A backend that consists of other operations, one after the other, each with a backend that serves it."""
     return Backend("composed", lambda case: None, lambda: None, parts, features)
 
 
 def kernels(name: str, package: str, platform: str, features: tuple[str, ...] = ()) -> Backend:
-    """The backend in the module `name` of a package, its `refuses` included, which serves devices of one platform: elsewhere
-    neither it nor Pallas is imported."""
+    """The backend in the module `name` of a package, with the module's `refuses`, for devices of one platform: on others
+    neither the module nor Pallas is imported."""
 
     def module() -> Any:
         return importlib.import_module(f"{package}.{name}")
@@ -145,7 +145,7 @@ _PLATFORMS = {"cpu": "for CPUs", "gpu": "for NVIDIA GPUs", "tpu": "for TPUs"}
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """One backend choice. `reason` says why the backends before this one were passed over, or that it was forced."""
+    """One backend choice. `reason` says why the backends before this one were not taken, or that it was forced."""
 
     operation: str
     target: str
@@ -178,7 +178,7 @@ def choose(case: Case, backends: Sequence[Backend]) -> Any:
     """The functions of the backend that serves the case: of the forced one, else of the first that can.
 
     Raises:
-      ValueError: for a forced backend that is not there or cannot serve the case.
+      ValueError: for a forced backend that does not exist or cannot serve the case.
     """
     name, reason = _forced(case, backends)
     if name:
@@ -196,7 +196,7 @@ def choose(case: Case, backends: Sequence[Backend]) -> Any:
 
 
 def _forced(case: Case, backends: Sequence[Backend]) -> tuple[str, str]:
-    """The name of the backend that is forced and by what; ("", "") where the order decides."""
+    """The name of the forced backend and what forces it; ("", "") if the order decides."""
     forced = dict(case.target.forced)
     if name := forced.get(case.operation):
         known = [backend.name for backend in backends]

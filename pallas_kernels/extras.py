@@ -1,4 +1,4 @@
-"""How the optional packages are installed: from where this package came, because no index has it."""
+"""How to install optional packages: from the place that this package was installed from, because no index has it."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The operations of this package by name, each with its backends in order of preference.
 
-These are the names under which choices are recorded and under which a backend can be forced.
+Choices are recorded, and backends forced, under these names.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ OPERATIONS: dict[str, tuple[Backend, ...]] = {
 
 
 def forced(implementation: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
-    """Backends by operation as the (operation, backend) pairs that operations take; ValueError for a name that is not there."""
+    """Backends by operation as the (operation, backend) pairs that operations take; ValueError for an unknown name."""
     for operation, name in implementation.items():
         if operation not in OPERATIONS:
             raise ValueError(f"there is no operation {operation!r}; there are {', '.join(OPERATIONS)}")

@@ -1,9 +1,9 @@
 """Reductions of rows that leave a row the same bits in any batch, on CPU.
 
-XLA chooses how to reduce by the shape of the whole array: a sum gets another order, and a reduction over 4096 elements or
-more goes to a library together with what is around it, an exponential too, which has other bits there than in XLA's own
-code. Written as elementwise operations, reductions leave it no choice. Elsewhere they would cost a kernel each, and rows are
-equal within rounding.
+XLA chooses how to reduce by the shape of the whole array: a sum gets another order, and a reduction over 4096 elements or more
+becomes a library call together with the operations around it, such as an exponential, whose bits differ there from XLA's own
+code. Reductions written as elementwise operations do not leave it that choice. On other devices they would cost a kernel each;
+there rows are equal within rounding.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ def row_sum(x: jax.Array) -> jax.Array:
 
 
 def row_max(x: jax.Array) -> jax.Array:
-    """Greatest of the last axis, which is kept with length 1: [..., n] -> [..., 1]. NaN where there is one."""
+    """The maximum over the last axis, which is kept with length 1: [..., n] -> [..., 1]. NaN if there is one."""
     if dispatch.target().platform != "cpu":
         return jnp.max(x, axis=-1, keepdims=True)
     return _fold(x, jnp.maximum, -jnp.inf)
 
 
 def _fold(x: jax.Array, combine: Callable[[jax.Array, jax.Array], jax.Array], neutral: float) -> jax.Array:
-    """The last axis combined in an order that its length decides: [..., n] -> [..., 1]."""
+    """Combines the last axis in an order that depends only on its length: [..., n] -> [..., 1]."""
     while (width := x.shape[-1]) > 1:
         parts = min(_FAN_IN, width)
         x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -width % parts)], constant_values=neutral)

@@ -57,7 +57,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log):
-    """Half of the tests for each worker, and what one has not begun for whoever is done."""
+    """Each worker gets half of the tests, and one that is done takes over tests that the other has not begun."""
     from xdist.scheduler import WorkStealingScheduling
 
     return WorkStealingScheduling(config, log) if config.getoption("dist") == "load" else None
@@ -73,14 +73,14 @@ class Durations:
         self.seconds[report.nodeid] += report.duration
 
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
-        if not hasattr(session.config, "workerinput"):  # a worker's reports come to the process that started it
+        if not hasattr(session.config, "workerinput"):  # workers send their reports to the process that started them
             longest = sorted(self.seconds.items(), key=lambda pair: -pair[1])
             self.file.write_text("".join(f"{seconds:.2f}\t{test}\n" for test, seconds in longest))
 
 
 @pytest.fixture(scope="session", autouse=True)
 def nothing_kept() -> Iterator[None]:
-    """No test meets a program that another one has changed the making of; those of the store say where it is."""
+    """No test gets a kept program that another test has compiled differently; the tests of the store set their own folder."""
     from ferrum_jax import program_store
 
     with pytest.MonkeyPatch.context() as patch:
@@ -90,7 +90,8 @@ def nothing_kept() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def kernels_are_built(nothing_kept: None) -> None:
-    """Before any test changes where they are kept or what they are compiled with: the answer holds for the process."""
+    """Builds the kernels before a test changes where they are kept or how they are compiled, because this is decided once per
+    process."""
     from pallas_kernels import native
 
     native.prepare()
@@ -110,7 +111,7 @@ def few_programs() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[], Any]], Any]:
-    """`once(name, make)`: what `make` returns, something of JSON, made by the worker that is first to ask for it."""
+    """`once(name, make)`: the result of `make` (JSON data), made by the first worker that needs it."""
     folder = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         folder = folder.parent  # of all workers of this run
@@ -128,7 +129,7 @@ def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[]
 
 @pytest.fixture
 def fresh_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The question for the C++ kernels is open again inside the test, and has its old answer afterwards."""
+    """Inside the test the C++ kernels are looked up again; afterwards the old result is back."""
     from pallas_kernels.native import build
 
     monkeypatch.setattr(build, "library", functools.cache(build.library.__wrapped__))

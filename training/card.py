@@ -28,7 +28,7 @@ ORDER = 4
 
 
 def nats_of(loaded: Any, stories: Sequence[np.ndarray]) -> float:
-    """Nats that a loaded model needs for stories, int32 [tokens] each with END first, and the END behind each."""
+    """Nats that a loaded model needs for stories (int32 [tokens] each, END first) and for the END after each."""
     total = 0.0
     for first in range(0, len(stories), ROWS):
         part = [story.tolist() for story in stories[first : first + ROWS]]
@@ -41,7 +41,7 @@ def nats_of(loaded: Any, stories: Sequence[np.ndarray]) -> float:
 
 
 def ngram_nats(trained: Sequence[np.ndarray], held_out: Sequence[np.ndarray], vocab_size: int) -> float:
-    """Nats that an interpolated Kneser-Ney 4-gram of the training stories' tokens needs for the held-out ones."""
+    """Nats that an interpolated Kneser-Ney 4-gram model of the training stories needs for the held-out ones."""
 
     def texts(stories: Sequence[np.ndarray]) -> list[np.ndarray]:
         return [np.append(story[1:], model.END) for story in stories]
@@ -74,7 +74,7 @@ def card(path: Path, work: Path, stories: Path) -> Iterator[str]:
     loaded, exact = fj.load(path, dtype="float32"), fj.load(work / "float32", dtype="float32")
     config = exact.config
     state = train.restore(work / "checkpoint.npz", train.new_state(config, train.Recipe(steps=1)))
-    # The load is that of the float32 model by the training's own forward pass.
+    # The load of the experts is measured on the float32 model, with the training's own forward pass.
     load = train.evaluate(state.params, config, held_out_ids).load
     untrained = train.evaluate(model.init(config, train.Recipe.seed), config, held_out_ids).nats
     scores = {

@@ -1,10 +1,10 @@
-"""The training text of the tiny model: short stories that a larger model of this package writes, and a filter.
+"""The training text of the tiny model: short stories that a larger model writes through this package, and a filter.
 
-    python -m training.corpus STORIES.jsonl --stories 10000          (again after an interruption: it goes on)
+    python -m training.corpus STORIES.jsonl --stories 10000          (run it again after an interruption: it continues)
 
-Story number n has a prompt of its own, a combination of words that `briefs` draws without repetition, and n as its seed:
-the same arguments give the same stories, whatever ran beside them. What the model wrote is kept as it came; the filter
-runs over all of it at the end, so that it can be changed without writing again.
+Story n has its own prompt, a combination of words that `briefs` draws without repetition, and n as its seed: the same arguments
+give the same stories, whatever else ran in the batch. The model's text is kept as written; the filter runs over all of it at
+the end, so that it can be changed without writing the stories again.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ LARGEST = 4_000_000  # bytes of the compressed text
 SEPARATOR = "\n<|endoftext|>\n"
 MODEL, SLOTS = "smollm2:135m", 32
 PAGES = 28  # of 16 tokens each, for a prompt and its story
-ENDING = 3.0  # added to the logit of the end, for the writer does not know when to stop
+ENDING = 3.0  # added to the logit of the end, as the writer rarely stops by itself
 SAMPLING = {
     "max_tokens": 300,
     "min_tokens": 60,
@@ -100,14 +100,14 @@ class Rate(NamedTuple):
 
 
 class Brief(NamedTuple):
-    """What a story is asked to be: the message, and the words with which the answer is made to begin."""
+    """What a story should be: the message, and the words that the answer is made to begin with."""
 
     message: str
     opening: str
 
 
 def briefs() -> Iterator[Brief]:
-    """The briefs of stories 0, 1, ..., always the same, none of them twice."""
+    """The briefs of stories 0, 1, ...: always the same, all different."""
     rng, drawn = random.Random(0), set()
     while True:
         choice = tuple(rng.choice(words) for words in LISTS)
@@ -121,8 +121,8 @@ def briefs() -> Iterator[Brief]:
 
 
 def write(engine: Any, asked: Iterable[tuple[int, Brief]], path: Path, *, slots: int, until: float = math.inf) -> Rate:
-    """Appends the stories that numbered briefs ask for to `path`, a line of JSON {"number", "text", "finish_reason"} each, in
-    the order in which they end. From `until`, a time of time.monotonic, on no more are begun."""
+    """Appends the stories of numbered briefs to `path`, one line of JSON {"number", "text", "finish_reason"} each, in the order
+    in which they end. After `until`, a time of time.monotonic, no more are started."""
     begin, tokens, ended, left = time.monotonic(), 0, 0, iter(asked)
     running: dict[int, tuple[Brief, Any]] = {}
     with path.open("a", encoding="utf-8") as file:
@@ -145,14 +145,14 @@ def write(engine: Any, asked: Iterable[tuple[int, Brief]], path: Path, *, slots:
 
 
 def submit(engine: Any, number: int, brief: Brief) -> Any:
-    """The request of a story; the answer is made to begin with the opening, which keeps it from beginning with a remark."""
+    """The request for a story; the answer is made to begin with the opening, so that it does not begin with a remark."""
     prompt = engine.model.render_chat([{"role": "user", "content": brief.message}]) + brief.opening
     bias = dict.fromkeys(engine.model.tokenizer.eos_ids, ENDING)
     return engine.submit(prompt, fj.SamplingParams(seed=number, logit_bias=bias, **SAMPLING))
 
 
 def read_written(path: Path) -> dict[int, dict[str, Any]]:
-    """The stories of a file by number; a last line that an interruption cut is removed from the file."""
+    """The stories of a file by number; a last line cut off by an interruption is removed from the file."""
     if not path.exists():
         return {}
     data = path.read_bytes()
@@ -187,19 +187,19 @@ def words(text: str) -> list[str]:
 
 
 def grams(text: str, run: int = RUN) -> set[tuple[str, ...]]:
-    """The runs of so many words of a text."""
+    """The runs of `run` words in a text."""
     found = words(text)
     return {tuple(found[i : i + run]) for i in range(len(found) - run + 1)}
 
 
 def tidied(text: str) -> str:
-    """Typographic signs as ASCII, paragraphs parted by one empty line, no other white space than single blanks."""
+    """The text with ASCII punctuation, one empty line between paragraphs, and otherwise only single spaces."""
     paragraphs = (" ".join(part.split()) for part in re.split(r"\n\s*\n|\n", text.translate(_ASCII)))
     return "\n\n".join(filter(None, paragraphs))
 
 
 def fault(text: str, finish_reason: str) -> str | None:
-    """Why a tidied text is no story by itself, or None."""
+    """Why a tidied text is not a usable story by itself, or None."""
     count = len(words(text))
     sentences = [" ".join(words(sentence)) for sentence in _SENTENCE_END.split(text)]
     long = [sentence for sentence in sentences if sentence.count(" ") >= 3]
@@ -218,8 +218,8 @@ def fault(text: str, finish_reason: str) -> str | None:
 
 
 def sieve(stories: Iterable[dict[str, Any]]) -> tuple[list[str], Counter[str]]:
-    """The stories to keep, tidied, in order, and how many were dropped for which reason. A story of whose 8-grams more
-    than `SHARED` occur in those kept before is a duplicate."""
+    """The stories to keep, tidied, in order, and how many were dropped for each reason. A story is a duplicate if more than
+    `SHARED` of its 8-grams occur in stories kept before it."""
     kept: list[str] = []
     dropped: Counter[str] = Counter()
     seen: set[tuple[str, ...]] = set()
@@ -240,7 +240,8 @@ def sieve(stories: Iterable[dict[str, Any]]) -> tuple[list[str], Counter[str]]:
 
 
 def pack(stories: Iterable[str], out: Path) -> int:
-    """Writes the text, compressed. Returns its bytes before that. ValueError where it is larger than `LARGEST`."""
+    """Writes the text, compressed, and returns its uncompressed size in bytes. ValueError if the file is larger than
+    `LARGEST`."""
     text = (SEPARATOR.join(stories) + "\n").encode("ascii")
     packed = lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)
     if len(packed) > LARGEST:

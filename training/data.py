@@ -1,7 +1,6 @@
 """From stories to batches of token ids: the split, the tokenizer, and the windows of each step.
 
-What a step sees is a function of its number alone, so a training that was interrupted goes on with the batch it would have
-had.
+The batch of a step depends on the step's number alone, so an interrupted training continues with the batch it would have had.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from ferrum_jax.tokenizer.pretokenizers import PRE_TOKENIZERS
 from training.model import END
 
 END_TEXT, PRE_TOKENIZER = "<|endoftext|>", "qwen2"
-HELD_OUT = 20  # one story in so many
+HELD_OUT = 20  # one story in 20
 
 
 def split(stories: Iterable[str]) -> tuple[list[str], list[str]]:
@@ -51,7 +50,7 @@ def encode(tokenizer: Any, stories: Sequence[str]) -> list[np.ndarray]:
 
 
 class Batches:
-    """Windows int32 [batch, length + 1] over stories that lie one after the other, in another order in each epoch."""
+    """Windows int32 [batch, length + 1] over the stories laid end to end, in a different order in each epoch."""
 
     def __init__(self, stories: Sequence[np.ndarray], batch: int, length: int, seed: int = 0) -> None:
         self.stories, self.batch, self.length, self.seed = stories, batch, length, seed

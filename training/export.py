@@ -1,4 +1,4 @@
-"""What was trained, as files: a checkpoint directory of Hugging Face's kind in float32, and from it a GGUF file.
+"""Writes the trained model: a Hugging Face checkpoint directory in float32, and from it a GGUF file.
 
 The directory is read, quantized and written by the package itself; transformers reads it too.
 """
@@ -52,7 +52,7 @@ def config_json(config: ModelConfig) -> dict[str, Any]:
         "architectures": ["Qwen3MoeForCausalLM"],
         "model_type": "qwen3_moe",
         "hidden_size": config.hidden_size,
-        "intermediate_size": config.experts_per_token * config.expert_intermediate_size,  # of dense layers; there are none
+        "intermediate_size": config.experts_per_token * config.expert_intermediate_size,  # of dense layers; the model has none
         "num_hidden_layers": config.num_layers,
         "num_attention_heads": config.num_heads,
         "num_key_value_heads": config.num_kv_heads,
@@ -75,7 +75,7 @@ def config_json(config: ModelConfig) -> dict[str, Any]:
 
 
 def named_tensors(params: Params) -> dict[str, np.ndarray]:
-    """Every tensor by Hugging Face's name, float32."""
+    """Every tensor by its Hugging Face name, float32."""
     tensors = {f"{own}.weight": params[stem] for stem, own in _WHOLE.items()}
     for number, layer in enumerate(params["layers"]):
         prefix = f"model.layers.{number}."

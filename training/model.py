@@ -1,11 +1,11 @@
 """The Qwen3-MoE of ferrum_jax as a function of plain arrays, differentiable with respect to every weight.
 
-The package's own forward pass reads compressed weights and has derivatives with respect to activations alone, so training
-needs this one. It has no cache and no ragged axis: [batch, length] windows in which stories lie one after the other, each
-token seeing those of its own story. That both give the same logits is checked on what training wrote.
+The package's own forward pass reads compressed weights and has derivatives with respect to activations alone, so training needs
+this one. It has no cache and no ragged axis: [batch, length] windows hold stories laid end to end, and each token attends to
+its own story only. `training.train` checks that both give the same logits.
 
-Parameters are float32, named as the tensors of a GGUF file and shaped [out, in] as there: {"token_embd", "output_norm",
-"layers": [{"attn_q", ...}, ...]}; the output matrix is the embedding.
+Parameters are float32, named and shaped ([out, in]) like the tensors of a GGUF file: {"token_embd", "output_norm", "layers":
+[{"attn_q", ...}, ...]}; the output matrix is tied to the embedding.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Params = dict[str, Any]
 
 class Routing(NamedTuple):
     """What the routers of a batch did. expert_ids int32 [layers, rows, top_k]; balance, z: the losses of Switch Transformer
-    (arXiv 2101.03961; 1 where all experts get as much) and ST-MoE (2202.08906), means over layers."""
+    (arXiv 2101.03961; 1 if all experts get the same share) and ST-MoE (2202.08906), means over layers."""
 
     expert_ids: jax.Array
     balance: jax.Array
@@ -35,7 +35,7 @@ class Routing(NamedTuple):
 
 
 def init(config: ModelConfig, seed: int) -> Params:
-    """Normal weights of variance 1 / columns; what writes to the residual stream is smaller by sqrt(2 layers)."""
+    """Normal weights of variance 1 / columns; matrices that write to the residual stream are smaller by sqrt(2 layers)."""
     rng = np.random.default_rng(seed)
 
     def matrix(*shape: int, scale: float = 1.0) -> jax.Array:
@@ -68,8 +68,8 @@ def init(config: ModelConfig, seed: int) -> Params:
 def forward(
     params: Params, tokens: jax.Array, config: ModelConfig, dtype: str = "float32", room: float = 0.0
 ) -> tuple[jax.Array, Routing]:
-    """tokens int32 [batch, length] -> float32 logits [batch, length, vocab] and what the routers did. dtype: of the
-    operands of matrix products, which add up in float32; all else is float32. room: as `mixture` has it."""
+    """tokens int32 [batch, length] -> float32 logits [batch, length, vocab] and what the routers did. dtype: of the operands of
+    matrix products, which accumulate in float32; everything else is float32. room: as in `mixture`."""
     batch, length = tokens.shape
     story = jnp.cumsum(tokens == END, axis=1)
     visible = (story[:, :, None] == story[:, None, :]) & jnp.tri(length, dtype=bool)  # [batch, query, key]
@@ -88,7 +88,7 @@ def forward(
 
 
 def loss(params: Params, tokens: jax.Array, config: ModelConfig, dtype: str = "float32", room: float = 0.0):
-    """tokens int32 [batch, length + 1]: what is minimised, and the mean nats a token with what the routers did."""
+    """tokens int32 [batch, length + 1]: the loss, and (mean nats per token, what the routers did)."""
     logits, routing = forward(params, tokens[:, :-1], config, dtype, room)
     nats = -token_logprobs(logits, tokens[:, 1:]).mean()
     return nats + BALANCE * routing.balance + ROUTER_Z * routing.z, (nats, routing)
@@ -116,7 +116,7 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
 
 
 def attention(layer: Params, x: jax.Array, visible, cos, sin, config: ModelConfig, dtype: str) -> jax.Array:
-    """x [batch * length, hidden] -> the same shape; each query attends to the keys that are visible [batch, query, key]."""
+    """x [batch * length, hidden] -> the same shape; `visible` [batch, query, key] says which keys a query attends to."""
     batch, length, _ = visible.shape
     heads = (batch, length, -1, config.head_dim)
     q, k, v = (dot(x, layer[f"attn_{name}"], dtype).reshape(heads) for name in "qkv")
@@ -143,8 +143,8 @@ def route(logits: jax.Array, config: ModelConfig) -> tuple[jax.Array, Routing]:
 def mixture(layer: Params, x: jax.Array, config: ModelConfig, dtype: str, room: float) -> tuple[jax.Array, Routing]:
     """x [rows, hidden] through the experts of each row: [rows, hidden].
 
-    Rows are copied to their experts, each of which takes `room` times an even share of them; rows beyond that
-    are left out. room 0: it takes all.
+    Rows are copied to their experts, each of which takes `room` times an even share of them; rows beyond that are dropped. room
+    0: it takes all.
     """
     rows, experts, top_k = x.shape[0], config.num_experts, config.experts_per_token
     weights, routing = route(dot(x, layer["ffn_gate_inp"], "float32"), config)
@@ -152,7 +152,7 @@ def mixture(layer: Params, x: jax.Array, config: ModelConfig, dtype: str, room: 
     expert = routing.expert_ids.reshape(-1)  # [rows * top_k]
     mine = jax.nn.one_hot(expert, experts, dtype=jnp.int32)
     rank = (jnp.cumsum(mine, axis=0) * mine).sum(1) - 1
-    target = jnp.where(rank < capacity, expert * capacity + rank, experts * capacity)  # the last one is nowhere
+    target = jnp.where(rank < capacity, expert * capacity + rank, experts * capacity)  # the last place stands for "dropped"
     source = jnp.zeros(experts * capacity, jnp.int32).at[target].set(jnp.arange(rows * top_k) // top_k, mode="drop")
     inputs = x[source].reshape(experts, capacity, -1).astype(dtype)
 

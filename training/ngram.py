@@ -1,5 +1,5 @@
-"""An interpolated Kneser-Ney n-gram model (Kneser and Ney 1995; Chen and Goodman 1998) over token ids: what the tiny model has
-to beat.
+"""An interpolated Kneser-Ney n-gram model (Kneser and Ney 1995; Chen and Goodman 1998) over token ids: the baseline that the
+tiny model has to beat.
 
 An n-gram is one number, its tokens as digits, so counts are sorted arrays and a text is scored in a few array operations.
 """
@@ -25,8 +25,9 @@ class Order(NamedTuple):
 
 
 class NGram:
-    """P(token | the `order` - 1 tokens before it). texts: token ids of each, that end with `end`; before their first token
-    lie `end`s. The longest n-grams count how often they occur, shorter ones how many different tokens stand before them."""
+    """P(token | the `order` - 1 tokens before it). texts: the token ids of each, ending with `end`; the context before a text's
+    first token is filled with `end`. The longest n-grams are counted by how often they occur, shorter ones by how many
+    different tokens come before them."""
 
     def __init__(self, texts: Sequence[np.ndarray], order: int, vocab_size: int, end: int) -> None:
         if vocab_size**order >= 2**63:
@@ -70,6 +71,6 @@ def _order(keys: np.ndarray, counts: np.ndarray, vocab_size: int) -> Order:
 
 
 def _find(sorted_keys: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Where each wanted key is, and whether it is there."""
+    """The index of each wanted key, and whether it is there."""
     place = np.minimum(np.searchsorted(sorted_keys, wanted), len(sorted_keys) - 1)
     return place, sorted_keys[place] == wanted

@@ -1,4 +1,4 @@
-"""llama.cpp on the tiny model's file: how often its likeliest next token is the package's, both given the same text.
+"""llama.cpp on the tiny model's file: how often it agrees with this package on the likeliest next token after the same text.
 
 pip install xllamacpp
 python -m training.peer

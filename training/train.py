@@ -1,10 +1,10 @@
 """Trains the tiny Qwen3-MoE on the stories of this folder and writes it as a quantized GGUF file.
 
     pip install '.[training]'
-    python -m training.train                     (again after an interruption: it goes on from the last checkpoint)
+    python -m training.train                     (run it again after an interruption: it continues from the last checkpoint)
 
-AdamW with warm-up, cosine and clipping (optax). Every file it makes on the way is in --work: the tokenizer, checkpoints,
-a log with a line of JSON for each report, and in the end the float32 model as a checkpoint directory.
+AdamW with warm-up, cosine and clipping (optax). Intermediate files go to --work: the tokenizer, checkpoints, a log with a line
+of JSON per report, and at the end the float32 model as a checkpoint directory.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ REPORT, SCORE, SCORED = 20, 200, 64  # steps; steps; held-out stories
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """How it is trained. batch windows of length tokens make a step; dtype: of the operands of matrix products; room: of
-    each expert, over an even share."""
+    """How it is trained. A step takes `batch` windows of `length` tokens; dtype: of the operands of matrix products; room: of
+    each expert, as a multiple of an even share."""
 
     steps: int
     batch: int = 16
@@ -83,7 +83,7 @@ class Recipe:
 
 
 class State(NamedTuple):
-    """What a step changes. seconds: of training so far."""
+    """What a step changes, and the seconds of training so far."""
 
     step: int
     seconds: float
@@ -114,7 +114,7 @@ def make_step(config: ModelConfig, recipe: Recipe):
 
 
 def save(path: Path, state: State) -> None:
-    """All leaves of the state in one file, which appears under its name when it is whole."""
+    """Writes all leaves of the state to one file, which gets its name only when it is complete."""
     partial = path.with_suffix(".partial")
     with partial.open("wb") as file:
         np.savez(file, *map(np.asarray, jax.tree.leaves(state)))
@@ -122,7 +122,7 @@ def save(path: Path, state: State) -> None:
 
 
 def restore(path: Path, like: State) -> State:
-    """The state that `save` wrote. ValueError where it is of another model or recipe."""
+    """The state that `save` wrote. ValueError if it belongs to another model or recipe."""
     leaves, structure = jax.tree.flatten(like)
     with np.load(path) as file:
         saved = list(file.values())
@@ -136,8 +136,8 @@ def restore(path: Path, like: State) -> State:
 
 
 class Scores(NamedTuple):
-    """nats: of all tokens of stories, the END behind each included; load float32 [layers, experts]: the share of the
-    tokens' choices that each expert got."""
+    """nats: of all tokens of the stories, the END after each included; load float32 [layers, experts]: the share of the tokens
+    that chose each expert."""
 
     nats: float
     load: np.ndarray
@@ -145,14 +145,15 @@ class Scores(NamedTuple):
 
 @functools.partial(jax.jit, static_argnames="config")
 def _score(params, tokens, real, config):
-    """Nats of the targets that are real [batch, length], and how often each expert was chosen there [layers, experts]."""
+    """Nats of the targets for which `real` [batch, length] is true, and how often each expert was chosen there [layers,
+    experts]."""
     logits, routing = model.forward(params, tokens[:, :-1], config)
     load = jax.nn.one_hot(routing.expert_ids, config.num_experts).sum(2) * real.reshape(-1, 1)
     return -jnp.sum(jnp.where(real, model.token_logprobs(logits, tokens[:, 1:]), 0.0)), load.sum(1)
 
 
 def evaluate(params: model.Params, config: ModelConfig, stories: Sequence[np.ndarray], rows: int = 16) -> Scores:
-    """Scores of stories, int32 [tokens] each with END first, in float32."""
+    """Scores of stories (int32 [tokens] each, END first), in float32."""
     longest = max(map(len, stories))
     nats, counts = 0.0, np.zeros((config.num_layers, config.num_experts))
     for first in range(0, len(stories), rows):
@@ -168,7 +169,7 @@ def evaluate(params: model.Params, config: ModelConfig, stories: Sequence[np.nda
 
 
 def bits_per_byte(nats: float, stories: Sequence[str]) -> float:
-    """nats of the stories and their ends, over the bytes of the stories."""
+    """The nats of the stories and their ends, as bits per byte of the stories."""
     return nats / math.log(2) / sum(len(story.encode()) for story in stories)
 
 
@@ -184,8 +185,8 @@ def train(
     minutes: float = math.inf,
     score: Callable[[model.Params], float] | None = None,
 ) -> State:
-    """Trains to the end, or for so many minutes, from the checkpoint in `work` if there is one. Reports every `REPORT`
-    steps, what `score` gives every `SCORE`, saves every five minutes and at the end."""
+    """Trains to the end, or for `minutes`, from the checkpoint in `work` if there is one. Reports every `REPORT` steps, scores
+    the held-out stories every `SCORE`, and saves every five minutes and at the end."""
     checkpoint = work / "checkpoint.npz"
     state = new_state(config, recipe)
     if checkpoint.exists():
@@ -228,7 +229,7 @@ def train(
 
 
 def prepare(work: Path, config: ModelConfig, stories: Path) -> tuple[Any, list[str], list[str]]:
-    """The tokenizer (from `work`, where an earlier run left it), the stories to train on and the held-out ones."""
+    """The tokenizer (from `work` if an earlier run left it there), the stories to train on and the held-out ones."""
     from tokenizers import Tokenizer
 
     work.mkdir(parents=True, exist_ok=True)
@@ -242,8 +243,8 @@ def prepare(work: Path, config: ModelConfig, stories: Path) -> tuple[Any, list[s
 def check(
     out: Path, params: model.Params, config: ModelConfig, directory: Path, tokenizer: Any, stories: Sequence[str]
 ) -> None:
-    """That the package reads what was written as it was trained: the ids of stories, and the logits in float32 of the
-    float32 model. ValueError where it does not."""
+    """Checks that the package reads back what was trained: the same ids of stories, and the same float32 logits of the float32
+    model. ValueError if not."""
     loaded, exact = fj.load(out), fj.load(directory, dtype="float32")
     ids = [story.tolist() for story in data.encode(tokenizer, stories)]
     for each in (loaded, exact):

@@ -1,8 +1,8 @@
-"""Paged attention and what comes before it on this device against plain XLA in float32, for every KV dtype.
+"""Checks paged attention, and the step before it, on this device against plain XLA in float32, for every KV dtype.
 
-Both attentions read the same cache, so what is compared is the arithmetic alone: queries and probabilities rounded to the
-dtype that keys and values are multiplied in, products summed in float32. 8-bit caches are multiplied in 16 bits. Both
-caches that `append` writes hold float32 values that agree to a few roundings, rounded again to the KV dtype.
+Both attentions read the same cache, so only the arithmetic is compared: queries and probabilities are rounded to the dtype that
+keys and values are multiplied in (16 bits for an 8-bit cache), and products are summed in float32. The two caches that `append`
+writes hold float32 values that agree to a few roundings, rounded again to the KV dtype.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pallas_kernels.paged_attention import KV_DTYPES, KVCache, Tables, make_meta
 
 BOUND = {"float32": 2e-5, "bfloat16": 4 * 2.0**-8, "float16": 4 * 2.0**-11, "int8": 4 * 2.0**-8, "float8_e4m3fn": 4 * 2.0**-8}
 PAGE = 16
-AHEAD = True  # its programs are compiled many at a time, before the first step
+AHEAD = True  # its programs are compiled in parallel, before the first step
 
 
 def steps(lab: Lab) -> Iterator[tuple[str, Callable[[], Iterator[dict]]]]:
@@ -45,7 +45,7 @@ def check(lab: Lab, dtype: str, kind: str, batch: list[tuple[int, int]], window:
     positions = np.concatenate([np.arange(n - q, n) for n, q in batch]).astype(np.int32)
     starts = np.concatenate([[0], np.cumsum(queries)]).astype(np.int32)
     used = -(-lengths // PAGE)
-    table[np.arange(width) >= used[:, None]] = 2**30  # entries behind a sequence's end may be anything
+    table[np.arange(width) >= used[:, None]] = 2**30  # entries after a sequence's end may be anything
     tables = Tables(positions, starts, lengths, table)
 
     def normal(*shape: int) -> np.ndarray:
@@ -113,7 +113,7 @@ def append_exactly(q, k, v, slots, rope, norms, *, dtype: str) -> tuple[jax.Arra
 
 
 def without_kernels() -> dispatch.Target:
-    """The target being traced for, as if it were too old for kernels: everything is plain XLA."""
+    """The traced target, presented as a GPU too old for the kernels, so that everything is plain XLA."""
     return dispatch.Target("gpu", "7.5") if dispatch.target().platform == "gpu" else dispatch.target()
 
 

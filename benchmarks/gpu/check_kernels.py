@@ -1,9 +1,9 @@
-"""Is every kernel right on this device? Each against float64 on the host, for every format and both dtypes.
+"""Is every kernel right on this device? Each is compared with float64 on the host, for every format and both dtypes.
 
-Error model: a weight is formed with a few roundings to the dtype, the worst of them of a part (scale times integer, or
-offset) up to twice the weight; all are independent, so a product of random rows is off by their root mean square. A
-mixture of experts is three such products and one rounding of what lies between. Bounds are on the whole result
-(norm) and, six times wider, on each value.
+Error model: a weight is computed with a few roundings to the dtype, the largest of them on a term (scale times integer, or
+offset) of up to twice the weight. They are independent, so a product of random rows is off by their root mean square. A mixture
+of experts is three such products and one rounding of the intermediate values. Bounds hold for the whole result (its norm) and,
+six times wider, for each value.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from pallas_kernels.routing import route
 
 KERNEL_FORMATS = ("Q4_K", "Q6_K", "Q8_0", "Q5_K", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "IQ4_NL", "IQ4_XS", "MXFP4")
 UNIT = {"bfloat16": 2.0**-8, "float16": 2.0**-11}  # largest relative rounding error
-MATMUL, SWIGLU, MIXTURE = 3, 5, 6  # bounds in units of it
+MATMUL, SWIGLU, MIXTURE = 3, 5, 6  # bounds, in multiples of UNIT
 EXPERTS, TOP_K, INNER, OUTER = 8, 3, 512, 768
 NOT_CHOSEN = (2, 5)  # experts whose blocks hold NaN
-AHEAD = True  # its programs are compiled many at a time, before the first step
+AHEAD = True  # its programs are compiled in parallel, before the first step
 
 
 def steps(lab: Lab) -> Iterator[tuple[str, Callable[[], Iterator[dict]]]]:
@@ -52,7 +52,7 @@ def check_format(lab: Lab, format: str, dtype: str) -> Iterator[dict]:
     if dtype == "bfloat16":
         yield from check_layout(lab, stored["gate"], exact["gate"], format)
     unit = UNIT[dtype]
-    # float16 differs from bfloat16 in the arithmetic of an unpacked weight alone: one size of each operation.
+    # float16 differs from bfloat16 only in the arithmetic of an unpacked weight, so one size of each operation is enough.
     which = slice(None) if dtype == "bfloat16" else slice(1, 2)
     for rows in lab.sizes.check_rows[which]:
         x = np.asarray(rng.standard_normal((rows, OUTER)), dtype)
@@ -72,7 +72,7 @@ def check_format(lab: Lab, format: str, dtype: str) -> Iterator[dict]:
     for tokens in lab.sizes.check_tokens[which]:
         x = np.asarray(rng.standard_normal((tokens, OUTER)), dtype)
         ids = np.stack([rng.permutation(chosen)[:TOP_K] for _ in range(tokens)]).astype(np.int32)
-        ids[-1, TOP_K - 1 if tokens == 1 else 0 :] = EXPERTS  # a token with one expert less, or padding
+        ids[-1, TOP_K - 1 if tokens == 1 else 0 :] = EXPERTS  # a token with one expert fewer, or padding
         weights = rng.uniform(0.1, 1.0, ids.shape).astype(np.float32)
         arguments = (x, ids, weights, stored["gate"], stored["up"], stored["down"])
         result = twice(lab, mixture, *arguments)
@@ -83,7 +83,7 @@ def check_format(lab: Lab, format: str, dtype: str) -> Iterator[dict]:
     rows = lab.sizes.check_tokens[-1]
     x = np.asarray(rng.standard_normal((rows, OUTER)), dtype)
     ids = np.sort(rng.choice(chosen, rows - rows // 8))
-    sizes = np.bincount(ids, minlength=EXPERTS).astype(np.int32)  # the last rows are nobody's
+    sizes = np.bincount(ids, minlength=EXPERTS).astype(np.int32)  # the last rows belong to no expert
     result = twice(lab, grouped, x, sizes, stored["gate"])
     if not lab.collecting:
         wanted = np.zeros((rows, INNER))
@@ -93,7 +93,7 @@ def check_format(lab: Lab, format: str, dtype: str) -> Iterator[dict]:
 
 
 def check_layout(lab: Lab, gate: Matrix, exact: np.ndarray, format: str) -> Iterator[dict]:
-    """Packed and decoded again: the same bits."""
+    """Packing and decoding gives the same bits."""
     got = lab.run(decoded, gate)
     if not lab.collecting:
         wrong = int((np.asarray(got) != exact[0]).sum())
@@ -117,8 +117,8 @@ def check_route(lab: Lab) -> Iterator[dict]:
 
 
 def compare(lab: Lab, name: str, results: tuple, wanted: list[np.ndarray], bound: float, backends: str) -> dict:
-    """A row: the relative error of the whole result and of the worst value; two runs must agree to the bit, and a device
-    that has kernels must have run them."""
+    """A row of the report: the relative error of the whole result and of the worst value. Two runs must agree to the bit, and a
+    device with kernels must have run them."""
     first, second = results
     error = worst = 0.0
     for got, want in zip(first, wanted, strict=True):
@@ -143,7 +143,7 @@ def twice(lab: Lab, function: Callable, *args) -> tuple[list[np.ndarray], list[n
 
 
 def reference_weights(raw: np.ndarray, format: str) -> np.ndarray:
-    """Weights of blocks uint8 [..., bytes], by the host's processor where jax has it."""
+    """Weights of blocks uint8 [..., bytes], computed on the host's processor if jax has it."""
     try:
         host = jax.devices("cpu")[0]
     except RuntimeError:
@@ -169,7 +169,7 @@ def mixture_of(x: np.ndarray, ids: np.ndarray, weights: np.ndarray, exact: dict[
 
 
 def pack(raw, *, format: str, memory_layout: str, rows: int, columns: int) -> Matrix:
-    """Blocks uint8 [experts, rows, bytes] as the memory layout keeps them."""
+    """Blocks uint8 [experts, rows, bytes] in the form that the memory layout keeps."""
     planes = jax.vmap(lambda stored: LAYOUTS[memory_layout].pack(stored, format))(raw)
     assert FORMATS[format].storage.itemsize == 1
     return Matrix(tuple(planes), (), format, memory_layout, rows, columns)

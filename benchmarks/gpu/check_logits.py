@@ -1,9 +1,9 @@
 """Two layers of the real model, on kernels and in plain float32: do the logits agree?
 
-The same weights in the same run: one prefill of several sequences and one decode step after it. Bound: tokens outweigh what
-two layers add, and what they add is off by some hundredths (check_kernels), so a row of logits may be off by five
-roundings of the dtype. It holds for nine rows in ten: where two experts' odds lie within the error, the other one may be
-taken, and the row is as far off as the two differ; over all rows it is four times as wide.
+With the same weights: one prefill of several sequences and one decode step after it. Bound: the embedding outweighs what two
+layers add to it, and what they add is off by a few hundredths (check_kernels), so a row of logits may be off by five roundings
+of the dtype. Nine rows in ten must keep to that bound: where the router's odds of two experts lie within the error, the other
+expert may be taken, and the row is as far off as the two differ. The bound over all rows is four times as wide.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def steps(lab: Lab) -> Iterator[tuple[str, Callable[[], Iterator[dict]]]]:
             for kind, logits, exact in zip(("prefill", "decode"), got, made["exact"], strict=True):
                 yield compare(f"logits of two layers, {dtype}, {kind}", logits, exact, BOUND[dtype])
 
-    for dtype in list(BOUND)[: 1 if lab.rehearsal else 2]:  # float16 is what check_kernels compiles
+    for dtype in list(BOUND)[: 1 if lab.rehearsal else 2]:  # check_kernels compiles float16 already
         yield dtype, lambda dtype=dtype: both(dtype)
 
 

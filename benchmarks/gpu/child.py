@@ -1,4 +1,4 @@
-"""One section in a process of its own. It tells the parent what happens, an event a line: "@" and JSON.
+"""Runs one section in a separate process and reports events to the parent, one per line: "@" and JSON.
 
 {"hello": {...}}   the device and the versions that measure
 {"alive": null}    after each of many programs that are compiled at once
@@ -27,17 +27,17 @@ from benchmarks.gpu.lab import Lab
 from benchmarks.gpu.sizes import REAL, SMALL, TARGET
 from ferrum_jax.programs import enable_compilation_cache
 
-DEAD = 3  # exit code of a process whose device no longer answers
+DEAD = 3  # exit code when the device no longer answers
 GIB = 2**30
 
 
 def emit(kind: str, value: Any) -> None:
-    sys.stdout.write(f"@{json.dumps({kind: value})}\n")  # in one piece: threads that compile say that they are alive
+    sys.stdout.write(f"@{json.dumps({kind: value})}\n")  # in one piece, as compiling threads report "alive" at the same time
     sys.stdout.flush()
 
 
 def main(section: str, mode: str, skip: frozenset[str]) -> int:
-    """mode: "measure" on the default device, "rehearse" at small shapes there, "compile" for a device that is not there."""
+    """mode: "measure" on the default device, "rehearse" at small shapes there, "compile" for a device that is absent."""
     module = importlib.import_module(f"benchmarks.gpu.{section}")
     if mode == "compile":
         from pallas_kernels import aot
@@ -71,7 +71,7 @@ def main(section: str, mode: str, skip: frozenset[str]) -> int:
 def run_all(steps: Any, skip: frozenset[str]) -> None:
     for name, step in steps:
         if name not in skip:
-            with contextlib.suppress(Exception):  # it will fail again when its turn comes
+            with contextlib.suppress(Exception):  # it will fail again, and be reported, when its turn comes
                 list(step())
 
 
@@ -82,7 +82,7 @@ def failed(name: str, error: Exception) -> None:
 
 
 def alive() -> bool:
-    """Whether the device still computes: after a wrong address it never does again in this process."""
+    """Whether the device still computes: after a wrong address it never will again in this process."""
     try:
         return float(jnp.arange(8.0).sum()) == 28.0
     except Exception:
@@ -90,8 +90,8 @@ def alive() -> bool:
 
 
 def compile_new(lab: Lab, done: set[Any], once: Collection[Callable]) -> None:
-    """Compiles what was collected and is not done: done are programs and whole functions. Of those in `once` one program
-    is enough."""
+    """Compiles collected programs that are not in `done`, which holds programs and whole functions. One program of each
+    function in `once` is enough."""
     for key, (program, _) in lab.collected.items():
         if key in done or program.function in done:
             continue

@@ -1,9 +1,9 @@
-"""Each kernel alone, against what the device can do: bytes over a measured copy, operations over a measured product.
+"""Each kernel alone, relative to what the device can do: bytes against a measured copy, operations against a measured product.
 
-A program calls the operation once for each of many layers, as a model does, so that no weights stay in the cache, and
-reads no result but the last. `share` takes the time of the package's own kernels from a profile (of all kernels where
-there are none); `wall_share` takes the wall time of a call in the loop, gaps and XLA's fusions included. Bytes are
-counted from what the call must read: the experts that were chosen, the keys and values up to each length.
+A program calls the operation once for each of many layers, as a model does, so that no weights stay in the cache, and only the
+last result is read. `share` takes the time of the package's own kernels from a profile (of all kernels where there are none);
+`wall_share` takes the wall time of a call in the loop, gaps and XLA's fusions included. Bytes are counted from what the call
+must read: the chosen experts, and the keys and values up to each length.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class Alone:
         return self.tensors[key]
 
     def experts(self, tokens: int, dtype: str) -> Iterator[dict]:
-        """gate, up, SwiGLU, down and combine of one layer's experts, routing independent."""
+        """gate, up, SwiGLU, down and combine of one layer's experts, with independent routing."""
         lab, c = self.lab, self.config
         layers, calls = lab.sizes.kernel_layers, lab.sizes.kernel_layers * (4 if tokens < 512 else 1)
         inner = (layers, c.num_experts, c.expert_intermediate_size, c.hidden_size)
@@ -106,7 +106,7 @@ class Alone:
         yield from self.row(name, dtype, mixture_calls, arguments, calls, read, flops, MIXTURE * UNIT[dtype], extra)
 
     def dense(self, name: str, rows: int) -> Iterator[dict]:
-        """Products of one layer's attention, or of the output matrix."""
+        """The matrix products of one layer's attention, or that of the output matrix."""
         lab, c = self.lab, self.config
         queries, keys = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
         layers = 4 * lab.sizes.kernel_layers
@@ -119,7 +119,7 @@ class Alone:
             sizes = (("query", queries), ("key", keys), ("value", keys))
             tensors = tuple(self.stack(part, "Q4_K", layers, size, c.hidden_size) for part, size in sizes)
         if name == "unembedding" and rows > lab.sizes.batch:
-            return  # logits are wanted of few rows
+            return  # logits are needed for few rows
         columns = tensors[0].matrix[1]
         x = np.asarray(np.random.default_rng(rows).standard_normal((rows, columns)), "bfloat16")
         read = sum(plane.size * plane.dtype.itemsize for t in tensors for plane in t.planes) / layers
@@ -141,7 +141,7 @@ class Alone:
         cache = lab.run(random_cache, pages=pages.size, **static)
         q = np.random.default_rng(4).standard_normal((len(positions), c.num_heads, c.head_dim)).astype(np.float32)
         read = int(lengths.sum()) * bytes_per_token(dtype, c.num_kv_heads, c.head_dim)
-        seen = sum(q * n - q * (q - 1) // 2 for n, q in batch)  # pairs of a query and what it sees
+        seen = sum(q * n - q * (q - 1) // 2 for n, q in batch)  # pairs of a query and a key that it attends to
         flops = 4 * seen * c.num_heads * c.head_dim
         arguments = (*lab.put((q, tables)), cache)
         calls, bound = 8 * layers, ATTENTION_BOUND[dtype]
@@ -189,7 +189,7 @@ def own_kernels(text: str) -> set[str]:
 
 
 def check(got, exact, bound: float) -> dict[str, Any]:
-    """Relative error of the results against the exact ones, on the device."""
+    """Relative error of the results against the exact ones, computed on the device."""
     errors = [float(error) for error in relative_errors(jax.tree.leaves(got), jax.tree.leaves(exact))]
     error = max(errors, key=lambda value: np.inf if np.isnan(value) else value)
     return {"error": error, "bound": bound, "ok": error <= bound}

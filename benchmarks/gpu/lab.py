@@ -1,8 +1,8 @@
-"""Where the sections do their device work: programs compiled ahead of time, run and timed, or only collected.
+"""Where the sections do their device work: programs are compiled ahead of time and run and timed, or only collected.
 
-A `Lab` that collects answers `run` with the shapes of the results and remembers the program. The same section code so
-measures on a device, checks itself on a CPU at small shapes, and lists what has to compile for a device that is not
-there. Code that looks at values belongs behind `if lab.collecting: return`.
+In a `Lab` that collects, `run` records the program and returns the shapes of its results. The same section code thus measures
+on a device, checks itself on a CPU at small shapes, and lists what has to compile for an absent device. Code that looks at
+values comes after `if lab.collecting: return`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from pallas_kernels import aot, dispatch
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """What `Lab.run` was asked for, with shapes for arguments; `options`: of the compiler, beside the package's own."""
+    """A call of `Lab.run`, with shapes for arguments; `options`: compiler options in addition to the package's own."""
 
     function: Callable
     args: tuple
@@ -43,7 +43,7 @@ class Program:
         return f"{self.function.__name__} {shapes}".rstrip()
 
     def compile_for(self, target: str) -> jax.stages.Compiled:
-        """Ahead of time, as the package compiles for this kind of device."""
+        """Compiles it ahead of time, as the package does for this kind of device."""
         platform = aot.TARGETS[target].target.platform
         options = COMPILER_OPTIONS.get(platform, {}) | self.options
         whole = functools.partial(self.function, **self.static)
@@ -51,8 +51,8 @@ class Program:
 
 
 class Lab:
-    """`device` None: programs are collected for `target`, not run. `rehearsal`: what another section, or a test, compiles
-    as well may be left out."""
+    """`device` None: programs are collected for `target`, not run. `rehearsal`: programs that another section or a test
+    compiles too may be left out."""
 
     def __init__(
         self, sizes: Sizes, device: jax.Device | None, target: dispatch.Target | None = None, *, rehearsal: bool = False
@@ -91,11 +91,11 @@ class Lab:
         return ", ".join(sorted({choice.backend for choice in choices}))
 
     def put(self, tree):
-        """Host arrays on the device; where they are while collecting."""
+        """Moves host arrays to the device; leaves them in place while collecting."""
         return tree if self.collecting else jax.tree.map(jnp.asarray, tree)
 
     def seconds(self, work: Callable[[], Any], rounds: int | None = None) -> list[float]:
-        """Wall time of each of `rounds` calls of `work`, to the end of what it gives; one call goes before them."""
+        """Wall time of each of `rounds` calls of `work`, until its result is ready, after one call to warm up."""
         taken = []
         for number in range((rounds or self.sizes.rounds) + 1):
             begin = time.perf_counter()
@@ -109,7 +109,7 @@ class Lab:
 
     @contextlib.contextmanager
     def options(self, **options) -> Iterator[None]:
-        """Programs run inside the block are compiled anew with these compiler options beside the package's."""
+        """Programs run inside the block are compiled anew, with these compiler options in addition to the package's."""
         platform = self.target.platform
         package, before = COMPILER_OPTIONS.get(platform), (self.programs, self._options)
         COMPILER_OPTIONS[platform], self._options = (package or {}) | options, options
@@ -124,10 +124,11 @@ class Lab:
                 COMPILER_OPTIONS[platform] = package
 
     def ahead(self, work: Callable[[Lab], Any]) -> None:
-        """Compiles the programs that `work(lab)` runs, many at a time; one that fails fails again where it is used.
+        """Compiles the programs that `work(lab)` runs in parallel. One that fails is passed over here: it fails again where it
+        is used.
 
-        `compiled` is called after each. Nothing is done where BENCHMARK_ONE_BY_ONE is set: a compiler that aborts does so
-        with all that it was given."""
+        `self.compiled` is called after each. Does nothing if BENCHMARK_ONE_BY_ONE is set, for compilers that abort the process:
+        then the parent learns which program was to blame."""
         if self.collecting or os.environ.get("BENCHMARK_ONE_BY_ONE"):
             return
         scout = Lab(self.sizes, None, self.target)

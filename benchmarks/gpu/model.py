@@ -1,7 +1,7 @@
 """Decode and prefill of the whole model, through the functions and compiled programs that users run.
 
-A decode sample is one dispatch of several tokens (`functional.advance`), a prefill sample one `functional.start`. Beside
-the wall time stand, from a profile of one such dispatch, launches, kernel time and idle time of a step.
+A decode sample is one dispatch of several tokens (`functional.advance`), a prefill sample one `functional.start`. In addition
+to the wall time, a row has the launches, kernel time and idle time of a step, from a profile of one such dispatch.
 """
 
 from __future__ import annotations
@@ -82,14 +82,14 @@ class Run:
         self.medians["prefill"] = statistics.median(taken)
         row = {"name": "prefill", "tokens": prompt, "chunk": chunk, "ms": round(1e3 * statistics.median(taken), 3)}
         row |= goal("prefill", statistics.median(rates), lab.sizes) | {"samples": common.summary(rates, 1)}
-        # The prompt's last token once more, as a decode step over the cache of the prefill: what came first must be near.
+        # The prompt's last token again, as a decode step over the prefill's cache: the sampled token must rank high.
         token, last = int(np.asarray(sampled.tokens)[0, 0]), whole.prompt(lab)[0][:, -1]
         logits, _, _ = self.watch(cache, last, prompt - 1)
         rank = int((np.asarray(logits)[0] > np.asarray(logits)[0, token]).sum())
         yield row | {"check": {"token": token, "rank_when_decoded": rank, "ok": rank < 8 and np.isfinite(logits).all().item()}}
 
     def watch(self, cache, tokens, position: int) -> tuple[jax.Array, Any, list[int]]:
-        """One decode step: logits, the cache, and how many experts each layer read."""
+        """One decode step: logits, the cache, and the number of experts that each layer read."""
         batch, touched = len(tokens), []
         per_row = cache.num_pages // batch
         table = np.arange(batch * per_row, dtype=np.int32).reshape(batch, per_row)
@@ -110,10 +110,10 @@ class Run:
         return logits, cache, touched
 
     def experts(self) -> Iterator[dict]:
-        """How many experts each layer reads in a decode step, by the router itself."""
+        """How many experts each layer reads in a decode step, counted from the router's choices."""
         lab, config = self.lab, self.config
         if lab.collecting:
-            return  # a program that calls the host; it is not timed
+            return  # a program that calls the host is not timed
         for batch in (1, lab.sizes.batch):
             decoding = self.decoding(batch)
             _, decoding.cache, touched = self.watch(decoding.cache, decoding.state.token, lab.sizes.context)
@@ -157,7 +157,7 @@ def measure_decode(lab: Lab, name: str, decoding: whole.Decoding, medians: dict[
 
 
 def temporaries(lab: Lab, decoding: whole.Decoding) -> dict[str, int]:
-    """Bytes of the compiled step: temporaries, and what of its results lies in donated arguments."""
+    """Bytes of the compiled step: temporaries, results, and how much of the results reuses donated arguments."""
     static = {"config": decoding.config, "steps": lab.sizes.steps}
     program = lab.program(functional.advance, *decoding.arguments(), donate=(1,), **static)
     found = program.compiled.memory_analysis()
@@ -165,7 +165,7 @@ def temporaries(lab: Lab, decoding: whole.Decoding) -> dict[str, int]:
 
 
 def active_bytes(params: dict, config, experts: float) -> int:
-    """Bytes of weights that a step reads: all but the embedding, and of the experts `experts` in each layer."""
+    """Bytes of weights that a step reads: everything but the embedding, with only `experts` experts in each layer."""
     whole_bytes = sum(bytes_by_format({key: value for key, value in params.items() if key != "embedding"}).values())
     feed_forward = params["layers"]["feed_forward"]
     stacks = {name: stack for name, stack in feed_forward.items() if name.startswith("expert_")}
@@ -174,14 +174,14 @@ def active_bytes(params: dict, config, experts: float) -> int:
 
 
 def note(ids: np.ndarray) -> None:
-    """Is told the experts of each layer while `forward_watched` runs."""
+    """Called with the experts of each layer while `forward_watched` runs; patched to count them."""
 
 
 # Programs
 
 
 def forward_watched(params, cache, batch: RaggedBatch, *, config):
-    """functional.forward that tells `note` which experts its router takes."""
+    """functional.forward that calls `note` with the experts that its router chooses."""
     route = layers.route
 
     def watched(*args, **keywords):

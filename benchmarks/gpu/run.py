@@ -1,4 +1,4 @@
-"""The parent of the sections: hands out the time, survives what a section does to its process, keeps what it found."""
+"""The parent of the sections: allots time, survives the crash of a section's process, and keeps the results."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Event = Callable[[str, Any], None]
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-    """`module` of this package; it may take `seconds`, and is begun if half of them are left."""
+    """`module` of this package; it may take `seconds`, and is started only if at least half of them are left."""
 
     name: str
     module: str
@@ -47,13 +47,13 @@ SECTIONS = (
     Section("tiles", "tiles", 120),
 )
 LIMIT = 465.0  # seconds for all sections
-RESTARTS = 8  # of one section, each without the step that its process died in
+RESTARTS = 8  # of one section, each without the steps that were started before
 SILENCE = 90.0  # seconds without an event after which a step counts as hanging
 
 
 @dataclasses.dataclass
 class Outcome:
-    """What came of a section. `failures`: steps that raised, died or hung, with the error; `skipped`: why it did not run."""
+    """What came of a section. `failures`: steps that raised, crashed or hung, with the error; `skipped`: why it did not run."""
 
     seconds: float = 0.0
     rows: list[dict] = dataclasses.field(default_factory=list)
@@ -109,7 +109,7 @@ def run_section(
 
 
 def run_child(module: list[str], environment: dict[str, str], limit: float, silence: float, event: Event) -> str | None:
-    """Runs `python -m` with these arguments and passes on its events; None when it came to its end, else how it ended.
+    """Runs `python -m` with these arguments and passes on its events. Returns None if it finished, else how it ended.
 
     silence: seconds without an event after which it counts as hanging."""
     environment = os.environ | {"BENCHMARK_BEGIN": str(time.time())} | environment
@@ -174,7 +174,7 @@ def slug(device: str) -> str:
 
 
 def write(out: Path, outcomes: dict[str, Outcome]) -> Path | None:
-    """Puts everything so far into gpu-DEVICE.json, whole or not at all; None before a device was seen."""
+    """Writes everything so far to gpu-DEVICE.json in one step; returns None before a device has reported."""
     hello = next((outcome.hello for outcome in outcomes.values() if outcome.hello), None)
     if hello is None:
         return None
@@ -190,7 +190,7 @@ def write(out: Path, outcomes: dict[str, Outcome]) -> Path | None:
 
 
 def measure(out: Path, only: list[str], limit: float = LIMIT) -> int:
-    """All sections; the number of checks that did not hold and steps that failed."""
+    """Runs all sections; returns the number of checks that did not hold and steps that failed."""
     begin = time.monotonic()
     outcomes: dict[str, Outcome] = {}
     with tempfile.TemporaryDirectory() as cache:
@@ -219,11 +219,11 @@ def measure(out: Path, only: list[str], limit: float = LIMIT) -> int:
 
 
 def rehearse(only: list[str]) -> int:
-    """Every section at small shapes on the CPU, and every program of a real run compiled for the device; as many processes
-    at a time as there are cores."""
+    """Runs every section at small shapes on the CPU, and compiles every program of a real run for the device, one process per
+    core."""
     chosen = [section for section in SECTIONS if not only or section.module in only]
     compiled = [(section, "compile") for section in chosen if not section.environment]
-    # Long ones first; "starts" at the very end, so that it finds what "model" has compiled.
+    # Long ones first; "starts" last, so that it finds what "model" has compiled.
     jobs = sorted(compiled, key=lambda job: -job[0].seconds)
     jobs += sorted([(section, "rehearse") for section in chosen], key=lambda job: job[0].module == "starts")
 

@@ -1,4 +1,4 @@
-"""What is measured, at which sizes, and what is asked of it."""
+"""The sizes at which things are measured, and the goals for the results."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ TARGET = "h200"  # what the rehearsal compiles for
 
 @dataclasses.dataclass(frozen=True)
 class Goal:
-    """What a figure should reach: `floor` is what no program can beat; all three in `unit`, None where nobody said."""
+    """What a figure should reach: `must` at least, `aim` at best; `floor` is the limit of any program (None: not known). All in
+    `unit`."""
 
     unit: str
     floor: float | None
@@ -21,7 +22,7 @@ class Goal:
     higher: bool = True
 
     def row(self, value: float) -> dict:
-        """The goal beside what was measured, as part of a result."""
+        """The goal and the measured value, as part of a result."""
         met = value >= self.must if self.higher else value <= self.must
         fields = {"unit": self.unit, "floor": self.floor, "must": self.must, "aim": self.aim}
         return {"value": value, **fields, "must_met": bool(met)}

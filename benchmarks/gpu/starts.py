@@ -1,7 +1,7 @@
 """What compilation costs: every program that serving needs, in a process that starts from nothing.
 
-The section runs twice, as two processes that share a cache of compiled programs: first it is empty, then it holds what
-the first left. Nothing is loaded; programs compile from shapes. Time counts from the start of the process.
+The section runs twice, in two processes that share a cache of compiled programs: the first finds it empty and fills it for the
+second. Nothing is loaded; programs compile from shapes. Time is counted from the start of the process.
 """
 
 from __future__ import annotations
@@ -56,9 +56,9 @@ def compile_all(lab: Lab, name: str) -> Iterator[dict]:
 
 
 def programs(lab: Lab) -> Iterator[tuple[str, Callable, tuple, dict[str, Any]]]:
-    """(label, function, arguments with shapes for what is large, static arguments) of each program."""
+    """(label, function, arguments with shapes in place of large arrays, static arguments) of each program."""
     sizes, config = lab.sizes, lab.sizes.config
-    if lab.rehearsal and lab.collecting:  # one kind of layer instead of five: all of them compile elsewhere
+    if lab.rehearsal and lab.collecting:  # one kind of layer instead of five: other sections compile all of them
         config = dataclasses.replace(config, num_layers=1)
     params = tensors.shapes(config, lab.target)
 

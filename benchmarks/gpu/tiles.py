@@ -1,7 +1,7 @@
-"""Other tiles for the compressed products than the kernels' own choice, each timed and checked like the section "kernels".
+"""Times and checks the compressed products with other tiles than the kernels' own choice, like the section "kernels".
 
-The kernels choose rows of the matrix, warps and stages by the number of rows of x, from instruction counts of compiled
-code. Whether latency, occupancy or memory decides instead, only a device says.
+The kernels choose rows of the matrix, warps and stages by the number of rows of x, from instruction counts of compiled code.
+Only a device can show whether latency, occupancy or memory decides instead.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ COMPILED_ELSEWHERE = (weights.draw, weights.normal, *kernels.EXACT, *kernels.EXA
 
 
 class Tile(NamedTuple):
-    """Rows of the matrix that a program takes, its warps, and the steps of k in flight."""
+    """Rows of the matrix per program, its warps, and the steps of k in flight."""
 
     rows: int
     warps: int
@@ -50,7 +50,7 @@ def steps(lab: Lab) -> Iterator[tuple[str, Callable[[], Iterator[dict]]]]:
 
 
 def tiled(alone: kernels.Alone, tile: Tile, case: Callable[[], Iterator[dict]]) -> Iterator[dict]:
-    """The rows of `case` with programs that are traced for this tile."""
+    """The result rows of `case`, with programs traced for this tile."""
     alone.traced_with = lambda function: with_tile(function, tile)
     try:
         for row in case():
@@ -60,7 +60,7 @@ def tiled(alone: kernels.Alone, tile: Tile, case: Callable[[], Iterator[dict]]) 
 
 
 def with_tile(function: Callable, tile: Tile) -> Callable:
-    """`function`, traced while the kernels are given `tile` instead of their own choice."""
+    """`function`, traced with `tile` in place of the kernels' own choice."""
     own = triton.tile
 
     def choose(*args, **keywords):

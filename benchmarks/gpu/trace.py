@@ -1,8 +1,8 @@
-"""What ran on the device: kernels, how often and how long, from a profile that jax writes.
+"""What ran on the device, from a profile that jax writes: kernels, how often, and for how long.
 
-The profiler's own file is read with jax alone. Lines named "Stream ..." of a GPU's plane hold what the device did in
-order; other lines are made from these. While a profile is taken XLA launches kernels one by one instead of as CUDA
-graphs, so kernel times are true and the gaps between them are not: idle time is what an unprofiled step takes beyond them.
+The profiler's own file is read with jax alone. Lines named "Stream ..." of a GPU's plane hold what the device did in order;
+other lines are made from these. While a profile is taken XLA launches kernels one by one instead of as CUDA graphs, so kernel
+times are true and the gaps between them are not: idle time is the time of an unprofiled step minus that of its kernels.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import jax
 
 
 class Kernel(NamedTuple):
-    """One kind of device work: its name without trailing number, how often it ran and for how many seconds in all."""
+    """One kind of device work: its name without the trailing number, how often it ran, and its seconds in total."""
 
     name: str
     count: int
@@ -25,9 +25,9 @@ class Kernel(NamedTuple):
 
 
 def record(work: Callable[[], Any]) -> list[Kernel]:
-    """The kernels of one call of `work`, most expensive first; none where there is no GPU.
+    """The kernels of one call of `work`, most expensive first; none without a GPU.
 
-    No profile is taken there: with compilers for absent devices loaded, jax's profiler can end the process on a CPU.
+    Without one no profile is taken: with compilers for absent devices loaded, jax's profiler can crash the process on a CPU.
     """
     if jax.default_backend() == "gpu":
         return profile(work)

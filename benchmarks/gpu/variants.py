@@ -22,7 +22,7 @@ COMMAND_BUFFERS = {"whole loops": GRAPHS + ",WHILE", "loop bodies": GRAPHS, "non
 def steps(lab: Lab) -> Iterator[tuple[str, Callable[[], Iterator[dict]]]]:
     absent = lab.rehearsal and lab.collecting
     made: dict[str, object] = {}
-    # What differs from the section "model" in options or dtype alone need not compile with all its layers again.
+    # What differs from the section "model" only in options or dtype need not be compiled with all its layers again.
     whole_model = dataclasses.replace(lab.sizes.config, num_layers=1) if absent else lab.sizes.config
 
     def params():

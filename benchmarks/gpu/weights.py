@@ -1,8 +1,8 @@
-"""A Qwen3-MoE of random weights, made where it will be read: no file, and nothing but small pools from the host.
+"""A Qwen3-MoE with random weights, made on the device that reads them: no file, and only small pools come from the host.
 
-A pool is a few megabytes of valid random blocks (pallas_kernels.blocks.synthetic); a matrix is blocks drawn from it at
-random, packed in the memory layout that the device's kernels read, as loading packs them. The mix of formats is llama.cpp's
-Q4_K_M, and tokens outweigh what layers add, as in make_synthetic.
+A pool is a few megabytes of valid random blocks (pallas_kernels.blocks.synthetic); a matrix is made of blocks drawn from it at
+random, packed in the memory layout that the device's kernels read, as in loading. The mix of formats is llama.cpp's Q4_K_M, and
+the embedding outweighs what layers add, as in make_synthetic.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ POOL_BYTES = 4 << 20
 
 
 def make(lab: Lab, config: ModelConfig) -> dict:
-    """The parameters of `functional`'s programs, on the device."""
+    """The parameters for the programs of `functional`, on the device."""
     lab.ahead(lambda scout: make(scout, config))
 
     def fill(path, leaf):

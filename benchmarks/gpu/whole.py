@@ -26,7 +26,7 @@ def sampling(lab: Lab, batch: int, **params) -> Sampling:
 
 
 def state(lab: Lab, batch: int, position: int) -> State:
-    """Rows with `position` tokens in the cache and a random one to go on from; row i is the same in every batch."""
+    """Rows with `position` tokens in the cache and a random one to continue from; row i is the same in every batch."""
     vocab = lab.sizes.config.vocab_size
     tokens = np.random.default_rng(5).integers(0, vocab, 256)[:batch].astype(np.int32)
     zeros = np.zeros(batch, np.int32)
@@ -40,7 +40,7 @@ def prompt(lab: Lab) -> tuple[np.ndarray, np.ndarray]:
 
 
 class Decoding:
-    """A batch that stands at `context` tokens; each `step` decodes the same `steps` tokens again, in one dispatch."""
+    """A batch with `context` tokens in the cache; each `step` decodes the same `steps` tokens again, in one dispatch."""
 
     def __init__(self, lab: Lab, params, config: ModelConfig, batch: int, **sampling_params):
         self.lab, self.params, self.config, self.batch = lab, params, config, batch
@@ -58,12 +58,12 @@ class Decoding:
         return sampled
 
     def content(self) -> dict[str, Any]:
-        """What the last step made: are they tokens, do the rows differ, do they move?"""
+        """Checks the last step's tokens: are they valid, do rows differ, do they change from step to step?"""
         return content(np.asarray(self.step().tokens), self.config.vocab_size)
 
 
 def content(tokens: np.ndarray, vocab: int) -> dict[str, Any]:
-    """The check of sampled tokens int32 [rows, steps]. Random weights may meet in one token, but hardly in one row."""
+    """The check of sampled tokens int32 [rows, steps]. Random weights may give rows one token in common, not all."""
     rows, steps = tokens.shape
     distinct = len(np.unique(tokens, axis=0))
     valid = bool((tokens >= 0).all() and (tokens < vocab).all())
@@ -81,7 +81,7 @@ def content(tokens: np.ndarray, vocab: int) -> dict[str, Any]:
 
 
 def filled_cache(*, config: ModelConfig, rows: int, capacity: int):
-    """A cache whose every token has random keys and values, those of a row the same whatever `rows` is."""
+    """A cache in which every token has random keys and values; those of a row do not depend on `rows`."""
     cache = functional.new_cache(config, num_pages=rows * -(-capacity // PAGE), page_size=PAGE, dtype=config.dtype)
     tokens = cache.num_pages // rows * PAGE
 

@@ -1,4 +1,4 @@
-"""Continuous batching: many requests, one device. docs/architecture/engine.md tells a request's way through it."""
+"""Continuous batching: many requests, one device. docs/architecture/engine.md follows a request through it."""
 
 from ferrum_jax.engine.config import EngineConfig
 from ferrum_jax.engine.engine import Engine

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 from ferrum_jax.state import kv_dtype
 
-MAX_SEQS = 1 << 16  # sequences that run at once at most
-MAX_STEPS = 64  # decode steps of one dispatch at most, where the engine chooses
-_DRAFTING_STEPS = 16  # the same with drafts, which need more room for results
+MAX_SEQS = 1 << 16  # limit of sequences that run at once
+MAX_STEPS = 64  # limit of decode steps in a dispatch if the engine chooses
+_DRAFTING_STEPS = 16  # the same with drafts, whose results need more room
 _MOST = {
     "page_size": 1 << 16, "max_seqs": MAX_SEQS, "token_budget": 1 << 20, "speculation": 1 << 10, "num_pages": 2**31 - 1,
     "steps_per_dispatch": 1 << 12, "initial_pages": 2**31 - 1, "checkpoints": 1 << 20,
@@ -23,9 +23,9 @@ class EngineConfig:
     """The configuration of an engine.
 
     Attributes:
-      page_size: tokens of a page; 1 to 65,536.
-      num_pages: pages of the KV cache, 1 to 2**31 - 1; None: enough for `max_seqs` sequences of the model's full context, or as
-        many as fit the free memory. Where layers differ in what they see, of the pool of those that see most.
+      page_size: tokens per page; 1 to 65,536. num_pages: pages of the KV cache, 1 to 2**31 - 1; None: enough for `max_seqs`
+      sequences of the model's full context, or as
+        many as fit the free memory. If layers have different windows, this is the pool of the layers that see most.
       initial_pages: pages at the beginning, 1 to 2**31 - 1. When they are used up, the cache grows by a factor of four, up to
         `num_pages`, and steps are compiled for the new size. None: all pages from the beginning.
       max_seqs: sequences that run together; 1 to 65,536.
@@ -34,14 +34,13 @@ class EngineConfig:
       steps_per_dispatch: decode steps of one dispatch while no request waits, 1 to 4,096; None: as many as take
         `dispatch_seconds`.
       dispatch_seconds: duration of a dispatch with several decode steps, greater than 0. Shorter is smoother, longer is faster.
-      prefix_cache: whether requests share the pages of equal beginnings.
-      kv_dtype: dtype of the KV cache; None: the model's.
+      prefix_cache: whether requests share the pages of equal beginnings. kv_dtype: dtype of the KV cache; None: the model's.
       checkpoints: for a model with layers that recur, the number of states kept at beginnings of texts, from which another
         request may continue, 0 to 1,048,576; None: `max_seqs`.
       speculation: number of tokens to draft from the sequence's own text and verify in one step, 0 to 1,024; 0: off.
 
     Raises:
-      ValueError: for a wrong value, naming the field and what would be right.
+      ValueError: for a wrong value; it names the field and what would be right.
     """
 
     page_size: int = 16
@@ -76,35 +75,35 @@ class EngineConfig:
 
     @property
     def steps(self) -> int:
-        """Decode steps of one dispatch at most."""
+        """Limit of decode steps in a dispatch."""
         return self.steps_per_dispatch or (_DRAFTING_STEPS if self.speculation else MAX_STEPS)
 
     @property
     def longest(self) -> int:
-        """Tokens of a mixed step at most."""
+        """Limit of tokens in a mixed step."""
         return max(self.token_budget, self.max_seqs + 1)
 
     @property
     def num_checkpoints(self) -> int:
-        """States that are kept next to those of running sequences."""
+        """States that are kept in addition to those of running sequences."""
         return self.max_seqs if self.checkpoints is None else self.checkpoints
 
     @property
     def num_states(self) -> int:
-        """Places for states: one a slot, the checkpoints, and with speculation one after each token of a verification."""
+        """Places for states: one per slot, the checkpoints, and with speculation one for each token of a verification."""
         width = 1 + self.speculation if self.speculation else 0
         return self.max_seqs * (1 + width) + self.num_checkpoints
 
     @property
     def at_once(self) -> int:
-        """Tokens that a step adds to a sequence at most."""
+        """Limit of tokens that a step adds to a sequence."""
         return max(self.longest, 1 + self.speculation)
 
     @functools.cached_property
     def buckets(self) -> list[Bucket]:
         """All shapes that are compiled, smaller ones first. Decoding: 1, 4, 16, ... and `max_seqs` rows. Steps with prompt
-        tokens: 16 tokens (the end of a cached prompt) and `longest` (a long prompt) for a few rows, and 64, 128, 256, ...
-        for all, because a step costs what its shape costs."""
+        tokens: 16 tokens (the end of a cached prompt) and `longest` (a long prompt) for a few rows, and 64, 128, 256, ... for
+        all rows, because a step costs as much as its shape."""
         few = min(4, self.max_seqs)
         tokens = [size for size in (16, *_ladder(64, self.longest, 2)) if size < self.longest] + [self.longest]
         mixed = {Bucket(size, self.max_seqs) for size in tokens[1:]} | {Bucket(tokens[0], few), Bucket(self.longest, few)}
@@ -113,13 +112,13 @@ class EngineConfig:
         return sorted({Bucket(0, rows) for rows in _ladder(1, self.max_seqs, 4)} | mixed)
 
     def bucket(self, tokens: int, rows: int) -> Bucket:
-        """The smallest shape that holds so many tokens (0: decoding alone) and rows."""
+        """The smallest shape for this many tokens (0: only decoding) and rows."""
         fitting = (b for b in self.buckets if bool(b.tokens) == bool(tokens) and b.tokens >= tokens and b.rows >= rows)
         return next(fitting)
 
 
 def config_of(config: EngineConfig | Mapping[str, Any]) -> EngineConfig:
-    """The configuration, or the one with the fields of a dict; ValueError for anything else."""
+    """The configuration, or one made from a dict of its fields; ValueError for anything else."""
     if isinstance(config, EngineConfig):
         return config
     if not isinstance(config, Mapping):
@@ -131,7 +130,7 @@ def config_of(config: EngineConfig | Mapping[str, Any]) -> EngineConfig:
 
 
 class Bucket(NamedTuple):
-    """Shapes of one program: `tokens` on the ragged axis, 0 for decoding alone, and rows."""
+    """The shape of a program: `tokens` on the ragged axis (0 for only decoding), and rows."""
 
     tokens: int
     rows: int
@@ -141,7 +140,7 @@ class Bucket(NamedTuple):
 
 
 def _ladder(first: int, last: int, factor: int) -> list[int]:
-    """first, first * factor, ... below last, and last."""
+    """first, first * factor, ... while below last, and last."""
     sizes = []
     while first < last:
         sizes.append(first)

@@ -1,8 +1,7 @@
-"""Guesses at what comes next, from the sequence's own text: the tokens that followed its last few tokens before.
+"""Guesses the next tokens from the sequence's own text: those that followed an earlier occurrence of its last few tokens.
 
-Saxena, "Prompt lookup decoding" (2023). A guess costs a wider step, so a sequence whose guesses fail pauses for twice as
-many steps each time, and a batch in which few sequences guess does not verify them. Whether guesses are right changes the
-speed and nothing else.
+Saxena, "Prompt lookup decoding" (2023). A guess costs a wider step, so a sequence whose guesses fail pauses twice as long each
+time, and a batch in which few sequences have a guess does not verify them. Right or wrong guesses change only the speed.
 """
 
 from __future__ import annotations
@@ -12,13 +11,13 @@ import jax.numpy as jnp
 
 from ferrum_jax.engine.slots import Slots
 
-_LEAST, _MOST = 3, 5  # tokens that have to be the same: one more after each miss
-_MOST_MISSES = 5  # a pause is 2 ** 5 - 1 steps at most
+_LEAST, _MOST = 3, 5  # tokens that must be equal: one more after each miss
+_MOST_MISSES = 5  # a pause lasts at most 2 ** 5 - 1 steps
 
 
 def draft(slots: Slots, rows: jax.Array, alive: jax.Array, ends: jax.Array, most: int) -> tuple[Slots, jax.Array]:
-    """Writes up to `most` guesses behind the texts of rows int32 [R]: the slots, and how many int32 [R]. Only rows that are
-    alive guess, and only so much that their text stays shorter than `ends` int32 [R]."""
+    """Writes up to `most` guesses after the texts of rows int32 [R]; returns the slots and the number of guesses int32 [R].
+    Only rows that are alive guess, and their text stays shorter than `ends` int32 [R]."""
     text, length = slots.history[rows], slots.length[rows]
     capacity = text.shape[1]
     # The latest position after the most tokens that are the same as the newest ones: _LEAST of them, then one more, ...
@@ -37,7 +36,7 @@ def draft(slots: Slots, rows: jax.Array, alive: jax.Array, ends: jax.Array, most
 
     slot = jnp.where(alive, rows, slots.length.shape[0])
     offset = jnp.arange(most)
-    period = jnp.maximum(length - found, 1)  # what followed ends with the text, and then begins again
+    period = jnp.maximum(length - found, 1)  # what followed ends with the text and then repeats
     guess = jnp.take_along_axis(text, jnp.clip(found[:, None] + offset % period[:, None], 0, capacity - 1), axis=1)
     target = jnp.where(offset < count[:, None], length[:, None] + offset, capacity)
     slots = slots._replace(
@@ -48,13 +47,14 @@ def draft(slots: Slots, rows: jax.Array, alive: jax.Array, ends: jax.Array, most
 
 
 def worth_it(drafted: jax.Array, alive: jax.Array) -> jax.Array:
-    """Whether to verify guesses, int32 [R] of rows that are alive, bool [R]: the wider step is paid by all rows, so half of
-    them have to gain by it."""
+    """Whether to verify the guesses (int32 [R]) of the rows that are alive (bool [R]): all rows pay for the wider step, so at
+    least half of them must have a guess."""
     return (drafted > 0).any() & (2 * (drafted > 0).sum() >= alive.sum())
 
 
 def learn(slots: Slots, rows: jax.Array, drafted: jax.Array, right: jax.Array) -> Slots:
-    """Notes how many guesses int32 [R] were right of those that were verified, int32 [R]; less than half is a miss."""
+    """Records how many guesses (`right` int32 [R]) of those verified (`drafted` int32 [R]) were right; less than half is a
+    miss."""
     misses = jnp.where(2 * right >= drafted, 0, jnp.minimum(slots.misses[rows] + 1, _MOST_MISSES))
     slot = jnp.where(drafted > 0, rows, slots.length.shape[0])
     return slots._replace(

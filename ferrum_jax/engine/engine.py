@@ -1,9 +1,9 @@
-"""The engine: many requests, one device, nobody waits for anybody.
+"""The engine: many requests on one device, without waiting for each other.
 
-One thread drives: it asks the scheduler for the next dispatch, starts it, and then reads the results of the one
-before, so the device always has work while the host decides. Another one does what takes microseconds: submitting and
-aborting never wait for the device. What a caller's thread does here is to check, to hand over and to wait, so an interrupt
-loses nothing (worker.py); what the engine's threads do is in core.py.
+One thread drives: it gets the next dispatch from the scheduler, starts it, and then reads the results of the one before, so the
+device always has work while the host decides. Another thread does what takes microseconds, so submitting and aborting never
+wait for the device. The caller's thread only checks arguments, hands over a job and waits, so an interrupt loses nothing
+(worker.py). The work of the engine's threads is in core.py.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from ferrum_jax.state import page_kinds, recurrent_kinds
 
 
 class Loaded(Protocol):
-    """A model as its users have it (`ferrum_jax.Model`): what an engine takes of it."""
+    """The part of a model (`ferrum_jax.Model`) that an engine uses."""
 
     @property
     def _runtime(self) -> Prompts: ...
@@ -45,25 +45,23 @@ class Engine(Core):
     """Runs requests of one model together.
 
     `with Engine(model) as engine:` compiles and serves in the background, and logs its shapes and how far it has compiled
-    (logger "ferrum_jax.engine.engine", level INFO). Without, the thread that waits for a request drives the engine, or one
-    that calls `step` or `run`. All methods may be called from any thread, and interrupted at any moment.
+    (logger "ferrum_jax.engine.engine", level INFO). Without `with`, a thread that waits for a request, or calls `step` or
+    `run`, drives the engine. All methods may be called from any thread, and interrupted at any moment.
 
     Args:
-      model: as `ferrum_jax.load` gives it.
-      config: an EngineConfig, or a dict of its fields.
+      model: from `ferrum_jax.load`. config: an EngineConfig, or a dict of its fields.
 
     Raises:
-      ValueError: for anything else.
-      OutOfMemoryError: where the KV cache does not fit.
+      ValueError: for anything else. OutOfMemoryError: if the KV cache does not fit.
     """
 
     def __init__(self, model: Loaded | Prompts, config: EngineConfig | Mapping[str, Any] = EngineConfig()):
-        if not hasattr(model, "max_seq_len"):  # whatever runs as one does
+        if not hasattr(model, "max_seq_len"):  # anything that behaves like a model is accepted
             raise ValueError(f"an engine runs a Model, as ferrum_jax.load gives it, not {checks.kind(model)}")
         self.model = cast(Prompts, getattr(model, "_runtime", model))
         self.config = config_of(config)
         self.serving = False
-        self.warmed_up = 0, 1  # programs that are ready of those that warming up makes, and all
+        self.warmed_up = 0, 1  # programs that are ready, and all that warming up compiles
         self._driver, self._desk, self._compiler, self._files = (
             Worker(f"ferrum_jax engine {part}") for part in ("driver", "desk", "compiler", "files")
         )
@@ -98,12 +96,11 @@ class Engine(Core):
     def submit(
         self, prompt: Prompt | list[dict], params: SamplingParams = SamplingParams(), adapter: str | None = None
     ) -> Request:
-        """A request for one prompt, which waits until the engine takes it up.
+        """A request for one prompt, which waits until the engine admits it.
 
         Args:
-          prompt: a text, a list of token ids or a conversation (a list of messages).
-          params: how to go on.
-          adapter: the name of a LoRA adapter that the model was loaded with; None: the model alone.
+          prompt: a text, a list of token ids or a conversation (a list of messages). params: how to continue it. adapter: the
+          name of a LoRA adapter that the model was loaded with; None: the model alone.
 
         Raises:
           ValueError: for a prompt that is empty or too long, for parameters that cannot be met, for an unknown adapter, and
@@ -114,7 +111,7 @@ class Engine(Core):
         return self._submit(tokens, params, adapter)
 
     def abort(self, request: Request) -> None:
-        """Ends a request and its choices with finish_reason "abort"; nothing happens to those that are finished.
+        """Ends a request and its choices with finish_reason "abort"; finished ones are not changed.
 
         Args:
           request: of this engine.
@@ -122,18 +119,18 @@ class Engine(Core):
         Raises:
           ValueError: for a request of another engine.
         """
-        if self._desk.ending.is_set():  # a stream that the interpreter's end finds open: modules may be gone
+        if self._desk.ending.is_set():  # a stream still open at the interpreter's exit: modules may be gone
             return
         self._own(request)
         self._do(self._end_choices, request)
 
     def reset(self) -> None:
-        """Forgets the prefix cache; running requests go on."""
+        """Empties the prefix cache; running requests continue."""
         self._do(self._forget)
 
     def snapshot(self, request: Request, path: str | Path) -> None:
-        """Writes a request, its text, its parameters and its KV pages, as an orbax checkpoint. The request goes on. Where
-        this is interrupted, the directory is taken away again.
+        """Writes a request, its text, its parameters and its KV pages, as an orbax checkpoint. The request continues. If this
+        is interrupted, the directory is removed again.
 
         Args:
           request: of this engine.
@@ -150,8 +147,8 @@ class Engine(Core):
         self._files.call(write, undo=lambda _: shutil.rmtree(path))
 
     def restore(self, path: str | Path) -> Request:
-        """The request that `snapshot` wrote, ready to go on with the same tokens as if nothing had been: its full pages are
-        put into the prefix cache, where it finds them.
+        """The request that `snapshot` wrote, ready to continue with the same tokens as if it had never stopped: its full pages
+        are put into the prefix cache, where it finds them.
 
         Args:
           path: the directory of the snapshot.
@@ -183,19 +180,19 @@ class Engine(Core):
     # Driving
 
     def step(self) -> bool:
-        """Starts the next dispatch and takes in the results of the one before; whether anything is left to do."""
+        """Starts the next dispatch and processes the results of the one before. Returns whether anything is left to do."""
         return self._driver.call(self._advance)
 
     def run(self) -> None:
-        """Drives until every request is finished, one whose submission was interrupted included."""
+        """Drives until every request is finished, including one whose submission was interrupted."""
         while self.step() or self._do(self._busy):
             pass
 
     def warm_up(self, progress: Callable[[int, int, str], None] | None = None) -> None:
-        """Compiles whatever may be needed; then nothing compiles while serving.
+        """Compiles everything that may be needed; then nothing compiles while serving.
 
         Args:
-          progress: called with programs that are ready, programs in all, and what comes next.
+          progress: called with the number of programs that are ready, the number of all, and the name of the next one.
         """
         programs = self._device.programs()
         with task("warming up, program", len(programs)) as update:
@@ -214,7 +211,7 @@ class Engine(Core):
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Stops the background loop. Requests that are not finished end with "abort"."""
+        """Stops the background loop. Unfinished requests end with "abort"."""
         self._driver.call(self._close)
         self._compiler.call(lambda: None)  # after the program that is being compiled
 
@@ -225,14 +222,14 @@ class Engine(Core):
         return [str(bucket) for bucket in self._device.buckets()]
 
     def metrics(self) -> dict[str, float]:
-        """Counts since the engine was made, and how things stand.
+        """Counts since the engine was made, and its current state.
 
-        compiles; steps of the model (each of a dispatch of N counts); prompt_tokens that were computed; generated_tokens;
-        prefix_lookups, prefix_hit_pages, prefix_saved_tokens, prefix_evictions; preemptions; pages_free, pages_cached (what
-        is left is held), of all pools, and of each where there are several, as in pages_free_full and
-        pages_free_window_4096; of a model with layers that recur checkpoints_free, checkpoints_cached, checkpoint_evictions;
-        requests_waiting, requests_running; host_seconds: processor time of the driving threads,
-        deciding, launching and taking in; device_seconds: wall time from a launch, or the results before, to its results.
+        compiles; steps of the model (a dispatch of N steps counts N); prompt_tokens that were computed; generated_tokens;
+        prefix_lookups, prefix_hit_pages, prefix_saved_tokens, prefix_evictions; preemptions; pages_free, pages_cached (all
+        others are held) of all pools together, and of each pool if there are several, such as pages_free_full and
+        pages_free_window_4096; for a model with layers that recur checkpoints_free, checkpoints_cached, checkpoint_evictions;
+        requests_waiting, requests_running; host_seconds: processor time of the driving threads for deciding, launching and
+        processing results; device_seconds: wall time from a launch, or from the previous results, to its results.
         """
         return self._do(self._measure)
 
@@ -247,11 +244,11 @@ class Engine(Core):
         return Ledger(self.config, windows, self._pool_sizes(num_pages), self.context, self.identity.encode(), recurs)
 
     def _do(self, work: Callable[..., Any], *args: Any, undo: Callable[[], object] | None = None) -> Any:
-        """What short work on the host's state gives, done under the lock."""
+        """Does short work on the host's state under the lock, and returns its result."""
         guarded = partial(self._guarded, work, *args)
         if not worker.is_inside():
             return self._desk.call(guarded, None if undo is None else lambda _: self._guarded(undo))
-        # A finalizer that the garbage collector runs in one of the engine's threads: this one may hold the lock.
+        # The garbage collector runs a finalizer in one of the engine's threads, which may hold the lock.
         if not self._lock.acquire(blocking=False):
             return self._desk.post(Job(guarded))
         try:
@@ -264,7 +261,7 @@ class Engine(Core):
             return work(*args)
 
     def _step_soon(self, then: Callable[[], object]) -> Job:
-        """A step that is not waited for; `then` is called after it."""
+        """Requests a step without waiting for it; `then` is called after it."""
         step = Job(self._advance, then)
         self._driver.post(step)
         return step
@@ -302,7 +299,7 @@ class Engine(Core):
         return self._submit(tokens, params, request.adapter, request._sequence)
 
     def _check(self, length: int, params: SamplingParams) -> int:
-        """Tokens of the request in all at most, or a ValueError that says why it cannot be."""
+        """The limit of the request's tokens, or a ValueError that says why it is impossible."""
         if length >= self.model.max_seq_len:
             raise ValueError(f"the prompt has {length} tokens and leaves no room in a context of {self.model.max_seq_len}")
         limit = min(length + params.max_tokens, self.model.max_seq_len)
@@ -316,7 +313,7 @@ class Engine(Core):
         return limit
 
     def _extras(self, params: SamplingParams) -> Extras:
-        """Biases and banned words as token ids; a word of one token is a bias of -inf."""
+        """Biases and banned words as token ids; a word of a single token becomes a bias of -inf."""
         vocab, tokenizer = self.model.config.vocab_size, self.model.tokenizer
         bias = dict(params.logit_bias or ())
         wrong = next((id for id in bias if id >= vocab), None)

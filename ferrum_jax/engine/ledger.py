@@ -1,14 +1,14 @@
-"""Who holds what of a DecodeState: the host's one interface to it, whatever kinds of state a model has.
+"""Which sequence holds which part of a DecodeState: the host's only interface to it, for all kinds of state.
 
-A text is cut into pages of `page_size` tokens, and page n of a text is one page in each pool. So a sequence has one count
-of pages, one chain of digests, and a table with a row for each pool. The pools differ in what their layers look at: those
-with a window need the pages within it alone, so those before it are given back, and the beginning of a text is found where
-each pool has what its layers will look at.
+A text is cut into pages of `page_size` tokens, and page n of a text is one page in each pool. So a sequence has one count of
+pages, one chain of digests, and a table with a row for each pool. The pools differ in what their layers look at: layers with a
+window need only the pages within it, so pages before it are given back, and the beginning of a text is found if each pool has
+what its layers will look at.
 
 Layers that recur have one state of a text, at its end. A running sequence has it in the place of its slot. A checkpoint is a
-copy of it, made between two dispatches where a text ends with a page: it is found, shared and evicted as pages are, and the
-beginning of a text is found only where there is one. A state is worth the pages of thousands of tokens, so a sequence makes
-few: before the last page of its prompt, and where its text has left another that is known. Each holds its newest.
+copy of it, made between two dispatches where a text ends with a page: it is found, shared and evicted like pages, and the
+beginning of a text is found only up to a checkpoint. A state is as large as the pages of thousands of tokens, so a sequence
+makes few: before the last page of its prompt, and where its text diverges from a known one. Each sequence holds its newest.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from ferrum_jax.engine.pages import Entry, PagePool, entry, root
 
 
 class Held:
-    """What a sequence holds: `count` pages of each pool. pages: their numbers for each pool, -1 for those that were given
-    back (before a window; `behind` are passed); table: int32 [pools, most], the same for the device; digests: of the first
-    full pages, those that are registered; settles_at: how many known tokens there must be before `settle` has anything to
-    do. checkpoint: the place of its newest one, -1 for none, which is of the first
-    `checkpointed` pages and is `fresh` until it may be found; stops: numbers of pages after which it is to make others."""
+    """What a sequence holds: `count` pages of each pool. pages: their numbers for each pool, -1 for those given back (before a
+    window; the first `behind` are done); table: int32 [pools, most], the same for the device; digests: of the registered ones
+    among the first full pages; settles_at: the number of known tokens from which `settle` has something to do. checkpoint: the
+    place of the newest checkpoint, -1 for none; it covers the first `checkpointed` pages and is `fresh` until it is registered;
+    stops: numbers of pages after which further ones are to be made."""
 
     __slots__ = ("behind", "checkpoint", "checkpointed", "count", "digests", "fresh", "pages", "settles_at", "stops", "table")
 
@@ -49,9 +49,9 @@ class Held:
 
 
 class Found(NamedTuple):
-    """The beginning of a text that is there. pages: full ones for each pool, -1 for those before its window; digests: of
-    those that are registered; rest: in each pool the page whose beginning holds the rest of the text, to be copied;
-    checkpoint: of the layers that recur, -1 for none; known: how many pages there would be with a checkpoint after them."""
+    """The beginning of a text that is in the state. pages: full ones for each pool, -1 for those before its window; digests: of
+    those that are registered; rest: in each pool the page whose beginning holds the rest of the text, to be copied; checkpoint:
+    of the layers that recur, -1 for none; known: how many pages would be found if there were a checkpoint after them."""
 
     pages: list[list[int]]
     digests: list[bytes]
@@ -61,12 +61,12 @@ class Found(NamedTuple):
 
     @property
     def full(self) -> int:
-        """How many full pages."""
+        """The number of full pages."""
         return len(self.pages[0])
 
 
 class Reserved(NamedTuple):
-    """A page that is about to be written with what is at `place` of the content of a pool."""
+    """A page about to be written with the content at `place` in the content of a pool."""
 
     page: int
     place: int
@@ -74,13 +74,13 @@ class Reserved(NamedTuple):
 
 
 def pages_at_once(window: int, config: EngineConfig) -> int:
-    """Pages that a sequence holds at most in a pool whose layers see `window` positions."""
+    """The largest number of pages that a sequence holds in a pool whose layers see `window` positions."""
     return -(-(window + config.at_once) // config.page_size) + 2
 
 
 def pool_sizes(windows: Sequence[int], num_pages: int, config: EngineConfig) -> list[int]:
-    """Pages of each pool, by the windows of its layers (0: none): `num_pages` where they see farthest, elsewhere what
-    `max_seqs` sequences hold at most."""
+    """Pages of each pool, by the windows of its layers (0: none): `num_pages` for the layers that see farthest, for others as
+    many as `max_seqs` sequences can hold."""
     farthest = 0 if 0 in windows else max(windows)
     most = [num_pages if window == farthest else config.max_seqs * pages_at_once(window, config) for window in windows]
     return [min(num_pages, size) for size in most]
@@ -89,7 +89,7 @@ def pool_sizes(windows: Sequence[int], num_pages: int, config: EngineConfig) -> 
 class Ledger:
     """The pools of a state: for each the window of its layers (0: none) and the number of its pages.
 
-    context: tokens of a sequence at most; salt: names the model that the contents of pages depend on; recurs: whether there
+    context: limit of tokens in a sequence; salt: names the model that the contents of pages depend on; recurs: whether there
     are layers that recur.
     """
 
@@ -113,7 +113,7 @@ class Ledger:
 
     @property
     def available(self) -> int:
-        """Pages that a sequence can grow by."""
+        """The number of pages by which a sequence can grow."""
         return min(pool.available for pool in self.pools)
 
     @property
@@ -133,16 +133,17 @@ class Ledger:
         return -(-tokens // self.page_size)
 
     def pages_needed(self, tokens: int) -> list[int]:
-        """Pages of each pool that a sequence alone needs at once to grow to `tokens` tokens; the last one is never written."""
+        """Pages of each pool that a single sequence needs at once to grow to `tokens` tokens; the last token is never
+        written."""
         pages = self.count(tokens - 1)
         return [min(pages, pages_at_once(window, self.config)) if window else pages for window in self.windows]
 
     # What a sequence holds
 
     def admit(self, found: Found, tokens: int, slot: int, reserve: bool) -> tuple[Held, list[tuple[int, int, int]]] | None:
-        """What a sequence of `tokens` tokens holds at its beginning in a slot, and the copies to make before it runs, as
-        (part of the state, source, target); None where there is no room for the rest of it. reserve: whether to leave some
-        pages to others."""
+        """What a sequence of `tokens` tokens holds at its start in a slot, and the copies to make before it runs, as (part of
+        the state, source, target); None if there is no room for the rest of it. reserve: whether to leave some pages to
+        others."""
         self.share(found)
         needed = self.pages_needed(tokens + 1)
         for pool, pages, most in zip(self.pools, found.pages, needed, strict=True):
@@ -165,13 +166,13 @@ class Ledger:
         return held, copies
 
     def at_most(self, held: Held, prefilled: int, count: int) -> int:
-        """How many of the next `count` tokens of a prompt may be read at once, so that its text ends where it stops next."""
+        """How many of the next `count` tokens of a prompt may be read at once, so that the step ends at its next stop."""
         stop = next((stop * self.page_size for stop in held.stops if stop * self.page_size > prefilled), prefilled + count)
         return min(count, stop - prefilled)
 
     def checkpoint(self, held: Held, prefilled: int, slot: int) -> list[tuple[int, int, int]]:
-        """The copies that make a checkpoint of a sequence that has read `prefilled` tokens, where it stops there and there is a
-        place."""
+        """The copies that make a checkpoint of a sequence that has read `prefilled` tokens, if it has a stop there and a place
+        is free."""
         if not held.stops or held.stops[0] * self.page_size != prefilled:
             return []
         assert self.checkpoints is not None
@@ -186,7 +187,7 @@ class Ledger:
         return [(len(self.pools), slot, held.checkpoint)]
 
     def grow(self, held: Held, tokens: int) -> bool:
-        """Takes pages for `tokens` tokens; False where a pool has none left."""
+        """Takes pages for `tokens` tokens; False if a pool has none left."""
         needed = -(-tokens // self.page_size)
         while held.count < needed:
             if not self.available:
@@ -195,7 +196,7 @@ class Ledger:
         return True
 
     def settle(self, held: Held, tokens: Sequence[int], written: int, adapter: int) -> None:
-        """Registers the pages that are full of known tokens once `written` are written, and gives back those that no layer of
+        """Registers the pages that are full of known tokens, given `written` tokens, and gives back those that no layer of
         their pool will look at again."""
         size = self.page_size
         while self.config.prefix_cache and (len(held.digests) + 1) * size <= written:
@@ -219,7 +220,7 @@ class Ledger:
         held.settles_at = 0 if self.windowed or held.fresh else (len(held.digests) + 1) * size
 
     def give_back(self, held: Held) -> None:
-        """All that a sequence holds, from its end on."""
+        """Gives back everything that a sequence holds, last page first."""
         self.release(Found(held.pages, [], None, held.checkpoint))
 
     # Texts
@@ -231,10 +232,10 @@ class Ledger:
         return Found([[] for _ in self.pools], [])
 
     def find(self, tokens: Sequence[int], adapter: int = -1) -> Found:
-        """The longest beginning of a text that is registered, which is where each pool has all that its layers look at from
-        there on. The last token is always left out: its logits have to be computed, in a page that no other shares."""
+        """The longest registered beginning of a text for which each pool has everything that its layers look at from there on.
+        The last token is always left out: its logits must be computed, in a page that is not shared."""
         found, best, reached, checkpoint = self.nothing(), 0, 0, -1
-        gaps = [0] * len(self.pools)  # in each pool the first page after the newest that is missing
+        gaps = [0] * len(self.pools)  # in each pool the first page after the latest missing one
         parent = self.root(adapter)
         for start in range(0, len(tokens) - self.page_size, self.page_size):
             known = entry(parent, tokens[start : start + self.page_size])
@@ -255,16 +256,16 @@ class Ledger:
         return self._cut(found, best)._replace(checkpoint=checkpoint, known=reached)
 
     def written(self, held: Held, written: int) -> Found:
-        """The full pages of a sequence of which `written` tokens are written, as `find` gives them: nothing where some of what
-        would be looked at from there on was given back."""
+        """The full pages of a sequence with `written` tokens written, in the form of `find`; nothing if a part that would be
+        looked at from there on was given back."""
         full = written // self.page_size if self.checkpoints is None else held.checkpointed
         if any(held.behind[pool] > self._behind(pool, full * self.page_size) for pool in self.windowed):
             return self.nothing()
         return self._cut(Found(held.pages, held.digests, None, held.checkpoint), full)
 
     def branch(self, held: Held, last: int) -> Found | None:
-        """What a sequence holds of its text before position `last`, for a branch that goes on there; None where some of what
-        the branch would look at was given back."""
+        """What a sequence holds of its text before position `last`, for a branch that continues there; None if a part that the
+        branch would look at was given back."""
         if self.checkpoints is not None:
             found = self.written(held, last)
             return found if found.full and found.full * self.page_size <= last else None
@@ -275,22 +276,22 @@ class Ledger:
         return Found([pages[:full] for pages in held.pages], held.digests[:full], rest)
 
     def share(self, found: Found) -> None:
-        """Counts one holder more of full pages and their checkpoint."""
+        """Counts one more holder of full pages and their checkpoint."""
         for pool, pages in self._places(found):
             for page in pages:
                 if page >= 0:
                     pool.share(page)
 
     def release(self, found: Found) -> None:
-        """Counts one holder less of full pages, from the end on, and their checkpoint."""
+        """Counts one holder less of full pages, last page first, and their checkpoint."""
         for pool, pages in self._places(found):
             for page in reversed(pages):
                 if page >= 0:
                     pool.give_back(page)
 
     def reserve(self, text: Sequence[int], full: int, counts: Sequence[int], adapter: int) -> list[list[Reserved]]:
-        """Free places for what is not registered of the first `full` pages of a text, of each part of the state the last
-        `counts` of them, until it has none."""
+        """Takes free places for the unregistered ones of the first `full` pages of a text; in each part of the state for the
+        last `counts` of them, while places are free."""
         pools = self._all
         reserved: list[list[Reserved]] = [[] for _ in pools]
         parent = self.root(adapter)
@@ -304,7 +305,7 @@ class Ledger:
         return reserved
 
     def publish(self, reserved: list[list[Reserved]]) -> None:
-        """Registers reserved pages, which hold their texts now, and lets go of them."""
+        """Registers reserved pages, which now hold their texts, and gives them back."""
         for pool, pages in zip(self._all, reserved, strict=True):
             for page, _, known in pages:
                 pool.register(page, known)
@@ -312,11 +313,11 @@ class Ledger:
                 pool.give_back(page)
 
     def places(self, found: Found) -> list[list[int]]:
-        """What is found, for each part of the state."""
+        """The places found, for each part of the state."""
         return [[page for page in pages if page >= 0] for _, pages in self._places(found)]
 
     def forget(self) -> None:
-        """Forgets all registered text; pages that are held stay held."""
+        """Forgets all registered text; held pages stay held."""
         for pool in self._all:
             pool.reset()
 
@@ -332,13 +333,13 @@ class Ledger:
         return self.pools if self.checkpoints is None else [*self.pools, self.checkpoints]
 
     def _places(self, found: Found) -> Iterator[tuple[PagePool, list[int]]]:
-        """What is found in each pool."""
+        """The places found, for each pool."""
         yield from zip(self.pools, found.pages, strict=True)
         if self.checkpoints is not None:
             yield self.checkpoints, [found.checkpoint]
 
     def _register_checkpoint(self, held: Held, tokens: Sequence[int], adapter: int) -> None:
-        """Lets a checkpoint be found; nothing where it is already."""
+        """Registers a checkpoint so that it can be found."""
         assert self.checkpoints is not None
         number, held.fresh = held.checkpointed - 1, False
         parent = held.digests[number - 1] if number else self.root(adapter)
@@ -346,7 +347,7 @@ class Ledger:
         self.checkpoints.register(held.checkpoint, entry(parent, text))
 
     def _behind(self, pool: int, position: int) -> int:
-        """How many pages of a pool no layer looks at from this position on."""
+        """The number of pages of a pool that no layer looks at from this position on."""
         window = self.windows[pool]
         return max(0, position + 1 - window) // self.page_size if window else 0
 

@@ -1,9 +1,9 @@
-"""Who holds which page of one pool, and which pages hold text that another request may want: all on the host.
+"""Which pages of a pool are held, and which ones hold text that another request could use; all on the host.
 
-A page is free, held by one or more sequences (counted), or cached: held by nobody, but full of known tokens and found
-again by their hash until the page is needed. Only full pages are registered, and a full page is never written again, so
-sharing needs no copy. Of cached pages the one unused for longest goes first; a sequence gives its pages back last page
-first, so the end of a text goes before its beginning, without which it could not be found.
+A page is free, held by one or more sequences (counted), or cached: not held, but full of known tokens and found by their hash
+until the page is needed. Only full pages are registered, and a full page is never written again, so sharing needs no copy. The
+cached page that was unused for longest is reused first. A sequence gives its pages back from the last to the first, so the end
+of a text is reused before its beginning, without which it could not be found.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 
 
 class Entry(NamedTuple):
-    """What a registered page holds: its digest, that of the page before it, and its token ids as bytes."""
+    """The content of a registered page: its digest, that of the page before it, and its token ids as bytes."""
 
     digest: bytes
     parent: bytes
@@ -25,13 +25,13 @@ class Entry(NamedTuple):
 
 
 def entry(parent: bytes, tokens: Sequence[int]) -> Entry:
-    """Of a page full of `tokens` after the page with digest `parent`."""
+    """The entry of a page full of `tokens` after the page with digest `parent`."""
     data = np.asarray(tokens, np.int32).tobytes()
     return Entry(hashlib.blake2b(parent + data, digest_size=16).digest(), parent, data)
 
 
 def root(salt: bytes, adapter: int = -1) -> bytes:
-    """The parent of the first page of a text that is read with an adapter (-1: with none) by the model that `salt` names."""
+    """The parent of the first page of a text read with an adapter (-1: none) by the model that `salt` names."""
     return hashlib.blake2b(salt + f" adapter {adapter}".encode(), digest_size=16).digest()
 
 
@@ -43,22 +43,22 @@ class PagePool:
         self.evictions = 0
         self._entries: dict[int, Entry] = {}
         self._pages: dict[bytes, int] = {}
-        self._cached: OrderedDict[int, None] = OrderedDict()  # registered, held by nobody; unused for longest first
+        self._cached: OrderedDict[int, None] = OrderedDict()  # registered but not held; unused for longest first
         self.clear()
 
     @property
     def free(self) -> int:
-        """Pages that hold nothing."""
+        """The number of pages that hold nothing."""
         return len(self._free)
 
     @property
     def cached(self) -> int:
-        """Registered pages that nobody holds."""
+        """The number of registered pages that are not held."""
         return len(self._cached)
 
     @property
     def available(self) -> int:
-        """Pages that `take` can give."""
+        """The number of pages that `take` can return."""
         return len(self._free) + len(self._cached)
 
     def holders(self, page: int) -> int:
@@ -76,13 +76,13 @@ class PagePool:
         return page
 
     def share(self, page: int) -> None:
-        """Counts one holder more of a page that is held or cached."""
+        """Counts one more holder of a page that is held or cached."""
         if not self._holders[page]:
             del self._cached[page]
         self._holders[page] += 1
 
     def give_back(self, page: int) -> None:
-        """Counts one holder less; without any, a registered page is cached and another one is free."""
+        """Counts one holder less; with none left, a registered page becomes cached and any other page free."""
         if not self._holders[page]:
             raise RuntimeError(f"page {page} was given back more often than it was taken")
         self._holders[page] -= 1
@@ -93,18 +93,18 @@ class PagePool:
                 self._free.append(page)
 
     def register(self, page: int, entry: Entry) -> None:
-        """Says that a held page is full of the text of `entry`. A page whose text is registered already stays as it is: the
-        first one serves."""
+        """Registers a held page as full of the text of `entry`. If that text is already registered, nothing changes: the first
+        page is kept."""
         if entry.digest not in self._pages and page not in self._entries:
             self._entries[page], self._pages[entry.digest] = entry, page
 
     def find(self, entry: Entry) -> int | None:
-        """The page that holds a text. Contents are compared, not digests alone."""
+        """The page that holds a text. The contents are compared, not only the digests."""
         page = self._pages.get(entry.digest)
         return None if page is None or self._entries[page] != entry else page
 
     def reset(self) -> None:
-        """Forgets all registered text; pages that are held stay held."""
+        """Forgets all registered text; held pages stay held."""
         self._free.extend(self._cached)
         self._cached.clear()
         self._entries.clear()

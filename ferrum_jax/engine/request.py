@@ -1,4 +1,4 @@
-"""A request as its user holds it: outputs as they come, in a loop or an async loop, and the completion in the end."""
+"""A request as its user sees it: outputs as they arrive, in a loop or an async loop, and the completion at the end."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ferrum_jax.sampling_params import SamplingParams
 
 
 class Serving(Protocol):
-    """What a request needs of its engine."""
+    """The part of the engine that a request uses."""
 
     serving: bool
 
@@ -37,24 +37,21 @@ class Serving(Protocol):
 
 
 class Output(NamedTuple):
-    """What a dispatch brought: text that is safe to show, and token ids. Either may be empty."""
+    """The output of a dispatch: text that is safe to show, and token ids. Either may be empty."""
 
     text: str
     token_ids: list[int]
 
 
 class Request:
-    """Made by `Engine.submit`. Iterating, also asynchronously, gives each `Output` once and ends with the request; where no
+    """Made by `Engine.submit`. Iterating, also asynchronously, gives each `Output` once and ends with the request; if no
     background loop runs, it drives the engine.
 
     Attributes:
-      id (int): a number within the engine.
-      params (SamplingParams): its parameters.
-      adapter (str | None): the name of its adapter.
-      choices (list[Request]): with n > 1 all requests that were made of it, itself first.
-      error (str): what went wrong, where finish_reason is "error".
-      prompt_token_ids (list[int]): the tokens of the prompt.
-      prompt_logprobs (list | None): as of `Completion`, as far as they are known.
+      id (int): a number within the engine. params (SamplingParams): its parameters. adapter (str | None): the name of its
+      adapter. choices (list[Request]): with n > 1 all requests made from it, itself first. error (str): what went wrong, if
+      finish_reason is "error". prompt_token_ids (list[int]): the tokens of the prompt. prompt_logprobs (list | None): as of
+      `Completion`, as far as they are known.
     """
 
     def __init__(
@@ -76,8 +73,8 @@ class Request:
         self._watcher = Watcher(engine.model.tokenizer, params, self.prompt_token_ids)
         self._outputs: deque[Output] = deque()
         self._has_nan = False  # among the log-probabilities of its prompt
-        self._cause: Exception | None = None  # what ended it, where that was an exception
-        self._wake: deque[Callable[[], object]] = deque()  # of readers that wait
+        self._cause: Exception | None = None  # the exception that ended it, if any
+        self._wake: deque[Callable[[], object]] = deque()  # callbacks of waiting readers
 
     def __repr__(self) -> str:
         return f"<Request {self.id} {self.state}, {len(self.token_ids)} tokens>"
@@ -109,7 +106,7 @@ class Request:
 
     def __iter__(self) -> Iterator[Output]:
         while self._until(lambda: self._outputs or self.state == "finished"):
-            # From the deque to the loop's body in steps of C: no interrupt comes in between, and no output gets lost.
+            # From the deque to the loop's body in C code: no interrupt can come in between, so no output is lost.
             try:
                 yield from iter(self._outputs.popleft, None)
             except IndexError:
@@ -141,7 +138,7 @@ class Request:
                     self._wake.remove(wake)
 
     def result(self) -> Completion:
-        """Waits for the end. The completion, with finish_reason "abort" or "error" too."""
+        """Waits for the end and returns the completion, also with finish_reason "abort" or "error"."""
         self._until(lambda: self.state == "finished")
         watcher = self._watcher
         return Completion(
@@ -159,11 +156,11 @@ class Request:
         return [choice.result() for choice in self.choices]
 
     def fork(self, params: SamplingParams | None = None) -> Request:
-        """A request that goes on from what there is by now, prompt and output, as its prompt. It shares the pages, so nothing
-        is computed again.
+        """A request whose prompt is the current text of this one, prompt and output. It shares the pages, so nothing is
+        computed again.
 
         Args:
-          params: how to go on; None: as this request.
+          params: how to continue; None: as this request.
 
         Raises:
           ValueError: as for `Engine.submit`.
@@ -176,25 +173,25 @@ class Request:
         return self.state == "finished" and not self._outputs
 
     def _until(self, reached: Callable[[], object]) -> bool:
-        """True once a condition holds; where no background loop runs, this drives the engine."""
+        """True once a condition holds; if no background loop runs, this drives the engine."""
         while not reached():
             if not self._engine.serving:
                 self._engine.step()
                 continue
             woken: SimpleQueue[None] = SimpleQueue()
             self._wake.append(partial(woken.put, None))
-            if not reached() and self._engine.serving:  # else nothing may come that wakes this reader
+            if not reached() and self._engine.serving:  # otherwise nothing might wake this reader
                 woken.get()
         return True
 
     def _wake_readers(self) -> None:
-        """Called after there is something new; a reader says that it waits before it looks."""
+        """Called after something new has arrived; a reader registers before it looks, so it misses nothing."""
         for _ in range(len(self._wake)):
-            with contextlib.suppress(IndexError, RuntimeError):  # a reader that has left, an event loop that is closed
+            with contextlib.suppress(IndexError, RuntimeError):  # the reader has left, or its event loop is closed
                 self._wake.popleft()()
 
     def _resume(self, saved: Saved, path: Path) -> None:
-        """Takes in what a snapshot holds. ModelFileError where its output goes on after its end."""
+        """Restores the output in a snapshot. ModelFileError if it continues after its end."""
         watcher = self._watcher
         self.prompt_logprobs = saved.prompt_logprobs
         watcher.take(saved.output, saved.logprobs or [])

@@ -1,12 +1,12 @@
-"""Which sequences take part in the next dispatch, and which pages they write to: pure host logic, no arrays of a device.
+"""Which sequences take part in the next dispatch, and which pages they write to: pure host logic without device arrays.
 
-Decodes come first, oldest sequence first, then prompts in order of arrival, cut to what is left of the token budget.
-Pages are taken as sequences grow. When none is left the youngest sequence is preempted: it gives everything back, waits
-in its old place and is computed again, from its cached pages where they are still there. So the oldest always gets on,
-and everybody is the oldest one day: nobody starves.
+Decodes come first, oldest sequence first, then prompts in order of arrival, cut to the rest of the token budget. Pages are
+taken as sequences grow. When none is left, the youngest sequence is preempted: it gives everything back, waits in its old
+position and is computed again, from its cached pages if they are still there. So the oldest sequence always makes progress, and
+every sequence becomes the oldest at some time: none starves.
 
-The device may be behind: what was promised to it counts as done here (`prefilled`, `pending`), and the order in which it
-runs dispatches makes it safe to give a page away that an earlier dispatch still uses.
+The device may lag behind: work that was sent to it counts as done here (`prefilled`, `pending`). Because the device runs
+dispatches in order, a page can be given to another sequence while an earlier dispatch still uses it.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from ferrum_jax.engine.sequence import Dispatch, Row, Sequence
 
 
 class Scheduler:
-    """`ledger`: who holds what of the state.
+    """`ledger`: which sequence holds which part of the state.
 
-    Counts: `preemptions`, `lookups` (prefixes looked for), `hit_pages`, `saved_tokens` (prompt tokens not computed).
+    Counts: `preemptions`, `lookups` (of prefixes), `hit_pages`, `saved_tokens` (prompt tokens not computed).
     """
 
     def __init__(self, config: EngineConfig, ledger: Ledger):
@@ -30,16 +30,16 @@ class Scheduler:
         self.waiting: list[Sequence] = []  # both in order of arrival
         self.running: list[Sequence] = []
         self.preemptions = self.lookups = self.hit_pages = self.saved_tokens = 0
-        self.current: Sequence | None = None  # which `next` looks at: the one that an error came with
+        self.current: Sequence | None = None  # the one that `next` is handling, to blame for an error
         self._slots = list(range(config.max_seqs - 1, -1, -1))
 
     def add(self, sequence: Sequence) -> None:
-        """Lets a sequence wait in its place."""
+        """Puts a sequence into the queue, by order of arrival."""
         sequence.state = "waiting"
         bisect.insort(self.waiting, sequence, key=_number)
 
     def finish(self, sequence: Sequence) -> None:
-        """Ends a sequence in any state; what it holds is given back once, however often this is called."""
+        """Ends a sequence in any state. What it holds is given back once, however often this is called."""
         if sequence.state == "waiting":
             self.waiting.remove(sequence)
         elif sequence.state == "running":
@@ -47,13 +47,13 @@ class Scheduler:
         sequence.state = "finished"
 
     def preempt(self, sequence: Sequence) -> None:
-        """Takes a running sequence's pages and slot and lets it wait."""
+        """Takes away a running sequence's pages and slot and lets it wait."""
         self._give_up(sequence)
         self.preemptions += 1
         self.add(sequence)
 
     def start_over(self) -> None:
-        """All that run wait again, and every page and slot is free, whatever was held before."""
+        """All running sequences wait again, and every page and slot becomes free."""
         for sequence in self.running:
             _let_go(sequence)
             self.preemptions += 1
@@ -63,8 +63,8 @@ class Scheduler:
         self._slots = list(range(self.config.max_seqs - 1, -1, -1))
 
     def next(self, steps: int) -> Dispatch | None:
-        """The next dispatch, or None where there is nothing to do until results arrive. `steps`: decode steps to make at
-        once where nothing waits and nobody reads a prompt."""
+        """The next dispatch, or None if there is nothing to do until results arrive. `steps`: decode steps in a dispatch while
+        no sequence waits or reads a prompt."""
         before, self.current = self.preemptions, None
         copies: list[tuple[int, int, int]] = []
         admitted: list[tuple[Sequence, int]] = []
@@ -104,7 +104,7 @@ class Scheduler:
         return dispatch
 
     def received(self, row: Row, tokens: list[int], dispatch: Dispatch) -> None:
-        """Says what a row of a dispatch has brought: its tokens are known now."""
+        """Records the result of a row of a dispatch: its tokens are known now."""
         if row.samples:
             row.sequence.pending -= dispatch.most
             row.sequence.due -= dispatch.least
@@ -134,9 +134,9 @@ class Scheduler:
                 return
             self.current, origin = sequence, sequence.origin
             if origin is not None and origin.state != "finished" and not origin.decoding:
-                continue  # its prompt is computed there first
+                continue  # the prompt is computed by the origin first
             if not self._admit(sequence, copies):
-                if not self.running:  # it would wait for ever, and all others after it
+                if not self.running:  # it would wait forever, and so would all after it
                     pages = " and ".join(str(pool.num_pages) for pool in self.ledger.pools)
                     raise RuntimeError(f"{len(sequence.tokens)} tokens do not fit into {pages} pages")
                 return
@@ -147,12 +147,12 @@ class Scheduler:
             yield _prompt_row(sequence, count)
 
     def _next(self, sequence: Sequence, budget: int) -> int:
-        """How many tokens of its prompt a sequence reads next."""
+        """The number of tokens of its prompt that a sequence reads next."""
         count = min(budget, sequence.target - sequence.prefilled)
         return self.ledger.at_most(sequence.held, sequence.prefilled, count)
 
     def _admit(self, sequence: Sequence, copies: list[tuple[int, int, int]]) -> bool:
-        """Gives a waiting sequence a slot and what is there already of its state, if there is room for the rest."""
+        """Gives a waiting sequence a slot and the part of its state that exists already, if there is room for the rest."""
         found = self._found(sequence)
         admitted = self.ledger.admit(found, len(sequence.tokens), self._slots[-1], bool(self.running))
         if admitted is None:
@@ -171,7 +171,7 @@ class Scheduler:
         return True
 
     def _found(self, sequence: Sequence) -> Found:
-        """What is there of the beginning of a sequence. Its last token is computed again in any case."""
+        """The existing beginning of a sequence. Its last token is always computed again."""
         origin, last = sequence.origin, len(sequence.tokens) - 1
         if not sequence.cacheable:
             return self.ledger.nothing()
@@ -182,8 +182,9 @@ class Scheduler:
         return self.ledger.find(sequence.tokens, sequence.adapter) if self.config.prefix_cache else self.ledger.nothing()
 
     def _grow(self, sequence: Sequence, tokens: int) -> bool:
-        """Gives a running sequence room for so many tokens, preempting the youngest where there is none. False where that
-        is the sequence itself, which first waits for what is on its way: it may end with it."""
+        """Gives a running sequence room for `tokens` tokens, preempting the youngest sequences if necessary. False if that
+        reaches the sequence itself; with tokens in flight it is not preempted but waits for them, because it may end with
+        them."""
         while not self.ledger.grow(sequence.held, tokens):
             victim = self.running[-1]
             if victim is sequence and sequence.pending:
@@ -209,7 +210,7 @@ class Scheduler:
 
 
 def _let_go(sequence: Sequence) -> None:
-    """A sequence that has stopped running, without what it held."""
+    """Resets a sequence that has stopped running."""
     sequence.slot, sequence.held = -1, Held()
     sequence.target = sequence.prefilled = sequence.pending = sequence.due = 0
     sequence.epoch += 1
@@ -220,12 +221,12 @@ def _number(sequence: Sequence) -> int:
 
 
 def _growing(sequence: Sequence) -> bool:
-    """Whether there are tokens left to ask for, however few of the guesses on their way are right."""
+    """Whether more tokens can be requested, even if all guesses in flight are wrong."""
     return len(sequence.tokens) + sequence.due < sequence.limit
 
 
 def _decoded(sequence: Sequence, tokens: int) -> int:
-    """How many tokens of a decoding sequence are in pages at most once so many more were made."""
+    """The largest number of tokens of a decoding sequence in pages after `tokens` more are generated."""
     return min(len(sequence.tokens) - 1 + sequence.pending + tokens, sequence.limit - 1)
 
 

@@ -1,4 +1,4 @@
-"""One generation as the scheduler sees it: what it has, what it holds, and how far the device has been told to go."""
+"""One generation as the scheduler sees it: its tokens, what it holds, and how much was sent to the device."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from ferrum_jax.engine.ledger import Held
 
 
 class Sequence:
-    """A prompt and what was made of it so far.
+    """A prompt and its output so far.
 
-    tokens: prompt and known output. limit: tokens in all at most. number: order of arrival. cacheable: whether it may
-    take cached pages. origin: a sequence that this one is a branch of. adapter: its index among the model's, -1 for none.
-    owner: whoever watches it.
+    tokens: prompt and known output. limit: of its tokens. number: order of arrival. cacheable: whether it may use cached pages.
+    origin: the sequence that this one is a branch of. adapter: its index among the model's, -1 for none. owner: the request
+    that it belongs to.
 
     While it runs it has a `slot`, and `held` is what it holds of the state. `target`: tokens known when it was admitted;
-    `prefilled`: of these, sent to the device. `pending`: tokens at most that were asked of the device and are not known yet;
-    `due` of them come unless the sequence ends. `epoch` changes when results on their way are of no more use.
+    `prefilled`: how many of these were sent to the device. `pending`: the largest number of tokens that were requested from the
+    device and are not known yet; `due` of them arrive unless the sequence ends. `epoch` changes when results in flight become
+    useless.
     """
 
     def __init__(
@@ -45,12 +46,12 @@ class Sequence:
 
     @property
     def written(self) -> int:
-        """Tokens that the state has taken in when the dispatches so far have run; all of them known."""
+        """Tokens in the state after the dispatches so far; all of them are known."""
         return len(self.tokens) - 1 if self.decoding else self.prefilled
 
 
 class Extras(NamedTuple):
-    """What a request asks for beside `SamplingParams` that the sampler takes: ids with biases, and words that are banned."""
+    """Parts of a request that are not in the sampler's parameters: ids with biases, and banned words."""
 
     bias: list[tuple[int, float]]
     banned: list[list[int]]
@@ -58,8 +59,8 @@ class Extras(NamedTuple):
 
 class Row(NamedTuple):
     """A sequence's part in a dispatch: `length` known tokens from `start` on; start -1: its newest token, from the device.
-    `samples`: whether the next token is chosen. `slot`, `held`: where it runs and what it holds, whatever becomes of it
-    before the launch."""
+    `samples`: whether the next token is chosen. `slot`, `held`: where it runs and what it holds, even if that changes before
+    the launch."""
 
     sequence: Sequence
     epoch: int
@@ -76,9 +77,9 @@ class Row(NamedTuple):
 
 
 class Dispatch(NamedTuple):
-    """What the device is to do next: fill the slots of `admitted` (sequence, slot), make `copies` in its state (part, source,
-    target), then one step over `rows`, or where `steps` is not 0 so many decode steps. `width`: tokens that a row may make
-    in a step."""
+    """The next work of the device: fill the slots of `admitted` (sequence, slot), make `copies` in the state (part, source,
+    target), then one step over `rows`, or `steps` decode steps if that is not 0. `width`: the largest number of tokens per row
+    and step."""
 
     rows: list[Row]
     steps: int
@@ -88,10 +89,10 @@ class Dispatch(NamedTuple):
 
     @property
     def least(self) -> int:
-        """Tokens that a row which samples makes unless it ends."""
+        """The number of tokens that a sampling row generates unless it ends."""
         return max(self.steps, 1)
 
     @property
     def most(self) -> int:
-        """Tokens that a row which samples may make."""
+        """The largest number of tokens that a sampling row can generate."""
         return self.least * self.width

@@ -1,7 +1,7 @@
-"""What the device keeps of the sequences that run.
+"""The device's data of running sequences.
 
-A slot is a place for one of them: its text, its counts and its parameters. So a step needs no more from the host than who
-takes part and where the pages are, and a sampled token feeds the next step without a way over the host.
+A slot is a place for one of them: its text, its counts and its parameters. So a step needs only the participating slots and
+their pages from the host, and a sampled token goes into the next step without passing through the host.
 """
 
 from __future__ import annotations
@@ -14,49 +14,49 @@ import jax.numpy as jnp
 from ferrum_jax.choice import Adjustments, Choice
 from ferrum_jax.sampling import PER_ROW, Sampling
 
-BAD_WORDS, BAD_WORD_TOKENS = 64, 16  # words of several tokens that a request may ban, and their length, at most
+BAD_WORDS, BAD_WORD_TOKENS = 64, 16  # limits of banned words with several tokens: their number and their length
 
 
 class Slots(NamedTuple):
     """The state of S slots. A slot's next token has the position `length`; the newest one, at `length` - 1, is not in the
     KV cache yet."""
 
-    history: jax.Array  # int32 [S, C]: the text, and beyond its length drafts or nothing
+    history: jax.Array  # int32 [S, C]: the text, followed by drafts or nothing
     length: jax.Array  # int32 [S]
     generated: jax.Array  # int32 [S]: tokens of output
     done: jax.Array  # bool [S]: ended
     seen: jax.Array  # int32 [S, V]: what `sample` counts
     bias: jax.Array  # float32 [S, V]: added to the logits
-    banned: jax.Array  # int32 [S, BAD_WORDS, BAD_WORD_TOKENS]: words, right-aligned, -1 in front; the last token is banned
+    banned: jax.Array  # int32 [S, BAD_WORDS, BAD_WORD_TOKENS]: words, left-padded with -1; the last token is banned
     min_tokens: jax.Array  # int32 [S]
-    adjusted: jax.Array  # bool [S]: whether bias, banned or min_tokens say anything
-    scored: jax.Array  # bool [S]: whether logprobs are wanted
-    scored_prompt: jax.Array  # bool [S]: whether those of the prompt are wanted
+    adjusted: jax.Array  # bool [S]: whether bias, banned or min_tokens have an effect
+    scored: jax.Array  # bool [S]: whether logprobs are requested
+    scored_prompt: jax.Array  # bool [S]: whether those of the prompt are requested
     prompt_length: jax.Array  # int32 [S]
     adapter: jax.Array  # int32 [S]: its index among the model's, -1 for none
-    misses: jax.Array  # int32 [S]: drafts in a row of which no token was right
-    pause: jax.Array  # int32 [S]: steps without a draft that are left
+    misses: jax.Array  # int32 [S]: consecutive drafts that missed (see draft.py)
+    pause: jax.Array  # int32 [S]: remaining steps without a draft
     sampling: Sampling  # of S rows
 
     @property
     def choice(self) -> Choice:
-        """What choosing tokens depends on."""
+        """The state that choosing a token depends on."""
         adjustments = Adjustments(**{name: getattr(self, name) for name in Adjustments._fields})
         return Choice(self.length, self.generated, self.done, self.seen, adjustments)
 
     def with_choice(self, choice: Choice) -> Slots:
-        """These slots with what choosing has changed."""
+        """These slots with the state after choosing."""
         return self._replace(length=choice.length, generated=choice.generated, done=choice.done, seen=choice.seen)
 
 
 class Asked(NamedTuple):
-    """What fills a slot: its text int32 [C], its lengths, and its parameters; `sampling` has one row."""
+    """The contents of a slot: its text int32 [C], its lengths, and its parameters; `sampling` has one row."""
 
     slot: Any
     text: Any
     length: Any
     prompt_length: Any
-    bias_ids: Any  # int32 [MAX_BIAS], vocab_size behind the last
+    bias_ids: Any  # int32 [MAX_BIAS], padded with vocab_size
     bias: Any  # float32 [MAX_BIAS]
     banned: Any
     min_tokens: Any
@@ -94,7 +94,7 @@ def new_slots(sampling: Sampling, *, slots: int, capacity: int, vocab: int) -> S
 
 
 def admit(slots: Slots, asked: Asked) -> Slots:
-    """Puts a sequence into a slot; what it made already (it was preempted) counts as output."""
+    """Puts a sequence into a slot; the output that a preempted sequence already has counts as output."""
     capacity, vocab = slots.history.shape[1], slots.seen.shape[1]
     position = jnp.arange(capacity)
     prompt = jnp.where(position < asked.prompt_length, asked.text, vocab)

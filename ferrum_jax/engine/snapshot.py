@@ -1,6 +1,6 @@
-"""A request as a directory: what it has said, what was asked of it, and the KV pages of its text, as one orbax checkpoint.
+"""A request as a directory: its output, its parameters, and the KV pages of its text, in one orbax checkpoint.
 
-What is read is checked before it reaches an engine, as a model file is: a request that cannot run would hold up others.
+The contents are checked before they reach an engine, like those of a model file: a request that cannot run would block others.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ _REASONS = (None, "stop", "length", "abort", "error")
 
 
 class Saved(NamedTuple):
-    """A snapshot: `content` is, on the host, what the layers look at of the text's first `full_pages` pages, and from there
-    on: of each pool the last of them."""
+    """A snapshot: `content`, on the host, is the part of the text's first `full_pages` pages that layers look at from there on:
+    the last ones of each pool."""
 
     params: SamplingParams
     seed: int
@@ -39,7 +39,7 @@ class Saved(NamedTuple):
 
 
 def free(path: Path) -> Path:
-    """The absolute path of a directory to be; FileExistsError where there is something."""
+    """The absolute path of a new directory; FileExistsError if it exists."""
     path = path.absolute()
     if path.exists():
         raise FileExistsError(f"{path} exists; a snapshot needs a new directory")
@@ -47,8 +47,8 @@ def free(path: Path) -> Path:
 
 
 def save(path: Path, identity: str, facts: dict[str, Any], content: DecodeState | None) -> None:
-    """Writes a new directory. identity: of the model and engine that made it; facts: what JSON can hold; content: full
-    pages, on the host."""
+    """Writes a new directory. identity: of the model and engine that made it; facts: data for JSON; content: full pages, on the
+    host."""
     header = {"version": _VERSION, "identity": identity, **facts}
     tree: dict[str, Any] = {"facts": np.frombuffer(json.dumps(header).encode(), np.uint8)}
     if content is not None:
@@ -58,8 +58,8 @@ def save(path: Path, identity: str, facts: dict[str, Any], content: DecodeState 
 
 
 def load(path: Path, identity: str, vocab: int, like: DecodeState) -> Saved:
-    """What a directory holds. `vocab`: how many token ids there are; `like`: a state whose pages its pages must be like.
-    ModelFileError where it is no snapshot or a damaged one, ValueError where it is of another model or engine."""
+    """Reads a directory. `vocab`: the number of token ids; `like`: a state whose pages have the required shape. ModelFileError
+    if it is not a snapshot or is damaged, ValueError if it belongs to another model or engine."""
     try:
         if not (path / "_METADATA").is_file():
             raise FileNotFoundError("it has no _METADATA")
@@ -92,7 +92,7 @@ def load(path: Path, identity: str, vocab: int, like: DecodeState) -> Saved:
 
 
 def _checked(facts: dict[str, Any], vocab: int) -> Saved:
-    """The facts; an error says which of them cannot be."""
+    """The checked facts; an error says which one is impossible."""
     for field in ("prompt", "output"):
         ids = facts[field]
         if not isinstance(ids, list) or not all(type(id) is int and 0 <= id < vocab for id in ids):
@@ -100,7 +100,7 @@ def _checked(facts: dict[str, Any], vocab: int) -> Saved:
     prompt, output = facts["prompt"], facts["output"]
     if not prompt:
         raise ValueError("prompt is empty")
-    params = dataclasses.replace(SamplingParams(**facts["params"]), n=1)  # a snapshot is of one of its choices
+    params = dataclasses.replace(SamplingParams(**facts["params"]), n=1)  # a snapshot has one of its choices
     if type(facts["seed"]) is not int or not 0 <= facts["seed"] < 2**32:
         raise ValueError(f"seed must be an integer below 2**32, not {facts['seed']!r}")
     reason = facts["finish_reason"]
@@ -122,7 +122,7 @@ def _checked(facts: dict[str, Any], vocab: int) -> Saved:
 
 
 def _pairs(field: str, rows: Any, best: int | None, lengths: range, vocab: int) -> list | None:
-    """Rows of (id, log-probability), the chosen one and the `best`, with tuples where JSON has lists."""
+    """Rows of (id, log-probability), the chosen one and the `best`, as tuples instead of JSON's lists."""
     if best is None and rows is None:
         return None
     if best is None or not isinstance(rows, list) or len(rows) not in lengths:
@@ -137,7 +137,8 @@ def _pairs(field: str, rows: Any, best: int | None, lengths: range, vocab: int) 
 
 
 def _check_pages(parts: dict[str, Any], like: DecodeState, full: int, tokens: int) -> None:
-    """That the arrays hold pages like those of a state: of each pool no more than `full`, which so many tokens fill."""
+    """Checks that the arrays hold pages like those of a state, in each pool at most `full`, the number that these tokens
+    fill."""
     expected = _arrays(like)
     if parts.keys() != expected.keys():
         raise ValueError(f"it has {', '.join(parts)} where this engine has {', '.join(expected)}")
@@ -155,12 +156,12 @@ def _check_pages(parts: dict[str, Any], like: DecodeState, full: int, tokens: in
 
 
 def _names(pool: int) -> tuple[str, str]:
-    """What the arrays of a pool are called."""
+    """The names of the arrays of a pool."""
     return ("pages", "scales") if pool == 0 else (f"pages_{pool}", f"scales_{pool}")
 
 
 def _arrays(state: DecodeState) -> dict[str, Any]:
-    """The arrays of a state by names of their own."""
+    """The arrays of a state, by name."""
     arrays: dict[str, Any] = {}
     for number, pool in enumerate(state.pools):
         arrays |= dict(zip(_names(number), (pool.pages, pool.scales), strict=True))
@@ -170,7 +171,7 @@ def _arrays(state: DecodeState) -> dict[str, Any]:
 
 
 def _state(arrays: dict[str, Any], like: DecodeState) -> DecodeState:
-    """The state that has these arrays, by the names of `_arrays`."""
+    """The state with these arrays, by the names of `_arrays`."""
     pools = []
     for number, pool in enumerate(like.pools):
         pages, scales = _names(number)
@@ -184,6 +185,6 @@ def _part(checkpointer: Any, path: Path, parts: dict[str, Any]) -> dict[str, Any
 
 
 def _checkpointer() -> Any:
-    import orbax.checkpoint  # takes a second, and most programs never write a snapshot
+    import orbax.checkpoint  # takes a second, and few programs write snapshots
 
     return orbax.checkpoint.PyTreeCheckpointer()

@@ -1,7 +1,8 @@
-"""What the engine compiles: pure functions of parameters, the state of all sequences and the slots, both donated.
+"""The functions that the engine compiles: pure functions of the parameters and of the state of all sequences and the slots,
+which are donated.
 
-`mixed` runs prompt tokens and single decodes on one ragged axis, `decode` several steps of decodes alone; both end in the
-same sampling. A row that has ended, or whose slot is -1, writes nothing and reads nothing.
+`mixed` runs prompt tokens and single decodes on one ragged axis, `decode` several steps of only decodes; both end in the same
+sampling. A row that has ended, or whose slot is -1, writes nothing and reads nothing.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ __all__ = [
 
 
 class Results(NamedTuple):
-    """tokens int32 [R, N], -1 where there is none, NOT_FINITE where the logits were not; ids and logprobs [R, N, k + 1] as
-    `token_logprobs` gives them, of rows that want them; the same of prompt tokens [T, k + 1] (None without any)."""
+    """tokens int32 [R, N], -1 for none, NOT_FINITE if the logits were not finite; ids and logprobs [R, N, k + 1] from
+    `token_logprobs`, for rows that request them; the same for prompt tokens [T, k + 1] (None without any)."""
 
     tokens: Any
     ids: Any
@@ -63,8 +64,8 @@ def mixed(
     """One step over `tokens` tokens of R rows.
 
     rows int32 [R]: the slot of each, -1 for none; table int32 [pools * R, P]: their pages, pool after pool; starts int32 [R]:
-    the position of a row's first token, -1 for its newest token alone; query_starts int32 [R + 1]; samples bool [R]: rows
-    that choose their next token.
+    the position of a row's first token, -1 for only its newest token; query_starts int32 [R + 1]; samples bool [R]: rows that
+    choose their next token.
     """
     live = (rows >= 0) & ((starts >= 0) | ~slots.done[rows])
     first = jnp.where(starts >= 0, starts, slots.length[rows] - 1)
@@ -89,10 +90,10 @@ def decode(
     steps: int,
     speculation: int,
 ) -> tuple[DecodeState, Slots, Results]:
-    """Up to min(limit, steps) steps of rows that each go on from their newest token.
+    """Up to min(limit, steps) steps of rows that each continue from their newest token.
 
-    rows, table: as in `mixed`; ends int32 [R]: the tokens that a row has at most in the end (drafts stay below).
-    Results hold steps * (speculation + 1) tokens a row, those that were made in front.
+    rows, table: as in `mixed`; ends int32 [R]: the limit of each row's tokens (drafts stay below). Results have room for steps
+    * (speculation + 1) tokens per row; the generated ones come first.
     """
     count, width = rows.shape[0], speculation + 1
     begin = slots.generated[rows]
@@ -126,11 +127,11 @@ def decode(
         return state, slots, results
 
     def verify(state: Any, slots: Slots, results: Results, alive: jax.Array, drafted: jax.Array) -> tuple[Any, Slots, Results]:
-        """The newest token and the draft after it as one prompt; then tokens are chosen while they are those drafted."""
+        """Runs the newest token and the draft after it as one prompt, then chooses tokens as long as they equal the draft."""
         first, lengths = slots.length[rows] - 1, jnp.where(alive, drafted + 1, 0)
         starts = jnp.concatenate([jnp.zeros((1,), jnp.int32), jnp.cumsum(lengths)])
         after = None
-        if state.recurrent:  # the last places are those of verification, `width` for each slot
+        if state.recurrent:  # the last places are for verification, `width` per slot
             after = state.counts[-1] - (slots.length.shape[0] - rows[:, None]) * width + jnp.arange(width)
         hidden, state = _hidden(params, state, slots, rows, table, first, starts, alive, count * width, config, after)
         inputs = jnp.clip(starts[:-1, None] + jnp.arange(width), 0, count * width - 1)
@@ -146,7 +147,7 @@ def decode(
 
         slots, results, _ = lax.fori_loop(0, width, one, (slots, results, alive))
         made = slots.length[rows] - first - 1
-        if after is not None:  # the state after the tokens that are right
+        if after is not None:  # the state after the tokens that were right
             target = jnp.where(alive, rows, state.counts[-1])
             state = state.copy_states(after[:, 0] + made - 1, target)
         return state, learn(slots, rows, drafted, made - 1), results
@@ -157,7 +158,7 @@ def decode(
         if not speculation:
             return i + 1, *single(state, slots, results, alive)
         slots, drafted = draft(slots, rows, alive, ends, speculation)
-        # Loops of one round or none: around a conditional XLA copies the whole state.
+        # Loops of one iteration or none, because XLA copies the whole state around a conditional.
         guessed = worth_it(drafted, alive).astype(jnp.int32)
         after = lax.fori_loop(0, guessed, lambda _, s: verify(*s, alive, drafted), (state, slots, results))  # type: ignore
         return i + 1, *lax.fori_loop(0, 1 - guessed, lambda _, s: single(*s, alive), after)  # type: ignore
@@ -184,8 +185,9 @@ def _hidden(
     config: ModelConfig,
     after: jax.Array | None = None,
 ) -> tuple[jax.Array, Any]:
-    """Final hidden states [tokens, hidden_size] of the texts of rows from position `first` on, and the state. after int32
-    [R, N]: where the state of layers that recur goes after each token of a row; None: after the last to the row's slot."""
+    """Final hidden states [tokens, hidden_size] of the texts of rows from position `first` on, and the state. after int32 [R,
+    N]: the place for the state of layers that recur after each token of a row; None: only after the last token, in the row's
+    slot."""
     token = jnp.arange(tokens, dtype=jnp.int32)
     row = jnp.clip(jnp.searchsorted(query_starts, token, side="right") - 1, 0, rows.shape[0] - 1).astype(jnp.int32)
     there = (token < query_starts[-1]) & live[row]
@@ -208,7 +210,7 @@ def _hidden(
 
 
 def _choose(logits: jax.Array, slots: Slots, rows: jax.Array, alive: jax.Array) -> tuple[Slots, Chosen]:
-    """Chooses the next token of the rows int32 [R] that are alive, and puts it at the end of their texts."""
+    """Chooses the next token of the rows int32 [R] that are alive, and appends it to their texts."""
     best, key = _best(logits.shape[1]), jnp.zeros((2,), jnp.uint32)
     wanted = (alive & slots.scored[rows]).any()
     choice, chosen = choose(logits, slots.choice, slots.sampling, key, alive, rows, logprobs=best, requested=wanted)
@@ -226,7 +228,7 @@ def _prompt_scores(
     query_starts: jax.Array,
     config: ModelConfig,
 ) -> Any:
-    """Log-probabilities of the token after each of a step's, where its row wants those of its prompt: ids and logprobs
+    """Log-probabilities of the token after each of a step's tokens, if any row requests those of its prompt: ids and logprobs
     [tokens, k + 1]."""
     tokens = hidden.shape[0]
     token = jnp.arange(tokens)
@@ -250,5 +252,5 @@ def _prompt_scores(
 
 
 def _best(vocab: int) -> int:
-    """How many of the best tokens are reported."""
+    """The number of best tokens that are reported."""
     return min(MAX_LOGPROBS, vocab)

@@ -1,5 +1,4 @@
-"""One sequence followed: tokens in, the text that goes on from its prompt out, until an end token, a stop string or the
-limit."""
+"""Follows one sequence: takes tokens and returns the text after its prompt, until an end token, a stop string or the limit."""
 
 from __future__ import annotations
 
@@ -11,7 +10,7 @@ from ferrum_jax.tokenizer import StopMatcher, TextStream, Tokenizer
 
 
 class Watcher:
-    """`text`: what is safe to show so far; `finish_reason`: None until the end is seen or `flush` was called."""
+    """`text`: the text so far that is safe to show; `finish_reason`: None until the end is found or `flush` was called."""
 
     def __init__(self, tokenizer: Tokenizer, params: SamplingParams, prompt: Sequence[int]):
         self.token_ids: list[int] = []
@@ -23,8 +22,8 @@ class Watcher:
         self._has_stops, self._min_tokens = bool(params.stop), params.min_tokens
 
     def take(self, tokens: list[int], logprobs: list[list[tuple[int, float]]]) -> tuple[str, list[int]]:
-        """Takes the row's next tokens, and their log-probabilities where they are wanted: the new text that is safe to
-        show, and those of the tokens that still belong to the row."""
+        """Takes the row's next tokens, and their log-probabilities if requested. Returns the new text that is safe to show, and
+        those of the tokens that still belong to the row."""
         before = len(self.token_ids)
         pieces = []
         for i, token in enumerate(tokens):
@@ -47,7 +46,7 @@ class Watcher:
         return piece, self.token_ids[before:]
 
     def flush(self) -> str:
-        """The text held back until now; call when the row has ended."""
+        """The text that was held back; call it when the row has ended."""
         stopped_by_text = False
         piece = ""
         if self.finish_reason is None or (self.token_ids and self.token_ids[-1] in self._ends):

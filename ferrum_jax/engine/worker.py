@@ -1,9 +1,9 @@
-"""Threads that no interrupt reaches.
+"""Threads that interrupts do not reach.
 
-Python runs signal handlers in the main thread alone, between any two of its instructions: what the main thread does can be
-left half done, with a lock held, a page counted twice or a context of JAX open. So an engine's work is done by threads of
-its own, and the caller only waits for it. An interrupt ends the waiting; the work goes on to its end. The caller's side holds
-no lock, and what it hands over and gets back passes through a `SimpleQueue`, whose operations are single steps of C.
+Python runs signal handlers only in the main thread, between any two of its instructions: work of the main thread can be left
+half done, with a lock held, a page counted twice or a context of JAX open. So the engine's own threads do its work, and the
+caller only waits. An interrupt ends the waiting; the work continues to its end. The caller does not hold a lock, and jobs and
+results pass through a `SimpleQueue`, whose operations are atomic in C.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from queue import SimpleQueue
 from typing import Any
 
 _workers: weakref.WeakSet[Worker] = weakref.WeakSet()
-_inside: set[int] = set()  # identities of the threads
-_ending = threading.Event()  # the interpreter is
+_inside: set[int] = set()  # idents of the threads
+_ending = threading.Event()  # the interpreter is exiting
 
 
 class Job:
-    """Something to do in the context variables of its maker; `then` is called once it is done."""
+    """Work to be done with the context variables of the thread that made it; `then` is called when it is done."""
 
     def __init__(self, work: Callable[[], Any], then: Callable[[], object] = lambda: None):
         self._context, self._work, self._then = contextvars.copy_context(), work, then
@@ -40,22 +40,22 @@ class Job:
             self.succeeded = True
         except BaseException as error:
             self._error = error
-        with contextlib.suppress(RuntimeError):  # an event loop that is closed
+        with contextlib.suppress(RuntimeError):  # the event loop is closed
             self._then()
 
     def result(self) -> Any:
-        """What came of it once it is done, or the error that it raised."""
+        """Waits until it is done; returns its result or raises its error."""
         if self._error is not None:
             try:
                 raise self._error
             finally:
-                self._error = None  # its traceback leads back to here
+                self._error = None  # its traceback refers back to this object
         return self._value
 
 
 class Worker:
-    """A thread that does jobs one after the other. It starts with the first one, and ends with this object. `ending`: is set
-    when the interpreter ends."""
+    """A thread that does jobs one after the other. It starts with the first job and ends with this object. `ending`: is set
+    when the interpreter exits."""
 
     def __init__(self, name: str):
         self._name, self.ending = name, _ending
@@ -64,19 +64,19 @@ class Worker:
 
     def _begin(self) -> None:
         self._jobs: SimpleQueue[Job | None] = SimpleQueue()
-        self._alive = threading.Lock()  # held by the thread as long as it lives
+        self._alive = threading.Lock()  # held by the thread while it lives
         weakref.finalize(self, self._jobs.put, None)
 
     def post(self, job: Job) -> None:
-        """Hands a job over and does not wait for it."""
-        if not self._alive.locked():  # a thread too many ends at once
+        """Hands over a job without waiting for it."""
+        if not self._alive.locked():  # a superfluous thread ends at once
             thread = threading.Thread(target=_work, args=(self._jobs, self._alive), name=self._name, daemon=True)
-            _thread.start_new_thread(thread.start, ())  # `start` waits in Python: an interrupt there could hold up the thread
+            _thread.start_new_thread(thread.start, ())  # `start` waits in Python, where an interrupt could stop it
         self._jobs.put(job)
 
     def call(self, work: Callable[[], Any], undo: Callable[[Any], object] | None = None) -> Any:
-        """What `work` gives or raises in the thread. Where the caller is interrupted, the work goes on to its end, and `undo`
-        then gets what it gave."""
+        """The result of `work` in the thread, or its error. If the caller is interrupted, the work continues to its end, and
+        `undo` is then called with the result."""
         if _ending.is_set():  # the threads have ended, and nothing else runs
             return work()
         if is_inside():
@@ -94,7 +94,8 @@ class Worker:
 
 
 def is_inside() -> bool:
-    """Whether this thread is one of a worker's. It may come to call an engine: the garbage collector runs anything there."""
+    """Whether this thread belongs to a worker. Such a thread may call an engine, because the garbage collector runs finalizers
+    in any thread."""
     return threading.get_ident() in _inside
 
 
@@ -105,7 +106,7 @@ def _work(jobs: SimpleQueue[Job | None], alive: threading.Lock) -> None:
     try:
         while (job := jobs.get()) is not None and not _ending.is_set():
             job.run()
-            del job  # it may be all that holds the engine
+            del job  # it may hold the last reference to the engine
     finally:
         _inside.discard(threading.get_ident())
         alive.release()
@@ -113,7 +114,7 @@ def _work(jobs: SimpleQueue[Job | None], alive: threading.Lock) -> None:
 
 @atexit.register
 def _end() -> None:
-    """Lets what is being done come to its end: a thread must not be inside XLA when the interpreter goes away."""
+    """Waits for the current jobs: a thread must not be inside XLA when the interpreter exits."""
     _ending.set()
     for worker in list(_workers):
         worker._jobs.put(None)
@@ -121,7 +122,7 @@ def _end() -> None:
 
 
 def _after_fork() -> None:
-    """The child has the objects, and none of the threads."""
+    """The child process has the objects but not the threads."""
     _inside.clear()
     for worker in list(_workers):
         worker._begin()

@@ -1,7 +1,7 @@
-"""Every family of models that is known: `FAMILIES`. docs/architecture/families.md tells how to add one.
+"""Every supported family of models: `FAMILIES`. docs/architecture/families.md explains how to add one.
 
-A family is one file here. What reads, checks, converts or describes a checkpoint asks its family, and nothing outside of this
-folder compares names of architectures or model classes.
+A family is one file here. Code that reads, checks, converts or describes a checkpoint gets the facts from its family, and
+nothing outside this folder compares names of architectures or model classes.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from ferrum_jax.families.qwen3moe import QWEN3_MOE
 __all__ = ["FAMILIES", "Family", "of_architecture", "of_content", "of_metadata"]
 
 FAMILIES: tuple[Family, ...] = (LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN3, QWEN3_MOE, BERT)
-"""Of several with one architecture the first reads its GGUF files."""
+"""Where several share a GGUF architecture, the first one reads its files."""
 
 
 def of_architecture(architecture: str, where: str) -> Family:
-    """The family of a GGUF architecture. UnsupportedModelError for an unknown one; `where` is what names it."""
+    """The family of a GGUF architecture. UnsupportedModelError for an unknown one; `where`: the file that names it."""
     for family in FAMILIES:
         if family.architecture == architecture:
             return family
@@ -36,8 +36,7 @@ def of_architecture(architecture: str, where: str) -> Family:
 
 
 def of_metadata(metadata: Mapping[str, object], where: str) -> Family:
-    """The family that the metadata of a GGUF file state. Raises as `of_architecture`, and ModelFileError where they state
-    none."""
+    """The family that the metadata of a GGUF file name. Raises like `of_architecture`, and ModelFileError if they name none."""
     architecture = metadata.get("general.architecture")
     if not isinstance(architecture, str):
         raise ModelFileError(f"{where}: key general.architecture: is missing or not a string")

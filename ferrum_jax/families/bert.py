@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ferrum_jax.files.tensor_info import TensorInfo
 
 _POOLING_TYPES = {1: "mean", 2: "cls"}  # of GGUF
-_POOLINGS = {"mean": {"mean", "mean_tokens"}, "cls": {"cls", "cls_token"}}  # of sentence-transformers, new and old
+_POOLINGS = {"mean": {"mean", "mean_tokens"}, "cls": {"cls", "cls_token"}}  # the keys of sentence-transformers, new and old
 
 
 def _from_gguf(family: Family, keys: Keys, tensors: Mapping[str, TensorInfo]) -> EncoderConfig:
@@ -49,12 +49,12 @@ def _from_gguf(family: Family, keys: Keys, tensors: Mapping[str, TensorInfo]) ->
 def _divisible(keys: Keys, key: str, heads: int) -> int:
     hidden = keys.integer(key)
     if hidden % heads:
-        raise keys.fail(key, f"is {hidden}, no multiple of {heads} heads")
+        raise keys.fail(key, f"is {hidden}, not a multiple of {heads} heads")
     return hidden
 
 
 def _from_json(family: Family, keys: Keys, path: Path) -> ConfigFile:
-    """With the files of sentence-transformers that lie next to config.json."""
+    """Reads config.json and the files of sentence-transformers next to it."""
     for key, only in (("hidden_act", "gelu"), ("position_embedding_type", "absolute")):
         if keys.has(key) and (value := keys.get(key)) != only:
             raise keys.unsupported(key, f"{shown(value)} is not supported; supported: {only!r}")
@@ -79,7 +79,7 @@ def _from_json(family: Family, keys: Keys, path: Path) -> ConfigFile:
 
 
 def _sentence_transformers(directory: Path) -> tuple[str, int | None]:
-    """The pooling ("mean" where nothing says) and the length that texts are cut to, or None."""
+    """The pooling ("mean" if it is not stated) and the length that texts are cut to, or None."""
     from ferrum_jax.files.json_file import parse_array, read_object, read_text
 
     pooling = "1_Pooling"
@@ -96,7 +96,7 @@ def _sentence_transformers(directory: Path) -> tuple[str, int | None]:
     path = directory / "sentence_bert_config.json"
     keys = Keys(read_object(path) or {}, "", str(path))
     length = (read_object(directory / "tokenizer_config.json") or {}).get("model_max_length")
-    length = length if type(length) is int and length >= 2 else None  # 10**30 stands for none
+    length = length if type(length) is int and length >= 2 else None  # 10**30 stands for "no limit"
     length = keys.integer("max_seq_length", low=2) if keys.has("max_seq_length") else length
     path = directory / pooling / "config.json"
     return _pooling(path, read_object(path)), length
@@ -138,7 +138,7 @@ BERT = Family(
     architecture="bert",
     model_class="BertModel",
     model_type="bert",
-    fields=FIELDS["bert"] | {"position_embedding_type"},  # which earlier versions of transformers had
+    fields=FIELDS["bert"] | {"position_embedding_type"},  # a key of earlier versions of transformers
     from_gguf=_from_gguf,
     from_json=_from_json,
     embeds=True,

@@ -1,4 +1,4 @@
-"""How the keys of decoders become a `ModelConfig`, and GGUF keys again; a family states what differs in it."""
+"""How the keys of decoders become a `ModelConfig`, and how that becomes GGUF keys; a family passes what is special to it."""
 
 from __future__ import annotations
 
@@ -29,8 +29,9 @@ def from_gguf(
     theta: float | None = None,
     feed_forward: Callable[[Keys, int], Fields] | None = None,
 ) -> ModelConfig:
-    """As `Family.from_gguf`. theta: of files without `rope.freq_base` (None: it must be there). feed_forward: keywords of
-    `ModelConfig` about it, given the number of layers (None: it is dense); tuples have a value for each."""
+    """Implements `Family.from_gguf`. theta: for files without `rope.freq_base` (None: the key is required). feed_forward: reads
+    the keywords of `ModelConfig` about the feed-forward, given the number of layers (None: it is dense); tuples have a value
+    for each layer."""
     vocab_size = embedding_rows(keys, tensors)
     hidden = keys.integer("embedding_length")
     if keys.has("vocab_size"):
@@ -81,8 +82,8 @@ def from_gguf(
 
 
 def _windows_of_gguf(keys: Keys, layers: int) -> tuple[int, ...]:
-    """The sliding window of each layer, 0 for none. The pattern is a list of which layers have one, or a period n: of n layers
-    all but the last have one (0: every layer has)."""
+    """The sliding window of each layer, 0 for none. The pattern is either a list that says which layers have one, or a period
+    n: of every n layers all but the last have one (0: all layers)."""
     key = "attention.sliding_window_pattern"
     window = keys.integer("attention.sliding_window", low=0) if keys.has("attention.sliding_window") else 0
     pattern = keys.get(key)
@@ -97,7 +98,7 @@ def _windows_of_gguf(keys: Keys, layers: int) -> tuple[int, ...]:
 
 
 def _head_dim_of_gguf(keys: Keys, hidden: int, heads: tuple[int, ...]) -> int:
-    """The file's key_length; without the key the format defines it as hidden / heads."""
+    """The file's key_length; without that key the format defines it as hidden / heads."""
     keys.ignore("attention.value_length")
     if not keys.has("attention.key_length"):
         if len(set(heads)) > 1:
@@ -114,7 +115,7 @@ def _head_dim_of_gguf(keys: Keys, hidden: int, heads: tuple[int, ...]) -> int:
 
 
 def dense_from_gguf(keys: Keys, layers: int) -> Fields:
-    """The keywords about a dense feed-forward; what is about experts says nothing then."""
+    """The keywords about a dense feed-forward; keys about experts have no effect in such a model."""
     keys.ignore("expert_used_count", "expert_feed_forward_length", "expert_weights_norm")
     if keys.has("expert_weights_scale"):
         keys.number("expert_weights_scale", SCALE)
@@ -122,7 +123,8 @@ def dense_from_gguf(keys: Keys, layers: int) -> Fields:
 
 
 def mixture_from_gguf(keys: Keys, layers: int, width_key: str) -> Fields:
-    """The keywords about mixtures of experts, whose width is under `width_key`; those of a dense one where there are none."""
+    """The keywords about mixtures of experts, whose width is under `width_key`; those of a dense feed-forward if there are no
+    experts."""
     experts = keys.integer("expert_count", low=0, high=2**16) if keys.has("expert_count") else 0
     if not experts:
         return dense_from_gguf(keys, layers)
@@ -136,12 +138,12 @@ def mixture_from_gguf(keys: Keys, layers: int, width_key: str) -> Fields:
         "experts_per_token": keys.integer("expert_used_count", high=experts),
         "expert_intermediate_size": keys.integers(width_key, layers),
         "norm_topk_prob": True,  # files are run with normalized weights whether or not they carry the key
-        "expert_weights_scale": scale or 1.0,  # 0 is written by converters for "none"
+        "expert_weights_scale": scale or 1.0,  # converters write 0 for "none"
     }
 
 
 def to_gguf(config: ModelConfig, where: str, *, width_key: str = "feed_forward_length") -> dict[str, Typed]:
-    """As `Family.to_gguf`. width_key: where the width of experts goes."""
+    """Implements `Family.to_gguf`. width_key: the key for the width of experts."""
     if config.dense_layers:
         raise UnsupportedModelError(f"{where}: layers without experts among layers with them cannot be written as GGUF")
     if config.num_experts and not config.norm_topk_prob:
@@ -192,9 +194,9 @@ def from_json(
     window: Callable[[Keys, int], tuple[int, ...]] | None = None,
     feed_forward: Callable[[Keys, int], Fields] | None = None,
 ) -> ConfigFile:
-    """As `Family.from_json`. theta, head_dim: of files from before the key existed (None: hidden_size / heads). window: the
-    sliding window of each layer, 0 for none (None: the class has none). feed_forward: keywords of `ModelConfig` about it
-    (None: it is dense). Both are given the number of layers."""
+    """Implements `Family.from_json`. theta, head_dim: for files written before the key existed (head_dim None: hidden_size /
+    heads). window: reads the sliding window of each layer, 0 for none (None: the class has no windows). feed_forward: reads the
+    keywords of `ModelConfig` about the feed-forward (None: it is dense). Both are called with the number of layers."""
     if keys.has("hidden_act") and (act := keys.get("hidden_act")) != "silu":
         raise keys.unsupported("hidden_act", f"{shown(act)} is not supported; supported: 'silu'")
     if not keys.boolean("is_causal", True):
@@ -240,7 +242,7 @@ def _head_dim_of_json(keys: Keys, default: int | None, hidden: int, heads: int) 
     elif default is not None:
         head_dim = default
     elif hidden % heads:
-        raise keys.fail("head_dim", f"is missing and {hidden} is no multiple of {heads} heads")
+        raise keys.fail("head_dim", f"is missing and {hidden} is not a multiple of {heads} heads")
     else:
         head_dim = hidden // heads
     if head_dim % 2:
@@ -254,7 +256,7 @@ def dense_from_json(keys: Keys, layers: int) -> Fields:
 
 
 def num_experts(keys: Keys, *, low: int) -> int:
-    """The experts of a layer; two names of one thing, which must agree."""
+    """The number of experts in a layer. Two keys may state it; they must agree."""
     named = [key for key in ("num_experts", "num_local_experts") if keys.has(key)]
     counts = [keys.integer(key, low=low, high=2**16) for key in named or ["num_local_experts"]]
     if counts[0] != counts[-1]:
@@ -263,21 +265,21 @@ def num_experts(keys: Keys, *, low: int) -> int:
 
 
 def no_window(keys: Keys, layers: int) -> tuple[int, ...]:
-    """As `from_json`'s window, of a class that has none."""
+    """`window` of `from_json` for a class that has no windows."""
     if not is_neutral(keys.get("sliding_window")):
         raise keys.unsupported("sliding_window", "is not supported in this model class")
     return _by_layer(keys, layers, 0)
 
 
 def stated_window(keys: Keys, layers: int, *, default: int = 0, some: bool = False) -> tuple[int, ...]:
-    """As `from_json`'s window, of a class in which `sliding_window` counts as it stands. default: where the key is absent.
-    some: whether `layer_types` may name the layers that have it."""
+    """`window` of `from_json` for a class that takes `sliding_window` as stated. default: the window if the key is absent.
+    some: whether `layer_types` may give the window to only some of the layers."""
     return _by_layer(keys, layers, _window(keys, default), some=some)
 
 
 def window_on_request(keys: Keys, layers: int) -> tuple[int, ...]:
-    """As `from_json`'s window, of Qwen, for which `use_sliding_window` must ask. If the class has `max_window_layers`, it is of
-    the layers from that one on, or of those that `layer_types` names."""
+    """`window` of `from_json` for Qwen, which has one only if `use_sliding_window` is true. If the class has
+    `max_window_layers`, the window applies from that layer on, or to the layers that `layer_types` names."""
     window = _window(keys, 4096) if keys.boolean("use_sliding_window", False) else 0
     keys.ignore("sliding_window", "max_window_layers")
     some = "max_window_layers" in (keys.fields or ())
@@ -294,7 +296,7 @@ def _window(keys: Keys, default: int) -> int:
 
 
 def _by_layer(keys: Keys, layers: int, window: int, *, some: bool = False) -> tuple[int, ...]:
-    """The window of each layer, 0 for none, with what `layer_types` says."""
+    """The window of each layer, 0 for none, as `layer_types` says."""
     kinds = keys.get("layer_types")
     if kinds is not None and (not isinstance(kinds, list) or len(kinds) != layers):
         raise keys.fail("layer_types", f"must be a list of {layers} kinds")

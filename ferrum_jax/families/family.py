@@ -1,4 +1,4 @@
-"""`Family`: what a family of models is, as one value. Each file of this folder that is named after a family makes one."""
+"""`Family`: everything about a family of models in one value. Each file here that is named after a family defines one."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class ConfigFile:
-    """A config.json, read. tied: the output matrix is the embedding; biases: of which matrices of the layers there must be, by
-    the stem of the tensor's name; rope_factors: float32 [rope_dim / 2] that divide the rotary frequencies, or None;
-    quantization: how matrices are packed, as the file states it, or None."""
+    """The contents of a config.json. tied: the output matrix is the embedding; biases: the matrices of the layers that must
+    have biases, by the stem of the tensor's name; rope_factors: float32 [rope_dim / 2] that divide the rotary frequencies, or
+    None; quantization: how matrices are packed, as the file states it, or None."""
 
     family: Family
     config: ModelConfig | EncoderConfig
@@ -36,18 +36,18 @@ class ConfigFile:
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """Names, tensors, and how keys become a configuration and keys again.
+    """The names and tensors of a family, and how a file's keys become a configuration and back.
 
-    architecture: its name in GGUF files, and that of its configurations; families that share one share a table.
-    model_class, model_type: its names in config.json. tensors: its table. sizes: of the axes in the table, by
-    `sizes(config, spec)` with an item of the configuration's `layers` (None: outside of layers).
+    architecture: its name in GGUF files and in its configurations; families that share one share a table. model_class,
+    model_type: its names in config.json. tensors: its table. sizes(config, spec): the sizes of the axes in the table; `spec` is
+    an item of the configuration's `layers` (None: outside the layers).
 
     from_gguf(family, keys, tensors of the file): the configuration; `keys` are those of the architecture. from_json(family,
-    keys, path of config.json). Both ask for every key that counts and refuse what they do not know; what they do not ask for
-    is judged here. fields: the keys of config.json that transformers' class has; None: those that fields.py lists.
-    to_gguf(config, where): the keys that `from_gguf` reads; UnsupportedModelError for what llama.cpp cannot be told.
+    keys, path of config.json). Both read every key that matters and refuse values that they do not support; keys that they do
+    not read are judged here. fields: the keys of config.json that transformers' class has; None: those that fields.py lists.
+    to_gguf(config, where): the keys that `from_gguf` reads; UnsupportedModelError for what a GGUF file cannot tell llama.cpp.
 
-    embeds: it makes vectors (an `EncoderConfig`), not text.
+    embeds: the models make vectors (with an `EncoderConfig`), not text.
     """
 
     architecture: str
@@ -62,7 +62,7 @@ class Family:
     embeds: bool = False
 
     def shape(self, tensor: Tensor, config: Any, layer: int | None) -> tuple[int, ...]:
-        """The shape of a tensor, of layer `layer` or (None) of the whole model."""
+        """The shape of a tensor of layer `layer`, or of the whole model (None)."""
         sizes = self.sizes(config, None if layer is None else config.layers[layer])
         return tuple(sizes[axis] for axis in tensor.axes)
 
@@ -76,7 +76,7 @@ class Family:
                     yield f"blk.{layer}.{row.name}", row, layer
 
     def read_gguf(self, metadata: Mapping[str, object], tensors: Mapping[str, TensorInfo], where: str) -> Any:
-        """The configuration of a GGUF file, by metadata and shapes. UnsupportedModelError for a feature that is not
+        """The configuration of a GGUF file, from its metadata and shapes. UnsupportedModelError for a feature that is not
         implemented, ModelFileError for a missing or impossible key."""
         keys = Keys(metadata, f"{self.architecture}.", where)
         keys.ignore("tensor_data_layout")
@@ -85,9 +85,9 @@ class Family:
         return config
 
     def read_json(self, content: Mapping[str, Any], path: Path) -> ConfigFile:
-        """What the object in config.json at `path` says. Raises as `read_gguf`."""
+        """Reads the object in the config.json at `path`. Raises like `read_gguf`."""
         keys = Keys(content, "", str(path), FIELDS[self.model_type] if self.fields is None else self.fields)
-        if not is_neutral(packing := content.get("quantization")):  # of MLX, whose packing nothing here reads
+        if not is_neutral(packing := content.get("quantization")):  # written by MLX, whose packing is not supported
             raise keys.unsupported("quantization", f"{shown(packing)} is not supported")
         file = self.from_json(self, keys, path)
         keys.judge(f"{{}} is not supported in a {self.model_class}")
@@ -98,7 +98,7 @@ class Family:
 
 
 def embedding_rows(keys: Keys, tensors: Mapping[str, TensorInfo], name: str = "token_embd.weight") -> int:
-    """The rows of a matrix that a file must have."""
+    """The number of rows of a matrix that a file must have."""
     if name not in tensors:
         raise ModelFileError(f"{keys.source}: tensor {name}: is missing")
     return tensors[name].shape[0]

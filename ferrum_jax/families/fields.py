@@ -34,7 +34,7 @@ FIELDS = {
         "num_experts_per_tok", "num_local_experts", "use_sliding_window",
     },
 }
-# Of the object rope_scaling or rope_parameters.
+# Keys inside the object rope_scaling or rope_parameters.
 ROPE_FIELDS = {
     "attention_factor", "beta_fast", "beta_slow", "factor", "high_freq_factor", "long_factor", "low_freq_factor",
     "mrope_section", "mscale", "mscale_all_dim", "original_max_position_embeddings", "partial_rotary_factor", "rope_theta",

@@ -1,8 +1,8 @@
-"""Typed access to the keys of a file, and what becomes of those that nothing reads: `Keys`.
+"""`Keys`: typed access to the keys of a file, and a verdict on those that nothing reads.
 
-The one idea: which keys were asked for is known, so the rest is judged once. A key that the format's own program does not have
-is as if it were not there (`fields`); one that says nothing about the computation is passed over by name (`ignore`); one whose
-value says "none" has no effect; any other is refused by name (`judge`).
+The one idea: every key that is read is recorded, so the rest can be judged in one place. A key that the format's own program
+does not have counts as absent (`fields`); one that does not affect the computation is ignored by name (`ignore`); one whose
+value means "none" has no effect; any other is refused by name (`judge`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ferrum_jax.errors import ModelFileError, UnsupportedModelError
 
 
 class Range(NamedTuple):
-    """What a number may be: finite, above `low` (or equal to it, where `closed`), at most `high`."""
+    """The allowed range of a number: finite, above `low` (or equal to it if `closed`), at most `high`."""
 
     low: float = 0.0
     high: float = math.inf
@@ -30,13 +30,13 @@ EPS = Range(1e-30, 0.1, closed=True)
 THETA = Range(1.0, 1e12)
 FACTOR = Range(0.1, 1e5, closed=True)
 ATTENTION_FACTOR = Range(0.01, 100.0, closed=True)
-TURNS = Range(0.0, 1e5)  # of a rotation within a context: YaRN's beta, LLaMA-3.1's frequency factors
+TURNS = Range(0.0, 1e5)  # rotations within a context: YaRN's beta, LLaMA-3.1's frequency factors
 SCALE = Range(0.0, 1e4, closed=True)
 
 
 class Keys:
     """The keys of one file that begin with `prefix` and, where `fields` are given, are among them; every error names the file
-    and the key. A value None is no value."""
+    and the key. A value of None counts as absent."""
 
     def __init__(self, metadata: Mapping[str, object], prefix: str, source: str, fields: Collection[str] | None = None) -> None:
         named = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
@@ -51,7 +51,7 @@ class Keys:
         return UnsupportedModelError(f"{self.source}: key {self.prefix + key}: {text}")
 
     def get(self, key: str) -> Any:
-        """The value as it stands in the file, or None."""
+        """The value as stored in the file, or None."""
         self.asked.add(key)
         return self.values.get(key)
 
@@ -59,15 +59,15 @@ class Keys:
         return self.get(key) is not None
 
     def ignore(self, *keys: str) -> None:
-        """Keys that say nothing about the computation, or nothing in this model."""
+        """Marks keys that do not affect the computation, or not in this model."""
         self.asked.update(keys)
 
     def unread(self) -> Iterator[tuple[str, object]]:
-        """What nothing asked for, and its value, where that does not say "none"."""
+        """The keys that were not read and whose value does not mean "none", with their values."""
         return ((key, value) for key, value in self.values.items() if key not in self.asked and not is_neutral(value))
 
     def judge(self, text: str) -> None:
-        """UnsupportedModelError for the first key that is `unread`; `text` may show its value, as {}."""
+        """Raises UnsupportedModelError for the first `unread` key; `text` may show its value, as {}."""
         for key, value in self.unread():
             raise self.unsupported(key, text.format(shown(value)))
 
@@ -108,7 +108,7 @@ class Keys:
         return float(value)
 
     def boolean(self, key: str, default: bool | None = None) -> bool:
-        """default: where the key is not there; None: it must be."""
+        """default: the value if the key is absent; None: the key is required."""
         value = self.get(key)
         value = default if value is None else value
         if not isinstance(value, bool):
@@ -117,14 +117,14 @@ class Keys:
 
 
 def is_neutral(value: object) -> bool:
-    """Whether a value says that something is not there: null, false, 0, empty, "none"."""
+    """Whether a value means that something is absent: null, false, 0, empty, "none"."""
     if value is None or isinstance(value, bool | int | float | str):
         return value in (None, False, 0, "", "none")
     return isinstance(value, list | dict) and not value
 
 
 def shown(value: object) -> str:
-    """A value for an error: short, and on one line."""
+    """A value as an error message shows it: short, on one line."""
     if isinstance(value, np.ndarray) or (isinstance(value, list) and len(value) > 8):
         return f"an array of {len(value)} values"
     text = f"an integer of {value.bit_length()} bits" if type(value) is int and abs(value) >= 1 << 64 else repr(value)

@@ -1,7 +1,7 @@
 """LLaMA (arXiv 2302.13971, 2407.21783). Files of arch `llama` may also be Mistral or Mixtral: they are the same layers.
 
-GGUF files of this arch keep the rows of queries and keys in the order of interleaved rotation, and factors of LLaMA-3.1 as a
-tensor; without `rope.freq_base` they are from before the key existed and mean 10,000.
+GGUF files of this arch keep the rows of queries and keys in the order of interleaved rotation, and LLaMA-3.1's factors as a
+tensor; files without `rope.freq_base` were written before the key existed and mean 10,000.
 """
 
 from functools import partial

@@ -1,7 +1,6 @@
 """Mistral (arXiv 2310.06825): LLaMA with a sliding window; its GGUF files are of arch `llama`.
 
-A config.json with `layer_types` means what transformers' AutoModel takes it for, a Ministral: the window is of the layers that
-are named there."""
+A config.json with `layer_types` is a Ministral, as for transformers' AutoModel: the layers named there have the window."""
 
 import dataclasses
 from functools import partial

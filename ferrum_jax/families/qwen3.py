@@ -1,4 +1,4 @@
-"""Qwen3, dense (arXiv 2505.09388): queries and keys of each head are normed."""
+"""Qwen3, dense (arXiv 2505.09388): queries and keys are normalized in each head."""
 
 from functools import partial
 

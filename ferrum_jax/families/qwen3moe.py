@@ -17,7 +17,7 @@ def _experts_of_gguf(keys: Keys, layers: int) -> decoder.Fields:
 
 
 def _experts_of_json(keys: Keys, layers: int) -> decoder.Fields:
-    """Layers named in `mlp_only_layers`, and all but every `decoder_sparse_step`-th, are dense."""
+    """Layers named in `mlp_only_layers` are dense, as are all but every `decoder_sparse_step`-th."""
     count = decoder.num_experts(keys, low=0)
     step = keys.integer("decoder_sparse_step") if keys.has("decoder_sparse_step") else 1
     only = keys.get("mlp_only_layers") or []

@@ -1,4 +1,4 @@
-"""Rotary positions in the keys of files: from GGUF, from config.json, and to GGUF.
+"""Rotary positions in the keys of files: read from GGUF and config.json, written to GGUF.
 
 All three say the same few things under other names: theta, and a scaling that is linear, YaRN (arXiv 2309.00071) or that of
 LLaMA-3.1, which GGUF files state as divisors of the frequencies.
@@ -20,7 +20,7 @@ _JSON_KINDS = ("default", "linear", "llama3", "yarn")
 
 
 def scaling_from_gguf(keys: Keys) -> RopeScaling | None:
-    """Without a type a factor means linear scaling, as the format has it; type "none" means none."""
+    """A factor without a type means linear scaling, as the format defines; type "none" means no scaling."""
     keys.ignore("rope.scaling.finetuned", "rope.scaling.factor", "rope.scale_linear", "rope.scaling.original_context_length")
     keys.ignore(*(f"rope.scaling.yarn_{name}" for name in ("log_multiplier", "beta_fast", "beta_slow")))
     kind = keys.get("rope.scaling.type") if keys.has("rope.scaling.type") else "linear"
@@ -37,7 +37,7 @@ def scaling_from_gguf(keys: Keys) -> RopeScaling | None:
         return None
     if kind == "linear":
         key = next((key for key in ("rope.scaling.factor", "rope.scale_linear") if keys.has(key)), "rope.scaling.factor")
-        factor = keys.number(key, AT_LEAST_ZERO) if keys.has(key) else 0.0  # 0 is written for "none"
+        factor = keys.number(key, AT_LEAST_ZERO) if keys.has(key) else 0.0  # converters write 0 for "none"
         factor = keys.number(key, FACTOR) if factor else 0.0
         if not factor and keys.has("rope.scaling.type"):
             raise keys.fail("rope.scaling.factor", "is missing")
@@ -58,7 +58,7 @@ def scaling_from_gguf(keys: Keys) -> RopeScaling | None:
 
 
 def scaling_to_gguf(scaling: RopeScaling | None) -> dict[str, Typed]:
-    """The keys that say it, without the prefix of the architecture."""
+    """The keys that state it, without the prefix of the architecture."""
     if scaling is None:
         return {}
     keys = {"rope.scaling.type": Typed(scaling.kind, "string"), "rope.scaling.factor": Typed(scaling.factor, "float32")}
@@ -74,7 +74,7 @@ def scaling_to_gguf(scaling: RopeScaling | None) -> dict[str, Typed]:
 
 
 def from_json(keys: Keys, theta: float, head_dim: int, context: int) -> tuple[float, RopeScaling | None, np.ndarray | None]:
-    """theta (that given where no key states it), the scaling, and the factors of LLaMA-3.1's. Where both objects are there,
+    """theta (`theta` if no key states it), the scaling, and the factors of LLaMA-3.1's scaling. If both objects are present,
     rope_scaling counts."""
     parameters = keys.get("rope_parameters")
     name, stated = ("rope_scaling", keys.get("rope_scaling")) if keys.get("rope_scaling") else ("rope_parameters", parameters)
@@ -94,7 +94,7 @@ def from_json(keys: Keys, theta: float, head_dim: int, context: int) -> tuple[fl
         known = ", ".join(_JSON_KINDS)
         raise UnsupportedModelError(f"{rope.source}: rope_type {shown(kind)} is not supported; supported: {known}")
     original = context
-    for place in (rope, keys):  # the latter counts where both have it
+    for place in (rope, keys):  # if both have it, the latter counts
         if place.has("original_max_position_embeddings") and kind not in ("default", "linear"):
             original = place.integer("original_max_position_embeddings")
     if kind == "default":
@@ -113,7 +113,7 @@ def from_json(keys: Keys, theta: float, head_dim: int, context: int) -> tuple[fl
 
 
 def _yarn(rope: Keys, factor: float, original: int) -> RopeScaling:
-    """YaRN with the constants of section 3.2 of its paper where there are none."""
+    """YaRN, with the constants of section 3.2 of its paper where the file states none."""
     if not rope.boolean("truncate", True):
         raise UnsupportedModelError(f"{rope.source}: truncate: false is not supported")
     attention = _magnitude(factor)
@@ -127,7 +127,7 @@ def _yarn(rope: Keys, factor: float, original: int) -> RopeScaling:
 
 
 def _magnitude(factor: float, scale: float = 1.0) -> float:
-    """What YaRN multiplies cos and sin by."""
+    """The factor that YaRN multiplies cos and sin by."""
     return 0.1 * scale * math.log(factor) + 1.0 if factor > 1.0 else 1.0
 
 
@@ -141,8 +141,8 @@ def _turns(keys: Keys, fast_key: str, slow_key: str) -> tuple[float, float]:
 
 
 def _llama3_factors(rope: Keys, theta: float, head_dim: int, factor: float, original: int) -> np.ndarray:
-    """LLaMA-3.1's divisors of the rotary frequencies: `factor` for wavelengths that the original context does not hold
-    `low_freq_factor` times, 1 for those that it holds `high_freq_factor` times, between them a blend of frequencies."""
+    """LLaMA-3.1's divisors of the rotary frequencies: `factor` for wavelengths that fit into the original context fewer than
+    `low_freq_factor` times, 1 for those that fit `high_freq_factor` times, and a blend of frequencies between the two."""
     low, high = rope.number("low_freq_factor", TURNS), rope.number("high_freq_factor", TURNS)
     if high <= low:
         raise rope.fail("high_freq_factor", f"is {high}; it must be above low_freq_factor {low}")

@@ -1,7 +1,7 @@
-"""The tensor table of a family: of each tensor its names, its parameter, its axes, where it is, and what is done at load.
+"""The tensor table of a family: for each tensor its names, parameter and axes, the layers that have it, and what loading does.
 
-The one idea: a column says one thing, so that placing, checking, converting, merging and quantizing are derived from the
-table and no other file asks which family it has before it.
+The one idea: a column says one thing, so that placing, checking, converting, merging and quantizing follow from the table, and
+no other file has to know which family it handles.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ _EXPERT = re.compile(r"\.(0|[1-9][0-9]{0,4})(?=\.)")
 
 
 def every_layer(spec: Any) -> bool:
-    """All layers have the tensor."""
+    """For tensors that all layers have."""
     return True
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """A part of the tensor `tensor` [experts, rows, columns] of a directory: of the equal parts that the rows of each expert
-    are cut into, as many as are named, the one with this index."""
+    """One of the equal parts that each expert's rows in the tensor `tensor` [experts, rows, columns] of a directory are cut
+    into. `index` says which; the table's rows that name the tensor say how many there are."""
 
     tensor: str
     index: int = 0
@@ -39,16 +39,16 @@ class Part:
 class Tensor:
     """A row of the table.
 
-    name: in GGUF files, of a layer's tensor what follows `blk.N.`. path: of the parameter. axes: what its dimensions are,
-    slowest first; `Family.sizes` gives their sizes. modules: what directories call its module, of a layer's tensor what
-    follows the layer's number, with `*` for the number of an expert; the first is the one that errors name.
+    name: its name in GGUF files; for a layer's tensor the part after `blk.N.`. path: of the parameter. axes: the names of its
+    dimensions, slowest first; `Family.sizes` gives their sizes. modules: the names of its module in directories; for a layer's
+    tensor the part after the layer's number, with `*` for the number of an expert. Errors show the first one.
 
-    layers: which layers have it, by `layers(spec)` of an item of the configuration's `layers`. optional: whether the layers
-    that may have it may also lack it, all of them together.
+    layers(spec): whether a layer has it, given its item of the configuration's `layers`. optional: whether it may be missing,
+    in all of these layers together.
 
-    gguf_rows: where GGUF files keep the rows in another order, `gguf_rows(spec, rows)` int [rows] is the row there of
-    each row of the parameter. quantize: whether `quantize=` changes it, and whether GGUF files may hold it in another format
-    than F32 (vectors never are). not_in_gguf: why llama.cpp cannot read it, where it cannot.
+    gguf_rows: if GGUF files keep the rows in another order, `gguf_rows(spec, rows)` int [rows] gives for each row of the
+    parameter its row in the file. quantize: whether `quantize=` changes it and GGUF files may hold it in a format other than
+    F32 (vectors always stay F32). not_in_gguf: why llama.cpp cannot read it, if it cannot.
     """
 
     name: str
@@ -67,14 +67,14 @@ class Tensor:
 
     @property
     def is_projection(self) -> bool:
-        """Whether it is one matrix of weights that adapters can be added to."""
+        """Whether it is a single matrix of weights, to which adapters can be added."""
         return len(self.axes) == 2 and self.quantize
 
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """All tensors of a family: those that a model has once, and those of its layers. prefix: what begins the names of a
-    layer's modules in directories. ignored: an expression for names there of tensors that say nothing or are not needed."""
+    """All tensors of a family: those that a model has once, and those of its layers. prefix: the beginning of the names of a
+    layer's modules in directories. ignored: a regular expression for tensors in directories that are not needed."""
 
     whole: tuple[Tensor, ...]
     layer: tuple[Tensor, ...]
@@ -82,16 +82,16 @@ class Table:
     ignored: str
 
     def find(self, name: str) -> tuple[Tensor | None, int | None]:
-        """The row of the tensor that GGUF files call `name`, and the number of its layer."""
+        """The row of the table for the tensor that GGUF files call `name`, and the number of its layer."""
         match = _IN_LAYER.fullmatch(name)
         return (self._of_layer.get(match[2]), int(match[1])) if match else (self._of_whole.get(name), None)
 
     def at(self, path: Path) -> Tensor | None:
-        """The row of a parameter."""
+        """The row of the table for a parameter."""
         return next((tensor for tensor in (*self.whole, *self.layer) if tensor.path == path), None)
 
     def locate(self, module: str) -> tuple[str, int]:
-        """The stem of the GGUF name, "" for none, and the expert, -1 for none, of a module of a directory."""
+        """For a module of a directory: the stem of its GGUF name ("" for none) and its expert (-1 for none)."""
         layer, inside = self._inside(module)
         if layer is None:
             return self._stems[0].get(inside, ""), -1
@@ -100,22 +100,22 @@ class Table:
         return (f"blk.{layer}.{stem}", int(expert[1]) if expert else -1) if stem else ("", -1)
 
     def parts(self, module: str) -> dict[str, list[str]] | None:
-        """What a module of a directory is that holds all experts of a layer: by suffix the GGUF names of the parts of its
-        tensors, in order. None for another module."""
+        """For a module of a directory that holds all experts of a layer: the GGUF names of the parts of its tensors, in order,
+        by suffix. None for any other module."""
         layer, inside = self._inside(module)
         if layer is None or inside not in self._parts:
             return None
         return {suffix: [f"blk.{layer}.{name}" for name in names] for suffix, names in self._parts[inside].items()}
 
     def own_name(self, name: str) -> str:
-        """What directories call the tensor `name` of GGUF, `*` for the number of an expert."""
+        """The name in directories of the tensor that GGUF files call `name`, with `*` for the number of an expert."""
         match = _IN_LAYER.fullmatch(name)
         stem, _, suffix = (match[2] if match else name).rpartition(".")
         module = next((own for own, known in self._stems[bool(match)].items() if known == stem), stem)
         return f"{self.prefix}{match[1]}.{module}.{suffix}" if match else f"{module}.{suffix}"
 
     def biased(self, *, always: bool = False) -> set[str]:
-        """The stems of the matrices of a layer that have a bias in some models, or in all of them."""
+        """The stems of a layer's matrices that have a bias in some models, or (`always`) in all of them."""
         matrices = {tensor.stem for tensor in self.layer if tensor.is_projection}
         biases = {tensor.stem for tensor in self.layer if tensor.name.endswith(".bias") and not (always and tensor.optional)}
         return biases & matrices
@@ -134,7 +134,7 @@ class Table:
 
     @functools.cached_property
     def _stems(self) -> tuple[dict[str, str], dict[str, str]]:
-        """Stems of GGUF names by the modules of directories: of the whole model, of a layer."""
+        """Stems of GGUF names by module of a directory: for the whole model, and for a layer."""
 
         def stems(tensors: tuple[Tensor, ...]) -> dict[str, str]:
             return {module: tensor.stem for tensor in tensors for module in tensor.modules if isinstance(module, str)}
@@ -143,7 +143,7 @@ class Table:
 
     @functools.cached_property
     def _parts(self) -> dict[str, dict[str, list[str]]]:
-        """GGUF names by module and suffix of the tensors whose parts they are, in order."""
+        """The GGUF names of the parts of each tensor of a directory, in order, by its module and suffix."""
         parts = [(part, tensor.name) for tensor in self.layer for part in tensor.modules if isinstance(part, Part)]
         found: dict[str, dict[str, list[str]]] = {}
         for part, name in sorted(parts, key=lambda known: known[0].index):

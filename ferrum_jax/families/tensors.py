@@ -1,4 +1,4 @@
-"""What families of decoders share: their common tensors and the sizes of the axes."""
+"""What the families of decoders share: tensors and the sizes of their axes."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ HEAD_NORMS = (
 
 
 def decoder(layer: tuple[Tensor, ...], whole: tuple[Tensor, ...] = EMBEDDINGS) -> Table:
-    """The table of a decoder, under the names that transformers gives the modules of almost all of them."""
+    """The table of a decoder, with the module names that transformers uses for almost all of them."""
     return Table(whole, layer, "model.layers.", _IGNORED)
 
 
 def attention(*, rotated_rows: GgufRows | None = None, biased: bool = False, not_in_gguf: str = "") -> tuple[Tensor, ...]:
-    """Norm and matrices of grouped-query attention. rotated_rows: `gguf_rows` of what is rotated. biased: queries, keys and
-    values have biases always; else the four matrices may have them. not_in_gguf: of the biases."""
+    """Norm and matrices of grouped-query attention. rotated_rows: `gguf_rows` of queries and keys. biased: queries, keys and
+    values always have biases; otherwise all four matrices may have them. not_in_gguf: applies to the biases."""
     norm = Tensor("attn_norm.weight", ("attention_norm",), ("hidden",), ("input_layernorm",))
     matrices, biases = [], []
     for letter, module, name, axis in (
@@ -75,7 +75,7 @@ def dense(*, may_be_biased: bool = False) -> tuple[Tensor, ...]:
 
 
 def mixture() -> tuple[Tensor, ...]:
-    """Router and experts, SwiGLUs, under the names of Qwen and of Mixtral, expert by expert or all in one tensor."""
+    """The router and the experts (SwiGLUs), with the names of Qwen and of Mixtral, one tensor per expert or one for all."""
     wide, narrow = ("expert", "expert_width", "hidden"), ("expert", "hidden", "expert_width")
     modules: tuple[str | Part, ...] = ("mlp.gate", "block_sparse_moe.gate")
     path = "feed_forward"
@@ -91,7 +91,7 @@ def mixture() -> tuple[Tensor, ...]:
 
 
 def sizes(config: ModelConfig, spec: LayerSpec | None) -> dict[str, int]:
-    """Of the axes above; heads and kv_heads are as many rows as all heads together have."""
+    """The sizes of the axes above; heads and kv_heads count the rows of all heads together."""
     found = {"vocab": config.vocab_size, "hidden": config.hidden_size}
     if spec is None:
         return found | {"rotated": max(mixer.rope.dim for mixer in config.attentions) // 2}
@@ -106,7 +106,8 @@ def sizes(config: ModelConfig, spec: LayerSpec | None) -> dict[str, int]:
 
 @functools.lru_cache
 def interleaved_rows(spec: LayerSpec, rows: int) -> np.ndarray:
-    """Where each row of half-split heads lies in a file for interleaved rotation, which stores rotated pairs side by side."""
+    """For each row of half-split heads, its row in a file for interleaved rotation, which stores rotated pairs next to each
+    other."""
     assert isinstance(spec.mixer, Attention)
     width, rotated = spec.mixer.head_dim, spec.mixer.rope.dim
     head = np.arange(width)

@@ -1,6 +1,6 @@
-"""What checkpoints are made of, whatever the family: files, JSON, metadata with their types, and where tensors lie.
+"""What checkpoints of all families consist of: files, JSON, metadata with their types, and the places of tensors.
 
-Here a file is opened without trusting what lies at its path.
+A file is opened here without trusting what is at its path.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from ferrum_jax.errors import ModelFileError
 
 
 def open_regular(path: Path, kind: str) -> tuple[io.FileIO, os.stat_result]:
-    """Opens a regular file; `kind` (".gguf") is what an error asks for. FileNotFoundError passes through: the caller
-    knows what the file was wanted for."""
+    """Opens a regular file; errors say that a `kind` (".gguf") file is needed. FileNotFoundError passes through, as the caller
+    can say what the file was needed for."""
     try:
-        # Without O_NONBLOCK a named pipe would hang the open.
+        # Without O_NONBLOCK, opening a named pipe would block.
         file = io.FileIO(path, opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
     except FileNotFoundError:
         raise

@@ -1,4 +1,5 @@
-"""JSON of checkpoint directories, read without trusting it: bounded, no key twice, no NaN, every error names the file."""
+"""Reads the JSON files of checkpoint directories without trusting them: bounded size, no repeated keys, no NaN; every error
+names the file."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ MAX_BYTES = 64 << 20  # the largest tokenizer.json in use have about 40 MiB
 
 
 def read_text(path: Path) -> str | None:
-    """The text of a small file; None where there is none. ModelFileError for what is no UTF-8 text of sane size."""
+    """The text of a small file; None if it does not exist. ModelFileError if it is too large or not UTF-8 text."""
     try:
         file, status = open_regular(path, path.suffix)
     except FileNotFoundError:
@@ -30,18 +31,18 @@ def read_text(path: Path) -> str | None:
 
 
 def read_object(path: Path) -> dict[str, Any] | None:
-    """The JSON object in a file; None where there is no file. ModelFileError for anything but an object."""
+    """The JSON object in a file; None if the file does not exist. ModelFileError for anything but an object."""
     text = read_text(path)
     return None if text is None else parse_object(text, str(path))
 
 
 def parse_object(text: str | bytes, where: str) -> dict[str, Any]:
-    """The JSON object that a text is; `where` begins every ModelFileError."""
+    """Parses a text that is a JSON object; every ModelFileError begins with `where`."""
     return _parse(text, where, dict, "object")
 
 
 def parse_array(text: str | bytes, where: str) -> list[Any]:
-    """The JSON array that a text is; `where` begins every ModelFileError."""
+    """Parses a text that is a JSON array; every ModelFileError begins with `where`."""
     return _parse(text, where, list, "array")
 
 
@@ -56,7 +57,7 @@ def _parse(text: str | bytes, where: str, kind: type, called: str) -> Any:
         return made
 
     def refuse(constant: str) -> Any:
-        raise ModelFileError(f"{where}: {constant} is no JSON")
+        raise ModelFileError(f"{where}: {constant} is not JSON")
 
     try:
         value = json.loads(text, object_pairs_hook=once, parse_constant=refuse)

@@ -1,7 +1,7 @@
-"""Metadata with their GGUF types, so that a checkpoint can be written as a GGUF file again, key by key as it was.
+"""Metadata with their GGUF types, so that a checkpoint can be written as a GGUF file again without changing a key.
 
-Values alone do not say what they were (an `int` may be an uint32 or an int64), and llama.cpp refuses a key of another type
-than it expects. A source of GGUF metadata knows the types; for any other, the family states them (`Family.to_gguf`).
+Values alone do not tell their types (an `int` may be a uint32 or an int64), and llama.cpp refuses a key whose type it does not
+expect. A source of GGUF metadata has the types; for other sources the family states them (`Family.to_gguf`).
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ _DTYPES = {name: np.dtype(name).newbyteorder("<") for name in (*INTEGERS, *FLOAT
 
 
 class Typed(NamedTuple):
-    """A value as `GGUFFile.metadata` has it and its type: INTEGERS, FLOATS, "bool", "string", or "array " and one of them."""
+    """A value as in `GGUFFile.metadata`, and its type: INTEGERS, FLOATS, "bool", "string", or "array " and one of them."""
 
     value: object
     kind: str
 
     @property
     def element(self) -> str:
-        """The type of an array's elements; "" of a scalar."""
+        """The type of an array's elements; "" for a scalar."""
         return self.kind.partition(" ")[2]
 
 
@@ -34,7 +34,7 @@ def plain(typed: Mapping[str, Typed]) -> dict[str, object]:
 
 
 def to_json(typed: Mapping[str, Typed]) -> dict[str, list]:
-    """{key: [type, value]}; floats in hexadecimal and arrays of numbers in base64, so that they come back bit by bit."""
+    """{key: [type, value]}; floats in hexadecimal and arrays of numbers in base64, so that all bits are kept."""
 
     def value_of(entry: Typed) -> Any:
         if isinstance(entry.value, np.ndarray):
@@ -45,7 +45,7 @@ def to_json(typed: Mapping[str, Typed]) -> dict[str, list]:
 
 
 def from_json(entries: Mapping[str, list]) -> dict[str, Typed]:
-    """The inverse. ValueError, TypeError or KeyError for what is damaged."""
+    """The inverse. ValueError, TypeError or KeyError for damaged input."""
     return {key: Typed(_from_json(kind, value), kind) for key, (kind, value) in entries.items()}
 
 
@@ -56,5 +56,5 @@ def _from_json(kind: str, value: Any) -> Any:
         return np.frombuffer(base64.b64decode(value, validate=True), _DTYPES[kind.removeprefix("array ")]).copy()
     expected = {"array string": list, "string": str, "bool": bool} | dict.fromkeys(INTEGERS, int)
     if type(value) is not expected[kind] or (isinstance(value, list) and not set(map(type, value)) <= {str}):
-        raise ValueError(f"{str(value)[:60]!r} is no {kind}")
+        raise ValueError(f"{str(value)[:60]!r} is not {kind}")
     return value

@@ -1,4 +1,4 @@
-"""`TensorInfo`: one tensor of a checkpoint, where it lies and how to read it."""
+"""`TensorInfo`: where a tensor of a checkpoint is and how to read it."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where one tensor lies and how to read it.
+    """Where a tensor is and how to read it.
 
-    `format` is the name of its block format ("Q4_K"). `shape` has the slowest axis first: [rows, columns] or [experts,
-    rows, columns], in values, not bytes. `name` is what the checkpoint itself calls the tensor (of several, such as
-    experts, the first); `path` is the file it begins in, `offset` absolute in it; `nbytes` is what reading it gives,
-    without padding. `order`: where the columns of a matrix lie in another order, int32 [columns] (or [experts, columns])
-    under the format "I32": which column of the matrix each stored one is.
+    `format` is the name of its block format ("Q4_K"). `shape` has the slowest axis first: [rows, columns] or [experts, rows,
+    columns], in values, not bytes. `name` is the checkpoint's own name for the tensor (the first of several, such as experts);
+    `path` is the file it begins in, at the absolute `offset`; `nbytes` are the bytes as read, without padding. `order`: if the
+    columns of a matrix are stored in another order, int32 [columns] (or [experts, columns]) with the format "I32": the column
+    of the matrix for each stored column.
     """
 
     name: str

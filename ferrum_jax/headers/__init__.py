@@ -1,7 +1,7 @@
-"""Headers of checkpoints as JSON, without tokenizer and places of tensors, and those that come with the package.
+"""Headers of checkpoints as JSON, without tokenizers and places of tensors, and the headers that are part of the package.
 
-A header reads as a `GGUFFile` that has no file: configuration and parameter table are made from it as from any other. That
-of another kind of checkpoint states its configuration outright.
+A header becomes a `GGUFFile` without a file: its configuration and parameter table are made like those of any other. The header
+of another kind of checkpoint states its configuration directly.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ BUNDLED = {"qwen3:30b-a3b": "qwen3-30b-a3b-q4_k_m.json"}
 
 
 def to_json(source: ModelSource) -> str:
-    """{"metadata": {key: value}, "tensors": [[name, format, shape]]}, shapes with the slowest axis first; of a checkpoint
-    that is no GGUF file {"metadata", "config": fields of ModelConfig, "tensors": [[name, format, shape, bytes, whether the
-    columns lie in another order]]}."""
+    """{"metadata": {key: value}, "tensors": [[name, format, shape]]}, shapes with the slowest axis first; for a checkpoint that
+    is not a GGUF file {"metadata", "config": fields of ModelConfig, "tensors": [[name, format, shape, bytes, whether the
+    columns are in another order]]}."""
     metadata = {
         key: value.tolist() if isinstance(value, np.ndarray) else value
         for key, value in source.metadata.items()
@@ -42,7 +42,7 @@ def to_json(source: ModelSource) -> str:
 
 
 def from_json(text: str, path: Path) -> GGUFFile:
-    """The header as a file that errors call `path` and whose tensors cannot be read. Numbers in lists become arrays."""
+    """The header as a file named `path` in errors, whose tensors cannot be read. Numbers in lists become arrays."""
     header = json.loads(text)
     metadata = {
         key: np.asarray(value) if isinstance(value, list) and not any(isinstance(v, str) for v in value) else value
@@ -79,7 +79,7 @@ class _Configured(GGUFFile):
 
 
 def bundled(model: str) -> GGUFFile | None:
-    """The header that comes with the package for an alias, or None."""
+    """The header in the package for an alias, or None."""
     alias = ALIASES.get(model.strip().lower().removesuffix(":latest"))
     name = BUNDLED.get(alias.name) if alias else None
     return from_json(resources.files(__name__).joinpath(name).read_text("utf-8"), Path(name)) if name else None

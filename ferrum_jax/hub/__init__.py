@@ -1,7 +1,7 @@
 """Finds the file of a model by name, and downloads it if necessary.
 
 The idea: a name is a path, an alias or `owner/repo[:file or quantization]`; the last two are lists of sources. First the caches
-of all sources are searched, then the sources are tried in order, and an error says for each why it failed.
+of all sources are searched, then the sources are tried in order; an error says why each one failed.
 """
 
 import difflib
@@ -39,13 +39,13 @@ _HUB_PREFIX = re.compile(r"(https?://)?(hf\.co|huggingface\.co)/|hf://")
 
 
 def resolve(source: str | os.PathLike[str], *, progress: Report | None = None, offline: bool | None = None) -> Path:
-    """The (first part of the) .gguf file that a model name means, or a directory. Downloads it if necessary; a repository
-    without .gguf files becomes a directory.
+    """The .gguf file (or its first part) or directory that a model name means, downloaded if necessary. A repository without
+    .gguf files becomes a directory.
 
-    source: path of a .gguf (any part of a split one) or of a directory, an alias, or owner/repo[:file or quantization].
-    progress(done_bytes, total_bytes or None, text): called several times a second during a download, and for remarks.
-    offline: do not use the network; None: as $HF_HUB_OFFLINE says.
-    Raises ModelNotFoundError with all sources that were tried and why each failed, one on each line.
+    source: the path of a .gguf file (any part of a split one) or of a directory, an alias, or owner/repo[:file or
+    quantization]. progress(done_bytes, total_bytes or None, text): called several times a second during a download, and for
+    remarks. offline: do not use the network; None: as $HF_HUB_OFFLINE says. Raises ModelNotFoundError with all sources that
+    were tried and why each failed, one on each line.
     """
     return _resolve(source, progress, is_offline() if offline is None else offline, thorough=False)
 
@@ -61,7 +61,7 @@ def _resolve(source: str | os.PathLike[str], progress: Report | None, offline: b
     try:
         if os.fspath(source) and path.exists():
             return _local(path)
-    except (OSError, ValueError) as error:  # a name that is too long or contains NUL, a directory that cannot be read
+    except (OSError, ValueError) as error:  # a name is too long or contains NUL, or a directory cannot be read
         raise ModelNotFoundError(f"{os.fspath(source)!r}: {error}") from None
     text = os.fspath(source)
     if isinstance(source, str) and (found := _on_hub(text)):
@@ -73,7 +73,7 @@ def _resolve(source: str | os.PathLike[str], progress: Report | None, offline: b
 
 def fetch_heads(source: str, directory: Path, whole: Callable[[Path], object]) -> Path | None:
     """Downloads only the beginnings of a model's files on the hub into `directory`. Returns the path of the first part, or None
-    for a name that is not on the hub. `whole(path)` raises ModelFileError while it needs more of the file.
+    for a name that does not mean a hub repository. `whole(path)` raises ModelFileError while it needs more of the file.
 
     Raises ModelNotFoundError with all sources that were tried and why each failed.
     """
@@ -143,7 +143,7 @@ def _first(name: str, sources: tuple[Source, ...], progress: Report | None, offl
     report = progress or (lambda done, total, text: None)
     damaged: list[str] = []
     if thorough and any(isinstance(source, HubSource) and huggingface.snapshots(source.repo) for source in sources):
-        report(0, None, f"comparing what is here of {name} with what came")
+        report(0, None, f"comparing the cached files of {name} with their downloads")
     for source in sources:
         if path := _cached(source, thorough, damaged):
             return path
@@ -157,7 +157,7 @@ def _first(name: str, sources: tuple[Source, ...], progress: Report | None, offl
         if offline:
             tried.append(f"{source}: not asked, offline (HF_HUB_OFFLINE=1 or offline=True)")
         elif isinstance(source, HubSource) and unreachable:
-            tried.append(f"{source}: not asked, the hub gave no answer")
+            tried.append(f"{source}: not asked, the hub does not answer")
         else:
             try:
                 if isinstance(source, HubSource):
@@ -179,7 +179,7 @@ def _first(name: str, sources: tuple[Source, ...], progress: Report | None, offl
         if not isinstance(source, HubSource) or (source.select is not None and not thorough):
             continue
         if path := huggingface.cached(source, any_quant=True, thorough=thorough):
-            compared = " as it is: there is nothing to compare it with" if thorough else ""
+            compared = " unchecked: there is nothing to compare it with" if thorough else ""
             _remark(f"{tried[-1]}; taking {path.name} from the cache{compared}", progress)
             return path
     raise ModelNotFoundError("\n  ".join([f"{name} was not found. Tried:", *tried]))
@@ -224,7 +224,7 @@ class CachedModel:
 
 
 def list_cached() -> list[CachedModel]:
-    """The models in the cache and in that of huggingface_hub, by name, without unfinished downloads."""
+    """The models in the cache and in that of huggingface_hub, sorted by name, without unfinished downloads."""
     found: set[CachedModel] = set()
     for alias in ALIASES.values():
         for source in alias.sources:

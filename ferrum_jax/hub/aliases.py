@@ -1,7 +1,7 @@
 """Short model names and where each one's file comes from.
 
-The idea: an alias is data. It lists its sources in the order in which they are tried, its license, and whether its file has
-been downloaded and run. A source with a sha256 is pinned: other bytes under the same name are an error.
+The idea: an alias is data. It has its sources in the order in which they are tried, its license, and whether its file has been
+downloaded and run. A source with a sha256 is pinned: other bytes under the same name are an error.
 """
 
 from dataclasses import dataclass
@@ -137,7 +137,7 @@ def _aliases() -> list[Alias]:
     return found
 
 
-SAME_AS = {  # a family's bare name means what it means to ollama
+SAME_AS = {  # a family's name alone means the same as in ollama
     "smollm2": "smollm2:1.7b",
     "qwen3": "qwen3:8b",
     "qwen3:30b": "qwen3:30b-a3b",

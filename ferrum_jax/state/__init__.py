@@ -1,5 +1,5 @@
-"""What sequences have read, as one donated value with kinds: pages of keys and values, a pool for each kind of layer that
-attends, and the states of layers that recur."""
+"""What sequences have read, as one donated value: pages of keys and values, with a pool for each kind of attention layer, and
+the states of layers that recur."""
 
 from ferrum_jax.state.decode_state import (
     DecodeState,

@@ -1,7 +1,7 @@
-"""`DecodeState`, one donated value of all that sequences have read, and what is done to it: new, grow, copy, read, write.
+"""`DecodeState`, one donated value with everything that sequences have read, and its operations: new, grow, copy, read, write.
 
-Each of its parts is a tree of arrays [layers, places, ...]; what a place holds is of one sequence, or of several that
-share it. So the functions here ask of a part nothing but its second axis.
+Each of its parts is a tree of arrays [layers, places, ...]; a place belongs to one sequence, or to several that share it. So
+the functions here depend only on a part's second axis.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class DecodeState:
     """The state of a model.
 
     Attributes:
-      pools: a KVCache for each of the model's `page_kinds`, all with the same page_size.
-      recurrent: for each of its `recurrent_kinds` float32 arrays [layers, states, ...] by name.
+      pools: a KVCache for each of the model's `page_kinds`, all with the same page_size. recurrent: for each of its
+      `recurrent_kinds`, float32 arrays [layers, states, ...] by name.
     """
 
     pools: tuple[KVCache, ...]
@@ -47,7 +47,7 @@ class DecodeState:
 
     @property
     def num_pages(self) -> int:
-        """Of the smallest pool."""
+        """The number of pages of the smallest pool."""
         return min(pool.num_pages for pool in self.pools)
 
     @property
@@ -56,16 +56,17 @@ class DecodeState:
 
     @property
     def counts(self) -> list[int]:
-        """How many places each part has."""
+        """The number of places of each part."""
         return [jax.tree.leaves(part)[0].shape[1] for part in self.parts]
 
     def copy_states(self, sources: jax.Array, targets: jax.Array) -> DecodeState:
-        """With recurrent states copied, int32 [N] each; a target beyond the end copies nothing."""
+        """The state with recurrent states copied from sources to targets, int32 [N] each; a target beyond the end copies
+        nothing."""
         return dataclasses.replace(self, recurrent=_copied(self.recurrent, sources, targets))
 
 
 def kv_dtype(dtype: DTypeLike) -> str:
-    """JAX's name of a KV dtype, one of KV_DTYPES; users write "fp8" for float8_e4m3fn. ValueError for anything else."""
+    """JAX's name of a KV dtype, one of KV_DTYPES; "fp8" means float8_e4m3fn. ValueError for anything else."""
     name = "float8_e4m3fn" if isinstance(dtype, str) and dtype == "fp8" else checks.dtype_name(dtype)
     if name not in KV_DTYPES:
         raise ValueError(f"kv_dtype {dtype!r} is not supported; supported: {', '.join(map(shown_dtype, KV_DTYPES))}")
@@ -86,14 +87,12 @@ def new_cache(
     dtype: DTypeLike = "float32",
     num_states: int | None = None,
 ) -> KVCache | DecodeState:
-    """An empty cache: the KVCache of a model whose layers are all of one kind, else a DecodeState with a pool for each kind.
+    """An empty cache: a KVCache if the model's layers are all of one kind, else a DecodeState with a pool for each kind.
 
     Args:
-      config: of the model.
-      num_pages: pages of each pool; page p has the slots p * page_size to (p + 1) * page_size - 1.
-      page_size: tokens of a page.
-      dtype: float32, bfloat16, float16, int8 (one scale for each token and head) or float8_e4m3fn ("fp8").
-      num_states: sequences whose state layers that recur may keep; None: as many as pages.
+      config: of the model. num_pages: pages of each pool; page p has the slots p * page_size to (p + 1) * page_size - 1.
+      page_size: tokens per page. dtype: float32, bfloat16, float16, int8 (one scale for each token and head) or float8_e4m3fn
+      ("fp8"). num_states: the number of states for layers that recur; None: as many as pages.
 
     Raises:
       ValueError: for another dtype, and for a cache without pages or tokens.
@@ -106,7 +105,8 @@ def new_cache(
 def new_state(
     config: ModelConfig, *, pages: int | Sequence[int], page_size: int, dtype: DTypeLike, num_states: int = 0
 ) -> DecodeState:
-    """An empty state with `pages` pages for each of the model's kinds, or for all of them. The rest as in `new_cache`."""
+    """An empty state with `pages` pages: one number for each of the model's kinds, or one for all. The rest is as in
+    `new_cache`."""
     dtype, kinds = kv_dtype(dtype), page_kinds(config)
     counts = list(pages) if isinstance(pages, Sequence) else [pages] * len(kinds)
     if min(counts) < 1 or page_size < 1:
@@ -123,7 +123,7 @@ def new_state(
 
 
 def bytes_per_state(config: ModelConfig) -> int:
-    """Bytes of what layers that recur keep of one sequence."""
+    """Bytes that layers that recur keep for one sequence."""
     return sum(kind.bytes_per_state for kind in recurrent_kinds(config))
 
 
@@ -147,14 +147,14 @@ def grow(state: DecodeState, *, pages: tuple[int, ...]) -> DecodeState:
 
 
 def read_places(state: DecodeState, places: Sequence[Any]) -> DecodeState:
-    """What places of each part, int32 [N] of its own N, hold: a state of these alone."""
+    """The contents of some places of each part (int32 [N], N may differ by part), as a state of only these."""
     return state.with_parts(
         [jax.tree.map(lambda array: array[:, ids], part) for part, ids in zip(state.parts, places, strict=True)]  # noqa: B023
     )
 
 
 def write_places(state: DecodeState, places: Sequence[Any], content: DecodeState) -> DecodeState:
-    """Puts what `read_places` gave into places of each part; nothing where a place is beyond the end."""
+    """Writes the result of `read_places` to places of each part; a place beyond the end is not written."""
 
     def write(part: Any, ids: jax.Array, new: Any) -> Any:
         return jax.tree.map(lambda array, rows: array.at[:, ids].set(rows, mode="drop"), part, new)

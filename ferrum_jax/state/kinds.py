@@ -1,5 +1,5 @@
-"""Which kinds of state a model's layers have: layers whose keys and values look alike share a pool of pages, layers that
-recur alike share arrays of states."""
+"""The kinds of state of a model's layers: layers with the same window and shape of keys and values share a pool of pages,
+layers with the same recurrent state share arrays."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ class PageKind(NamedTuple):
 
 
 class RecurrentKind(NamedTuple):
-    """Layers that recur and keep the same, in order; `kept`: names and shapes of float32 arrays."""
+    """Layers that recur and keep the same state, in order; `kept`: names and shapes of float32 arrays."""
 
     layers: tuple[int, ...]
     kept: tuple[tuple[str, tuple[int, ...]], ...]
 
     @property
     def bytes_per_state(self) -> int:
-        """Bytes of what is kept of one sequence."""
+        """Bytes kept for one sequence."""
         return 4 * len(self.layers) * sum(math.prod(shape) for _, shape in self.kept)
 
 
 def page_kinds(config: ModelConfig) -> tuple[PageKind, ...]:
-    """The kinds of pages of a model, in the order in which its layers have them. Where no layer attends there is one without
-    layers: its pages count positions."""
+    """The kinds of pages of a model, in the order of its layers. If no layer attends, there is one kind without layers, whose
+    pages only count positions."""
     groups: dict[tuple[int, int, int], list[int]] = {}
     for number, layer in enumerate(config.layers):
         if isinstance(mixer := layer.mixer, Attention):
@@ -47,7 +47,7 @@ def page_kinds(config: ModelConfig) -> tuple[PageKind, ...]:
 
 
 def recurrent_kinds(config: ModelConfig) -> tuple[RecurrentKind, ...]:
-    """The kinds of recurrent state of a model, in the order in which its layers have them."""
+    """The kinds of recurrent state of a model, in the order of its layers."""
     groups: dict[tuple, list[int]] = {}
     for number, layer in enumerate(config.layers):
         if isinstance(layer.mixer, Recurrent):
@@ -56,7 +56,7 @@ def recurrent_kinds(config: ModelConfig) -> tuple[RecurrentKind, ...]:
 
 
 def kind_names(kinds: tuple[PageKind, ...]) -> list[str]:
-    """A name for each kind: "full" or "window_4096", with heads and head width where that is the name of several."""
+    """A name for each kind: "full" or "window_4096", with heads and head width if several would have the same name."""
     names = [f"window_{kind.window}" if kind.window else "full" for kind in kinds]
     shapes = [f"{kind.kv_heads}x{kind.head_dim}" for kind in kinds]
     count = Counter(names)

@@ -1,4 +1,4 @@
-"""Tokenizers of GGUF files: text to ids as llama.cpp does it, ids to text piece by piece, stop strings.
+"""Tokenizers: text to ids (for GGUF files with the same ids as llama.cpp), ids to text piece by piece, stop strings.
 
 tokenizer = Tokenizer.from_gguf(metadata)
 tokenizer.decode(tokenizer.encode("Hello"))

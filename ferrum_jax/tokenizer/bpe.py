@@ -1,8 +1,8 @@
 """Byte-level BPE ("gpt2"): text -> words -> bytes written as letters -> merges in the file's order.
 
-The merging is the `tokenizers` library's; here are the file's pre-tokenizer in front of it and the corners in which
-that library differs from llama.cpp: letters are those of Unicode 15.1, and bytes that have no token (some
-vocabularies leave out those that their training text did not hold) part their neighbors and yield nothing.
+The `tokenizers` library merges; this module adds the file's pre-tokenizer before it and handles the cases in which the library
+differs from llama.cpp: letters are those of Unicode 15.1, and bytes without a token (some vocabularies lack bytes that did not
+occur in their training text) separate their neighbors and give no token.
 """
 
 import re
@@ -15,7 +15,7 @@ from ferrum_jax.tokenizer.vocabulary import Vocabulary
 
 @cache
 def byte_letters() -> tuple[str, ...]:
-    """GPT-2's letter for each byte: printable Latin-1 stands for itself, the others follow from U+0100 on."""
+    """GPT-2's letter for each byte: printable Latin-1 characters are themselves, the others follow from U+0100 on."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(0x100, 0x200))
     return tuple(chr(byte if byte in printable else next(others)) for byte in range(256))
@@ -27,7 +27,7 @@ def byte_values() -> dict[str, int]:
     return {letter: byte for byte, letter in enumerate(byte_letters())}
 
 
-# The characters that came with Unicode 16 (and unassigned ones between them), whose categories the library knows.
+# The characters that Unicode 16 added (and unassigned ones between them), whose categories the library has.
 _UNICODE_16 = (
     r"\x{897}\x{1b4e}-\x{1b4f}\x{1b7f}\x{1c89}-\x{1c8a}\x{2427}-\x{2429}\x{31e4}-\x{31e5}\x{a7cb}-\x{a7cd}\x{a7da}-\x{a7dc}"
     r"\x{105c0}-\x{105f3}\x{10d40}-\x{10d8f}\x{10ec2}-\x{10efc}\x{11380}-\x{113e2}\x{116d0}-\x{116e3}\x{11bc0}-\x{11bf9}"
@@ -37,12 +37,12 @@ _UNICODE_16 = (
 
 
 def _dated(pattern: str) -> str:
-    """The pattern with every category limited to the characters that Unicode 15.1 knew."""
+    """The pattern with every category limited to the characters of Unicode 15.1."""
     return re.sub(r"\\p\{\w+\}", lambda category: f"[{category[0]}&&[^{_UNICODE_16}]]", pattern)
 
 
 def splitter(pre: PreTokenizer) -> Any:
-    """The library's form of a pre-tokenizer: words, their bytes written as letters."""
+    """The library's form of a pre-tokenizer: words with their bytes written as letters."""
     from tokenizers import Regex, pre_tokenizers
 
     behaviors = ["merged_with_previous" if pre.glue_first else "isolated"] + ["isolated"] * len(pre.patterns)

@@ -1,8 +1,8 @@
-"""The tokenizer of a checkpoint directory: tokenizer.json, with what the files next to it say about special tokens.
+"""The tokenizer of a checkpoint directory: tokenizer.json, and the files next to it for special tokens.
 
-Encoding is the `tokenizers` library's. Everything else is read out of the same JSON, so that tokens have bytes, ends and
-control tokens as those of a GGUF file have: a special token is read from a text only where the caller asks for it, and
-tokens known by their text end a generation whatever the files say.
+The `tokenizers` library encodes. Everything else is read from the same JSON, so that bytes of tokens, end tokens and control
+tokens work as for a GGUF file: a special token is read from a text only on request, and tokens known by their text end a
+generation whatever the files say.
 """
 
 from __future__ import annotations
@@ -107,8 +107,9 @@ class DirectoryTokenizer(LibraryTokenizer):
         raise UnsupportedModelError(f"{self._path}: key decoder: {', '.join(map(str, decoders))} is not supported")
 
     def _add_elsewhere(self, content: dict[str, Any], directory: Path) -> bool:
-        """Adds the tokens that only tokenizer_config.json's added_tokens_decoder, or without that added_tokens.json, has;
-        whether there are any. An id is the next free one, whatever is said there, as with transformers."""
+        """Adds the tokens that are only in added_tokens_decoder of tokenizer_config.json or, without that, in
+        added_tokens.json. Returns whether there are any. As in transformers, an id is the next free one, whatever the files
+        say."""
         path, key = directory / "tokenizer_config.json", "added_tokens_decoder"
         declared = (read_object(path) or {}).get(key)
         if declared is None:
@@ -125,7 +126,7 @@ class DirectoryTokenizer(LibraryTokenizer):
         if not isinstance(added, list) or not isinstance(vocab, dict | list):
             return False  # an error of tokenizer.json
         known = {str(entry.get("content")): entry for entry in added if isinstance(entry, dict)}
-        pairs = enumerate(vocab) if isinstance(vocab, list) else ()  # of Unigram: [token, score]
+        pairs = enumerate(vocab) if isinstance(vocab, list) else ()  # Unigram: [token, score]
         ids = vocab if isinstance(vocab, dict) else {str(pair[0]): i for i, pair in pairs if isinstance(pair, list) and pair}
         taken = (entry.get("id") for entry in known.values())
         free = max([len(vocab), *(1 + i for i in taken if isinstance(i, int))])
@@ -157,7 +158,7 @@ class DirectoryTokenizer(LibraryTokenizer):
             made.no_truncation()
             made.no_padding()
             made.encode("a b")
-        except BaseException as error:  # the library's panics are no Exception
+        except BaseException as error:  # the library's panics are not an Exception
             if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
                 raise
             raise self._error(f"cannot be used: {error}") from None
@@ -179,7 +180,7 @@ class DirectoryTokenizer(LibraryTokenizer):
         if text is None:
             return b""
         if self._types[token] in SPECIAL_TYPES:
-            if self._kind == "spaces" and self._types[token] == TokenType.USER_DEFINED:  # shown as the normalizer spells it
+            if self._kind == "spaces" and self._types[token] == TokenType.USER_DEFINED:  # returned as the normalizer spells it
                 text = self._tokenizer.id_to_token(token).replace(SPACE, " ")
             return text.encode(errors="replace")
         if self._kind == "bytes":
@@ -199,12 +200,13 @@ class DirectoryTokenizer(LibraryTokenizer):
 
     @property
     def adds_space_prefix(self) -> bool:
-        """Whether `decode` takes a space from the front of a text."""
+        """Whether `decode` removes a space at the beginning of a text."""
         return self._drops_space
 
 
 class _SpecialTokens:
-    """What tokenizer_config.json, special_tokens_map.json, config.json and generation_config.json say."""
+    """The special tokens according to tokenizer_config.json, special_tokens_map.json, config.json and
+    generation_config.json."""
 
     def __init__(self, directory: Path, ids: dict[str, int], count: int) -> None:
         self.directory, self.ids, self.count = directory, ids, count
@@ -241,8 +243,8 @@ class _SpecialTokens:
 
 
 def _follow_flags(content: dict[str, Any], directory: Path) -> bool:
-    """Puts what tokenizer_config.json says of case, accents and ideographs into the normalizer of a BERT vocabulary, as
-    transformers does unless that file names a class for any tokenizer.json; whether anything is changed."""
+    """Applies the settings of tokenizer_config.json for case, accents and ideographs to the normalizer of a BERT vocabulary, as
+    transformers does unless that file names a class for any tokenizer.json. Returns whether anything changed."""
     kind = (read_object(directory / "tokenizer_config.json") or {}).get("tokenizer_class")
     normalizer = content.get("normalizer")
     if kind not in _BERT_CLASSES or not isinstance(normalizer, dict) or normalizer.get("type") != "BertNormalizer":
@@ -265,8 +267,8 @@ def _parts(value: Any, key: str) -> list[dict[str, Any]]:
 
 
 def chat_templates(directory: Path) -> dict[str, str]:
-    """Chat templates by name: those of tokenizer_config.json (one, or a list with names), chat_template.jinja, which is the
-    default, and additional_chat_templates/NAME.jinja."""
+    """Chat templates by name: from tokenizer_config.json (one, or a list with names), chat_template.jinja (the default), and
+    additional_chat_templates/NAME.jinja."""
     path = directory / "tokenizer_config.json"
     value = (read_object(path) or {}).get("chat_template")
     entries = value if isinstance(value, list) else [] if value is None else [{"name": "default", "template": value}]

@@ -1,4 +1,4 @@
-"""Tokenizers whose splitting is that of the `tokenizers` library."""
+"""The base of tokenizers whose text is split by the `tokenizers` library."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from ferrum_jax.tokenizer.tokenizer import Tokenizer, check_text
 
 
 class LibraryTokenizer(Tokenizer):
-    """Who derives from it calls `_use` with the library's tokenizer. lowercase: texts are put into lower case before they
-    are looked at, as sentence-transformers does it."""
+    """A subclass calls `_use` with the library's tokenizer. lowercase: texts are converted to lower case first, as in
+    sentence-transformers."""
 
     lowercase = False
 
     def _use(self, made: Any) -> None:
         self._tokenizer = made
-        self._lock = threading.Lock()  # of the tokenizer's one switch
+        self._lock = threading.Lock()  # for the tokenizer's only switch
 
     def encode(self, text: str, add_special: bool = True, parse_special: bool = False) -> list[int]:
         """As `Tokenizer.encode`."""

@@ -1,4 +1,4 @@
-"""Which kind of tokenizer a checkpoint has."""
+"""Opens the tokenizer of a checkpoint, of whichever kind it is."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ferrum_jax.tokenizer.wordpiece import WordPieceTokenizer
 
 
 def tokenizer_of_gguf(metadata: Mapping[str, object], source: str = "") -> Tokenizer:
-    """The tokenizer that the metadata of a GGUF file describe: WordPiece (model "bert") or BPE. Raises as
+    """The tokenizer that the metadata of a GGUF file describe: WordPiece (model "bert") or BPE. Raises like
     `Tokenizer.from_gguf`."""
     model = metadata.get(PREFIX + "model")
     kind = WordPieceTokenizer if isinstance(model, str) and model == "bert" else Tokenizer
@@ -23,10 +23,10 @@ def tokenizer_of_gguf(metadata: Mapping[str, object], source: str = "") -> Token
 
 
 def tokenizer_of_directory(directory: Path) -> Tokenizer:
-    """The tokenizer of a checkpoint directory, from tokenizer.json (of BERT: or vocab.txt) and the files next to it.
+    """The tokenizer of a checkpoint directory, from tokenizer.json (for BERT also vocab.txt) and the files next to it.
 
-    Raises ModelFileError, naming the file, where one is missing or inconsistent, UnsupportedModelError for a kind that is
-    not supported.
+    Raises ModelFileError, naming the file, if one is missing or inconsistent, and UnsupportedModelError for an unsupported
+    kind.
     """
     made: LibraryTokenizer
     if not (directory / "tokenizer.json").exists() and (directory / "vocab.txt").exists():

@@ -1,10 +1,10 @@
 """How each `tokenizer.ggml.pre` cuts text into the words that byte-level BPE merges inside.
 
-A pre-tokenizer is a list of regular expressions applied one after the other: each cuts every piece that the ones
-before it left, and both its matches and the gaps between them become pieces. The expressions are those that the
-models were trained with, as llama.cpp applies them. Where it departs from the plain reading (whitespace inside a
-range of characters, digits counted from the right, case known for ASCII letters only), the departure is written into
-the expression here, so that the ids are equal; the syntax is Oniguruma's.
+A pre-tokenizer is a list of regular expressions applied one after the other: each cuts every piece that the previous ones left,
+and both its matches and the gaps between them become pieces. The expressions are those that the models were trained with, as
+llama.cpp applies them. Where llama.cpp deviates from the literal meaning (whitespace inside a range of characters, digits
+counted from the right, case only for ASCII letters), the expression here includes the deviation, so that the ids are equal. The
+syntax is Oniguruma's.
 """
 
 from dataclasses import dataclass
@@ -14,9 +14,9 @@ from ferrum_jax.errors import UnsupportedModelError
 
 @dataclass(frozen=True)
 class PreTokenizer:
-    """`patterns` in order; `ignore_merges`: a word that is a token is taken whole; `add_bos`: the key's default.
+    """`patterns` in order; `ignore_merges`: a word that is a token is not split; `add_bos`: the key's default.
 
-    `glue_first`: what the first pattern matches stays in one piece with the text before it.
+    `glue_first`: a match of the first pattern stays in one piece with the text before it.
     """
 
     patterns: tuple[str, ...]
@@ -44,7 +44,7 @@ def _words(
 
 
 def _cased(upper: str, lower: str, digits: str, suffix: str = _SUFFIX + "?") -> str:
-    """The GPT-4o family: a word is capitals then small letters, its contraction belongs to it."""
+    """The GPT-4o family: a word is capitals followed by small letters, including its contraction."""
     lead = r"[^\r\n\p{L}\p{N}]?"
     symbols = r" ?[^\s\p{L}\p{N}]+[\r\n/]*"
     words = f"{lead}{upper}*{lower}+{suffix}|{lead}{upper}+{lower}*{suffix}"
@@ -52,7 +52,7 @@ def _cased(upper: str, lower: str, digits: str, suffix: str = _SUFFIX + "?") -> 
 
 
 def _uncased(letters: str, digits: str, symbols: str = r" ?[^\s\p{L}\p{N}]+[\r\n/]*") -> str:
-    """As `_cased` where llama.cpp's letter classes do not tell case: one run of letters, then its contraction."""
+    """As `_cased`, but for letter classes of llama.cpp without case: one run of letters, then its contraction."""
     return rf"[^\r\n\p{{L}}\p{{N}}]?{letters}+{_SUFFIX}?|{digits}|{symbols}{_NEWLINES}{_SPACES}"
 
 
@@ -60,7 +60,7 @@ _UPPER, _LOWER = r"[\p{L}&&[^a-z]]", r"[\p{L}&&[^A-Z]]"
 _UPPER_MARKS, _LOWER_MARKS = r"[[\p{L}\p{M}]&&[^a-z]]", r"[[\p{L}\p{M}]&&[^A-Z]]"
 _LETTERS_MARKS = r"[\p{L}\p{M}]"
 
-# Digits in groups of three from the right: the head of a run, then threes.
+# Digits in groups of three from the right: first the rest of a run, then groups of three.
 _GROUPED_DIGITS = r"(?<!\p{N})\p{N}{1,3}(?=(?:\p{N}{3})*+(?!\p{N}))|(?<=\p{N})\p{N}{3}"
 
 _POROUS = " ?[^(\\s|.,!?\u2026\u3002\uff0c\u3001\u0964\u06d4\u060c)]+"
@@ -171,7 +171,7 @@ def pre_tokenizer(name: str, source: str = "") -> PreTokenizer:
     """The pre-tokenizer of that name.
 
     Raises:
-        UnsupportedModelError: the name is not known; the message lists those that are.
+        UnsupportedModelError: the name is unknown; the message lists the known ones.
     """
     try:
         return PRE_TOKENIZERS[name]

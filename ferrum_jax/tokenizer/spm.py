@@ -1,10 +1,9 @@
-"""SentencePiece-style BPE ("llama"): of the neighboring pairs that together are a token, the best scored is joined
+"""SentencePiece-style BPE ("llama"): of the neighboring pairs that together are a token, the one with the best score is joined
 first.
 
-Ties go to the leftmost pair. A heap holds the candidate pairs, so a word of n characters costs O(n log n). Characters
-that end up in no token are written as byte tokens. Spaces are U+2581 in the vocabulary. A text is cut before a U+2581
-wherever no token holds the character before it together with it: no merge can cross such a cut, so the words are
-merged alone and remembered.
+Ties go to the leftmost pair. A heap holds the candidate pairs, so a word of n characters costs O(n log n). Characters that end
+up in no token are written as byte tokens. Spaces are U+2581 in the vocabulary. A text is cut before a U+2581 if no token
+contains it together with the character before it: merges cannot cross such a cut, so words are merged separately and cached.
 """
 
 import re
@@ -51,7 +50,7 @@ class SentencePieceBPE:
     def _merge(self, word: str) -> list[int]:
         ids, scores = self._ids, self._scores
         count = len(word)
-        # Symbol i is word[i:end[i]] and is followed by symbol end[i]; end[i] == 0: swallowed by the symbol before.
+        # Symbol i is word[i:end[i]] and is followed by symbol end[i]; end[i] == 0: part of the symbol before.
         end = list(range(1, count + 1))
         before = list(range(-1, count))
         heap = []
@@ -64,7 +63,7 @@ class SentencePieceBPE:
             _, left, stop = heappop(heap)
             right = end[left]
             if not right or right == count or end[right] != stop:
-                continue  # one of the two has been joined elsewhere since
+                continue  # one of the two has been joined with another since
             end[left], end[right] = stop, 0
             if stop < count:
                 before[stop] = left

@@ -22,13 +22,13 @@ class Pieces(Protocol):
 class TextStream:
     """Detokenizes step by step; the pieces together are `Tokenizer.decode` of all ids.
 
-    A character spread over tokens comes with its last byte; bytes that can be no character come as U+FFFD with the
-    token that shows it. Control tokens add nothing (their names where `skip_special` is False). The space that a
-    SentencePiece vocabulary puts before a text is dropped from the first token that is text.
+    A character spread over several tokens is returned with its last byte; invalid bytes are returned as U+FFFD with the token
+    that shows that they are invalid. Control tokens add nothing (their names if `skip_special` is False). The space that a
+    SentencePiece vocabulary puts before a text is dropped from the first token with text.
 
-    `before`: the ids that the text goes on from, such as a prompt. What was pushed for them and what comes now are together
-    the decoding of the whole: a first space stays where there was text before, and a character that they began is given out
-    here. Ids that the vocabulary does not have are no text.
+    `before`: the ids that the text continues, such as a prompt. Their text and the new pieces together are the decoding of all
+    ids: a first space is kept if there was text before, and a character that begins in them is completed here. Ids outside the
+    vocabulary have no text.
     """
 
     def __init__(self, tokenizer: Pieces, skip_special: bool = True, before: Iterable[int] = ()) -> None:
@@ -68,8 +68,8 @@ class TextStream:
 class StopMatcher:
     """Finds the first of several stop strings in a text that arrives in pieces.
 
-    Text is given out only when it can no longer be part of a stop string; the stop string itself is never given out. Of
-    several that occur, the one that is complete first counts (then the longest), so the pieces' sizes do not matter.
+    Text is returned only when it can no longer be part of a stop string; the stop string itself is never returned. If several
+    occur, the one that is complete first counts (then the longest), so the sizes of the pieces do not matter.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:

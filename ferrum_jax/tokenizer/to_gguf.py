@@ -1,9 +1,9 @@
-"""The tokenizer of a checkpoint directory as the metadata of a GGUF file, for llama.cpp to encode with the same ids.
+"""Converts the tokenizer of a checkpoint directory to metadata of a GGUF file, with which llama.cpp encodes to the same ids.
 
-llama.cpp knows pre-tokenizers by name and not by expression, so the name is found by trial: the one that cuts a text of
-many scripts, digits and spaces as tokenizer.json does. A SentencePiece vocabulary is merged by score there and by rank
-here: the rank of a token's merge, negated, is a score that gives the same order. In the end both tokenizers encode that
-text, and a difference is an error.
+llama.cpp selects pre-tokenizers by name and not by expression, so the name is found by trial: the one that cuts a text with
+many scripts, digits and spaces as tokenizer.json does. A SentencePiece vocabulary is merged by score there and by rank here:
+the negated rank of a token's merge is a score with the same order. At the end both tokenizers encode that text, and a
+difference is an error.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ferrum_jax.tokenizer.pretokenizers import PRE_TOKENIZERS
 from ferrum_jax.tokenizer.tokenizer import Tokenizer
 from ferrum_jax.tokenizer.vocabulary import BYTE, PREFIX, TokenType
 
-# Where pre-tokenizers differ: case, contractions, digits by one or three, marks, signs, scripts, spaces, line ends.
+# Text on which pre-tokenizers differ: case, contractions, digits by one or three, marks, signs, scripts, spaces, line ends.
 PROBE = (
     "Hello World, it's WE'LL don'T I'd you've HelloWORLDagain iPhone 0 12 345 6789 1234567 3.14159e-10 v2.0 x1y2\n"
     "\n\n  indented\t\ttabs \r\n   trailing   \n\n \n (a+b)*c == d->e; /* #!? */ http://a.b/c?d=e&f %$ @x_y __init__ \n"
@@ -35,12 +35,12 @@ _FIRST = ("llama-bpe", "qwen2", "gpt-2", "smollm", "tekken", "gpt-4o", "deepseek
 
 
 def tokenizer_metadata(directory: Path, vocab_size: int) -> dict[str, Typed]:
-    """The `tokenizer.` keys for the files of a directory, filled up with unused tokens to `vocab_size`. Raises
-    UnsupportedModelError where llama.cpp has no such tokenizer."""
+    """The `tokenizer.` keys for the files of a directory, padded with unused tokens to `vocab_size`. Raises
+    UnsupportedModelError if llama.cpp has no such tokenizer."""
     path = directory / "tokenizer.json"
     tokenizer = DirectoryTokenizer(directory)
     content = parse_object(read_text(path) or "", str(path))
-    known = tokenizer._tokens[:vocab_size]  # what is beyond the embedding cannot be in a GGUF file
+    known = tokenizer._tokens[:vocab_size]  # tokens beyond the embedding cannot be in a GGUF file
     tokens = [token if token is not None else f"[PAD{i}]" for i, token in enumerate(known)]
     tokens += [f"[PAD{i}]" for i in range(len(tokens), vocab_size)]
     types = [*tokenizer._types[:vocab_size], *[int(TokenType.UNUSED)] * (vocab_size - len(known))]
@@ -87,7 +87,7 @@ def tokenizer_metadata(directory: Path, vocab_size: int) -> dict[str, Typed]:
 
 
 def _pre_tokenizer(tokenizer: DirectoryTokenizer, ignore_merges: bool, path: Path) -> str:
-    """The name of the pre-tokenizer that cuts PROBE as the library does."""
+    """The name of the pre-tokenizer that cuts PROBE like the library."""
     expected = [piece for piece, _ in tokenizer._tokenizer.pre_tokenizer.pre_tokenize_str(PROBE)]
     for name in sorted(PRE_TOKENIZERS, key=lambda name: _FIRST.index(name) if name in _FIRST else len(_FIRST)):
         pre = PRE_TOKENIZERS[name]

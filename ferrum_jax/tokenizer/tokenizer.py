@@ -1,7 +1,7 @@
 """`Tokenizer`: text to ids and back, from a GGUF file's metadata alone, with llama.cpp's ids.
 
-Special tokens are found in the raw text first, the longest first over the whole text; what is left between them goes
-to the BPE of the file. Nothing is normalized.
+Special tokens are found in the raw text first, the longest first over the whole text; the text between them goes to the BPE of
+the file. Nothing is normalized.
 """
 
 import functools
@@ -72,12 +72,12 @@ class Tokenizer:
         """Builds the tokenizer of a file.
 
         Args:
-            metadata: key to value as the GGUF header has them (str, int, bool, float, list[str], numpy arrays).
-            source: name of the file, for errors.
+            metadata: keys and values as in the GGUF header (str, int, bool, float, list[str], numpy arrays). source: name of
+            the file, for errors.
 
         Raises:
-            ModelFileError: a key is missing or inconsistent; the message names it.
-            UnsupportedModelError: the tokenizer model or the pre-tokenizer is not known; the message names it.
+            ModelFileError: a key is missing or inconsistent; the message names it. UnsupportedModelError: the tokenizer model
+            or the pre-tokenizer is unknown; the message names it.
         """
         return cls(read_vocabulary(metadata, source), named_templates(metadata, source))
 
@@ -177,7 +177,7 @@ class Tokenizer:
         if not self._is_spm:
             try:
                 return bytes([byte_values()[letter] for letter in text])
-            except KeyError:  # not written in byte letters
+            except KeyError:  # it is not written in byte letters
                 return text.encode()
         if kind == TokenType.BYTE:
             return bytes([int(text[3:5], 16)])

@@ -1,9 +1,8 @@
 """The vocabulary of a GGUF file, checked, with its special tokens as llama.cpp understands them.
 
-The file states a type for each token, but files err: llama.cpp corrects the types of tokens that it knows by their
-text (a chat model's `<|im_end|>` is a control token whatever the file says) and collects the tokens that end a
-generation from both the keys and the texts. The same corrections are made here once, so that everything after can
-trust the types.
+The file states a type for each token, but files have errors: llama.cpp corrects the types of tokens that it recognizes by their
+text (a chat model's `<|im_end|>` is a control token whatever the file says) and collects the tokens that end a generation from
+both the keys and the texts. The same corrections are made once, here, so that all other code can trust the types.
 """
 
 import re
@@ -78,9 +77,9 @@ _CHANNEL_TEXTS = ("<|start|>", "<|channel|>", "<|message|>", "<|constrain|>")
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Tokens and what is known of them; `pre` is None for the SentencePiece model, `merges` and `scores` by model.
+    """Tokens and their properties; `pre` is None for the SentencePiece model, `merges` and `scores` depend on the model.
 
-    `strip_left` and `strip_right` are the special tokens that swallow the whitespace before or after them.
+    `strip_left` and `strip_right` are the special tokens that absorb the whitespace before or after them.
     """
 
     source: str
@@ -145,8 +144,8 @@ class _Keys:
         return bool(value)
 
     def token(self, key: str, count: int, default: int | None = None) -> int | None:
-        """The id under `<key>_token_id`; one that the vocabulary does not reach counts as absent, with a warning, as in
-        llama.cpp, and such a default is None."""
+        """The id under `<key>_token_id`. As in llama.cpp, an id beyond the vocabulary counts as absent, with a warning; a
+        default beyond it is None."""
         value = self.metadata.get(f"{PREFIX}{key}_token_id")
         if isinstance(value, int | np.integer) and not isinstance(value, bool) and value >= count:
             message = f"is {value}, outside the vocabulary of {count} tokens, and is ignored"
@@ -162,7 +161,7 @@ class _Keys:
 
 
 def _read_tokens(keys: _Keys) -> tuple[list[str], dict[str, int]]:
-    """Tokens by id, and ids by the text that is looked up: as in llama.cpp it ends at a NUL and is never empty."""
+    """Tokens by id, and ids by text. As in llama.cpp, the text ends at a NUL and is never empty."""
     tokens = keys.strings("tokens")
     if not tokens:
         raise keys.error("tokens", "is empty")
@@ -187,11 +186,11 @@ def _read_merges(keys: _Keys, ids: dict[str, int]) -> list[tuple[str, str]]:
             raise keys.error("merges", f"entry {rank}, {lines[rank]!r}, must be two tokens separated by a space")
         unknown = next(text for text in (left, right, left + right) if text not in ids)
         raise keys.error("merges", f"entry {rank}, {lines[rank]!r}, names {unknown!r}, which is not in the vocabulary")
-    return list(dict.fromkeys(merges))  # of two equal entries the first counts
+    return list(dict.fromkeys(merges))  # the first of equal entries counts
 
 
 def _correct_types(keys: _Keys, ids: dict[str, int], types: list[int], eos: int | None) -> frozenset[int]:
-    """Mends `types` of the tokens known by text; returns the ids that end a generation."""
+    """Corrects `types` of the tokens known by text; returns the ids that end a generation."""
     ends: set[int] = set()
     for key, texts, is_end in _FILL_TOKENS:
         token = keys.token(key, len(types))
@@ -213,7 +212,7 @@ def _correct_types(keys: _Keys, ids: dict[str, int], types: list[int], eos: int 
     def has(*texts: str) -> bool:
         return all(ids.get(text) in ends for text in texts)
 
-    # Models whose answers have parts: what elsewhere ends the answer only ends a part.
+    # Models whose answers have parts: a token that ends other models' answers only ends a part.
     if has("<|end|>") and (has("<|return|>", "<|call|>") or has("<|calls|>", "<|flush|>")):
         ends.remove(ids["<|end|>"])
         types[ids["<|end|>"]] = TokenType.USER_DEFINED
@@ -224,12 +223,12 @@ def _correct_types(keys: _Keys, ids: dict[str, int], types: list[int], eos: int 
 
 
 def mend_types(ids: dict[str, int], types: list[int], eos: int | None) -> frozenset[int]:
-    """`types` mended and the ids that end a generation, for a vocabulary that states nothing but its own eos."""
+    """The corrected `types` and the ids that end a generation, for a vocabulary that states only its own eos."""
     return _correct_types(_Keys({}, ""), ids, types, eos)
 
 
 def _stripping(name: str, pre: str, ids: dict[str, int], types: list[int]) -> tuple[frozenset[int], frozenset[int]]:
-    """The tokens that swallow whitespace on their left and right: llama.cpp knows them by the model's name."""
+    """The tokens that absorb whitespace on their left and right; like llama.cpp, recognized by the model's name."""
 
     def known(*texts: str) -> set[int]:
         return {ids[text] for text in texts if text in ids}
@@ -250,8 +249,8 @@ def read_vocabulary(metadata: Mapping[str, object], source: str = "") -> Vocabul
     """Reads and checks the `tokenizer.ggml.` keys; defaults of absent flags and ids are llama.cpp's.
 
     Raises:
-        ModelFileError: a key is missing or inconsistent; the message names it.
-        UnsupportedModelError: another tokenizer model than "gpt2" and "llama", or an unknown pre-tokenizer.
+        ModelFileError: a key is missing or inconsistent; the message names it. UnsupportedModelError: a tokenizer model other
+        than "gpt2" and "llama", or an unknown pre-tokenizer.
     """
     keys = _Keys(metadata, source)
     model = keys.text("model")

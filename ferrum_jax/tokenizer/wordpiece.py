@@ -1,7 +1,7 @@
 """WordPiece, the tokenizer of BERT (arXiv 1609.08144, section 4.1): from a GGUF vocabulary or from a vocab.txt.
 
-The splitting is the `tokenizers` library's. GGUF files mark the beginning of a word ("▁iron") where BERT marks that a piece
-goes on ("##on"), so their tokens are respelled. Whether text is lower-cased is not in a GGUF file; but a vocabulary for
+The `tokenizers` library splits the text. GGUF files mark the beginning of a word ("▁iron"), BERT marks the continuation
+("##on"), so their tokens are respelled. A GGUF file does not state whether text is lower-cased; but a vocabulary for
 lower-cased text has no piece with a capital, and any other has some.
 """
 
@@ -26,8 +26,8 @@ _GOES_ON = "##"
 
 
 class WordPieceTokenizer(LibraryTokenizer):
-    """The `Tokenizer` of a BERT vocabulary. special: the texts of the tokens of `_SPECIAL`; lowercase, strip_accents (None:
-    as lowercase) and chinese (every ideograph is a word): what becomes of a text before it is split."""
+    """The `Tokenizer` of a BERT vocabulary. special: the texts of the tokens of `_SPECIAL`; lowercase, strip_accents (None: as
+    lowercase) and chinese (every ideograph is a word): how a text is changed before it is split."""
 
     def __init__(
         self,
@@ -64,7 +64,7 @@ class WordPieceTokenizer(LibraryTokenizer):
 
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, object], source: str = "") -> WordPieceTokenizer:
-        """From the `tokenizer.ggml.` keys of a file whose model is "bert"."""
+        """Made from the `tokenizer.ggml.` keys of a file whose model is "bert"."""
         keys = _Keys(metadata, source)
         stored, _ = _read_tokens(keys)
         tokens = [_respelled(token) for token in stored]
@@ -78,7 +78,7 @@ class WordPieceTokenizer(LibraryTokenizer):
 
     @classmethod
     def from_vocabulary(cls, directory: Path) -> WordPieceTokenizer:
-        """From vocab.txt, a token a line, and tokenizer_config.json next to it."""
+        """Made from vocab.txt, one token per line, and tokenizer_config.json next to it."""
         path = directory / "vocab.txt"
         lines = (read_text(path) or "").split("\n")
         tokens = [line.removesuffix("\r") for line in (lines[:-1] if lines[-1] == "" else lines)]
@@ -104,7 +104,7 @@ class WordPieceTokenizer(LibraryTokenizer):
 
     @property
     def adds_space_prefix(self) -> bool:
-        """Whether `decode` takes a space from the front of a text."""
+        """Whether `decode` removes a space at the beginning of a text."""
         return True
 
 
@@ -119,7 +119,7 @@ def text_flags(directory: Path) -> tuple[bool, bool | None, bool]:
 
 
 def _respelled(token: str) -> str:
-    """A GGUF file's spelling in BERT's; names in brackets are the same in both."""
+    """BERT's spelling of a GGUF file's token; names in brackets are the same in both."""
     if token.startswith("[") and token.endswith("]"):
         return token
     return token[1:] if token.startswith(SPACE) and len(token) > 1 else _GOES_ON + token

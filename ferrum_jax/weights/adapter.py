@@ -1,8 +1,8 @@
-"""LoRA adapters as PEFT writes them: adapter_config.json beside adapter_model.safetensors.
+"""LoRA adapters as PEFT writes them: adapter_config.json and adapter_model.safetensors in one directory.
 
-The one idea: an adapter is a table of pairs (A, B) under the paths of parameters, checked against the model's configuration
-before anything is computed. Applied at run time, x W^T gains (x A^T) B^T; merged, W gains B A. As in families/keys.py, what
-might change the answer and is not known is refused by name.
+The one idea: an adapter is a table of pairs (A, B) by parameter path, checked against the model's configuration before anything
+is computed. At run time (x A^T) B^T is added to x W^T; a merge adds B A to W. As in families/keys.py, an unknown key that might
+change the result is refused by name.
 """
 
 from __future__ import annotations
@@ -38,24 +38,24 @@ from ferrum_jax.weights.wrapped import innermost
 _CONFIG, _TENSORS, _PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 _READ = {"peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "bias", "init_lora_weights",
           "modules_to_save"}  # fmt: skip
-# Of training, of where the adapter came from, of initialization alone, or said by the tensors themselves.
+# Keys about training, the adapter's origin or initialization alone, or that repeat what the tensors themselves show.
 _HARMLESS = {
     "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config", "exclude_modules",
     "fan_in_fan_out", "inference_mode", "layers_pattern", "layers_to_transform", "loftq_config", "lora_dropout",
     "lora_ga_config", "megatron_core", "peft_version", "qalora_group_size", "revision", "runtime_config",
     "target_modules", "task_type",
 }  # fmt: skip
-_STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")  # of the factors alone
+_STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")  # these change the factors alone
 _LARGEST = 2.0**64
 _FACTOR = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
-# What an adapter may have copies of, and what it is where the model does not have it: the output that is tied is the embedding.
+# Tensors that an adapter may hold copies of, and what stands for them if the model lacks them: a tied output is the embedding.
 _COPIED = {"token_embd.weight": "token_embd.weight", "output.weight": "token_embd.weight"}
 _PLAIN_PATTERN = re.compile(r"\^?[\w.]+")
 
 
 @dataclasses.dataclass(frozen=True)
 class Adapter:
-    """`factors` of the model's matrices, the scale (alpha / rank) within B; `digest`: of all that was read."""
+    """`factors` of the model's matrices, with the scale (alpha / rank) included in B; `digest`: of everything that was read."""
 
     path: Path
     digest: str
@@ -64,11 +64,11 @@ class Adapter:
 
 def read_adapter(path: str | Path, config: ModelConfig, base: ModelSource | None = None) -> Adapter:
     """Reads a PEFT directory whose adapter is for a model of this configuration. base: the open checkpoint; a copy of its
-    embedding or output matrix, which PEFT writes after a resize, is passed over where it is equal.
+    embedding or output matrix, which PEFT writes after a resize, is skipped if it is equal.
 
-    Raises ModelNotFoundError where there is no directory, ModelFileError for whatever is damaged, missing or does not fit
-    the model, UnsupportedModelError for what is not supported: other adapters than LoRA, other matrices than those of
-    attention and dense feed-forward, and pickled files.
+    Raises ModelNotFoundError if there is no directory, ModelFileError for anything that is damaged, missing or does not fit the
+    model, and UnsupportedModelError for adapters other than LoRA, for matrices other than those of attention and dense
+    feed-forward, and for pickled files.
     """
     path = Path(path)
     if not path.is_dir():
@@ -100,7 +100,7 @@ def read_adapter(path: str | Path, config: ModelConfig, base: ModelSource | None
 
 
 def _settings(path: Path) -> dict[str, Any]:
-    """The keys that count, checked."""
+    """The keys that matter, checked."""
     file = path / _CONFIG
     content = read_object(file)
     if content is None:
@@ -124,7 +124,9 @@ def _settings(path: Path) -> dict[str, Any]:
         if not isinstance(pattern, dict):
             raise ModelFileError(f"{file}: key {key}: must be an object, not {pattern!r:.200}")
         if wrong := next((name for name in pattern if not _PLAIN_PATTERN.fullmatch(name)), None):
-            raise UnsupportedModelError(f"{file}: key {key}: {wrong!r:.200} is no name of a module; expressions are not read")
+            raise UnsupportedModelError(
+                f"{file}: key {key}: {wrong!r:.200} is not a module name; regular expressions are not supported"
+            )
     for key, value in [("r", rank), *(("rank_pattern", value) for value in patterns["rank_pattern"].values())]:
         if type(value) is not int or value < 1:
             raise ModelFileError(f"{file}: key {key}: a rank must be a positive integer, not {value!r:.200}")
@@ -139,7 +141,8 @@ def _settings(path: Path) -> dict[str, Any]:
 
 
 def _of_module(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
-    """The value of the first name in a pattern that the module's ends with (or, behind a ^, is); `default` without one."""
+    """The value of the first name in the pattern that the module's name ends with (or, if it begins with ^, equals), or
+    `default`."""
     for name, value in pattern.items():
         if module == name.removeprefix("^") or (not name.startswith("^") and module.endswith("." + name)):
             return value
@@ -192,7 +195,7 @@ def _read(
 
 
 def _require_copies(file: Path, saved: Any, copies: Collection[str]) -> None:
-    """Raises UnsupportedModelError unless each of the modules that PEFT saved whole is among the copies to be compared."""
+    """Raises UnsupportedModelError unless every module that PEFT saved whole is one of the copies that will be compared."""
     names = {copy.removesuffix(".weight").rpartition(".")[2] for copy in copies}
     if not isinstance(saved, list) or not {str(module).rpartition(".")[2] for module in saved} <= names:
         raise UnsupportedModelError(f"{file}: key modules_to_save: {saved!r:.200} is not supported")
@@ -219,7 +222,7 @@ def _compare(file: io.FileIO, copy: TensorInfo, name: str, base: ModelSource) ->
 
 
 def _place(file: Path, name: str, config: ModelConfig, family: Family) -> tuple[int, Tensor, str, str]:
-    """Layer, tensor, module and factor that a tensor's name means."""
+    """The layer, tensor, module and factor that a name in the file means."""
     match = _FACTOR.fullmatch(name)
     tensor, layer = family.tensors.find(f"{family.tensors.locate(match[1])[0]}.weight" if match else "")
     if match is None or tensor is None or layer is None or not tensor.is_projection:

@@ -1,7 +1,7 @@
-"""Reading the blocks of a GGUF file so that a damaged scale is seen: infinity or NaN would be in every result.
+"""Reads the blocks of a GGUF file and detects damaged scales: infinity or NaN would spread into every result.
 
-The idea: the scales of a run of blocks are looked at while the run, just read, is still in the processor's cache. That costs
-a tenth of the time that reading takes.
+The idea: the scales of a run of blocks are checked right after the run was read, while it is still in the processor's cache.
+That costs a tenth of the reading time.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from ferrum_jax.weights import ggml_types
 from ferrum_jax.weights.source import ModelSource
 
 _RUN = 1 << 20  # bytes
-_EXPONENT = 0x7C  # of the upper byte of a half; all ones: infinity or NaN
+_EXPONENT = 0x7C  # these bits of a half's upper byte are all ones in infinity and NaN
 
 
 def read_blocks(source: ModelSource, info: TensorInfo, out: np.ndarray) -> None:

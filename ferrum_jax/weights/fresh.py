@@ -1,4 +1,4 @@
-"""Writing a file or a directory that appears under its name when it is whole, or not at all."""
+"""Writes a file or a directory that gets its name only when it is complete."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from ferrum_jax.units import readable_bytes
 
 @contextlib.contextmanager
 def fresh(out: Path, needed: int) -> Iterator[Path]:
-    """Where to write what becomes `out`, next to it; the block moves it into place. What is left of it afterwards is
-    removed, and where the block fails so are the directories that were made for it.
+    """A path next to `out` to write to; the block then moves it into place. Anything left there afterwards is removed, and if
+    the block fails, so are the directories that were made for it.
 
-    Raises OSError before anything is written where `needed` bytes do not fit; every OSError of the block names a file.
+    Raises OSError before anything is written if `needed` bytes do not fit; every OSError of the block names a file.
     """
     missing = [folder for folder in out.parents if not folder.exists()]
     partial = out.with_name(f"{out.name}.partial-{os.getpid()}")
@@ -30,7 +30,7 @@ def fresh(out: Path, needed: int) -> Iterator[Path]:
         yield partial
         missing.clear()
     except OSError as error:
-        if type(error) is OSError and error.errno is None:  # NumPy's, which does not pass on why
+        if type(error) is OSError and error.errno is None:  # from NumPy, which does not say why
             raise OSError(errno.ENOSPC, f"the system refused a part of it, the disk may be full ({error})", str(out)) from error
         if error.errno is not None:
             error.filename = error.filename or str(out)

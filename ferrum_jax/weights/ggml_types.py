@@ -1,8 +1,8 @@
-"""The ggml tensor types: id in the file, name, weights a block and bytes a block.
+"""The ggml tensor types: id in the file, name, weights per block and bytes per block.
 
-Plain data, so that a header can be read and checked without importing JAX. What the bytes of a block mean is the
-business of `pallas_kernels.blocks`. Ids and sizes are those of ggml's `enum ggml_type`; the ids that are missing here
-(4, 5, 31 to 33, 36 to 38) belonged to types that ggml has withdrawn.
+Plain data, so that a header can be read and checked without importing JAX. `pallas_kernels.blocks` defines what the bytes of a
+block mean. Ids and sizes are those of ggml's `enum ggml_type`; the ids missing here (4, 5, 31 to 33, 36 to 38) belonged to
+types that ggml has withdrawn.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ TYPES: tuple[GGMLType, ...] = (
 BY_ID: dict[int, GGMLType] = {t.type_id: t for t in TYPES}
 BY_NAME: dict[str, GGMLType] = {t.name: t for t in TYPES}
 
-# Where in a block its half-precision scales and offsets lie.
+# The positions of the half-precision scales and offsets in a block.
 HALVES: dict[str, tuple[int, ...]] = {
     **dict.fromkeys(("Q4_0", "Q5_0", "Q8_0", "IQ4_NL", "IQ4_XS", "IQ1_S"), (0,)),
     **dict.fromkeys(("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"), (0,)),

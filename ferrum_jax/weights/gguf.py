@@ -1,8 +1,8 @@
-"""GGUF files: what is in them and their bytes, split files included.
+"""GGUF files, including split ones: their contents and their bytes.
 
-Opening reads and checks the headers only (`gguf_header`); tensor data are read on demand, by positioned reads straight
-into the caller's array, so nothing is mapped and nothing is held twice. A model split into `name-00001-of-0000N.gguf`
-and so on opens as one, whichever of its parts is named. Needs NumPy, not JAX.
+Opening reads and checks the headers only (`gguf_header`); tensor data are read on demand, by positioned reads straight into the
+caller's array, so nothing is mapped and nothing is in memory twice. A model split into `name-00001-of-0000N.gguf` and so on
+opens as one file, whichever of its parts is named. Needs NumPy, but not JAX.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ _PART_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gg
 class GGUFFile(Opened):
     """An open model file, a `ModelSource`: `metadata` and `tensors` by name, over all parts; made by `open_gguf`.
 
-    `metadata` values are int, float, bool, str, list[str], or a 1-D numpy array for arrays of numbers or bools; they
-    are those of the first part, and `types` says of each what it is in the file ("uint32", "array string"). `path` is the
-    first part, `parts` are all of them in order.
+    `metadata` values are int, float, bool, str, list[str], or a 1-D numpy array for arrays of numbers or bools; they come from
+    the first part, and `types` gives the type of each in the file ("uint32", "array string"). `path` is the first part, `parts`
+    are all of them in order.
     """
 
     is_gguf, checks_scales = True, False
@@ -62,15 +62,15 @@ class GGUFFile(Opened):
 
     @property
     def family(self) -> Family:
-        """The family that `general.architecture` means."""
+        """The family named by `general.architecture`."""
         return families.of_metadata(self.metadata, str(self.path))
 
     def typed_metadata(self) -> dict[str, Typed]:
-        """The metadata with their types, without those of a split file."""
+        """The metadata with their types, without the keys of a split file."""
         return {key: Typed(value, self.types[key]) for key, value in self.metadata.items() if not key.startswith("split.")}
 
     def read_config(self) -> ModelConfig | EncoderConfig:
-        """What metadata and shapes say, read anew."""
+        """The configuration, read anew from metadata and shapes."""
         return self.family.read_gguf(self.metadata, self.tensors, str(self.path))
 
     def tokenizer(self) -> Tokenizer:
@@ -80,14 +80,14 @@ class GGUFFile(Opened):
         return tokenizer_of_gguf(self.metadata, source=str(self.path))
 
     def own_name(self, name: str) -> str:
-        """The name itself: these are GGUF's."""
+        """The name itself, as names are GGUF's."""
         return name
 
     def read_into(self, info: TensorInfo, out: np.ndarray, start: int = 0) -> None:
         """Fills the contiguous uint8 array `out` with the bytes [start, start + out.nbytes) of the tensor.
 
-        Raises ModelFileError when the file has become shorter or is a header alone, ValueError for an unfit array or
-        range or a closed file.
+        Raises ModelFileError if the file has become shorter or is only a header, ValueError for an unsuitable array or range or
+        a closed file.
         """
         checked_range(info, out, start)
         if info.path not in self._files:
@@ -98,10 +98,10 @@ class GGUFFile(Opened):
 def open_gguf(path: str | Path, *, header_only: bool = False) -> GGUFFile:
     """Opens a GGUF file, or all parts of a split one, and checks everything but the tensor data.
 
-    header_only: files cut off behind their headers are taken too; reading a tensor of one raises ModelFileError.
+    header_only: also accept files that end after their headers; reading a tensor of one raises ModelFileError.
 
-    Raises ModelNotFoundError when `path` does not exist, ModelFileError for whatever is damaged, missing or
-    inconsistent, UnsupportedModelError for a tensor type that weights cannot have.
+    Raises ModelNotFoundError if `path` does not exist, ModelFileError for anything damaged, missing or inconsistent,
+    UnsupportedModelError for a tensor type that weights cannot have.
     """
     named = Path(path)
     with ExitStack() as stack:
@@ -138,7 +138,7 @@ class _Part:
 
 
 def _open_part(path: Path, stack: ExitStack, header_only: bool) -> _Part:
-    """Opens and parses one file. FileNotFoundError passes through: the caller knows what the file was wanted for."""
+    """Opens and parses one file. FileNotFoundError passes through, as the caller can say what the file was needed for."""
     file, status = open_regular(path, ".gguf")
     stack.enter_context(file)
     header = parse_header(path, file.fileno(), status.st_size, header_only=header_only)
@@ -157,7 +157,7 @@ def _open_siblings(named: _Part, stack: ExitStack, header_only: bool) -> list[_P
     if match is None or name_count != count or number > count:
         raise ModelFileError(
             f"{named.path}: metadata key 'split.count' is {count}: the file is one part of several and must be named "
-            f"NAME-00001-of-{count:05d}.gguf and so on, with the other parts beside it"
+            f"NAME-00001-of-{count:05d}.gguf and so on, with the other parts in the same folder"
         )
     parts: list[_Part] = []
     inodes: dict[tuple[int, int], Path] = {}

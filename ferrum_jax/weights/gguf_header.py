@@ -1,8 +1,8 @@
 """Parses and checks the header of one GGUF file (versions 2 and 3, little-endian) without trusting a byte of it.
 
-The idea: one cursor over one growing buffer. Every count and length is compared with the bytes that remain in the file,
-and with fixed limits far above any real model, before anything of that size is read, allocated or looped over. So a
-damaged file costs milliseconds, and no exception of Python's own has to be caught and renamed.
+The idea: one cursor over one growing buffer. Every count and length is compared with the bytes that remain in the file, and
+with fixed limits far above any real model, before anything of that size is read, allocated or looped over. So a damaged file
+costs milliseconds, and no built-in exception has to be caught and translated.
 
 Layout (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md): magic, version, tensor count, entry count; the
 metadata entries; the tensor records; padding up to `general.alignment`; the tensor data.
@@ -26,7 +26,7 @@ from ferrum_jax.weights import ggml_types
 MAX_HEADER_BYTES = 64 << 20  # the largest vocabularies in use need about 20 MiB
 MAX_ENTRIES = 1 << 16
 MAX_TENSORS = 1 << 17
-MAX_STRINGS = 1 << 21  # strings in arrays, all arrays of a file together
+MAX_STRINGS = 1 << 21  # strings in all arrays of a file together
 MAX_KEY_BYTES = 1024
 MAX_NAME_BYTES = 255
 MAX_DIMENSIONS = 4
@@ -60,7 +60,8 @@ _OTHER_FORMATS = (
 
 @dataclass(frozen=True)
 class Header:
-    """What one file says: its metadata, their types ("uint32", "array string") and its tensors, in the order of the file."""
+    """The contents of a header: the metadata, their types ("uint32", "array string") and the tensors, in the order of the
+    file."""
 
     metadata: dict[str, object]
     types: dict[str, str]
@@ -68,8 +69,8 @@ class Header:
 
 
 def parse_header(path: Path, fd: int, file_size: int, *, header_only: bool = False) -> Header:
-    """Reads the header of the open file `fd` and checks all of it; tensor data are not touched, and need not be there
-    with `header_only`.
+    """Reads the header of the open file `fd` and checks all of it. Tensor data are not read, and with `header_only` need not be
+    there.
 
     Raises ModelFileError for anything damaged, UnsupportedModelError for a known tensor type that weights cannot have.
     """
@@ -91,7 +92,8 @@ def parse_header(path: Path, fd: int, file_size: int, *, header_only: bool = Fal
 
 
 class _Cursor:
-    """A position in the header; `need` makes the bytes from there available, or says why they are not there."""
+    """A position in the header; `need` makes the bytes from there available, or raises an error that says why they are
+    missing."""
 
     def __init__(self, path: Path, fd: int, file_size: int) -> None:
         self.path, self.fd, self.file_size = path, fd, file_size
@@ -137,7 +139,7 @@ class _Cursor:
         return self._decode(self.buffer[start : self.position], start, what)
 
     def texts(self, count: int, where: str) -> list[str]:
-        """An array of strings. The loop is written out: vocabularies have hundreds of thousands."""
+        """An array of strings. The loop is written out for speed, as vocabularies have hundreds of thousands of strings."""
         if count > self.strings_left:
             raise self.error(
                 f"{where} claims {count} strings, with earlier ones more than the {MAX_STRINGS} that a file may have"
@@ -254,7 +256,7 @@ def _read_array(cursor: _Cursor, where: str) -> list[str] | np.ndarray:
 
 
 def _type_name(buffer: bytes, start: int) -> str:
-    """The type of the value at `start`, which was read before: "uint32", "array string"."""
+    """The type of the value at `start`, which has been read already: "uint32", "array string"."""
     name = _TYPE_NAMES[_U32.unpack_from(buffer, start)[0]]
     return name if name != "array" else f"array {_TYPE_NAMES[_U32.unpack_from(buffer, start + 4)[0]]}"
 
@@ -265,7 +267,7 @@ def _known_types() -> str:
 
 @dataclass(frozen=True)
 class _Record:
-    """A tensor record as it stands in the file: `offset` counts from the start of the tensor data."""
+    """A tensor record as stored in the file: `offset` counts from the start of the tensor data."""
 
     name: str
     type: ggml_types.GGMLType

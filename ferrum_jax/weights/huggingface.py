@@ -1,8 +1,8 @@
-"""A Hugging Face checkpoint directory (config.json, one or many safetensors) as a `ModelSource`.
+"""A Hugging Face checkpoint directory (config.json, one or more safetensors files) as a `ModelSource`.
 
-The idea: when the directory is opened, every tensor of the family's table is laid out as a list of parts, each bytes of
-a file or a packed matrix; reading goes from the files straight into the caller's array. So the experts of a layer are
-stacked by being read one behind the other, and nothing is in memory twice.
+The idea: when the directory is opened, every tensor of the family's table becomes a list of parts, each either bytes of a file
+or a packed matrix; reading goes from the files straight into the caller's array. So the experts of a layer are stacked by being
+read one after the other, and nothing is in memory twice.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _WEIGHTS = ("F32", "F16", "BF16")
 
 @dataclasses.dataclass(frozen=True)
 class Slice:
-    """Bytes of one tensor of a file, taken as they are; `format` is theirs."""
+    """Bytes of one tensor of a file, unchanged and in its `format`."""
 
     info: TensorInfo
     shape: tuple[int, ...]
@@ -58,7 +58,8 @@ class Slice:
 
 @dataclasses.dataclass(frozen=True)
 class Laid(TensorInfo):
-    """A tensor and the parts that its bytes are, in order; of the order of columns, `parts` are its matrices."""
+    """A tensor and the parts that its bytes consist of, in order. For an order of columns, `parts` are the matrices that it is
+    of."""
 
     parts: tuple[Slice | PackedMatrix, ...] = ()
 
@@ -81,11 +82,11 @@ class HuggingFaceDirectory(Opened):
 
     @property
     def family(self) -> Family:
-        """That of the class that config.json names."""
+        """The family of the class that config.json names."""
         return self._config.family
 
     def read_config(self) -> ModelConfig | EncoderConfig:
-        """What config.json said when the directory was opened."""
+        """The configuration, as config.json said when the directory was opened."""
         return self._config.config
 
     def tokenizer(self) -> Tokenizer:
@@ -95,7 +96,7 @@ class HuggingFaceDirectory(Opened):
         return tokenizer_of_directory(self.path)
 
     def own_name(self, name: str) -> str:
-        """What the checkpoint calls the tensor `name`, `*` for the number of an expert."""
+        """The checkpoint's own name for the tensor `name`, with `*` for the number of an expert."""
         return self.family.tensors.own_name(name)
 
     def read_into(self, info: TensorInfo, out: np.ndarray, start: int = 0) -> None:
@@ -110,7 +111,7 @@ class HuggingFaceDirectory(Opened):
             if first < last:
                 self._read_part(info, part, flat[first - start : last - start], first - begin)
             begin += nbytes
-        if info.format == "F32" and not info.parts:  # the factors of rotary frequencies, which are in config.json
+        if info.format == "F32" and not info.parts:  # the factors of rotary frequencies, which config.json states
             assert self._config.rope_factors is not None
             flat[...] = self._config.rope_factors.view(np.uint8)[start:stop]
 
@@ -134,13 +135,13 @@ class HuggingFaceDirectory(Opened):
 
 
 def open_directory(path: Path, *, header_only: bool = False) -> HuggingFaceDirectory:
-    """Opens a checkpoint directory and checks everything but the tensor data (of packed matrices scales, zero points and
-    the order of columns are read: the block formats depend on them).
+    """Opens a checkpoint directory and checks everything but the tensor data (the scales, zero points and column orders of
+    packed matrices are read, because the block formats depend on them).
 
-    header_only: files cut off behind their headers are taken too; reading a tensor raises ModelFileError.
+    header_only: also accept files that end after their headers; reading a tensor raises ModelFileError.
 
-    Raises ModelFileError for whatever is damaged, missing or inconsistent, UnsupportedModelError for a model class, a
-    feature, a dtype or a quantization that is not supported, and for pickled weights.
+    Raises ModelFileError for anything damaged, missing or inconsistent, UnsupportedModelError for a model class, a feature, a
+    dtype or a quantization that is not supported, and for pickled weights.
     """
     content = read_object(path / "config.json")
     if content is None:
@@ -168,7 +169,7 @@ def open_directory(path: Path, *, header_only: bool = False) -> HuggingFaceDirec
 
 
 def _weight_files(path: Path) -> dict[str, set[str] | None]:
-    """The files with weights and the tensors that an index puts into each (None: there is no index)."""
+    """The files with weights, and for each the tensors that the index lists (None: there is no index)."""
     try:
         names = sorted(entry.name for entry in path.iterdir())
     except OSError as error:
@@ -197,7 +198,7 @@ def _read_index(path: Path) -> dict[str, set[str] | None]:
     files: dict[str, set[str] | None] = {}
     for tensor, name in places.items():
         if not isinstance(name, str) or Path(name).name != name or "\0" in name:
-            raise ModelFileError(f"{path}: key weight_map: tensor {tensor}: {name!r} is no file of this directory")
+            raise ModelFileError(f"{path}: key weight_map: tensor {tensor}: {name!r} is not a file of this directory")
         if name.endswith(_PICKLED):
             raise UnsupportedModelError(f"{path}: key weight_map: {name} is pickled, which is unsafe; .safetensors are read")
         named = files.setdefault(name, set())
@@ -216,7 +217,7 @@ def _merge(raw: dict[str, TensorInfo], found: dict[str, TensorInfo], expected: s
 
 
 def _scheme(path: Path, config: ConfigFile) -> Scheme | None:
-    """How matrices are packed: config.json says so, or a file of the quantizer's own."""
+    """How matrices are packed, according to config.json or to the quantizer's own file."""
     if config.quantization is not None:
         return scheme_of(config.quantization, f"{path / 'config.json'}: key quantization_config")
     for name in ("quantize_config.json", "quant_config.json"):
@@ -226,14 +227,14 @@ def _scheme(path: Path, config: ConfigFile) -> Scheme | None:
 
 
 class _Layout:
-    """Tensors of the files to tensors of the family's table."""
+    """Maps tensors of the files to tensors of the family's table."""
 
     def __init__(self, directory: HuggingFaceDirectory, config: ConfigFile, scheme: Scheme | None, raw: dict[str, TensorInfo]):
         self.directory, self.config, self.scheme, self.raw = directory, config, scheme, raw
         self.table = directory.family.tensors
 
     def lay_out(self) -> None:
-        """Fills `directory.tensors`. Every tensor of the files is used, or known to be of no use, or an error."""
+        """Fills `directory.tensors`. A tensor of the files that is neither used nor known to be unneeded is an error."""
         modules: dict[str, dict[str, TensorInfo]] = {}
         for name, info in self.raw.items():
             module, _, suffix = name.rpartition(".")
@@ -257,14 +258,15 @@ class _Layout:
         self._tie()
 
     def _tie(self) -> None:
-        """Where config.json ties the two, whichever matrix is there is both; `tied.py` compares those that both are there."""
+        """If config.json ties output and embedding, a single matrix serves as both; if both are there, `tied.py` compares
+        them."""
         tensors = self.directory.tensors
         if not self.config.tied:
             if "output.weight" not in tensors:
                 raise self._error("lm_head.weight", "is missing, and config.json does not tie it to the embedding")
         elif "output.weight" in tensors and "token_embd.weight" not in tensors:
             tensors["token_embd.weight"] = tensors.pop("output.weight")
-        elif self.directory._header_only:  # nothing can be compared: as config.json says
+        elif self.directory._header_only:  # they cannot be compared, so config.json decides
             tensors.pop("output.weight", None)
 
     def _error(self, name: str, problem: str) -> ModelFileError:
@@ -301,8 +303,8 @@ class _Layout:
             yield f"{stem}.weight", number, packed_matrix(module, packed, self.scheme, read)
 
     def _fused(self, parts: dict[str, list[str]], tensors: dict[str, TensorInfo]) -> Iterator[tuple[str, int, Slice]]:
-        """All experts in one tensor, as newer versions of transformers keep them: [experts, parts * rows, columns]. parts: the
-        names of what lies one after the other, by the tensor's suffix."""
+        """The slices of a tensor that holds all experts, as newer versions of transformers do: [experts, parts * rows,
+        columns]. parts: the names of the consecutive parts, by the tensor's suffix."""
         for suffix, info in tensors.items():
             names = parts.get(suffix, [])
             if not names or len(info.shape) != 3 or 0 in info.shape or info.shape[1] % len(names):
@@ -317,15 +319,15 @@ class _Layout:
                     yield name, number, Slice(info, (rows // len(names), columns), start, nbytes)
 
     def _check_positions(self, info: TensorInfo) -> None:
-        """The buffer `position_ids` is passed over: it must be 0, 1, 2, ... (That of rotary frequencies need not be what
-        config.json says: transformers takes no notice of it.)"""
+        """The buffer `position_ids` is skipped, but must be 0, 1, 2, ... (A buffer of rotary frequencies may differ from
+        config.json, as transformers ignores it.)"""
         if info.name.endswith(".position_ids") and not self.directory._header_only:
             kind = {"I64": "<i8", "I32": "<i4"}.get(info.format)
             if kind is None or (self.directory._raw(info).view(kind) != np.arange(math.prod(info.shape))).any():
                 raise self._error(info.name, "is not 0, 1, 2, ...: other positions are not supported")
 
     def _is_no_bias(self, stem: str, number: int, info: TensorInfo, packed: bool) -> bool:
-        """Whether this is a bias of zeros that a quantizer has added to a matrix that has none."""
+        """Whether this is a bias of zeros that a quantizer added to a matrix without one."""
         if not packed or (number == -1 and stem.rpartition(".")[2] in self.config.biases):
             return False
         if not self.directory._header_only and self.directory._raw(info).any():
@@ -333,7 +335,7 @@ class _Layout:
         return True
 
     def _experts(self, name: str, parts: dict[int, Slice | PackedMatrix]) -> list[Slice | PackedMatrix]:
-        """The parts of experts 0, 1, ...; all must be there, of one shape and one dtype."""
+        """The parts of experts 0, 1, ...; all must be there, with one shape and one dtype."""
         count = self.config.config.num_experts
         own = self.directory.own_name(name)
         for number in range(max(count, max(parts) + 1)):
@@ -367,15 +369,15 @@ class _Layout:
         self.directory.tensors[name] = Laid(own, first.format, (*lead, *first.shape), nbytes=nbytes, order=order, **kind)
 
     def _check_biases(self) -> None:
-        """Biases are there exactly where config.json says so."""
+        """Raises an error unless biases are present exactly where config.json says so."""
         tensors = self.directory.tensors
         for number in range(self.config.config.num_layers):
             for kind in sorted(self.table.biased()):
                 name = f"blk.{number}.{kind}.bias"
                 expected = kind in self.config.biases and f"blk.{number}.{kind}.weight" in tensors
                 if expected and name not in tensors:
-                    raise self._error(self.directory.own_name(name), "is missing, but config.json asks for it")
+                    raise self._error(self.directory.own_name(name), "is missing, but config.json requires it")
                 if name in tensors and kind in self.config.biases and not expected:
                     raise self._error(self.directory.own_name(f"blk.{number}.{kind}.weight"), "is missing")
                 if name in tensors and not expected:
-                    raise self._error(tensors[name].name, "is there, but config.json does not ask for it")
+                    raise self._error(tensors[name].name, "is not expected according to config.json")

@@ -1,4 +1,4 @@
-"""A checkpoint read as if a LoRA adapter had been merged into it: W + B A, row by row in float32, rounded once."""
+"""A checkpoint that is read with a LoRA adapter merged into it: W + B A, row by row in float32, rounded once."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _RUN = 1 << 22  # weights at a time
 class Merged(Wrapped):
     """The source `source` with the adapter in the directory `path` merged into it while it is read.
 
-    Raises what `read_adapter` raises, and UnsupportedModelError where a matrix is quantized already.
+    Raises what `read_adapter` raises, and UnsupportedModelError if a matrix is already quantized.
     """
 
     def __init__(self, source: ModelSource, path: str | Path) -> None:
@@ -28,7 +28,7 @@ class Merged(Wrapped):
         self._factors: dict[TensorInfo, tuple[np.ndarray, np.ndarray]] = {}
         for (layer, parameter), (a, b) in read_adapter(path, config, source).factors.items():
             tensor = source.family.tensors.at(parameter)
-            assert tensor is not None  # read_adapter has found it there
+            assert tensor is not None  # read_adapter found it in the table
             name = f"blk.{layer}.{tensor.name}"
             info = source.tensors.get(name)
             if info is None:
@@ -45,7 +45,7 @@ class Merged(Wrapped):
             self._factors[info] = a, b
 
     def read_into(self, info: TensorInfo, out: np.ndarray, start: int = 0) -> None:
-        """As `ModelSource.read_into`; where a tensor is adapted, whole rows only."""
+        """As `ModelSource.read_into`, but only whole rows of an adapted tensor."""
         self.source.read_into(info, out, start)
         if info not in self._factors:
             return

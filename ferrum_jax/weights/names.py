@@ -1,7 +1,7 @@
-"""Which tensor of a checkpoint is which parameter: a checkpoint held against the table of its family.
+"""Which tensor of a checkpoint is which parameter, from a comparison of the checkpoint with the table of its family.
 
-What `parameters(source, config)` gives names every tensor exactly once; anything missing, unknown or of the wrong shape is an
-error, raised before a byte of weights is read.
+The result of `parameters(source, config)` names every tensor exactly once; a tensor that is missing, unknown or of the wrong
+shape is an error, raised before any weights are read.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ __all__ = ["Parameters", "Path", "kept_format", "kinds_of", "parameters"]
 
 @dataclasses.dataclass(frozen=True)
 class Parameters:
-    """The tensors of a checkpoint by parameter path: one each for `whole`, one per layer (or None) for `stacked`. rows: of
-    those whose rows lie in another order than the parameter's, where each row of the parameter lies, int [rows]."""
+    """The tensors of a checkpoint by parameter path: one each in `whole`, one per layer (or None) in `stacked`. rows: for
+    tensors whose rows are in another order than the parameter's, int [rows] gives the tensor's row for each row of the
+    parameter."""
 
     whole: dict[Path, TensorInfo]
     stacked: dict[Path, tuple[TensorInfo | None, ...]]
@@ -42,8 +43,8 @@ def kept_format(tensor: TensorInfo) -> str:
 
 
 def kinds_of(tensors: Sequence[TensorInfo | None]) -> tuple[str, ...]:
-    """What tensors of one stack have in common, "" for None: the format kept, whether their columns lie in another order, and
-    their shape if it is not the first one's."""
+    """The kind of each tensor ("" for None); tensors of equal kinds can share a stack. It states the format kept, whether
+    columns are in another order, and the shape if it is not the first tensor's."""
     first = next((tensor.shape for tensor in tensors if tensor), ())
 
     def kind(tensor: TensorInfo) -> str:
@@ -54,8 +55,8 @@ def kinds_of(tensors: Sequence[TensorInfo | None]) -> tuple[str, ...]:
 
 
 def parameters(source: ModelSource, config: ModelConfig | EncoderConfig) -> Parameters:
-    """Every tensor of the checkpoint in its place. Raises `ModelFileError` naming the tensor that is missing, unknown or
-    misshapen."""
+    """Assigns every tensor of the checkpoint to its parameter. Raises `ModelFileError` naming a tensor that is missing, unknown
+    or of the wrong shape."""
     family = families.of_architecture(config.architecture, str(source.path))
     whole: dict[Path, TensorInfo] = {}
     layers: dict[Path, list[TensorInfo | None]] = {}

@@ -1,4 +1,4 @@
-"""Open checkpoints: what they do alike, and tensors read by position straight into the caller's array."""
+"""What open checkpoints have in common, and reading tensors by position straight into the caller's array."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ from ferrum_jax.families import Family
 from ferrum_jax.files.metadata import Typed
 from ferrum_jax.files.tensor_info import TensorInfo
 
-_READ_BYTES = 16 << 20  # of one positioned read
+_READ_BYTES = 16 << 20  # per positioned read
 
 
 class Opened:
-    """What most open checkpoints (`ModelSource`s) do alike: tensors read whole, files closed at the end of a `with`."""
+    """What most open checkpoints (`ModelSource`s) have in common: reading whole tensors, and closing files at the end of a
+    `with`."""
 
     is_gguf, checks_scales = False, True
     path: Path
@@ -30,7 +31,7 @@ class Opened:
 
     @property
     def tensor_bytes(self) -> int:
-        """Bytes of all tensors, as reading them gives."""
+        """Bytes of all tensors as they are read."""
         return sum(info.nbytes + (info.order.nbytes if info.order else 0) for info in self.tensors.values())
 
     @property
@@ -88,7 +89,7 @@ class Opened:
 
 
 def checked_range(info: TensorInfo, out: np.ndarray, start: int) -> None:
-    """Raises ValueError unless `out` is a writeable contiguous uint8 array for bytes of the tensor from `start` on."""
+    """Raises ValueError unless `out` is a writable contiguous uint8 array that fits into the tensor from `start` on."""
     if out.dtype != np.uint8 or not out.flags.c_contiguous or not out.flags.writeable:
         raise ValueError(f"read_into needs a writeable contiguous uint8 array, got {out.dtype} {out.shape}")
     if not 0 <= start <= info.nbytes - out.nbytes:
@@ -98,7 +99,7 @@ def checked_range(info: TensorInfo, out: np.ndarray, start: int) -> None:
 
 
 def read_range(file: io.FileIO, info: TensorInfo, out: np.ndarray, start: int) -> None:
-    """Fills `out` with the bytes of the tensor from `start` on, as they lie in `file`. ModelFileError at an early end."""
+    """Fills `out` with the bytes of the tensor from `start` on, as stored in `file`. ModelFileError if the file ends early."""
     view = out.reshape(-1).data
     fd = file.fileno()
     done = 0

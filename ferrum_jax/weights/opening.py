@@ -1,4 +1,4 @@
-"""From a path to an open checkpoint, whatever kind it is."""
+"""Opens a checkpoint of any kind by its path."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ def open_model(
 ) -> ModelSource:
     """Opens a .gguf file (any part of a split one) or a checkpoint directory and checks everything but tensor data.
 
-    header_only: files cut off behind their headers are taken too; reading a tensor of one raises ModelFileError.
-    quantize: one of QUANTIZATIONS ("q4_k"), the format that matrices which are not quantized yet get while they are read.
-    merge_adapter: directory of a LoRA adapter that is merged into them before.
+    header_only: also accept files that end after their headers; reading a tensor of one raises ModelFileError. quantize: one of
+    QUANTIZATIONS ("q4_k"), the format to which matrices that are not quantized yet are quantized while they are read.
+    merge_adapter: the directory of a LoRA adapter that is merged into them first.
 
-    Raises ModelNotFoundError where nothing is there, ModelFileError for whatever is damaged, missing or inconsistent,
-    UnsupportedModelError for what is not supported, ValueError for another `quantize`.
+    Raises ModelNotFoundError if nothing is there, ModelFileError for anything damaged, missing or inconsistent,
+    UnsupportedModelError for a feature that is not supported, ValueError for another `quantize`.
     """
     format = checked_format(quantize)
     path = Path(path)
     source: ModelSource
-    untied: dict[str, TensorInfo] | None = None  # of which two may be one matrix
+    untied: dict[str, TensorInfo] | None = None  # two of which may be one matrix
     if path.is_dir() and (path / MARKER).is_file():
-        from ferrum_jax.weights.orbax import open_checkpoint  # imports JAX, which a header alone does not need
+        from ferrum_jax.weights.orbax import open_checkpoint  # imports JAX, which is not needed to read a header
 
         source = open_checkpoint(path)
     elif path.is_dir() and ".partial-" in path.name:

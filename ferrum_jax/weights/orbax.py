@@ -1,12 +1,12 @@
 """Checkpoints of our own: a directory with a header in JSON and the compressed parameters as one Orbax checkpoint.
 
     ferrum_jax.json   version, configuration, tokenizer and chat template, and which array is which parameter
-    tokenizer/        of a model that came with the files of Hugging Face's tokenizers: those files
-    parameters/       Orbax: an uncompressed zarr array for every plane of every stack, a file a layer
+    tokenizer/        the tokenizer files of a Hugging Face directory, if the model had any
+    parameters/       Orbax: an uncompressed zarr array for every plane of every stack, one file per layer
 
-The planes are those of a memory layout, and the header says which. Orbax writes them and can read them; here they are read
-as what they are, plain files of bytes, straight into their place, so that a directory loads as fast as a GGUF file and is a
-`ModelSource` like it. A directory gets its name when all of it is written: an interrupted save leaves NAME.partial-PID.
+The planes are those of a memory layout, which the header names. Orbax writes them and can read them; this module reads them as
+plain files of bytes, straight into their place, so that a directory loads as fast as a GGUF file and is a `ModelSource` too. A
+directory gets its name when all of it is written: an interrupted save leaves NAME.partial-PID.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ _TOKENIZER_FILES = (
     *("config.json", "generation_config.json"),
 )
 _READ_BYTES = 16 << 20
-_SPLIT_BYTES = 64 << 20  # arrays above have a file for each layer
+_SPLIT_BYTES = 64 << 20  # larger arrays have one file per layer
 
 
 # ---- writing
@@ -61,9 +61,9 @@ _SPLIT_BYTES = 64 << 20  # arrays above have a file for each layer
 
 @dataclasses.dataclass(frozen=True)
 class Stack:
-    """The parameter `path`, of all its layers that have one format: planes [layers, *experts, *plane], or of a parameter
-    that is no layer's (layers == ()) without the first axis. shape: of the tensor of one layer, in weights. apart: whether
-    its arrays have the shape in their names, because layers of another shape have the format too."""
+    """The parameter `path` in all layers that have it in one format: planes [layers, *experts, *plane]; without the first axis
+    if the parameter belongs to no layer (layers == ()). shape: of one layer's tensor, in weights. apart: whether the names of
+    its arrays include the shape, because layers of another shape have the same format."""
 
     path: tuple[str, ...]
     format: str
@@ -79,7 +79,7 @@ class Stack:
 
 
 def tokenizer_files(source: ModelSource) -> list[Path]:
-    """The files that its tokenizer is read from; none where the metadata hold it."""
+    """The files that its tokenizer is read from; none if the metadata hold the tokenizer."""
     if "tokenizer.ggml.tokens" in source.metadata:
         return []
     directory = source.tokenizer_directory
@@ -96,13 +96,13 @@ def save(
     *,
     force: bool = False,
 ) -> None:
-    """Writes a model as a new directory `path`, which appears when it is whole. FileExistsError where there is something,
-    unless it is a checkpoint of ours and `force`."""
+    """Writes a model as a new directory `path`, which gets its name when it is complete. FileExistsError if `path` exists,
+    unless it is such a checkpoint and `force` is set."""
     import orbax.checkpoint as ocp  # takes a second
 
     path = path.absolute()
     if path.exists() and not (force and (path / MARKER).is_file()):
-        raise FileExistsError(f"{path} exists" + (" and is no checkpoint of ferrum_jax" if force else ""))
+        raise FileExistsError(f"{path} exists" + (" and is not a checkpoint of ferrum_jax" if force else ""))
     stacks = dict(_stacks(params))
     arrays = {stack.key(i): plane for stack, planes in stacks.items() for i, plane in enumerate(planes)}
     split = {
@@ -126,7 +126,7 @@ def save(
             to.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, to)
         (partial / MARKER).write_text(json.dumps(header))
-        _flush(partial)  # the name must not be on the disk before what it names
+        _flush(partial)  # the name must not reach the disk before the contents
         replaced = path.with_name(f"{partial.name}-replaced")
         if path.exists():
             path.rename(replaced)
@@ -145,8 +145,8 @@ def _flush(directory: Path) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without Orbax's warnings about formats that were not asked for; where it cannot write, an OSError takes the place of
-    the logs and tracebacks of its threads."""
+    """Silences Orbax's warnings about formats not in use; if it cannot write, raises an OSError instead of the logs and
+    tracebacks of its threads."""
     loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
     levels, hook = [logger.level for logger in loggers], sys.unraisablehook
     for logger in loggers:
@@ -154,7 +154,7 @@ def _quiet() -> Iterator[None]:
     sys.unraisablehook = lambda args: None if str(args.exc_value) == "Event loop is closed" else hook(args)
     try:
         yield
-        sys.unraisablehook = hook  # after a failure writes may still end, and find their loop closed
+        sys.unraisablehook = hook  # kept after a failure: writes may still end and find their loop closed
     except ValueError as error:
         if code := _os_error_code(error):
             for logger in loggers:
@@ -162,7 +162,7 @@ def _quiet() -> Iterator[None]:
             raise OSError(code, os.strerror(code)) from None
         raise
     finally:
-        gc.collect()  # tasks that failed are logged when they go
+        gc.collect()  # failed tasks are logged when they are collected
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
 
@@ -206,7 +206,7 @@ def _leaves(node: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...],
 
 @dataclasses.dataclass(frozen=True)
 class _Array:
-    """A plane of a stack: little-endian, files of `rows` items of the first axis each."""
+    """A plane of a stack: little-endian, in files of `rows` items of the first axis each."""
 
     path: Path
     shape: tuple[int, ...]
@@ -255,7 +255,7 @@ class OrbaxCheckpoint(Opened):
         self.parts = tuple(parts)
 
     def _arrays(self, stack: Stack) -> tuple[_Array, ...]:
-        """The planes of a stack, each checked against what the stack's format and memory layout make them."""
+        """The planes of a stack, each checked against the shape and dtype that the stack's format and memory layout require."""
         where = f"{self.path / MARKER}: parameter {'/'.join(stack.path)}"
         if self.family.tensors.at(stack.path) is None:
             raise ModelFileError(f"{where}: is unknown")
@@ -280,7 +280,7 @@ class OrbaxCheckpoint(Opened):
     def _infos(self, stack: Stack, arrays: tuple[_Array, ...]) -> Iterator[tuple[str, TensorInfo]]:
         nbytes = math.prod(stack.shape[:-1]) * format_of(stack.format).row_bytes(stack.shape[-1])
         tensor = self.family.tensors.at(stack.path)
-        assert tensor is not None  # or there were no arrays
+        assert tensor is not None  # `_arrays` has checked it
         for place, layer in enumerate(stack.layers or (None,)):
             name = tensor.name if layer is None else f"blk.{layer}.{tensor.name}"
             item = place if stack.layers else 0
@@ -333,7 +333,7 @@ class OrbaxCheckpoint(Opened):
         return self._places[info][0].memory_layout.removesuffix(SUFFIX)
 
     def _planes(self, info: TensorInfo) -> tuple[np.ndarray, ...]:
-        """The planes of a tensor's blocks as they are stored, [*experts, *plane] each."""
+        """The planes of a tensor's blocks as stored, [*experts, *plane] each."""
         stack, place, arrays = self._places[info]
         read = []
         for array in arrays[:-1] if info.order else arrays:
@@ -344,7 +344,7 @@ class OrbaxCheckpoint(Opened):
         return tuple(read)
 
     def read_into(self, info: TensorInfo, out: np.ndarray, start: int = 0) -> None:
-        """As `ModelSource.read_into`: the blocks, repacked where they are stored for another device."""
+        """As `ModelSource.read_into`: the blocks, repacked if they are stored in a device layout."""
         checked_range(info, out, start)
         stack, place, arrays = self._places[info]
         flat = out.reshape(-1)
@@ -361,7 +361,7 @@ class OrbaxCheckpoint(Opened):
         flat[:] = np.stack(blocks).reshape(-1)[start : start + out.nbytes]
 
     def _fill(self, array: _Array, start: int, out: np.ndarray) -> None:
-        """The bytes [start, start + len(out)) of an array, over the borders of its files."""
+        """Reads the bytes [start, start + len(out)) of an array, across the borders of its files."""
         if self._closed:
             raise ValueError(f"{self.path} is closed")
         size = array.rows * array.item_bytes
@@ -377,8 +377,8 @@ class OrbaxCheckpoint(Opened):
 
 
 def open_checkpoint(path: Path) -> OrbaxCheckpoint:
-    """Opens a directory and checks everything but the weights' values. Raises ModelFileError for whatever is damaged,
-    missing or unfinished, UnsupportedModelError for another version."""
+    """Opens a directory and checks everything but the weights' values. Raises ModelFileError for anything damaged, missing or
+    unfinished, UnsupportedModelError for another version."""
     return OrbaxCheckpoint(path)
 
 
@@ -398,7 +398,7 @@ def _header(path: Path) -> dict[str, Any]:
 
 
 def _config(fields: Mapping[str, Any]) -> ModelConfig:
-    """The configuration; TypeError or ValueError for a value that no configuration has."""
+    """The configuration; TypeError or ValueError for an impossible value."""
     config = ModelConfig.from_fields(fields)
     for part in parts(config):
         for field in dataclasses.fields(part):

@@ -1,13 +1,13 @@
 """Matrices of GPTQ, AWQ and compressed-tensors checkpoints, repacked without loss into block formats while they are read.
 
-All three hold whole numbers in groups along a row under one scale and one zero point; they differ in which way the numbers
-lie in 32-bit words. The idea: unpack the words, then write blocks. Which format a matrix becomes is read from its small
-tensors when the checkpoint is opened: Q4_0 or Q8_0, which have fast kernels, where every zero point is the middle and
-every scale a half; else U4 or U8 (pallas_kernels.blocks.groups). Columns that are not in the order of their groups
-(`desc_act`) are sorted by group, and the order goes beside the matrix.
+All three store integers in groups along a row, each group with one scale and one zero point; they differ in how the integers
+are arranged in 32-bit words. The idea: unpack the words, then write blocks. The block format of a matrix follows from its small
+tensors when the checkpoint is opened: Q4_0 or Q8_0, which have fast kernels, if every zero point is the middle and every scale
+a half; else U4 or U8 (pallas_kernels.blocks.groups). Columns that are not in the order of their groups (`desc_act`) are sorted
+by group, and the order is kept with the matrix.
 
-What is stored counts more than what the header says: the order of columns, the zero points, and whether those of a
-symmetric GPTQ matrix were stored less one. NumPy alone.
+The stored data override the header: the order of columns, the zero points, and whether a symmetric GPTQ matrix stores its zero
+points minus one. Needs only NumPy.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ SUFFIXES = frozenset(
         *("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx"),
     )
 )
-_AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # where in its word each of eight neighboring columns lies
+_AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # the place in its word of each of eight neighboring columns
 _SCALES = {"F16": 2, "BF16": 2, "F32": 4}
 _CHUNK = 4 << 20  # weights unpacked at a time
 
 
 @dataclasses.dataclass(frozen=True)
 class PackedMatrix:
-    """One matrix [rows, columns] as it lies in a file, and the format that it becomes.
+    """A matrix [rows, columns] as stored in a file, and the format that it becomes.
 
-    codes, scales, zeros, groups: tensors of the file (zeros and groups, the group of each column, may be absent).
-    middle: every zero point is the middle of the codes; halves: every scale is a half-precision number.
+    codes, scales, zeros, groups: tensors of the file; zeros and groups (the group of each column) may be absent. middle: every
+    zero point is the middle of the codes; halves: every scale is a half-precision number.
     """
 
     name: str
@@ -60,7 +60,7 @@ class PackedMatrix:
 
     @property
     def is_plain(self) -> bool:
-        """Whether it is exactly a format of ggml."""
+        """Whether it fits a ggml format exactly."""
         return self.middle and self.halves
 
     @property
@@ -85,13 +85,13 @@ class PackedMatrix:
         return self.shape[0] * (self.shape[1] // self._block_size) * self._block_bytes
 
     def order(self, read: Read) -> np.ndarray:
-        """int32 [columns]: the columns sorted by group, which is the order that the blocks have them in."""
+        """int32 [columns]: the columns sorted by group, which is their order in the blocks."""
         if self.groups is None:
             return np.arange(self.shape[1], dtype=np.int32)
         return np.argsort(read(self.groups).view("<i4"), kind="stable").astype(np.int32)
 
     def read_range(self, read: Read, out: np.ndarray, start: int) -> None:
-        """Fills `out` with the bytes of the blocks from `start` on; all of them are unpacked for a part."""
+        """Fills `out` with the bytes of the blocks from `start` on. Even for a part all blocks are unpacked."""
         whole = out.nbytes == self.nbytes
         blocks = out.reshape(-1) if whole else np.empty(self.nbytes, np.uint8)
         self._write_blocks(read, blocks.reshape(self.shape[0], -1, self._block_bytes))
@@ -99,7 +99,7 @@ class PackedMatrix:
             out.reshape(-1)[...] = blocks[start : start + out.nbytes]
 
     def _write_blocks(self, read: Read, blocks: np.ndarray) -> None:
-        """blocks uint8 [rows, blocks a row, bytes]."""
+        """blocks uint8 [rows, blocks per row, bytes]."""
         rows, columns = self.shape
         bits = self.scheme.bits
         codes = read(self.codes).view("<u4").reshape(self.codes.shape)
@@ -128,12 +128,12 @@ class PackedMatrix:
         return self.scheme.method == "compressed-tensors"
 
     def _by_block(self, values: np.ndarray) -> np.ndarray:
-        """[rows, groups] -> [rows, blocks a row]."""
+        """[rows, groups] -> [rows, blocks per row]."""
         return np.repeat(values, self.group_size // self._block_size, axis=1)
 
 
 def zero_points(matrix: PackedMatrix, read: Read) -> np.ndarray:
-    """int32 [rows, groups], as they are subtracted from unsigned codes."""
+    """int32 [rows, groups], to be subtracted from unsigned codes."""
     scheme, (rows, columns) = matrix.scheme, matrix.shape
     groups = columns // matrix.group_size
     if matrix.zeros is None:
@@ -156,7 +156,7 @@ def _codes(scheme: Scheme, words: np.ndarray, rows: slice, order: np.ndarray | N
         for i, place in enumerate(_AWQ_ORDER):
             numbers[:, i] = (words >> np.uint32(4 * place)) & np.uint32(15)
         numbers = numbers.reshape(-1, words.shape[1])[rows.start - 8 * first : rows.stop - 8 * first]
-    else:  # words along the columns; of gptq rows last
+    else:  # words along the columns; gptq has rows last
         numbers = _spread(words[:, rows].T if scheme.method == "gptq" else words[rows], scheme.bits)
     return numbers if order is None else np.take(numbers, order, axis=1)
 
@@ -172,7 +172,7 @@ def _spread(words: np.ndarray, bits: int, places: Sequence[int] | None = None) -
 
 
 def _bits_of(raw: np.ndarray, info: TensorInfo, rows_first: bool, as_half: bool) -> np.ndarray:
-    """The bits of scales [rows, groups], of half precision where `as_half` (exact: that was checked)."""
+    """The bits of scales [rows, groups], in half precision if `as_half` (exactly: that was checked before)."""
     kind = {"F16": "<u2", "BF16": "<u2", "F32": "<u4"}[info.format]
     bits = raw.view(kind).reshape(info.shape)
     bits = bits if rows_first else bits.T
@@ -189,7 +189,7 @@ def _numbers(bits: np.ndarray, format: str) -> np.ndarray:
 
 
 def packed_matrix(name: str, tensors: Mapping[str, TensorInfo], scheme: Scheme, read: Read | None) -> PackedMatrix:
-    """The matrix of module `name` out of its tensors by suffix, checked. read: None where tensor data are not there."""
+    """The matrix of module `name`, made from its tensors by suffix and checked. read: None if there are no tensor data."""
     path = next(iter(tensors.values())).path
 
     def error(suffix: str, problem: str) -> ModelFileError:
@@ -231,7 +231,7 @@ def packed_matrix(name: str, tensors: Mapping[str, TensorInfo], scheme: Scheme, 
     groups = columns // size
     unknown = tensors.keys() - SUFFIXES
     if unknown:
-        raise error(min(unknown), "is unknown beside a packed matrix")
+        raise error(min(unknown), "is unknown in a packed matrix")
     dtypes = tuple(_SCALES)
     if compressed:
         scales = tensor("weight_scale", dtypes, (rows, groups))
@@ -256,7 +256,7 @@ def packed_matrix(name: str, tensors: Mapping[str, TensorInfo], scheme: Scheme, 
     if read is None:
         return dataclasses.replace(made, ordered=scheme.ordered and by_column is not None and groups > 1)
     points = zero_points(made, read)
-    if scheme.method == "gptq" and points.min() == points.max():  # symmetric: the middle, stored as it is or less one
+    if scheme.method == "gptq" and points.min() == points.max():  # symmetric: stores the middle, or the middle minus one
         stored = int(points.min()) - scheme.zero_shift
         if (shift := (1 << (scheme.bits - 1)) - stored) in (0, 1):
             made = dataclasses.replace(made, scheme=dataclasses.replace(scheme, zero_shift=shift))
@@ -272,7 +272,7 @@ def packed_matrix(name: str, tensors: Mapping[str, TensorInfo], scheme: Scheme, 
 
 
 def agreeing(matrices: Sequence[PackedMatrix]) -> list[PackedMatrix]:
-    """The matrices of one stack (the experts of a layer) in the one format and order that all of them can have."""
+    """The matrices of one stack (the experts of a layer), all with the format and order that fits every one of them."""
     middle, halves = all(m.middle for m in matrices), all(m.halves for m in matrices)
     ordered = any(m.ordered for m in matrices)
     return [dataclasses.replace(m, middle=middle, halves=halves, ordered=ordered) for m in matrices]
@@ -289,7 +289,7 @@ def _are_halves(numbers: np.ndarray) -> bool:
 
 
 def _is_ordered(matrix: PackedMatrix, groups: int, size: int, read: Read, error: Callable[[str, str], ModelFileError]) -> bool:
-    """Whether columns are not in the order of their groups. Every group must have its number of columns."""
+    """Whether columns are not in the order of their groups. Every group must have its full number of columns."""
     if matrix.groups is None:
         return False
     of_column = read(matrix.groups).view("<i4")

@@ -1,8 +1,8 @@
-"""A checkpoint read as if it were quantized: `Quantized` wraps a source and gives its matrices as blocks of one format.
+"""A checkpoint that is quantized while it is read: `Quantized` wraps a source and returns its matrices as blocks.
 
-Every matrix is read, quantized and handed over in runs of rows, on all cores, so neither the original nor a float32 copy of
-it is ever whole in memory. Which format a tensor gets depends on its name and width alone (`formats`), so it is known, and
-its memory counted, before a byte is read.
+Every matrix is read, quantized and returned in runs of rows, on all cores, so neither the original nor a float32 copy is ever
+in memory as a whole. The format of a tensor depends only on its name and width (`format_of`), so it is known, and its memory
+counted, before anything is read.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ QUANTIZATIONS = ("q8_0", "q6_k", "q5_k", "q5_1", "q5_0", "q4_k", "q4_1", "q4_0",
 PLAIN: dict[str, np.dtype] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
 _RUN = 1 << 18  # weights that a thread reads and quantizes at a time
 _MIXES = ("_s", "_m", "_l", "_xl")
-_FILE_TYPES = {"Q2_K": "Q2_K_S", "Q3_K": "Q3_K_S", "Q4_K": "Q4_K_S", "Q5_K": "Q5_K_S"}  # as llama.cpp calls unmixed ones
+_FILE_TYPES = {"Q2_K": "Q2_K_S", "Q3_K": "Q3_K_S", "Q4_K": "Q4_K_S", "Q5_K": "Q5_K_S"}  # llama.cpp's names for unmixed files
 
 
 def checked_format(name: str | None) -> str | None:
-    """The block format that `quantize=` means, or None for None. ValueError for a name that is none."""
+    """The block format that `quantize=` means, or None for None. ValueError for any other name."""
     if name is None or (isinstance(name, str) and name.lower() in QUANTIZATIONS):
         return name and name.upper()
     known = ", ".join(QUANTIZATIONS)
@@ -40,11 +40,10 @@ def checked_format(name: str | None) -> str | None:
 
 
 def format_of(name: str, tensor: TensorInfo, format: str, tied: bool, table: Table) -> str:
-    """The format that a tensor gets when a model is quantized to `format`; its own where it is no matrix.
+    """The format that a tensor gets when a model is quantized to `format`; its own format if it is not a matrix.
 
-    As llama.cpp does it: norms, biases, positions, token types and the router are not quantized, the output matrix (the
-    embedding where the two are one) gets at least Q6_K, and where a row is no run of whole blocks Q8_0 takes their place, or
-    F16."""
+    As in llama.cpp, norms, biases, positions, token types and the router are not quantized, and the output matrix (or a tied
+    embedding) gets at least Q6_K. If the blocks do not fill a row evenly, the format is Q8_0, or else F16."""
     if len(tensor.shape) == 1:
         return tensor.format
     row, _ = table.find(name)
@@ -79,8 +78,8 @@ class Quantized(Wrapped):
         self.tensors = tensors
 
     def typed_metadata(self) -> dict[str, Typed]:
-        """The source's, and how llama.cpp calls such a file."""
-        import gguf  # which loading does not need
+        """The source's metadata, with llama.cpp's name for such a file."""
+        import gguf  # not needed for loading
 
         mix = gguf.LlamaFileType[f"MOSTLY_{_FILE_TYPES.get(self.format, self.format)}"]
         version = Typed(gguf.GGML_QUANT_VERSION, "uint32")
@@ -88,7 +87,7 @@ class Quantized(Wrapped):
         return self.source.typed_metadata() | stated
 
     def read_into(self, info: TensorInfo, out: np.ndarray, start: int = 0) -> None:
-        """As `ModelSource.read_into`; where a tensor is quantized, whole rows only."""
+        """As `ModelSource.read_into`, but only whole rows of a quantized tensor."""
         original = self._originals.get(info, info)
         if original.format == info.format:
             self.source.read_into(original, out, start)
@@ -120,16 +119,17 @@ class Quantized(Wrapped):
 
 
 def plain_numbers(stored: np.ndarray, format: str) -> np.ndarray:
-    """float32 of F32, F16 or BF16, an element a weight."""
+    """The float32 values of F32, F16 or BF16 weights, one element each."""
     if format == "BF16":
         return (stored.astype(np.uint32) << 16).view(np.float32)
     return stored.astype(np.float32, copy=False)
 
 
 def stored_numbers(values: np.ndarray, format: str) -> np.ndarray:
-    """float32 as F32, F16 or BF16, rounded to the nearest: uint8 [..., bytes]. ValueError for what F16 cannot hold."""
+    """float32 values stored as F32, F16 or BF16, rounded to nearest: uint8 [..., bytes]. ValueError for values beyond F16's
+    range."""
     if format == "F16" and not (np.isfinite(values).all() and np.abs(values).max(initial=0) <= 65504):
-        raise ValueError("holds values that half precision has not")
+        raise ValueError("holds values beyond half precision")
     if format == "BF16":
         bits = values.view(np.uint32)
         return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype("<u2").view(np.uint8)

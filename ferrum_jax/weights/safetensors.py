@@ -1,8 +1,8 @@
 """Parses and checks the header of one safetensors file without trusting a byte of it.
 
-The idea: whatever could cost memory or time (the header's length, the number of its objects and commas) is compared with
-the file and with limits far above any real model before it is parsed; then every tensor must fill exactly the bytes that
-its dtype and shape ask for, and the tensors together all of the file.
+The idea: whatever could cost memory or time (the header's length, the number of its objects and commas) is compared with the
+file and with limits far above any real model before parsing; then every tensor must fill exactly the bytes that its dtype and
+shape require, and all tensors together the whole file.
 
 Layout (https://github.com/huggingface/safetensors#format): uint64 length of the header; the header, a JSON object {name:
 {"dtype", "shape", "data_offsets": [begin, end]}, "__metadata__": {text: text}}; the data, row-major, little-endian.
@@ -42,8 +42,8 @@ _OTHER_FORMATS = (
 
 
 def parse_header(path: Path, fd: int, file_size: int, *, header_only: bool = False) -> dict[str, TensorInfo]:
-    """The tensors of the open file `fd` by name; `format` is their dtype as the file spells it ("BF16"). Tensor data are
-    not touched, and need not be there with `header_only`.
+    """The tensors of the open file `fd` by name; `format` is their dtype as the file spells it ("BF16"). Tensor data are not
+    read, and with `header_only` need not be there.
 
     Raises ModelFileError for anything damaged.
     """
@@ -61,7 +61,7 @@ def parse_header(path: Path, fd: int, file_size: int, *, header_only: bool = Fal
                 raise error(f"this is not a safetensors file: {meaning}")
         if length > MAX_HEADER_BYTES:
             raise error(f"the header claims {length} bytes; at most {MAX_HEADER_BYTES} are allowed")
-        raise error(f"this is not a safetensors file: {head[:16]!r} is no length and the beginning of a JSON object")
+        raise error(f"this is not a safetensors file: {head[:16]!r} is not a length followed by a JSON object")
     if 8 + length > file_size:
         raise error(f"the header claims {length} bytes, but the file ends after {file_size}: it is truncated")
     raw = os.pread(fd, length, 8)
@@ -99,7 +99,7 @@ def _tensor(path: Path, name: str, entry: Any, data_start: int) -> TensorInfo:
         return ModelFileError(f"{path}: tensor {name!r} {problem}")
 
     if any(0xD800 <= ord(letter) < 0xE000 for letter in name):
-        raise ModelFileError(f"{path}: the name {name.encode(errors='replace')!r} of a tensor is no text")
+        raise ModelFileError(f"{path}: the name {name.encode(errors='replace')!r} of a tensor is not text")
     if not isinstance(entry, Mapping) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise error("must have the keys dtype, shape and data_offsets and no others")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]

@@ -1,10 +1,10 @@
-"""What a quantization_config says about packed matrices: `scheme_of`.
+"""`scheme_of`: what a quantization_config says about packed matrices.
 
-The one idea is that of families/keys.py: every key is read here, or says how the numbers were found and not what they are, or
-is neutral; any other is refused by name, inside groups as well.
+The one idea is that of families/keys.py: every key is either read here, or says only how the quantized values were found and
+not what they are, or is neutral; any other is refused by name, also inside groups.
 
-Sources: AutoGPTQ and GPTQModel (`gptq` stores the zero point less one, `gptq_v2` as it is; GPTQModel 5 says `format` and
-`method` beside `checkpoint_format` and `quant_method`), AutoAWQ (`gemm`), and compressed-tensors' `pack-quantized`.
+Sources: AutoGPTQ and GPTQModel (`gptq` stores the zero point minus one, `gptq_v2` unchanged; GPTQModel 5 writes `format` and
+`method` in addition to `checkpoint_format` and `quant_method`), AutoAWQ (`gemm`), and compressed-tensors' `pack-quantized`.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import Any
 from ferrum_jax.errors import UnsupportedModelError
 from ferrum_jax.families.keys import Keys, is_neutral, shown
 
-SIZES = (128, 64, 32)  # weights a block, of those that pallas_kernels.blocks.groups has
-# How the numbers were found, with which program, and how others are to compute with them.
+SIZES = (128, 64, 32)  # weights per block, as in pallas_kernels.blocks.groups
+# Keys about how the values were found, by which program, and how other programs should compute with them.
 _FOUND = {
     "act_group_aware", "auto_forward_data_parallel", "backend", "batch_size", "block_name_to_quantize", "cache_block_outputs",
     "damp_auto_increment", "damp_percent", "dataset", "desc_act", "device", "disable_exllama", "do_fuse", "exllama_config",
@@ -26,7 +26,7 @@ _FOUND = {
     "modules_in_block_to_quantize", "modules_to_fuse", "modules_to_not_convert", "mse", "offload_to_disk",
     "offload_to_disk_path", "pack_impl", "pad_token_id", "parallel_packing", "static_groups", "sym", "tokenizer",
     "true_sequential", "use_cuda_fp16", "use_exllama", "v2", "v2_alpha", "zero_point",
-    # AutoRound's, where it writes the formats of the others
+    # AutoRound's keys, when it writes the others' formats
     "amp", "autoround_version", "enable_minmax_tuning", "enable_norm_bias_tuning", "enable_quanted_input",
     "gradient_accumulate_steps", "iters", "low_gpu_mem_usage", "lr", "minmax_lr", "not_use_best_mse", "nsamples", "provider",
     "quant_block_list", "scale_dtype", "seqlen", "to_quant_block_names", "train_bs",
@@ -41,8 +41,8 @@ _OF_WEIGHTS = {"observer", "observer_kwargs", "scale_dtype", "zp_dtype"}
 
 @dataclasses.dataclass(frozen=True)
 class Scheme:
-    """How a checkpoint's matrices are packed. group_size: columns that share a scale, -1 for all of a row. zero_shift:
-    what is added to stored zero points. symmetric, ordered: what the file says, believed only where it cannot be read."""
+    """How a checkpoint's matrices are packed. group_size: columns that share a scale, -1 for a whole row. zero_shift: is added
+    to stored zero points. symmetric, ordered: what the file states; used only if the tensors cannot be read."""
 
     method: str
     bits: int
@@ -57,14 +57,14 @@ class _Fields(Keys):
         return self.unsupported(key, f"{shown(self.get(key))} is not supported; supported: {known}")
 
     def only(self, key: str, known: tuple[object, ...], text: str) -> None:
-        """Refuses any value of the key but those."""
+        """Refuses any value of the key that is not in `known`."""
         value = self.get(key)
         if value is not None and not any(type(value) is type(one) and value == one for one in known):
             raise self.refuse(key, text)
 
 
 def scheme_of(content: Mapping[str, Any], where: str) -> Scheme:
-    """What a quantization_config says; `where` names it. UnsupportedModelError for what cannot be read."""
+    """The scheme that a quantization_config states; `where` names it in errors. UnsupportedModelError for other schemes."""
     keys = _Fields(content, "", where)
     method = keys.get("quant_method") or keys.get("method")
     if method is None and {"w_bit", "q_group_size"} <= content.keys():  # AutoAWQ's own file
@@ -96,7 +96,7 @@ def scheme_of(content: Mapping[str, Any], where: str) -> Scheme:
         raise keys.unsupported("checkpoint_format", "'marlin' is not supported; supported: gptq, gptq_v2")
     known = ("gptq", "gptq_v2") if method == "gptq" else ("gemm",)
     stated = known[0]
-    for key in ("version", "format", "checkpoint_format"):  # where they contradict each other the last counts
+    for key in ("version", "format", "checkpoint_format"):  # if they contradict each other, the last counts
         value = keys.get(key)
         if value is not None and (not isinstance(value, str) or value.lower() not in known):
             raise keys.refuse(key, ", ".join(known))
@@ -140,7 +140,7 @@ def _compressed_tensors(keys: _Fields) -> Scheme:
     weights.ignore("group_size", *_OF_WEIGHTS)
     weights.judge(_REFUSED)
     group.judge(_REFUSED)
-    for key in ("sparsity_config", "transform_config"):  # {"format": "dense"}, {"config_groups": {}}: none
+    for key in ("sparsity_config", "transform_config"):  # {"format": "dense"} and {"config_groups": {}} mean none
         value = keys.get(key)
         if not is_neutral(value) and not (
             isinstance(value, Mapping)

@@ -1,9 +1,8 @@
-"""What every checkpoint offers, whatever it is stored as: `ModelSource`.
+"""`ModelSource`: the interface of every checkpoint, however it is stored.
 
-The one idea: a checkpoint is a table of tensors under the names of GGUF files, each in a block
-format, and a way to read their bytes. A GGUF file is that already; a Hugging Face directory is read as if it were, with
-experts stacked and foreign packings repacked while they are read. So whatever loads, describes or converts a model knows
-one kind of thing.
+The one idea: a checkpoint is a table of tensors with the names of GGUF files, each in a block format, and a way to read their
+bytes. A GGUF file is exactly that; a Hugging Face directory is presented in the same way, with experts stacked and foreign
+packings repacked while they are read. So code that loads, describes or converts a model handles one kind of object.
 """
 
 from __future__ import annotations
@@ -23,16 +22,16 @@ if TYPE_CHECKING:
     from ferrum_jax.tokenizer import Tokenizer
 
 MARKER = "ferrum_jax.json"
-"""The file by which a directory that ferrum_jax wrote is told from one of Hugging Face."""
+"""The file that distinguishes a directory written by ferrum_jax from a Hugging Face directory."""
 
 
 class ModelSource(Protocol):
     """An open checkpoint, its headers checked; a context manager that closes its files.
 
-    path: the (first) file, or the directory; parts: all files with tensors. metadata: facts about the model under the
-    keys of GGUF, `general.architecture` and `general.name` among them where known. tensors: by the names of the family's table.
-    is_gguf: rows are in the order of GGUF files, and norms and routers in the formats that llama.cpp reads. checks_scales:
-    reading blocks finds scales that are not finite.
+    path: the (first) file, or the directory; parts: all files with tensors. metadata: facts about the model under the keys of
+    GGUF, with `general.architecture` and `general.name` if known. tensors: by the names of the family's table. is_gguf: rows
+    are in the order of GGUF files, and norms and routers in the formats that llama.cpp reads. checks_scales: reading blocks
+    detects scales that are not finite.
     """
 
     @property
@@ -60,20 +59,20 @@ class ModelSource(Protocol):
 
     @property
     def tokenizer_directory(self) -> Path:
-        """Where the files of its tokenizer lie, if its metadata hold none."""
+        """The directory of its tokenizer files, if the metadata hold no tokenizer."""
         ...
 
     @property
     def tensor_bytes(self) -> int:
-        """Bytes of all tensors, as reading them gives."""
+        """Bytes of all tensors as they are read."""
         ...
 
     def config(self) -> ModelConfig:
-        """What the model is, a decoder. Raises ModelFileError or UnsupportedModelError naming the key."""
+        """The configuration of a decoder. Raises ModelFileError or UnsupportedModelError naming the key."""
         ...
 
     def encoder(self) -> EncoderConfig | None:
-        """What the model is where it is an encoder (BERT), else None. Raises as `config`."""
+        """The configuration of an encoder (BERT), or None for a decoder. Raises like `config`."""
         ...
 
     def tokenizer(self) -> Tokenizer:
@@ -81,23 +80,23 @@ class ModelSource(Protocol):
         ...
 
     def typed_metadata(self) -> dict[str, Typed]:
-        """The metadata with the types that they have in GGUF files; of a source that has no such types its texts alone."""
+        """The metadata with their types in GGUF files; only the texts if the source has no such types."""
         ...
 
     def own_name(self, name: str) -> str:
-        """What the checkpoint itself calls the tensor `name`; for errors."""
+        """The checkpoint's own name for the tensor `name`, for error messages."""
         ...
 
     def read_into(self, info: TensorInfo, out: np.ndarray, start: int = 0) -> None:
         """Fills the contiguous uint8 array `out` with the bytes [start, start + out.nbytes) of the tensor.
 
-        Raises ModelFileError when the file has become shorter or is a header alone, ValueError for an unfit array or
-        range or a closed file.
+        Raises ModelFileError if the file has become shorter or is only a header, ValueError for an unsuitable array or range or
+        a closed file.
         """
         ...
 
     def packed(self, info: TensorInfo, memory_layout: str) -> tuple[np.ndarray, ...] | None:
-        """The planes of a tensor's blocks, [*experts, *plane] each, where they are stored in that memory layout."""
+        """The planes of a tensor's blocks, [*experts, *plane] each, if they are stored in that memory layout, else None."""
         ...
 
     def read(self, info: TensorInfo) -> np.ndarray:

@@ -1,7 +1,7 @@
-"""One matrix or two: whether the output of a checkpoint is its embedding, decided by what is stored.
+"""Whether the output matrix of a checkpoint is its embedding, decided by the stored numbers.
 
-The idea: a tensor is passed over only after it was compared. As transformers does, an output matrix that holds other numbers
-than the embedding is the output, whatever config.json says; one that holds the same numbers is stored once.
+The idea: a tensor is dropped only after it was compared. As in transformers, an output matrix that differs from the embedding
+is used, whatever config.json says; one that is equal is kept only once.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ _RUN = 1 << 20  # weights at a time
 
 
 def same_numbers(first: TensorInfo, fill_first: Fill, second: TensorInfo, fill_second: Fill) -> bool:
-    """Whether two tensors have one shape and hold the same numbers: in F32, F16 or BF16 those that they stand for, in other
-    formats the same bytes of the same format. Reading ends at the first difference."""
+    """Whether two tensors have the same shape and numbers. F32, F16 and BF16 are compared by value, other formats by format and
+    bytes. Reading ends at the first difference."""
     plain = first.format in PLAIN and second.format in PLAIN
     if first.shape != second.shape or not (plain or first.format == second.format) or first.order or second.order:
         return False
@@ -43,7 +43,7 @@ def same_numbers(first: TensorInfo, fill_first: Fill, second: TensorInfo, fill_s
 
 
 def tie(source: ModelSource, tensors: dict[str, TensorInfo]) -> None:
-    """Drops the output matrix from the `tensors` of an open checkpoint where it is a copy of the embedding."""
+    """Drops the output matrix from the `tensors` of an open checkpoint if it is a copy of the embedding."""
     output, embedding = (tensors.get(name) for name in ("output.weight", "token_embd.weight"))
     if output and embedding and same_numbers(output, source.read_into, embedding, source.read_into):
         del tensors["output.weight"]

@@ -1,4 +1,4 @@
-"""A checkpoint read through another: the base of sources that change matrices while they are read."""
+"""The base of sources that read another checkpoint and change its matrices on the way."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Wrapped(Opened):
-    """As `source` in everything; whoever derives from it has other `tensors` or another `read_into`."""
+    """Behaves like `source` in everything; a subclass changes `tensors` or `read_into`."""
 
     def __init__(self, source: ModelSource) -> None:
         self.source, self.path, self.parts = source, source.path, source.parts
@@ -54,14 +54,14 @@ class Wrapped(Opened):
 
 
 def innermost(source: ModelSource) -> ModelSource:
-    """The checkpoint itself."""
+    """The wrapped checkpoint itself."""
     while isinstance(source, Wrapped):
         source = source.source
     return source
 
 
 def whole_rows(info: TensorInfo, start: int, nbytes: int, width: int) -> range:
-    """The rows of `width` bytes that the bytes [start, start + nbytes) are. ValueError where they are no whole ones."""
+    """The rows of `width` bytes at [start, start + nbytes). ValueError if these are not whole rows."""
     if start % width or nbytes % width:
-        raise ValueError(f"bytes [{start}, {start + nbytes}) of tensor {info.name!r} are no whole rows of {width}")
+        raise ValueError(f"bytes [{start}, {start + nbytes}) of tensor {info.name!r} are not whole rows of {width}")
     return range(start // width, (start + nbytes) // width)

@@ -1,15 +1,15 @@
-"""What comes between the projections of a layer and its attention: heads normed and rotated, keys and values cached.
+"""The step between a layer's projections and its attention: heads are normalized and rotated, keys and values cached.
 
 Contract of `append(q, k, v, cache, layer, kv_slots, rope, q_norm, k_norm, eps)`:
 
 * `q` [tokens, q_heads, head_dim], `k`, `v` [tokens, kv_heads, head_dim], float32, as projected.
 * `rope`: cos and sin, float32 [tokens, 1, rope_dim / 2]: value i of a head turns with value i + rope_dim / 2, values from
-  rope_dim on stay (half-split layout; arXiv 2104.09864).
+  rope_dim on do not change (half-split layout; arXiv 2104.09864).
 * `q_norm`, `k_norm`: None, or (weights float32 [n, head_dim], int32 scalar item): RMSNorm over each head before rotation
   with that item of the vectors, `eps` inside the root (arXiv 1910.07467).
-* `cache`, `layer`, `kv_slots`: as `KVCache.write`; the cache is updated in place where it was donated.
-* result: q normed and rotated, float32, and the cache with k (normed, rotated) and v written.
-* derivatives: with respect to q, k, v, the norms and, where it holds floats, the cache.
+* `cache`, `layer`, `kv_slots`: as `KVCache.write`; the cache is updated in place if it was donated.
+* result: q normalized and rotated, float32, and the cache with k (normalized, rotated) and v written.
+* derivatives: with respect to q, k, v, the norms and, if it holds floats, the cache.
 """
 
 from __future__ import annotations

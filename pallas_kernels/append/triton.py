@@ -1,4 +1,4 @@
-"""Norm, rotation and cache write as one GPU kernel: a program a token and head, keys and values stored where they stay."""
+"""Norm, rotation and cache write as one GPU kernel: one program per token and head stores keys and values in the cache."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pallas_kernels.paged_attention import KVCache
 
 
 def refuses(case: Case) -> str | None:
-    """None where the kernel serves the case."""
+    """None if the kernel serves the case, else the reason."""
     if case.target.capability < (8, 0):
         return f"needs a GPU of compute capability 8.0 or more, not {case.target}"
     return None if case.format in ("float32", "bfloat16", "float16") else f"a {case.format} cache is written by XLA"

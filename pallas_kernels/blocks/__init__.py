@@ -1,8 +1,8 @@
 """The block formats: what the bytes of a compressed matrix mean, and their exact unpacking in jnp.
 
-One file a family of formats describes its layout and decodes it; `FORMATS` is the table of ggml's, `GROUPS` of those that
-other checkpoints are repacked into, `format_of` finds either. Unpacking is bit-exact (see format.py) and plain elementwise
-jnp, so it fuses into whatever jitted step it is called from.
+One file per family of formats describes their layout and decodes them. `FORMATS` is the table of ggml's formats, `GROUPS` of
+those that other checkpoints are repacked into; `format_of` finds either. Unpacking is bit-exact (see format.py) and plain
+elementwise jnp, so it fuses into the jitted step that calls it.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ BY_TYPE_ID: dict[int, BlockFormat] = {known.type_id: known for known in _ALL}
 
 
 def format_of(name: str) -> BlockFormat:
-    """The format of that name, a key of `FORMATS` or of `GROUPS`; ValueError where there is none."""
+    """The format of that name, a key of `FORMATS` or of `GROUPS`; ValueError if there is none."""
     known = FORMATS.get(name) or GROUPS.get(name)
     if known is None:
         raise ValueError(f"unknown block format {name!r}; known are {', '.join((*FORMATS, *GROUPS))}")
@@ -64,16 +64,16 @@ def _unpack(raw: jax.Array, name: str) -> jax.Array:
 def unpack(raw: jax.Array | np.ndarray, format: str) -> jax.Array:
     """The weights of compressed rows, exactly as ggml defines them.
 
-    raw: uint8 [..., bytes], whole blocks in file order, for every format (F32, F16 and BF16 too: little-endian).
-    format: a key of `FORMATS` (ggml's name) or of `GROUPS`. Returns float32 [..., weights]. May be traced.
-    ValueError: unknown format, another dtype, or bytes that are no whole number of blocks.
+    raw: uint8 [..., bytes], whole blocks in file order, for every format (F32, F16 and BF16 too: little-endian). format: a key
+    of `FORMATS` (ggml's name) or of `GROUPS`. Returns float32 [..., weights]. May be traced. ValueError: unknown format,
+    another dtype, or bytes that do not fill whole blocks.
     """
     known = format_of(format)
     if raw.dtype != jnp.uint8:
         raise ValueError(f"{format}: unpack takes the bytes of the blocks as uint8, not {raw.dtype}")
     if raw.ndim == 0 or raw.shape[-1] % known.block_bytes:
         raise ValueError(
-            f"{format}: an array of shape {raw.shape} is no run of whole blocks; "
+            f"{format}: an array of shape {raw.shape} does not consist of whole blocks; "
             f"its last axis must be a multiple of {known.block_bytes} bytes"
         )
     return _unpack(raw, format)

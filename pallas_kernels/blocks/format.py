@@ -1,15 +1,15 @@
-"""What a ggml block format is, and the few byte operations that every decoder is made of.
+"""`BlockFormat`, and the few byte operations that every decoder is made of.
 
-A row of a compressed matrix is a run of blocks; a block holds `block_size` weights in `block_bytes` bytes: small
-integers and the scales that make weights of them. A decoder cuts a block into *pieces*: equally wide runs of
-consecutive weights whose bytes and scales are static slices of the block. It computes each piece with plain
-elementwise arithmetic and stacks them (`join`). XLA then emits one dense, vectorised loop for each piece; on CPU that
-is 4 to 6 times faster for K-quants than shifting and reshaping the whole block at once.
+A row of a compressed matrix is a run of blocks; a block holds `block_size` weights in `block_bytes` bytes: small integers and
+the scales that turn them into weights. A decoder cuts a block into *pieces*: equally wide runs of consecutive weights whose
+bytes and scales are static slices of the block. It computes each piece with plain elementwise arithmetic and stacks them
+(`join`). XLA then emits one dense, vectorized loop for each piece; on CPU that is 4 to 6 times faster for K-quants than
+shifting and reshaping the whole block at once.
 
-Every decoder here is exact. A product of a half-precision scale (11 significant bits) with the integers of its format
-has at most 24 significant bits and, where finite and not zero, lies between 2^-30 and 2^30, so it is a float32 without
-rounding, in any order of multiplication. Formats with an offset add a second such product: one rounding, the same with
-or without a fused multiply-add. Each file states its widths; fp4.py, whose scales reach further, what it does instead.
+Every decoder here is exact. A product of a half-precision scale (11 significant bits) with the integers of its format has at
+most 24 significant bits and, if it is finite and not zero, lies between 2^-30 and 2^30, so it is a float32 without rounding, in
+any order of multiplication. Formats with an offset add a second such product: one rounding, the same with or without a fused
+multiply-add. Each file states its widths of bits; fp4.py, whose scales have a wider range, states what it does instead.
 """
 
 from __future__ import annotations
@@ -31,12 +31,9 @@ class BlockFormat:
     """One ggml tensor type: its layout in bytes and the function that unpacks it.
 
     Attributes:
-      name: as ggml names it, such as "Q4_K".
-      type_id: ggml's number of the type, as GGUF files store it.
-      block_size: weights a block.
-      block_bytes: bytes a block.
-      decode: stored array [..., stored_width(weights)] of dtype `storage` -> float32 [..., weights].
-      storage: dtype of the array kept on the device: bytes, or one element a weight where the type is such.
+      name: ggml's name, such as "Q4_K". type_id: ggml's number of the type, as GGUF files store it. block_size: weights per
+      block. block_bytes: bytes per block. decode: stored array [..., stored_width(weights)] of dtype `storage` -> float32 [...,
+      weights]. storage: dtype of the array kept on the device: bytes, or one element per weight for the plain types.
     """
 
     name: str
@@ -47,13 +44,13 @@ class BlockFormat:
     storage: np.dtype = _BYTE
 
     def row_bytes(self, weights: int) -> int:
-        """Bytes of a row of `weights` weights; ValueError where they do not fill whole blocks."""
+        """Bytes of a row of `weights` weights; ValueError if they do not fill whole blocks."""
         if weights % self.block_size:
-            raise ValueError(f"{self.name}: a row of {weights} weights is no run of whole blocks of {self.block_size}")
+            raise ValueError(f"{self.name}: a row of {weights} weights does not consist of whole blocks of {self.block_size}")
         return weights // self.block_size * self.block_bytes
 
     def stored_width(self, weights: int) -> int:
-        """Elements of dtype `storage` that a row of `weights` weights takes; ValueError as `row_bytes`."""
+        """Elements of dtype `storage` in a row of `weights` weights; ValueError as for `row_bytes`."""
         return self.row_bytes(weights) // self.storage.itemsize
 
 
@@ -70,7 +67,7 @@ def flatten(array: jax.Array, axes: int) -> jax.Array:
 def join(pieces: Sequence[jax.Array], axes: int = 2) -> jax.Array:
     """Pieces, in the order of their weights, stacked before their last axis and flattened -> [..., weights].
 
-    A piece is [..., blocks, width], or with axes=3 [..., blocks, groups, width] where every group has all pieces.
+    A piece is [..., blocks, width], or with axes=3 [..., blocks, groups, width] if every group has all pieces.
     """
     return flatten(jnp.stack(pieces, axis=-2), axes + 1)
 
@@ -129,7 +126,7 @@ def take_half(blocks: jax.Array, start: int) -> jax.Array:
 def two_groups(first: jax.Array, second: jax.Array) -> jax.Array:
     """Scales [..., blocks, 1] of two neighboring groups of 16 weights -> [..., blocks, 32], one for each weight.
 
-    A select on the lane vectorises; jnp.repeat makes an index computation for each weight of it.
+    A select on the lane vectorizes; jnp.repeat becomes an index computation for each weight.
     """
     return jnp.where(jnp.arange(32) < 16, first, second)
 

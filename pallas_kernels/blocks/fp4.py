@@ -3,10 +3,10 @@
     MXFP4   byte e | 16 bytes q               32 weights, w = 2^(e - 128) * value[q]; laid out as in Q4_0
     NVFP4   4 bytes s | 32 bytes q            4 groups of 16, w = ue4m3(s) / 2 * value[q]
 
-`value` is twice the E2M1 number, so that it is an integer: 0, 1, 2, 3, 4, 6, 8, 12 and their negatives; its zero is
-unsigned. A group of NVFP4 has weights 0..7 in the low and 8..15 in the high four bits of its 8 bytes. Its scales are
-unsigned E4M3 (bias 7), the sign bit ignored; 0x7F is NaN in that format and counts as zero here, as ggml has it.
-Source: OCP Microscaling Formats (MX) 1.0. Widths: 1 + 2 and 4 + 2 bits.
+`value` is twice the E2M1 number, so that it is an integer: 0, 1, 2, 3, 4, 6, 8, 12 and their negatives; its zero is unsigned. A
+group of NVFP4 has weights 0..7 in the low and 8..15 in the high four bits of its 8 bytes. Its scales are unsigned E4M3 (bias
+7), the sign bit ignored; 0x7F is NaN in that format and counts as zero here, as in ggml. Source: OCP Microscaling Formats (MX)
+1.0. Widths: 1 + 2 and 4 + 2 bits.
 """
 
 import jax
@@ -24,10 +24,10 @@ def value_of(q: jax.Array) -> jax.Array:
 
 
 def times_power(value: jax.Array, exponent: jax.Array) -> jax.Array:
-    """value * 2^(exponent - 128), exponent in 0..255, also where scale or result is below the normal float32 range.
+    """value * 2^(exponent - 128), exponent in 0..255, even if the scale or the result is below the normal float32 range.
 
-    Backends flush subnormal operands and results of float arithmetic to zero, so exponents 0 and 1 take integers: the
-    bits of the result are its exponent field added to the bits of `value`, or, subnormal, a multiple of 2^-149.
+    Backends flush subnormal operands and results of float arithmetic to zero, so exponents 0 and 1 are computed with integers:
+    the bits of the result are its exponent field added to the bits of `value`, or, if subnormal, a multiple of 2^-149.
     """
     scale = lax.bitcast_convert_type(jnp.maximum(exponent - 1, 1) << 23, jnp.float32)
     normal = scale * to_float(value)

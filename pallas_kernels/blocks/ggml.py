@@ -1,5 +1,4 @@
-"""Layout "ggml": blocks as the file has them, one array [*stack, rows, stored width]. What CPUs read, and what every
-format has."""
+"""Layout "ggml": blocks as in the file, one array [*stack, rows, stored width]. CPUs read it, and every format has it."""
 
 from __future__ import annotations
 
@@ -13,7 +12,7 @@ NAME = "ggml"
 
 
 def fits(format: str, n: int, k: int) -> str | None:
-    """Always None: every matrix of a file is in this memory layout."""
+    """Always None: every matrix of a file fits this memory layout."""
     return None
 
 
@@ -24,7 +23,7 @@ def plane_shapes(format: str, n: int, k: int) -> tuple[jax.ShapeDtypeStruct, ...
 
 
 def pack(stored: jax.Array, format: str) -> tuple[jax.Array, ...]:
-    """The blocks as they are."""
+    """The blocks, unchanged."""
     return (stored,)
 
 
@@ -45,5 +44,5 @@ def rows(
 
 def gather(planes: tuple[jax.Array, ...], ids: jax.Array) -> tuple[jax.Array, ...]:
     """The planes of the rows `ids` [t] of one matrix."""
-    # Two at least: XLA on TPU would copy the whole array into another layout to take one row of it.
+    # At least two rows: to take a single one, XLA on TPU would copy the whole array into another layout.
     return (planes[0][jnp.pad(ids, (0, 1))][:-1],) if ids.shape[0] == 1 else (planes[0][ids],)

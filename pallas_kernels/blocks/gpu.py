@@ -1,16 +1,15 @@
 """Layout "gpu": planes of 16- and 32-bit words whose order is the one in which tensor cores hold a matrix in registers.
 
-A matrix [n, k] keeps one row after the other. A row is cut into units of 256 weights (128 or 64 where k asks for it),
-a unit of 64 G weights into G groups of 64, a group into four pieces of 16. Four weights that have the same place in the
-four pieces of a group share a word of the plane of nibbles, piece p at bits 4 p, and the words of a unit are ordered so
-that one thread of an m16n8k16 operand (it holds slots 2 j, 2 j + 1, 2 j + 8, 2 j + 9 of every sixteen, j = lane % 4)
-gets weights of one group only when G is 4: it then unpacks one set of scales for 64 weights. `ordered` is that order,
-and the kernels take activations in it.
+A matrix [n, k] keeps one row after the other. A row is cut into units of 256 weights (128 or 64 if k requires it), a unit of 64
+G weights into G groups of 64, a group into four pieces of 16. Four weights with the same place in the four pieces of a group
+share a word of the plane of nibbles, piece p at bits 4 p. The words of a unit are ordered so that, if G is 4, one thread of an
+m16n8k16 operand (it holds slots 2 j, 2 j + 1, 2 j + 8, 2 j + 9 of every sixteen, j = lane % 4) gets weights of a single group
+and unpacks one set of scales for 64 weights. `ordered` is that order, and the kernels take activations in it.
 
 Planes of a format, in this order; a row's width is given in weights:
 
-    q   uint16 [n, k/4]   the low four bits of four codes a word
-        uint16 [n, k/2]   Q8_0: two codes a word, pieces 0 and 1 of a unit's words, then pieces 2 and 3
+    q   uint16 [n, k/4]   the low four bits of four codes per word
+        uint16 [n, k/2]   Q8_0: two codes per word, pieces 0 and 1 of a unit's words, then pieces 2 and 3
     h   uint16 [n, k/16]  fifth bits: word i of a unit's 4 G words serves its words i + 4 G c, c = 0..3, at bits 4 c + p
         uint16 [n, k/8]   bits 4 and 5: word i of 32 serves words i + 32 c, c = 0..1, at bits 8 c + 2 p
     s   scales, a group of 64 weights having two (a: pieces 0 and 1, b: pieces 2 and 3), of Q6_K four:
@@ -48,11 +47,11 @@ Arrays = tuple[jax.Array, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Packing:
-    """How one format lies in the planes.
+    """How one format is stored in the planes.
 
-    bits: of a code. scale: the form of s. unit: k is a multiple of it. offset: subtracted from codes (Q4_0: 8).
-    levels: what codes stand for, where not themselves. read: blocks uint8 [n, blocks, bytes] -> codes uint8 [n, k] in
-    natural order and the planes of scales [n, any].
+    bits: of a code. scale: the form of s. unit: k is a multiple of it. offset: subtracted from codes (Q4_0: 8). levels: what
+    the codes stand for, if not for themselves. read: blocks uint8 [n, blocks, bytes] -> codes uint8 [n, k] in natural order and
+    the planes of scales [n, any].
     """
 
     bits: int
@@ -125,7 +124,7 @@ def _fifths(blocks: jax.Array, start: int) -> jax.Array:
 
 
 def _halves(blocks: jax.Array, start: int) -> jax.Array:
-    """One half a block of 32, two blocks a word."""
+    """One half per block of 32, two blocks per word."""
     return _words(_rows(_bytes(blocks, start, 2)), jnp.uint32)
 
 
@@ -216,11 +215,11 @@ PACKINGS = {
 
 
 def fits(format: str, n: int, k: int) -> str | None:
-    """None where a matrix [n, k] can be packed; else the reason in words."""
+    """None if a matrix [n, k] can be packed, else the reason in words."""
     if format not in PACKINGS:
         return f"{format} has no GPU memory layout"
     unit = PACKINGS[format].unit
-    return f"rows of {k} weights are no multiple of {unit}" if k % unit else None
+    return f"rows of {k} weights are not a multiple of {unit}" if k % unit else None
 
 
 def plane_shapes(format: str, n: int, k: int) -> tuple[jax.ShapeDtypeStruct, ...]:
@@ -291,12 +290,13 @@ def _octets(words: jax.Array) -> jax.Array:
 
 
 def _half_pairs(words: jax.Array) -> jax.Array:
-    """The two halves in words [...] as float32 [..., 2]. By shifts: XLA merges chains of bitcasts into impossible ones."""
+    """The two halves in words [...] as float32 [..., 2]. Computed by shifts, because XLA merges chains of bitcasts into
+    impossible ones."""
     return half_to_float32(spread(words, 2, 16).astype(jnp.uint16))
 
 
 def _scales(form: str, planes: Arrays) -> tuple[jax.Array, jax.Array | None]:
-    """Scale and, where the format has one, offset of every piece: float32 [n, groups, 4]."""
+    """The scale and, if the format has one, the offset of every piece: float32 [n, groups, 4]."""
     words = planes[0]
     n = words.shape[0]
     if form in ("halves", "pairs"):

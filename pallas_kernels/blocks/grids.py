@@ -1,4 +1,4 @@
-"""What the IQ1, IQ2 and IQ3 formats share: rows of a grid, signs, and their spreading over the weights.
+"""What the IQ1, IQ2 and IQ3 formats share: looking up rows of a grid, and applying signs to the weights.
 
 A row of a grid gives the magnitudes of 8 (IQ3: 4) neighboring weights. It is stored as one integer of codes
 (tables.py), so a gather fetches one number for 8 weights, and shifts do the rest.

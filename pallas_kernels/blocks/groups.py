@@ -1,12 +1,12 @@
-"""Groups of whole-number weights under one scale and one zero point: what GPTQ, AWQ and compressed-tensors checkpoints hold.
+"""Groups of integer weights with one scale and one zero point, as in GPTQ, AWQ and compressed-tensors checkpoints.
 
     U4_<size>_<scale>   scale | 1 byte z  | size / 2 bytes      w = scale * (q - z)        8 to 24 + 5 bits
     U8_<size>_<scale>   scale | 2 bytes z | size bytes          w = scale * (q - z)        8 to 24 + 9 bits
 
-`size` weights share a scale of type F16, BF16 or F32; q is unsigned, z from 0 to 2^bits. Of 4 bits each run of 32 weights
-has 16 bytes as in Q4_0: byte j holds its weight j in the low and its weight j + 16 in the high half. An F16 or BF16 scale
-gives exact products; an F32 one rounds once. These are no ggml types: they have no type id, and checkpoints are repacked
-into them while they are read.
+`size` weights share a scale of type F16, BF16 or F32; q is unsigned, z from 0 to 2^bits. With 4 bits each run of 32 weights has
+16 bytes as in Q4_0: byte j holds its weight j in the low and its weight j + 16 in the high half. An F16 or BF16 scale gives
+exact products; an F32 one rounds once. These are not ggml types and do not have a type id; checkpoints are repacked into them
+while they are read.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""IQ4_NL and IQ4_XS: 4 bits a weight that name one of 16 unevenly spaced levels.
+"""IQ4_NL and IQ4_XS: 4 bits per weight select one of 16 unevenly spaced levels.
 
     IQ4_NL   half d | 16 bytes q                               w = d * level[q]                  11 + 7 bits
     IQ4_XS   half d | 2 bytes sh | 4 bytes sl | 128 bytes q    w = d * (scale - 32) * level[q]   11 + 5 + 7 bits
@@ -17,7 +17,7 @@ LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 1
 
 
 def level(index: jax.Array) -> jax.Array:
-    """LEVELS[index], index in 0..15, by selects and a shift: they vectorise where a gather would not."""
+    """LEVELS[index], index in 0..15, by selects and a shift, which vectorize (a gather would not)."""
     words = [sum((LEVELS[4 * w + i] & 255) << (8 * i) for i in range(4)) for w in range(4)]
     lower = jnp.where(index < 4, jnp.uint32(words[0]), jnp.uint32(words[1]))
     upper = jnp.where(index < 12, jnp.uint32(words[2]), jnp.uint32(words[3]))

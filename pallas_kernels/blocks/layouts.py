@@ -1,8 +1,8 @@
-"""How compressed matrices lie in the memory of a device.
+"""How compressed matrices are arranged in the memory of a device.
 
 A memory layout is a module: `fits` says whether it can hold a matrix, `pack` makes its planes from the blocks of a file (on the
-device, while loading), `decode` makes exact float32 of them again. The kernels of a target read one of them; plain XLA
-reads all of them, through `unpack_rows`.
+device, while loading), and `decode` turns them into exact float32. The kernels of a target read one layout; plain XLA reads all
+of them, through `unpack_rows`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ LAYOUTS: dict[str, Any] = _PLAIN | {name + SUFFIX: Ordered(module) for name, mod
 
 
 def choose(format: str, rows: int, columns: int, target: Target) -> str:
-    """The memory layout in which the kernels of `target` want such a matrix; "ggml" where they have none for it."""
+    """The memory layout in which the kernels of `target` read such a matrix; "ggml" if they do not support it."""
     if target.platform == "gpu" and target.capability >= (8, 0):
         memory_layout = "gpu"
     elif target.platform == "tpu":

@@ -1,7 +1,7 @@
-"""The operand of every weight operation: a compressed matrix where it lies.
+"""The operand of every weight operation: a compressed matrix inside its stack.
 
-Matrices of many layers (and experts) share stacked arrays, and nobody slices one out: a `Matrix` is those whole arrays
-and the index of the one meant, and only the operation that reads its blocks combines the two.
+Matrices of many layers (and experts) share stacked arrays, and none is ever sliced out: a `Matrix` consists of the whole arrays
+and an index, which only the operation that reads the blocks applies.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from . import format_of
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Matrix:
-    """W [rows, columns], or one for each expert where one more stack axis remains than `index` has scalars.
+    """W [rows, columns], or one for each expert if one stack axis more remains than `index` has scalars.
 
     planes: arrays [*stack, *plane]: the memory layout says what a plane holds (see layouts.py); in "ggml" there is
     one array of the format's `storage`, [*stack, rows, stored_width(columns)]. index: int32 scalars for the leading axes

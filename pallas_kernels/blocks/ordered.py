@@ -1,8 +1,8 @@
 """Any memory layout with its columns in another order: one more plane says which column of the matrix each stored column is.
 
-GPTQ with `desc_act` sorts columns by activation before it cuts them into groups. Stored so, the groups stay runs of columns
-and every block format fits; what is left to do is to take the columns of x in that order (`natural`, `natural_rows`), one
-gather of activations in front of any kernel, which then sees an ordinary matrix.
+GPTQ with `desc_act` sorts columns by activation before it cuts them into groups. Stored in that order, groups are runs of
+columns and every block format fits. Then only the columns of x must be taken in that order (`natural`, `natural_rows`): one
+gather of activations before any kernel, which then gets an ordinary matrix.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ SUFFIX = "+order"
 
 
 class Ordered:
-    """The memory layout `inner` with the plane `order` int32 [columns] after its own: stored column c is column order[c]."""
+    """The memory layout `inner` with the additional plane `order` int32 [columns] at the end: stored column c is column
+    order[c]."""
 
     def __init__(self, inner: ModuleType) -> None:
         self.NAME, self.inner = inner.NAME + SUFFIX, inner
@@ -49,12 +50,12 @@ class Ordered:
 
 
 def is_ordered(matrix: Matrix) -> bool:
-    """Whether the columns of the matrix lie in another order."""
+    """Whether the columns of the matrix are stored in another order."""
     return matrix.memory_layout.endswith(SUFFIX)
 
 
 def natural(x: jax.Array, matrix: Matrix) -> tuple[jax.Array, Matrix]:
-    """x [m, k] and the matrix as an ordinary one, of the same product."""
+    """x [m, k] and the matrix as an ordinary one, with the same product."""
     if not is_ordered(matrix):
         return x, matrix
     return _apart(x[:, matrix.planes[-1][matrix.index]]), _stored(matrix)
@@ -71,7 +72,7 @@ def natural_rows(x: jax.Array, group_sizes: jax.Array, matrix: Matrix) -> tuple[
 
 
 def _apart(x: jax.Array) -> jax.Array:
-    """x, which XLA may not merge with what comes after: on CPU it has no product of bfloat16 with gathered columns."""
+    """x with a barrier, so that XLA does not merge the gather into the product: on CPU it cannot multiply gathered bfloat16."""
     return lax.optimization_barrier(x)
 
 

@@ -1,7 +1,7 @@
-"""F32, F16, BF16: one number a weight, no blocks.
+"""F32, F16, BF16: one number per weight, without blocks.
 
-F16 and BF16 are kept on the device as their 16 bits: XLA on CPU widens whole bfloat16 arrays behind one's back, and
-some backends cannot load float16. bfloat16 is the upper half of a float32, so decoding it is a shift.
+F16 and BF16 are kept on the device as their 16 bits: XLA on CPU silently widens whole bfloat16 arrays, and some backends cannot
+load float16. bfloat16 is the upper half of a float32, so decoding it is a shift.
 """
 
 import jax

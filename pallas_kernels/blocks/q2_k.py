@@ -2,8 +2,8 @@
 
     16 bytes s | 64 bytes q | half d | half dmin        w = d * scale * q - dmin * offset
 
-Byte i of s holds the scale (low) and the offset (high) of group i. The first 128 weights take 32 bytes of q: weights
-32 k + j, k = 0..3, are bits 2 k, 2 k + 1 of byte j. Widths: 11 + 4 + 2 and 11 + 4 bits, one rounding.
+Byte i of s holds the scale (low) and the offset (high) of group i. The first 128 weights have 32 bytes of q: weights 32 k + j,
+k = 0..3, are bits 2 k, 2 k + 1 of byte j. Widths: 11 + 4 + 2 and 11 + 4 bits, one rounding.
 """
 
 import jax

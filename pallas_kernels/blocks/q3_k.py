@@ -2,9 +2,9 @@
 
     32 bytes h | 64 bytes q | 12 bytes s | half d        w = d * (scale - 32) * (q + 4 h - 4)
 
-The low two bits lie as in Q2_K; the third bit of weight 32 r + j is bit r of byte j of h. Scale i has its low four
-bits in byte i % 8 of s (upper nibble from i = 8 on) and its high two in bits 2 (i / 4) of byte 8 + i % 4.
-Widths: 11 + 5 + 2 bits (-32 and -4 are powers of two).
+The low two bits are stored as in Q2_K; the third bit of weight 32 r + j is bit r of byte j of h. Scale i has its low four bits
+in byte i % 8 of s (upper nibble from i = 8 on) and its high two in bits 2 (i / 4) of byte 8 + i % 4. Widths: 11 + 5 + 2 bits
+(-32 and -4 are powers of two).
 """
 
 import jax

@@ -3,7 +3,7 @@
     Q5_0   half d | 4 bytes h | 16 bytes          w = d * (q - 16)     11 + 4 bits
     Q5_1   half d | half m | 4 bytes h | 16 bytes w = d * q + m        11 + 5 bits, one rounding
 
-The low four bits lie as in Q4_0; the fifth bit of weight j is bit j of the 32-bit word h.
+The low four bits are stored as in Q4_0; the fifth bit of weight j is bit j of the 32-bit word h.
 """
 
 import jax

@@ -2,8 +2,8 @@
 
     half d | half dmin | 12 bytes s | 32 bytes h | 128 bytes q        w = d * scale * q - dmin * offset
 
-The low four bits lie as in Q4_K; the fifth bit of weight j of a group is bit `group` of byte j of h.
-Widths: 11 + 6 + 5 and 11 + 6 bits, one rounding.
+The low four bits are stored as in Q4_K; the fifth bit of weight j of a group is bit `group` of byte j of h. Widths: 11 + 6 + 5
+and 11 + 6 bits, one rounding.
 """
 
 import jax

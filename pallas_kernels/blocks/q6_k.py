@@ -2,9 +2,9 @@
 
     128 bytes l | 64 bytes h | 16 int8 s | half d        w = d * scale * (q - 32)
 
-The first 128 weights take 64 bytes of l and 32 of h, the others the rest. In a half, of weight 32 k + j (k = 0..3) the
-low four bits are in byte 32 (k % 2) + j of l, in its upper half from k = 2 on, and the high two are bits 2 k, 2 k + 1
-of byte j of h. Widths: 11 + 7 + 5 bits (-128 and -32 are powers of two).
+The first 128 weights have 64 bytes of l and 32 of h, the others the rest. Within such a half, the low four bits of weight 32 k
++ j (k = 0..3) are in byte 32 (k % 2) + j of l, in its upper four bits from k = 2 on, and the high two are bits 2 k, 2 k + 1 of
+byte j of h. Widths: 11 + 7 + 5 bits (-128 and -32 are powers of two).
 """
 
 import jax

@@ -1,8 +1,8 @@
-"""Float32 weights to ggml blocks, the inverse of `unpack` as far as rounding allows.
+"""Converts float32 weights to ggml blocks, the inverse of `unpack` except for rounding.
 
-`quantize(values, format)` cuts the values into chunks of blocks; a jitted function of one shape finds the scales
-(scales.py) and writes the bytes, and one thread a core feeds it. Inside, codes are [weights of a block, blocks], blocks on
-the contiguous axis, so that the place of a byte in its block is a row and packing is plain vector arithmetic.
+`quantize(values, format)` cuts the values into chunks of blocks; a jitted function of one shape finds the scales (scales.py)
+and writes the bytes, and one thread per core feeds it. Inside, codes are [weights of a block, blocks] with blocks on the
+contiguous axis, so that each byte of a block is a row and packing is plain vector arithmetic.
 """
 
 from __future__ import annotations
@@ -112,8 +112,8 @@ def _iq4_xs(x: jax.Array) -> tuple[list[jax.Array], tuple[jax.Array, ...]]:
 
 
 Encoder = Callable[[jax.Array], tuple[list[jax.Array], Iterable[jax.Array]]]
-# Weights that share a scale, and the function from x [that many, groups, blocks] to the rows of bytes in their order and
-# the halves among them.
+# By format: the number of weights that share a scale, and the function from x [that number, groups, blocks] to the rows of
+# bytes in order and the halves among them.
 _ENCODERS: dict[str, tuple[int, Encoder]] = {
     "Q4_0": (32, functools.partial(_symmetric, grid=scales.FOUR)),
     "Q4_1": (32, functools.partial(_affine, top=15)),
@@ -133,7 +133,7 @@ QUANTIZED = tuple(_ENCODERS)
 
 @functools.partial(jax.jit, static_argnames="format")
 def _encode(values: jax.Array, format: str) -> tuple[jax.Array, jax.Array]:
-    """float32 [blocks, weights] -> uint8 [blocks, bytes], and whether all of it is finite."""
+    """float32 [blocks, weights] -> uint8 [blocks, bytes], and whether everything is finite."""
     group, encoder = _ENCODERS[format]
     x = jnp.moveaxis(values.reshape(values.shape[0], -1, group), 0, 2)
     rows, halves = encoder(jnp.swapaxes(x, 0, 1))
@@ -144,13 +144,13 @@ def _encode(values: jax.Array, format: str) -> tuple[jax.Array, jax.Array]:
 
 
 def quantize(values: np.ndarray, format: str) -> np.ndarray:
-    """The blocks of `format`, a member of QUANTIZED, that come close to the values.
+    """Blocks of `format`, a member of QUANTIZED, that approximate the values.
 
     values: float32 [..., columns], columns a multiple of the block. Returns uint8 [..., bytes], as `unpack` takes it.
     ValueError: another format or shape, a value that is not finite or too large for a half-precision scale.
     """
     if format not in _ENCODERS:
-        raise ValueError(f"{format!r} is no format that weights can be quantized to; those are {', '.join(QUANTIZED)}")
+        raise ValueError(f"{format!r} is not a format that weights can be quantized to; these are {', '.join(QUANTIZED)}")
     known = FORMATS[format]
     if values.dtype != np.float32:
         raise ValueError(f"{format}: quantize takes float32 values, not {values.dtype}")
@@ -163,16 +163,16 @@ def quantize(values: np.ndarray, format: str) -> np.ndarray:
 
 
 def on_host() -> contextlib.AbstractContextManager[object]:
-    """Computes on the CPU, where JAX has it beside the accelerator."""
+    """Computes on the CPU, if JAX has it in addition to the accelerator."""
     try:
         return jax.default_device(jax.local_devices(backend="cpu")[0])
-    except RuntimeError:  # JAX_PLATFORMS leaves it out
+    except RuntimeError:  # JAX_PLATFORMS excludes it
         return contextlib.nullcontext()
 
 
 def _encode_chunk(blocks: np.ndarray, out: np.ndarray, start: int, count: int, format: str) -> None:
     part = blocks[start : start + count]
-    if len(part) < count:  # so that every chunk has the one compiled shape
+    if len(part) < count:  # so that all chunks have the same shape, compiled once
         part = np.concatenate([part, np.zeros((count - len(part), part.shape[1]), np.float32)])
     with on_host():
         encoded, sound = _encode(part, format)

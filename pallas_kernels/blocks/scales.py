@@ -1,13 +1,13 @@
-"""The scales and codes that bring blocks close to given weights, in the mean square.
+"""Scales and codes with which blocks approximate given weights, with a small mean square error.
 
-The idea: every search is a short list of trials, each "divide, round, sum", and the sums that a trial leaves give its
-least-squares scale and its error in closed form; so all groups of a chunk go through the same few dense passes. Weights
-come as y [n, groups, blocks], n weights in each group of a block, blocks on the contiguous axis, so that a sum over a
-group is n vector additions. Each block is divided by its largest magnitude first (`unit`): the search then sees neither
-overflow nor underflow, and only `halved` knows the true size, as half precision does.
+The idea: every search is a short list of trials, each of which divides, rounds and sums; the sums give the trial's
+least-squares scale and error in closed form, so all groups of a chunk go through the same few dense passes. Weights come as y
+[n, groups, blocks], n weights in each group of a block, blocks on the contiguous axis, so that a sum over a group is n vector
+additions. Each block is divided by its largest magnitude first (`unit`): the search then has neither overflow nor underflow,
+and only `halved` takes the true size into account, for half precision.
 
-No weight counts more than another: the error that is made small is the plain one, whose expectation at a layer's output is
-least where nothing is known of its input. That is also why the result can be below llama.cpp's, which weights by magnitude.
+All weights count the same: the plain squared error is minimized, which also minimizes the expected error of a layer's output if
+nothing is known about its input. This is why the error can be below that of llama.cpp, which weights by magnitude.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from jax import lax
 
 from .iq4 import LEVELS
 
-_SMALLEST = 1e-30  # blocks below are zero in every format: half precision ends at 6e-8
+_SMALLEST = 1e-30  # smaller blocks are zero in every format: half precision ends at 6e-8
 
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
-    """The values that a code can have, before its scale: integers low..high, or `levels`. `trials`: what the weight of
-    largest magnitude is tried to become, the plainest first; `other`: a second plain choice."""
+    """The values that a code can have, before its scale: integers low..high, or `levels`. `trials`: the values tried for the
+    weight of largest magnitude, the simplest first; `other`: a second simple choice."""
 
     low: int
     high: int
@@ -51,7 +51,7 @@ class Grid:
 
 
 def _around(end: int, reach: float, count: int) -> tuple[float, ...]:
-    """`count` values around `end` and as many around the other end of the grid."""
+    """`count` values around `end`, and as many around the other end of the grid."""
     steps = [end + reach * (2 * i / (count - 1) - 1) for i in range(count)]
     return (float(end), *steps, *(-(step + 1) for step in steps))
 
@@ -65,13 +65,13 @@ UNEVEN = Grid(-127, 113, 113, (-127.0, -119.0, -111.0, -135.0, 113.0, 107.0, 101
 
 
 def unit(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Weights x [n, groups, blocks] -> y, each block over its largest magnitude, and that magnitude [blocks]."""
+    """Weights x [n, groups, blocks] -> y, each block divided by its largest magnitude, and that magnitude [blocks]."""
     largest = jnp.max(jnp.abs(x), (0, 1))
     return lax.optimization_barrier((x * _inverse(jnp.where(largest < _SMALLEST, 0.0, largest)), largest))
 
 
 def halved(scale: jax.Array, largest: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """A scale in units of `largest`: as half precision will have it, in the same units, and the half itself."""
+    """A scale in units of `largest`, rounded to half precision: the result in the same units, and the half itself."""
     half = (scale * largest).astype(jnp.float16)
     return half.astype(jnp.float32) * _inverse(largest), half
 
@@ -79,8 +79,8 @@ def halved(scale: jax.Array, largest: jax.Array) -> tuple[jax.Array, jax.Array]:
 def total(term: Callable[[jax.Array], jax.Array], y: jax.Array) -> jax.Array:
     """The sum of term(y) over the weights of each group: [groups, blocks].
 
-    Written out, and fenced: XLA makes one vector loop over the groups of it, where a reduction is a scalar one, and cannot
-    repeat it in every expression that uses the sum."""
+    Written out, and followed by a barrier: XLA compiles it to one vector loop over the groups (a reduction would be a scalar
+    one) and cannot repeat it in every expression that uses the sum."""
     return lax.optimization_barrier(functools.reduce(jnp.add, [term(y[i]) for i in range(y.shape[0])]))
 
 
@@ -99,8 +99,8 @@ def _largest(values: jax.Array, axis: int) -> jax.Array:
 
 
 def _best(trial: Callable[[jax.Array], tuple[jax.Array, ...]], trials: Sequence[float]) -> tuple[jax.Array, ...]:
-    """What `trial` gives, place by place, for the number of the list whose error, its first result, is least there; the
-    first of several."""
+    """Elementwise, the results of `trial` for the number of the list with the least error (its first result); the first of
+    equals."""
 
     def step(i: Any, best: Any) -> Any:
         return _better(best, trial(numbers[i]))
@@ -127,7 +127,7 @@ def fit(y: jax.Array, grid: Grid) -> jax.Array:
     def trial(number: Any) -> Any:
         yq = total(lambda y: y * grid.nearest(y * (number * step)), y)
         qq = total(lambda y: jnp.square(grid.nearest(y * (number * step))), y)
-        gain = _ratio(yq * yq, qq)  # what the scale takes off the sum of squares; for the plain one a little more
+        gain = _ratio(yq * yq, qq)  # how much the scale reduces the sum of squares; a little more for the simplest
         return jnp.where(number == grid.trials[0], -gain * (1 + 1e-6), -gain), _ratio(yq, qq)
 
     return _best(trial, grid.trials)[1]
@@ -169,7 +169,7 @@ def double(x: jax.Array, grid: Grid, low: int, high: int) -> tuple[jax.Array, ja
         return jnp.sum(errors, 0), half, s, k
 
     def refit(best: Any) -> Any:
-        """The least-squares scale for the codes and integers there are."""
+        """The least-squares scale for the current codes and integers."""
         _, _, s, k = best
         inverse = _inverse(s * k)
         yq = total(lambda y: y * grid.nearest(y * inverse), y)
@@ -207,13 +207,13 @@ def fit_affine(y: jax.Array, top: int, trials: int, free: bool) -> tuple[jax.Arr
         if not free:
             over = low + b > 0
             a, b = jnp.where(over, _ratio(zq + low * q, qq), a), jnp.where(over, -low, b)
-        plain = number == 0  # the range itself, which others must beat by more than rounding
+        plain = number == 0  # the range itself; others must be better by more than rounding
         a, b = jnp.where(plain, width / top, a), jnp.where(plain, 0.0, b)
         error = sum_zz - 2 * (a * zq + b * sum_z) + a * a * qq + 2 * a * b * q + n * b * b
         error = jnp.where(plain, error, jnp.where(a > 0, error + 1e-6 * sum_zz, jnp.inf))
         return error, a, low + b
 
-    # Where the range ends among the codes, and how far from code 0 it begins. The first is the range as it is.
+    # The code at which the range ends, and how far from code 0 it begins. The first is the range itself.
     reach = 2.0 * top / (top + 1)
     steps = [(reach * (2 * i / (trials - 1) - 1), shift) for shift in (0.0, -0.3, 0.3) for i in range(trials)]
     ends = jnp.array([(top, 0.0), *((top + more, shift) for more, shift in steps)], jnp.float32)
@@ -267,7 +267,7 @@ def double_affine(x: jax.Array, top: int, most: int) -> tuple[jax.Array, ...]:
         return jnp.sum(errors, 0), d, dmin, s, o, k, m
 
     def refit(best: Any) -> Any:
-        """The least-squares scale and minimum for the codes and integers there are."""
+        """The least-squares scale and minimum for the current codes and integers."""
         _, _, _, s, o, k, m = best
         inverse = _inverse(s * k)
         q = total(lambda y: _codes((y + o * m) * inverse, top), y)

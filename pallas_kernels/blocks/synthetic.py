@@ -1,8 +1,8 @@
 """Random valid blocks of every format, for models that exist only to be measured or tested.
 
-All bytes are random; then the scale fields are overwritten so that the weights are finite, have about the wanted
-standard deviation and no mean: the sign of a block's scale stays random, and formats with an offset get the one that
-centers them. NumPy alone, about a gigabyte a second.
+All bytes are random; then the scale fields are overwritten so that the weights are finite, have about the requested standard
+deviation and a mean of zero: the sign of a block's scale stays random, and formats with an offset get the one that centers
+them. Needs only NumPy and makes about a gigabyte per second.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import numpy as np
 
 from . import GROUPS, format_of
 
-# Root mean square of the weights for a scale of 1 and random bytes elsewhere (the centring offset included), and the
-# byte where the half-precision scale lies.
+# Root mean square of the weights for a scale of 1 and random bytes elsewhere (including the centering offset), and the position
+# of the half-precision scale.
 _HALF_SCALE = {
     "Q4_0": (4.64, 0),
     "Q4_1": (4.61, 0),
@@ -37,10 +37,10 @@ _HALF_SCALE = {
 }
 _IQ1_M_RMS = 7.20
 _FP4_RMS = 5.85
-# The offset that centers the weights, in units of the scale, and the byte where it lies.
+# The offset that centers the weights, in units of the scale, and its position.
 _OFFSET = {"Q4_1": (-7.5, 2), "Q5_1": (-15.5, 2), "Q2_K": (1.5, 82), "Q4_K": (7.5, 2), "Q5_K": (15.5, 2)}
 
-_E8M0 = np.ldexp(1.0, np.arange(255) - 128)  # half of the scale that the byte stands for, as the weights use it
+_E8M0 = np.ldexp(1.0, np.arange(255) - 128)  # half of the scale that the byte means, as used by the weights
 _UE4M3 = np.array([m * 2.0**-10 if e == 0 else (8 + m) * 2.0 ** (e - 11) for e in range(16) for m in range(8)])[:127]
 _FP4_SCALES = {"MXFP4": (_E8M0, 1), "NVFP4": (_UE4M3, 4)}
 
@@ -48,8 +48,8 @@ _FP4_SCALES = {"MXFP4": (_E8M0, 1), "NVFP4": (_UE4M3, 4)}
 def random_blocks(format: str, rows: int, weights: int, rng: np.random.Generator, std: float) -> np.ndarray:
     """`rows` rows of `weights` random weights: uint8 [rows, row_bytes], to be unpacked as `format`.
 
-    std: their standard deviation, within a factor of 2 (coarser where a format's scale cannot be that small).
-    ValueError: unknown format, or a width that is no whole number of blocks.
+    std: their standard deviation, within a factor of 2 (coarser where a format's scale cannot be that small). ValueError:
+    unknown format, or a width that does not fill whole blocks.
     """
     known = format_of(format)
     shape = (rows, known.row_bytes(weights))
@@ -81,14 +81,14 @@ def _random_bytes(rng: np.random.Generator, count: int) -> np.ndarray:
 
 
 def _put_half(blocks: np.ndarray, at: int, value: float, sign: np.ndarray) -> None:
-    """Write |value| as half precision at byte `at` of every block, its sign flipped where `sign` is 0x80."""
+    """Write |value| as half precision at byte `at` of every block, with its sign flipped if `sign` is 0x80."""
     low, high = np.array([value], "<f2").view(np.uint8)
     blocks[:, at] = low
     blocks[:, at + 1] = high ^ sign
 
 
 def _put_group(blocks: np.ndarray, format: str, std: float) -> None:
-    """The scale of groups whose codes and zero points are random; zero points stay within those that there are."""
+    """The scale of groups whose codes and zero points are random; zero points stay in their valid range."""
     bits, scale = int(format[1]), format.rpartition("_")[2]
     value = np.array([std / np.sqrt((4**bits - 1) / 6)], np.float32)
     stored = value.astype(np.float16) if scale == "F16" else value
@@ -101,7 +101,7 @@ def _put_group(blocks: np.ndarray, format: str, std: float) -> None:
 
 
 def _plain(format: str, rng: np.random.Generator, count: int, std: float) -> np.ndarray:
-    """Uniform over 256 levels, looked up by random bytes: faster than any arithmetic on the numbers."""
+    """Uniform over 256 levels, looked up by random bytes, which is faster than arithmetic on the numbers."""
     levels = ((np.arange(256) - 127.5) * (std * np.sqrt(12) / 256)).astype(np.float32)
     table = {
         "F32": levels,
@@ -112,7 +112,7 @@ def _plain(format: str, rng: np.random.Generator, count: int, std: float) -> np.
 
 
 def _between(scales: np.ndarray, value: float) -> np.ndarray:
-    """Table of 256 codes, of the two scales around `value`, mixed so that a random byte has its mean square."""
+    """A table of 256 codes of the two scales around `value`, mixed so that a random byte has the right mean square."""
     lower = int(np.clip(np.searchsorted(scales, value, side="right") - 1, 0, len(scales) - 2))
     below, above = scales[lower] ** 2, scales[lower + 1] ** 2
     share = np.clip((value**2 - below) / (above - below), 0, 1)

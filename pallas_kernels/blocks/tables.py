@@ -1,7 +1,7 @@
 """Grids of the IQ1, IQ2 and IQ3 formats; written by tests/goldens/scripts/make_block_tables.py.
 
-A row of a grid is a uint16 (here little-endian, base64): the codes of 8 neighboring weights, 2 bits each, or for IQ3
-of 4 weights, 3 bits each, the first weight lowest. What a code stands for is said by the format that uses the grid.
+A row of a grid is a uint16 (here little-endian, base64): the codes of 8 neighboring weights, 2 bits each, or for IQ3 of 4
+weights, 3 bits each, the first weight lowest. The format that uses the grid defines what a code stands for.
 """
 
 import base64

@@ -1,7 +1,7 @@
 """Layout "tpu": planes with the matrix's rows on the lanes, so that a vector register holds one k of 128 outputs.
 
-Every plane of a matrix [n, k] is [k', n'], n' being n rounded up to 128, and is made of whole runs of 256 along k. A
-weight is `scale * value - minimum`; what the planes hold follows from a few properties of its format (`Packing`):
+Every plane of a matrix [n, k] is [k', n'], n' being n rounded up to 128, and consists of whole runs of 256 along k. A weight is
+`scale * value - minimum`; the contents of the planes follow from a few properties of its format (`Packing`):
 
     q   uint8 [k/2]    the low four bits of two codes: byte r of a run has k r below and k 128 + r above.
         int8 [k]       where codes have eight bits
@@ -10,8 +10,8 @@ weight is `scale * value - minimum`; what the planes hold follows from a few pro
     s   uint8 or int8  the integer scale of each group (then the integer minima); the exponents of MXFP4
     d   int16          half-precision scales as bits (then those of the minima): float16 cannot be loaded on a TPU
 
-A half run at the end (k = 128 mod 256) has 64 bytes of q, k r with k 64 + r, and 32 of h with bits 0..3 alone. s and d
-are filled up to a multiple of 8 rows: with other counts XLA would relayout whole stacks in front of a kernel.
+A half run at the end (k = 128 mod 256) has 64 bytes of q, k r with k 64 + r, and 32 of h with bits 0..3 alone. s and d are
+filled up to a multiple of 8 rows: with other counts XLA would copy whole stacks into another layout before a kernel.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from .q4_k import group_scales
 NAME = "tpu"
 LANES = 128
 RUN = 256
-_MOST = 1.05  # bytes, relative to the file's
+_MOST = 1.05  # limit of the bytes, relative to the file's
 _TILE = 256  # rows that are packed at a time
 
 Arrays = tuple[jax.Array, ...]
@@ -42,10 +42,10 @@ Arrays = tuple[jax.Array, ...]
 class Packing:
     """How one format's weights are stored and what they mean.
 
-    bits: of a code. codebook: "iq4" or "fp4" where codes are looked up. offset: what is then taken from the value.
-    group: weights that share a scale. scale: "half" (one half a group), "integer" (an integer a group, one half for 256
-    weights) or "power" (2^(byte - 128)). minima: "half" and "integer" have as many of them, subtracted (half: added).
-    read: blocks uint8 [n, blocks, bytes] -> codes uint8 [n, k], parts of s and parts of d, each [n, blocks, any].
+    bits: of a code. codebook: "iq4" or "fp4" if codes are looked up. offset: is then subtracted from the value. group: weights
+    that share a scale. scale: "half" (a half per group), "integer" (an integer per group, and a half per 256 weights) or
+    "power" (2^(byte - 128)). minima: "half" and "integer" formats may have as many of them, subtracted (half: added). read:
+    blocks uint8 [n, blocks, bytes] -> codes uint8 [n, k], parts of s and parts of d, each [n, blocks, any].
     """
 
     bits: int
@@ -165,12 +165,12 @@ def plane_names(format: str) -> str:
 
 
 def fits(format: str, n: int, k: int) -> str | None:
-    """None where a matrix [n, k] can be packed; else the reason in words."""
+    """None if a matrix [n, k] can be packed, else the reason in words."""
     if format not in PACKINGS:
         return f"{format} has no TPU memory layout"
     unit = max(FORMATS[format].block_size, LANES)
     if k % unit:
-        return f"rows of {k} weights are no multiple of {unit}"
+        return f"rows of {k} weights are not a multiple of {unit}"
     size = sum(math.prod(plane.shape) * plane.dtype.itemsize for plane in plane_shapes(format, n, k))
     stored = n * FORMATS[format].row_bytes(k)
     return f"[{n}, {k}] would take {size} bytes for the file's {stored}" if size > _MOST * stored else None
@@ -185,7 +185,8 @@ def plane_shapes(format: str, n: int, k: int) -> tuple[jax.ShapeDtypeStruct, ...
 def pack(stored: jax.Array, format: str) -> Arrays:
     """Planes of the blocks uint8 [n, bytes] of one matrix. Lanes beyond n are zero.
 
-    In tiles of rows: XLA takes minutes over the transposition of a large matrix at once, and as much memory again.
+    It works in tiles of rows, because XLA takes minutes to compile the transposition of a whole large matrix, and as much
+    memory again.
     """
     stored = jnp.pad(stored, ((0, -stored.shape[0] % LANES), (0, 0)))
     n, width = stored.shape
@@ -194,7 +195,7 @@ def pack(stored: jax.Array, format: str) -> Arrays:
     tile = jax.eval_shape(lambda part: _pack_tile(part, format), jax.ShapeDtypeStruct((_TILE, width), jnp.uint8))
 
     def body(i: Any, planes: Any) -> Any:
-        at = jnp.minimum(i * _TILE, n - _TILE)  # the last tile overlaps the one before: the same bytes again
+        at = jnp.minimum(i * _TILE, n - _TILE)  # the last tile overlaps the one before and writes the same bytes
         parts = _pack_tile(lax.dynamic_slice(stored, (at, 0), (_TILE, width)), format)
         return tuple(lax.dynamic_update_slice(plane, part, (0, at)) for plane, part in zip(planes, parts, strict=True))
 
@@ -300,7 +301,8 @@ def rows(planes: Arrays, index: Arrays, start: jax.Array | int, count: int) -> A
 
 
 def gather(planes: Arrays, ids: jax.Array) -> Arrays:
-    """The planes of the rows `ids` int32 [t] of one matrix. Row by row: XLA would relayout the planes for `jnp.take`."""
+    """The planes of the rows `ids` int32 [t] of one matrix. Row by row, because XLA would copy the planes into another layout
+    for `jnp.take`."""
 
     def row(i: Any) -> Any:
         return tuple(lax.dynamic_slice(plane, (0, i), (plane.shape[0], 1))[:, 0] for plane in planes)

@@ -1,7 +1,7 @@
 """TQ1_0 and TQ2_0: 256 ternary weights, -1, 0 or 1, under one scale.
 
-    TQ1_0   48 bytes t | 4 bytes u | half d        five (u: four) weights a byte, base 3
-    TQ2_0   64 bytes q | half d                    four weights a byte, laid out as in Q2_K, w = d * (q - 1)
+    TQ1_0   48 bytes t | 4 bytes u | half d        five (u: four) weights per byte, base 3
+    TQ2_0   64 bytes q | half d                    four weights per byte, laid out as in Q2_K, w = d * (q - 1)
 
 A byte of TQ1_0 is a fraction of 256 whose base-3 digits are the weights plus one: digit i is the integer part of
 3 * (byte * 3^i mod 256) / 256. Bytes 0..31 give weights 32 i + j, bytes 32..47 weights 160 + 16 i + j, and u the last

@@ -1,8 +1,7 @@
-"""Blocks back from the planes of a memory layout, for weights that were stored as one device wants them and are needed by
-another.
+"""Blocks from the planes of a memory layout, for weights that were stored for one kind of device and are loaded on another.
 
-A memory layout moves bits and combines none, so its inverse need not be written format by format: rows in which every bit
-spells its own number are packed, and the planes then say where each bit went and whether it is stored inverted.
+A memory layout moves bits and does not combine them, so its inverse need not be written for each format: rows in which every
+bit spells its own number are packed, and the planes then show where each bit went and whether it is inverted.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from . import format_of
 from .layouts import LAYOUTS
 from .quantize import on_host
 
-_TILE_BITS = 1 << 26  # that are apart at a time, a byte each
+_TILE_BITS = 1 << 26  # unpacked at a time, one byte each
 
 
 def unpack_blocks(planes: Sequence[np.ndarray], format: str, memory_layout: str, rows: int, columns: int) -> np.ndarray:
@@ -36,12 +35,12 @@ def unpack_blocks(planes: Sequence[np.ndarray], format: str, memory_layout: str,
 
 @functools.lru_cache(maxsize=64)
 def _places(format: str, memory_layout: str, columns: int) -> tuple[np.ndarray, np.ndarray]:
-    """For every bit of a row of blocks its place among the bits of the planes, and whether it is inverted there."""
+    """For every bit of a row of blocks, its place among the bits of the planes and whether it is inverted there."""
     count = 8 * format_of(format).row_bytes(columns)
     number = np.arange(count)
     digits = (((number + 1) >> np.arange(count.bit_length() + 1)[:, None]) & 1).astype(np.uint8)
-    # A nibble's bits are spelled one after the other, beside a 1 where the fourth is: no layout keeps a lone fourth bit of
-    # MXFP4, the negative zero.
+    # The bits of a nibble are spelled one after the other, the fourth together with a 1: no layout keeps a lone fourth bit of
+    # MXFP4, which is the negative zero.
     bases = [(number % 4 == 0) & (bit == 3) for bit in range(4)]
     probes = np.stack([row for bit, base in enumerate(bases) for row in (base, *(base ^ (digits * (number % 4 == bit))))])
     stored = np.packbits(probes.astype(np.uint8), axis=1, bitorder="little")
@@ -60,6 +59,6 @@ def _places(format: str, memory_layout: str, columns: int) -> tuple[np.ndarray, 
 
 
 def _by_row(planes: Sequence[np.ndarray], memory_layout: str) -> np.ndarray:
-    """Planes side by side as bytes, [rows, any]."""
+    """The planes next to each other as bytes, [rows, any]."""
     rows = [np.ascontiguousarray(plane if memory_layout == "gpu" else plane.T).view(np.uint8) for plane in planes]
     return np.concatenate(rows, 1)

@@ -1,18 +1,18 @@
-"""All layers of a decoder in one call, where a backend has such a call: nothing between the products goes through memory
-and a step is one launch. Where none has, `backend_for` is None and the layers are the composition of the other operations.
+"""All layers of a decoder in one call, if a backend has such a call: values between the products stay out of memory and a step
+is one launch. Otherwise `backend_for` returns None and the layers are composed of the other operations.
 
 Contract of `backend.decoder_layers(x, cache, kv_slots, tables, rope, stacks, layers, shape, record)`:
 
 * `x` float32 [tokens, hidden]: the residual stream. `cache`, `kv_slots`: as `KVCache.write`; `tables`: as paged_attention's;
   `rope`: as append's.
-* `stacks`: the parameters, each `Stack` of one role and one format, with all layers that have it so.
-* `layers`: for each layer a mapping from `ROLES` to the `Part` that the layer has: which stack, and where in it. A layer
-  with a router is a mixture of experts, any other has gate, up and down.
-* result: x after the last layer, float32 [tokens, hidden]; the cache with this step's keys and values, updated in place
-  where it was donated; with `record` the experts int32 and weights float32 of each router, both [layers with a router,
-  tokens, top_k], as of pallas_kernels.routing, else ().
-* what is computed is what the composition computes, with dtype "int8": queries, keys and values in "int8x2", the router
-  in float32. Row t depends on its sequence alone, bit for bit. There is no derivative: see ferrum_jax.models.decoder.
+* `stacks`: the parameters, each `Stack` with one role and one format, for all layers that have it in that format.
+* `layers`: for each layer a mapping from `ROLES` to the `Part` that the layer has: which stack, and the place in it. A layer
+  with a router is a mixture of experts; any other has gate, up and down.
+* result: x after the last layer, float32 [tokens, hidden]; the cache with this step's keys and values, updated in place if it
+  was donated; with `record` the experts int32 and weights float32 of each router, both [layers with a router, tokens, top_k],
+  as in pallas_kernels.routing, else ().
+* the result is that of the composition, with dtype "int8": queries, keys and values in "int8x2", the router in float32. Row t
+  depends on its sequence alone, bit for bit. There is no derivative here: see ferrum_jax.models.decoder.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def backend_for(
     dtype: str,
     implementation: dispatch.Implementation = None,
 ) -> Any:
-    """The functions of the backend that takes all these layers in one call, or None."""
+    """The functions of the backend that computes all these layers in one call, or None."""
     unknown = {role for layer in layers for role in layer} - set(ROLES)
     matrices = {(role, part.stack) for layer in layers for role, part in layer.items() if not role.endswith(("norm", "bias"))}
     named = ((role, stacks[number]) for role, number in matrices)

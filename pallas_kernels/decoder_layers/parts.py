@@ -1,4 +1,5 @@
-"""What the call of all layers is told of a model: its parameters, where each layer has them, and what all layers share."""
+"""The description of a model for the call of all layers: its parameters, where each layer finds them, and what all layers
+share."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ import jax
 
 
 class Stack(NamedTuple):
-    """A parameter of several layers: `array` has the layers first, then blocks of `format` in `memory_layout`."""
+    """A parameter of several layers: `array` has the layer axis first, then blocks of `format` in `memory_layout`."""
 
     array: jax.Array
     format: str
@@ -23,8 +24,8 @@ class Part(NamedTuple):
 
 
 class LayerShape(NamedTuple):
-    """What all layers share. window, scales and normalize: as in paged_attention and routing. kinds: of how many kinds the
-    layers are, formats apart; more than one, and the rest is of the first."""
+    """What all layers share. window, scales and normalize: as in paged_attention and routing. kinds: the number of different
+    kinds of layers, apart from formats; if there are several, the other fields describe the first."""
 
     head_dim: int
     eps: float

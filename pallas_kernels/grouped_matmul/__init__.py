@@ -5,16 +5,16 @@ Contract of `grouped_matmul(x, group_sizes, experts)`:
 * `x` [m, k], rows sorted by expert; its dtype is the arithmetic, as in quantized_matmul.
 * `group_sizes` int32 [E]: how many rows each expert has. The results of rows beyond their sum are zero.
 * `experts`: a `Matrix` [n, k] with one stack axis, the experts, left without an index.
-* result [m, n] float32. An expert without rows is neither unpacked nor multiplied: what its blocks hold cannot matter,
+* result [m, n] float32. An expert without rows is neither unpacked nor multiplied: the contents of its blocks cannot matter,
   and time and temporaries do not grow with the number of experts. Row i depends on row i of x and its expert alone.
 * derivative: with respect to x.
 
 Contract of `expert_ffn(x, expert_ids, expert_weights, gate, up, down)`, a whole mixture-of-experts feed-forward:
 
-* `x` [tokens, k]; `expert_ids` int32 [tokens, top_k], E where a token is padding; `expert_weights` float32 [tokens, top_k].
+* `x` [tokens, k]; `expert_ids` int32 [tokens, top_k], E if a token is padding; `expert_weights` float32 [tokens, top_k].
 * gate, up: experts [n, k]; down: experts [k, n].
-* result float32 [tokens, k]: for each token the sum over its ranks, in their order, of weight * down(silu(gate x) * up x).
-  Rows are brought together by expert on the device, stably.
+* result float32 [tokens, k]: for each token the sum over its ranks, in their order, of weight * down(silu(gate x) * up x). Rows
+  are sorted by expert on the device, stably.
 * derivative: with respect to x and expert_weights.
 """
 
@@ -53,11 +53,8 @@ def grouped_matmul(
     """Row r of x times the transposed matrix of its expert. See the module's contract.
 
     Args:
-      x: [m, k], rows sorted by expert.
-      group_sizes: int32 [E], rows of each expert.
-      experts: [n, k] for each of E experts, compressed.
-      arithmetic: "int8"; "": the dtype of x.
-      implementation: the backend to take, instead of the first that can.
+      x: [m, k], rows sorted by expert. group_sizes: int32 [E], rows of each expert. experts: [n, k] for each of E experts,
+      compressed. arithmetic: "int8"; "": the dtype of x. implementation: the backend to take instead of the first that can.
 
     Returns:
       float32 [m, n].
@@ -83,14 +80,10 @@ def expert_ffn(
     """A whole mixture-of-experts feed-forward. See the module's contract.
 
     Args:
-      x: [tokens, k].
-      expert_ids: int32 [tokens, top_k], the chosen experts; the id E is padding.
-      expert_weights: float32 [tokens, top_k].
-      gate: [n, k] for each of E experts, compressed.
-      up: [n, k] for each of E experts, compressed.
-      down: [k, n] for each of E experts, compressed.
-      arithmetic: "int8"; "": the dtype of x.
-      implementation: the backend to take, "composed" among them.
+      x: [tokens, k]. expert_ids: int32 [tokens, top_k], the chosen experts; the id E is padding. expert_weights: float32
+      [tokens, top_k]. gate: [n, k] for each of E experts, compressed. up: [n, k] for each of E experts, compressed. down: [k,
+      n] for each of E experts, compressed. arithmetic: "int8"; "": the dtype of x. implementation: the backend to take; may be
+      "composed".
 
     Returns:
       float32 [tokens, k].
@@ -136,7 +129,7 @@ def _composed_ffn(
     target: dispatch.Target,
     arithmetic: str,
 ) -> jax.Array:
-    """One grouped product after the other, each by the backend that takes it."""
+    """One grouped product after the other, each by a backend that serves it."""
     tokens, top_k = expert_ids.shape
     groups = group(expert_ids.reshape(-1), open_axes(gate)[0], tile_rows=16)
 

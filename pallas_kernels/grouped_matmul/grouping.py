@@ -1,8 +1,8 @@
 """Which rows go to which expert, and in what tiles: a stable counting sort in a handful of XLA fusions, on the device.
 
-A place is a count: how many assignments go to a smaller expert, or to the same one from an earlier row. Few assignments
-are compared with each other, many with those of their chunk while a histogram of each chunk says the rest. No sort, no
-host sync, and the tables have the size of the worst case whatever the routing is.
+A place is a count: how many assignments go to a smaller expert, or to the same one from an earlier row. Few assignments are
+compared with each other; many are compared only within their chunk, and a histogram of each chunk gives the rest. There is no
+sort and no host synchronization, and the tables always have the size of the worst case.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ CHUNK = 256
 class Tiles(NamedTuple):
     """Work list over rows sorted by expert: tile i is rows [tile_start, tile_start + tile_rows) of one expert.
 
-    All int32. Tiles ascend; those from `num_tiles` on repeat the last one's expert and have no rows.
+    All int32. Tiles ascend; those from `num_tiles` on repeat the last expert and have no rows.
     """
 
     tile_expert: jax.Array  # [tiles]
@@ -32,7 +32,7 @@ class Groups(NamedTuple):
     """Assignments sorted by expert, and the tiles of the sorted rows. All int32."""
 
     order: jax.Array  # [A]: which assignment is at each sorted place
-    place: jax.Array  # [A]: where each assignment went; nobody's come last
+    place: jax.Array  # [A]: where each assignment went; those without an expert come last
     sizes: jax.Array  # [E]: assignments of each expert
     tile_expert: jax.Array
     tile_start: jax.Array
@@ -46,9 +46,9 @@ def max_tiles(rows: int, num_experts: int, tile_rows: int) -> int:
 
 
 def group(experts: jax.Array, num_experts: int, tile_rows: int, *, aligned: bool = False) -> Groups:
-    """Sorts assignments `experts` int32 [A] by expert, stably; an id of `num_experts` belongs to nobody.
+    """Sorts assignments `experts` int32 [A] by expert, stably; the id `num_experts` means no expert.
 
-    `tile_rows` and `aligned` as in `tiles`. Ids beyond num_experts are not allowed.
+    `tile_rows` and `aligned` as in `tiles`. Larger ids than num_experts are not allowed.
     """
     count = experts.shape[0]
     place, sizes = (_direct if count <= DIRECT else _chunked)(experts, num_experts)
@@ -61,7 +61,7 @@ def group(experts: jax.Array, num_experts: int, tile_rows: int, *, aligned: bool
 
 
 def tiles(sizes: jax.Array, rows: int, tile_rows: int, *, aligned: bool = False) -> Tiles:
-    """Tiles of at most `tile_rows` rows over sorted rows, `sizes` int32 [E] of which go to each expert (`rows` at most in all).
+    """Tiles of up to `tile_rows` rows over sorted rows, of which `sizes` int32 [E] go to each expert (at most `rows` in total).
 
     A group is cut from its own start; with `aligned`, at the multiples of `tile_rows`, so that no tile straddles one.
     """

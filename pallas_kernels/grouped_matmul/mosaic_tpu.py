@@ -1,9 +1,9 @@
 """Mixture-of-experts feed-forward and grouped matmul on TPU, over compressed experts (memory layout "tpu").
 
-Few rows an expert (decode): one kernel from the tokens to the weighted sum. A step takes one expert's gate, up and down
-and up to eight of its rows; the expert is picked by scalar prefetch, and the grid ends where the routing does, so an
-expert that nobody chose is not read. Many rows (prefill): XLA gathers the rows by expert, and a step multiplies the rows
-that a tile of 128 shares with one expert. Results meet in the order of ranks, so a token does not depend on its neighbors.
+Few rows per expert (decode): one kernel from the tokens to the weighted sum. A step takes one expert's gate, up and down and up
+to eight of its rows; scalar prefetch selects the expert, and the grid ends where the routing does, so an expert that no token
+chose is not read. Many rows (prefill): XLA gathers the rows by expert, and a step multiplies the rows that a tile of 128 shares
+with one expert. Results are added in the order of ranks, so a token does not depend on its neighbors.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from pallas_kernels.quantized_matmul.mosaic_tpu import VMEM, block_columns, fini
 
 __all__ = ["expert_ffn", "grouped", "refuses"]
 
-FEW = 8  # rows a step of the kernels for few rows; and rows an expert, on average, up to which they are taken
+FEW = 8  # rows per step of the kernels for few rows, and the average rows per expert up to which they are used
 MANY = 128
-_SMALL = 2  # rows up to which the fused kernel has a body of its own: at batch 1 an expert has one
+_SMALL = 2  # rows up to which the fused kernel has a separate body: at batch 1 an expert has one row
 
 
 def grouped(x: jax.Array, group_sizes: jax.Array, matrix: Matrix, target: Target, interpret: bool = False) -> jax.Array:
@@ -55,7 +55,8 @@ def expert_ffn(
 ) -> jax.Array:
     """The sum over ranks of weight * down(silu(gate x) * up x) of each token's experts: float32 [T, K].
 
-    x bfloat16 [T, K]; expert_ids int32 and expert_weights float32 [T, top_k], the number of experts where there is no expert.
+    x bfloat16 [T, K]; expert_ids int32 and expert_weights float32 [T, top_k], the id is the number of experts where there is no
+    expert.
     """
     tokens, top_k = expert_ids.shape
     num_experts = gate.planes[0].shape[len(gate.index)]
@@ -96,7 +97,7 @@ def _plane_bytes(*matrices: Matrix) -> int:
 def _grouped(x: jax.Array, work: Tiles, matrices: tuple[Matrix, ...], rows: int, interpret: bool) -> jax.Array:
     """x [m, k] times each row's expert: float32 [m, n]; of gate and up, SwiGLU in the dtype of x.
 
-    work: aligned tiles of `rows` rows. Rows of no tile are left as they are found.
+    work: aligned tiles of `rows` rows. Rows outside of all tiles are not written.
     """
     (m, k), n = x.shape, matrices[0].rows
     few = rows == FEW
@@ -150,14 +151,14 @@ def _grouped(x: jax.Array, work: Tiles, matrices: tuple[Matrix, ...], rows: int,
 
 
 def _cost(rows: int, touched: int, matrices: Sequence[Matrix]) -> pl.CostEstimate:
-    """For XLA's schedule, as if every tile had an expert of its own."""
+    """For XLA's schedule, as if every tile had a different expert."""
     weights = sum(matrix.rows * matrix.columns for matrix in matrices)
     moved = touched * _plane_bytes(*matrices) + rows * sum(2 * matrix.columns + 4 * matrix.rows for matrix in matrices)
     return pl.CostEstimate(flops=2 * rows * weights, transcendentals=0, bytes_accessed=moved)
 
 
 def _fused_bytes(tokens: int, top_k: int, gate: Matrix, up: Matrix, down: Matrix) -> int:
-    """VMEM of the fused kernel: what the pipeline copies is there twice."""
+    """VMEM of the fused kernel: the pipeline's copies are double-buffered."""
     rows, k, n = -(-tokens // 16) * 16, gate.columns, gate.rows
     scratch = (rows + FEW + top_k * rows + 8) * k + FEW * n
     scratch += sum(tpu_tiles.factor_rows(m.format, m.columns) * m.rows for m in (gate, up, down))
@@ -185,7 +186,7 @@ def _fused(
 
         @pl.when(i == 0)
         def _() -> None:
-            wide_x[...] = x[...].astype(jnp.float32)  # single rows at any place can be read from 32-bit arrays alone
+            wide_x[...] = x[...].astype(jnp.float32)  # single rows at arbitrary places can be read only from 32-bit arrays
 
         place = [order[0, jnp.minimum(start[0, i] + row, tokens * top_k - 1)] for row in range(FEW)]
         for row in range(FEW):

@@ -1,7 +1,7 @@
 """The tables of `grouping.group` for few assignments, in one small TPU kernel instead of a dozen XLA fusions.
 
-At batch 1 those fusions would take as long as the experts themselves. Experts lie on the sublanes, assignments and tiles
-on the lanes; counts are sums of comparisons, and the sums that run along the lanes are products with 0/1 matrices.
+At batch 1 those fusions would take as long as the experts themselves. Experts are on the sublanes, assignments and tiles on the
+lanes; counts are sums of comparisons, and sums along the lanes are products with 0/1 matrices.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ MOST = 1024  # assignments
 
 
 class Work(NamedTuple):
-    """What `grouping.Groups` calls by the same names, int32 [1, any] each and longer than needed."""
+    """As the fields of the same names in `grouping.Groups`, int32 [1, any] each and longer than needed."""
 
     order: jax.Array
     tile_expert: jax.Array
     tile_start: jax.Array
     tile_rows: jax.Array
-    num_tiles: jax.Array  # scalar; 1 with nobody routed: a tile without rows
+    num_tiles: jax.Array  # scalar; 1 if no token is routed: a tile without rows
 
 
 def group_few(experts: jax.Array, num_experts: int, tile_rows: int, interpret: bool = False) -> Work:
-    """Assignments `experts` int32 [at most MOST], sorted by expert and cut into tiles; `num_experts` belongs to nobody."""
+    """Assignments `experts` int32 [at most MOST], sorted by expert and cut into tiles; the id `num_experts` means no expert."""
     count = experts.shape[0]
     lanes = -(-count // 128) * 128
-    sublanes = -(-(num_experts + 1) // 8) * 8  # nobody is the last of the experts
+    sublanes = -(-(num_experts + 1) // 8) * 8  # "no expert" comes after the experts
     tiles = -(-max_tiles(count, num_experts, tile_rows) // 128) * 128
     ids = jnp.pad(experts, (0, lanes - count), constant_values=num_experts)[None]
 

@@ -1,9 +1,9 @@
 """Grouped matmul and expert feed-forward on NVIDIA GPUs: the dense body, with the expert of each tile of rows loaded.
 
-Rows are sorted by expert into tiles (grouping.py); a program takes one tile of rows and some rows of its expert's
-matrices. The grid is the worst case, and programs beyond the last tile do nothing, so an expert that nobody chose is
-never read. The feed-forward is two launches: gate, up and SwiGLU of rows picked by their token, then down, whose results
-go back to the places of their tokens; XLA adds these in the order of ranks.
+Rows are sorted by expert into tiles (grouping.py); a program takes one tile of rows and some rows of its expert's matrices. The
+grid has the size of the worst case, and programs after the last tile do nothing, so an expert that no token chose is never
+read. The feed-forward is two launches: gate, up and SwiGLU of rows picked by their token, then down, whose results go back to
+the places of their tokens; XLA adds these in the order of ranks.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ def expert_ffn(
     target: Target,
     interpret: bool = False,
 ) -> jax.Array:
-    """float32 [tokens, k]: the weighted sum of every token's experts, in the order of their ranks. The package says more."""
+    """float32 [tokens, k]: the weighted sum of every token's experts, in the order of their ranks. See the package's
+    contract."""
     tokens, top_k = expert_ids.shape
     (count,), chosen = open_axes(gate), tokens * top_k
     shape = _tile(chosen, count, (gate, up), target)
@@ -88,10 +89,10 @@ def _launch(
 ) -> jax.Array:
     """`silu_product` of rows times the matrices of their experts: [rows, n] of `dtype`.
 
-    experts: int32 [rows], in which each row is a tile of its own where there is no `work`; else only its length counts.
-    Without `order`, places are rows. With it place i takes part in row order[i] of the assignments: with `pick`, it is
-    multiplied as row order[i] // pick of x, and its result stays at place i, in the order of the planes, to be multiplied
-    again; without `pick`, it is row i of x, and its result goes to row order[i].
+    experts: int32 [rows], without `work` each row is a separate tile; with it only the length counts. Without `order`, places
+    are rows. With it, place i belongs to row order[i] of the assignments: with `pick`, row order[i] // pick of x is multiplied
+    and the result stays at place i, in the order of the planes, to be multiplied again; without `pick`, row i of x is
+    multiplied and the result goes to row order[i].
     """
     n, rows = matrices[0].rows, experts.shape[0]
     tables = [experts] if work is None else [*work[:3], work.num_tiles.reshape(1)]

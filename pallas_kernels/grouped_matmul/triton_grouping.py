@@ -1,6 +1,6 @@
 """The tables of grouping.py for few assignments in one launch: one program sorts, counts and cuts.
 
-Launches are what decoding pays for: XLA makes six or more of the same. Entries beyond the last tile are left unwritten.
+Launches are the cost in decoding: XLA would need six or more for the same. Entries after the last tile are not written.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from jax import lax
 from pallas_kernels import compat
 from pallas_kernels.grouped_matmul.grouping import Tiles, max_tiles
 
-MOST = 256  # assignments: one multiprocessor compares them all with each other
+MOST = 256  # assignments; one multiprocessor compares all of them with each other
 _CHUNK = 32
 
 
 def group(experts: jax.Array, num_experts: int, tile_rows: int, interpret: bool = False) -> tuple[jax.Array, Tiles]:
-    """As `grouping.group`, at most MOST assignments int32 [A]: their order, and the tiles of the sorted rows."""
+    """As `grouping.group`, for at most MOST assignments int32 [A]: their order, and the tiles of the sorted rows."""
     count = experts.shape[0]
     lanes = max(_CHUNK, 1 << (count - 1).bit_length())
     buckets = max(_CHUNK, 1 << (num_experts - 1).bit_length())

@@ -1,8 +1,8 @@
 """Grouped matmul in plain XLA: a loop over the tiles that exist, each one expert's matrix times a few of its rows.
 
-The trip count is the number of tiles that have rows, computed on the device, so an expert that nobody chose costs
-nothing. A tile always takes `rows` rows from its start; those beyond its group are computed wrongly and then overwritten,
-because tiles are visited in ascending order and the next group's tile writes the same rows.
+The trip count is the number of tiles that have rows, computed on the device, so an expert that no token chose costs nothing. A
+tile always takes `rows` rows from its start; rows after the end of its group get wrong results, which are overwritten: tiles
+are visited in ascending order, and the next group's tile writes the same rows.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ def grouped(x: jax.Array, group_sizes: jax.Array, matrices: Matrix, target: Targ
 
 
 def _tile_rows(m: int, experts: int) -> int:
-    """About twice the rows an expert gets on average, from 16 to 256, never more than there are.
+    """About twice the average number of rows per expert, from 16 to 256, but not more than there are.
 
-    Unpacking costs what some sixty rows of the product cost, so most experts should need one tile.
+    Unpacking costs as much as about sixty rows of the product, so most experts should need only one tile.
     """
     average = max(16, min(256, 2 * m // experts))
     return min(max(2, m), 1 << (average - 1).bit_length())

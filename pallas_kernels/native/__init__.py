@@ -1,4 +1,4 @@
-"""Kernels in C++ for CPUs, called from inside compiled programs (XLA FFI): compressed weights are never written out unpacked.
+"""Kernels in C++ for CPUs, called from inside compiled programs (XLA FFI): unpacked weights are never written to memory.
 
 Activations are float32 in memory; inside a product they are quantized to int8 in blocks of 32 ("int8" arithmetic). A row's
 result depends neither on the other rows nor on the number of threads.
@@ -40,7 +40,7 @@ __all__ = [
 
 
 def refuses(case: dispatch.Case) -> str | None:
-    """Why the kernels do not serve a case; None where they do."""
+    """Why the kernels do not serve a case; None if they do."""
     if case.target.platform != "cpu":
         return "is for CPUs"
     if case.dtype not in ("int8", "int8x2"):
@@ -68,7 +68,7 @@ def matmuls(x: jax.Array, matrices: Sequence[Matrix], target: dispatch.Target) -
 
 
 def matmuls_twice(x: jax.Array, matrices: Sequence[Matrix], target: dispatch.Target) -> list[jax.Array]:
-    """`matmuls` with what the quantization of x leaves out quantized and multiplied as well: "int8x2"."""
+    """`matmuls` in which the error of quantizing x is quantized and multiplied, too: "int8x2"."""
     return _call("ferrum_matmuls", [matrix.rows for matrix in matrices], matrices, "int8x2", x)
 
 
@@ -101,7 +101,7 @@ def decoder_layers(
     shape: LayerShape,
     record: bool,
 ) -> tuple[jax.Array, KVCache, tuple[jax.Array, ...]]:
-    """As the contract of pallas_kernels.decoder_layers says."""
+    """See the contract of pallas_kernels.decoder_layers."""
     places = np.full((len(layers), len(ROLES), 2), -1, np.int64)
     for places_of, layer in zip(places, layers, strict=True):
         for role, part in layer.items():
@@ -145,7 +145,7 @@ def _call(
 
 
 def _place(matrix: Matrix) -> jax.Array:
-    """Which matrix of the flattened stack is meant: int32 []. The axes without an index are not counted."""
+    """The number of the matrix in the flattened stack: int32 []. Axes without an index are not counted."""
     place: jax.Array = jnp.zeros((), jnp.int32)
     for size, index in zip(matrix.planes[0].shape, matrix.index, strict=False):
         place = place * size + index

@@ -1,9 +1,9 @@
 """Builds the C++ kernels against the jaxlib that is running, once, and registers them with XLA.
 
 The library is kept in the user's cache under a name with two digests. The first is of its sources, the tables that Python
-writes for them, the headers it was built against, the compiler and the instruction set, so another jaxlib, compiler or CPU
-gets one of its own and an old one is never loaded by mistake; the second is of its content, so a damaged one is built again
-and never loaded (`pallas_kernels.cache`). Only what this CPU takes is compiled.
+writes for them, the headers it was built against, the compiler and the instruction set, so another jaxlib, compiler or CPU gets
+its own library and an old one is never loaded by mistake; the second is of its content, so a damaged one is built again and
+never loaded (`pallas_kernels.cache`). Only code for this CPU is compiled.
 """
 
 from __future__ import annotations
@@ -32,12 +32,13 @@ SOURCES = Path(__file__).parent / "src"
 Progress = Callable[[int, int | None, str], None]
 _LOG = logging.getLogger(__name__)
 TARGETS = ("ferrum_matmuls", "ferrum_swiglu", "ferrum_experts", "ferrum_layers")
-_SECONDS = 300  # a compiler may take
+_SECONDS = 300  # time limit of a compiler
 _LOCK = threading.Lock()
 _PROGRESS: ContextVar[Progress | None] = ContextVar("progress", default=None)
 _INSTEAD = "; XLA's own code serves instead, more slowly"
 
-# The best first: what it is compiled from, and what /proc/cpuinfo has to list for it. The longest unit comes first.
+# Instruction sets, the best first: the sources of each (the slowest to compile first), and the flags that /proc/cpuinfo must
+# list.
 _AVX512 = {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "avx2", "fma", "f16c", "bmi2"}
 _UNITS = {
     "amx": (("avx512_vnni", "avx512_few", "amx"), _AVX512 | {"amx_tile", "amx_int8"}),
@@ -50,7 +51,7 @@ _COMMON = ("ffi", "layers", "kernels")
 
 @functools.cache
 def library() -> ctypes.CDLL | str:
-    """The kernels, built where they are not yet and registered with XLA; or, in words, why they cannot be had."""
+    """The kernels, built if necessary and registered with XLA; or, in words, why they are not available."""
     with _LOCK:
         compiler = _compiler()
         if compiler is None:
@@ -59,7 +60,7 @@ def library() -> ctypes.CDLL | str:
             path = _built(compiler)
             try:
                 return _registered(path)
-            except (OSError, AttributeError):  # such as one for another C++ runtime library, in a shared home
+            except (OSError, AttributeError):  # for example built for another C++ runtime library, in a shared home
                 path.unlink(missing_ok=True)
                 return _registered(_built(compiler))
         except subprocess.CalledProcessError as error:
@@ -76,7 +77,7 @@ def _reason(error: Exception) -> str:
 
 
 def prepare(progress: Progress | None = None) -> None:
-    """Has the kernels built where they are not yet. progress: called with (parts done, all parts, what is going on)."""
+    """Builds the kernels if necessary. progress: called with (parts done, all parts, what is being done)."""
     token = _PROGRESS.set(progress)
     try:
         library()
@@ -85,13 +86,13 @@ def prepare(progress: Progress | None = None) -> None:
 
 
 def refusal() -> str | None:
-    """Why the kernels cannot be had, None where they can."""
+    """Why the kernels are not available, or None."""
     found = library()
     return found if isinstance(found, str) else None
 
 
 def isa() -> str:
-    """The instruction set that the kernels take on this machine, "" where they cannot be had."""
+    """The instruction set that the kernels use on this machine, "" if they are not available."""
     found = library()
     return "" if isinstance(found, str) else found.ferrum_native_isa().decode()
 
@@ -115,7 +116,7 @@ def _compiler() -> str | None:
 
 
 def _instruction_sets() -> tuple[str, ...]:
-    """The best one that this CPU has; all of them where the operating system does not list what it has."""
+    """The best one of this CPU; all of them if the operating system does not list its features."""
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return ("portable",)
     try:
@@ -127,7 +128,7 @@ def _instruction_sets() -> tuple[str, ...]:
 
 
 def _built(compiler: str) -> Path:
-    """The path of the library. OSError and CalledProcessError where it cannot be made."""
+    """The path of the library. OSError or CalledProcessError if it cannot be built."""
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True, timeout=_SECONDS).stdout
     sets = _instruction_sets()
     digest = hashlib.blake2b(f"{jaxlib.__version__} {version} {platform.machine()} {sets}".encode(), digest_size=12)

@@ -1,8 +1,7 @@
-"""What Python and C++ both have to know by number, kept here alone: formats, kinds of arithmetic, KV dtypes, roles.
+"""The numbers that Python and C++ share, defined only here: formats, kinds of arithmetic, KV dtypes, roles.
 
-C++ gets these tables as the header "tables.h", which `header` writes and build.py puts next to what it compiles. An index
-into one of them is passed to a kernel only where the library was built with the same table, because the text of the header
-is part of the library's name.
+C++ gets these tables as the header "tables.h", which `header` writes and build.py puts next to the sources. A kernel is never
+called with an index into another table than it was built with, because the text of the header is part of the library's name.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ QUANTIZED = (
     "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "MXFP4", "U4_32_F16", "U4_64_F16", "U4_128_F16", "Q4_K", "Q5_K", "Q6_K",
     "IQ4_XS",
 )  # fmt: skip
-FORMATS = (*QUANTIZED, "F16", "BF16")  # of a matrix that the products take
+FORMATS = (*QUANTIZED, "F16", "BF16")  # formats of the matrices that the products accept
 ROUTER_FORMAT = "F32"  # of a router inside decoder_layers, in addition to FORMATS
 ARITHMETIC = ("int8", "int8x2", "float32")
 ROLES = (

@@ -3,17 +3,17 @@
 Contract of `paged_attention(q, cache, layer, metadata, scale, sinks)`:
 
 * `q` [tokens, q_heads, head_dim] float32: the queries of all sequences, one after the other.
-* `cache`: a `KVCache` with kv_heads heads, this step's keys and values written; q_heads is a multiple of kv_heads.
-* `layer`: int32 scalar. `metadata`: what `make_metadata(tables, ...)` gives, once a step for all its layers.
+* `cache`: a `KVCache` with kv_heads heads that already holds this step's keys and values; q_heads is a multiple of kv_heads.
+* `layer`: int32 scalar. `metadata`: from `make_metadata(tables, ...)`, once per step for all its layers.
 * Query t of sequence s sees positions max(0, p - window + 1) .. p of its sequence, p = positions[t]; window 0 sees all.
 * `sinks` [q_heads] float32, or None: one more score for each head, not scaled, of a position whose value is zero
   (arXiv 2508.10925).
 * result [tokens, q_heads, head_dim] float32; rows of no sequence, or of one with kv_length 0, are zero.
-* derivatives: with respect to q and sinks, and to the cache where it holds floats.
+* derivatives: with respect to q and sinks, and to the cache if it holds floats.
 
-Sums run over fixed ranges of positions in order, so a row depends on that row, its sequence and its length alone; on CPU
-bit for bit. Pages beyond a sequence's length are never read into a result, whatever they hold, and their entries in the
-page table may be any number. There is no limit to a length.
+Sums run over fixed ranges of positions in order, so a row depends on that row, its sequence and its length alone; on CPU bit
+for bit. Pages beyond a sequence's length never affect a result, whatever they hold, and their entries in the page table may be
+any number. Lengths are not limited.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ class Tables(NamedTuple):
       positions: [tokens], of each query in its sequence.
       query_starts: [sequences + 1]; queries of s are query_starts[s] .. query_starts[s + 1] - 1, and they are its last
         ones: the last of them has position kv_lengths[s] - 1.
-      kv_lengths: [sequences], cached tokens, this step's included; 0: the sequence is not there.
-      page_table: [sequences, max_pages].
+      kv_lengths: [sequences], cached tokens, including this step's; 0: there is no such sequence. page_table: [sequences,
+      max_pages].
     """
 
     positions: jax.Array
@@ -71,7 +71,7 @@ class Tables(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class AttentionMetadata:
-    """A step's tables and what its backend made of them; the choice of backend is part of it."""
+    """A step's tables, what the backend prepared from them, and the backend itself."""
 
     tables: Tables
     work: Any
@@ -90,15 +90,12 @@ def make_metadata(
     *,
     sinks: bool = False,
 ) -> AttentionMetadata:
-    """Chooses the backend for batches of these shapes and has it prepare the tables: once a step, for all its layers.
+    """Chooses the backend for batches of these shapes and lets it prepare the tables, once per step for all its layers.
 
     Args:
-      tables: of the step.
-      cache: that will be read.
-      q_heads: heads of the queries.
-      window: positions a query sees, itself included; 0 for all.
-      implementation: the backend to take, instead of the first that can.
-      sinks: whether `paged_attention` will be given some.
+      tables: of the step. cache: that will be read. q_heads: heads of the queries. window: positions a query sees, including
+      its own; 0 for all. implementation: the backend to take instead of the first that can. sinks: whether `paged_attention`
+      will be given some.
 
     Raises:
       ValueError: if the forced backend cannot serve the case.
@@ -122,12 +119,8 @@ def paged_attention(
     """Attention over the pages of a layer. See the module's contract.
 
     Args:
-      q: float32 [tokens, q_heads, head_dim].
-      cache: with this step's keys and values written.
-      layer: int32 scalar.
-      metadata: from `make_metadata`.
-      scale: factor of the scores.
-      sinks: float32 [q_heads].
+      q: float32 [tokens, q_heads, head_dim]. cache: already holds this step's keys and values. layer: int32 scalar. metadata:
+      from `make_metadata`. scale: factor of the scores. sinks: float32 [q_heads].
 
     Returns:
       float32 [tokens, q_heads, head_dim].

@@ -1,8 +1,8 @@
 """The paged KV cache: keys and values of all layers in one donated array.
 
-A token's row holds K of head i at 2i and V at 2i + 1, so that a step is one scatter and a page is one run of bytes. What
-the elements are is the KV dtype; how they are kept may differ: where XLA would rewrite the whole array at an update of
-part of it (16-bit and 8-bit floats on CPU) their bits are kept as integers, and 8-bit floats are bits on a GPU as well.
+A token's row holds K of head i at 2i and V at 2i + 1, so that a step is one scatter and a page is one run of bytes. The KV
+dtype is the type of the elements; their storage may differ: where XLA would rewrite the whole array to update a part of it
+(16-bit and 8-bit floats on CPU, 8-bit floats on GPU), their bits are stored as integers.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _E4M3_MAX = 448.0
 
 
 def storage_dtype(dtype: str, target: dispatch.Target) -> jnp.dtype:
-    """How elements of a KV dtype are kept on the target."""
+    """The dtype in which elements of a KV dtype are stored on the target."""
     return jnp.dtype(_BITS.get((dtype, target.platform), dtype))
 
 
@@ -36,8 +36,8 @@ class KVCache:
     """Pages of keys and values. (A page's scales are one row because TPUs fill rows up to 128.)
 
     Attributes:
-      pages: [layers, pages, page_size, 2 * kv_heads, head_dim], rotated keys and values.
-      scales: float32 [layers, pages, page_size * 2 * kv_heads] where `dtype` is int8, else None: an element is its integer
+      pages: [layers, pages, page_size, 2 * kv_heads, head_dim], rotated keys and values. scales: float32 [layers, pages,
+      page_size * 2 * kv_heads] if `dtype` is int8, else None: an element is its integer
         times its row's scale.
       dtype: of an element.
     """
@@ -48,7 +48,7 @@ class KVCache:
 
     @staticmethod
     def empty(layers: int, pages: int, page_size: int, kv_heads: int, head_dim: int, dtype: str) -> KVCache:
-        """Zeros, kept as the target being traced for wants them. `dtype` is one of KV_DTYPES."""
+        """Zeros, stored for the target being traced for. `dtype` is one of KV_DTYPES."""
         shape = (layers, pages, page_size, 2 * kv_heads)
         stored = jnp.zeros((*shape, head_dim), storage_dtype(dtype, dispatch.target()))
         scales = jnp.zeros((layers, pages, page_size * 2 * kv_heads), jnp.float32)
@@ -71,16 +71,14 @@ class KVCache:
         return self.pages.shape[4]
 
     def write(self, layer: jax.Array | int, kv_slots: jax.Array, k: jax.Array, v: jax.Array) -> KVCache:
-        """A cache with keys and values put in. int8 is rounded by the largest of its row, fp8 saturates.
+        """The cache with keys and values written. int8 is scaled by the largest of its row, fp8 saturates.
 
         Args:
-          layer: which one.
-          kv_slots: int32 [tokens], page * page_size + offset, none twice; -1 writes nowhere.
-          k: [tokens, kv_heads, head_dim].
-          v: [tokens, kv_heads, head_dim].
+          layer: which one. kv_slots: int32 [tokens], page * page_size + offset, all different; -1 writes nowhere. k: [tokens,
+          kv_heads, head_dim]. v: [tokens, kv_heads, head_dim].
         """
         page, place = layer * self.num_pages + kv_slots // self.page_size, kv_slots % self.page_size
-        # Rows that go nowhere get pages of their own beyond the end, so that all indices differ.
+        # Rows that are not written get different pages beyond the end, so that all indices differ.
         nowhere = self.pages.shape[0] * self.num_pages + jnp.arange(kv_slots.shape[0], dtype=jnp.int32)
         page = jnp.where(kv_slots < 0, nowhere, page)
 
@@ -103,7 +101,7 @@ class KVCache:
         return KVCache(put(self.pages, (page, place), values), None, self.dtype)
 
     def read(self, layer: jax.Array | int, ids: jax.Array) -> jax.Array:
-        """What pages of a layer hold, exactly.
+        """The exact contents of pages of a layer.
 
         Args:
           layer: which one.
@@ -115,7 +113,7 @@ class KVCache:
         ids = layer * self.num_pages + jnp.clip(ids, 0, self.num_pages - 1)
 
         def get(array: jax.Array) -> jax.Array:
-            return array.reshape(-1, *array.shape[2:]).at[ids].get(mode="clip")  # one index: two make TPUs copy the array
+            return array.reshape(-1, *array.shape[2:]).at[ids].get(mode="clip")  # a single index: with two, TPUs copy the array
 
         stored = get(self.pages)
         if self.scales is not None:

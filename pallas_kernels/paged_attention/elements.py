@@ -1,7 +1,7 @@
 """8-bit elements of a KV cache as operands of 16-bit products on a GPU, both halves of 16-bit words.
 
-Bit operations alone, on two words at a time in a register: a conversion to float and back would cost more than the memory
-takes. Each has two forms, PTX and the same in jnp for interpret mode. Exact, all 256 patterns:
+Only bit operations, on two words at a time in a register: a conversion to float and back would take longer than the memory
+does. Each has two forms, PTX and the same in jnp for interpret mode. All are exact for all 256 patterns:
 
 * int8 to float16: 1024 + 128 + b is the pattern 0x6480 ^ b; subtract 1152.
 * int8 to bfloat16: 128 + (b & 127) is 0x4300 | (b & 127), and 0x4300 | (b & 128) is 128 or 256; subtract.
@@ -17,7 +17,7 @@ from jax import lax
 
 from pallas_kernels import compat
 
-E4M3_UNIT = 2.0**8  # what the float16 forms of e4m3 numbers are short of
+E4M3_UNIT = 2.0**8  # the factor that the float16 forms of e4m3 numbers lack
 
 # w: two words; lop3's tables: 0x6A (a & b) ^ c, 0xEA (a & b) | c.
 _INT8 = {

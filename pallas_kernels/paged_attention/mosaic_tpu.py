@@ -1,8 +1,8 @@
-"""Paged attention on TPU: the ragged paged attention kernel of jax's library, on the cache as it lies.
+"""Paged attention on TPU: the ragged paged attention kernel of jax's library, on the cache without a copy.
 
-The pool of all layers is one run of pages to the kernel, and a layer is an offset to the page numbers, so nothing is cut
-out. The kernel has no answer for a sequence without queries or without a cached token: the former go to the end of the
-list, the latter are read as if they had a page, and their rows are set to zero afterwards.
+For the kernel the pool of all layers is one run of pages, and a layer is an offset to the page numbers, so nothing is sliced.
+The kernel cannot handle sequences without queries or without cached tokens: the former go to the end of the list, the latter
+are read as if they had a page, and their rows are set to zero afterwards.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from pallas_kernels.paged_attention.cache import KVCache
 if TYPE_CHECKING:
     from pallas_kernels.paged_attention import AttentionMetadata, Tables
 
-KV_BLOCK = 512  # positions that are fetched and summed together
-_SMEM_ENTRIES = 224 * 1024  # of a page table; SMEM is 1 MiB in all
-_PACKING = {"float32": 1, "bfloat16": 2, "float8_e4m3fn": 4}  # elements in a 32-bit word
+KV_BLOCK = 512  # positions fetched and summed together
+_SMEM_ENTRIES = 224 * 1024  # of a page table; SMEM has 1 MiB in total
+_PACKING = {"float32": 1, "bfloat16": 2, "float8_e4m3fn": 4}  # elements per 32-bit word
 
 
 def refuses(case: Case) -> str | None:
-    """None where the kernel serves the case."""
+    """None if the kernel serves the case, else the reason."""
     if case.format not in _PACKING:
         what = {"int8": "int8 with a scale for each token", "float16": "float16 (Mosaic has no float16 loads)"}
         return f"does not read {what.get(case.format, case.format)}"
@@ -42,9 +42,9 @@ def refuses(case: Case) -> str | None:
 
 
 class Work(NamedTuple):
-    """The tables as the kernel wants them, int32: sequences with queries first, pages in range and in whole blocks.
+    """The tables in the kernel's form, int32: sequences with queries first, pages in range and in whole blocks.
 
-    present [1]: how many have queries; live bool [tokens]: whether the row is of a sequence with cached tokens.
+    present [1]: how many have queries; live bool [tokens]: whether the row belongs to a sequence with cached tokens.
     """
 
     starts: jax.Array
@@ -55,7 +55,7 @@ class Work(NamedTuple):
 
 
 def prepare(tables: Tables, cache: KVCache, q_heads: int, window: int) -> Work:
-    """The arguments are `make_metadata`'s."""
+    """The arguments are those of `make_metadata`."""
     queries = jnp.diff(tables.query_starts)
     order = jnp.argsort(queries == 0, stable=True)
     starts = jnp.concatenate([jnp.zeros((1,), jnp.int32), jnp.cumsum(queries[order]).astype(jnp.int32)])

@@ -1,13 +1,13 @@
 """Paged attention on NVIDIA GPUs (Triton lowering): one flash kernel, its context cut into ranges of fixed size.
 
-A program has one KV head and the rows (token, query head of its group) of a tile of tokens of one sequence. It walks over
-KV tiles of 64 positions (or 32), aligned to position 0, with the online softmax, and starts anew at every multiple of
-`SPLIT` positions; the partial results are merged in order of position. A tile of many tokens does so in one program. A
-single token, where there would be too few programs, gets one for each range, and a second kernel merges them the same way.
-A sink is one more partial result, merged last: its score is the largest, its weight 1 and its output zero.
+A program has one KV head and the rows (token, query head of its group) of a tile of tokens of one sequence. It walks over KV
+tiles of 64 positions (or 32), aligned to position 0, with the online softmax, and starts anew at every multiple of `SPLIT`
+positions; the partial results are merged in order of position. For a tile of many tokens one program does this. For single
+tokens that would be too few programs, so each range gets its own program, and a second kernel merges the results in the same
+way. A sink is one more partial result, merged last: its score is the largest, its weight 1 and its output zero.
 
-Positions are gathered through the page table one by one, so the size of a page costs nothing. 8-bit elements are read as
-16-bit words, an even and an odd channel in each: channels meet only in sums, so both halves are products of their own.
+Positions are gathered through the page table one by one, so the page size does not matter. 8-bit elements are read as 16-bit
+words with an even and an odd channel in each: channels are combined only in sums, so each half is a separate product.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from pallas_kernels.paged_attention.cache import KVCache
 if TYPE_CHECKING:
     from pallas_kernels.paged_attention import AttentionMetadata, Sinks, Tables
 
-SPLIT = 256  # positions whose partial result starts anew
-_MASKED = -1e30  # finite, so that a row that has seen nothing yet never computes inf - inf
+SPLIT = 256  # positions per partial result
+_MASKED = -1e30  # finite, so that a row before its first visible position never computes inf - inf
 _NEVER = 2**31 - 1
 _LOG2_E = 1.4426950408889634
 
 
 def refuses(case: Case) -> str | None:
-    """None where the kernel serves the case."""
+    """None if the kernel serves the case, else the reason."""
     if case.target.capability < (8, 0):
         return f"needs a GPU of compute capability 8.0 or more, not {case.target}"
     _, _, _, q_heads, kv_heads, head_dim, _ = case.shape
@@ -49,11 +49,12 @@ def refuses(case: Case) -> str | None:
 
 
 class Work(NamedTuple):
-    """Tiles of tokens, each int32 [5, count]: its first token, the one behind its last, its sequence (-1: no tile), the
-    position of its first token and the length of its sequence.
+    """Tiles of tokens, each int32 [5, count]: first token, the token after the last one, sequence (-1: no tile), the position
+    of the first token, and the length of the sequence.
 
-    single: tiles of one token. many: tiles of the sequences that have several, None where single has all tokens; then
-    place int32 [tokens] says which of `single` a token is, -1 for a token of `many` and -2 for one of no sequence.
+    single: tiles of one token. many: tiles of sequences with several tokens; None if single has all tokens. place int32
+    [tokens], None without `many`: the index of a token in `single`, -1 for a token of `many`, and -2 for one without a
+    sequence.
     """
 
     single: jax.Array
@@ -62,7 +63,7 @@ class Work(NamedTuple):
 
 
 def prepare(tables: Tables, cache: KVCache, q_heads: int, window: int) -> Work:
-    """Cuts the queries into tiles. The arguments are `make_metadata`'s."""
+    """Cuts the queries into tiles. The arguments are those of `make_metadata`."""
     tokens, sequences = tables.positions.shape[0], tables.kv_lengths.shape[0]
     starts = tables.query_starts
     token = jnp.arange(tokens, dtype=jnp.int32)
@@ -124,7 +125,7 @@ def _attend(
     tiles: Any,
     size: int,
 ) -> Any:
-    """The results of the tiles' tokens: where size is 1 in the order of the tiles, else in their own places."""
+    """The results of the tiles' tokens: in the order of the tiles if size is 1, else in the order of the tokens."""
     q_heads, count = q.shape[1], tiles.shape[1]
     splits = math.ceil(tables.page_table.shape[1] * cache.page_size / SPLIT)
     partial = size == 1 and splits > 1
@@ -163,7 +164,7 @@ def _attend(
 def _stored(cache: KVCache) -> list[jax.Array]:
     """The cache as the kernel reads it: [rows, 2 * kv_heads, words], and the scales of int8 [rows * 2 * kv_heads]."""
     pages = cache.pages
-    if pages.dtype.itemsize == 1:  # operands of one byte an element are addressed wrongly beyond 2 GiB
+    if pages.dtype.itemsize == 1:  # operands with one byte per element are addressed wrongly beyond 2 GiB
         pages = lax.bitcast_convert_type(pages.reshape(*pages.shape[:-1], -1, 2), jnp.uint16)
     elif pages.dtype != cache.dtype:
         pages = lax.bitcast_convert_type(pages, jnp.dtype(cache.dtype))
@@ -172,14 +173,14 @@ def _stored(cache: KVCache) -> list[jax.Array]:
 
 
 def _tokens_a_tile(cache: KVCache, q_heads: int) -> int:
-    """So many that a tile's rows (tokens x heads of the group) and its two results stay in registers."""
+    """As many as keep a tile's rows (tokens x heads of the group) and its two results in registers."""
     rows = (64 if cache.dtype in ("bfloat16", "float16") else 32) * 128 // max(128, pl.next_power_of_2(cache.head_dim))
     return max(2, rows * cache.kv_heads // q_heads)
 
 
 class _Kernel(NamedTuple):
-    """The kernels for one KV dtype and shape: `group` query heads a KV head, `size` tokens a tile; `sinks`: there are some;
-    `partial`: a program has one range of positions. Rows are (token, query head) pairs, `count` of them."""
+    """The kernels for one KV dtype and shape: `group` query heads per KV head, `size` tokens per tile; `sinks`: whether there
+    are any; `partial`: a program has one range of positions. Rows are (token, query head) pairs, `count` of them."""
 
     target: Target
     dtype: str
@@ -195,19 +196,20 @@ class _Kernel(NamedTuple):
 
     @property
     def kv_tile(self) -> int:
-        """Positions of a KV tile: what a tile of rows leaves registers for. wgmma (9.0, 10.0) takes operands from shared
-        memory, the others hold them; for 8.0 ptxas keeps to 80 registers with 32 positions of float32, and spills."""
+        """Positions of a KV tile, as many as a tile of rows leaves registers for. wgmma (9.0, 10.0) takes operands from shared
+        memory, other GPUs keep them in registers; for 8.0, ptxas limits itself to 80 registers with 32 positions of float32 and
+        spills."""
         if self.dtype == "float32" and self.target.capability == (8, 0):
             return 16
         return 64 if self.target.capability[0] in (9, 10) and self.dtype != "float32" and self.head_dim <= 128 else 32
 
     @property
     def stages(self) -> int:
-        """Pipeline depth: a KV tile comes two stages behind its entries of the page table, so that 5 keep two tiles in
+        """Pipeline depth: a KV tile is loaded two stages after its entries of the page table, so 5 stages keep two tiles in
         shared memory and 3 keep one (GPUs with 99 KiB)."""
         return 3 if self.dtype == "float32" or self.target.capability in ((8, 6), (8, 9), (12, 0)) else 5
 
-    # Elements. A word of storage has one element or two; what concerns the first, or the second, of every word is a plane.
+    # Elements. A word of storage has one or two elements; the first (or second) elements of all words form a plane.
 
     @property
     def planes(self) -> int:
@@ -215,7 +217,7 @@ class _Kernel(NamedTuple):
 
     @property
     def unit(self) -> float:
-        """What operands are short of."""
+        """The factor that operands lack."""
         return elements.E4M3_UNIT if self.dtype == "float8_e4m3fn" else 1.0
 
     def operands(self, words: jax.Array, of_int8: str) -> list[jax.Array]:
@@ -225,7 +227,7 @@ class _Kernel(NamedTuple):
         return elements.from_e4m3(words, self.interpret) if self.planes == 2 else [words]
 
     def queries(self, q: jax.Array, token: Any, head: Any, live: jax.Array) -> tuple[list[jax.Array], jax.Array]:
-        """The planes of q's rows as operands, and what their products are to be multiplied by for exp2, [rows, 1]."""
+        """The planes of q's rows as operands, and the factor of their products for exp2, [rows, 1]."""
         rows = [self.load(q, (token, head), live, plane) for plane in range(self.planes)]
         if self.dtype in ("float32", "bfloat16"):
             return [row.astype(self.dtype) for row in rows], jnp.full((len(token), 1), self.scale * _LOG2_E)
@@ -240,11 +242,11 @@ class _Kernel(NamedTuple):
 
     @property
     def columns(self) -> int:
-        """Channels of a plane, in whole powers of two."""
+        """Channels of a plane, rounded up to a power of two."""
         return pl.next_power_of_2(self.head_dim // self.planes)
 
     def part(self, array: Any, index: tuple, mask: Any, plane: int | None) -> Any:
-        """array[*index, :] with indices [rows], all words or the channels of a plane, and which elements of it there are."""
+        """array[*index, :] with indices [rows], all words or the channels of a plane, and which of its elements exist."""
         column, used = lax.iota(jnp.int32, self.columns), self.head_dim // self.planes
         channel = column if plane is None else column * self.planes + plane
         there = mask[:, None] if self.columns == used else mask[:, None] & (column < used)
@@ -263,7 +265,7 @@ class _Kernel(NamedTuple):
     # Partial results: the largest score of each row, the sum of its weights relative to it, and the planes of its output
 
     def nothing(self, rows: int) -> Any:
-        """That of no positions."""
+        """The partial result of no positions."""
         outs = [jnp.zeros((rows, self.columns), jnp.float32) for _ in range(self.planes)]
         return jnp.full((rows,), _MASKED), jnp.zeros((rows,), jnp.float32), outs
 
@@ -279,8 +281,8 @@ class _Kernel(NamedTuple):
     # Kernels
 
     def seen(self, tiles: Any, offset: Any) -> Any:
-        """The tokens at offsets [rows] of this program's tile, which of them there are, and what each sees: low (0 for all
-        without a window), high."""
+        """The tokens at offsets [rows] of this program's tile, which of them exist, and the positions that each sees, from low
+        (0 without a window) to high."""
         first, end, sequence, position, length = (tiles[i, pl.program_id(2)] for i in range(5))
         token, until = first + offset, position + offset + 1
         live = (offset < self.size) & (token < end) & (sequence >= 0)
@@ -312,7 +314,7 @@ class _Kernel(NamedTuple):
             place = (first_page[0] + page) * self.page_size + position % self.page_size
             there = jnp.full((self.kv_tile,), 2 * kv_head)
             keys = self.operands(self.load(pages, (place, there), inside), "float16")
-            # The weights of int8 values hold their scales and may be of any size.
+            # The weights of int8 values include their scales and may have any magnitude.
             values = self.operands(self.load(pages, (place, there + 1), inside), "bfloat16")
             scores = functools.reduce(jnp.add, [_dot(q, k, 1) for q, k in zip(queries, keys, strict=True)]) * factor
             if scales is not None:
@@ -348,7 +350,7 @@ class _Kernel(NamedTuple):
             ranges = (near // SPLIT, pl.cdiv(far, SPLIT))
             result = lax.fori_loop(*ranges, lambda i, so_far: _merged(so_far, walk(i)), self.nothing(count))
             result = self.finish(result, sinks, head, offset < self.size)
-            if self.size == 1:  # every tile is a row of the result, zero where there is no token
+            if self.size == 1:  # every tile is a row of the result, zero if it has no token
                 self.store(outputs[0], result, (tile + offset, head), offset == 0)
             else:
                 self.store(outputs[0], result, (token, head), live)
@@ -362,7 +364,7 @@ class _Kernel(NamedTuple):
         head, used = kv_head * self.group + row, row < self.group
         _, _, low, high = self.seen(tiles, jnp.zeros((count,), jnp.int32))
         first, last = (jnp.min(low) // SPLIT if self.window else 0), pl.cdiv(jnp.max(high), SPLIT)
-        together = 4  # loads under way at a time
+        together = 4  # loads in flight
 
         def step(i: Any, result: Any) -> Any:
             for part in (first + i * together + k for k in range(together)):

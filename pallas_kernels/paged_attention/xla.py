@@ -1,9 +1,9 @@
 """Paged attention in plain XLA: query tiles x KV tiles with the online softmax.
 
-Queries of one sequence are cut into tiles of `_query_tile` rows; a few tiles at a time walk over the KV in tiles of
-`KV_TILE` positions, aligned to position 0, and stop at the longest of them. A KV tile that a row does not see leaves its
-sums as they are, bit for bit, so neither the other rows nor the length of the walk reach a row's result. Where there are
-sinks, a row begins as if it had seen one position, with the sink as its score and zeros as its value.
+Queries of one sequence are cut into tiles of `_query_tile` rows; a few tiles at a time walk over the KV in tiles of `KV_TILE`
+positions, aligned to position 0, and stop at the longest of them. A KV tile that a row does not see leaves its sums unchanged,
+bit for bit, so neither other rows nor the length of the walk affect a row's result. Where there are sinks, a row begins as if
+it had seen one position, with the sink as its score and zeros as its value.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ if TYPE_CHECKING:
     from pallas_kernels.paged_attention import AttentionMetadata, Sinks, Tables
 
 KV_TILE = 128
-_MASKED = -1e30  # finite, so that a row that has seen nothing yet never computes inf - inf
+_MASKED = -1e30  # finite, so that a row before its first visible position never computes inf - inf
 
 
 class Work(NamedTuple):
-    """Which queries share a tile, what each sees and where results go.
+    """Which queries share a tile, what each of them sees and where results go.
 
-    rows [tiles, size]: the token of each place of each tile; seen_from, seen_until [tiles, size]: the positions it sees
-    (none in a place without a query); pages [tiles, ...]: the page table of the tile's sequence, in whole KV tiles;
-    place [tokens]: where each token's result is among tiles * size, or -1.
+    rows [tiles, size]: the token at each place of each tile; seen_from, seen_until [tiles, size]: the positions it sees (none
+    if the place has no query); pages [tiles, ...]: the page table of the tile's sequence, in whole KV tiles; place [tokens]:
+    where each token's result is among tiles * size, or -1.
     """
 
     rows: jax.Array
@@ -42,7 +42,7 @@ class Work(NamedTuple):
 
 
 def prepare(tables: Tables, cache: KVCache, q_heads: int, window: int) -> Work:
-    """Cuts the queries into tiles. The arguments are `make_metadata`'s."""
+    """Cuts the queries into tiles. The arguments are those of `make_metadata`."""
     tokens = tables.positions.shape[0]
     sequences, max_pages = tables.page_table.shape
     size = _query_tile(tokens, sequences)
@@ -92,7 +92,7 @@ def attention(
 
     queries = (q.astype(jnp.float32) * scale)[work.rows].reshape(tiles, size, kv_heads, group, head_dim)
     queries = queries.transpose(0, 2, 1, 3, 4).reshape(tiles, kv_heads, size * group, head_dim)
-    if size * group == 1:  # one-row products have other bits
+    if size * group == 1:  # products with one row get other bits
         queries = jnp.pad(queries, ((0, 0), (0, 0), (0, 1), (0, 0)))
     if sinks is not None:  # [kv_heads, rows, 1], the rows as those of queries
         sinks = jnp.tile(sinks.reshape(kv_heads, 1, group), (1, queries.shape[2] // group, 1)).reshape(kv_heads, -1, 1)
@@ -117,7 +117,7 @@ def attention(
             new_best = jnp.maximum(best, scores.max(axis=-1, keepdims=True))
             weights = jnp.where(visible, jnp.exp(scores - new_best), 0.0)
             keep = jnp.exp(best - new_best)
-            # Positions last in both operands: the form whose bits do not depend on the number of rows.
+            # Positions are last in both operands: the bits of this form do not depend on the number of rows.
             v = v.transpose(0, 2, 3, 1)
             update = jnp.einsum("whrp,whdp->whrd", weights, v, precision=lax.Precision.HIGHEST)
             return new_best, total * keep + row_sum(weights), out * keep + update
@@ -137,13 +137,13 @@ def attention(
 
 
 def _query_tile(tokens: int, sequences: int) -> int:
-    """Rows a query tile: one for decode, up to 64 for prefill."""
+    """Rows per query tile: one for decode, up to 64 for prefill."""
     average = max(1, min(64, tokens // sequences))
     return 1 << (average - 1).bit_length()
 
 
 def _together(size: int, tiles: int) -> int:
-    """How many query tiles walk over the KV side by side."""
+    """How many query tiles walk over the KV at the same time."""
     return min(max(1, 16 // size), tiles)
 
 

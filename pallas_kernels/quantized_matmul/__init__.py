@@ -2,16 +2,16 @@
 
 Contract of `quantized_matmul(x, matrix)`:
 
-* `x` [m, k] float32, bfloat16 or float16: its dtype is the arithmetic. float32 means float32 (`Precision.HIGHEST`).
-  With `arithmetic` "int8" x is float32 and a backend may quantize it in blocks inside the product, with "int8x2" twice,
-  the rest of the first time as well; others stay exact.
+* `x` [m, k] float32, bfloat16 or float16: its dtype is the arithmetic. float32 means float32 (`Precision.HIGHEST`). With
+  `arithmetic` "int8" x is float32 and a backend may quantize it in blocks inside the product; with "int8x2" also the error of
+  that quantization. Other backends stay exact.
 * `matrix`: a `Matrix` [n, k] in any memory layout; its stack is never sliced into a copy.
 * result [m, n] float32. Row i depends on row i of x alone; on CPU bit for bit, whatever m is.
-* derivative: with respect to x, through the compressed weights; the weights have none.
+* derivative: with respect to x, through the compressed weights; none with respect to the weights.
 
-`quantized_matmuls(x, matrices)` is the same for several matrices that share x, in one launch where the backend can.
-`swiglu(x, gate, up)` is silu(x · gateᵀ) * (x · upᵀ) in the dtype of x, without the two products in memory where the
-backend can (arXiv 2002.05202).
+`quantized_matmuls(x, matrices)` is the same for several matrices that share x, in one launch if the backend can. `swiglu(x,
+gate, up)` is silu(x · gateᵀ) * (x · upᵀ) in the dtype of x, without storing the two products if the backend can (arXiv
+2002.05202).
 """
 
 from __future__ import annotations
@@ -44,10 +44,8 @@ def quantized_matmul(
     """x times the transposed matrix. See the module's contract.
 
     Args:
-      x: [m, k].
-      matrix: [n, k], compressed.
-      arithmetic: "int8" or "int8x2"; "": the dtype of x.
-      implementation: the backend to take, instead of the first that can.
+      x: [m, k]. matrix: [n, k], compressed. arithmetic: "int8" or "int8x2"; "": the dtype of x. implementation: the backend to
+      take instead of the first that can.
 
     Returns:
       float32 [m, n].
@@ -61,13 +59,11 @@ def quantized_matmul(
 def quantized_matmuls(
     x: jax.Array, matrices: Sequence[Matrix], arithmetic: str = "", implementation: dispatch.Implementation = None
 ) -> list[jax.Array]:
-    """x times each transposed matrix, in one launch where the backend can.
+    """x times each transposed matrix, in one launch if the backend can.
 
     Args:
-      x: [m, k].
-      matrices: each [n_i, k], compressed.
-      arithmetic: as of `quantized_matmul`.
-      implementation: as of `quantized_matmul`.
+      x: [m, k]. matrices: each [n_i, k], compressed. arithmetic: as for `quantized_matmul`. implementation: as for
+      `quantized_matmul`.
 
     Returns:
       float32 [m, n_i] for each.
@@ -88,11 +84,8 @@ def swiglu(
     """silu(x · gateᵀ) * (x · upᵀ).
 
     Args:
-      x: [m, k].
-      gate: [n, k], compressed.
-      up: [n, k], compressed.
-      arithmetic: as of `quantized_matmul`.
-      implementation: the backend to take, "composed" among them.
+      x: [m, k]. gate: [n, k], compressed. up: [n, k], compressed. arithmetic: as for `quantized_matmul`. implementation: the
+      backend to take; may be "composed".
 
     Returns:
       [m, n] in the dtype of x.
@@ -127,7 +120,7 @@ def backend_for(
     arithmetic: str,
     backends: Sequence[dispatch.Backend],
 ) -> Any:
-    """The functions of the backend that serves all the matrices in one call, or None where no one backend does."""
+    """The functions of the backend that serves all the matrices in one call, or None if no single backend does."""
     found = [
         dispatch.choose(
             dispatch.Case(operation, target, m.format, arithmetic, m.memory_layout, (x.shape[0], m.rows, m.columns)), backends

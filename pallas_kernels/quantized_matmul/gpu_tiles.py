@@ -1,13 +1,12 @@
 """Tiles of a compressed matrix as operands of tensor cores, and the loop over k that every Triton kernel here is made of.
 
-The words of memory layout "gpu" reach registers in the order of a tensor-core operand, so they are unpacked where they lie:
-two weights at a time, one mask and one packed multiply-add (inline PTX, with a jnp twin for interpret mode).
+The words of memory layout "gpu" reach registers in the order of a tensor-core operand, so they are unpacked in place: two
+weights at a time, with one mask and one packed multiply-add (inline PTX, with equivalent jnp code for interpret mode).
 
-In bfloat16 the field of a code is used as it is: bits 0..7 of a bfloat16 are linear, n stands for n * 2^-133, because
-exponents 0 and 1 share their spacing. Scales carry the inverse factor, and a factor of 2^-32 that keeps them in range
-and is undone on the float32 sums. In float16 the field is set into the mantissa of 1024, which is subtracted again.
-Either way a weight is round(n * scale + offset) with scale and offset rounded to the dtype: three roundings where an
-offset is added, two elsewhere.
+In bfloat16 the field of a code is used directly: bits 0..7 of a bfloat16 are linear, n stands for n * 2^-133, because exponents
+0 and 1 share their spacing. Scales carry the inverse factor, and a factor of 2^-32 that keeps them in range and is undone on
+the float32 sums. In float16 the field is inserted into the mantissa of 1024, which is subtracted again. Either way a weight is
+round(n * scale + offset) with scale and offset rounded to the dtype: three roundings if an offset is added, otherwise two.
 """
 
 from __future__ import annotations
@@ -51,7 +50,7 @@ _ARITHMETIC = {
 
 
 def restore(total: jax.Array, format: str, dtype: Any) -> jax.Array:
-    """Sums of products with the pieces of a matrix, freed of the factor that the weights carry."""
+    """Sums of products with the pieces of a matrix, without the factor that the weights carry."""
     if gpu.PACKINGS[format].scale == "powers":
         return total
     return total * jnp.float32(2.0 ** _ARITHMETIC[jnp.dtype(dtype)].range)
@@ -65,7 +64,7 @@ class Operand:
     columns: int
     planes: Sequence[Any]
     lead: tuple[jax.Array, ...]
-    counts: Any  # counts[n]: int32 [n], 0 to n - 1, loaded: Triton does not carry an iota into the layout of an operand
+    counts: Any  # counts[n]: int32 [n], 0 to n - 1, loaded because Triton does not convert an iota to the layout of an operand
 
     @property
     def packing(self) -> gpu.Packing:
@@ -99,7 +98,7 @@ def _asm(body: str, dtype: Any, pack: int, *args: jax.Array, constraints: str) -
 
 
 def _affine(how: Arithmetic, field: str) -> str:
-    """PTX: $0 = t * scale + offset for the two fields in t; `field` makes t, {scale} and {offset} are registers."""
+    """PTX: $0 = t * scale + offset for the two fields in t; `field` computes t, {scale} and {offset} are registers."""
     if how.exponent:
         return field + "fma.rn.bf16x2 $0, t, {scale}, {offset};"
     one = "mov.b32 u, 0x3C003C00; mov.b32 v, 0xE400E400; fma.rn.f16x2 t, t, u, v;"  # times 1, minus 1024
@@ -147,7 +146,7 @@ def split_field(
         + f"lop3.b32 t, u, 0x{wide:04x}{wide:04x}, t, 0xea; "
     )
     text = _affine(how, text).format(scale="$5", offset="$6")
-    turn = (at - 4) & 31  # both words of a register turn together, so that their fields come to bit 4
+    turn = (at - 4) & 31  # both words of a register are rotated together, so that their fields get to bit 4
     return _asm(text, how.dtype, 2, words, high, turn, scale, offset, constraints="=r,r,r,r,r,r,r")
 
 
@@ -158,7 +157,7 @@ def level_bytes(words: jax.Array, levels: Sequence[int], interpret: bool) -> jax
     if interpret:
         parts = [(iq4.level(((words >> (4 * p)) & 15).astype(jnp.int32)) + 128) << (8 * p) for p in range(4)]
         return parts[0] | parts[1] | parts[2] | parts[3]
-    # A selector's nibble picks one of eight bytes by its low three bits; the fourth bit then picks the half of the table.
+    # The low three bits of a selector's nibble choose one of eight bytes; the fourth bit then chooses the half of the table.
     text = (
         "and.b32 t, $1, 0x7777; mov.b32 u, 0x{:08x}; prmt.b32 u, u, 0x{:08x}, t;"
         "mov.b32 v, 0x{:08x}; prmt.b32 v, v, 0x{:08x}, t;"
@@ -179,7 +178,7 @@ def byte_field(
 
 
 def fp4_field(how: Arithmetic, words: jax.Array, piece: int, scale: jax.Array, interpret: bool) -> jax.Array:
-    """The E2M1 number in nibble `piece` of each word, times scale: its bits are set into those of the dtype."""
+    """The E2M1 number in nibble `piece` of each word, times scale: its bits are moved into those of the dtype."""
     if interpret:
         code = ((words >> (4 * piece)) & 15).astype(jnp.int32)
         magnitude = (jnp.uint32(0xC8643210) >> (4 * (code & 7)).astype(jnp.uint32)) & 15
@@ -213,14 +212,14 @@ def _number(words: jax.Array, shift: int, mask: int = 255) -> jax.Array:
 
 
 def _ahead(operand: Operand, rows: jax.Array, unit: jax.Array) -> list[jax.Array]:
-    """What a step needs that Triton does not fetch ahead, because it is narrower than four bytes: carried by the loop."""
+    """The part of a step that Triton does not prefetch, because it is narrower than four bytes; the loop carries it."""
     return [operand.words(3, rows, unit, 1)] if operand.packing.scale == "bytes" else []
 
 
 def _scales(operand: Operand, rows: jax.Array, unit: jax.Array, ahead: Sequence[jax.Array], how: Arithmetic) -> list[Pair]:
-    """Scale and offset of every group of the unit, as the arithmetic stores them: float32 [rows, groups] each.
+    """Scale and offset of every group of the unit, as the arithmetic uses them: float32 [rows, groups] each.
 
-    One pair for each piece, or one for two pieces where these share it.
+    One pair for each piece, or one for two pieces that share it.
     """
     packing = operand.packing
     plane = 2 if 4 < packing.bits < 8 else 1
@@ -263,7 +262,8 @@ def _scales(operand: Operand, rows: jax.Array, unit: jax.Array, ahead: Sequence[
 
 
 def _spread(pair: Pair, groups: int, how: Arithmetic) -> Pair:
-    """[rows, groups] -> [rows, places] of the dtype. The two travel as one word: layouts are converted once."""
+    """[rows, groups] -> [rows, places] of the dtype. Both are packed into one word, so that the layout is converted only
+    once."""
     rows = pair[0].shape[0]
     scale, offset = (lax.bitcast_convert_type(part.astype(how.dtype), jnp.uint16).astype(jnp.uint32) for part in pair)
     word = lax.bitcast_convert_type(scale | (offset << 16), jnp.int32)
@@ -307,7 +307,7 @@ def pieces(
 
 
 def _nibble(how: Arithmetic, words: jax.Array, piece: int, scale: jax.Array, offset: jax.Array, interpret: bool) -> jax.Array:
-    """Odd pieces stay where they are, four bits up: that saves their shift."""
+    """Odd pieces stay in place, four bits up, which saves their shift."""
     shift, odd = 8 * (piece // 2), piece % 2
     return field(how, words, shift, 0xF0 if odd else 0x0F, scale * how.dtype(1 / 16) if odd else scale, offset, interpret)
 

@@ -1,8 +1,8 @@
 """Compressed matmul on TPU: one launch over the tiles of one or several matrices that share x.
 
-Few rows (decode) go through the folded product, which the memory bounds; for many (prefill) each tile of weights is
-expanded once in VMEM and meets every tile of rows. The matrix of a stack is picked by index, in the copies that the
-pipeline makes: no layer is sliced. Layout "tpu" (blocks/tpu.py); see docs/kernels-tpu.md for the design.
+Few rows (decode) use the folded product, which is limited by memory; for many (prefill) each tile of weights is expanded once
+in VMEM and multiplied by every tile of rows. The copies of the pipeline select the matrix of a stack by its index: no layer is
+sliced. Layout "tpu" (blocks/tpu.py); see docs/kernels-tpu.md for the design.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from pallas_kernels.dispatch import Case, Target
 from pallas_kernels.quantized_matmul import tpu_tiles as tiles
 
 FEW_ROWS = 16
-VMEM = 48 << 20  # what a kernel may ask for on every generation from v5e on
-_PLANES = 6 << 20  # of it, for the planes of one step: they are there twice
-_ROWS = 12 << 20  # for the rows of one step, as well
+VMEM = 48 << 20  # bytes that a kernel may use on every generation from v5e on
+_PLANES = 6 << 20  # of these, for the planes of one step, which are double-buffered
+_ROWS = 12 << 20  # for the rows of one step, likewise
 
 
 def refuses(case: Case) -> str | None:
@@ -53,7 +53,7 @@ def swiglu(x: jax.Array, gate: Matrix, up: Matrix, target: Target, interpret: bo
 
 
 def finish(results: Sequence[jax.Array]) -> jax.Array:
-    """The product of a job with one matrix; SwiGLU of one with two."""
+    """The product for a job with one matrix, SwiGLU for one with two."""
     if len(results) == 1:
         return results[0]
     gate, up = results
@@ -61,7 +61,7 @@ def finish(results: Sequence[jax.Array]) -> jax.Array:
 
 
 def block_columns(jobs: Sequence[Sequence[Matrix]], most: int = 512) -> int:
-    """Outputs a tile: `most`, or fewer so that a job's planes fill no more than their share and tiles are equally full."""
+    """Outputs per tile: `most`, or fewer so that a job's planes fit into their share and tiles are equally full."""
     width = max(sum(p.shape[-2] * p.dtype.itemsize for m in job for p in m.planes) for job in jobs)
     limit = max(128, min(most, _PLANES // width // 128 * 128))
     n = max(job[0].rows for job in jobs)
@@ -76,8 +76,8 @@ def indices_of(matrices: Sequence[Matrix]) -> list[jax.Array]:
 def plane_specs(matrix: Matrix, columns: int, where: Callable, first: int) -> list[pl.BlockSpec]:
     """Blocks of the planes, on a grid of two axes: all of k, `columns` outputs.
 
-    Of the matrix that the prefetched scalars pick, from the `first` on: they are its stack indices. where(i, j, *scalars)
-    gives the rest of a block's place: (column block,), or (expert, column block).
+    The matrix is chosen by the prefetched scalars from number `first` on, its stack indices. where(i, j, *scalars) gives the
+    rest of a block's place: (column block,), or (expert, column block).
     """
     depth = len(matrix.index)
 
@@ -96,7 +96,7 @@ def tiles_of(matrices: Sequence[Matrix], refs: Sequence) -> list[tiles.Tile]:
 
 @functools.partial(jax.jit, static_argnames="interpret", inline=True)
 def _launch(x: jax.Array, jobs: tuple[tuple[Matrix, ...], ...], interpret: bool) -> list[jax.Array]:
-    """One result of each job: a matrix, or gate and up."""
+    """One result per job, which is one matrix, or gate and up."""
     m, k = x.shape
     matrices = [matrix for job in jobs for matrix in job]
     few = m <= FEW_ROWS
@@ -172,7 +172,7 @@ def _many(x: jax.Array, mine: Sequence[tiles.Tile], factors: Any, weights: Any, 
 
 
 def _cost(m: int, k: int, matrices: Sequence[Matrix]) -> pl.CostEstimate:
-    """What XLA schedules by: the product, and the bytes of the planes, of x and of the result."""
+    """For XLA's schedule: the product, and the bytes of the planes, of x and of the result."""
     outputs = sum(matrix.rows for matrix in matrices)
     planes = sum(math.prod(p.shape[-2:]) * p.dtype.itemsize for matrix in matrices for p in matrix.planes)
     return pl.CostEstimate(flops=2 * m * k * outputs, transcendentals=0, bytes_accessed=planes + 2 * m * k + 4 * m * outputs)

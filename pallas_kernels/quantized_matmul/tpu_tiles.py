@@ -1,8 +1,8 @@
 """What the TPU kernels do with a tile of compressed weights in VMEM (memory layout "tpu": k on the sublanes, n on the lanes).
 
-`folded` multiplies a few rows without making weights of the codes: with rows of x cut to one group of k each, stacked, one
-product gives every group's sum, and only those small results meet the scales. `expand` makes bfloat16 weights, once, for
-many rows. Codes leave their nibbles four at a time, in 32-bit words; no arithmetic is done on bytes.
+`folded` multiplies a few rows without turning codes into weights: with rows of x cut to one group of k each and stacked, one
+product gives every group's sum, and only these small results are multiplied by the scales. `expand` makes bfloat16 weights,
+once, for many rows. Nibbles are extracted four at a time, in 32-bit words; no arithmetic is done on bytes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pallas_kernels.blocks.format import half_to_float32
 from pallas_kernels.blocks.iq4 import LEVELS
 from pallas_kernels.blocks.tpu import HIGH, PACKINGS, RUN, Packing
 
-CHUNK = 128  # weights along k that one product takes: the depth of the matrix unit
+CHUNK = 128  # weights along k per product: the depth of the matrix unit
 _UNROLLED = 16  # runs; more are a loop over bodies of _BODY runs
 _BODY = 8
 _BY_ROW = 4  # rows up to which `folded` works row by row
@@ -51,7 +51,7 @@ def factor_rows(format: str, k: int) -> int:
 
 
 def _whole(groups: int) -> int:
-    """Rows of scratch for the scales: whole registers."""
+    """Rows of scratch for the scales, in whole registers."""
     return -(-groups // 8) * 8
 
 
@@ -68,7 +68,7 @@ def unpack_factors(tile: Tile, out: Any) -> None:
         out[:whole] = halves[:whole]
         if packing.minima:
             out[whole : whole + groups] = -halves[groups : 2 * groups]
-            if whole > groups:  # they meet zeros of x, and may not be NaN
+            if whole > groups:  # multiplied by zeros of x, so they must not be NaN
                 out[whole + groups : 2 * whole] = jnp.zeros((whole - groups, out.shape[-1]), jnp.float32)
         return
     integers = tile.planes["s"][...].astype(jnp.float32)
@@ -79,8 +79,8 @@ def unpack_factors(tile: Tile, out: Any) -> None:
 
 
 def codes(tile: Tile, run: jax.Array | int, half: int) -> jax.Array:
-    """What the codes of half a run stand for, exactly: int8 or bfloat16 [128, n]. The half run at the end is half 0 of run
-    k // 256."""
+    """The exact values of the codes of half a run: int8 or bfloat16 [128, n]. A half run at the end is half 0 of run k //
+    256."""
     packing, refs = tile.packing, tile.planes
     if packing.bits == 8:
         return refs["q"][aligned((2 * run + half) * CHUNK, CHUNK)]
@@ -125,8 +125,8 @@ def _shift(words: jax.Array, left: int) -> jax.Array:
 
 
 def _fp4(words: jax.Array) -> jax.Array:
-    """Twice the E2M1 number of the code in each byte, in two's complement: code, and where its bit 2 is set, the
-    bits below it once more, and 2 where both are set; then the sign. There is no negative zero (see blocks/tpu.py)."""
+    """Twice the E2M1 number of the code in each byte, in two's complement: the code, plus, if its bit 2 is set, the bits below
+    it again, plus 2 if both are set; then the sign. There is no negative zero (see blocks/tpu.py)."""
     top, sign = (words >> 2) & _each(1), (words >> 3) & _each(1)
     low = words & ((top << 2) - top)
     magnitude = (words & _each(7)) + low + ((low & (low >> 1)) << 1)
@@ -134,7 +134,7 @@ def _fp4(words: jax.Array) -> jax.Array:
 
 
 def _look_up(codes: jax.Array, levels: Sequence[int]) -> jax.Array:
-    """levels[code] for codes int32 [128, n]: bfloat16. The eight rows of a register can be picked by those of another."""
+    """levels[code] for codes int32 [128, n]: bfloat16. The rows of one register can select among the eight rows of another."""
     shape = (8, codes.shape[1])
     tables = [jnp.full(shape, 0.0)] * 2
     for i in range(8):
@@ -161,7 +161,8 @@ def folded(tiles: Sequence[Tile], factors: Sequence, m: int, x: jax.Array) -> li
 
 
 def _by_row(tiles: Sequence[Tile], factors: Sequence, m: int, x: jax.Array) -> list[jax.Array]:
-    """Eight groups of one row fill a register: they meet eight rows of scales, and its sublanes are summed at the end."""
+    """Eight groups of one row fill a register: they are multiplied by eight rows of scales, and the sublanes are summed at the
+    end."""
 
     def step(run: jax.Array | int, halves: Any, accumulators: Any) -> Any:
         folds, sums = {}, []
@@ -191,7 +192,7 @@ def _by_row(tiles: Sequence[Tile], factors: Sequence, m: int, x: jax.Array) -> l
 
 
 def _by_group(tiles: Sequence[Tile], factors: Sequence, m: int, x: jax.Array) -> list[jax.Array]:
-    """All rows of one group fill a register: each meets one row of scales, spread over its sublanes."""
+    """All rows of one group fill a register: each is multiplied by one row of scales, spread over the sublanes."""
     rows = x.shape[0]
 
     def half_run(run: jax.Array | int, half: Any, accumulators: Any) -> Any:
@@ -221,7 +222,7 @@ def _by_group(tiles: Sequence[Tile], factors: Sequence, m: int, x: jax.Array) ->
 
 
 def over_runs(k: int, step: Callable, carry: Any) -> Any:
-    """carry = step(run, halves, carry) over all of k; many runs in a loop, so that programs stay small."""
+    """carry = step(run, halves, carry) over all of k; many runs are a loop, so that programs stay small."""
     runs, done = k // RUN, 0
     if runs > _UNROLLED:
 

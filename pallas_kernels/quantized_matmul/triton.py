@@ -1,8 +1,8 @@
 """Compressed matmul on NVIDIA GPUs from compute capability 8.0 on: one body for every format and number of rows.
 
-A program multiplies a tile of rows of one matrix by a tile of rows of x and walks all of k; x comes in the order of the
-planes, which XLA writes in the fusion that makes x. Several matrices share a launch: each has its own run of programs.
-Layout "gpu" (blocks/gpu.py), arithmetic in gpu_tiles.py; see docs/kernels-gpu.md for the design.
+A program multiplies a tile of rows of one matrix by a tile of rows of x, over all of k; x is in the order of the planes, in
+which the XLA fusion that computes x writes it. Several matrices share a launch: each has its own run of programs. Layout "gpu"
+(blocks/gpu.py), arithmetic in gpu_tiles.py; see docs/kernels-gpu.md for the design.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from pallas_kernels.dispatch import Case, Target
 from pallas_kernels.quantized_matmul.gpu_tiles import DTYPES, Operand, products
 
 DECODING = 64  # rows of x
-COUNT = np.array([0, 1, 2, 3, 0], np.int32)  # without its tail XLA would launch a kernel that counts
+COUNT = np.array([0, 1, 2, 3, 0], np.int32)  # without the last 0 XLA would launch a kernel that counts
 
 
 class Tile(NamedTuple):
-    """Rows of the matrix and rows of x that a program takes, its warps, and the steps of k in flight."""
+    """Rows of the matrix and rows of x per program, its warps, and the steps of k in flight."""
 
     rows: int
     batch: int
@@ -63,10 +63,10 @@ def swiglu(x: jax.Array, gate: Matrix, up: Matrix, target: Target, interpret: bo
 
 
 def tile(batch: int, matrices: Sequence[Matrix], rows: int, target: Target) -> Tile:
-    """The tile for `batch` rows of x, if `rows` rows of matrices in all are to be multiplied and `matrices` are summed at once.
+    """The tile for `batch` rows of x, for `rows` rows of matrices in total, with the sums of `matrices` computed together.
 
-    Few rows of x: as many warps a program as leave every multiprocessor a few programs (fewer, wider ones read x less
-    often). Many: the largest tile that no target spills with. tests/aot compiles all of them.
+    Few rows of x: as many warps per program as leave a few programs for every multiprocessor (fewer, wider ones read x less
+    often). Many: the largest tile with which no target spills. tests/aot compiles all of them.
     """
     hopper, alone, wide = target.capability[0] == 9, len(matrices) == 1, batch > 64 or rows >= 32768
     most = (128 if alone else 64) if hopper else (64 if alone else 32)
@@ -80,9 +80,9 @@ def tile(batch: int, matrices: Sequence[Matrix], rows: int, target: Target) -> T
 
 
 def parts_of(batch: int, rows: int, columns: int) -> int:
-    """Into how many runs of k a product is cut, to be summed by whoever reads it: small matrices have too few rows to
-    keep every scheduler of a large GPU busy, and the sum is free where it joins the residual (the attention output); q, k
-    and v would pay a launch each for it. The same for all numbers of rows of x that decoding has."""
+    """The number of runs of k into which a product is cut; the operation that reads it sums them. Small matrices have too few
+    rows to keep every scheduler of a large GPU busy, and the sum is free if it joins the residual (the attention output); for
+    q, k and v it would be a launch each. The number is the same for all numbers of rows of x in decoding."""
     if batch > DECODING:
         return 1
     units = columns // (64 * gpu.groups_of(columns))
@@ -90,7 +90,7 @@ def parts_of(batch: int, rows: int, columns: int) -> int:
 
 
 def silu_product(totals: Sequence[jax.Array]) -> jax.Array:
-    """The one total of a plain product; SwiGLU of two."""
+    """The total of a plain product; SwiGLU of two totals."""
     if len(totals) == 1:
         return totals[0]
     gate, up = totals
@@ -108,7 +108,7 @@ def flatten(matrices: Sequence[Matrix]) -> list[jax.Array]:
 
 
 def unflatten(matrices: Sequence[Matrix], refs: Sequence[Any], counts: Any, lead: tuple[jax.Array, ...] = ()) -> list[Operand]:
-    """The matrices inside the kernel; `lead` are indices of stack axes that the matrices have left open."""
+    """The matrices inside the kernel; `lead` are indices for the stack axes that the matrices leave open."""
     operands, at = [], 0
     for m in matrices:
         planes, index = refs[at : at + len(m.planes)], refs[at + len(m.planes) : at + len(m.planes) + len(m.index)]
@@ -120,7 +120,7 @@ def unflatten(matrices: Sequence[Matrix], refs: Sequence[Any], counts: Any, lead
 def _launch(
     name: str, x: jax.Array, jobs: Sequence[Sequence[Matrix]], dtype: Any, target: Target, interpret: bool, parts: int = 1
 ) -> list[jax.Array]:
-    """For each job, matrices of one shape, `silu_product` of x times them: [parts, m, n] of `dtype`, of one run of k each."""
+    """For each job (matrices of one shape) `silu_product` of x times them: [parts, m, n] of `dtype`, one part per run of k."""
     m, (matrices, counts) = x.shape[0], ([m for job in jobs for m in job], [len(job) for job in jobs])
     heights = [job[0].rows for job in jobs]
     shape = tile(m, max(jobs, key=len), sum(heights) * parts, target)

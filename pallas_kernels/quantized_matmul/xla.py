@@ -1,9 +1,10 @@
-"""Compressed matmul in plain XLA: unpack a tile of rows, multiply it, go on.
+"""Compressed matmul in plain XLA: unpack a tile of rows, multiply it, take the next.
 
 A tile is at most 8 MiB unpacked, so the temporaries of a program do not grow with its matrices. XLA gives every row of a
-product the same bits for any number of rows from two up (one row takes another path on CPU), hence the padding to two.
+product the same bits for any number of rows from two up (a single row is computed differently on CPU), hence the padding to
+two.
 
-Inlined jits leave the program as it is; they only let Python trace each shape once.
+Inlined jits do not change the program; with them, Python traces each shape only once.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ _LIBRARY_ROWS = 2
 
 
 def matmuls(x: jax.Array, matrices: Sequence[Matrix], target: Target) -> list[jax.Array]:
-    """[m, k] · [n_i, k]ᵀ -> float32 [m, n_i], one after the other."""
+    """[m, k] · [n_i, k]ᵀ -> float32 [m, n_i], one matrix after the other."""
     return [matmul(x, matrix, target) for matrix in matrices]
 
 
@@ -48,7 +49,7 @@ def matmul(x: jax.Array, matrix: Matrix, target: Target) -> jax.Array:
         return tile(0)[:m]
 
     def body(i: jax.Array, y: jax.Array) -> jax.Array:
-        start = jnp.minimum(i * rows, n - rows)  # the last tile overlaps the one before: the same values again
+        start = jnp.minimum(i * rows, n - rows)  # the last tile overlaps the one before and writes the same values
         return lax.dynamic_update_slice(y, tile(start), (0, start))
 
     return lax.fori_loop(0, tiles, body, jnp.zeros((x.shape[0], n), jnp.float32))[:m]
@@ -63,7 +64,7 @@ def matmul_transposed(dy: jax.Array, matrix: Matrix, target: Target) -> jax.Arra
 
     def body(i: jax.Array, dx: jax.Array) -> jax.Array:
         start = jnp.minimum(i * rows, n - rows)
-        fresh = start + jnp.arange(rows) >= i * rows  # rows that the tile before has not had
+        fresh = start + jnp.arange(rows) >= i * rows  # rows that the tile before did not have
         part = jnp.where(fresh, lax.dynamic_slice(dy, (0, start), (dy.shape[0], rows)), 0)
         return dx + _dot(part, unpack_rows(matrix, start, rows).astype(dtype), contract=0)
 
@@ -71,13 +72,14 @@ def matmul_transposed(dy: jax.Array, matrix: Matrix, target: Target) -> jax.Arra
 
 
 def _tiling(n: int, k: int) -> tuple[int, int]:
-    """Rows a tile and the number of tiles."""
+    """Rows per tile, and the number of tiles."""
     rows = min(n, max(8, TILE_BYTES // (4 * k)))
     return rows, math.ceil(n / rows)
 
 
 def _library_operand(x: jax.Array, target: Target) -> tuple[jax.Array, jnp.dtype]:
-    """x in the dtype of the product: half precision has no fast one on CPU, and one row has other bits there than two."""
+    """x in the dtype of the product: half precision does not have a fast one on CPU, and a single row gets other bits there
+    than two."""
     if target.platform != "cpu":
         return x, x.dtype
     if x.dtype == jnp.float16:

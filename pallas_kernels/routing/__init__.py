@@ -3,9 +3,9 @@
 Contract of `route(logits, live, top_k, normalize, scale)`:
 
 * `logits` float32 [tokens, E]; `live` bool [tokens], False for padding.
-* result: expert_ids int32 [tokens, top_k] by falling probability, ties to the smaller id, the id E where the token is
-  padding; expert_weights float32 [tokens, top_k]: `scale` times the probabilities, with `normalize` divided by their
-  sum over the chosen ones (equal weights where that sum is zero).
+* result: expert_ids int32 [tokens, top_k] by falling probability, ties to the smaller id, the id E if the token is padding;
+  expert_weights float32 [tokens, top_k]: `scale` times the probabilities, with `normalize` divided by their sum over the chosen
+  ones (equal weights if that sum is zero).
 * derivative: of expert_weights with respect to the logits.
 """
 

@@ -1,4 +1,4 @@
-"""Routing as one GPU kernel: a program a token takes the largest probability top_k times."""
+"""Routing as one GPU kernel: one program per token takes the largest probability top_k times."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pallas_kernels.dispatch import Case
 
 
 def refuses(case: Case) -> str | None:
-    """None where the kernel serves the case."""
+    """None if the kernel serves the case, else the reason."""
     if case.target.capability < (8, 0):
         return f"needs a GPU of compute capability 8.0 or more, not {case.target}"
     return None if case.shape[1] <= 1024 else f"{case.shape[1]} experts; 1,024 at most"
@@ -42,7 +42,7 @@ def route(
             left = jnp.where(lane == expert, -1.0, left)
         if normalize:
             total = jnp.sum(weights)
-            empty = total <= 0  # not where it is NaN, which has to be seen
+            empty = total <= 0  # false for NaN, which must stay visible
             weights = jnp.where(empty, 1.0 / top_k, weights / jnp.where(empty, 1.0, total))
         ids = jnp.where(live[token] != 0, ids, experts)
         compat.triton_store(ids_out.at[token, rank], ids, mask=rank < top_k)

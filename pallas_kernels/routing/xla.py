@@ -15,6 +15,6 @@ def route(logits: jax.Array, live: jax.Array, top_k: int, normalize: bool, scale
     expert_weights, expert_ids = lax.top_k(odds / row_sum(odds), top_k)
     if normalize:
         total = row_sum(expert_weights)
-        empty = total <= 0  # not where it is NaN, which has to be seen
+        empty = total <= 0  # false for NaN, which must stay visible
         expert_weights = jnp.where(empty, 1.0 / top_k, expert_weights / jnp.where(empty, 1.0, total))
     return jnp.where(live[:, None], expert_ids, logits.shape[1]).astype(jnp.int32), expert_weights * scale

@@ -1,5 +1,5 @@
-"""Programs compiled for devices that are not there. Without the wheels of the `aot` extra they cannot be: a failure where
-CI is set, a skip elsewhere."""
+"""Programs compiled for absent devices, which needs the wheels of the `aot` extra. Without them these tests fail if CI is set,
+and are skipped otherwise."""
 
 from __future__ import annotations
 

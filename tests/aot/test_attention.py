@@ -17,9 +17,9 @@ LAYERS, HEADS, KV_HEADS, HEAD_DIM, PAGE = 4, 32, 4, 128, 16
 GPUS, TPUS = ("a100-40g", "l4", "h200"), ("v5e", "v6e", "v5p")
 # name: tokens of the step, sequences, pages of a sequence
 BATCHES = {"decode": (32, 32, 512), "mixed": (512, 8, 512)}
-# Instructions of a warp for a KV tile (32 positions, on the H200 64 but for float32): the ceiling is what was compiled and a
-# tenth more. Of one token a range (4 warps; float32 8); of many tokens, with the loop over ranges around it (8 warps).
-# The H200 has 7,900 for each SM in the time in which 64 positions come from memory in 16 bits, half of it in 8.
+# Instructions of a warp for a KV tile (32 positions; 64 on the H200 except for float32): the limit is what was compiled plus a
+# tenth. First for one token and one range (4 warps; float32 8), then for many tokens, with the loop over ranges around it (8
+# warps). The H200 has 7,900 for each SM in the time in which 64 positions come from memory in 16 bits, half of it in 8.
 CEILINGS = {
     "float32": {"8": (980, 2000), "h200": (980, 2000)},
     "bfloat16": {"8": (420, 1400), "h200": (420, 1320)},

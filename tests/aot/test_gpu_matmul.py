@@ -1,8 +1,8 @@
-"""The Triton kernels for compressed matrices, compiled for GPUs that are not there, at the shapes of Qwen3-30B-A3B.
+"""The Triton kernels for compressed matrices, compiled for absent GPUs at the shapes of Qwen3-30B-A3B.
 
-No register spills, no copy of a layer, an expert or an unpacked matrix, and no more instructions for a weight than
-written here, which is where a slower lowering would show first. Instructions are seen up to jax 0.11 only; spills and
-temporaries are checked with every version.
+No register spills, no copy of a layer, an expert or an unpacked matrix, and at most the instructions per weight given here,
+where a slower lowering would show first. Instructions can be read only up to jax 0.11; spills and temporaries are checked with
+every version.
 """
 
 import jax
@@ -54,7 +54,7 @@ def room(m, n, k):
 
 
 def lean(kernel, tile, formats, few, k, parts=1):
-    """Whether a kernel that sums products with matrices of these formats keeps to its registers and ceilings.
+    """Checks that a kernel that sums products with matrices of these formats does not spill and keeps its limits.
 
     A short loop is unrolled: then all of the kernel counts, and one instruction a weight more is allowed.
     """

@@ -1,6 +1,6 @@
 """`plan` with the real compilers: a small model for three targets, Qwen3-30B-A3B at real shapes from its header alone.
 
-Each target is compiled in a process of its own, as the command does it.
+Each target is compiled in a separate process, as the command does.
 """
 
 import json
@@ -17,7 +17,7 @@ GIB = 1 << 30
 
 @pytest.fixture(scope="module")
 def cut(tmp_path_factory):
-    """A small model's file, cut off behind its header."""
+    """A small model's file, cut off after its header."""
     path = write_tiny_llama(tmp_path_factory.mktemp("model") / "tiny.gguf", hidden=256, head_dim=64, ffn=512, context=2048)
     path.write_bytes(path.read_bytes()[:4096])
     return path

@@ -1,4 +1,4 @@
-"""The whole decode and prefill steps of Qwen3-30B-A3B, compiled for every target: what they take beside the weights."""
+"""The whole decode and prefill steps of Qwen3-30B-A3B, compiled for every target: the memory they need besides the weights."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TARGETS = ("t4", "a100-40g", "l4", "h200", "v5e", "v6e", "v5p")
 
 @pytest.fixture
 def report(target: str, compiled_by: Callable) -> dict:
-    """What support.aot.steps says of the target."""
+    """What support.aot.steps reports for the target."""
     told = compiled_by("steps", target)
     assert len(told["steps"]) == 3 and len(told.get("engine", "abc")) == 3
     return told
@@ -25,7 +25,7 @@ def report(target: str, compiled_by: Callable) -> dict:
 def bound(report: dict, step: dict) -> int:
     """Temporaries a step may have, from its shapes: the activations of one layer, the logits, and two tiles of 8 MiB.
 
-    Any of what must not be there is larger than the difference: the experts of a layer as they are stored (325 MiB), or
+    Anything that must not be there is larger than the difference: the experts of a layer as they are stored (325 MiB), or
     unpacked (2.3 GiB); every row times every expert (decode of 8: 12 MiB a product); a slice of q (4.5 MiB).
     """
     rows = step["tokens"] * report["top_k"]
@@ -76,7 +76,7 @@ LAUNCHES = {
 
 @pytest.mark.parametrize("target", LAUNCHES)
 def test_launches_of_a_layer(target, report):
-    """What was counted is the ceiling, so that a lost fusion shows."""
+    """The counted number is the limit, so that a lost fusion shows."""
     for name, (one, three) in LAUNCHES[target].items():
         *_, first, last, middle = report["steps"][name]["launches"]
         assert max(first, last) <= one and middle <= three, (name, first, middle, last)

@@ -1,7 +1,7 @@
-"""The TPU kernels for compressed matrices, compiled for TPUs that are not there, at the shapes of Qwen3-30B-A3B.
+"""The TPU kernels for compressed matrices, compiled for absent TPUs at the shapes of Qwen3-30B-A3B.
 
-Temporaries are bounded by activations: no layer, expert or unpacked matrix is copied. And no kernel may take more bundles
-than written here, which is where a slower lowering would show first: a relayout costs ten times as many.
+Temporaries are bounded by activations: no layer, expert or unpacked matrix is copied. And no kernel may need more bundles than
+given here, where a slower lowering would show first: a relayout costs ten times as many.
 """
 
 import pytest
@@ -67,7 +67,7 @@ CEILINGS = {
 
 @pytest.fixture
 def report(target, compiled_by):
-    """What support.aot.tpu_kernels says of the target."""
+    """What support.aot.tpu_kernels reports for the target."""
     return compiled_by("tpu_kernels", target)
 
 

@@ -1,7 +1,7 @@
-"""Known faults of the system that this one re-expresses, each put back into our own source: its guard has to notice.
+"""Known faults of the system that this one reimplements, each put into our own source: its guard must fail.
 
-The numbers are those of that system's list of faults. Left out are 9 (a client that disconnects) and 16 (guided output),
-which wait for a server and for grammars, and what is not of the engine or its numbers: 10, 11, 18, 19 and 20.
+The numbers are those of that system's list of faults. Left out are 9 (a client that disconnects) and 16 (guided output), which
+need a server and grammars, and faults outside of the engine and its numbers: 10, 11, 18, 19 and 20.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Faults of the chat in the terminal as it was found, each put back into our own source: its guard has to notice."""
+"""Faults that were found in the chat in the terminal, each put back into our own source: its guard must fail."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Faults that users met at the edge of the program, each put back: its guard has to notice."""
+"""Faults that users found in the command line, each put back: its guard must fail."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Faults that users' interrupts, damaged snapshots and foreign requests have found in the engine."""
+"""Faults of the engine found with interrupts, damaged snapshots and requests of other engines, each put back."""
 
 import pytest
 

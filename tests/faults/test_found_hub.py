@@ -1,4 +1,4 @@
-"""Faults of fetching and keeping that users and breakers met, each put back into our own source: its guard has to notice."""
+"""Faults found in downloading and caching, each put back into our own source: its guard must fail."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ def server() -> Iterator[tuple[hub_server.Hub, Path]]:
 
 
 def pulled() -> Path:
-    """The directory by `pull`, as it has to be."""
+    """The directory from `pull`, which must be complete."""
     path = hub.pull(NAME)
     assert {file.name: file.read_bytes() for file in path.iterdir()} == FILES
     return path
 
 
 def noticing(*errors: type[Exception]) -> contextlib.AbstractContextManager:
-    """Errors of ours that say what a guard would say."""
+    """Turns our own errors into the failure of a guard."""
 
     @contextlib.contextmanager
     def block():

@@ -1,4 +1,4 @@
-"""Faults of notebooks and pictures, each put back: its guard has to notice."""
+"""Faults of notebooks and pictures, each put back: its guard must fail."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Faults of texts, templates and vocabularies that users met, each put back into our own source: its guard has to notice."""
+"""Faults that users found in texts, templates and vocabularies, each put back into our own source: its guard must fail."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Faults of what is read from checkpoints, each put back into our own source: its guard has to notice."""
+"""Faults in reading checkpoints, each put back into our own source: its guard must fail."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from unit.weights import test_tied as tied
 
 
 def in_folder(test: Callable, *arguments) -> Callable[[], None]:
-    """The test with a folder of its own."""
+    """Runs the test with a separate folder."""
 
     def guard() -> None:
         with tempfile.TemporaryDirectory() as folder:

@@ -1,6 +1,6 @@
 """The attention kernels, interpreted, against the definition in float64 (see attention_cases).
 
-Pages that nobody has are NaN and unused entries of the page tables are no page's number, in every case.
+In every case, pages that no sequence has hold NaN, and unused entries of the page tables are not numbers of pages.
 """
 
 import functools
@@ -77,7 +77,7 @@ def test_random_batches(seed):
 
 @pytest.mark.parametrize("window", [0, 5000])
 def test_a_long_context(window):
-    """No ceiling: 30,000 positions, 118 ranges."""
+    """There is no limit: 30,000 positions, 118 ranges."""
     check_gpu([1], [30_000], window, heads=(2, 1), head_dim=16)
 
 
@@ -106,7 +106,7 @@ def test_a_row_does_not_depend_on_its_batch():
 
 
 def test_scales_of_any_size():
-    """Queries that float16 has no room for, and ones that would vanish in it."""
+    """Queries that are too large for float16, and some that would vanish in it."""
     for dtype in ("float16", "int8", "float8_e4m3fn"):
         q, cache, tables, k, v = case([1, 5], [40, 20], dtype=dtype, target=GPU)
         for size in (1e-6, 1e6):
@@ -128,8 +128,8 @@ def test_nan_that_is_seen_is_passed_on():
 
 @pytest.fixture
 def library_kernel(monkeypatch):
-    """jax's TPU kernel by the plain interpreter, which has no masked stores to a part of a ref; the one that looks for
-    races has no reshaped refs."""
+    """jax's TPU kernel with the plain interpreter, which does not support masked stores to a part of a ref; the one that
+    detects races does not support reshaped refs."""
 
     def store(ref, values, *, mask):
         ref[...] = jnp.where(mask, values, ref[...])
@@ -158,7 +158,7 @@ def test_tpu(library_kernel, dtype, window):
 
 @pytest.mark.slow
 def test_tpu_sequences_that_are_not_there(library_kernel):
-    """A row whose sequence has nothing cached is zero, and the rows beside it are as without it."""
+    """A row whose sequence has nothing cached is zero, and the other rows do not change."""
     q, cache, tables, k, v = case([1, 1, 1], [40, 30, 20], head_dim=128, page_size=128, target=TPU)
     tables = tables._replace(kv_lengths=tables.kv_lengths.at[1].set(0))
     with dispatch.on(TPU):

@@ -67,7 +67,7 @@ def interpret(request, monkeypatch):
 
 
 def words(other: int) -> jnp.ndarray:
-    """Every pattern in the low byte beside `other` in the high one, and the reverse, in both places of a register."""
+    """Every pattern in the low byte with `other` in the high one, and the reverse, in both places of a register."""
     low = BYTES.astype(np.uint16) | np.uint16(other << 8)
     high = BYTES.astype(np.uint16) << 8 | np.uint16(other)
     return jnp.asarray(np.stack([low, high[::-1], high, low[::-1]], axis=1))

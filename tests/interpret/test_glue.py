@@ -58,7 +58,7 @@ def test_grouping(count, experts, rows):
     [(5, 4, 2, 128, 64, True, "bfloat16"), (3, 6, 3, 80, 20, False, "float32"), (1, 2, 1, 64, 32, True, "float16")],
 )
 def test_heads_into_the_cache(tokens, heads, kv_heads, head_dim, half, normed, dtype):
-    """Equal to plain XLA; what no slot names keeps its bytes, and slot -1 writes nowhere."""
+    """Equal to plain XLA; bytes outside of the slots do not change, and slot -1 writes nowhere."""
     rng = np.random.default_rng(tokens)
 
     def normal(*shape):

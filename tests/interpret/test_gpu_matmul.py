@@ -168,7 +168,7 @@ def test_grouped(sizes):
 def test_expert_ffn(tokens, experts, top_k, dtype):
     rng = np.random.default_rng(tokens)
     n, k = 64, 256
-    ids = np.array([rng.permutation(experts + 1)[:top_k] for _ in range(tokens)], np.int32)  # the last one is nobody
+    ids = np.array([rng.permutation(experts + 1)[:top_k] for _ in range(tokens)], np.int32)  # the last id means no expert
     make = functools.partial(Weights, rng, dtype=dtype, experts=experts, chosen=np.unique(ids))
     gate, up, down = make("Q4_K", n, k), make("Q4_K", n, k), make("Q8_0", k, n)
     x = activations(rng, tokens, k, dtype) * 0.1
@@ -241,5 +241,5 @@ def test_what_is_refused():
     assert "NVIDIA" in why(target=Target("cpu"))
     assert "float32" in why(dtype="float32")
     assert "ggml" in why(memory_layout="ggml")
-    assert "no multiple of 256" in gpu.fits("Q4_K", 16, 128)
+    assert "not a multiple of 256" in gpu.fits("Q4_K", 16, 128)
     assert "IQ2_XXS" in gpu.fits("IQ2_XXS", 16, 256)

@@ -33,7 +33,7 @@ BY_32 = [format for format in tpu.PACKINGS if FORMATS[format].block_size == 32]
 
 @pytest.fixture(autouse=True)
 def compiled_quickly():
-    """Each program runs once: XLA need not make it fast."""
+    """Each program runs once, so XLA need not optimize it."""
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
@@ -98,7 +98,7 @@ def assert_within(found, expected):
 
 @functools.partial(jax.jit, static_argnames="format")
 def through_the_layout(blocks, ids, format):
-    """The blocks packed and decoded: whole, rows 5..74 out of a stack, and single rows; and what FORMATS says."""
+    """The blocks packed and decoded: all, rows 5..74 of a stack, and single rows; and the result of FORMATS."""
     known, n = FORMATS[format], blocks.shape[0]
     k = blocks.shape[1] // known.block_bytes * known.block_size
     planes = tpu.pack(blocks, format)
@@ -131,8 +131,8 @@ def test_what_fits():
     for format in tpu.PACKINGS:
         assert tpu.fits(format, 4096, 2048) is None
     assert "no TPU memory layout" in tpu.fits("Q2_K", 128, 256)
-    assert "no multiple of 128" in tpu.fits("Q8_0", 128, 576)
-    assert "no multiple of 256" in tpu.fits("Q4_K", 128, 896)
+    assert "not a multiple of 128" in tpu.fits("Q8_0", 128, 576)
+    assert "not a multiple of 256" in tpu.fits("Q4_K", 128, 896)
     assert "bytes" in tpu.fits("Q8_0", 130, 2048)
 
 
@@ -241,7 +241,7 @@ def routing(rng, tokens, top_k, num_experts, nobody=0.0):
 
 
 def check_ffn(rng, ids, weights, num_experts, formats, interpret, k=256, n=256):
-    """The feed-forward of every token by its own experts, slot by slot, with the error it may have on the way."""
+    """The feed-forward of every token by its own experts, rank by rank, with the errors allowed on the way."""
     tokens, top_k = ids.shape
     chosen = set(ids.flat) - {num_experts}
     gate, up = (Weights(rng, format, n, k, num_experts, chosen) for format in formats[:2])

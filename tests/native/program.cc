@@ -1,8 +1,8 @@
 // Tests of the CPU kernels without XLA, to be run under sanitizers: every format and instruction set of this machine
 // against plain double-precision arithmetic, and bit for bit against each other.
 //
-// Block formats are decoded here a second time, weight by weight from their description, and weights lie in arrays of
-// exactly their size, so that a read beyond the last block is caught.
+// Block formats are decoded here a second time, weight by weight from their description, and weights are in arrays of exactly
+// their size, so that a read beyond the last block is caught.
 #include "testing.h"
 
 namespace testing {
@@ -10,7 +10,7 @@ namespace {
 
 // ---- formats -----------------------------------------------------------------------------------------------------
 
-const std::vector<std::string> kNames = [] {  // of matrices; F32 is of routers alone
+const std::vector<std::string> kNames = [] {  // of matrices; only routers use F32
   std::vector<std::string> names;
   for (const Format& format : kFormats)
     if (format.type != Type::F32) names.push_back(format.name);
@@ -161,7 +161,7 @@ void test_products(const std::string& name, int64_t n, int64_t k) {
       const std::vector<float> y = multiply(1, how, x.data(), kRows, {w.matrix});
       if (first.empty()) {
         first = y;
-        for (int64_t r = 0; r < kRows; r += n > 33 ? 18 : 6)  // row 1 is below what is quantized
+        for (int64_t r = 0; r < kRows; r += n > 33 ? 18 : 6)  // row 1 is too small to be quantized
           for (int64_t i = 0; i < n; ++i) {
             const Expected e = expected(weights.data() + i * k, x.data() + r * k, k, int8);
             const double error = std::fabs(e.value - double(y[size_t(r * n + i)]));
@@ -313,7 +313,7 @@ void test_experts() {
   }
 }
 
-// Each index of each loop is run once, whatever the number of threads, helpers that come late included.
+// Each index of each loop is run once, for any number of threads, including helpers that arrive late.
 void test_pool() {
   for (int threads : {1, 2, 3, 4})
     with_threads(threads, [&](Pool& pool) {

@@ -1,4 +1,5 @@
-// Whole layers: any cut of texts into steps, any threads and any instruction set give the same bits; what a cache stores.
+// Whole layers: any cut of texts into steps, any threads and any instruction set give the same bits; the values that a cache
+// stores.
 #include "testing.h"
 
 namespace testing {
@@ -36,7 +37,7 @@ struct Model {
       if (l == 0) layer.query_norm = vector(width), layer.key_norm = vector(width), layer.output_bias = vector(96);
       if (l == 1) layer.query_bias = vector(heads * width), layer.key_bias = vector(kv * width), layer.value_bias = vector(kv * width);
       layer.experts = experts;
-      if (experts) {  // floats of a router are stored as their bytes
+      if (experts) {  // floats of a router are stored as bytes
         floats.push_back(random_floats(experts * 96));
         layer.router = {find_format("F32", 3), reinterpret_cast<const uint8_t*>(floats.back().data()), experts, 96};
       }
@@ -150,7 +151,7 @@ double stored_value(KvType type, const uint8_t* p) {
   return *p & 0x80 ? -value : value;
 }
 
-// What a cache stores is the nearest number it can hold; the even one of two.
+// A cache stores the nearest number that it can hold, the even one of two.
 void test_storing() {
   for (KvType type : {KvType::float16, KvType::bfloat16, KvType::float8_e4m3fn}) {
     const int bytes = type == KvType::float8_e4m3fn ? 1 : 2;

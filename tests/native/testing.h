@@ -1,4 +1,4 @@
-// What the tests of the CPU kernels share: threads, blocks of random weights, comparisons.
+// Shared by the tests of the CPU kernels: threads, blocks of random weights, comparisons.
 #pragma once
 
 #include <atomic>

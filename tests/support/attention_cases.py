@@ -1,4 +1,4 @@
-"""Ragged batches over a paged cache, what attention of them is, and how far rounding may take it: for every backend's tests."""
+"""Ragged batches over a paged cache, the exact attention, and bounds for rounding: for the tests of every backend."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ HALF_ULPS = {
 
 
 def rounded(x: np.ndarray, dtype: str) -> np.ndarray:
-    """What a cache of the dtype holds of x [..., head_dim]: float64."""
+    """x [..., head_dim] as rounded by a cache of the dtype: float64."""
     if dtype == "int8":
         scale = np.abs(x).max(-1, keepdims=True) / np.float32(127)
         return np.rint(x / np.where(scale == 0, np.float32(1), scale)).astype(np.float64) * scale
@@ -42,9 +42,9 @@ def poisoned(cache: KVCache) -> KVCache:
 def case(queries, contexts, *, heads=(4, 2), head_dim=48, page_size=16, dtype="float32", target=None, padding=0, seed=3):
     """(q, cache, tables, keys, values): `queries[s]` new tokens at the end of a sequence of `contexts[s]`.
 
-    Pages come in random order, those that nobody has hold NaN, entries of the table beyond a sequence are no page's number.
-    keys and values float64 [all positions, kv_heads, head_dim] are what the cache should hold. `padding`: tokens behind the
-    last sequence, NaN. `target`: whose way of keeping the cache.
+    Pages are in random order, pages that no sequence has hold NaN, and entries of the table beyond a sequence are not numbers
+    of pages. keys and values float64 [all positions, kv_heads, head_dim] are what the cache should hold. `padding`: tokens
+    after the last sequence, NaN. `target`: decides how the cache is stored.
     """
     rng = np.random.default_rng(seed)
     q_heads, kv_heads = heads
@@ -70,9 +70,9 @@ def case(queries, contexts, *, heads=(4, 2), head_dim=48, page_size=16, dtype="f
 
 
 def expected(q, queries, contexts, keys, values, window=0, half_ulps=(0.0, 0.0), sinks=None) -> tuple[np.ndarray, np.ndarray]:
-    """The definition, in float64, [tokens, q_heads, head_dim]; rows behind the last sequence are zero. And how far a kernel
-    may be from it with queries and weights rounded by `half_ulps`, relative, and all sums in float32. sinks [q_heads]: scores
-    of one more position for each head, whose value is zero.
+    """The definition, in float64, [tokens, q_heads, head_dim]; rows after the last sequence are zero. And how far a kernel may
+    be from it with queries and weights rounded by `half_ulps`, relative, and all sums in float32. sinks [q_heads]: scores of
+    one more position for each head, whose value is zero.
 
     A weight exp(score) is off by its score's error: half an ulp of q times sum |q k| / sqrt(head_dim), and the sum's own;
     and by its rounding. A result moves by the mean of |value - result| times that. float32: 2^-24 times sqrt(terms).

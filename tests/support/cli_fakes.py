@@ -1,4 +1,4 @@
-"""What tests of the command line share: a model that repeats the prompt's letters, and child processes that install it."""
+"""Shared by the tests of the command line: a model that repeats the prompt's letters, and child processes that install it."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class FakeStream:
 
 
 class FakeModel:
-    """Answers `reply`; remembers what it was asked. Its greedy tokens are 7, 8, 9 and so on."""
+    """Answers `reply` and records the calls. Its greedy tokens are 7, 8, 9 and so on."""
 
     tokenizer = FakeTokenizer()
     reply = "two words"
@@ -199,7 +199,7 @@ def failing_load(error):
 
 
 def child(*arguments, code="", fake=True, **options):
-    """Run the command line in another process, with the fake model unless told otherwise."""
+    """Runs the command line in another process, with the fake model by default."""
     lines = ["import signal, sys"]
     lines += ["signal.signal(signal.SIGINT, signal.default_int_handler)"]  # ignored where the tests run in the background
     if fake:

@@ -1,4 +1,4 @@
-"""The mark of tests that need the C++ kernels: skipped where no compiler is found, but not where CI is set."""
+"""The mark of tests that need the C++ kernels: skipped if no compiler is found, unless CI is set."""
 
 import os
 

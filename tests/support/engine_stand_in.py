@@ -1,8 +1,9 @@
 """A device in NumPy whose KV pages hold tokens, positions and adapters instead of keys and values, so that every read can be
 checked.
 
-`use` puts it under a real `Engine`. The next token is a hash of text, seed and adapter: what a request must give is known
-without any schedule (`expected`). What an engine must never do raises `Violation`, which no `except Exception` swallows.
+`use` puts it under a real `Engine`. The next token is a hash of text, seed and adapter, so the right output of a request is
+known for any schedule (`expected`). Anything an engine must never do raises `Violation`, which `except Exception` does not
+catch.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class Violation(BaseException):
 
 
 class Injected(RuntimeError):
-    """A failure that a test asked for."""
+    """A failure that a test requested."""
 
 
 def require(holds: bool, what: str) -> None:
@@ -52,7 +53,7 @@ def state_of(text: list[int], adapter: int) -> tuple[int, int, int]:
 
 
 class Tokenizer:
-    """Letters, and an end token that is no text."""
+    """Letters, and an end token without text."""
 
     eos_ids = frozenset({END})
     vocab_size = VOCAB
@@ -75,7 +76,7 @@ def layer(window: int) -> LayerSpec:
 
 
 class Model:
-    """What `Engine` asks of a model."""
+    """The part of a model that `Engine` uses."""
 
     kv_dtype = "float32"
     step_seconds = 0.0
@@ -167,7 +168,7 @@ class Device:
         pass
 
     def watch(self, scheduler: Any) -> None:
-        """Notes which pages are registered before the scheduler decides, and so must not be written any more. `between` is
+        """Records which pages are registered before the scheduler decides, and must not be written any more. `between` is
         called once between a decision and its launch, where another thread may come in."""
         self.pools, choose = scheduler.ledger.pools, scheduler.next
 
@@ -297,7 +298,7 @@ class Device:
                 text, draft = list(slot.text), [slot.text[-1]]
                 for place in range(drafted):
                     text.append(next_token(text, slot.seed, slot.sequence.adapter))
-                    draft.append(text[-1] if place < right else VOCAB)  # what is not right is never read
+                    draft.append(text[-1] if place < right else VOCAB)  # a wrong draft is never read
                 self._write(row, first, draft)
                 counts[i] = right + 1
             for i, row in live:
@@ -320,7 +321,7 @@ class Device:
         return slot.text[-1]
 
     def _page(self, row: Row, pool: int, position: int) -> int:
-        """The page of a position. One behind the window may have been given back when this dispatch was chosen: no other
+        """The page of a position. A page before the window may have been given back when this dispatch was chosen, but no other
         sequence can have it yet."""
         held, number = row.held, position // self.config.page_size
         pages = held.pages[pool]
@@ -384,8 +385,8 @@ def drive(engine: Engine, steps: int = 1000) -> None:
 
 
 def check(engine: Engine) -> None:
-    """Every page is free, cached or held, by exactly those who say so; registered pages hold what they are said to hold;
-    slots are free or in use."""
+    """Every page is free, cached or held, by exactly the recorded holders; registered pages hold the registered text; slots are
+    free or in use."""
     scheduler = engine._scheduler
     for pool in range(len(scheduler.ledger.pools)):
         _check_pool(engine, pool)

@@ -12,7 +12,7 @@ from support.goldens import golden_cases
 LARGEST = 1e-3  # of any logit
 RMS = 1e-4  # over a prompt's rows; float32 noise gives 1e-6 to 2e-5, a wrong eps 1e-3 and more
 PROJECTED = 5e-4  # every row on fixed random directions
-TIE = 2e-3  # where the two best logits are closer, the next greedy token may be either
+TIE = 2e-3  # if the two best logits are closer, the next greedy token may be either
 
 
 def check_logits(model: Any, golden: dict[str, np.ndarray], prompts: list[list[int]]) -> None:

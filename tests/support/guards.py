@@ -1,7 +1,6 @@
-"""Guards of what happens on the device, without a model: slots, sampling and decoding over logits that a table gives.
+"""Guards for the work on the device, without a model: slots, sampling and decoding over logits from a table.
 
-They are run without jit, or trace anew, so that a fault that was put in just now is met. All other guards are tests of
-tests/unit.
+They run without jit, or trace anew, so that they see a fault that was just put in. All other guards are tests of tests/unit.
 """
 
 from __future__ import annotations
@@ -89,7 +88,7 @@ def a_slot_remembers_nothing_of_those_before():
 
 
 def a_slot_filled_again_is_as_it_was():
-    """After preemption: the same text, counts and parameters as where the tokens were chosen one by one."""
+    """After preemption: the same text, counts and parameters as if the tokens were chosen one by one."""
     params = greedy(repetition_penalty=1.5, presence_penalty=0.5, frequency_penalty=0.7, min_tokens=3)
     slots = admitted(slots_of(), 1, [3, 4, 4], [], params)
     for _ in range(2):
@@ -114,7 +113,7 @@ def rows_of_padding_touch_no_slot():
 
 
 def rows_of_padding_have_no_slot():
-    """What goes up to the device: rows beyond those of the dispatch are -1."""
+    """Sent to the device: rows after those of the dispatch are -1."""
     seen = []
 
     class Recorder(Device):
@@ -226,7 +225,7 @@ def decoded(drafts: int, params: SamplingParams, prompt: list[int]) -> list[int]
 
 
 def drafts_change_no_token():
-    """Neither at a temperature, where a draft that is likely is still not what the noise chooses, nor with penalties."""
+    """Neither at a temperature, where even a likely draft may differ from the noise's choice, nor with penalties."""
     prompt = [3, 4, 5, 6, 3, 4, 5, 6, 3, 4, 5]
     for params in (
         SamplingParams(max_tokens=MADE, ignore_eos=True, seed=3, temperature=0.7),

@@ -43,7 +43,7 @@ def engine_of(context=60, windows=(0,), recurs=False, **config):
 
 
 def answers(engine, *requests):
-    """Drives an engine until the requests are finished, and requires that each gives what it would give alone."""
+    """Drives an engine until the requests are finished, and requires of each the output that it has alone."""
     drive(engine)
     for request in requests:
         index = engine.model.adapter_index(request.adapter)

@@ -1,8 +1,8 @@
-"""A known fault as a change of our own source, in force for the duration of a test.
+"""A known fault as a change of our own source, applied for the duration of a test.
 
-The source of one function has a snippet replaced and is compiled, and the code object is put in the function's place:
-whoever holds the function meets the fault, callers of methods and of imported names alike. A snippet that does not occur
-exactly once is an error, so that no fault outlives the code that it is a fault of.
+In the source of one function a snippet is replaced; the function then gets the compiled code, so that all callers see the
+fault, whether they use a method or an imported name. A snippet that does not occur exactly once is an error, so that no fault
+outlives the code that it is about.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 
 class Fault(NamedTuple):
-    """In the source of `function` the text `ours` becomes `theirs`; `guard`, called without arguments, must notice."""
+    """In the source of `function` the text `ours` becomes `theirs`; `guard`, called without arguments, must fail."""
 
     what: str
     function: Callable
@@ -28,7 +28,7 @@ class Fault(NamedTuple):
 
 @contextlib.contextmanager
 def applied(fault: Fault) -> Iterator[None]:
-    """The fault, while the block runs. LookupError where our source has changed under it."""
+    """Applies the fault while the block runs. LookupError if our source has changed."""
     function: Any = inspect.unwrap(getattr(fault.function, "__func__", fault.function))
     source = textwrap.dedent(inspect.getsource(function))
     if source.count(fault.ours) != 1:

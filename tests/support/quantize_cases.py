@@ -1,4 +1,4 @@
-"""Weights that quantizers are measured on, made from seeds: what is easy, what is uneven, what is extreme."""
+"""Weights on which quantizers are measured, made from seeds: easy, uneven and extreme ones."""
 
 from collections.abc import Iterator
 

@@ -1,8 +1,8 @@
-"""A mixer that recurs, small enough to be exact: what the engine does with recurrent state is tested with it.
+"""A mixer that recurs, small enough to be exact, for tests of the engine's recurrent state.
 
 For tokens x_t: u_t = W x_t, v_t = u_t + u_(t-1) / 2 + u_(t-2) / 4 (a convolution with a tail of two), h_t = h_(t-1) / 2 + v_t,
-and the result is V h_t. All factors are powers of two, so no fused product rounds otherwise, and the scan goes token by token:
-the bits do not depend on how a text was cut.
+and the result is V h_t. All factors are powers of two, so fused products do not round differently, and the scan goes token by
+token: the bits do not depend on how a text was cut.
 """
 
 from __future__ import annotations

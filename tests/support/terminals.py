@@ -14,7 +14,7 @@ from support import environment
 
 
 def in_terminal(columns: int, *arguments: str, both: bool = True, code: str = "", **variables: str) -> tuple[int, str]:
-    """Exit code and what a terminal is sent, on standard output and, if `both`, on standard error."""
+    """The exit code and the text sent to a terminal, on standard output and, if `both`, on standard error."""
     master, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
     lines = ["import sys", code, "from ferrum_jax.cli import main; sys.exit(main())"]

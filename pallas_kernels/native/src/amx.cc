@@ -1,7 +1,8 @@
-// AMX: the integers of a panel from int8 tiles. 16 rows of the matrix are the left tile as decoded, a panel is the right
-// one as packed; a block of 32 weights takes one instruction for 16 x 16 dot products.
+// AMX: the integers of a panel from int8 tiles. 16 decoded rows of the matrix are the left tile, a packed panel is the right
+// one; a block of 32 weights takes one instruction for 16 x 16 dot products.
 //
-// The instructions are written out: intrinsics of some compilers do not tell that tiles read memory.
+// The instructions are written in assembly, because the intrinsics of some compilers do not declare that tile loads read
+// memory.
 #if defined(__x86_64__)
 #include <cmath>
 #include <cpuid.h>
@@ -53,15 +54,15 @@ FERRUM_INLINE void tile_product(const void* a, int64_t a_stride, const void* b, 
       : "memory");
 }
 
-// The float lanes of the arithmetic one after the other: a lane's sums of 16 rows stay in registers over all groups, while
-// the tile unit makes the integers of the next group.
+// The float lanes of the arithmetic, one after the other: a lane's sums of 16 rows stay in registers over all groups, while the
+// tile unit computes the integers of the next group.
 template <Type T>
 struct Tiles {
   static constexpr bool is_signed = true;
   static constexpr int parts = has_parts(T) ? 2 : 1;
   using Dots = int32_t[parts][kPanel][kPanel];
 
-  template <int Even>  // neighboring groups take tiles of their own, so that they do not wait for each other
+  template <int Even>  // neighboring groups use different tiles, so that they do not wait for each other
   FERRUM_INLINE static void multiply(const Decoded& w, const PanelGroup& x, int b, Dots& dots) {
     const uint8_t* a = w.q[b][0];
     tile_product<Even, 2 + 2 * Even, 3 + 2 * Even>(a, 32, x.q[8 * place(b)], dots[0]);

@@ -1,4 +1,4 @@
-// Attention over pages, norms, rotation and SwiGLU: what a layer does beside its products.
+// Attention over pages, norms, rotation and SwiGLU: the parts of a layer other than its products.
 //
 // A range of positions is walked in tiles of 64, aligned to position 0, with the online softmax. Keys of a tile are
 // transposed, so that scores and weighted values are one small product each, [rows, 64 columns], summed in order.
@@ -10,7 +10,7 @@ namespace ferrum {
 namespace {
 
 constexpr int kTile = 64;
-constexpr float kMasked = -1e30f;  // finite, so that a row that has seen nothing never computes inf - inf
+constexpr float kMasked = -1e30f;  // finite, so that a row before its first visible position never computes inf - inf
 
 // c[r] += the sum over j of a[r][j] * b[j], for R rows and N vectors of columns; rows of b are `stride` apart.
 template <int R, int N>
@@ -71,7 +71,7 @@ inline void find_rows(const KvCache& cache, int64_t head, const int32_t* pages, 
   }
 }
 
-// Asks for what the tile at `start` will read: rows of a page are far apart, and hardware prefetchers do not see them coming.
+// Prefetches what the tile at `start` will read: rows of a page are too far apart for hardware prefetchers.
 inline void ask_for_tile(const KvCache& cache, int64_t head, const int32_t* pages, int64_t start, int64_t high) {
   const int64_t count = high - start < kTile ? high - start : kTile, bytes = cache.head_dim * cache.item_bytes();
   int64_t rows[kTile];
@@ -90,7 +90,7 @@ inline void load_tile(const KvCache& cache, int64_t head, const int32_t* pages, 
   for (int64_t group = low / kLanes * kLanes; group < high; group += kLanes) {
     const uint8_t* at[kLanes];
     float scales[2][kLanes];
-    for (int i = 0; i < kLanes; ++i) {  // places outside repeat the nearest inside: read, never used
+    for (int i = 0; i < kLanes; ++i) {  // places outside repeat the nearest inside: they are read, but never used
       const int64_t row = rows[group + i < low ? low : group + i < high ? group + i : high - 1];
       at[i] = cache.pages + row * bytes;
       if (T == KvType::int8) scales[0][i] = cache.scales[row], scales[1][i] = cache.scales[row + 1];
@@ -120,7 +120,7 @@ inline void attend_rows(Attending* rows, int64_t start, const float* keys, const
   const float* queries[R];
   const float* weights[R];
   float *to[R], *out[R];
-  int64_t from[R], until[R], all_from = 0, all_until = kTile;  // what each row sees of the tile, and what all see
+  int64_t from[R], until[R], all_from = 0, all_until = kTile;  // the part of the tile that each row sees, and the part that all see
   for (int r = 0; r < R; ++r) {
     queries[r] = rows[r].query;
     weights[r] = to[r] = scores[r];
@@ -148,7 +148,7 @@ inline void attend_rows(Attending* rows, int64_t start, const float* keys, const
     row.best = best;
     for (int64_t d = 0; d < width; d += kLanes) store(mul(load(row.out + d), all(keep[0])), row.out + d);
   }
-  // Nothing that a row does not see is multiplied, not even by zero: it may be NaN.
+  // A value that a row does not see is not multiplied, not even by zero, because it may be NaN.
   if (all_from > all_until) all_until = all_from;
   for (int r = 0; r < R; ++r) add_all_products<1>(weights + r, from[r], all_from < until[r] ? all_from : until[r], values, width, out + r);
   add_all_products<R>(weights, all_from, all_until, values, width, out);
@@ -247,7 +247,7 @@ inline void store_kv(KvType type, const float* x, int64_t n, uint8_t* to, float*
   } else {
     uint32_t top = 0;
     for (int64_t i = 0; i < n; ++i) top = (bits_of(x[i]) & 0x7fffffff) > top ? bits_of(x[i]) & 0x7fffffff : top;
-    *scale = float_of(top) / 127.0f;  // of a row that is not finite: NaN or infinity, and so is what is read
+    *scale = float_of(top) / 127.0f;  // NaN or infinity for a row that is not finite, which is read back as such
     const float step = *scale == 0 ? 1.0f : *scale;
     for (int64_t i = 0; i < n; ++i) to[i] = top < 0x7f800000 ? uint8_t(int8_t(__builtin_rintf(x[i] / step))) : 0;
   }

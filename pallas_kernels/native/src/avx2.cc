@@ -1,4 +1,4 @@
-// AVX2: the plain kernels, vectorised for it.
+// AVX2: the plain kernels, vectorized for it.
 #if defined(__x86_64__)
 #include <cmath>
 #include <cstring>

@@ -38,13 +38,13 @@ constexpr int bias_shift(Type t) {
   }
 }
 
-// Asks for the bytes that will be read some 4 KiB later: hardware prefetchers stop at pages, and decoding hides little.
+// Prefetches the bytes about 4 KiB ahead: hardware prefetchers stop at page boundaries, and decoding hides little latency.
 template <Type T>
 FERRUM_INLINE void ask_ahead(const uint8_t* p) {
   for (int at = 0; at < group_bytes(T); at += 64) _mm_prefetch(reinterpret_cast<const char*>(p) + 4096 + at, _MM_HINT_T0);
 }
 
-// 16 bytes of block i and 16 of block i + 4, four bits a weight: [i low, i high, i + 4 low, i + 4 high].
+// 16 bytes of block i and 16 of block i + 4, four bits per weight: [i low, i high, i + 4 low, i + 4 high].
 FERRUM_INLINE V nibbles(const uint8_t* first, const uint8_t* second) {
   const V both = _mm512_mask_broadcast_i32x4(_mm512_broadcast_i32x4(load128(first)), 0xff00, load128(second));
   return _mm512_and_si512(_mm512_srlv_epi64(both, _mm512_set_epi64(4, 4, 0, 0, 4, 4, 0, 0)), bytes(15));
@@ -173,14 +173,14 @@ FERRUM_INLINE void scales(const uint8_t* p, const uint8_t* q, F& scale, F& offse
   }
 }
 
-// The group at p, where it lies if all of it is before `end`: what follows a row that ends inside the group is read, but
-// never used (see `mask_absent`). Else a copy.
+// The group at p: in place if all of it is before `end` (what follows a row that ends inside the group is read, but never used,
+// see `mask_absent`), else a copy.
 template <Type T>
 FERRUM_INLINE const uint8_t* readable(const uint8_t* p, int64_t weights, const uint8_t* end, uint8_t* room) {
   return p + group_bytes(T) <= end ? p : whole<T>(p, weights, room);
 }
 
-// Scales and offsets of two groups of which only `weights` weights are there: none for the absent blocks.
+// Scales and offsets of two groups that have only `weights` weights: zero for the absent blocks.
 template <Type T>
 FERRUM_INLINE void mask_absent(int64_t weights, F& scale, F& offset) {
   if (block_weights(T) == kGroup || weights >= kGroup) return;

@@ -1,4 +1,4 @@
-// AVX-512 with VNNI for few rows of x: two rows of the matrix at a time. A file of its own so that two processors compile.
+// AVX-512 with VNNI for few rows of x: two rows of the matrix at a time. A separate file, so that two processors can compile.
 #if defined(__x86_64__)
 #include <cmath>
 #include <cstring>

@@ -1,8 +1,7 @@
 // Many rows of x: 16 rows of the matrix are decoded once, then multiplied by panels of 16 rows of x.
 //
-// Lanes are the rows of x here, so the eight float lanes of the arithmetic (see kernels.h) are eight registers, and each
-// integer dot product needs no sum across lanes. Formats differ in the
-// decoding alone.
+// Lanes are the rows of x here, so the eight float lanes of the arithmetic (see kernels.h) are eight registers, and an integer
+// dot product needs no sum across lanes. Formats differ only in the decoding.
 #pragma once
 
 #include "avx512.h"
@@ -59,7 +58,7 @@ inline void decode_rows(const Rows& w, int64_t groups, Decoded* out) {
   }
 }
 
-// One block's integers (two where the format has parts) into its lane; `shift` is that of the bias that is still in them.
+// One block's integers (two where the format has parts) into its lane; `shift` belongs to the bias that they still contain.
 template <Type T, int shift>
 FERRUM_INLINE void add_block(const Decoded& w, const PanelGroup& x, int row, int block, const V* dots, F& lane) {
   const auto unbiased = [](V dot, const int32_t* sum) {
@@ -78,7 +77,7 @@ FERRUM_INLINE void add_block(const Decoded& w, const PanelGroup& x, int row, int
     lane = _mm512_fnmadd_ps(_mm512_load_ps(x.scaled_sum[block]), _mm512_set1_ps(w.offset[row][block]), lane);
 }
 
-// What is known of a type once its rows are decoded: the first type of which the same is known.
+// The representative of a type for decoded rows: the first type with the same properties.
 constexpr Type once_decoded(Type t) {
   return has_parts(t) ? t : has_offset(t) ? Type::Q4_1 : bias_shift(t) == 3 ? Type::Q4_0 : bias_shift(t) == 4 ? Type::Q5_0 : Type::Q8_0;
 }
@@ -89,7 +88,7 @@ using Multiply = void(const Decoded* w, int count, int64_t groups, const PanelGr
 [[gnu::noinline]] inline void panels_by(Decode* decode, Multiply* multiply, Rows w, const PanelGroup* x, int64_t m, Output y) {
   const int64_t groups = groups_of(w.k), all = w.count;
   auto* decoded = static_cast<Decoded*>(scratch(kDecoded, size_t(groups) * sizeof(Decoded)));
-  // So many panels at a time that they stay in the second-level cache while the rows of the matrix go by.
+  // The number of panels that stay in the second-level cache while the rows of the matrix are processed.
   const int64_t some = kPanel * (1 + (768 << 10) / (groups * int64_t(sizeof(PanelGroup))));
   for (int64_t first = 0; first < m; first += some) {
     Rows left = w;
@@ -108,7 +107,8 @@ using Multiply = void(const Decoded* w, int count, int64_t groups, const PanelGr
   }
 }
 
-// By<T>::run makes a tile of 16 x 16 results of decoded weights that are signed or have their bias, as By<T>::is_signed says.
+// By<T>::run computes a tile of 16 x 16 results from decoded weights, which are signed or include their bias, as
+// By<T>::is_signed says.
 template <Type T, template <Type> class By>
 inline void panels_of_type(const Rows& w, const PanelGroup* x, int64_t m, Output y) {
   constexpr Type like = once_decoded(T);

@@ -1,4 +1,4 @@
-// AVX-512 with VNNI: panels of 16 rows of x, attention, float32. avx512_few.cc has what few rows of x take.
+// AVX-512 with VNNI: panels of 16 rows of x, attention, float32. avx512_few.cc has the kernels for few rows of x.
 #if defined(__x86_64__)
 #include <cmath>
 #include <cstring>

@@ -26,12 +26,12 @@ XLA_FFI_Error* wrong(const Call& call, const std::string& words) {
   return call.error(XLA_FFI_Error_Code_INVALID_ARGUMENT, "ferrum: " + words);
 }
 
-// The arguments of one call and everything that can be wrong with them; the first complaint is kept.
+// The arguments of one call, with all checks; the first complaint is kept.
 class Checker {
  public:
   explicit Checker(const Call& call) : call_(call) {}
 
-  // An operand or result of this type and number of axes; what does not fit is a complaint.
+  // An operand or result with this type and number of axes; anything else is a complaint.
   Array operand(size_t i, XLA_FFI_DataType type, size_t axes) { return fitting(call_.operand(i), type, axes); }
   Array result(size_t i, XLA_FFI_DataType type, size_t axes) { return fitting(call_.result(i), type, axes); }
   template <typename T>
@@ -96,7 +96,7 @@ class Checker {
     return result;
   }
 
-  // Matrix number `which`, of which the index is operand `at` and the stack the next one.
+  // Matrix number `which`: its index is operand `at`, its stack the next one.
   Matrix matrix(std::string_view formats, size_t which, size_t at, int64_t k, int64_t experts) {
     const Array index = call_.operand(at);
     const bool one = require(index.is_one_int(), "an index must be one int32");
@@ -185,8 +185,9 @@ XLA_FFI_Error* experts(const Call& call) {
   });
 }
 
-// Operands: x, kv_slots, positions, query_starts, kv_lengths, page_table, cosine, sine, stacks. `places`, of each layer and part: number of the operand among `stacks` (-1: none) and place in its first axis. Results: y, the
-// pages of the cache, the scales of an int8 one, and where they are wanted experts and weights [routers, tokens, top_k].
+// Operands: x, kv_slots, positions, query_starts, kv_lengths, page_table, cosine, sine, stacks. `places`: for each layer and
+// part the number of the operand among `stacks` (-1: none) and the place in its first axis. Results: y, the pages of the cache,
+// the scales of an int8 cache, and, if requested, experts and weights [routers, tokens, top_k].
 XLA_FFI_Error* layers(const Call& call) {
   constexpr size_t kFirstStack = 8;
   Checker check(call);

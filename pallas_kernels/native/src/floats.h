@@ -7,8 +7,8 @@
 namespace ferrum {
 namespace {
 
-// A row of weights as float32 in their order, zeros behind, a whole number of groups long. Blocks are decoded for the tests
-// alone, which compare int8 arithmetic with this one: cold, so that a compiler spends little time on them.
+// A row of weights as float32 in their order, followed by zeros up to a whole number of groups. Blocks are decoded only for the
+// tests, which compare int8 arithmetic with this one; cold, so that a compiler spends little time on them.
 template <Type T>
 [[gnu::cold]] inline void decode_blocks(const uint8_t* p, int64_t k, float* out) {
   uint8_t room[kWidest];
@@ -40,7 +40,7 @@ inline void decode_floats(const uint8_t* p, int64_t k, float* out) {
 
 constexpr int kFour = 4;
 
-// sums[4 r + i] = x[r] times row i of w, for R rows of x; the others are of no meaning.
+// sums[4 r + i] = x[r] times row i of w, for R rows of x; other elements are undefined.
 template <int R>
 inline void dots_of_four(const float* const* x, const float* const* w, int64_t length, float* sums) {
   Lanes lanes[kFour * kFour];

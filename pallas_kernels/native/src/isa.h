@@ -1,4 +1,4 @@
-// What an instruction set provides, and the forms in which it gets activations.
+// What an instruction set provides, and the forms of activations that it takes.
 #pragma once
 
 #include <cstddef>
@@ -8,9 +8,9 @@
 
 namespace ferrum {
 
-// Weights and activations are handled in groups of 256: eight blocks of 32 (absent blocks at the end of a row are zero).
-// Inside a group, block b lies at place 2 (b % 4) + b / 4, so that two 256-bit halves of one 512-bit register hold
-// blocks b and b + 4: adding four such registers crosswise then leaves the eight dot products in order.
+// Weights and activations are handled in groups of 256: eight blocks of 32 (absent blocks at the end of a row are zero). Inside
+// a group, block b is at place 2 (b % 4) + b / 4, so that two 256-bit halves of one 512-bit register hold blocks b and b + 4:
+// adding four such registers crosswise then leaves the eight dot products in order.
 constexpr int kGroup = 256;
 constexpr int kBlocks = 8;
 inline constexpr int place(int block) { return 2 * (block & 3) + (block >> 2); }
@@ -35,7 +35,7 @@ struct alignas(64) PanelGroup {
   int32_t half_sum[2 * kBlocks][kPanel];
 };
 
-// Where the results of some rows go: row r of x, row i of the matrix at at(r)[i].
+// Where results of some rows are stored: row r of x, row i of the matrix at at(r)[i].
 struct Output {
   float* y;
   int64_t stride;
@@ -53,7 +53,8 @@ inline Rows rows_of(const Matrix& matrix, int64_t first, int64_t count) {
   return {matrix.format, matrix.row(first), matrix.format->row_bytes(matrix.k), count, matrix.k};
 }
 
-// A query row of attention: what it sees, low .. high - 1, and its sums so far. out [head_dim] is not yet divided.
+// A query row of attention: the positions that it sees, low .. high - 1, and its sums so far. out [head_dim] is not divided
+// yet.
 struct Attending {
   const float* query;
   float* out;
@@ -65,7 +66,7 @@ struct Isa {
   const char* name;
   // k floats to groups_of(k) groups.
   void (*quantize)(const float* x, int64_t k, Group* out);
-  // What quantization leaves out of x.
+  // The error of quantizing x.
   void (*rest)(const float* x, int64_t k, const Group* groups, float* out);
   // 16 rows as a panel; rows from `count` on are zero.
   void (*pack)(const Group* const* rows, int64_t count, int64_t groups, PanelGroup* out);
@@ -73,20 +74,20 @@ struct Isa {
   void (*dots)(const Rows& w, const Group* const* x, int64_t m, Output y);
   // The same for the first m rows of panels, `x + p * groups` each. nullptr: dots serves.
   void (*panels)(const Rows& w, const PanelGroup* x, int64_t m, Output y);
-  // The matrix's rows times m rows of float32 activations, each a whole number of groups long, zeros behind k.
+  // The matrix's rows times m rows of float32 activations, each padded with zeros after k to a whole number of groups.
   void (*float_dots)(const Rows& w, const float* const* x, int64_t m, Output y);
-  // Queries of one head over positions first .. last - 1 of a sequence; sums begin here.
+  // Queries of one head over positions first .. last - 1 of a sequence; sums start at zero.
   void (*attend)(const KvCache& cache, int64_t head, const int32_t* pages, Attending* rows, int64_t count, int64_t first,
                  int64_t last);
-  // What a later range of positions came to, into what the earlier ones came to.
+  // Merges the sums of a later range of positions into those of the earlier ones.
   void (*merge)(const Attending& later, int64_t width, Attending& row);
   // RMSNorm; n is a multiple of 16.
   void (*rms_norm)(const float* x, const float* weight, int64_t n, float eps, float* out);
-  // Value i of a head turns with value i + half.
+  // Rotates value i of a head with value i + half.
   void (*rotate)(float* x, const float* cosine, const float* sine, int64_t half);
   // In place; n is a multiple of 16.
   void (*softmax)(float* x, int64_t n);
-  // A row into the cache.
+  // Writes a row to the cache.
   void (*store_kv)(KvType type, const float* x, int64_t n, uint8_t* to, float* scale);
   // out = silu(gate) * up, element by element.
   void (*gated)(const float* gate, const float* up, int64_t count, float* out);
@@ -99,14 +100,14 @@ extern const Isa portable;
 extern const Isa avx2;
 extern const Isa avx512_vnni;
 const Isa& amx();
-void avx512_quantize(const float* x, int64_t k, Group* out);  // avx512_few.cc's part of avx512_vnni
+void avx512_quantize(const float* x, int64_t k, Group* out);  // the part of avx512_vnni in avx512_few.cc
 void avx512_dots(const Rows& w, const Group* const* x, int64_t m, Output y);
 bool has_avx2();
 bool has_avx512_vnni();
-bool has_amx();  // asks the kernel for the tile registers too
+bool has_amx();  // also requests the tile registers from the operating system
 #endif
 
-// Memory of the calling thread, one block a slot, at least `bytes` long, kept and grown. New memory is zero.
+// Memory of the calling thread, one block per slot, at least `bytes` long; it is kept and grows. New memory is zero.
 enum Slot { kActivations, kInner, kHidden, kLists, kParts, kDecoded, kKeys, kLayer, kNormed, kRest, kRouting, kMixed, kSlots };
 void* scratch(Slot slot, size_t bytes);
 

@@ -1,4 +1,4 @@
-// The operations: activations are put into form once, then rows of the matrices are handed to the threads in chunks.
+// The operations: activations are converted once, then rows of the matrices are distributed to the threads in chunks.
 #include "kernels.h"
 
 #include <atomic>
@@ -11,7 +11,7 @@
 namespace ferrum {
 namespace {
 
-// What this library was built with, the best first: build.py leaves out what its machine does not take.
+// The instruction sets in this library, the best first: build.py leaves out those that its machine does not have.
 constexpr struct {
   const char* name;
   bool (*here)();
@@ -33,7 +33,7 @@ constexpr struct {
 #endif
 };
 
-// nullptr where nothing here is for this machine.
+// nullptr if none of them is for this machine.
 const Isa* find_set(const char* name) {
   for (const auto& set : kSets)
     if ((!name || std::strcmp(name, set.name) == 0) && set.here()) return set.isa();
@@ -121,8 +121,8 @@ void swiglu(Pool& pool, Arithmetic arithmetic, const float* x, int64_t m, int64_
 
 namespace {
 
-// The assignments of a mixture of experts, brought together: those of active expert e are order[first[e] .. first[e + 1]),
-// in ascending order, and assignment a has place[a] among them (-1: nobody's).
+// The assignments of a mixture of experts, sorted by expert: those of active expert e are order[first[e] .. first[e + 1]), in
+// ascending order, and assignment a is at place[a] (-1: it has no expert).
 struct Routing {
   int64_t active, assignments;
   const int32_t *expert, *order, *place;
@@ -156,7 +156,7 @@ Routing route(const int32_t* ids, int64_t count, int64_t num_experts) {
   return {active, total, expert, order, place, first};
 }
 
-// Rows of activations grouped by expert: pointers to their forms in the order of the routing, panels of each expert.
+// Rows of activations grouped by expert: pointers to their forms in the order of the routing, and the panels of each expert.
 struct Grouped {
   const Group** groups;
   const float** floats;
@@ -252,7 +252,7 @@ void experts(Pool& pool, Arithmetic arithmetic, const float* x, int64_t tokens, 
     pack_expert(isa, inner, routing, to, e);
   });
 
-  // Some columns of the result at a time: every expert's part of them, then each token's slots in order.
+  // Some columns of the result at a time: every expert's part of them, then each token's ranks in order.
   const int64_t columns = 4 * kPanel;
   maybe_parallel(!alone, pool, ceil_div(k, columns), [&](int64_t task) {
     const int64_t first = task * columns, width = k - first < columns ? k - first : columns;

@@ -1,4 +1,4 @@
-// Compressed matmul on CPU: what the kernels take and give. No XLA types here; ffi.cc is the only file that knows XLA.
+// Compressed matmul on CPU: the interface of the kernels. There are no XLA types here; only ffi.cc uses XLA.
 //
 // One arithmetic serves every instruction set, any number of rows and of threads, so that a row's result has the same
 // bits everywhere. "int8": a row of activations is quantized in blocks of 32 (int8 values, a float32 scale). The dot
@@ -29,7 +29,7 @@ struct Format {
 
 constexpr Format kFormats[] = {FERRUM_FORMATS};  // in the order of Type
 
-// By ggml's name of `length` characters; nullptr where there are no kernels for it.
+// The format with ggml's name of `length` characters; nullptr if there are no kernels for it.
 const Format* find_format(const char* name, size_t length);
 
 // Raw blocks as in the file: n rows of k weights.
@@ -40,7 +40,7 @@ struct Matrix {
   const uint8_t* row(int64_t i) const { return blocks + i * format->row_bytes(k); }
 };
 
-// Runs fn(arg, i) for i = 0 .. count - 1 on some threads, the calling one included, and waits for all of them.
+// Runs fn(arg, i) for i = 0 .. count - 1 on some threads, including the calling one, and waits for all of them.
 class Pool {
  public:
   virtual ~Pool() = default;
@@ -48,8 +48,8 @@ class Pool {
   virtual void parallel_for(int64_t count, void (*fn)(void*, int64_t), void* arg) = 0;
 };
 
-// Of the kinds of arithmetic int8x2 is for matmuls alone: what the quantization of a row leaves out is quantized as a second row, and
-// the two results are added, so activations keep about 15 bits.
+// The arithmetic int8x2 is only for matmuls: the error of quantizing a row is quantized as a second row, and the two results
+// are added, so activations keep about 15 bits.
 
 // y[i] [m, n_i] = x [m, k] times matrix i, transposed.
 void matmuls(Pool& pool, Arithmetic arithmetic, const float* x, int64_t m, int64_t k, const Matrix* matrices, int count,
@@ -59,8 +59,8 @@ void matmuls(Pool& pool, Arithmetic arithmetic, const float* x, int64_t m, int64
 void swiglu(Pool& pool, Arithmetic arithmetic, const float* x, int64_t m, int64_t k, const Matrix& gate, const Matrix& up,
             float* y);
 
-// y [tokens, k]: over the slots of a token in order, the sum of weight * down_e(silu(gate_e x) * up_e x), where expert e
-// of [tokens, top_k] lies `e * matrix bytes` after the given matrices; ids of num_experts or more belong to nobody.
+// y [tokens, k]: over the ranks of a token in order, the sum of weight * down_e(silu(gate_e x) * up_e x), where expert e of
+// [tokens, top_k] lies `e * matrix bytes` after the given matrices; ids of num_experts or more mean no expert.
 void experts(Pool& pool, Arithmetic arithmetic, const float* x, int64_t tokens, int64_t k, const int32_t* ids,
              const float* weights, int64_t top_k, int64_t num_experts, const Matrix& gate, const Matrix& up,
              const Matrix& down, float* y);
@@ -68,7 +68,7 @@ void experts(Pool& pool, Arithmetic arithmetic, const float* x, int64_t tokens, 
 // One layer of a paged cache: [pages, page_size, 2 kv_heads, head_dim], keys of head h at 2 h, values at 2 h + 1.
 struct KvCache {
   uint8_t* pages;
-  float* scales;  // of int8, one for each row of head_dim elements
+  float* scales;  // for int8, one for each row of head_dim elements
   KvType type;
   int64_t num_pages, page_size, kv_heads, head_dim;
   int64_t item_bytes() const { return type == KvType::float32 ? 4 : type == KvType::float16 || type == KvType::bfloat16 ? 2 : 1; }
@@ -94,14 +94,14 @@ struct LayerShape {
   bool normalize;
 };
 
-// The weights of one layer; what it does not have is nullptr, or a matrix without blocks. With a router the feed-forward
+// The weights of one layer; those that it does not have are nullptr or a matrix without blocks. With a router the feed-forward
 // is a mixture of `experts`, and gate, up and down are those of the first expert.
 struct Layer {
   const float *attention_norm, *feed_forward_norm, *query_norm, *key_norm;
   const float *query_bias, *key_bias, *value_bias, *output_bias, *down_bias;
   Matrix query, key, value, output, gate, up, down, router;
   int64_t experts;
-  int32_t* ids;  // [tokens, top_k], as weights: where what the router chose is kept, nullptr: nowhere
+  int32_t* ids;  // [tokens, top_k], as weights: receives the router's choice; nullptr: it is not kept
   float* weights;
 };
 
@@ -109,8 +109,8 @@ struct Layer {
 void decoder_layers(Pool& pool, const LayerShape& shape, const Batch& batch, const Layer* layers, const KvCache* caches,
                     int64_t count, float* x);
 
-// The instruction set in use: "portable", "avx2", "avx512_vnni" or "amx"; nullptr where the library has none for this
-// machine. set_isa says whether this machine has it.
+// The instruction set in use: "portable", "avx2", "avx512_vnni" or "amx"; nullptr if the library has none for this machine.
+// set_isa returns whether this machine has it.
 const char* isa();
 bool set_isa(const char* name);
 

@@ -1,7 +1,7 @@
-// Sixteen floats, the same bits on every instruction set. Included under a target pragma, with FERRUM_LANES 512 or 256 for
+// Sixteen floats, with the same bits on every instruction set. Included under a target pragma; FERRUM_LANES is 512 or 256 for
 // the registers to use, 0 for none.
 //
-// max(a, b) and min(a, b) are b where either is NaN. exp_of is 2^n times a polynomial (Cephes' for expf), with x = n ln 2 + r and
+// max(a, b) and min(a, b) are b if either is NaN. exp_of is 2^n times a polynomial (Cephes' for expf), with x = n ln 2 + r and
 // n read off the bits of a sum that rounds to it; below -87.6 it is zero, above 88 as at 88.
 #pragma once
 

@@ -1,9 +1,8 @@
-// All layers of a decoder in one call: what is between the products never leaves this file, and the threads that help are
-// woken once.
+// All layers of a decoder in one call: everything between the products happens in this file, and the helper threads are woken once.
 //
-// A layer is: norm, queries, keys and values; heads normed and rotated, the cache written; attention; its output added to
-// x; norm, feed-forward, added to x. Each of these is a loop over the threads. Attention sums over ranges of positions
-// of a fixed size in order, each a task of its own where there are few rows, so a row's bits depend on its sequence alone.
+// A layer is: norm, queries, keys and values; normalizing and rotating heads, writing the cache; attention; adding its output
+// to x; norm, feed-forward, adding it to x. Each of these is a loop over the threads. Attention sums over ranges of positions
+// of a fixed size in order (each a separate task if there are few rows), so a row's bits depend on its sequence alone.
 #include <cstring>
 
 #include "products.h"
@@ -31,7 +30,7 @@ class Step {
       tiles_ += ceil_div(count_of(s), tile_tokens_);
       longest = batch.kv_lengths[s] > longest ? batch.kv_lengths[s] : longest;
     }
-    // Ranges apart where there would be too few tasks otherwise.
+    // Separate ranges if there would be too few tasks otherwise.
     ranges_ = ceil_div(longest, kRange);
     if (tiles_ * kv_heads >= 8 * pool.threads() || m_ > kQueryRows) ranges_ = 1;
     int64_t floats = m_ * (2 * queries_ + 2 * keys_ + shape.hidden) + (ranges_ > 1 ? m_ * heads * ranges_ * (width_ + 2) : 0);
@@ -70,7 +69,7 @@ class Step {
     });
   }
 
-  // x normed, in the forms of the matrices.
+  // x normalized, in the forms of the matrices.
   Operand normed(const float* weight, const Matrix* matrices, int count, Arithmetic arithmetic, bool alone) {
     const Activations form = forms(isa_, arithmetic, shape_.hidden, matrices, count);
     return prepare(pool_, isa_, form, m_, arithmetic == Arithmetic::int8x2, alone, [&](int64_t t) {
@@ -97,7 +96,8 @@ class Step {
     });
   }
 
-  // Heads of token t normed and rotated, its keys and values into the cache; queries times the scale of the scores.
+  // Normalizes and rotates the heads of token t and writes its keys and values to the cache; queries are multiplied by the
+  // scale of the scores.
   void append(const Layer& layer, const KvCache& cache, int64_t t) {
     const float *cosine = batch_.cosine + t * batch_.rotated, *sine = batch_.sine + t * batch_.rotated;
     const auto turn = [&](float* head, const float* norm) {
@@ -162,7 +162,7 @@ class Step {
 
   float* part(int64_t t, int64_t h, int64_t range) const { return parts_ + ((t * shape_.heads + h) * ranges_ + range) * (width_ + 2); }
 
-  // The ranges of a token's heads together, in order.
+  // Merges the ranges of a token's heads, in order.
   void gather(int64_t t) {
     for (int64_t h = 0; h < shape_.heads; ++h) {
       Attending row = {nullptr, y_ + t * queries_ + h * width_, 0, 0, 0, 0};
@@ -185,7 +185,7 @@ class Step {
     for (int64_t d = 0; d < width_; ++d) row.out[d] /= row.total;
   }
 
-  // x += in times the matrix, transposed, and its bias.
+  // x += in times the transposed matrix, plus its bias.
   void add_product(const Matrix& matrix, const float* bias, const float* in, int64_t k) {
     const bool one = alone(&matrix, 1);
     const Activations form = forms(isa_, Arithmetic::int8, k, &matrix, 1);
@@ -220,13 +220,13 @@ class Step {
       for (int64_t t = 0; t < m_; ++t) std::memcpy(logits + t * padded + first, part + t * width, size_t(width) * sizeof(float));
     });
     for_rows([&](int64_t t) { route(logits + t * padded, experts, padded, batch_.kv_slots[t] >= 0, ids + t * top_k, weights + t * top_k); });
-    float* sum = y_;  // attention is done with it; hidden may be wider than all queries
+    float* sum = y_;  // free after attention; hidden may be wider than all queries
     if (shape_.hidden > queries_) sum = static_cast<float*>(scratch(kMixed, size_t(m_ * shape_.hidden) * sizeof(float)));
     ferrum::experts(pool_, Arithmetic::int8, normed_, m_, shape_.hidden, ids, weights, top_k, experts, layer.gate, layer.up, layer.down, sum);
     for_rows([&](int64_t t) { add(sum + t * shape_.hidden, shape_.hidden, x_ + t * shape_.hidden); });
   }
 
-  // The top_k of the softmax, ties to the smaller id; nobody's where the row is padding.
+  // The top_k of the softmax, ties to the smaller id; no expert if the row is padding.
   void route(float* odds, int64_t experts, int64_t padded, bool live, int32_t* ids, float* weights) const {
     for (int64_t e = experts; e < padded; ++e) odds[e] = -1e30f;
     isa_.softmax(odds, padded);

@@ -1,8 +1,8 @@
-// A parallel region over somebody else's thread pool: the caller works too, the helpers come when they come.
+// A parallel region on the threads of another pool: the caller works too, and helpers join whenever that pool runs them.
 //
-// A helper is scheduled once a region and stays for all its loops. Indices of a loop are handed out by one atomic
-// counter that also names the loop, so that a helper that comes late, even after the region has ended, finds nothing to
-// take; the state is therefore counted and freed by whoever leaves last.
+// A helper is scheduled once per region and stays for all its loops. Indices of a loop are handed out by one atomic counter
+// that also names the loop, so a late helper, even one after the end of the region, finds nothing to take. Therefore users of
+// the state are counted, and the last one to leave frees it.
 #pragma once
 
 #include <atomic>
@@ -35,7 +35,7 @@ class Region {
     leave();
   }
 
-  // By the caller: runs a loop and waits for it. bad_alloc where an index of it ran out of memory, on whichever thread.
+  // Called by the caller's thread: runs a loop and waits for it. bad_alloc if an index ran out of memory on any thread.
   void run(int64_t count, void (*fn)(void*, int64_t), void* arg) {
     const uint64_t loop = ++loops_;
     Loop& slot = slots_[loop % kLoops];
@@ -62,22 +62,22 @@ class Region {
     void* arg = nullptr;
   };
 
-  // Takes one index of the loop that `ticket` names and runs it; false where none is left.
+  // Takes one index of the loop that `ticket` names and runs it; false if none is left.
   bool take(uint64_t ticket) {
     const Loop& loop = slots_[(ticket >> 32) % kLoops];
     if (int64_t(ticket & 0xffffffff) >= loop.count) return false;
     if (!ticket_.compare_exchange_weak(ticket, ticket + 1, std::memory_order_acq_rel)) return true;
     try {
       loop.fn(loop.arg, striped(int64_t(ticket & 0xffffffff), loop.count));
-    } catch (const std::bad_alloc&) {  // not past this frame: other threads still use what the loop works on
+    } catch (const std::bad_alloc&) {  // must not leave this frame: other threads still use the data of the loop
       failed_.store(true, std::memory_order_relaxed);
     }
     done_.fetch_add(1, std::memory_order_acq_rel);
     return true;
   }
 
-  // The index of a ticket: a stretch of indices for each thread, of which a turn takes the next. As threads take turns, each
-  // goes through memory in order and what its processor has fetched ahead is its own.
+  // The index of a ticket: each thread has a contiguous range of indices and takes the next one in its turn. So each thread
+  // goes through memory in order, and its processor prefetches its own data.
   int64_t striped(int64_t ticket, int64_t count) const {
     const int64_t stretch = ticket % threads_, length = count / threads_, longer = count % threads_;
     return stretch * length + (stretch < longer ? stretch : longer) + ticket / threads_;
@@ -87,7 +87,7 @@ class Region {
     if (users_.fetch_sub(1, std::memory_order_acq_rel) == 1) delete this;
   }
 
-  // Waiting for another thread: by spinning, and when that lasts, because other work has the processor, by giving way.
+  // Waiting for another thread: first by spinning and, if that lasts because other work has the processor, by yielding.
   class Wait {
    public:
     void once() {

@@ -1,4 +1,4 @@
-// What the operations share: rows of activations in the forms that matrices want, and products in chunks on the threads.
+// What the operations share: rows of activations in the forms that matrices need, and products in chunks on the threads.
 #pragma once
 
 #include <cstring>
@@ -19,15 +19,15 @@ void maybe_parallel(bool wanted, Pool& pool, int64_t count, F&& fn) {
   for (int64_t i = 0; i < count; ++i) fn(i);
 }
 
-// Below so many bytes of weights (times a factor for many rows) waking another thread costs more than it saves.
+// Below this many bytes of weights (times a factor for many rows), waking another thread costs more than it saves.
 constexpr int64_t kSerialBytes = 64 << 10;  // for one row of x
 constexpr int64_t kChunkBytes = 48 << 10;
 constexpr int64_t kMaxMatrices = 16;
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Rows of a matrix that make a chunk for m rows of x: whole panels, enough work to be worth an atomic increment; with many
-// rows of x several panels, which share what of x is in the cache.
+// Rows of a matrix that make a chunk for m rows of x: whole panels with enough work to be worth an atomic increment; with many
+// rows of x several panels, which share the part of x in the cache.
 inline int64_t chunk_rows(const Matrix& matrix, int64_t m) {
   if (m > 4 * kPanel) return 4 * kPanel;
   const int64_t bytes = matrix.format->row_bytes(matrix.k) * ceil_div(m, kPanel);
@@ -36,7 +36,7 @@ inline int64_t chunk_rows(const Matrix& matrix, int64_t m) {
 
 inline bool serial(int64_t weight_bytes, int64_t m) { return weight_bytes * (3 + m) < 4 * kSerialBytes; }
 
-// Rows of activations in the forms that the matrices at hand want, and the products with them.
+// Rows of activations in the forms that the given matrices need, and the products with them.
 class Activations {
  public:
   Activations(const Isa& isa, int64_t k, bool groups, bool floats)
@@ -98,7 +98,7 @@ inline void multiply(const Isa& isa, bool floats, const Rows& w, const Operand& 
 }
 
 // Rows of activations, converted on the threads of the pool, as an operand that lives in the scratch memory of this thread.
-// row(r) is row r as floats; twice: as m rows more, what the quantization of each leaves out.
+// row(r) is row r as floats; twice: m more rows follow, with the quantization error of each.
 template <typename Source>
 Operand prepare(Pool& pool, const Isa& isa, const Activations& form, int64_t m, bool twice, bool alone, Source&& row) {
   const int64_t k = form.columns(), total = twice && form.groups() ? 2 * m : m;
@@ -134,15 +134,15 @@ Operand prepare(Pool& pool, const Isa& isa, const Activations& form, int64_t m, 
   return {groups, floats, panel, total, panel_rows};
 }
 
-// The forms that some matrices want of the same rows.
+// The forms of the same rows that some matrices need.
 inline Activations forms(const Isa& isa, Arithmetic arithmetic, int64_t k, const Matrix* matrices, int count) {
   bool groups = false, floats = false;
   for (int i = 0; i < count; ++i) (wants_floats(arithmetic, matrices[i]) ? floats : groups) = true;
   return Activations(isa, k, groups, floats);
 }
 
-// x, m rows, times some matrices: store(i, first, width, part) gets the results of rows first .. first + width - 1 of
-// matrix i: part [m, width]. x has 2 m rows where the sum of both halves is meant.
+// x, m rows, times some matrices: store(i, first, width, part) gets the results of rows first .. first + width - 1 of matrix i:
+// part [m, width]. x has 2 m rows if the sum of both halves is to be computed.
 template <typename Store>
 void products(Pool& pool, const Isa& isa, Arithmetic arithmetic, const Operand& x, int64_t m, const Matrix* matrices, int count,
               bool alone, Store&& store) {

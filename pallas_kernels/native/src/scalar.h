@@ -40,7 +40,7 @@ inline float half_to_float(uint16_t h) {
   return float_of(sign | ((magnitude << 13) + (magnitude >= 0x7c00 ? 224u << 23 : 112u << 23)));
 }
 
-// To the nearest, ties to even.
+// Rounds to the nearest, ties to even.
 inline uint16_t float_to_half(float x) {
   const uint32_t bits = bits_of(x), sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
   if (magnitude > 0x7f800000) return uint16_t(sign | 0x7e00);
@@ -56,7 +56,7 @@ inline uint16_t float_to_bfloat(float x) {
   return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
-// Four bits of exponent, three of fraction, no infinity; what is larger than 448 becomes it.
+// Four bits of exponent, three of fraction, no infinity; larger values become 448.
 inline uint8_t float_to_e4m3(float x) {
   const uint32_t bits = bits_of(x), sign = bits >> 24 & 0x80;
   uint32_t magnitude = bits & 0x7fffffff;
@@ -79,7 +79,7 @@ inline float half_at(const uint8_t* p) { return half_to_float(load16(p)); }
 constexpr int8_t kLevels[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
 constexpr int8_t kFp4[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
 
-// 2^(e - 128), below the normal range too.
+// 2^(e - 128), also below the normal range.
 inline float fp4_scale(uint8_t e) { return e < 2 ? float_of(0x00200000u << e) : float_of(uint32_t(e - 1) << 23); }
 
 // The six-bit scales and offsets of Q4_K and Q5_K, eight bytes each.
@@ -92,8 +92,8 @@ inline void k_scales(const uint8_t* s, uint8_t scale[8], uint8_t offset[8]) {
   }
 }
 
-// A group of weights: integers in the order of places, the scale and offset of each block. Q6_K has two integer scales a
-// block besides (weights 0..15 and 16..31 of block b: part[2 b], part[2 b + 1]).
+// A group of weights: integers in the order of places, the scale and offset of each block. Q6_K also has two integer scales per
+// block (weights 0..15 and 16..31 of block b: part[2 b], part[2 b + 1]).
 struct Weights {
   int8_t q[kGroup];
   float scale[kBlocks];
@@ -111,7 +111,7 @@ constexpr bool has_parts(Type t) { return t == Type::Q6_K; }
 constexpr int block_weights(Type t) { return kFormats[int(t)].block_weights; }
 constexpr int block_bytes(Type t) { return kFormats[int(t)].block_bytes; }
 
-// Bytes of a group, and the most of a quantized format: room for a padded one.
+// Bytes of a group, and the maximum over quantized formats, as room for a padded group.
 constexpr int group_bytes(Type t) { return kGroup / block_weights(t) * block_bytes(t); }
 constexpr int widest_group() {
   int widest = 0;
@@ -121,7 +121,7 @@ constexpr int widest_group() {
 }
 constexpr int kWidest = widest_group();
 
-// Where 32 weights of a group of a type with zero points have their block, and their 16 bytes in it.
+// For types with zero points: the block of 32 weights of a group, and their 16 bytes in it.
 template <Type T>
 constexpr int block_of(int b) { return b / (block_weights(T) / 32) * block_bytes(T); }
 template <Type T>
@@ -202,7 +202,7 @@ inline void decode(const uint8_t* p, Weights& w) {
   }
 }
 
-// The group at `p`; where a row ends inside it, a copy in `room` with zeros behind.
+// The group at `p`; if a row ends inside it, a copy in `room` that is padded with zeros.
 template <Type T>
 inline const uint8_t* whole(const uint8_t* p, int64_t weights, uint8_t* room) {
   if (block_weights(T) == kGroup || weights >= kGroup) return p;
@@ -220,7 +220,7 @@ inline float fold(const float* lanes, int count) {
   return part[0];
 }
 
-// Blocks whose largest magnitude is below this are zero: its inverse would not be finite, and nothing is lost.
+// Blocks with a smaller largest magnitude count as zero: its inverse would not be finite, and nothing is lost.
 constexpr float kSmallest = 0x1p-100f;
 
 // A row with a NaN or an infinity: every result of it is NaN.

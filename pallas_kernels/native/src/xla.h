@@ -1,5 +1,5 @@
-// What the handlers need of XLA's C interface for custom calls. XLA's C++ interface does the same with templates that take a
-// compiler longer than most of the kernels do.
+// The part of XLA's C interface for custom calls that the handlers need. XLA's C++ interface does the same with templates that
+// take longer to compile than most of the kernels.
 #pragma once
 
 #include <cstdint>
@@ -12,7 +12,7 @@
 
 namespace ferrum {
 
-// An array of an operand or result. What is not there has no axes.
+// An array of an operand or result. A missing one has no axes.
 class Array {
  public:
   Array() = default;
@@ -33,7 +33,7 @@ class Array {
     return axes() == other.axes() && std::memcmp(at_->dims, other.at_->dims, axes() * sizeof(int64_t)) == 0;
   }
 
-  // 0 for types that nothing here is stored in.
+  // 0 for types that are not used here.
   int64_t item_bytes() const {
     switch (at_ ? at_->dtype : XLA_FFI_DataType_INVALID) {
       case XLA_FFI_DataType_S8: case XLA_FFI_DataType_U8: case XLA_FFI_DataType_F8E4M3FN: return 1;
@@ -59,7 +59,7 @@ class Call {
   Array operand(size_t i) const { return i < operands() ? Array(frame_->args.args[i]) : Array(); }
   Array result(size_t i) const { return i < results() ? Array(frame_->rets.rets[i]) : Array(); }
 
-  // Attributes; false where there is none of this name and type.
+  // Attributes; false if there is none with this name and type.
   bool get(std::string_view name, std::string_view& value) const {
     const auto* text = static_cast<const XLA_FFI_ByteSpan*>(find(name, XLA_FFI_AttrType_STRING));
     if (text) value = {text->ptr, text->len};
@@ -82,7 +82,7 @@ class Call {
     return int(count);
   }
 
-  // Runs a task on a thread of XLA's, or here where there is none. XLA's threads may outlive this call, not the task.
+  // Runs a task on one of XLA's threads, or here if there is none. XLA's threads may outlive this call, but not the task.
   template <typename F>
   void schedule(F task) const {
     auto* data = new F(std::move(task));
@@ -123,7 +123,7 @@ class Call {
   XLA_FFI_CallFrame* frame_;
 };
 
-// XLA asks a handler what it was built for by a call without operands.
+// With a call without operands, XLA asks a handler which version it was built for.
 inline bool answered(XLA_FFI_CallFrame* frame) {
   XLA_FFI_Extension_Base* asked = frame->extension_start;
   if (!asked || asked->type != XLA_FFI_Extension_Metadata) return false;

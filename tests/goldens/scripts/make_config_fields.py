@@ -75,7 +75,7 @@ def text() -> str:
         terms = ["_DECODERS"] * (shared <= names) + [f"{{\n{lines(own, 8)},\n    }}"] * bool(own)
         made += f'    "{kind}": {" | ".join(terms)},\n'
     rope = set(modeling_rope_utils.RopeParameters.__annotations__)
-    return made + f"}}\n# Of the object rope_scaling or rope_parameters.\nROPE_FIELDS = {{\n{lines(rope, 4)},\n}}\n"
+    return made + f"}}\n# Keys inside the object rope_scaling or rope_parameters.\nROPE_FIELDS = {{\n{lines(rope, 4)},\n}}\n"
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ _OPTIONS = {"xla_gpu_fail_ptx_compilation_on_register_spilling": True}
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """registers a thread; loop: instructions of the longest loop, 0 where there is none."""
+    """registers: per thread; loop: instructions of the longest loop, 0 if there is none."""
 
     name: str
     registers: int
@@ -38,14 +38,14 @@ class Kernel:
 
 
 def need_kernels() -> None:
-    """Skips what is left of a test where kernels are not seen."""
+    """Skips the rest of a test if kernels cannot be read."""
     if not _SEEN:
         pytest.skip(f"jax {jax.__version__} does not write the PTX of kernels; all but their instructions is checked")
 
 
 def measure(target: str, function: Callable, *args) -> tuple[dict[str, Kernel], int]:
-    """The kernels of `function` compiled for a GPU of `aot.GPUS`, by name, and the bytes of its temporaries. JaxRuntimeError
-    where a kernel spills."""
+    """The kernels of `function` compiled for a GPU of `aot.GPUS`, by name, and the bytes of its temporaries. JaxRuntimeError if
+    a kernel spills."""
     with tempfile.TemporaryDirectory() as folder:
         compiled = aot.compile_for(target, function, *args, compiler_options={"xla_dump_to": folder, **_OPTIONS})
         kernels = [kernel for file in pathlib.Path(folder).glob("*.ptx") for kernel in _assemble(file, target)]
@@ -84,7 +84,7 @@ def _sections(elf: bytes) -> dict[str, bytes]:
 
 
 def _longest_loop(code: bytes, hopper: bool) -> int:
-    """Instructions between a branch and where it jumps back to, the most there are."""
+    """The largest number of instructions between a branch and the place it jumps back to."""
     longest = 0
     for low, high in struct.iter_unpack("<QQ", code):
         if low & 0xFFF == _BRANCH:

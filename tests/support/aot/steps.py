@@ -2,7 +2,7 @@
 
     python -m support.aot.steps TARGET
 
-prints one JSON object: for each step what its program takes and what was chosen. A process of its own, because a compiler
+prints one JSON object: for each step the memory of its program and the chosen backends. A separate process, because a compiler
 may abort.
 """
 
@@ -85,7 +85,7 @@ def main(target: str) -> None:
 
 
 def engine_steps(target: str, config, header):
-    """What the engine's steps take, with four layers: (name, bytes)."""
+    """The memory of the engine's steps, with four layers: (name, bytes)."""
     kind = aot.TARGETS[target].target
     config = dataclasses.replace(config, dtype=auto_dtype(kind))
     params = abstract_parameters(parameters(header, config), kind)

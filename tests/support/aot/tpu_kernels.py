@@ -1,10 +1,10 @@
-"""Compiles the TPU kernels for compressed matrices for one target and prints what came out, as JSON.
+"""Compiles the TPU kernels for compressed matrices for one target and prints the results as JSON.
 
     python -m support.aot.tpu_kernels v5e
 
-For each case: bytes of temporaries, launches of kernels, and of each kernel the bundles of its final program (one is
-issued a cycle; loops and both sides of branches count once) and the vector registers spilled in it, from libtpu's own
-dump. A process of its own, because libtpu reads the wish for a dump when it is loaded.
+For each case: bytes of temporaries, launches of kernels, and of each kernel the bundles of its final program (one is issued a
+cycle; loops and both sides of branches count once) and the vector registers spilled in it, from libtpu's own dump. A separate
+process, because libtpu reads the setting for the dump when it is loaded.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ CASES = [
     Spec("qwen3moe-attention", MOE, ATTENTION, seed=7),
     Spec("qwen3moe-dense", MOE, ("q_proj", *DENSE), (1,), rank=3, alpha=7, seed=8),
 ]  # fmt: skip
-EXTRA = {  # no goldens: they are loaded beside those that have some
+EXTRA = {  # without goldens: they are loaded next to those that have some
     base.name: Spec(f"extra-{base.name}", base, ("k_proj", "o_proj"), rank=5, alpha=5, seed=9)
     for base in (HALVED, QWEN2, QWEN3)
 }

@@ -53,8 +53,8 @@ def shapes(s: Spec) -> dict[str, tuple[int, int]]:
 
 
 def of_module(pattern: dict[str, Any], module: str, default: Any) -> Any:
-    """What a pattern without expressions says of a module: the first key, as PEFT sorts them, that its name ends with, or
-    with ^ is."""
+    """The value of a pattern without regular expressions for a module: of the first key, in PEFT's order, that its name ends
+    with (or, if the key begins with ^, equals)."""
     for key, value in sorted(pattern.items()):
         if module == key.removeprefix("^") or (not key.startswith("^") and module.endswith("." + key)):
             return value
@@ -62,7 +62,7 @@ def of_module(pattern: dict[str, Any], module: str, default: Any) -> Any:
 
 
 def scale(s: Spec, module: str) -> float:
-    """What B A is multiplied by."""
+    """The factor of B A."""
     rank = of_module(s.rank_pattern, module, s.rank)
     return of_module(s.alpha_pattern, module, s.alpha) / (math.sqrt(rank) if s.rslora else rank)
 

@@ -35,7 +35,7 @@ TEXTS = [
 
 @dataclass(frozen=True)
 class Spec:
-    """pooling: "cls", "mean", or "" where the directory has no files of sentence-transformers (mean); plain_vocabulary:
+    """pooling: "cls", "mean", or "" if the directory does not have files of sentence-transformers (mean); plain_vocabulary:
     vocab.txt instead of tokenizer.json; text_length: max_seq_length of the directory, 0 for none."""
 
     name: str

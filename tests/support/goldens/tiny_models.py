@@ -1,9 +1,9 @@
 """Tiny random GGUF models of the real architectures, the same bytes on every machine.
 
-A file is a function of its `Spec` alone: weights come from the raw 64-bit stream of PCG64 (which NumPy keeps stable) by
-integer sums and correctly rounded float32 operations, each tensor from a stream of its own. Formats that gguf-py can
-quantize are quantized by it; the others are random valid blocks whose float16 scales give the wanted spread. So a test
-needs only NumPy and gguf, and its golden numbers are tied to the file by `digest`.
+A file is a function of its `Spec` alone: weights come from the raw 64-bit stream of PCG64 (which NumPy keeps stable) by integer
+sums and correctly rounded float32 operations, each tensor from a separate stream. Formats that gguf-py can quantize are
+quantized by it; the others are random valid blocks whose float16 scales give the wanted spread. So a test needs only NumPy and
+gguf, and its golden numbers are tied to the file by `digest`.
 
 The numbers are chosen so that mistakes show: head_dim is not hidden / heads, norm weights and biases are far from 1 and
 0, embeddings are small enough that eps matters in the first norm, and logits have a spread of about 3.

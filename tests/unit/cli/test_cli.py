@@ -23,7 +23,7 @@ from support.cli_fakes import END, FakeModel, FakeParams, FakeTokenizer, child, 
 
 @pytest.fixture
 def model(monkeypatch):
-    """The class of the fake model, in the place of the real one."""
+    """The class of the fake model, which replaces the real one."""
 
     class Fake(FakeModel):
         loads: list = []  # noqa: RUF012
@@ -379,7 +379,7 @@ def small_gguf(path, experts=0):
         per_layer |= {"ffn_up": (48, 32), "ffn_down": (32, 48), "ffn_gate": (48, 32)}
     shapes |= {f"blk.{layer}.{name}": shape for layer in range(2) for name, shape in per_layer.items()}
     for name, shape in shapes.items():
-        if name == "blk.0.ffn_gate" or name == "blk.0.ffn_gate_exps":  # one Q8_0 block a row
+        if name == "blk.0.ffn_gate" or name == "blk.0.ffn_gate_exps":  # one Q8_0 block per row
             blocks = np.zeros((*shape[:-1], 34), np.uint8)
             writer.add_tensor(f"{name}.weight", blocks, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
         else:

@@ -1,4 +1,4 @@
-"""The chat in the terminal: what is kept, what keys do, and what it says when an answer is cut."""
+"""The chat in the terminal: what it keeps, what keys do, and its message when an answer is cut."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from support.cli_fakes import FakeEngine, FakeModel, FakeStream
 
 @pytest.fixture(autouse=True)
 def elsewhere(monkeypatch, tmp_path):
-    """A fake in the engine's place, and no history of the user's."""
+    """A fake instead of the engine, and without the user's history."""
     monkeypatch.setattr(chat, "open_engine", FakeEngine)
     monkeypatch.setenv("FERRUM_JAX_CACHE", str(tmp_path / "cache"))
 
@@ -48,7 +48,7 @@ def chatting(fake, typed_text, **options):
 
 
 def roles(talk):
-    """What was said, the system message first."""
+    """The messages, the system message first."""
     talk = talk.conversation
     opening = [("system", talk.system)] if talk.system is not None else []
     return opening + [(message["role"], message["content"]) for message in talk.messages]
@@ -198,7 +198,7 @@ def test_chat_says_that_an_answer_failed(capsys, monkeypatch):
 
 @pytest.mark.parametrize(("asked", "given"), [(None, 196), (10**9, 196), (50, 50)])
 def test_an_answer_may_be_as_long_as_the_context_leaves(asked, given):
-    """Whether the parameters say None for that, or more than there is."""
+    """Whether max_tokens is None, or more than the rest of the context."""
     params = types.SimpleNamespace(max_tokens=asked)
     made = dataclasses.make_dataclass("Params", ["max_tokens", ("ignore_eos", bool, False)])(asked)
     fake = FakeModel("m")

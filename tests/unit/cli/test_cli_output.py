@@ -1,4 +1,4 @@
-"""What the verbs print of a file and of the machine: plain text, in lines that a terminal of any width can show."""
+"""What the verbs print about a file and the machine: plain text, in lines that fit a terminal of any width."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The terminal around a chat: words at its edge, what is typed meanwhile, and how it is left."""
+"""The terminal around a chat: words at its edge, text typed during an answer, and its state afterwards."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Screen(io.StringIO):
 
 
 def shown(text, width, monkeypatch, seed=None):
-    """What a terminal so wide is given of a text that comes in pieces."""
+    """The output for a terminal of this width, for a text that arrives in pieces."""
     monkeypatch.setattr(writer.Writer, "_width", lambda self: width)
     screen = Screen()
     out = writer.Writer(screen)
@@ -142,7 +142,7 @@ def test_control_characters_are_shown_and_a_pipe_gets_the_text_unchanged(monkeyp
 
 @pytest.fixture
 def typed(monkeypatch):
-    """Standard input is a terminal: what is typed there, and the terminal."""
+    """Standard input is a terminal; gives the place to type, and the terminal."""
     master, slave = os.openpty()
     with open(slave, buffering=1) as stdin:
         monkeypatch.setattr(sys, "stdin", stdin)
@@ -191,7 +191,7 @@ def test_quiet_again_after_a_pause(typed):
 
 
 class Talk:
-    """A chat with the fake model in another process, and the terminal that it has."""
+    """A chat with the fake model in another process, and its terminal."""
 
     def __init__(self, tmp_path, code, columns=80, *arguments, model="m"):
         self.master, self.slave = os.openpty()
@@ -211,7 +211,7 @@ class Talk:
         os.write(self.master, text.encode())
 
     def until(self, text):
-        """What the terminal was given up to a text."""
+        """The output to the terminal up to a text."""
         deadline = time.monotonic() + 60
         while text not in self.seen:
             assert select.select([self.master], [], [], max(0, deadline - time.monotonic()))[0], self.seen
@@ -220,7 +220,7 @@ class Talk:
         return found
 
     def ends(self, code):
-        """The process ends so, and the terminal is as it was."""
+        """The process ends with this code, and the terminal is restored."""
         assert self.process.wait(60) == code
         assert termios.tcgetattr(self.slave) == self.before
         os.close(self.slave)

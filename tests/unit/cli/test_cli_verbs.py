@@ -1,4 +1,4 @@
-"""Verbs and arguments as a newcomer writes them."""
+"""Verbs and arguments as a newcomer would write them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is drawn while something takes long, and that nothing is drawn elsewhere."""
+"""The line that is drawn while something takes long, and that nothing is drawn elsewhere."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from support.terminals import in_terminal
 
 
 class Lines(list):
-    """Keeps what is drawn; None where it is taken away."""
+    """Records what is drawn; None when it is removed."""
 
     def draw(self, text):
         self.append(text)

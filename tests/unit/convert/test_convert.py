@@ -1,4 +1,4 @@
-"""Converted and quantized models: they load again as they were, are written whole or not at all, and refuse by name."""
+"""Converted and quantized models: they load unchanged, are written completely or not at all, and errors give names."""
 
 import json
 import os
@@ -28,7 +28,7 @@ WIDE = {"hidden": 256, "heads": 4, "kv_heads": 2, "head_dim": 64, "ffn": 320, "l
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory) -> Path:
-    """A model in F32 whose down matrices are no multiple of 256 wide."""
+    """A model in F32 whose down matrices have a width that is not a multiple of 256."""
     return write_tiny_llama(tmp_path_factory.mktemp("original") / "model.gguf", tensor_type="F32", **WIDE)
 
 
@@ -69,8 +69,8 @@ def test_tied_embeddings_are_the_output_and_narrow_rows_fall_back(tmp_path: Path
     path = write_tiny_llama(tmp_path / "tied.gguf", tensor_type="BF16", tied=True, hidden=144, heads=3, kv_heads=3, head_dim=48)
     with open_model(path, quantize="q4_k") as model:
         assert {info.format for name, info in model.tensors.items() if len(info.shape) > 1} == {"F16", "Q8_0"}
-        assert model.tensors["token_embd.weight"].format == "F16"  # 144 is no multiple of 32
-        assert model.tensors["blk.0.ffn_down.weight"].format == "Q8_0"  # 128 is, but none of 256
+        assert model.tensors["token_embd.weight"].format == "F16"  # 144 is not a multiple of 32
+        assert model.tensors["blk.0.ffn_down.weight"].format == "Q8_0"  # 128 is, but not of 256
     path = write_tiny_llama(tmp_path / "wide.gguf", tensor_type="BF16", tied=True, **WIDE)
     with open_model(path, quantize="q3_k") as model:
         assert model.tensors["token_embd.weight"].format == "Q6_K"
@@ -187,7 +187,7 @@ def test_orbax_back_to_gguf(original: Path, saved: Path, tmp_path: Path):
 @pytest.mark.slow
 @pytest.mark.parametrize("target", [Target("gpu", "9.0"), Target("tpu", "TPU v5e")], ids=lambda target: target.platform)
 def test_a_device_layout_is_stored_and_repacked(tmp_path: Path, monkeypatch, target: Target):
-    """Written for another device: read as it lies there, and repacked for this one."""
+    """Written for another device: read in that layout, and repacked for this one."""
     path = write_tiny_llama(tmp_path / "model.gguf", tensor_type="Q8_0", **WIDE | {"ffn": 384})
     with monkeypatch.context() as patch:
         patch.setattr(stream, "target_of", lambda device: target)
@@ -225,7 +225,7 @@ def test_an_unknown_version_is_named(saved: Path, tmp_path: Path):
         fj.load(path)
 
 
-# What the header of `saved` had as "config" when a ModelConfig had no layers.
+# The "config" in the header of `saved` from before ModelConfig had layers.
 OLD_CONFIG = json.loads(
     """{"architecture": "llama", "num_layers": 3, "hidden_size": 256, "intermediate_size": 320, "num_heads": 4,
     "num_kv_heads": 2, "head_dim": 64, "vocab_size": 64, "context_length": 128, "rms_norm_eps": 9.999999747378752e-06,
@@ -288,7 +288,7 @@ def test_damage_is_named(saved: Path, tmp_path: Path):
 
 
 def test_an_interrupted_save_is_no_checkpoint(original: Path, tmp_path: Path):
-    """Killed while it writes: no directory of that name, and what is left is refused."""
+    """Killed while it writes: there is no directory of that name, and the remains are refused."""
     code = (
         "import os, sys, orbax.checkpoint as ocp\n"
         "from ferrum_jax.convert import convert\n"
@@ -343,7 +343,7 @@ def test_the_command(original: Path, tmp_path: Path, capsys):
 
 
 def test_damaged_headers_raise_nothing_else(saved: Path, tmp_path: Path):
-    """Every byte may be wrong: ModelFileError, or a model whose shapes agree with its files."""
+    """Any byte may be wrong: the result is ModelFileError, or a model whose shapes agree with its files."""
     path = copy(saved, tmp_path / "fuzzed")
     files = [path / "ferrum_jax.json", *sorted(path.glob("parameters/*/.zarray"))]
     rng = np.random.default_rng(6)

@@ -1,4 +1,4 @@
-"""A disk that is full, before and while a model is written: one clear error, and nothing is left."""
+"""A disk that is full before or while a model is written: one clear error, and nothing is left behind."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_too_little_space_is_said_before_anything_is_written(tmp_path, monkeypat
 
 @pytest.mark.parametrize("to", KINDS)
 def test_a_limit_that_is_met_while_writing_leaves_nothing(tmp_path, to):
-    """The limit of a file's size is what a process can set for itself; a full disk is met at the same place."""
+    """A process can set a limit of file sizes for itself; a full disk fails at the same place."""
     out = tmp_path / "new" / "folder" / "out"
     code = "import resource, sys; from ferrum_jax.cli import main\n"
     code += "import ferrum_jax.convert\nferrum_jax.convert.hub.resolve('tiny')\n"

@@ -1,7 +1,7 @@
-"""The text of what goes on from a prompt: with the prompt's text it is the decoding of the whole, wherever the cut is.
+"""The text of a continuation: together with the prompt's text it is the decoding of all ids, wherever the cut is.
 
-The decoding of the whole is that of the `tokenizers` library; of a GGUF vocabulary it is `Tokenizer.decode`, which other
-tests compare with llama.cpp.
+All ids are decoded by the `tokenizers` library, or for a GGUF vocabulary by `Tokenizer.decode`, which other tests compare with
+llama.cpp.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def gemma() -> Library:
 
 
 def added(made: Library) -> Library:
-    """With tokens of its own: one that is found in the normalized text, one of spaces."""
+    """With added tokens: one that is found in the normalized text, and one of spaces."""
     made.add_tokens(
         [AddedToken("<x>", normalized=True), AddedToken("▁▁", normalized=False), AddedToken("<y>", normalized=False)]
     )
@@ -66,7 +66,7 @@ ALL |= {scheme: lambda scheme=scheme: metaspace(scheme) for scheme in ("first", 
 
 
 def cuts(tokenizer: Tokenizer, ids: list[int]) -> Iterator[tuple[str, str]]:
-    """(text of a prompt as far as it is known, text of what goes on from it) for every cut."""
+    """(text of a prompt as far as it is known, text of its continuation) for every cut."""
     for cut in range(len(ids) + 1):
         prompt, rest = TextStream(tokenizer), TextStream(tokenizer, before=ids[:cut])
         before = "".join([prompt.push(token) for token in ids[:cut]])
@@ -101,7 +101,7 @@ def test_a_prompt_without_text_leaves_the_first_space_out(tmp_path: Path) -> Non
         whole, prompt = (library.decode(ids, skip_special_tokens=True) for ids in ([*before, the], before))
         expected = "\ufffd the" if "\ufffd" in whole else whole[len(prompt) :]
         assert TextStream(tokenizer, before=before).push(the) == expected
-    assert TextStream(tokenizer, before=[tokenizer.vocab_size]).push(the) == "the"  # an id of padding is no text
+    assert TextStream(tokenizer, before=[tokenizer.vocab_size]).push(the) == "the"  # an id of padding has no text
 
 
 def test_a_character_that_the_prompt_began_comes_whole() -> None:

@@ -1,4 +1,4 @@
-"""The engine as its users meet it: the same tokens as alone, whatever else runs, and every way a request can end."""
+"""The engine as users see it: the same tokens as alone, whatever else runs, and every way a request can end."""
 
 import asyncio
 import dataclasses
@@ -31,7 +31,7 @@ def engine(model):
 
 
 def limited(model, num_pages):
-    """An engine that may use so many pages, with the compiled programs of the others."""
+    """An engine that may use `num_pages` pages, with the compiled programs of the others."""
     engine = fj.Engine(model, SMALL)
     engine.num_pages, engine._scheduler.ledger = num_pages, engine._new_ledger(num_pages)
     return engine
@@ -113,7 +113,7 @@ def test_a_fork_goes_on_without_computing_anything_again(model, engine):
     assert parts(fork.result()) == parts(model.generate([known], GREEDY)[0]) and fork.prompt_token_ids == known
     assert engine.metrics()["prompt_tokens"] == before + 1
     assert parts(request.result()) == parts(model.generate([PROMPTS[6]], request.params)[0]) and is_whole(engine)
-    later = request.fork(GREEDY)  # of a finished request: what is cached of it
+    later = request.fork(GREEDY)  # of a finished request: its cached part
     assert parts(later.result()) == parts(model.generate([[*PROMPTS[6], *request.token_ids]], GREEDY)[0])
 
 
@@ -412,7 +412,7 @@ def test_a_snapshot_goes_on_in_another_engine(model, tmp_path, finished):
     assert copy.state == ("finished" if finished else "waiting") and copy.token_ids[:11] == alone[0][:11]
     assert parts(copy.result()) == alone == parts(request.result())
     if not finished:
-        assert second.metrics()["prompt_tokens"] < 16  # what lies behind the last full page
+        assert second.metrics()["prompt_tokens"] < 16  # the part after the last full page
     follow = [*PROMPTS[6], *alone[0], 5]
     second.submit(follow, GREEDY).result()
     assert second.metrics()["prefix_hit_pages"] >= 5 and is_whole(first) and is_whole(second)

@@ -1,7 +1,7 @@
-"""Real signals at random moments: whatever they cut short, every request gives what it gives undisturbed, every page is
-accounted for, and the engine goes on.
+"""Real signals at random moments: whatever they interrupt, every request has the same output as without them, every page is
+accounted for, and the engine continues.
 
-ENGINE_STORM=60 in the environment storms for so many seconds, and from a new beginning.
+ENGINE_STORM=60 in the environment storms for 60 seconds with a new random seed.
 """
 
 import asyncio
@@ -33,12 +33,12 @@ SMALL = EngineConfig(page_size=3, num_pages=16, max_seqs=3, token_budget=6, step
 
 
 class Struck(BaseException):
-    """What a user's own handler raises."""
+    """The exception of a user's own handler."""
 
 
 @contextlib.contextmanager
 def signals(act, dice):
-    """Sends signals to this thread all the time; each raises one exception or another if it meets `act` at work."""
+    """Sends signals to this thread all the time; each raises some exception if it interrupts `act`."""
     struck, over, main = [], threading.Event(), threading.get_ident()
 
     def strike(number, frame):
@@ -55,7 +55,7 @@ def signals(act, dice):
                 signal.pthread_kill(main, dice.choice(SIGNALS))
 
     before, hook = {number: signal.signal(number, strike) for number in SIGNALS}, sys.unraisablehook
-    sys.unraisablehook = id  # a signal may meet a finalizer, and the next one what pytest does with that
+    sys.unraisablehook = id  # a signal may interrupt a finalizer, and the next one pytest's handling of that
     sender = threading.Thread(target=send)
     sender.start()
     try:
@@ -69,7 +69,7 @@ def signals(act, dice):
 
 
 def storm(act, seconds, seed):
-    """Calls `act` again and again in a storm of signals; how many met it."""
+    """Calls `act` again and again in a storm of signals; returns how many interrupted it."""
     end = time.monotonic() + (SECONDS or seconds)
     with signals(act, random.Random((SECONDS and time.time()) or seed)) as struck:
         while time.monotonic() < end:
@@ -127,8 +127,8 @@ class Life:
             self.requests.append((choice, prompt, params, (params.seed if seed is None else seed) + i))
 
     def settled(self, right_of):
-        """What holds once it is quiet: `right_of`: the undisturbed completion of a request."""
-        while self.engine.serving:  # a with block whose end was cut off
+        """Checks the state after the storm. `right_of`: the undisturbed completion of a request."""
+        while self.engine.serving:  # a with block whose end was interrupted
             self.engine.__exit__()
         self.engine.run()
         ended = 0
@@ -177,7 +177,7 @@ def test_a_storm_of_signals_changes_no_token_and_loses_no_page(tmp_path, seed):
     errors = []
 
     def others():
-        """Another thread, which no signal meets, must never wait for ever."""
+        """Another thread, which gets no signals, must not wait forever."""
         dice = random.Random(seed + 100)
         try:
             for _ in range(20):
@@ -253,7 +253,7 @@ def test_an_interrupt_between_taking_in_and_handing_out_loses_nothing():
     def interrupted(*args):
         found = take(*args)
         signal.pthread_kill(main, signal.SIGINT)
-        time.sleep(0.02)  # the caller meets it now
+        time.sleep(0.02)  # the signal reaches the caller now
         return found
 
     request._watcher.take = interrupted
@@ -319,7 +319,7 @@ def test_a_snapshot_that_is_interrupted_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         engine.snapshot(request, tmp_path / "one")
     monkeypatch.undo()
-    engine.snapshot(request, tmp_path / "one")  # after what was begun, and taken away again
+    engine.snapshot(request, tmp_path / "one")  # after the first one, and removed again
     assert engine.restore(tmp_path / "one").result() == request.result()
     assert [path.name for path in tmp_path.iterdir()] == ["one"]
 
@@ -336,7 +336,7 @@ def test_the_threads_end_with_their_engine():
 
 
 def test_a_finalizer_in_a_thread_of_the_engine_waits_for_nothing():
-    """The garbage collector may end a stream anywhere, in the middle of short work under the lock too."""
+    """The garbage collector may end a stream anywhere, also during short work under the lock."""
     engine = stand_in()
     first, second = (engine.submit([1, 2], fj.SamplingParams(seed=0)) for _ in range(2))
     engine._driver.call(lambda: engine.abort(first))
@@ -356,7 +356,7 @@ def test_an_error_and_a_context_pass_through_a_thread():
 
 
 def test_the_interpreter_ends_in_the_middle_of_anything():
-    """A background loop that nothing has ended, a step that was interrupted, a stream that the end finds open."""
+    """A background loop that was not ended, a step that was interrupted, a stream that is still open."""
     program = """
         import signal, sys, threading, time
         from support.engine_stand_in import Model, use

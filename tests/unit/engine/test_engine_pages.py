@@ -1,5 +1,5 @@
-"""Pages and scheduling by hand: who holds what, what is found again, and who comes first. No test here takes a fixture or
-computes anything: tests/faults calls them too."""
+"""Pages and scheduling by hand: which sequence holds which page, what is found again, and which comes first. These tests take
+no fixtures and compute nothing on a device, because tests/faults also calls them."""
 
 import hashlib
 
@@ -145,7 +145,7 @@ def added(scheduler, number, length, more=10):
 
 
 def run(scheduler, steps=1):
-    """One dispatch and its results: token 7 wherever one is chosen."""
+    """One dispatch and its results: every chosen token is 7."""
     dispatch = scheduler.next(steps)
     for row in dispatch.rows:
         scheduler.received(row, [7] * dispatch.most if row.samples else [], dispatch)
@@ -197,7 +197,7 @@ def test_the_youngest_is_preempted_and_waits_in_its_old_place():
         run(scheduler)
     assert (old.state, young.state, young.slot, young.held.count, young.pending) == ("running", "waiting", -1, 0, 0)
     assert scheduler.waiting == [young, later] and young.epoch > epoch and scheduler.preemptions == 1
-    assert young.tokens[0] == 1 and young.tokens[1:] == [7] * (len(young.tokens) - 1)  # what it said stays said
+    assert young.tokens[0] == 1 and young.tokens[1:] == [7] * (len(young.tokens) - 1)  # its output is kept
 
 
 def test_admission_leaves_a_page_for_those_that_run():

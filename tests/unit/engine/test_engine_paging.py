@@ -1,4 +1,4 @@
-"""Pages under the engine: found, shared, given back and never lost, whatever happens to the requests that hold them."""
+"""Pages in the engine: found, shared, given back and never lost, whatever happens to the requests that hold them."""
 
 import asyncio
 import contextlib
@@ -126,7 +126,7 @@ def test_a_hit_longer_than_the_window_leaves_room_to_go_on(prompts):
 
 
 def test_layers_that_recur_go_on_from_a_checkpoint():
-    """A prompt makes one before its last page, and one where it leaves a text that is known; there others go on."""
+    """A prompt makes one before its last page, and one where it diverges from a known text; other requests continue there."""
     engine = engine_of(recurs=True, num_pages=20)
     known, saved = [1, 2, 3, 4, 5, 1, 2, 3], []
     for prompt in ([*known, 4], [*known, 5], [1, 2, 3, 4, 2, 2, 2], [1, 2, 3, 4, 3, 3, 3], [*known, 1]):
@@ -240,7 +240,7 @@ def test_a_failure_ends_the_requests_of_its_step_alone():
 
 @pytest.mark.parametrize("recurs", [False, True])
 def test_an_abort_of_all_that_a_dispatch_has_leaves_no_page_unwritten(recurs):
-    """What it would have written is registered already."""
+    """The pages it would have written are already registered."""
     engine = engine_of(recurs=recurs, token_budget=8)
     for steps in (0, 1):
         gone = engine.submit([1, 2, 3, 4, 5, 1, 2, 3, 4, 5], GREEDY)
@@ -254,7 +254,7 @@ def test_an_abort_of_all_that_a_dispatch_has_leaves_no_page_unwritten(recurs):
 
 
 def test_an_abort_while_a_dispatch_is_started_harms_nobody():
-    """Another thread may come in between the scheduler's decision and the launch."""
+    """Another thread may act between the scheduler's decision and the launch."""
     engine = engine_of(max_seqs=2, num_pages=16)
     other = engine.submit([5, 4, 3], fj.SamplingParams(max_tokens=20, ignore_eos=True, seed=2))
     step(engine)
@@ -263,7 +263,7 @@ def test_an_abort_while_a_dispatch_is_started_harms_nobody():
         engine._device.between = lambda gone=gone: engine.abort(gone)
         step(engine)
         step(engine)
-        engine.metrics()  # the abort, which the driving thread could only hand over, is done before
+        engine.metrics()  # waits for the abort, which the driving thread could only hand over
         assert gone.finish_reason == "abort" and other.state == "running"
     again = [engine.submit([1, 2, 3, 4, 5, 2], GREEDY), engine.submit([2] * 10, GREEDY)]
     answers(engine, other, *again)
@@ -287,11 +287,11 @@ def test_a_reader_whose_event_loop_is_closed_harms_nobody():
     answers(engine, request)
 
 
-# ---- what is wrong with one request
+# ---- faults of a single request
 
 
 def beside(engine, spoil):
-    """Three requests, of which `spoil` changes the first before anything runs: the others must not notice."""
+    """Three requests; `spoil` changes the first before anything runs. The others must not be affected."""
     first, *others = [engine.submit([1, 2, 3, 4, i], GREEDY) for i in range(3)]
     spoil(first)
     answers(engine, *others)

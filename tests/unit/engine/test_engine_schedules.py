@@ -1,7 +1,8 @@
-"""Random schedules: whatever arrives, ends, branches or fails when, every request gives what it would give alone, nobody
-waits without a bound, and no page is lost. First on a stand-in for the device by the thousand, then on the compiled step.
+"""Random schedules: whatever arrives, ends, branches or fails at any time, every request has the output that it has alone,
+waits a bounded time, and no page is lost. First thousands of schedules on a stand-in for the device, then some on the compiled
+step.
 
-ENGINE_SCHEDULES=5000 in the environment searches longer, and from a new beginning.
+ENGINE_SCHEDULES=5000 in the environment searches longer and with a new random seed.
 """
 
 import asyncio
@@ -66,7 +67,7 @@ class Schedule(RuleBasedStateMachine):
         self.oldest, self.left = None, 0
 
     def submitted(self, make, prompt, params):
-        """Takes a request that `make` submits, or a refusal that has a reason."""
+        """Accepts a request that `make` submits, or a justified refusal."""
         size, limit = self.engine.config.page_size, min(len(prompt) + params.max_tokens, self.engine.model.max_seq_len)
         never = len(prompt) >= self.engine.model.max_seq_len or -(-(limit - 1) // size) > min(self.device.num_pages)
         try:
@@ -156,11 +157,10 @@ class Schedule(RuleBasedStateMachine):
         assert unfinished == sorted(s.number for s in [*self.scheduler.waiting, *self.scheduler.running])
 
     def waited(self):
-        """The oldest request finishes within a bound from when it became the oldest, so everybody's wait is bounded.
+        """The oldest request finishes within a bound after it became the oldest, so the wait of every request is bounded.
 
-        Each step gives the oldest running request one token at least, but for one step at its end in which the results are
-        still on their way. A request that waits is admitted once those that ran before it have ended. What fails starts
-        over.
+        Each step gives the oldest running request at least one token, except for one step at its end while the results are in
+        flight. A waiting request is admitted when those that ran before it have ended. After a failure it starts over.
         """
         unfinished = [*self.scheduler.waiting, *self.scheduler.running]
         oldest = min(unfinished, key=lambda sequence: sequence.number, default=None)
@@ -267,7 +267,7 @@ def test_busy_schedules():
         found["evictions"] += schedule.scheduler.ledger.evictions
         found["faults"] += len(schedule.device.struck)
     print(found)
-    assert min(found.values()) > (SCHEDULES or 150) / 2, found  # the schedules do meet what they are for
+    assert min(found.values()) > (SCHEDULES or 150) / 2, found  # the schedules cover the events that they are for
 
 
 @pytest.mark.parametrize("serving", [True, False])
@@ -314,7 +314,7 @@ def test_threads_and_tasks_at_once(serving):
 
 
 async def leave(request):
-    """Reads a little and goes away, and the event loop with it."""
+    """Reads a little and leaves, and so does the event loop."""
     async for _ in request:
         return
 
@@ -331,7 +331,7 @@ PLANS |= {"two windows": ("windows", PLAIN), "recurrent": ("recurrent", PLAIN), 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     """Models with 25 tokens of context by their window: some requests end with the context, in the first place of a page.
-    "int8": a mixture in a Q4_K_M mix, whose layers are one C++ call where there is a compiler."""
+    "int8": a mixture in a Q4_K_M mix, whose layers are one C++ call if there is a compiler."""
     made = {}
     for window in (0, 7):
         path = tmp_path_factory.mktemp("model") / "tiny.gguf"
@@ -347,7 +347,7 @@ def models(tmp_path_factory):
 
 
 def unlike(model, *windows):
-    """A model with other windows in its layers, or where that is None a layer that recurs."""
+    """A model whose layers have these windows; a layer with None recurs."""
     rng, (spec, *_) = np.random.default_rng(5), model.config.layers
     toys = [number for number, window in enumerate(windows) if window is None]
     layers = [
@@ -382,7 +382,7 @@ def sampled(dice: random.Random) -> fj.SamplingParams:
 
 
 def alone(model, prompt, params, seed):
-    """What `generate` of one prompt gives, in the program that serves for all."""
+    """The result of `generate` for a single prompt, in the program used for all."""
     reference = dataclasses.replace(params, seed=seed, n=1, **REFERENCE)
     (completion,) = model.generate([prompt], reference)
     ids, logprobs = completion.token_ids[: params.max_tokens], completion.logprobs[: params.max_tokens]

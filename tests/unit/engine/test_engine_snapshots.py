@@ -1,4 +1,4 @@
-"""Snapshots that were damaged or made for another engine: each is refused by name, and nothing of it is left in the engine."""
+"""Snapshots that are damaged or from another engine: each is refused by name and leaves nothing in the engine."""
 
 import dataclasses
 

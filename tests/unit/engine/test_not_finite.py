@@ -1,4 +1,4 @@
-"""Logits that are NaN or infinite: every way of generating ends with "error" and says so, whatever the vocabulary.
+"""Logits that are NaN or infinite: every way of generating ends with "error" and the reason, for any size of vocabulary.
 
 XLA's maximum of 4,096 numbers or more loses NaN on a CPU, so one vocabulary here is larger than that and one is smaller.
 """

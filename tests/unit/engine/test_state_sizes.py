@@ -1,4 +1,4 @@
-"""What every kind of state takes, and how memory is shared among them."""
+"""The memory of every kind of state, and how it is shared among them."""
 
 import dataclasses
 from types import SimpleNamespace

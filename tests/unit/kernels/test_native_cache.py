@@ -1,6 +1,6 @@
 """Where built kernels and compiled programs are kept: damage, killed builds, folders of others; and when kernels are built.
 
-The compiler here is a stand-in that takes no time: its library is any bytes. What is run of it is the business of test_native.
+The compiler here is a stand-in that takes no time; its library is arbitrary bytes. test_native runs real ones.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def test_a_damaged_library_is_built_again_and_never_loaded(kernels, how):
 
 
 def test_a_library_that_cannot_be_loaded_is_built_again_once(kernels, monkeypatch):
-    """Its bytes are what was built, but another machine built it."""
+    """The file is intact, but was built on another machine."""
     tried = []
     monkeypatch.setattr(build, "_compiler", lambda: str(kernels.compiler))
     monkeypatch.setattr(
@@ -181,7 +181,7 @@ def test_a_folder_above_that_others_can_write_to_counts(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a").chmod(0o777)
     assert cache.distrusted(folder) == f"other users can write to {tmp_path / 'a'}"
-    (tmp_path / "a").chmod(0o1777)  # as /tmp is: what lies in it cannot be replaced by others
+    (tmp_path / "a").chmod(0o1777)  # like /tmp: other users cannot replace what is in it
     assert cache.distrusted(folder) is None
     link = tmp_path / "link"
     (tmp_path / "a").chmod(0o777)
@@ -338,7 +338,7 @@ def test_nothing_is_built_for_what_is_no_model(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_a_cache_elsewhere_leaves_the_home_of_the_user_alone(tmp_path):
-    """Kernels, XLA's programs and this package's: all of them are where FERRUM_JAX_CACHE says."""
+    """Kernels, XLA's programs and this package's: all are in the folder that FERRUM_JAX_CACHE names."""
     home, kept = tmp_path / "home", tmp_path / "cache"
     home.mkdir()
     variables = environment(HOME=str(home), FERRUM_JAX_CACHE=str(kept))
@@ -353,7 +353,7 @@ def test_a_cache_elsewhere_leaves_the_home_of_the_user_alone(tmp_path):
 
 @pytest.mark.slow
 def test_a_damaged_entry_of_the_cache_of_xla_is_one_line(tmp_path):
-    """JAX warns of it at each start, with a place in its own code, and never writes it anew."""
+    """JAX warns about it at each start, with a place in its own code, and never replaces it."""
     options = {"prompt": "a", "max-tokens": 2, "temperature": 0, "dtype": "float32"}
     command = [sys.executable, "-m", "ferrum_jax", "run", *(f"--{name}={value}" for name, value in options.items())]
 

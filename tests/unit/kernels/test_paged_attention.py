@@ -75,7 +75,7 @@ def test_heads_and_page_sizes(heads, page_size):
 
 @pytest.mark.parametrize("dtype", KV_DTYPES)
 def test_every_dtype_is_read_exactly(dtype):
-    """Only what the cache holds is rounded, not the arithmetic."""
+    """Only the contents of the cache are rounded, not the arithmetic."""
     check([1, 9], [200, 9], dtype=dtype)
 
 
@@ -86,7 +86,7 @@ def test_rows_of_no_sequence_are_zero():
 
 
 def test_a_long_context():
-    """No ceiling: 30,000 positions."""
+    """There is no limit: 30,000 positions."""
     check([1], [30_000], heads=(2, 1), head_dim=16)
 
 

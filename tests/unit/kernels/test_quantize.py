@@ -1,4 +1,4 @@
-"""Quantizing: blocks that gguf-py reads, errors held against llama.cpp's own quantizers, and what is refused."""
+"""Quantizing: blocks that gguf-py reads, errors compared with those of llama.cpp's own quantizers, and what is refused."""
 
 import json
 
@@ -62,9 +62,9 @@ def test_what_cannot_be_quantized_is_refused():
     values = np.full((1, 256), 1e9, np.float32)
     with pytest.raises(ValueError, match=r"1e\+09 are too large for the half-precision scales of Q8_0"):
         quantize(values, "Q8_0")
-    with pytest.raises(ValueError, match=r"'Q8_K' is no format that weights can be quantized to; those are Q4_0, "):
+    with pytest.raises(ValueError, match=r"'Q8_K' is not a format that weights can be quantized to; these are Q4_0, "):
         quantize(values, "Q8_K")
-    with pytest.raises(ValueError, match="Q4_K: a row of 128 weights is no run of whole blocks of 256"):
+    with pytest.raises(ValueError, match="Q4_K: a row of 128 weights does not consist of whole blocks of 256"):
         quantize(values[:, :128], "Q4_K")
     with pytest.raises(ValueError, match="takes float32 values, not float64"):
         quantize(values.astype(np.float64), "Q8_0")

@@ -1,4 +1,4 @@
-"""Planes of a device layout give back the blocks that they were packed from."""
+"""Unpacking the planes of a device layout gives the blocks that were packed."""
 
 import jax.numpy as jnp
 import numpy as np

@@ -69,7 +69,7 @@ def forward(params, cache, batch, config, fused):
 
 def read(name, texts, cuts=(), kv="float32", fused=True, params=None):
     """Logits of every token of every text, read in steps up to each cut in turn with two rows of padding: [length, vocab].
-    Pages are taken in a shuffled order and what lies behind a sequence in its table is no page."""
+    Pages are in shuffled order, and entries after a sequence in its table are not pages."""
     config, known = model(name)
     pages = [-(-len(text) // PAGE) for text in texts]
     ids = np.random.default_rng(7).permutation(sum(pages) + 3)

@@ -1,7 +1,7 @@
 """Embedding models of the BERT family, directories and GGUF files, against transformers in float32.
 
-The numbers in tests/goldens/encoders were made by transformers from the same directories, a text at a time (see the script
-beside it); a GGUF file of the same weights and vocabulary must give the same.
+The numbers in tests/goldens/encoders were made by transformers from the same directories, one text at a time (see
+tests/goldens/scripts); a GGUF file of the same weights and vocabulary must give the same.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ def test_other_arithmetic(dtype: str, tmp_path: Path) -> None:
     assert cosines.min() >= 0.999
 
 
-# ---- what a user does
+# ---- as a user
 
 
 def test_long_texts_are_cut_with_a_warning(mean) -> None:
@@ -220,7 +220,7 @@ DAMAGES = {
     "relative": (set_json("config.json", position_embedding_type="relative_key"), "key position_embedding_type"),
     "causal": (set_json("config.json", is_decoder=True), "key is_decoder"),
     "other attention": (set_json("config.json", add_cross_attention=True), "key add_cross_attention: True is not supported"),
-    "heads": (set_json("config.json", num_attention_heads=5), "key hidden_size: is 64, no multiple of 5"),
+    "heads": (set_json("config.json", num_attention_heads=5), "key hidden_size: is 64, not a multiple of 5"),
     "positions": (set_json("config.json", max_position_embeddings=65), "position_embeddings.weight: shape"),
     "max pooling": (
         set_json("1_Pooling/config.json", pooling_mode_mean_tokens=False, pooling_mode_max_tokens=True),
@@ -346,7 +346,7 @@ def test_embed(path: str, mean, capsys, monkeypatch) -> None:
 
 
 def test_lines_of_standard_input(path: str, capsys, monkeypatch) -> None:
-    """Only a line feed ends a line; nothing gives nothing; what is no UTF-8 is the user's mistake."""
+    """Only a line feed ends a line; no input gives no output; text that is not UTF-8 is the user's mistake."""
     for raw, count in ((b"", 0), (b"\n", 1), (b"iron\x0bore\xe2\x80\xa8rust\r\n\nore", 3)):
         monkeypatch.setattr("sys.stdin", types.SimpleNamespace(buffer=io.BytesIO(raw)))
         assert main(["embed", path]) == 0 and len(capsys.readouterr().out.splitlines()) == count

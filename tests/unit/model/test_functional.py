@@ -1,4 +1,4 @@
-"""The compiled step: rows that do not see each other, caches that alias, experts that nobody chose, gradients, export."""
+"""The compiled step: rows that do not affect each other, caches that alias, experts that no token chose, gradients, export."""
 
 import dataclasses
 import functools

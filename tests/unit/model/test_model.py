@@ -1,4 +1,4 @@
-"""A loaded model as its users meet it: prompts in, completions out, the same tokens on every way."""
+"""A loaded model as users see it: prompts in, completions out, and the same tokens from every method."""
 
 import dataclasses
 

@@ -1,7 +1,7 @@
 """Tiny models of every architecture against transformers in float32.
 
-The numbers in tests/goldens/models were made by code that shares nothing with this package (see the script beside it).
-Each case is loaded and compiled once; its file is rebuilt from a seed, or committed where llama.cpp quantized it.
+The numbers in tests/goldens/models were made by code that shares nothing with this package (see tests/goldens/scripts). Each
+case is loaded and compiled once; its file is rebuilt from a seed, or committed where llama.cpp quantized it.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ def path(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def cut(path):
-    """The same file, cut off behind its header."""
+    """The same file, cut off after its header."""
     with open_gguf(path) as file:
         end = min(tensor.offset for tensor in file.tensors.values())
     short = path.with_name("cut.gguf")
@@ -145,8 +145,8 @@ def test_only_the_header_is_fetched_from_the_hub(path, monkeypatch, tmp_path):
 
 
 def compiler(temporaries, *, refuses=None):
-    """A stand-in of aot.compile_for: a step takes temporaries(rows, tokens of the cache) bytes beside what goes in and out;
-    what needs more than `refuses` bytes is refused as the TPU compiler does."""
+    """A stand-in of aot.compile_for: a step takes temporaries(rows, tokens of the cache) bytes in addition to its inputs and
+    outputs; a program that needs more than `refuses` bytes is refused, as by the TPU compiler."""
 
     def compile_for(name, function, params, cache, first, *rest, donate_argnums, compiler_options):
         arguments = memory.nbytes((params, cache, first, *rest))

@@ -1,4 +1,5 @@
-"""Programs kept on disk: found by everything that decides what they are, the same results, and never a reason to fail."""
+"""Programs kept on disk: their key has everything that decides what they are, they give the same results, and never cause a
+failure."""
 
 import dataclasses
 import functools

@@ -1,4 +1,5 @@
-"""The recorded choice of experts: against transformers' routers, the one that the model computes with, and at no cost else."""
+"""The recorded choice of experts: compared with transformers' routers, the one that the model computes with, and free if not
+requested."""
 
 import dataclasses
 import functools
@@ -108,7 +109,7 @@ def test_texts_of_several_chunks(model, monkeypatch):
 
 @pytest.mark.slow
 def test_what_is_recorded_is_what_is_computed_with(monkeypatch):
-    """A router of our own: it is what is recorded, and what the experts are summed with."""
+    """With a replaced router: its choice is recorded, and the experts are summed with it."""
     batch, params = batch_of(TOKENS), params_of(MOE)
     before, _ = F.forward(params, cache_of(MOE), batch, config=MOE)
 
@@ -126,7 +127,7 @@ def test_what_is_recorded_is_what_is_computed_with(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("config", [MOE, dataclasses.replace(MOE, dtype="bfloat16"), NATIVE], ids=lambda config: config.dtype)
 def test_inside_a_program_of_ones_own(config):
-    """Jitted with more around it; padding goes to nobody; the cache is what `forward` leaves."""
+    """Jitted with more around it; padding has no experts; the cache is that of `forward`."""
     batch, params = batch_of(TOKENS), params_of(config)
 
     @functools.partial(jax.jit, donate_argnums=1, static_argnames="config")
@@ -150,7 +151,7 @@ def test_inside_a_program_of_ones_own(config):
 @needs_compiler
 @pytest.mark.parametrize("kv", ["float32", "int8"])
 def test_all_layers_in_one_call_record_too(monkeypatch, kv):
-    """Both quantize activations, so a weight may differ a little, and who is chosen in a near tie."""
+    """Both quantize activations, so weights may differ a little, and the choice may differ in a near tie."""
     from ferrum_jax.models import decoder
 
     batch, params = batch_of(TOKENS), params_of(NATIVE)
@@ -165,7 +166,7 @@ def test_all_layers_in_one_call_record_too(monkeypatch, kv):
 
 
 def test_nothing_is_recorded_unasked(monkeypatch):
-    """The step is the program that it is without a recorder."""
+    """The step's program is the same as without a recorder."""
 
     def program():
         step = jax.jit(functools.partial(F.forward, config=MOE), donate_argnums=1)

@@ -28,7 +28,7 @@ def nothing_seen(logits):
 
 
 def oracle_prefix(logits, p, seen, limit, slack):
-    """The kept ids, best first, if the thresholds of top-p and min-p lie `slack` (relative) higher."""
+    """The kept ids, best first, if the thresholds of top-p and min-p are `slack` (relative) higher."""
     x = np.array(logits, np.float32)
     penalty = np.float32(p.repetition_penalty)
     for i in np.flatnonzero(seen):
@@ -47,7 +47,7 @@ def oracle_prefix(logits, p, seen, limit, slack):
 
 
 def check_filter(logits, params, seen, limit, result):
-    """Every row keeps the oracle's prefix; where a threshold is within 1e-5 of a boundary, one on either side of it."""
+    """Every row keeps the oracle's prefix; if a threshold is within 1e-5 of a boundary, one on either side of it."""
     for row, p in enumerate(params):
         shorter, x = oracle_prefix(logits[row], p, seen[row], limit, -1e-5)
         longer, _ = oracle_prefix(logits[row], p, seen[row], limit, 1e-5)

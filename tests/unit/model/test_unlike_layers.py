@@ -67,7 +67,7 @@ def matrices(spec: LayerSpec, rng: np.random.Generator) -> dict[str, np.ndarray]
 
 
 def parameters(layers: list[dict[str, np.ndarray]], embedding: np.ndarray) -> dict:
-    """The same as the model has them: those of one shape in a stack."""
+    """The same in the model's form: those of one shape in a stack."""
     tree: dict = {"attention": {}, "feed_forward": {}}
     for name in sorted({name for layer in layers for name in layer}):
         layout = tuple(str(layer[name].shape) if name in layer else "" for layer in layers)
@@ -144,7 +144,7 @@ def reference(config: ModelConfig, layers: list[dict], embedding: np.ndarray, to
 
 
 def batch(tokens: np.ndarray, first: int, last: int) -> F.RaggedBatch:
-    """Tokens first .. last - 1 of one text, whose pages lie in order."""
+    """Tokens first .. last - 1 of one text, whose pages are in order."""
     place, numbers = np.arange(first, last, dtype=np.int32), np.arange(-(-len(tokens) // 16), dtype=np.int32)
     starts, lengths = np.array([0, last - first], np.int32), np.array([last], np.int32)
     return F.RaggedBatch(

@@ -1,7 +1,7 @@
 """The GPU benchmark without a GPU: its parent, its arithmetic, and sections of it at small shapes.
 
-`python -m benchmarks.gpu --rehearse` runs all of them and compiles every program for the device; here are those parts that
-are quick, and those that can only be seen when something goes wrong.
+`python -m benchmarks.gpu --rehearse` runs all of them and compiles every program for the device; this file tests the quick
+parts, and those that show only when something goes wrong.
 """
 
 import json
@@ -86,7 +86,7 @@ def test_small_kernels_section_gives_rows_with_their_checks(monkeypatch):
         assert row["check"]["ok"] and row["unit"] == "of copy bandwidth" and row["read_bytes"] > 0
     assert rows[3]["experts_touched"] == 2.0
     config = SMALL.config
-    one = 3 * config.hidden_size * config.expert_intermediate_size * 9 // 16  # 4.5 bits a weight
+    one = 3 * config.hidden_size * config.expert_intermediate_size * 9 // 16  # 4.5 bits per weight
     assert rows[3]["read_bytes"] == 2 * one
 
 
@@ -131,7 +131,7 @@ def test_profile_counts_what_streams_did():
 
 
 def test_profiles_of_this_version_of_jax_can_be_read():
-    """In a process of its own: once compilers for absent devices are loaded, taking a profile can end the process."""
+    """In a separate process: once compilers for absent devices are loaded, taking a profile can crash the process."""
     script = "import jax\nfrom benchmarks.gpu import trace\nassert trace.profile(lambda: jax.numpy.ones(8) + 1) == []"
     subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT, timeout=120)
 

@@ -1,4 +1,4 @@
-"""The page of measurements says what the committed results say, and those were checked when they were taken."""
+"""The page of measurements shows the committed results, which were checked when they were measured."""
 
 import json
 

@@ -29,7 +29,7 @@ def blocks(page: Path, language: str) -> list[str]:
 
 
 def run(page: Path, folder: Path) -> dict:
-    """The names that a page's Python leaves behind; its blocks are one program, with a tiny model in place of the real one."""
+    """The names that a page's Python defines; its blocks are one program, with a tiny model in place of the real one."""
     tokens, types = tiny_vocabulary(64)
     tokens[-2:], types[-2:] = ["I", "N"], [1, 1]
     metadata = {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": types}
@@ -81,12 +81,12 @@ def test_public_names_are_those_of_the_reference() -> None:
             rf"^::: {module.__name__}\n(?:    .*\n)*?      members: \[(.*)\]", _page("reference.md"), re.MULTILINE
         )
         assert listed
-        classes = {"KVCache", "RaggedBatch", "Sampled", "Sampling", "Line"}  # of their own, or only a parameter's type
+        classes = {"KVCache", "RaggedBatch", "Sampled", "Sampling", "Line"}  # separate, or only parameter types
         assert set(listed[1].split(", ")) == names - classes
 
 
 def test_internals_of_models_and_requests_are_private() -> None:
-    """What a user sees on them is in the reference: a member there or an attribute in the docstring."""
+    """Everything that a user sees on them is in the reference: a member there or an attribute in the docstring."""
     page = _page("reference.md")
     for kind in ("Model", "Request"):
         members = re.search(rf"::: ferrum_jax.{kind}\n    options:\n      members: \[(.*)\]", page)
@@ -120,7 +120,7 @@ def check_reference(page: str) -> None:
 
 
 def test_code_of_the_site_is_wrapped_and_never_cut() -> None:
-    """A line too long for a page goes on in the next one; code that is made for the site has no such lines."""
+    """A line too long for a page continues in the next one; code made for the site has no such lines."""
     assert "site.css" in (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     assert re.search(r"pre > code \{[^}]*white-space: pre-wrap;", _page("site.css"))
     for page in (ROOT / "docs" / "quickstart.md", *(ROOT / "docs" / "notebooks").glob("*.md")):
@@ -149,7 +149,7 @@ def test_shell_blocks_of_readme_begin_with_its_two_commands() -> None:
 
 
 def test_picture_of_the_design() -> None:
-    """It is small, needs nothing from elsewhere, has a ground of its own, and README and the site show it."""
+    """It is small, self-contained, has its own background, and README and the site show it."""
     picture = (ROOT / "docs" / "design.svg").read_text(encoding="utf-8")
     assert len(picture) <= 12_000 and "<image" not in picture and picture.count("http") == 1
     assert "](docs/design.svg)" in (ROOT / "README.md").read_text(encoding="utf-8") and "](design.svg)" in _page("index.md")
@@ -180,7 +180,7 @@ def test_families_of_readme() -> None:
 
 
 def test_table_of_formats() -> None:
-    """Name, weights and bytes a block, bits a weight, and what the device stores, for every format and no other."""
+    """Name, weights and bytes per block, bits per weight, and the stored dtype, for every format and no other."""
     rows = re.findall(r"^\| ([A-Z0-9_]+) \| (\d+) \| (\d+) \| ([\d.]+) \| (\w+) \|", _page("formats.md"), re.MULTILINE)
     expected = [
         (f.name, str(f.block_size), str(f.block_bytes), f"{8 * f.block_bytes / f.block_size:g}", f.storage.name)

@@ -29,7 +29,7 @@ SHARES = np.asarray([[50, 25, 100, 25, 0], [25, 25, 25, 100, 25]])
 
 
 class Letters:
-    """A tokenizer of which id i is a letter; 3 is half a character and 4 a dollar."""
+    """A tokenizer in which id i is a letter; 3 is half a character and 4 a dollar."""
 
     def token_bytes(self, id):
         return {3: b"\xe2", 4: b"$x$"}.get(id, b" " + bytes([97 + id]))

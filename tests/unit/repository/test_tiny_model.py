@@ -26,7 +26,7 @@ def test_file_is_small_and_its_card_is_of_it():
 
 @pytest.mark.slow
 def test_it_tells_stories(tiny):
-    """Held-out text: far below what an untrained model needs, 12 bits a token; and every expert of every layer is used."""
+    """Held-out text: far below the 12 bits per token of an untrained model; and every expert of every layer is used."""
     _, held_out = data.split(corpus.read_stories())
     ids = [token for story in held_out[:16] for token in tiny.tokenizer.encode(story)]
     assert tiny.perplexity(ids, window=256) <= 20

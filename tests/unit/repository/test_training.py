@@ -28,7 +28,7 @@ GOOD = (
 
 
 def text_of(number: int) -> str:
-    """A text of its own for each number."""
+    """A different text for each number."""
     words = [f"{'abcdefghij'[int(digit)]}{'aeiou'[place % 5]}n" for place, digit in enumerate(f"{number * 7919:08d}" * 6)]
     return " ".join(f"{word}{i}" for i, word in enumerate(words)) + "."
 
@@ -208,7 +208,7 @@ def test_training_learns_and_goes_on_after_an_interruption(tmp_path, batches):
     assert reports[-1]["step"] == 24 and reports[-1]["loss"] < reports[0]["loss"] < math.log(SMALL.vocab_size) + 0.5
 
     parts = _made(tmp_path / "parts")
-    train.train(SMALL, recipe, batches, parts, 1.0, minutes=0.0)  # stops behind the first step
+    train.train(SMALL, recipe, batches, parts, 1.0, minutes=0.0)  # stops after the first step
     part = train.train(SMALL, recipe, batches, parts, 1.0)
     assert part.step == 24
     np.testing.assert_array_equal(part.params["token_embd"], whole.params["token_embd"])

@@ -1,4 +1,5 @@
-"""A conversation in an engine: a turn costs what is new in it, nothing compiles late, and ids stay as they were read."""
+"""A conversation in an engine: a turn costs only its new tokens, nothing compiles late, and ids that were read do not
+change."""
 
 import os
 import random
@@ -18,7 +19,7 @@ from support.tiny_gguf import TEMPLATE, write_tiny_llama
 from unit.text.test_tokenizer import BPE, SPM, TIES
 
 PAGE = fj.EngineConfig().page_size
-NO_CONTROL = {id: float("-inf") for id in range(3)}  # an answer of the length that is asked for, all of it text
+NO_CONTROL = {id: float("-inf") for id in range(3)}  # an answer of the requested length, all of it text
 LETTERS = "abcdefghij klmnop qrstu vwxyz the and .,"
 
 
@@ -138,7 +139,7 @@ def test_the_answer_after_ctrl_c_stays_and_is_not_read_again(model):
 
 
 def chars(tokenizer, text):
-    """Ids of a text, a character each, as no tokenizer with merges would part it."""
+    """Ids of a text, one per character, as a tokenizer with merges would not split it."""
     return [id for letter in text for id in tokenizer.encode(letter, False)]
 
 
@@ -147,7 +148,7 @@ def rendered(messages, template=TEMPLATE):
 
 
 def sampled_ids_stay(model):
-    """What was sampled is kept, though the tokenizer would part it differently; the rest is what it makes of the text."""
+    """Sampled ids are kept, though the tokenizer would split the text differently; the rest is split by the tokenizer."""
     tokenizer, transcript = model.tokenizer, Transcript(model)
     messages, ids = [], []
     for number in range(4):
@@ -206,7 +207,7 @@ def test_another_conversation_begins_anew(model):
 @pytest.mark.parametrize("data", [BPE, SPM, TIES], ids=["bpe", "spm", "spm_ties"])
 @pytest.mark.parametrize("adds_end", [False, True])
 def test_ids_of_other_vocabularies(data, adds_end):
-    """What was sampled stays, whatever spaces a vocabulary puts where; not so where it ends every text with a token."""
+    """Sampled ids are kept wherever a vocabulary puts spaces, but not if it ends every text with a token."""
     metadata = data["metadata"] | {"tokenizer.ggml.pre": "gpt-2", "tokenizer.ggml.add_eos_token": adds_end}
     tokenizer = Tokenizer.from_gguf(metadata)
 

@@ -1,4 +1,4 @@
-"""tokenizer.json behind the `Tokenizer` contract: the ids are the library's, everything else as with a GGUF file."""
+"""tokenizer.json with the `Tokenizer` interface: the ids are the library's, everything else is as with a GGUF file."""
 
 from __future__ import annotations
 

@@ -180,7 +180,7 @@ def test_stream_holds_back_characters() -> None:
 def test_first_space_is_dropped_once() -> None:
     tokenizer = Tokenizer.from_gguf(SPM["metadata"])
     stream = TextStream(tokenizer)
-    space = tokenizer.encode(" ", add_special=False)  # two spaces with the one in front
+    space = tokenizer.encode(" ", add_special=False)  # two spaces, including the added one
     assert [tokenizer.token_bytes(i) for i in space] == [b"  "]
     assert [stream.push(i) for i in (1, *space, *space)] == ["", " ", "  "]
     assert Tokenizer.from_gguf(TIES["metadata"]).decode(TIES["plain"][1]) == TIES["texts"][1] == " "
@@ -189,7 +189,7 @@ def test_first_space_is_dropped_once() -> None:
 @given(st.text("ab<|", max_size=30), st.lists(st.text("ab<|", min_size=1, max_size=5), max_size=3), st.randoms())
 @settings(max_examples=300, deadline=None, derandomize=True)
 def test_stop_strings(text: str, stops: list[str], rng: random.Random) -> None:
-    """Whatever the pieces, the text before the stop string that is first complete comes out, and nothing of it."""
+    """Whatever the pieces, the result is the text before the first completed stop string, without any part of it."""
     ends = sorted((text.find(stop) + len(stop), text.find(stop)) for stop in stops if stop in text)
     matcher, out, at = StopMatcher(stops), "", 0
     while at < len(text) and not matcher.stopped:

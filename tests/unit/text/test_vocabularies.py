@@ -218,7 +218,7 @@ def test_embeddings_of_lower_case_and_of_tokens_beyond_the_rows(tmp_path: Path) 
 
 @pytest.mark.parametrize("lowercase", [True, False])
 def test_the_flags_of_a_bert_vocabulary_are_those_of_tokenizer_config(lowercase: bool, tmp_path: Path) -> None:
-    """As with transformers: they count more than the normalizer of tokenizer.json, and have defaults where they are absent."""
+    """As in transformers: they take precedence over the normalizer of tokenizer.json, and have defaults if absent."""
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "The", "cafe", "Café", "café", "中", "中文"]
     library = Library(models.WordPiece({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
     library.normalizer = normalizers.BertNormalizer(lowercase=lowercase, strip_accents=lowercase)

@@ -1,6 +1,6 @@
-"""Adapter directories: what is refused, by name, what is taken as PEFT takes it, and damaged copies.
+"""Adapter directories: what is refused by name, what is read as by PEFT, and damaged copies.
 
-`read_adapter` is what both ways in begin with, beside the weights and merged; a few cases go through `fj.load`.
+Both ways to use an adapter, next to the weights and merged, begin with `read_adapter`; a few cases go through `fj.load`.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def test_files_that_are_missing(adapter: Path, config, model: Path) -> None:
         (CONFIG, b"{", "is not valid JSON"),
         (CONFIG, b"[]", "must be a JSON object"),
         (CONFIG, b'{"r": 8, "r": 4}', "key 'r' appears twice"),
-        (CONFIG, b'{"peft_type": "LORA", "r": NaN}', "NaN is no JSON"),
+        (CONFIG, b'{"peft_type": "LORA", "r": NaN}', "NaN is not JSON"),
         (CONFIG, b"\xff", "not valid UTF-8"),
         (TENSORS, b"", "the file is empty"),
         (TENSORS, b"version https://git-lfs.github.com/spec/v1", "a git-LFS pointer"),
@@ -140,8 +140,8 @@ def test_a_file_that_is_cut_off(adapter: Path, config) -> None:
         ({"init_lora_weights": "corda"}, "key init_lora_weights: 'corda'"),
         ({"init_lora_weights": "loftq"}, "key init_lora_weights: 'loftq'"),
         ({"init_lora_weights": "lora_ga"}, "key init_lora_weights: 'lora_ga'"),
-        ({"rank_pattern": {".*q_proj": 4}}, r"key rank_pattern: '\.\*q_proj' is no name of a module"),
-        ({"alpha_pattern": {"q_proj|k_proj": 4}}, r"key alpha_pattern: 'q_proj\|k_proj' is no name"),
+        ({"rank_pattern": {".*q_proj": 4}}, r"key rank_pattern: '\.\*q_proj' is not a module name"),
+        ({"alpha_pattern": {"q_proj|k_proj": 4}}, r"key alpha_pattern: 'q_proj\|k_proj' is not a module name"),
     ],
 )
 def test_what_is_not_supported(keys: dict, said: str, adapter: Path, config) -> None:
@@ -397,7 +397,7 @@ def test_a_checkpoint_without_the_matrix(adapter: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("file", [CONFIG, TENSORS])
 def test_mutants_are_refused_or_sound(file: str, tmp_path: Path, config) -> None:
-    """Nothing but our own errors leaves, and what is taken is finite and fits."""
+    """Only our own errors are raised, and an accepted adapter is finite and fits."""
     spec = dataclasses.replace(
         PLAIN, rank_pattern={"q_proj": 3}, alpha_pattern={"^model.layers.0.mlp.up_proj": 2.5}, modules=("q_proj", "up_proj")
     )

@@ -1,7 +1,7 @@
-"""LoRA adapters against PEFT's merged results: beside the weights, alone and several in one batch, and merged.
+"""LoRA adapters against PEFT's merged results: next to the weights, alone and several in one batch, and merged.
 
-The numbers in tests/goldens/adapters were made by PEFT and transformers (see the script beside it); what the goldens say of
-one adapter at a time carries over to every way to the model, because the tokens of a row are those it has alone.
+The numbers in tests/goldens/adapters were made by PEFT and transformers (see tests/goldens/scripts). They have one adapter at a
+time, which is enough for batches, too, because a row has the same tokens as alone.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ ENGINE = fj.EngineConfig(page_size=8, num_pages=60, max_seqs=4, token_budget=16,
 
 
 class Adapted:
-    """A model as the checks of goldens ask it, with one of its adapters."""
+    """A model with one of its adapters, for the checks of goldens."""
 
     def __init__(self, model: fj.Model, adapter: str) -> None:
         self.model, self.adapter = model, adapter
@@ -57,7 +57,7 @@ def folder(tmp_path_factory) -> Folder:
 
 @pytest.fixture(scope="module")
 def together(folder):
-    """Each checkpoint with all of its adapters beside it, loaded once."""
+    """Each checkpoint with all of its adapters, loaded once."""
     loaded: dict[str, fj.Model] = {}
 
     def load(base):
@@ -226,7 +226,7 @@ def test_merging_into_quantized_matrices_is_refused(folder: Folder, tmp_path: Pa
 def test_sums_that_a_dtype_has_not_are_refused(folder: Folder, tmp_path: Path) -> None:
     half = dataclasses.replace(LLAMA, name="llama-half", dtype="F16")
     tiny_adapters.write(CASES["llama-all"], tmp_path / "huge")
-    for spec, alpha, said in ((half, 1e7, "values that half precision has not"), (LLAMA, 1e19, "values that are not finite")):
+    for spec, alpha, said in ((half, 1e7, "values beyond half precision"), (LLAMA, 1e19, "values that are not finite")):
         edit(tmp_path / "huge" / CONFIG, lambda content, alpha=alpha: content.update(lora_alpha=alpha))
         if spec is LLAMA:  # A too must be large
             edit_tensors(tmp_path / "huge" / TENSORS, lambda t: t.update({key: fill(*t[key]) for key in t if "lora_A" in key}))
@@ -238,7 +238,7 @@ def fill(dtype: str, shape: tuple[int, ...], data: bytes) -> tuple[str, tuple[in
     return dtype, shape, np.full(shape, 1e30, np.float32).tobytes()
 
 
-# ---- beside compressed weights, and other dtypes
+# ---- next to compressed weights, and other dtypes
 
 
 def unpacked(source_path: Path, out: Path, config: tiny_directories.Spec, **options) -> Path:
@@ -280,8 +280,8 @@ def test_beside_packed_matrices(folder: Folder, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_other_arithmetics_are_near(folder: Folder) -> None:
-    """What rounding costs with an adapter is what it costs without one, within a factor of two, where the weights are
-    quantized, so that int8 has something to multiply."""
+    """With an adapter, rounding costs at most twice as much as without. The weights are quantized, so that int8 has something
+    to multiply."""
     adapters = {"it": folder(CASES["llama-all"])}
     exact, *others = (
         fj.load(folder(LLAMA), dtype=d, quantize="q8_0", adapters=adapters) for d in ("float32", "bfloat16", "int8")
@@ -407,7 +407,7 @@ def test_conversations_and_perplexity(model: fj.Model) -> None:
 
 @pytest.mark.slow
 def test_requests_of_an_engine(model: fj.Model, alone) -> None:
-    """Rows of several adapters in the same steps, each with what it has alone, also when it is preempted."""
+    """Rows of several adapters in the same steps, each with the same output as alone, also after preemption."""
     for params in (GREEDY, NOISY):
         engine = fj.Engine(model, ENGINE)
         requests = [engine.submit(prompt, params, adapter=name) for prompt, name in zip(PROMPTS, NAMES, strict=True)]
@@ -464,7 +464,7 @@ def test_snapshots_keep_the_adapter(model: fj.Model, base: fj.Model, tmp_path: P
     copy = second.restore(tmp_path / "snapshot")
     assert copy.adapter == name
     assert copy.result().token_ids == request.result().token_ids == model.generate([prompt], NOISY, name)[0].token_ids
-    assert second.metrics()["prompt_tokens"] < ENGINE.page_size * 2  # what lies behind the last full page
+    assert second.metrics()["prompt_tokens"] < ENGINE.page_size * 2  # the part after the last full page
     hits = second.metrics()["prefix_hit_pages"]
     second.submit(prompt, NOISY).result()
     assert second.metrics()["prefix_hit_pages"] == hits

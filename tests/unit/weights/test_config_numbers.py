@@ -15,7 +15,7 @@ from support.tiny_gguf import write_tiny_llama
 from unit.weights.test_directory_config import read
 
 NAN, INF = float("nan"), float("inf")
-# Each key and values beyond what it may be; those before are of real models.
+# Each key with values outside its allowed range, after some of real models.
 NUMBERS = {
     "attention.layer_norm_rms_epsilon": ([1e-5, 1e-12], [0.0, -1e-5, 1.0, 1e30, NAN, INF]),
     "rope.freq_base": ([1e4, 5e6, 3.6e9], [0.0, -1e4, 1.0, 1e30, NAN, INF]),

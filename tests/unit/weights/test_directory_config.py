@@ -105,7 +105,7 @@ IGNORED = {"use_qk_norm": True, "activation": "swiglu", "attn_logit_softcapping"
 
 @pytest.mark.parametrize("kind", NAMES)
 def test_a_key_that_is_no_field_of_the_class_changes_nothing(kind: str) -> None:
-    """transformers' classes have none of these; biases and windows only where the class has the key."""
+    """transformers' classes have none of these keys; biases and windows count only if the class has the key."""
     plain = read(kind)
     more: dict = IGNORED | {"original_max_position_embeddings": 64}
     if kind in ("mistral", "mixtral", "qwen2"):
@@ -115,7 +115,8 @@ def test_a_key_that_is_no_field_of_the_class_changes_nothing(kind: str) -> None:
 
 
 def test_keys_of_another_rope_type() -> None:
-    """`original_max_position_embeddings` counts for yarn and llama3 alone, and beside rope_scaling before it within."""
+    """`original_max_position_embeddings` counts only for yarn and llama3, and next to rope_scaling it precedes the one
+    within."""
     yarn = {"type": "yarn", "factor": 4.0, "finetuned": True, "a_new_key": 3}
     for keys, original in (({}, 512), ({"original_max_position_embeddings": 64}, 64)):
         scaling = read(rope_scaling=yarn, **keys).config.rope_scaling

@@ -1,7 +1,7 @@
 """Tiny checkpoint directories of every model class and packing against transformers in float32.
 
-The numbers in tests/goldens/directories were made by transformers' own loading of the same directories (see the script
-beside it); the bounds are those of the GGUF files' goldens.
+The numbers in tests/goldens/directories were made by transformers' own loading of the same directories (see
+tests/goldens/scripts); the bounds are those of the GGUF files' goldens.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Families: a made-up one is added as docs/architecture/families.md says; tables and keys are held against gguf-py."""
+"""Families: an invented one is added as docs/architecture/families.md describes; tables and keys are compared with
+gguf-py's."""
 
 from __future__ import annotations
 
@@ -87,7 +88,7 @@ def test_keys_of_a_new_family_are_judged_as_those_of_others(tmp_path: Path, monk
     with pytest.raises(fj.ModelFileError, match=r"config\.json: key rope_kilobase: is missing"):
         validate(write(SPEC, tmp_path / "none", NAMES | {"rope_kilobase": None}))
     stride = write(SPEC, tmp_path / "stride", NAMES | {"decoder_stride": 3})
-    validate(stride)  # no field of the class
+    validate(stride)  # not a field of the class
     more = dataclasses.replace(NEW, fields=FIELDS_OF_CLASS | {"decoder_stride"})
     monkeypatch.setattr(families, "FAMILIES", (*FAMILIES, more))
     with pytest.raises(fj.UnsupportedModelError, match=r"key decoder_stride: 3 is not supported in a NewForCausalLM"):

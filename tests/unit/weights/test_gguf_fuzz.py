@@ -27,7 +27,7 @@ EXTREMES = [0, 1, 7, 8, 2**7, 2**8 - 1, 2**15, 2**16, 2**31 - 1, 2**31, 2**32 - 
 
 
 def check_parse(path: Path) -> None:
-    """Opens the file; what it then says must hold: tensors lie within the file, apart, and can be read."""
+    """Opens the file; then tensors must lie within the file, not overlap, and be readable."""
     size = path.stat().st_size
     with open_gguf(path) as model:
         end = 0
@@ -53,7 +53,7 @@ SAMPLE_CHECKS: list[Callable[[Path], None]] = [check_logits]
 
 
 class Seed:
-    """A sound file, where its header ends and where in it the integers lie (as gguf-py sees them)."""
+    """A sound file, the end of its header and the places of its integers (according to gguf-py)."""
 
     def __init__(self, path: Path) -> None:
         self.raw = path.read_bytes()

@@ -1,5 +1,5 @@
-"""Packed matrices: what is read is what an independent unpacker in NumPy makes of the same tensors, bit for bit, and
-matrices whose columns lie in another order give the products of ordinary ones."""
+"""Packed matrices: they are read bit for bit as by an independent unpacker in NumPy, and matrices whose columns are in another
+order give the products of ordinary ones."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def test_packed_weights_stay_packed(tmp_path: Path) -> None:
 
 
 def test_what_a_file_says_counts_less_than_what_it_holds(tmp_path: Path) -> None:
-    """A file that calls itself symmetric and has other zero points, or desc_act without an order, is read as it is."""
+    """A file that claims to be symmetric but has other zero points, or desc_act without an order, is read as stored."""
     spec = dataclasses.replace(LLAMA, packing=Packing("gptq", 4, 32, symmetric=False))
     path = write(spec, tmp_path / "model")
     keys = {"sym": True, "desc_act": True, "quant_method": "gptq", "bits": 4, "group_size": 32}
@@ -151,7 +151,7 @@ def test_experts_agree_in_one_format(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["gptq-ordered-bf16", "gptq-asym-ordered", "awq", "compressed-ordered"])
 def test_faster_arithmetic(name: str, tmp_path: Path) -> None:
-    """What "auto" takes, ordinary kernels behind the order of columns, and bfloat16: close to float32's logits."""
+    """The choice of "auto", ordinary kernels after reordering columns, and bfloat16: close to float32's logits."""
     packing = dataclasses.replace(PACKINGS[name][0], group_size=32)
     path = write(dataclasses.replace(MOE, packing=packing), tmp_path / "model")
     exact, fast, half = (fj.load(path, dtype=dtype).logits([[5, 6, 7, 8]])[0] for dtype in ("float32", "auto", "bfloat16"))
@@ -207,7 +207,7 @@ def test_ordered_products(format: str) -> None:
     pairs = [ordered(format, 5, 64, 128, seed) for seed in (1, 2)]
     gate, plain_gate = pairs[0]
     down, plain_down = ordered(format, 5, 128, 64, 4)
-    sizes = jnp.asarray([2, 0, 3, 3, 0], jnp.int32)  # one row is nobody's
+    sizes = jnp.asarray([2, 0, 3, 3, 0], jnp.int32)  # one row has no expert
     experts = jnp.asarray(rng.integers(0, 6, (9, 2)), jnp.int32)
     weights = jnp.asarray(rng.uniform(0, 1, (9, 2)).astype(np.float32))
 
@@ -234,7 +234,7 @@ def test_ordered_products(format: str) -> None:
 
 
 def test_layouts_of_an_accelerator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Read for a GPU, matrices in Q4_0 are packed for its kernels, the order of columns beside them; values stay."""
+    """Read for a GPU, matrices in Q4_0 are packed for its kernels, with the order of columns; values do not change."""
     path = write(
         dataclasses.replace(MOE, hidden=256, heads=4, packing=Packing("gptq", 4, 32, ordered=True)), tmp_path / "model"
     )

@@ -1,4 +1,4 @@
-"""The header of a safetensors file: what is read of a sound one, and that nothing a damaged one claims is believed."""
+"""The header of a safetensors file: a sound one is read, and the claims of a damaged one are checked."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_a_sound_header(tmp_path: Path) -> None:
         (struct.pack("<Q", 100) + b"{}", "truncated"),
         (file_of(b"{\xff}"), "UTF-8"),
         (file_of(b'{"a": '), "not valid JSON"),
-        (file_of(b'{"a": NaN}'), "NaN is no JSON"),
+        (file_of(b'{"a": NaN}'), "NaN is not JSON"),
         (file_of(b'{"a":' + b"[" * 5000 + b"]" * 5000 + b"}"), "not valid JSON"),
         (file_of(b'{"a":' + b"9" * 5000 + b"}"), "not valid JSON"),
         (file_of(b"{" + b"[" * 5 * MAX_TENSORS + b"}"), "more entries"),
@@ -88,7 +88,7 @@ def test_a_sound_header(tmp_path: Path) -> None:
         (file_of({"a": entry(offsets=[1, 25])}, bytes(25)), "'a' begins .* gap"),
         (file_of({"a": entry()}, bytes(23)), "truncated"),
         (file_of({"a": entry()}, bytes(25)), "damaged"),
-        (file_of({"\ud800": entry()}, bytes(24)), "is no text"),
+        (file_of({"\ud800": entry()}, bytes(24)), "is not text"),
     ],
     ids=range(38),
 )

@@ -1,5 +1,5 @@
-"""Headers of packed checkpoints: keys that change the computation are refused by name, and what is stored counts more than
-what the header says of zero points."""
+"""Headers of packed checkpoints: keys that change the computation are refused by name, and stored zero points count more than
+the header."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ COMPRESSED = {"quant_method": "compressed-tensors", "format": "pack-quantized", 
     ids=str,
 )
 def test_symmetric_zero_points_are_what_is_stored(stored: str, bits: int, header: dict, tmp_path: Path) -> None:
-    """The numbers were made with the middle as zero point, and stored as the packing says; the header may say anything."""
+    """The values were made with the middle as zero point and stored as the packing defines; the header may say anything."""
     packing = Packing(stored, bits, 32)
     path = write(dataclasses.replace(LLAMA, packing=packing), tmp_path / "model")
     edit(path / "config.json", lambda c: c["quantization_config"].pop("checkpoint_format"))

@@ -1,4 +1,4 @@
-"""An output matrix that is the embedding, or is not: what is stored decides, as it does in transformers 5.24.
+"""Whether an output matrix is the embedding: the stored numbers decide, as in transformers 5.24.
 
 transformers' numbers for a directory that config.json ties by mistake are the golden `llama-not-tied`.
 """
@@ -39,7 +39,7 @@ def one_bit(entry: tuple) -> tuple:
 
 
 def stored(path: Path) -> bool:
-    """Whether there is an output matrix of its own; what loads has exactly the arrays of the table."""
+    """Whether there is a separate output matrix; the loaded parameters are exactly those of the table."""
     with open_model(path) as source:
         parameters(source, source.config())
         return "output.weight" in source.tensors
