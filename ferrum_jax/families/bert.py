@@ -123,11 +123,11 @@ def _embedding(name: str, parameter: str, axis: str, module: str, quantize: bool
     return Tensor(f"{name}.weight", (parameter,), (axis, "hidden"), (f"embeddings.{module}",), quantize=quantize)
 
 
-def _sizes(config: EncoderConfig, spec: EncoderConfig | None) -> dict[str, int]:
+def _sizes(config: EncoderConfig, spec: EncoderConfig | None) -> dict[str, int | tuple[int, int]]:
     return {
         "vocab": config.vocab_size,
         "hidden": config.hidden_size,
-        "heads": config.hidden_size,
+        "heads": (config.num_heads, config.hidden_size // config.num_heads),
         "width": config.intermediate_size,
         "position": config.context_length,
         "type": config.num_types,

@@ -40,7 +40,8 @@ class Family:
 
     architecture: its name in GGUF files and in its configurations; families that share one share a table. model_class,
     model_type: its names in config.json. tensors: its table. sizes(config, spec): the sizes of the axes in the table; `spec` is
-    an item of the configuration's `layers` (None: outside the layers).
+    an item of the configuration's `layers` (None: outside the layers). A size is a pair (count, run) if the axis consists of
+    runs that belong together, such as the rows of a head.
 
     from_gguf(family, keys, tensors of the file): the configuration; `keys` are those of the architecture. from_json(family,
     keys, path of config.json). Both read every key that matters and refuse values that they do not support; keys that they do
@@ -54,7 +55,7 @@ class Family:
     model_class: str
     model_type: str
     tensors: Table
-    sizes: Callable[[Any, Any], Mapping[str, int]]
+    sizes: Callable[[Any, Any], Mapping[str, int | tuple[int, int]]]
     from_gguf: Callable[[Family, Keys, Mapping[str, TensorInfo]], ModelConfig | EncoderConfig]
     from_json: Callable[[Family, Keys, Path], ConfigFile]
     to_gguf: Callable[[Any, str], dict[str, Typed]] | None = None
@@ -63,8 +64,15 @@ class Family:
 
     def shape(self, tensor: Tensor, config: Any, layer: int | None) -> tuple[int, ...]:
         """The shape of a tensor of layer `layer`, or of the whole model (None)."""
+        return tuple(count * run for count, run in self._axes(tensor, config, layer))
+
+    def runs(self, tensor: Tensor, config: Any, layer: int | None) -> tuple[int, ...]:
+        """For each axis of a tensor, how many neighbors belong together."""
+        return tuple(run for _, run in self._axes(tensor, config, layer))
+
+    def _axes(self, tensor: Tensor, config: Any, layer: int | None) -> list[tuple[int, int]]:
         sizes = self.sizes(config, None if layer is None else config.layers[layer])
-        return tuple(sizes[axis] for axis in tensor.axes)
+        return [size if isinstance(size, tuple) else (size, 1) for size in (sizes[axis] for axis in tensor.axes)]
 
     def tensors_of(self, config: Any) -> Iterator[tuple[str, Tensor, int | None]]:
         """Every tensor that such a model has or may have: its name in GGUF files, its row, and its layer or None."""

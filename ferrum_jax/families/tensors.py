@@ -79,7 +79,7 @@ def mixture() -> tuple[Tensor, ...]:
     wide, narrow = ("expert", "expert_width", "hidden"), ("expert", "hidden", "expert_width")
     modules: tuple[str | Part, ...] = ("mlp.gate", "block_sparse_moe.gate")
     path = "feed_forward"
-    found = [Tensor("ffn_gate_inp.weight", (path, "router"), ("expert", "hidden"), modules, is_mixture, quantize=False)]
+    found = [Tensor("ffn_gate_inp.weight", (path, "router"), ("routed", "hidden"), modules, is_mixture, quantize=False)]
     for name, letters, axes, part in (
         ("gate", "w1", wide, Part("mlp.experts.gate_up_proj", 0)),
         ("up", "w3", wide, Part("mlp.experts.gate_up_proj", 1)),
@@ -90,17 +90,18 @@ def mixture() -> tuple[Tensor, ...]:
     return tuple(found)
 
 
-def sizes(config: ModelConfig, spec: LayerSpec | None) -> dict[str, int]:
-    """The sizes of the axes above; heads and kv_heads count the rows of all heads together."""
-    found = {"vocab": config.vocab_size, "hidden": config.hidden_size}
+def sizes(config: ModelConfig, spec: LayerSpec | None) -> dict[str, int | tuple[int, int]]:
+    """The sizes of the axes above; heads and kv_heads are the rows of all heads together."""
+    found: dict[str, int | tuple[int, int]] = {"vocab": config.vocab_size, "hidden": config.hidden_size}
     if spec is None:
         return found | {"rotated": max(mixer.rope.dim for mixer in config.attentions) // 2}
     mixer, feed_forward = spec.mixer, spec.feed_forward
     if isinstance(mixer, Attention):
         head = mixer.head_dim
-        found |= {"heads": mixer.num_heads * head, "kv_heads": mixer.num_kv_heads * head, "head": head}
+        found |= {"heads": (mixer.num_heads, head), "kv_heads": (mixer.num_kv_heads, head), "head": head}
     if isinstance(feed_forward, Mixture):
-        return found | {"expert": feed_forward.num_experts, "expert_width": feed_forward.width}
+        experts = feed_forward.num_experts
+        return found | {"expert": experts, "routed": experts, "expert_width": feed_forward.width}
     return found | {"width": feed_forward.width}
 
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from ferrum_jax import families
 from ferrum_jax.config import EncoderConfig, ModelConfig
+from ferrum_jax.distributed import Axis
 from ferrum_jax.errors import ModelFileError
 from ferrum_jax.families.table import Path
 from ferrum_jax.files.tensor_info import TensorInfo
@@ -23,12 +24,13 @@ __all__ = ["Parameters", "Path", "kept_format", "kinds_of", "parameters"]
 
 @dataclasses.dataclass(frozen=True)
 class Parameters:
-    """The tensors of a checkpoint by parameter path: one each in `whole`, one per layer (or None) in `stacked`. rows: for
-    tensors whose rows are in another order than the parameter's, int [rows] gives the tensor's row for each row of the
-    parameter."""
+    """The tensors of a checkpoint by parameter path: one each in `whole`, one per layer (or None) in `stacked`. axes: what the
+    dimensions of each tensor are. rows: for tensors whose rows are in another order than the parameter's, int [rows] gives
+    the tensor's row for each row of the parameter."""
 
     whole: dict[Path, TensorInfo]
     stacked: dict[Path, tuple[TensorInfo | None, ...]]
+    axes: dict[TensorInfo, tuple[Axis, ...]]
     rows: dict[TensorInfo, np.ndarray]
 
     @property
@@ -60,6 +62,7 @@ def parameters(source: ModelSource, config: ModelConfig | EncoderConfig) -> Para
     family = families.of_architecture(config.architecture, str(source.path))
     whole: dict[Path, TensorInfo] = {}
     layers: dict[Path, list[TensorInfo | None]] = {}
+    axes: dict[TensorInfo, tuple[Axis, ...]] = {}
     order: dict[TensorInfo, np.ndarray] = {}
     for name, tensor in source.tensors.items():
         row, layer = family.tensors.find(name)
@@ -75,6 +78,7 @@ def parameters(source: ModelSource, config: ModelConfig | EncoderConfig) -> Para
                 f"{source.path}: tensor {tensor.name}: shape {list(tensor.shape)}; expected {list(expected)} "
                 f"({', '.join(row.axes)}) by the model's configuration"
             )
+        axes[tensor] = tuple(map(Axis, row.axes, family.runs(row, config, layer)))
         if layer is None:
             whole[row.path] = tensor
             continue
@@ -87,4 +91,4 @@ def parameters(source: ModelSource, config: ModelConfig | EncoderConfig) -> Para
         is_missing = row.path not in whole if layer is None else stacked is None or stacked[layer] is None
         if is_missing and (stacked is not None or not row.optional):
             raise ModelFileError(f"{source.path}: tensor {source.own_name(name)}: is missing")
-    return Parameters(whole, {path: tuple(tensors) for path, tensors in layers.items()}, order)
+    return Parameters(whole, {path: tuple(tensors) for path, tensors in layers.items()}, axes, order)

@@ -9,11 +9,17 @@ from jax import lax
 from . import format_of
 
 NAME = "ggml"
+AXES = 0, 1
 
 
 def fits(format: str, n: int, k: int) -> str | None:
     """Always None: every matrix of a file fits this memory layout."""
     return None
+
+
+def unit(format: str) -> int:
+    """How many weights of a row can be kept without the rest of it."""
+    return format_of(format).block_size
 
 
 def plane_shapes(format: str, n: int, k: int) -> tuple[jax.ShapeDtypeStruct, ...]:

@@ -42,6 +42,7 @@ from .format import half_to_float32, split, spread
 from .q4_k import group_scales
 
 NAME = "gpu"
+AXES = 0, 1
 Arrays = tuple[jax.Array, ...]
 
 
@@ -218,8 +219,12 @@ def fits(format: str, n: int, k: int) -> str | None:
     """None if a matrix [n, k] can be packed, else the reason in words."""
     if format not in PACKINGS:
         return f"{format} has no GPU memory layout"
-    unit = PACKINGS[format].unit
-    return f"rows of {k} weights are not a multiple of {unit}" if k % unit else None
+    return f"rows of {k} weights are not a multiple of {unit(format)}" if k % unit(format) else None
+
+
+def unit(format: str) -> int:
+    """How many weights of a row can be packed without the rest of it."""
+    return PACKINGS[format].unit
 
 
 def plane_shapes(format: str, n: int, k: int) -> tuple[jax.ShapeDtypeStruct, ...]:

@@ -24,7 +24,7 @@ class Ordered:
     order[c]."""
 
     def __init__(self, inner: ModuleType) -> None:
-        self.NAME, self.inner = inner.NAME + SUFFIX, inner
+        self.NAME, self.AXES, self.inner = inner.NAME + SUFFIX, inner.AXES, inner
 
     def fits(self, format: str, n: int, k: int) -> str | None:
         """As the inner memory layout."""

@@ -30,6 +30,7 @@ from .format import half_to_float32, split, spread, take
 from .q4_k import group_scales
 
 NAME = "tpu"
+AXES = 1, 0
 LANES = 128
 RUN = 256
 _MOST = 1.05  # limit of the bytes, relative to the file's
@@ -168,12 +169,16 @@ def fits(format: str, n: int, k: int) -> str | None:
     """None if a matrix [n, k] can be packed, else the reason in words."""
     if format not in PACKINGS:
         return f"{format} has no TPU memory layout"
-    unit = max(FORMATS[format].block_size, LANES)
-    if k % unit:
-        return f"rows of {k} weights are not a multiple of {unit}"
+    if k % unit(format):
+        return f"rows of {k} weights are not a multiple of {unit(format)}"
     size = sum(math.prod(plane.shape) * plane.dtype.itemsize for plane in plane_shapes(format, n, k))
     stored = n * FORMATS[format].row_bytes(k)
     return f"[{n}, {k}] would take {size} bytes for the file's {stored}" if size > _MOST * stored else None
+
+
+def unit(format: str) -> int:
+    """How many weights of a row can be packed without the rest of it."""
+    return max(FORMATS[format].block_size, LANES)
 
 
 def plane_shapes(format: str, n: int, k: int) -> tuple[jax.ShapeDtypeStruct, ...]:
