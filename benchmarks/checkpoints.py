@@ -20,6 +20,7 @@ import numpy as np
 
 from benchmarks import common
 from ferrum_jax.convert import convert
+from ferrum_jax.distributed import Placement
 from ferrum_jax.loading import check
 from ferrum_jax.weights.opening import open_model
 from ferrum_jax.weights.stream import read_parameters
@@ -47,7 +48,7 @@ def load(path: Path) -> tuple[float, Any]:
     with open_model(path) as source:
         _, places, _ = check(source)
         begin = time.perf_counter()
-        params = jax.block_until_ready(read_parameters(source, places, jax.devices()[0]))
+        params = jax.block_until_ready(read_parameters(source, places, Placement.of()))
         return source.tensor_bytes / (time.perf_counter() - begin), params
 
 

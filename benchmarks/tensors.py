@@ -7,8 +7,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import jax
+
 from ferrum_jax import families
 from ferrum_jax.config import ModelConfig
+from ferrum_jax.distributed import Placement
 from ferrum_jax.files.tensor_info import TensorInfo
 from ferrum_jax.weights import names
 from ferrum_jax.weights.stream import abstract_parameters
@@ -41,6 +44,7 @@ def tensors(config: ModelConfig, format_of: FormatOf = q4_k_m) -> list[TensorInf
 
 
 def shapes(config: ModelConfig, target: Target, format_of: FormatOf = q4_k_m) -> dict[str, Any]:
-    """The parameters that loading such a file makes for a device, as `jax.ShapeDtypeStruct`s."""
+    """The parameters that loading such a file makes for a device, as `jax.ShapeDtypeStruct`s without places."""
     file: Any = SimpleNamespace(path=WHERE, tensors={tensor.name: tensor for tensor in tensors(config, format_of)})
-    return abstract_parameters(names.parameters(file, config), target)
+    params = abstract_parameters(names.parameters(file, config), Placement.abstract(target))
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)

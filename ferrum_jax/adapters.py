@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
+from ferrum_jax.distributed import Placement
 from ferrum_jax.quantized import LayerStack, QuantizedTensor
 
 A, B = "_lora_a", "_lora_b"  # suffixes of the matrix's name
@@ -21,7 +21,7 @@ Factors = Mapping[tuple[int, tuple[str, ...]], tuple[np.ndarray, np.ndarray]]
 """By layer and parameter path: A float32 [rank, in] and B float32 [out, rank], which add x A^T B^T to a projection of x."""
 
 
-def with_adapters(params: Mapping[str, Any], adapters: Sequence[Factors], num_layers: int, device: jax.Device) -> dict:
+def with_adapters(params: Mapping[str, Any], adapters: Sequence[Factors], num_layers: int, placement: Placement) -> dict:
     """Adds adapters to the parameters. Their indices are those in the list. `params[COLUMNS]`, int32 [adapters * rank], has the
     index of the adapter that each column belongs to."""
     rank = max(len(a) for factors in adapters for a, _ in factors.values())
@@ -41,10 +41,10 @@ def with_adapters(params: Mapping[str, Any], adapters: Sequence[Factors], num_la
                 stacked_a[layer, columns], stacked_b[layer, :, columns] = a, b
         group, name = path
         layers[group] = dict(layers[group]) | {
-            name + suffix: LayerStack({"F32": QuantizedTensor.of(jax.device_put(stacked, device), "F32")}, formats)
+            name + suffix: LayerStack({"F32": QuantizedTensor.of(placement.put(stacked), "F32")}, formats)
             for suffix, stacked in ((A, stacked_a), (B, stacked_b))
         }
-    return dict(params) | {"layers": layers, COLUMNS: jax.device_put(np.arange(width, dtype=np.int32) // rank, device)}
+    return dict(params) | {"layers": layers, COLUMNS: placement.put(np.arange(width, dtype=np.int32) // rank)}
 
 
 def nbytes(adapters: Sequence[Factors]) -> int:

@@ -56,6 +56,11 @@ class Recurrent:
         """The float32 arrays that it keeps for a sequence in one layer: shapes by name."""
         raise NotImplementedError
 
+    @property
+    def kept_axes(self) -> dict[str, tuple[str, ...]]:
+        """What the dimensions of these arrays are (`distributed.RULES`); of an array that is not named, all on every device."""
+        return {}
+
 
 @dataclasses.dataclass(frozen=True)
 class Dense:

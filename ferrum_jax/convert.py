@@ -17,6 +17,7 @@ import numpy as np
 
 from ferrum_jax import hub
 from ferrum_jax.config import ModelConfig
+from ferrum_jax.distributed import Placement
 from ferrum_jax.errors import UnsupportedModelError
 from ferrum_jax.files.metadata import Typed
 from ferrum_jax.files.tensor_info import TensorInfo
@@ -71,8 +72,7 @@ def convert(
             write_gguf(checkpoint, out, force=force, progress=progress)
         else:
             config, places, _ = check(checkpoint)
-            with jax.default_device(device or jax.devices()[0]):
-                params = read_parameters(checkpoint, places, device or jax.devices()[0], progress)
+            params = read_parameters(checkpoint, places, Placement.of(device), progress)
             if progress is not None:
                 progress(checkpoint.tensor_bytes, checkpoint.tensor_bytes, "writing")
             orbax.save(out, config, checkpoint.typed_metadata(), params, orbax.tokenizer_files(checkpoint), force=force)

@@ -15,6 +15,7 @@ import numpy as np
 
 from ferrum_jax import checks
 from ferrum_jax.config import EncoderConfig, refuse_encoder
+from ferrum_jax.distributed import Placement
 from ferrum_jax.errors import NotFiniteError
 from ferrum_jax.memory import nbytes
 from ferrum_jax.models import bert
@@ -40,15 +41,20 @@ class EmbeddingModel:
       max_seq_len (int): longer texts are cut to this many tokens.
     """
 
-    def __init__(self, config: EncoderConfig, params: Any, tokenizer: Tokenizer, device: jax.Device, max_seq_len: int):
+    def __init__(self, config: EncoderConfig, params: Any, tokenizer: Tokenizer, placement: Placement, max_seq_len: int):
         self.config, self.params, self.tokenizer = config, params, tokenizer
-        self.device, self.max_seq_len = device, max_seq_len
-        self.programs = Programs(device)
+        self.placement, self.max_seq_len = placement, max_seq_len
+        self.programs = Programs(placement)
         self.load_s = 0.0
 
     def __repr__(self) -> str:
         config, size = self.config, readable_bytes(nbytes(self.params))
-        return f"<EmbeddingModel {config.architecture}, width {config.hidden_size}, {size}, {config.dtype}, {self.device}>"
+        return f"<EmbeddingModel {config.architecture}, width {config.hidden_size}, {size}, {config.dtype}, {self.placement}>"
+
+    @property
+    def device(self) -> jax.Device:
+        """Where the parameters are."""
+        return self.placement.device
 
     def embed(self, texts: Sequence[str], *, normalize: bool = True) -> np.ndarray:
         """One vector for each text.

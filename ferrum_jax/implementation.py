@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from ferrum_jax import families, functional
+from ferrum_jax.distributed import Placement
 from ferrum_jax.models import bert
 from ferrum_jax.runtime import PAGE
 from ferrum_jax.state import new_cache
@@ -35,11 +36,11 @@ def checked_implementation(implementation: Mapping[str, str] | None) -> tuple[tu
         raise ValueError(f"implementation: {error}") from None
 
 
-def require_implementation(config: Any, params: Any, kv_dtype: str, target: dispatch.Target) -> None:
+def require_implementation(config: Any, params: Any, kv_dtype: str, placement: Placement) -> None:
     """Raises ValueError if a forced backend cannot serve the model or the model does not use it. config: of any family; params:
     may be abstract."""
     embeds = families.of_architecture(config.architecture, "implementation").embeds
-    with dispatch.on(target), dispatch.record() as choices:
+    with placement.as_default(), dispatch.record() as choices:
         for tokens in _TOKENS:
             if embeds:
                 embed = functools.partial(bert.embed, config=config, normalize=True)

@@ -8,14 +8,15 @@ import time
 from collections.abc import Mapping
 from numbers import Integral
 from pathlib import Path
-from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from ferrum_jax import adapters as lora
 from ferrum_jax import checks, hub, memory
 from ferrum_jax.chat import check_template
 from ferrum_jax.config import EncoderConfig, ModelConfig
+from ferrum_jax.distributed import Placement
 from ferrum_jax.embedding import EmbeddingModel
 from ferrum_jax.errors import ModelFileError, UnsupportedModelError
 from ferrum_jax.implementation import checked_implementation, require_implementation
@@ -32,7 +33,7 @@ from ferrum_jax.weights.quantize import checked_format
 from ferrum_jax.weights.source import ModelSource
 from ferrum_jax.weights.stream import Progress, abstract_parameters, read_parameters
 from pallas_kernels import native
-from pallas_kernels.dispatch import Target, target_of
+from pallas_kernels.dispatch import Target
 
 DTYPES = ("float32", "bfloat16", "float16", "int8")
 _LOG = logging.getLogger(__name__)
@@ -44,7 +45,7 @@ def load(
     dtype: str = "auto",
     kv_dtype: str | None = None,
     device: jax.Device | None = None,
-    mesh: Any = None,
+    mesh: Mesh | None = None,
     max_seq_len: int | None = None,
     quantize: str | None = None,
     adapters: Mapping[str, str | Path] | None = None,
@@ -61,7 +62,7 @@ def load(
         in blocks inside products). "auto" chooses the fast one for the device, and float32 for an embedding model.
       kv_dtype: dtype of the KV cache; None: the same as dtype (float16 for int8).
       device: where the weights go; None: JAX's first device.
-      mesh: must be None; several devices are not supported yet.
+      mesh: a `jax.sharding.Mesh` of one device, instead of `device`; several devices are not supported yet.
       max_seq_len: limit of the context in tokens; None: the model's. An embedding model cuts texts there.
       quantize: a block format, such as "q4_k" (weights.quantize.QUANTIZATIONS), to which the matrices of a checkpoint in F32,
         F16 or BF16 are quantized while they are read.
@@ -84,10 +85,7 @@ def load(
       ValueError: if an argument is wrong.
     """
     begin = time.perf_counter()
-    if mesh is not None:
-        raise ValueError("mesh= is not supported: a model runs on one device")
-    if device is not None and not isinstance(device, jax.Device):
-        raise ValueError(f"device must be a jax.Device, as in jax.devices(), not {device!r}")
+    placement = _placement(device, mesh)
     source = checks.path(source, "source")
     for name, directory in (("merge_adapter", merge_adapter), *(adapters.items() if isinstance(adapters, Mapping) else ())):
         if directory is not None:
@@ -115,13 +113,13 @@ def load(
         if (encoder := checkpoint.encoder()) is not None:
             if adapters:
                 raise UnsupportedModelError(f"{path}: adapters are for decoders, not for an embedding model")
-            device, dtype = _device_and_dtype(device, "float32" if dtype == "auto" else dtype, progress)
+            dtype = _dtype(placement, "float32" if dtype == "auto" else dtype, progress)
             encoder = dataclasses.replace(encoder, dtype=dtype, implementation=forced)
-            embedding = _load_encoder(checkpoint, encoder, device, max_seq_len, progress)
+            embedding = _load_encoder(checkpoint, encoder, placement, max_seq_len, progress)
             embedding.load_s = time.perf_counter() - begin
             return embedding
         config, places, tokenizer = check(checkpoint)
-        device, dtype = _device_and_dtype(device, dtype, progress)
+        dtype = _dtype(placement, dtype, progress)
         kv_dtype = kv_dtype or ("float16" if dtype == "int8" else dtype)
         config = dataclasses.replace(config, dtype=dtype, implementation=forced)
         beside = {name: read_adapter(directory, config, checkpoint) for name, directory in (adapters or {}).items()}
@@ -129,36 +127,49 @@ def load(
         if max_seq_len is not None and max_seq_len > config.context_length:
             raise ValueError(f"max_seq_len {max_seq_len} is beyond the model's context of {config.context_length} tokens")
         max_seq_len = max_seq_len or config.context_length
-        abstract = abstract_parameters(places, target_of(device))
+        abstract = abstract_parameters(places, placement)
         if forced:
-            require_implementation(config, abstract, kv_dtype, target_of(device))
+            require_implementation(config, abstract, kv_dtype, placement)
         weights = memory.nbytes(abstract) + lora.nbytes(factors)
-        cache = memory.abstract_state(config, -(-max_seq_len // PAGE), PAGE, kv_dtype, target_of(device))
+        cache = memory.abstract_state(config, -(-max_seq_len // PAGE), PAGE, kv_dtype, placement)
         count = (
             f"{path}: weights {readable_bytes(weights)}, KV cache {readable_bytes(memory.nbytes(cache))} for one row of "
             f"{max_seq_len:,} tokens ({shown_dtype(kv_dtype)})"
         )
-        memory.require(weights, device, f"the weights do not fit: {count}")
-        with jax.default_device(device), memory.explained(device, lambda: f"loading {count}"):
-            params = read_parameters(checkpoint, places, device, progress)
+        memory.require(weights, placement, f"the weights do not fit: {count}")
+        with memory.explained(placement, lambda: f"loading {count}"):
+            params = read_parameters(checkpoint, places, placement, progress)
             if factors:
-                params = lora.with_adapters(params, factors, config.num_layers, device)
+                params = lora.with_adapters(params, factors, config.num_layers, placement)
     digests = {name: adapter.digest for name, adapter in beside.items()}
-    model = Model(config, params, tokenizer, device, kv_dtype, max_seq_len, digests)
+    model = Model(config, params, tokenizer, placement, kv_dtype, max_seq_len, digests)
     model._runtime.load_s = time.perf_counter() - begin
     return model
 
 
-def _device_and_dtype(device: jax.Device | None, dtype: str, progress: Progress | None) -> tuple[jax.Device, str]:
-    """Chooses the defaults after the file was checked. Builds the CPU kernels if the dtype may need them."""
-    device = device or jax.devices()[0]
-    if dtype == "int8" and device.platform != "cpu":
-        raise ValueError(f'dtype "int8" is for CPUs, not {device.platform}')
-    if dtype in ("auto", "int8") and device.platform == "cpu":
+def _placement(device: jax.Device | None, mesh: Mesh | None) -> Placement:
+    """What the arguments of `load` ask for."""
+    if mesh is None:
+        if device is not None and not isinstance(device, jax.Device):
+            raise ValueError(f"device must be a jax.Device, as in jax.devices(), not {device!r}")
+        return Placement.of(device)
+    if device is not None:
+        raise ValueError("device and mesh are both given; a mesh has its devices")
+    if not isinstance(mesh, Mesh) or mesh.size != 1:
+        devices = f"one of {mesh.size}" if isinstance(mesh, Mesh) else f"{mesh!r:.200}"
+        raise ValueError(f"mesh must be a jax.sharding.Mesh of one device, not {devices}; more are not supported yet")
+    return Placement.over(mesh)
+
+
+def _dtype(placement: Placement, dtype: str, progress: Progress | None) -> str:
+    """Chooses the default after the file was checked. Builds the CPU kernels if the dtype may need them."""
+    if dtype == "int8" and placement.platform != "cpu":
+        raise ValueError(f'dtype "int8" is for CPUs, not {placement.platform}')
+    if dtype in ("auto", "int8") and placement.platform == "cpu":
         native.prepare(progress)
         if reason := native.refusal():
             _LOG.warning("the C++ kernels for CPUs are not used: %s", reason)
-    return device, auto_dtype(target_of(device)) if dtype == "auto" else dtype
+    return auto_dtype(placement.target) if dtype == "auto" else dtype
 
 
 def validate(path: str | Path) -> None:
@@ -169,20 +180,20 @@ def validate(path: str | Path) -> None:
 
 
 def _load_encoder(
-    checkpoint: ModelSource, config: EncoderConfig, device: jax.Device, max_seq_len: int | None, progress: Progress | None
+    checkpoint: ModelSource, config: EncoderConfig, placement: Placement, max_seq_len: int | None, progress: Progress | None
 ) -> EmbeddingModel:
     if max_seq_len is not None and max_seq_len > config.context_length:
         raise ValueError(f"max_seq_len {max_seq_len} is beyond the model's {config.context_length} positions")
     places, tokenizer = _places(checkpoint, config)
-    abstract = abstract_parameters(places, target_of(device))
+    abstract = abstract_parameters(places, placement)
     if config.implementation:
-        require_implementation(config, abstract, "float32", target_of(device))
+        require_implementation(config, abstract, "float32", placement)
     weights = memory.nbytes(abstract)
     count = f"{checkpoint.path}: weights {readable_bytes(weights)}"
-    memory.require(weights, device, f"the weights do not fit: {count}")
-    with jax.default_device(device), memory.explained(device, lambda: f"loading {count}"):
-        params = read_parameters(checkpoint, places, device, progress)
-    return EmbeddingModel(config, params, tokenizer, device, max_seq_len or config.text_length)
+    memory.require(weights, placement, f"the weights do not fit: {count}")
+    with memory.explained(placement, lambda: f"loading {count}"):
+        params = read_parameters(checkpoint, places, placement, progress)
+    return EmbeddingModel(config, params, tokenizer, placement, max_seq_len or config.text_length)
 
 
 def check(checkpoint: ModelSource) -> tuple[ModelConfig, Parameters, Tokenizer]:

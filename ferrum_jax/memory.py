@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import math
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -20,10 +21,10 @@ from typing import Any
 import jax
 
 from ferrum_jax.config import ModelConfig
+from ferrum_jax.distributed import Placement
 from ferrum_jax.errors import OutOfMemoryError
-from ferrum_jax.state import DecodeState, new_state
+from ferrum_jax.state import DecodeState, new_state, state_axes
 from ferrum_jax.units import readable_bytes
-from pallas_kernels import dispatch
 
 HELP = (
     "What helps: a smaller quantization of the model, a shorter context (--max-seq-len), fewer rows at a time, or a "
@@ -49,8 +50,14 @@ class Limit:
 
 
 def nbytes(tree: Any) -> int:
-    """Bytes of the arrays, or `jax.ShapeDtypeStruct`s, of a pytree."""
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    """Bytes that a device holds of the arrays, or `jax.ShapeDtypeStruct`s, of a pytree."""
+    return sum(math.prod(_held(leaf)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def _held(leaf: Any) -> tuple[int, ...]:
+    """The shape of a device's part."""
+    sharding = getattr(leaf, "sharding", None)
+    return leaf.shape if sharding is None else sharding.shard_shape(leaf.shape)
 
 
 def abstract_state(
@@ -58,13 +65,14 @@ def abstract_state(
     pages: int | Sequence[int],
     page_size: int,
     dtype: str,
-    target: dispatch.Target,
+    placement: Placement,
     num_states: int = 1,
 ) -> DecodeState:
-    """The state on a device of the kind `target`, as `jax.ShapeDtypeStruct`s."""
+    """The state as `jax.ShapeDtypeStruct`s with shardings."""
     make = functools.partial(new_state, config, pages=pages, page_size=page_size, dtype=dtype, num_states=num_states)
-    with dispatch.on(target):
-        return jax.eval_shape(make)
+    with placement.as_default():
+        state = jax.eval_shape(make)
+    return placement.placed(state, state_axes(config, state))
 
 
 # Limits
@@ -96,6 +104,13 @@ def device_limit(device: jax.Device) -> Limit | None:
     if device.platform == "gpu":
         counted += f"; XLA_CLIENT_MEM_FRACTION sets its part of the device's memory, {gpu_fraction()[0]} now"
     return Limit(stats["bytes_limit"], stats.get("bytes_in_use", 0), counted)
+
+
+def limit(placement: Placement) -> Limit | None:
+    """The memory of the device of a placement that has the least free, or None if one is unknown."""
+    limits = [device_limit(device) for device in placement.devices]
+    known = [limit for limit in limits if limit]
+    return min(known, key=lambda limit: limit.free) if known == limits else None
 
 
 def host_limit(root: Path = Path("/")) -> Limit | None:
@@ -149,15 +164,15 @@ def _number(path: Path) -> int | None:
 # Errors
 
 
-def require(needed: int, device: jax.Device, what: str) -> None:
-    """Raises OutOfMemoryError with the text `what` if fewer bytes than `needed` are free on the device."""
-    limit = device_limit(device)
-    if limit is not None and needed > limit.free:
-        raise OutOfMemoryError(f"{what}; {device} has {limit}. {HELP}")
+def require(needed: int, placement: Placement, what: str) -> None:
+    """Raises OutOfMemoryError with the text `what` if fewer bytes than `needed` are free on a device."""
+    there = limit(placement)
+    if there is not None and needed > there.free:
+        raise OutOfMemoryError(f"{what}; {placement} has {there}. {HELP}")
 
 
 @contextlib.contextmanager
-def explained(device: jax.Device, count: Callable[[], str]) -> Iterator[None]:
+def explained(placement: Placement, count: Callable[[], str]) -> Iterator[None]:
     """Turns a failed allocation inside the block into an OutOfMemoryError with the text `count()`."""
     try:
         yield
@@ -166,6 +181,6 @@ def explained(device: jax.Device, count: Callable[[], str]) -> Iterator[None]:
     except (jax.errors.JaxRuntimeError, MemoryError) as error:
         if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        limit = device_limit(device)
-        there = f"{device} has {limit}" if limit else f"the limit of {device} is not known"
-        raise OutOfMemoryError(f"out of memory: {count()}; {there}. {HELP}") from error
+        there = limit(placement)
+        known = f"{placement} has {there}" if there else f"the limit of {placement} is not known"
+        raise OutOfMemoryError(f"out of memory: {count()}; {known}. {HELP}") from error

@@ -18,6 +18,7 @@ import numpy as np
 from ferrum_jax import checks, functional
 from ferrum_jax.completion import Completion
 from ferrum_jax.config import ModelConfig, require_experts
+from ferrum_jax.distributed import Placement
 from ferrum_jax.engine import Engine, EngineConfig, Request
 from ferrum_jax.errors import NotFiniteError
 from ferrum_jax.progress import track
@@ -144,13 +145,14 @@ class Model:
         config: ModelConfig,
         params: Any,
         tokenizer: Tokenizer,
-        device: jax.Device,
+        device: jax.Device | Placement,
         kv_dtype: str,
         max_seq_len: int,
         adapters: Mapping[str, str] | None = None,
     ):
-        """adapters: a digest for each LoRA adapter in `params`, by name and in their order."""
-        self._runtime = Prompts(config, params, tokenizer, device, kv_dtype, max_seq_len, adapters)
+        """device: where `params` are. adapters: a digest for each LoRA adapter in `params`, by name and in their order."""
+        placement = device if isinstance(device, Placement) else Placement.of(device)
+        self._runtime = Prompts(config, params, tokenizer, placement, kv_dtype, max_seq_len, adapters)
 
     def __repr__(self) -> str:
         return repr(self._runtime)
@@ -158,11 +160,15 @@ class Model:
     params: dict[str, Any] = _shared("params")
     config: ModelConfig = _shared("config")
     tokenizer: Tokenizer = _shared("tokenizer")
-    device: jax.Device = _shared("device")
     kv_dtype: str = _shared("kv_dtype")
     max_seq_len: int = _shared("max_seq_len")
     adapters: Mapping[str, str] = _shared("adapters")
     template_limits: Limits | None = _shared("template_limits")
+
+    @property
+    def device(self) -> jax.Device:
+        """Where the parameters are."""
+        return self._runtime.placement.device
 
     # Text in and out
 

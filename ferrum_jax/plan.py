@@ -26,6 +26,7 @@ import jax.numpy as jnp
 
 from ferrum_jax import headers, hub, memory
 from ferrum_jax.config import ModelConfig
+from ferrum_jax.distributed import Placement
 from ferrum_jax.engine import EngineConfig, steps
 from ferrum_jax.engine.config import MAX_SEQS, MAX_STEPS
 from ferrum_jax.engine.ledger import pool_sizes
@@ -129,9 +130,9 @@ class _Model:
     """A model on a target as abstract shapes, and its compiled steps."""
 
     def __init__(self, header: ModelSource, case: Case):
-        self.name, self.target = case.target, aot.TARGETS[case.target].target
+        self.name, self.placement = case.target, Placement.abstract(aot.TARGETS[case.target].target)
         self.config, self.kv_dtype = configure(header, case)
-        self.params = abstract_parameters(parameters(header, self.config), self.target)
+        self.params = abstract_parameters(parameters(header, self.config), self.placement)
         self.weights = memory.nbytes(self.params)
         self.compile_s: dict[str, float] = {}
 
@@ -139,13 +140,13 @@ class _Model:
         windows = [kind.window for kind in page_kinds(self.config)]
         engine = EngineConfig(max_seqs=batch)
         pages = pool_sizes(windows, batch * -(-context // PAGE), engine)
-        return memory.abstract_state(self.config, pages, PAGE, self.kv_dtype, self.target, engine.num_states)
+        return memory.abstract_state(self.config, pages, PAGE, self.kv_dtype, self.placement, engine.num_states)
 
     def read_bytes(self, batch: int, context: int) -> int:
         """Keys and values that a decode step of full rows reads."""
         seen = [min(context, kind.window or context) for kind in page_kinds(self.config)]
         pages = [batch * -(-tokens // PAGE) for tokens in seen]
-        return memory.nbytes(memory.abstract_state(self.config, pages, PAGE, self.kv_dtype, self.target, batch))
+        return memory.nbytes(memory.abstract_state(self.config, pages, PAGE, self.kv_dtype, self.placement, batch))
 
     def kv_bytes(self, batch: int, context: int) -> int:
         return memory.nbytes(self.state(batch, context))
@@ -177,7 +178,7 @@ class _Model:
         state = self.state(batch, context)
         ours = self.weights + memory.nbytes(state)
         begin = time.perf_counter()
-        options = COMPILER_OPTIONS.get(self.target.platform)
+        options = COMPILER_OPTIONS.get(self.placement.platform)
         step = functools.partial(function, config=self.config)
         rows = self._slots(batch, context), _numbers(batch), _numbers(batch, -(-context // PAGE))
         try:

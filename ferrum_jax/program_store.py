@@ -2,8 +2,8 @@
 
 XLA's persistent cache saves only the compilation: a program must be traced and lowered before it can be looked up, which takes
 longer than loading it. Here, the key of a program is everything that tracing depends on (`key`): the code of these packages,
-the versions and settings of JAX, the device, and the function with its static arguments and shapes. In doubt, the key differs,
-so a key never leads to a wrong program.
+the versions and settings of JAX, the placement, and the function with its static arguments and shapes. In doubt, the key
+differs, so a key never leads to a wrong program.
 
 The files are in a folder next to XLA's. They are executed, so a damaged one is deleted without loading it, and none is loaded
 from a folder that other users can write to (`pallas_kernels.cache`).
@@ -28,6 +28,7 @@ import jax
 import jaxlib
 
 import pallas_kernels
+from ferrum_jax.distributed import Placement
 from pallas_kernels import cache, dispatch, native
 
 _LOG = logging.getLogger(__name__)
@@ -43,7 +44,9 @@ def directory() -> Path | None:
     return Path(chosen) / "programs" if chosen and config.jax_enable_compilation_cache and "://" not in chosen else None
 
 
-def key(device: jax.Device, function: Callable, static: dict[str, Any], shapes: Any, donate: tuple, options: Any) -> str | None:
+def key(
+    placement: Placement, function: Callable, static: dict[str, Any], shapes: Any, donate: tuple, options: Any
+) -> str | None:
     """The name of a program, or None if it cannot be kept: its function is not part of this package, or its trace is
     recorded."""
     if directory() is None or dispatch.recording() or not function.__module__.startswith(f"{__package__}."):
@@ -53,15 +56,16 @@ def key(device: jax.Device, function: Callable, static: dict[str, Any], shapes: 
         sys.version,
         [module.__version__ for module in (jax, jaxlib, flax)],
         _settings(),
-        (device.platform, device.device_kind, device.id, device.client.platform_version, dispatch.target()),
-        _processor() if device.platform == "cpu" else "",
+        [(device.device_kind, device.id, device.client.platform_version) for device in placement.devices],
+        (dict(placement.mesh.shape), sorted(placement.rules.items()), dispatch.target()),
+        _processor() if placement.platform == "cpu" else "",
         (function.__module__, function.__qualname__, sorted(static.items())),
         (shapes, donate, options),
     )
     return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
 
 
-def load(name: str, device: jax.Device) -> Any:
+def load(name: str, placement: Placement) -> Any:
     """The compiled program with this name, or None if there is no usable one."""
     path = _path(name)
     if reason := cache.distrusted(path.parent):
@@ -75,7 +79,7 @@ def load(name: str, device: jax.Device) -> Any:
         os.utime(path)
         from jax.experimental import serialize_executable
 
-        return serialize_executable.deserialize_and_load(payload, ins, outs, execution_devices=[device])
+        return serialize_executable.deserialize_and_load(payload, ins, outs, execution_devices=placement.devices)
     except FileNotFoundError:
         return None
     except Exception as error:

@@ -18,6 +18,7 @@ from typing import Any
 import jax
 
 from ferrum_jax import memory, program_store, progress
+from ferrum_jax.distributed import Placement
 from ferrum_jax.state import DecodeState, KVCache
 from ferrum_jax.units import readable_bytes
 from pallas_kernels import cache
@@ -35,8 +36,8 @@ class Programs:
     Raises OutOfMemoryError if the device does not have the memory.
     """
 
-    def __init__(self, platform_device: jax.Device):
-        self.device = platform_device
+    def __init__(self, placement: Placement):
+        self.placement = placement
         self.compile_s = 0.0
         self._compiled: dict[Any, Program] = {}
         self._newest: Program | None = None
@@ -60,20 +61,20 @@ class Programs:
             name = getattr(function, "__name__", "a program").strip("_")
             with (
                 progress.task(f"compiling {name} (program {len(self._compiled) + 1})"),
-                jax.default_device(self.device),
-                memory.explained(self.device, lambda: _count(jax.eval_shape(lambda *args: args, *args))),
+                self.placement.as_default(),
+                memory.explained(self.placement, lambda: _count(jax.eval_shape(lambda *args: args, *args))),
             ):
                 compiled = self._compile(function, args, donate, static, key[2:])
-            self._compiled[key] = Program(compiled, self.device)
+            self._compiled[key] = Program(compiled, self.placement)
             self.compile_s += time.perf_counter() - begin
         self._newest = self._compiled[key]
         return self._newest
 
     def _compile(self, function: Callable, args: tuple, donate: tuple[int, ...], static: dict[str, Any], shapes: tuple) -> Any:
         """The program from disk, or compiled and then kept on disk."""
-        options = COMPILER_OPTIONS.get(self.device.platform)
-        name = program_store.key(self.device, function, static, shapes, donate, options)
-        if name is not None and (kept := program_store.load(name, self.device)) is not None:
+        options = COMPILER_OPTIONS.get(self.placement.platform)
+        name = program_store.key(self.placement, function, static, shapes, donate, options)
+        if name is not None and (kept := program_store.load(name, self.placement)) is not None:
             return kept
 
         def program(*args: Any) -> Any:
@@ -88,18 +89,18 @@ class Programs:
 
     def fetch(self, results: Any) -> Any:
         """Copies the results of a program to the host. Errors that an accelerator met while it computed are raised here."""
-        with memory.explained(self.device, lambda: self._newest.count() if self._newest else "reading results"):
+        with memory.explained(self.placement, lambda: self._newest.count() if self._newest else "reading results"):
             return jax.device_get(results)
 
 
 class Program:
     """A compiled program, called with its arguments."""
 
-    def __init__(self, compiled: Any, device: jax.Device):
-        self.compiled, self.device = compiled, device
+    def __init__(self, compiled: Any, placement: Placement):
+        self.compiled, self.placement = compiled, placement
 
     def __call__(self, *args: Any) -> Any:
-        with memory.explained(self.device, self.count):
+        with memory.explained(self.placement, self.count):
             return self.compiled(*args)
 
     def count(self) -> str:

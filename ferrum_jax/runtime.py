@@ -14,11 +14,11 @@ import numpy as np
 
 from ferrum_jax import memory
 from ferrum_jax.config import ModelConfig
+from ferrum_jax.distributed import Placement
 from ferrum_jax.programs import Programs
 from ferrum_jax.state import DecodeState, KVCache, bytes_per_token, new_cache
 from ferrum_jax.tokenizer import Tokenizer
 from ferrum_jax.units import readable_bytes, shown_dtype
-from pallas_kernels.dispatch import target_of
 
 PAGE = 16  # tokens
 
@@ -32,15 +32,15 @@ class Runtime:
         config: ModelConfig,
         params: Any,
         tokenizer: Tokenizer,
-        device: jax.Device,
+        placement: Placement,
         kv_dtype: str,
         max_seq_len: int,
         adapters: Mapping[str, str] | None = None,
     ):
         self.config, self.params, self.tokenizer = config, params, tokenizer
-        self.device, self.kv_dtype, self.max_seq_len = device, kv_dtype, max_seq_len
+        self.placement, self.kv_dtype, self.max_seq_len = placement, kv_dtype, max_seq_len
         self.adapters = dict(adapters or {})
-        self.programs = Programs(device)
+        self.programs = Programs(placement)
         self.load_s = 0.0
         self.step_seconds = 0.0
         self._fingerprint = ""
@@ -50,22 +50,22 @@ class Runtime:
         config, size = self.config, readable_bytes(memory.nbytes(self.params))
         return (
             f"<Model {config.architecture}, {config.num_layers} layers, {size}, {config.dtype}, context {self.max_seq_len:,}, "
-            f"{self.device}>"
+            f"{self.placement}>"
         )
 
     def new_cache(self, num_pages: int) -> KVCache | DecodeState:
         """An empty cache of `num_pages` pages of 16 tokens on the device. Raises OutOfMemoryError if it does not fit."""
         tokens = num_pages * PAGE
-        size = memory.nbytes(memory.abstract_state(self.config, num_pages, PAGE, self.kv_dtype, target_of(self.device)))
+        size = memory.nbytes(memory.abstract_state(self.config, num_pages, PAGE, self.kv_dtype, self.placement))
         count = f"the KV cache for {tokens:,} tokens ({shown_dtype(self.kv_dtype)}) takes {readable_bytes(size)}"
-        memory.require(size, self.device, count)
-        with jax.default_device(self.device), memory.explained(self.device, lambda: count):
+        memory.require(size, self.placement, count)
+        with self.placement.as_default(), memory.explained(self.placement, lambda: count):
             return new_cache(self.config, num_pages=num_pages, page_size=PAGE, dtype=self.kv_dtype)
 
     def room(self) -> int:
         """The longest row that is offered by default, in tokens: the context, or as much of it as fits its keys and values into
         a quarter of the free memory."""
-        limit = memory.device_limit(self.device)
+        limit = memory.limit(self.placement)
         fitting = limit.free // 4 // bytes_per_token(self.config, self.kv_dtype) if limit else self.max_seq_len
         return max(1, min(self.max_seq_len, fitting))
 
@@ -85,7 +85,7 @@ class Runtime:
         digest = hashlib.blake2b(repr((self.config, self.adapters)).encode(), digest_size=16)
         for leaf in jax.tree.leaves(self.params):
             digest.update(f"{leaf.shape} {leaf.dtype}".encode())
-            leaf = np.asarray(leaf) if self.device.platform == "cpu" else leaf  # no copy, no program
+            leaf = np.asarray(leaf) if self.placement.platform == "cpu" else leaf  # no copy, no program
             digest.update(np.asarray(leaf[(0,) * (leaf.ndim - 1)][:64] if leaf.ndim else leaf).tobytes())
         self._fingerprint = f"{self.config.architecture} {self.config.dtype} {digest.hexdigest()}"
         return self._fingerprint

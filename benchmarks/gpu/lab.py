@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.gpu.sizes import Sizes
+from ferrum_jax.distributed import Placement
 from ferrum_jax.programs import COMPILER_OPTIONS, Programs
 from pallas_kernels import aot, dispatch
 
@@ -60,7 +61,7 @@ class Lab:
         self.sizes, self.device, self.rehearsal = sizes, device, rehearsal
         self.target = target or dispatch.target_of(device)
         self.collecting = device is None
-        self.programs = None if device is None else Programs(device)
+        self.programs = None if device is None else Programs(Placement.of(device))
         self.collected: dict[Any, tuple[Program, Any]] = {}
         self.compiled: Callable[[], Any] = lambda: None
         self._options: dict[str, Any] = {}
@@ -114,7 +115,7 @@ class Lab:
         package, before = COMPILER_OPTIONS.get(platform), (self.programs, self._options)
         COMPILER_OPTIONS[platform], self._options = (package or {}) | options, options
         if self.device is not None:
-            self.programs = Programs(self.device)
+            self.programs = Programs(Placement.of(self.device))
         try:
             yield
         finally:

@@ -16,15 +16,13 @@ import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from pallas_kernels import dispatch
-
-T = TypeVar("T")
 
 AXES = ("data", "expert", "tensor")  # of meshes: rows of a batch, whole experts, parts of a layer
 RULES: Mapping[str, tuple[str, ...]] = MappingProxyType(
@@ -170,7 +168,7 @@ class Placement:
 
         return jax.tree.map(place, tree, axes)
 
-    def put(self, tree: T) -> T:
+    def put(self, tree: Any) -> Any:
         """The arrays of a pytree on every device."""
         return jax.device_put(tree, self.replicated)
 

@@ -25,9 +25,8 @@ from ferrum_jax.engine.sequence import Dispatch, Extras, Sequence
 from ferrum_jax.runtime import Runtime
 from ferrum_jax.sampling import Sampling
 from ferrum_jax.sampling_params import MAX_BIAS, SamplingParams
-from ferrum_jax.state import DecodeState, bytes_per_state, copy_places, grow, new_state, page_kinds, read_places, write_places
+from ferrum_jax.state import DecodeState, copy_places, grow, page_kinds, read_places, write_places
 from ferrum_jax.units import readable_bytes
-from pallas_kernels.dispatch import target_of
 
 _COPIES = 8  # places of each part of one copy
 _HOST_CACHE_BYTES = 1 << 30  # KV cache on a CPU at most, where the user does not say
@@ -55,7 +54,7 @@ class Device:
         self.state: Any = None
         self.slots: Any = None
         with self._room(self.pages):
-            self.state = new_state(self.model.config, **self._state_sizes(self.pages))
+            self.state = self.model.placement.zeros(self.abstract_state(self.pages))
             sampling = self._sampling([], self.config.max_seqs)
             self.slots = self.model.programs.run(steps.new_slots, sampling, **self._slot_sizes())
 
@@ -138,7 +137,7 @@ class Device:
     def abstract_state(self, pages: int = 1) -> DecodeState:
         """The state as `jax.ShapeDtypeStruct`s, with `pages` pages in the largest pool."""
         sizes = self._state_sizes(pages)
-        return memory.abstract_state(self.model.config, target=target_of(self.model.device), **sizes)
+        return memory.abstract_state(self.model.config, placement=self.model.placement, **sizes)
 
     # Inside
 
@@ -176,11 +175,11 @@ class Device:
     @contextlib.contextmanager
     def _room(self, pages: int) -> Iterator[None]:
         """A block that makes a state of `pages` pages; OutOfMemoryError, which counts it, where it does not fit."""
-        size, device = memory.nbytes(self.abstract_state(pages)), self.model.device
+        size, placement = memory.nbytes(self.abstract_state(pages)), self.model.placement
         tokens = pages * self.config.page_size
         count = f"a KV cache of {pages:,} pages ({tokens:,} tokens, {self.kv_dtype}) takes {readable_bytes(size)}"
-        memory.require(size, device, count)
-        with jax.default_device(device), memory.explained(device, lambda: count):
+        memory.require(size, placement, count)
+        with placement.as_default(), memory.explained(placement, lambda: count):
             yield
 
     def _placed(self, dispatch: Dispatch, count: int) -> tuple:
@@ -193,12 +192,13 @@ class Device:
             for i, row in enumerate(dispatch.rows):
                 rows[i], table[:, i], ends[i] = row.slot, row.held.table, row.sequence.limit
             arrays = rows, table.reshape(-1, table.shape[2]), ends
-            self._placed_key, self._arrays = key, jax.device_put(arrays, self.model.device)
+            self._placed_key, self._arrays = key, self.model.placement.put(arrays)
         return self._arrays
 
     def _compile(self, bucket: Bucket | str, pages: int) -> Callable:
         programs, config = self.model.programs, self.model.config
         state, slots = self.abstract_state(pages), jax.eval_shape(self._new_slots)
+        slots = self.model.placement.placed(slots, slots.axes)
         if bucket == "admit":
             return programs.get(steps.admit, slots, jax.eval_shape(self._example), donate=(0,))
         if bucket == "copy":
@@ -276,18 +276,18 @@ def _arrays(places: list[list[int]]) -> tuple[np.ndarray, ...]:
 def choose_num_pages(model: Runtime, config: EngineConfig) -> int:
     """Pages for `max_seqs` sequences of the longest context, or as many as there is memory for; at least one sequence's."""
     dtype = config.kv_dtype or model.kv_dtype  # first: an embedding model refuses here
-    kinds = page_kinds(model.config)
-    windows = [kind.window for kind in kinds]
-    sizes = [config.page_size * kind.bytes_per_token(dtype) for kind in kinds]
+    windows = [kind.window for kind in page_kinds(model.config)]
+    one = memory.abstract_state(model.config, 1, config.page_size, dtype, model.placement)
+    sizes = [memory.nbytes(pool) for pool in one.pools]
 
     def nbytes(pages: int) -> int:
         return sum(map(operator.mul, sizes, pool_sizes(windows, pages, config)))
 
     context = -(-model.max_seq_len // config.page_size)
-    limit = memory.device_limit(model.device)
+    limit = memory.limit(model.placement)
     most = _HOST_CACHE_BYTES
-    if model.device.platform != "cpu" and limit is not None:
+    if model.placement.platform != "cpu" and limit is not None:
         most = int(limit.free * _FREE_FRACTION)
-    most -= config.num_states * bytes_per_state(model.config)
+    most -= config.num_states * memory.nbytes(one.recurrent)
     fitting = bisect.bisect(range(1, config.max_seqs * context + 1), most, key=nbytes)
     return max(1, min(config.max_seqs * context, max(fitting, min(context, 64))))

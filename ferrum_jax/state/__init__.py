@@ -11,6 +11,7 @@ from ferrum_jax.state.decode_state import (
     new_cache,
     new_state,
     read_places,
+    state_axes,
     write_places,
 )
 from ferrum_jax.state.kinds import PageKind, RecurrentKind, kind_names, page_kinds, recurrent_kinds
@@ -33,5 +34,6 @@ __all__ = [
     "page_kinds",
     "read_places",
     "recurrent_kinds",
+    "state_axes",
     "write_places",
 ]

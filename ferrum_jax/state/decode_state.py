@@ -17,7 +17,8 @@ from jax.typing import DTypeLike
 
 from ferrum_jax import checks
 from ferrum_jax.config import ModelConfig
-from ferrum_jax.state.kinds import page_kinds, recurrent_kinds
+from ferrum_jax.distributed import Axis
+from ferrum_jax.state.kinds import RecurrentKind, page_kinds, recurrent_kinds
 from ferrum_jax.units import shown_dtype
 from pallas_kernels.paged_attention import KV_DTYPES, KVCache
 
@@ -120,6 +121,23 @@ def new_state(
         for kind in recurrent_kinds(config)
     )
     return DecodeState(tuple(pools), tuple(recurrent))
+
+
+def state_axes(config: ModelConfig, state: DecodeState) -> DecodeState:
+    """What the dimensions of a state's arrays are: a state of tuples of `Axis`. K and V of a head stay together; scales are
+    those of each device's own heads, one device's after the other's."""
+    layer, rows = Axis("layer"), Axis("row")
+
+    def of_pool(pool: KVCache) -> KVCache:
+        pages: Any = (layer, Axis("page"), rows, Axis("kv_heads", 2), Axis("head"))
+        scales: Any = (layer, Axis("page"), Axis("kv_heads", 2 * pool.page_size))
+        return KVCache(pages, None if pool.scales is None else scales, pool.dtype)
+
+    def of_array(kind: RecurrentKind, name: str, shape: tuple[int, ...]) -> Any:
+        return layer, Axis("state"), *map(Axis, dict(kind.axes).get(name, ("row",) * len(shape)))
+
+    recurrent = ({name: of_array(kind, name, shape) for name, shape in kind.kept} for kind in recurrent_kinds(config))
+    return DecodeState(tuple(map(of_pool, state.pools)), tuple(recurrent))
 
 
 def bytes_per_state(config: ModelConfig) -> int:

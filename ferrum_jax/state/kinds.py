@@ -25,10 +25,12 @@ class PageKind(NamedTuple):
 
 
 class RecurrentKind(NamedTuple):
-    """Layers that recur and keep the same state, in order; `kept`: names and shapes of float32 arrays."""
+    """Layers that recur and keep the same state, in order; `kept`: names and shapes of float32 arrays; `axes`: names and axes
+    of the arrays that devices may share."""
 
     layers: tuple[int, ...]
     kept: tuple[tuple[str, tuple[int, ...]], ...]
+    axes: tuple[tuple[str, tuple[str, ...]], ...]
 
     @property
     def bytes_per_state(self) -> int:
@@ -51,8 +53,9 @@ def recurrent_kinds(config: ModelConfig) -> tuple[RecurrentKind, ...]:
     groups: dict[tuple, list[int]] = {}
     for number, layer in enumerate(config.layers):
         if isinstance(layer.mixer, Recurrent):
-            groups.setdefault(tuple(layer.mixer.kept.items()), []).append(number)
-    return tuple(RecurrentKind(tuple(numbers), kept) for kept, numbers in groups.items())
+            kind = tuple(layer.mixer.kept.items()), tuple(layer.mixer.kept_axes.items())
+            groups.setdefault(kind, []).append(number)
+    return tuple(RecurrentKind(tuple(numbers), *kind) for kind, numbers in groups.items())
 
 
 def kind_names(kinds: tuple[PageKind, ...]) -> list[str]:

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
+from ferrum_jax.distributed.placement import Axis, Cuts, Placement
 from ferrum_jax.errors import ModelFileError
 from ferrum_jax.files.tensor_info import TensorInfo
 from ferrum_jax.quantized import LayerStack, QuantizedTensor
@@ -25,7 +27,6 @@ from ferrum_jax.weights.source import ModelSource
 from pallas_kernels.blocks import format_of
 from pallas_kernels.blocks.layouts import LAYOUTS, choose
 from pallas_kernels.blocks.ordered import SUFFIX
-from pallas_kernels.dispatch import Target, target_of
 
 Progress = Callable[[int, int | None, str], None]
 _READERS = 2  # threads
@@ -33,104 +34,155 @@ _ALIGNMENT = 64  # bytes; what the CPU backend asks for to take over a buffer as
 _LEAST_FACTOR = 0.01  # of a rotary frequency: less, and angles of far positions are no numbers
 
 
-def read_parameters(source: ModelSource, parameters: Parameters, device: jax.Device, progress: Progress | None = None) -> dict:
-    """The parameter tree of `models.Decoder` or `models.bert`, on the device. `progress(done_bytes, total_bytes, text)` is
+def read_parameters(
+    source: ModelSource, parameters: Parameters, placement: Placement, progress: Progress | None = None
+) -> dict:
+    """The parameter tree of `models.Decoder` or `models.bert`, in its place. `progress(done_bytes, total_bytes, text)` is
     called as it goes. Raises `ModelFileError` for a norm or bias that is not plain numbers, or a file that ends early."""
     for tensor in (*parameters.whole.values(), *(t for ts in parameters.stacked.values() for t in ts if t)):
         if len(tensor.shape) == 1 and tensor.format not in ("F32", "F16", "BF16"):
             raise ModelFileError(f"{source.path}: tensor {tensor.name}: {tensor.format} where plain numbers are expected")
-    return _tree(parameters, _Reader(source, parameters.rows, device, progress).fill, target_of(device))
+    reader = _Reader(source, parameters.rows, placement, progress)
+    with placement.as_default():
+        return _tree(parameters, placement, reader.fill)
 
 
-def abstract_parameters(parameters: Parameters, target: Target) -> dict:
-    """The tree of `read_parameters` for a device of the kind `target`, as `jax.ShapeDtypeStruct`s: nothing is read."""
-    return _tree(parameters, lambda path, tensors, stack: stack, target)
+def abstract_parameters(parameters: Parameters, placement: Placement) -> dict:
+    """The tree of `read_parameters` as `jax.ShapeDtypeStruct`s with shardings: nothing is read."""
+    return _tree(parameters, placement, lambda path, tensors, stack, cuts: stack)
 
 
-Maker = Callable[[Path, Sequence[TensorInfo], QuantizedTensor], QuantizedTensor]
+Maker = Callable[[Path, Sequence[TensorInfo], QuantizedTensor, Cuts], QuantizedTensor]
 
 
-def _tree(parameters: Parameters, make: Maker, target: Target) -> dict:
-    """Every parameter, made by `make(path, tensors of one format, their stack as shapes)`."""
+def _tree(parameters: Parameters, placement: Placement, make: Maker) -> dict:
+    """Every parameter, made by `make(path, tensors of one format, what it is as shapes, how each tensor is cut)`."""
+    shapes = _Shapes(parameters, placement)
+
+    def made(path: Path, tensors: Sequence[TensorInfo], stack: tuple[int, ...]) -> QuantizedTensor:
+        cuts = shapes.cuts(tensors[0])
+        return make(path, tensors, shapes.of(path, tensors[0], stack, cuts), cuts)
+
     tree: dict = {}
     for path, tensor in parameters.whole.items():
-        looked_up = path == ("embedding",) and ("unembedding",) in parameters.whole
-        whole = make(path, [tensor], _stack(path, [tensor], target, kernels=not looked_up))
-        planes = tuple(_without_first_axis(plane) for plane in whole.planes)
-        tree[path[0]] = planes[0] if len(tensor.shape) == 1 else dataclasses.replace(whole, planes=planes)
+        whole = made(path, [tensor], ())
+        tree[path[0]] = whole.planes[0] if len(tensor.shape) == 1 else whole
     layers: dict = {}
     for path, tensors in parameters.stacked.items():
-        kinds = kinds_of(tensors)
-        stacks = {}
-        for kind in sorted(set(kinds) - {""}):
-            members = [t for t, own in zip(tensors, kinds, strict=True) if t and own == kind]
-            stacks[kind] = make(path, members, _stack(path, members, target, kernels=True))
         node = layers
         for name in path[:-1]:
             node = node.setdefault(name, {})
-        node[path[-1]] = LayerStack(stacks, kinds)
+        stacks = {kind: made(path, members, (len(members),)) for kind, members in _kinds(tensors).items()}
+        node[path[-1]] = LayerStack(stacks, kinds_of(tensors))
     tree["layers"] = layers
     return tree
 
 
-def _stack(path: Path, tensors: Sequence[TensorInfo], target: Target, *, kernels: bool) -> QuantizedTensor:
-    """Tensors of one shape and format, stacked, in the layout that the kernels of the target read: shapes alone."""
-    format, shape = kept_format(tensors[0]), tensors[0].shape
-    if len(shape) == 1:
-        plane: Any = jax.ShapeDtypeStruct((len(tensors), *shape), format_of(format).storage)
-        return QuantizedTensor((plane,), format, "ggml", shape)
-    *experts, rows, columns = shape
-    layout = choose(format, rows, columns, target) if kernels else "ggml"
-    layout += SUFFIX if tensors[0].order else ""
-    planes: Any = (
-        jax.ShapeDtypeStruct((len(tensors), *experts, *plane.shape), plane.dtype)
-        for plane in LAYOUTS[layout].plane_shapes(format, rows, columns)
-    )
-    return QuantizedTensor(tuple(planes), format, layout, (rows, columns))
+def _kinds(tensors: Sequence[TensorInfo | None]) -> dict[str, list[TensorInfo]]:
+    """The tensors of a parameter by what makes them one stack."""
+    kinds = kinds_of(tensors)
+    return {kind: [t for t, own in zip(tensors, kinds, strict=True) if t and own == kind] for kind in sorted(set(kinds) - {""})}
 
 
-def _without_first_axis(plane: Any) -> Any:
-    if isinstance(plane, jax.ShapeDtypeStruct):
-        return jax.ShapeDtypeStruct(plane.shape[1:], plane.dtype)
-    if plane.device.platform == "cpu":  # by way of NumPy, which shares the memory: JAX would copy
-        return jax.device_put(np.asarray(plane).reshape(plane.shape[1:]), plane.device)
-    return plane.reshape(plane.shape[1:])
+class _Shapes:
+    """Which planes the parameters have, and where.
+
+    An axis is cut alike in all tensors that have it, or in none: its runs are the least that all of them can be cut into. So
+    the rows of `up` are cut only where the columns of `down` can be, at the ends of blocks.
+    """
+
+    def __init__(self, parameters: Parameters, placement: Placement) -> None:
+        self.placement, self.axes = placement, parameters.axes
+        self.looked_up = [("embedding",)] if ("unembedding",) in parameters.whole else []
+        stacks = [(path, [tensor]) for path, tensor in parameters.whole.items()]
+        stacks += [(path, members) for path, ts in parameters.stacked.items() for members in _kinds(ts).values()]
+        self.runs: dict[tuple[str, int], int] = {}
+        for path, members in stacks:
+            *others, last = members[0].shape
+            for tensor in members:
+                for axis, size in zip(self.axes[tensor], tensor.shape, strict=True):
+                    self._together(axis.name, size, axis.run)
+            if others:
+                layout = self._layout(path, members[0], others[-1], last)
+                columns = last if members[0].order else LAYOUTS[layout].unit(kept_format(members[0]))
+                self._together(self.axes[members[0]][-1].name, last, columns)
+
+    def _together(self, name: str, size: int, run: int) -> None:
+        self.runs[name, size] = math.lcm(self.runs.get((name, size), 1), run)
+
+    def _layout(self, path: Path, tensor: TensorInfo, rows: int, columns: int) -> str:
+        return "ggml" if path in self.looked_up else _choose(kept_format(tensor), rows, columns, self.placement.target)
+
+    def cuts(self, tensor: TensorInfo) -> Cuts:
+        """How a tensor is cut."""
+        axes = zip(self.axes[tensor], tensor.shape, strict=True)
+        return self.placement.cuts([Axis(axis.name, self.runs[axis.name, size]) for axis, size in axes], tensor.shape)
+
+    def of(self, path: Path, tensor: TensorInfo, stack: tuple[int, ...], cuts: Cuts) -> QuantizedTensor:
+        """Tensors like this one, stacked, in the memory layout that the kernels of the target read: the planes of a matrix that
+        is cut are those of its parts, one after the other, so that each device has a matrix as the kernels know it."""
+        format = kept_format(tensor)
+
+        def placed(shape: Sequence[int], dtype: Any, cuts: Cuts) -> Any:
+            sharding = self.placement.over_cuts((*[()] * len(stack), *cuts))
+            return jax.ShapeDtypeStruct((*stack, *shape), dtype, sharding=sharding)
+
+        if len(tensor.shape) == 1:
+            return QuantizedTensor((placed(tensor.shape, format_of(format).storage, cuts),), format, "ggml", tensor.shape)
+        *experts, rows, columns = tensor.shape
+        parts = self.placement.parts(cuts)[-2:]
+        local = rows // parts[0], columns // parts[1]
+        layout = self._layout(path, tensor, *local) + (SUFFIX if tensor.order else "")
+        planes = []
+        for plane in LAYOUTS[layout].plane_shapes(format, *local):
+            along = LAYOUTS[layout].AXES if len(plane.shape) == 2 else (1,)
+            shape = [size * parts[axis] for size, axis in zip(plane.shape, along, strict=True)]
+            planes.append(placed((*experts, *shape), plane.dtype, (*cuts[:-2], *(cuts[-2:][axis] for axis in along))))
+        return QuantizedTensor(tuple(planes), format, layout, (rows, columns))
+
+
+_choose = functools.cache(choose)  # for a TPU it traces the packing
 
 
 class _Reader:
     def __init__(
-        self, source: ModelSource, rows: Mapping[TensorInfo, np.ndarray], device: jax.Device, progress: Progress | None
+        self, source: ModelSource, rows: Mapping[TensorInfo, np.ndarray], placement: Placement, progress: Progress | None
     ) -> None:
-        self.source, self.rows, self.device, self.progress = source, rows, device, progress
+        self.source, self.rows, self.placement, self.progress = source, rows, placement, progress
         self.done = 0
 
-    def fill(self, path: Path, tensors: Sequence[TensorInfo], stack: QuantizedTensor) -> QuantizedTensor:
-        """The stack with the tensors' contents, on the device."""
-        format = format_of(stack.format)
-        shape = (*tensors[0].shape[:-1], format.stored_width(tensors[0].shape[-1]))
+    def fill(self, path: Path, tensors: Sequence[TensorInfo], stack: QuantizedTensor, cuts: Cuts) -> QuantizedTensor:
+        """The stack with the tensors' contents, in its place."""
         layout = stack.memory_layout.removesuffix(SUFFIX)
-        if self.device.platform == "cpu" and layout == "ggml":
-            buffer = _aligned_empty((len(tensors), *shape), format.storage)
+        places = stack.planes[:-1] if tensors[0].order else stack.planes
+        planes: tuple[jax.Array, ...]
+        if self.placement.platform == "cpu" and layout == "ggml":
+            buffer = _aligned_empty((len(tensors), *_stored_shape(tensors[0])), format_of(stack.format).storage)
             with ThreadPoolExecutor(_READERS) as pool:  # half of the time is the kernel's, for fresh memory
                 for tensor, _ in zip(tensors, pool.map(functools.partial(self._read, path), tensors, buffer), strict=True):
                     self._count(tensor)
-            planes: tuple[jax.Array, ...] = (jax.device_put(buffer, self.device),)
+            planes = (jax.device_put(buffer.reshape(places[0].shape), places[0].sharding),)
+        elif len(places[0].shape) == len(tensors[0].shape):  # not a stack
+            planes = self._packed(path, tensors[0], layout, places, cuts)
         else:
-            with jax.default_device(self.device):
-                shapes = stack.planes[:-1] if tensors[0].order else stack.planes
-                planes = tuple(jnp.zeros(plane.shape, plane.dtype) for plane in shapes)
+            planes = self.placement.zeros(places)
             for i, tensor in enumerate(tensors):
-                if layout != "ggml" and (packed := self.source.packed(tensor, layout)) is not None:
-                    planes = _put_packed(planes, jax.device_put(packed, self.device), i)
-                    self._count(tensor)
-                else:
-                    place = np.empty(shape, format.storage)
-                    self._read(path, tensor, place)
-                    self._count(tensor)
-                    planes = _put(planes, jax.device_put(place, self.device), i, stack.format, layout)
+                planes = _put(planes, self._packed(path, tensor, layout, places, cuts), i)
         if tensors[0].order:
-            planes = (*planes, jax.device_put(self._orders(tensors), self.device))
+            orders = stack.planes[-1]
+            planes = (*planes, jax.device_put(self._orders(tensors).reshape(orders.shape), orders.sharding))
         return dataclasses.replace(stack, planes=planes)
+
+    def _packed(self, path: Path, tensor: TensorInfo, layout: str, places: Sequence[Any], cuts: Cuts) -> tuple[jax.Array, ...]:
+        """The planes of one tensor, packed on the device that each part is on. places: of the planes of its stack."""
+        if layout != "ggml" and not any(cuts) and (packed := self.source.packed(tensor, layout)) is not None:
+            self._count(tensor)
+            return self.placement.put(packed)
+        stored = np.empty(_stored_shape(tensor), format_of(kept_format(tensor)).storage)
+        self._read(path, tensor, stored)
+        self._count(tensor)
+        parts = jax.device_put(stored, self.placement.over_cuts(cuts))
+        return _packer(kept_format(tensor), layout, stored.ndim, parts.sharding, tuple(p.sharding for p in places))(parts)
 
     def _orders(self, tensors: Sequence[TensorInfo]) -> np.ndarray:
         """int32 [layers, *experts, columns]: the order of each matrix's columns."""
@@ -159,17 +211,26 @@ class _Reader:
             self.progress(self.done, self.source.tensor_bytes, "loading")
 
 
-@functools.partial(jax.jit, donate_argnums=0, static_argnums=(3, 4))
-def _put(planes: tuple[jax.Array, ...], stored: jax.Array, i: int, format: str, layout: str) -> tuple[jax.Array, ...]:
-    """Packs one tensor's blocks [*experts, rows, width] into place i of its stack."""
-    pack = functools.partial(LAYOUTS[layout].pack, format=format)
-    for _ in stored.shape[:-2]:  # experts one after the other: a tenth of the time to compile, and no temporaries
+def _stored_shape(tensor: TensorInfo) -> tuple[int, ...]:
+    """[*experts, rows, width]: of a tensor's blocks, or numbers."""
+    return (*tensor.shape[:-1], format_of(kept_format(tensor)).stored_width(tensor.shape[-1]))
+
+
+@functools.cache
+def _packer(format: str, layout: str, rank: int, parts: Sharding, places: tuple[Sharding, ...]) -> Callable:
+    """Packs blocks [*experts, rows, width] of `rank` dimensions into planes: each device its own part."""
+    pack: Callable = functools.partial(LAYOUTS[layout].pack, format=format)
+    for _ in range(rank - 2):  # experts one after the other: a tenth of the time to compile, and no temporaries
         pack = functools.partial(jax.lax.map, pack)
-    return _put_packed(planes, pack(stored), i)
+    if isinstance(parts, NamedSharding):
+        specs = tuple(PartitionSpec(*tuple(place.spec)[-rank:]) for place in places if isinstance(place, NamedSharding))
+        pack = jax.shard_map(pack, mesh=parts.mesh, in_specs=parts.spec, out_specs=specs, check_vma=False)
+    return jax.jit(pack)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _put_packed(planes: tuple[jax.Array, ...], parts: tuple[jax.Array, ...], i: int) -> tuple[jax.Array, ...]:
+def _put(planes: tuple[jax.Array, ...], parts: tuple[jax.Array, ...], i: int) -> tuple[jax.Array, ...]:
+    """Puts the planes of one tensor into place i of its stack."""
     return tuple(jax.lax.dynamic_update_index_in_dim(a, b, i, 0) for a, b in zip(planes, parts, strict=True))
 
 

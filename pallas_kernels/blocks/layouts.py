@@ -1,8 +1,8 @@
 """How compressed matrices are arranged in the memory of a device.
 
 A memory layout is a module: `fits` says whether it can hold a matrix, `pack` makes its planes from the blocks of a file (on the
-device, while loading), and `decode` turns them into exact float32. `unit` is how many weights of a row can be packed without the
-rest of it; AXES are the axes of a plane along the rows of the matrix and along its columns. The kernels of a target read one
+device, while loading), and `decode` turns them into exact float32. `unit` is how many weights of a row can be packed without
+the rest of it; AXES are the axes of a plane along the rows and along the columns of the matrix. A target's kernels read one
 layout; plain XLA reads all of them, through `unpack_rows`.
 """
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,7 +15,7 @@ from ferrum_jax.weights.gguf import open_gguf
 from ferrum_jax.weights.tied import same_numbers
 from support.directories import LLAMA, write
 from support.goldens import tiny_directories
-from support.patching import Fault, applied
+from support.patching import Fault, applied, in_folder
 from support.tiny_gguf import write_tiny_llama
 from unit.kernels import test_block_scales as block_scales
 from unit.weights import test_adapter_files as adapters
@@ -27,16 +25,6 @@ from unit.weights import test_directory_config as directory_config
 from unit.weights import test_families as families
 from unit.weights import test_schemes as schemes
 from unit.weights import test_tied as tied
-
-
-def in_folder(test: Callable, *arguments) -> Callable[[], None]:
-    """Runs the test with a separate folder."""
-
-    def guard() -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            test(*arguments, Path(folder))
-
-    return guard
 
 
 def one_bit_of_the_output(folder: Path) -> None:

@@ -14,6 +14,7 @@ import pytest
 
 from ferrum_jax import choice, functional, sampling
 from ferrum_jax.config import Rope, RopeScaling
+from ferrum_jax.distributed import Placement
 from ferrum_jax.engine import EngineConfig, steps
 from ferrum_jax.engine.device import Bucket, Device
 from ferrum_jax.engine.ledger import Held
@@ -128,7 +129,7 @@ def rows_of_padding_have_no_slot():
             return program
 
     model = Model()
-    model.params, model.device = None, jax.devices()[0]
+    model.params, model.placement = None, Placement.of()
     device = Recorder(model, EngineConfig(num_pages=4, max_seqs=9, token_budget=20), [4], 48)
     sequence = Sequence(0, [1, 2, 3], 3, 9)
     held = Held(1, 3)

@@ -10,8 +10,10 @@ import __future__
 
 import contextlib
 import inspect
+import tempfile
 import textwrap
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import CodeType
 from typing import Any, NamedTuple
 
@@ -24,6 +26,16 @@ class Fault(NamedTuple):
     ours: str
     theirs: str
     guard: Callable[[], Any]
+
+
+def in_folder(test: Callable, *arguments: Any) -> Callable[[], None]:
+    """The test with a folder of its own, its last argument."""
+
+    def guard() -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            test(*arguments, Path(folder))
+
+    return guard
 
 
 @contextlib.contextmanager

@@ -21,6 +21,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 
 from ferrum_jax import functional as F
 from ferrum_jax import headers
+from ferrum_jax.distributed import Placement
 from ferrum_jax.engine import steps as engine
 from ferrum_jax.loading import auto_dtype
 from ferrum_jax.programs import COMPILER_OPTIONS
@@ -48,7 +49,7 @@ def main(target: str) -> None:
     if target in SHORTER:
         shorten(header, SHORTER[target])
     config = dataclasses.replace(header.config(), dtype=auto_dtype(kind))
-    params = abstract_parameters(parameters(header, config), kind)
+    params = abstract_parameters(parameters(header, config), Placement.abstract(kind))
     report = {"dtype": config.dtype, "hidden": config.hidden_size, "vocab": config.vocab_size, "steps": {}}
     report["top_k"], report["width"] = config.experts_per_token, config.expert_intermediate_size
     report["q_width"] = config.num_heads * config.head_dim
@@ -88,7 +89,7 @@ def engine_steps(target: str, config, header):
     """The memory of the engine's steps, with four layers: (name, bytes)."""
     kind = aot.TARGETS[target].target
     config = dataclasses.replace(config, dtype=auto_dtype(kind))
-    params = abstract_parameters(parameters(header, config), kind)
+    params = abstract_parameters(parameters(header, config), Placement.abstract(kind))
     slots, pages, rows = 32, 128, 8
     with dispatch.on(kind):
         sizes = {"pages": slots * pages, "page_size": 16, "dtype": config.dtype}

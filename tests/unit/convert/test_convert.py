@@ -1,5 +1,6 @@
 """Converted and quantized models: they load unchanged, are written completely or not at all, and errors give names."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -13,6 +14,7 @@ import pytest
 
 import ferrum_jax as fj
 from ferrum_jax.convert import convert
+from ferrum_jax.distributed import Placement
 from ferrum_jax.loading import check, validate
 from ferrum_jax.weights import stream
 from ferrum_jax.weights.opening import open_model
@@ -189,16 +191,16 @@ def test_orbax_back_to_gguf(original: Path, saved: Path, tmp_path: Path):
 def test_a_device_layout_is_stored_and_repacked(tmp_path: Path, monkeypatch, target: Target):
     """Written for another device: read in that layout, and repacked for this one."""
     path = write_tiny_llama(tmp_path / "model.gguf", tensor_type="Q8_0", **WIDE | {"ffn": 384})
+    there = dataclasses.replace(Placement.of(), target=target)
     with monkeypatch.context() as patch:
-        patch.setattr(stream, "target_of", lambda device: target)
+        patch.setattr(Placement, "of", lambda device=None: there)
         patch.setattr("ferrum_jax.weights.orbax._SPLIT_BYTES", 1000)  # a file for each layer, as large models have
         out = convert(path, tmp_path / "packed", to="orbax")
         with open_model(out) as model, open_model(path) as file:
             assert len(model.parts) > 3 * 7
             layouts = {model.memory_layout(info) for info in model.tensors.values()}
             assert layouts == {target.platform, "ggml"}
-            device = fj.load(path, dtype="float32").device
-            both = [stream.read_parameters(source, check(source)[1], device) for source in (file, model)]
+            both = [stream.read_parameters(source, check(source)[1], there) for source in (file, model)]
     import jax
 
     assert jax.tree.structure(both[0]) == jax.tree.structure(both[1])

@@ -363,7 +363,7 @@ def unlike(model, *windows):
             for name, shape in shapes.items()
         }}  # fmt: skip
     config, runtime = dataclasses.replace(model.config, layers=layers), model._runtime
-    return type(model)(config, params, model.tokenizer, runtime.device, runtime.kv_dtype, 25)
+    return type(model)(config, params, model.tokenizer, runtime.placement, runtime.kv_dtype, 25)
 
 
 def sampled(dice: random.Random) -> fj.SamplingParams:

@@ -7,9 +7,9 @@ import jax
 
 from ferrum_jax import memory, state
 from ferrum_jax.config import ModelConfig
+from ferrum_jax.distributed import Placement
 from ferrum_jax.engine import EngineConfig, device
 from ferrum_jax.engine.ledger import pool_sizes
-from pallas_kernels.dispatch import Target
 from support.random_models import DENSE
 from support.recurrent_toy import Toy
 
@@ -27,19 +27,19 @@ def test_every_kind_of_state_is_counted():
     assert state.bytes_per_token(config, "float32") == 3 * token and state.bytes_per_state(config) == 4 * (5 + 2 * 5)
     sizes = pool_sizes([kind.window for kind in state.page_kinds(config)], 100, engine)
     assert sizes == [100, 2 * (2 + 2)]  # 8 + 16 tokens in two pages, and two at the borders
-    whole = memory.abstract_state(config, sizes, 16, "float32", Target("cpu"), engine.num_states)
+    whole = memory.abstract_state(config, sizes, 16, "float32", Placement.of(), engine.num_states)
     assert memory.nbytes(whole) == 16 * token * (100 + 2 * 8) + (2 + 3) * state.bytes_per_state(config)
 
 
 def test_pages_are_chosen_for_all_pools_together(monkeypatch):
     config, engine = unlike(), EngineConfig(max_seqs=2, token_budget=16)
-    model = SimpleNamespace(config=config, kv_dtype="float32", max_seq_len=4096, device=jax.devices("cpu")[0])
+    model = SimpleNamespace(config=config, kv_dtype="float32", max_seq_len=4096, placement=Placement.of(jax.devices("cpu")[0]))
     room = 1 << 22
     monkeypatch.setattr(device, "_HOST_CACHE_BYTES", room)
     pages = device.choose_num_pages(model, engine)
 
     def needed(pages: int) -> int:
         sizes = pool_sizes([kind.window for kind in state.page_kinds(config)], pages, engine)
-        return memory.nbytes(memory.abstract_state(config, sizes, 16, "float32", Target("cpu"), engine.num_states))
+        return memory.nbytes(memory.abstract_state(config, sizes, 16, "float32", Placement.of(), engine.num_states))
 
     assert 64 < pages < 2 * 256 and needed(pages) <= room < needed(pages + 1)

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 
 import ferrum_jax as fj
 from ferrum_jax.loading import auto_dtype
@@ -183,12 +184,25 @@ def test_a_growing_conversation_meets_few_programs(model):
     assert len(shapes) == 1
 
 
+def test_a_mesh_of_one_device_is_that_device(path, model):
+    device = jax.devices()[0]
+    placed = fj.load(path, dtype="float32", mesh=Mesh([[device]], ("data", "tensor")))
+    assert placed.device is model.device is device
+    assert [leaf.sharding for leaf in jax.tree.leaves(placed.params)] == [
+        leaf.sharding for leaf in jax.tree.leaves(model.params)
+    ]
+    with pytest.raises(ValueError, match="device and mesh are both given"):
+        fj.load(path, mesh=Mesh([device], ("data",)), device=device)
+    with pytest.raises(ValueError, match="an axis 'batch'; the axes of a mesh are data, expert, tensor"):
+        fj.load(path, mesh=Mesh([device], ("batch",)))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"dtype": "int4"}, "dtype 'int4' is not supported"),
         ({"kv_dtype": "int3"}, "kv_dtype 'int3' is not supported"),
-        ({"mesh": object()}, "mesh= is not supported"),
+        ({"mesh": "expert=2"}, "mesh must be a jax.sharding.Mesh of one device, not 'expert=2'; more are not supported yet"),
         ({"device": "cpu"}, "must be a jax.Device"),
         ({"max_seq_len": 97}, "beyond the model's context of 96"),
         ({"max_seq_len": 1}, "at least 2"),

@@ -17,6 +17,7 @@ import ferrum_jax as fj
 from benchmarks.make_synthetic import SHAPES, list_tensors
 from ferrum_jax import headers, loading, memory, plan
 from ferrum_jax.cli import main
+from ferrum_jax.distributed import Placement
 from ferrum_jax.errors import ModelFileError, ModelNotFoundError, OutOfMemoryError
 from ferrum_jax.hub import huggingface
 from ferrum_jax.programs import Programs
@@ -88,7 +89,7 @@ def test_a_header_survives_json(path):
         read = headers.from_json(headers.to_json(file), Path("elsewhere.gguf"))
         config = file.config()
         assert read.config() == config
-        cpu = Target("cpu")
+        cpu = Placement.abstract(Target("cpu"))
         trees = [abstract_parameters(parameters(header, config), cpu) for header in (file, read)]
         assert jax.tree.leaves(trees[0]) == jax.tree.leaves(trees[1])
         assert jax.tree.structure(trees[0]) == jax.tree.structure(trees[1])
@@ -191,7 +192,7 @@ def test_what_a_decode_step_reads():
     """The arithmetic of the headline: 1.85 GB at one row, 110 of 128 experts at 32 rows; against the file's own table."""
     header = headers.bundled(QWEN)
     config = header.config()
-    params = abstract_parameters(parameters(header, config), Target("cpu"))
+    params = abstract_parameters(parameters(header, config), Placement.of())
     experts = sum(t.nbytes for t in header.tensors.values() if "_exps." in t.name)
     embedding = header.tensors["token_embd.weight"].nbytes
     others = sum(t.nbytes for t in header.tensors.values()) - experts - embedding
@@ -267,7 +268,8 @@ def test_dtypes_of_a_target():
 def test_kv_bytes_are_those_of_the_cache(kv_dtype):
     cache = new_cache(DENSE, num_pages=7, dtype=kv_dtype)
     for kind in ("cpu", "gpu", "tpu"):
-        assert memory.nbytes(memory.abstract_state(DENSE, 7, 16, kv_dtype, Target(kind))) == memory.nbytes(cache)
+        there = Placement.abstract(Target(kind))
+        assert memory.nbytes(memory.abstract_state(DENSE, 7, 16, kv_dtype, there)) == memory.nbytes(cache)
 
 
 def test_last():
@@ -443,7 +445,7 @@ def test_load_refuses_before_it_allocates(path, monkeypatch, capsys):
 
 def test_load_refuses_nothing_that_fits(path, monkeypatch):
     with open_gguf(path) as file:
-        need = memory.nbytes(abstract_parameters(parameters(file, file.config()), Target("cpu")))
+        need = memory.nbytes(abstract_parameters(parameters(file, file.config()), Placement.of()))
     for limit in (memory.Limit(need, 0, "just enough"), None):
         monkeypatch.setattr(memory, "device_limit", lambda device, limit=limit: limit)
         assert fj.load(path).memory()["parameters_total"] == need
@@ -461,7 +463,7 @@ def test_out_of_memory_in_a_program_says_the_count_first():
     def greedy(x, cache):
         return jnp.sort(jnp.broadcast_to(x, (1 << 50,))) * 2, cache
 
-    programs, cache = Programs(jax.devices("cpu")[0]), new_cache(DENSE, num_pages=4)
+    programs, cache = Programs(Placement.of(jax.devices("cpu")[0])), new_cache(DENSE, num_pages=4)
     with pytest.raises(
         OutOfMemoryError, match=r"^out of memory: the program takes .*KV cache 144.0 KiB.*GiB free of"
     ) as caught:

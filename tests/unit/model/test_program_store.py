@@ -13,10 +13,11 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from ferrum_jax import functional as F
 from ferrum_jax import program_store, programs
+from ferrum_jax.distributed import Placement
 from pallas_kernels import dispatch
 from support.random_models import DENSE, tiny_params
 
-DEVICE, DIRECTORY = jax.devices()[0], program_store.directory
+HERE, DIRECTORY = Placement.of(), program_store.directory
 
 
 @pytest.fixture
@@ -41,12 +42,12 @@ def read(runner, config=DENSE, length=5, format="Q8_0"):
 def untraced(monkeypatch):
     """A `Programs` that cannot compile."""
     monkeypatch.setattr(programs.jax, "jit", lambda *_, **__: pytest.fail("this program was traced"))
-    return programs.Programs(DEVICE)
+    return programs.Programs(HERE)
 
 
 @pytest.mark.slow
 def test_a_kept_program_is_neither_traced_nor_other(folder, monkeypatch):
-    fresh = read(programs.Programs(DEVICE))
+    fresh = read(programs.Programs(HERE))
     assert len(os.listdir(folder)) == 1
     runner = untraced(monkeypatch)
     kept = read(runner)
@@ -57,10 +58,10 @@ def test_a_kept_program_is_neither_traced_nor_other(folder, monkeypatch):
 @pytest.mark.slow
 def test_what_decides_a_program_is_in_its_name(folder, monkeypatch):
     runs = [
-        lambda: read(programs.Programs(DEVICE)),
-        lambda: read(programs.Programs(DEVICE), length=6),
-        lambda: read(programs.Programs(DEVICE), format="Q4_0"),
-        lambda: read(programs.Programs(DEVICE), dataclasses.replace(DENSE, rms_norm_eps=1e-5)),
+        lambda: read(programs.Programs(HERE)),
+        lambda: read(programs.Programs(HERE), length=6),
+        lambda: read(programs.Programs(HERE), format="Q4_0"),
+        lambda: read(programs.Programs(HERE), dataclasses.replace(DENSE, rms_norm_eps=1e-5)),
     ]
     for run in runs:
         run()
@@ -98,10 +99,10 @@ def test_a_program_compiled_again_is_kept_whole_beside_the_cache_of_xla(folder, 
         compilation_cache.reset_cache()
         for name, value in changes.items():
             jax.config.update(name, value)
-        fresh = read(programs.Programs(DEVICE))
+        fresh = read(programs.Programs(HERE))
         (path,) = folder.iterdir()
         path.unlink()
-        read(programs.Programs(DEVICE))
+        read(programs.Programs(HERE))
     finally:
         for name, value in before.items():
             jax.config.update(name, value)
@@ -111,13 +112,13 @@ def test_a_program_compiled_again_is_kept_whole_beside_the_cache_of_xla(folder, 
 
 
 def name(function=F.unembed):
-    return program_store.key(DEVICE, function, {}, ((4,),), (), None)
+    return program_store.key(HERE, function, {}, ((4,),), (), None)
 
 
 def test_some_programs_are_not_kept(folder, monkeypatch):
     assert name() == name() is not None
     assert name(read) is name(functools.partial(F.unembed)) is None
-    assert programs.Programs(DEVICE).run(functools.partial(jax.numpy.add, 1), np.ones(2, np.float32)).tolist() == [2, 2]
+    assert programs.Programs(HERE).run(functools.partial(jax.numpy.add, 1), np.ones(2, np.float32)).tolist() == [2, 2]
     with dispatch.record():
         assert name() is None
     monkeypatch.setattr(program_store, "directory", lambda: None)
@@ -142,32 +143,32 @@ def test_the_folder_is_that_of_the_compilation_cache(monkeypatch, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("content", [b"", b"\x80no pickle", None])
 def test_a_damaged_file_is_replaced(folder, content):
-    fresh = read(programs.Programs(DEVICE))
+    fresh = read(programs.Programs(HERE))
     (path,) = folder.iterdir()
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2] if content is None else content)
-    assert np.array_equal(read(programs.Programs(DEVICE))[0], fresh[0])
+    assert np.array_equal(read(programs.Programs(HERE))[0], fresh[0])
     assert path.stat().st_size > len(whole) // 2
 
 
 def test_a_folder_that_cannot_be_is_no_reason_to_fail(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(program_store, "directory", lambda: tmp_path / "file" / "programs")
-    assert np.isfinite(read(programs.Programs(DEVICE))[0]).all()
+    assert np.isfinite(read(programs.Programs(HERE))[0]).all()
 
 
 @pytest.mark.slow
 def test_those_unused_for_longest_make_room(folder, monkeypatch):
     for number, length in enumerate((3, 4, 5)):
-        read(programs.Programs(DEVICE), length=length)
+        read(programs.Programs(HERE), length=length)
         newest = max(folder.iterdir(), key=os.path.getmtime)
         os.utime(newest, (number, number))
     sizes = [path.stat().st_size for path in folder.iterdir()]
-    read(programs.Programs(DEVICE), length=3)  # used again: now the newest
+    read(programs.Programs(HERE), length=3)  # used again: now the newest
     monkeypatch.setattr(program_store, "_LIMIT", sum(sizes) + sizes[0] // 2)  # one too many
-    read(programs.Programs(DEVICE), length=6)
+    read(programs.Programs(HERE), length=6)
     untraced(monkeypatch)
     for length in (3, 5, 6):
-        read(programs.Programs(DEVICE), length=length)
+        read(programs.Programs(HERE), length=length)
     with pytest.raises(pytest.fail.Exception, match="traced"):
-        read(programs.Programs(DEVICE), length=4)
+        read(programs.Programs(HERE), length=4)

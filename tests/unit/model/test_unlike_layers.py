@@ -12,6 +12,7 @@ import pytest
 
 from ferrum_jax import functional as F
 from ferrum_jax.config import Attention, Dense, LayerSpec, Mixture, ModelConfig, Rope, RopeScaling
+from ferrum_jax.distributed import Placement
 from ferrum_jax.families.qwen3 import QWEN3
 from ferrum_jax.files.metadata import plain
 from ferrum_jax.models import decoder
@@ -197,7 +198,7 @@ def test_parameters_of_several_shapes_are_saved_and_read(tmp_path: Path) -> None
     orbax.save(tmp_path / "model", config, {}, params)
     with open_model(tmp_path / "model") as source:
         assert source.config() == config
-        again = read_parameters(source, parameter_table(source, config), jax.devices()[0])
+        again = read_parameters(source, parameter_table(source, config), Placement.of())
     query = again["layers"]["attention"]["query"]
     assert {kind: stack.shape for kind, stack in query.stacks.items()} == {
         "F32": (4, 64, 32), "F32 [128, 32]": (1, 128, 32), "F32 [32, 32]": (1, 32, 32), "F32 [96, 32]": (1, 96, 32)
@@ -243,7 +244,7 @@ def test_a_gguf_file_has_heads_and_widths_for_each_layer(tmp_path: Path) -> None
     write_gguf(tmp_path / "model.gguf", config, layers, embedding)
     with open_gguf(tmp_path / "model.gguf") as source:
         assert source.config() == config
-        params = read_parameters(source, parameter_table(source, config), jax.devices()[0])
+        params = read_parameters(source, parameter_table(source, config), Placement.of())
         keys = plain(QWEN3.to_gguf(config, "here"))
         assert QWEN3.read_gguf(keys, source.tensors, "here") == config
     tokens = rng.integers(0, VOCAB, 20).astype(np.int32)

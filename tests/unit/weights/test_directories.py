@@ -303,13 +303,14 @@ def test_a_header_survives_json(tmp_path: Path) -> None:
     import jax
 
     from ferrum_jax import headers
+    from ferrum_jax.distributed import Placement
     from ferrum_jax.weights.names import parameters
     from ferrum_jax.weights.stream import abstract_parameters
-    from pallas_kernels.dispatch import Target
 
     with open_model(write(GPTQ, tmp_path / "gptq")) as model:
         read = headers.from_json(headers.to_json(model), Path("elsewhere"))
         assert read.config() == model.config()
-        trees = [abstract_parameters(parameters(header, read.config()), Target("cpu")) for header in (model, read)]
+        here = Placement.of()
+        trees = [abstract_parameters(parameters(header, read.config()), here) for header in (model, read)]
         assert jax.tree.leaves(trees[0]) == jax.tree.leaves(trees[1])
         assert jax.tree.structure(trees[0]) == jax.tree.structure(trees[1])

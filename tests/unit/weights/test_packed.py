@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import ferrum_jax as fj
+from ferrum_jax.distributed import Placement
 from ferrum_jax.weights.names import parameters
 from ferrum_jax.weights.opening import open_model
 from ferrum_jax.weights.safetensors import ITEM_BYTES
@@ -233,16 +234,16 @@ def test_ordered_products(format: str) -> None:
     assert (np.asarray(gather_rows(alone, ids)) == exact[np.asarray(ids)]).all()
 
 
-def test_layouts_of_an_accelerator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layouts_of_an_accelerator(tmp_path: Path) -> None:
     """Read for a GPU, matrices in Q4_0 are packed for its kernels, with the order of columns; values do not change."""
     path = write(
         dataclasses.replace(MOE, hidden=256, heads=4, packing=Packing("gptq", 4, 32, ordered=True)), tmp_path / "model"
     )
     on_cpu = fj.load(path, dtype="float32").params["layers"]
-    monkeypatch.setattr("ferrum_jax.weights.stream.target_of", lambda device: Target("gpu", "9.0"))
+    gpu = dataclasses.replace(Placement.of(), target=Target("gpu", "9.0"))
     with open_model(path) as model:
         places = parameters(model, model.config())
-        on_gpu = read_parameters(model, places, jax.devices()[0])["layers"]
+        on_gpu = read_parameters(model, places, gpu)["layers"]
     for part, name in (("attention", "query"), ("attention", "output"), ("feed_forward", "expert_gate")):
         ours, theirs = (tree[part][name].stacks["Q4_0+order"] for tree in (on_cpu, on_gpu))
         assert (ours.memory_layout, theirs.memory_layout) == ("ggml+order", "gpu+order") and ours.shape == theirs.shape

@@ -1,0 +1,57 @@
+"""Faults of how arrays are cut, each put back into our own source: its guard has to notice."""
+
+from __future__ import annotations
+
+import pytest
+
+from ferrum_jax import memory
+from ferrum_jax.distributed import Placement
+from ferrum_jax.weights import stream
+from support.patching import Fault, applied, in_folder
+from unit.distributed import test_placement as placement
+
+FAULTS = {
+    "runs": Fault(
+        "a dimension is cut anywhere",
+        Placement.cuts,
+        "runs, over = 1 if size % axis.run else size // axis.run, []",
+        "runs, over = size, []",
+        placement.test_only_whole_runs_are_cut_and_only_evenly,
+    ),
+    "twice": Fault(
+        "an axis of the mesh cuts two dimensions",
+        Placement.cuts,
+        " and name not in used",
+        "",
+        placement.test_only_whole_runs_are_cut_and_only_evenly,
+    ),
+    "blocks": Fault(
+        "columns are cut inside blocks",
+        stream._Shapes.__init__,
+        "self._together(self.axes[members[0]][-1].name, last, columns)",
+        "pass",
+        placement.test_an_axis_is_cut_in_all_tensors_or_in_none,
+    ),
+    "order": Fault(
+        "columns in another order are cut",
+        stream._Shapes.__init__,
+        "last if members[0].order else ",
+        "",
+        in_folder(placement.test_packed_checkpoints, "gptq", True),
+    ),
+    "held": Fault(
+        "a device counts what all devices hold",
+        memory._held,
+        "sharding.shard_shape(leaf.shape)",
+        "leaf.shape",
+        placement.test_smollm2,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_every_fault_is_noticed(name: str) -> None:
+    fault = FAULTS[name]
+    fault.guard()
+    with applied(fault), pytest.raises((AssertionError, ValueError)):
+        fault.guard()
