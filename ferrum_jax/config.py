@@ -25,6 +25,7 @@ class RopeScaling:
     attention_factor: float = 1.0  # multiplies cos and sin, including the logarithmic term of YaRN
     beta_fast: float = 32.0
     beta_slow: float = 1.0
+    truncate: bool = True  # YaRN's range of pairs begins and ends at whole ones
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,13 +39,15 @@ class Rope:
 
 @dataclasses.dataclass(frozen=True)
 class Attention:
-    """A mixer: grouped-query attention. `window` is the number of positions that a query sees, including its own (0: all)."""
+    """A mixer: grouped-query attention. `window` is the number of positions that a query sees, including its own (0: all).
+    `sinks`: each head has one more score, of a position without a value."""
 
     num_heads: int
     num_kv_heads: int
     head_dim: int
     rope: Rope
     window: int = 0
+    sinks: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,13 +75,16 @@ class Dense:
 @dataclasses.dataclass(frozen=True)
 class Mixture:
     """A feed-forward: each token goes through `experts_per_token` of `num_experts` SwiGLUs of this width. Their weights are
-    normalized to a sum of 1 if `normalize`, then multiplied by `scale`."""
+    normalized to a sum of 1 if `normalize`, then multiplied by `scale`. With a `limit` the SwiGLUs are clamped, and `alpha`
+    is the gain of their sigmoid (pallas_kernels.grouped_matmul)."""
 
     num_experts: int
     experts_per_token: int
     width: int
     normalize: bool = False
     scale: float = 1.0
+    limit: float = 0.0
+    alpha: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +102,7 @@ _OF_LAYERS: dict[str, tuple[type, str, Any]] = {
     "num_kv_heads": (Attention, "num_kv_heads", 0),
     "head_dim": (Attention, "head_dim", 0),
     "sliding_window": (Attention, "window", 0),
+    "attention_sinks": (Attention, "sinks", False),
     "rope_theta": (Rope, "theta", 0.0),
     "rope_dim": (Rope, "dim", 0),
     "rope_scaling": (Rope, "scaling", None),
@@ -105,6 +112,8 @@ _OF_LAYERS: dict[str, tuple[type, str, Any]] = {
     "expert_intermediate_size": (Mixture, "width", 0),
     "norm_topk_prob": (Mixture, "normalize", False),
     "expert_weights_scale": (Mixture, "scale", 1.0),
+    "swiglu_limit": (Mixture, "limit", 0.0),
+    "swiglu_alpha": (Mixture, "alpha", 1.0),
 }
 
 
@@ -133,8 +142,9 @@ class ModelConfig:
     logits are always float32. `implementation`: (operation, backend) pairs, the forced backends of pallas_kernels.
 
     A model whose layers are alike can be made from keywords instead of `layers`: num_layers, num_heads, num_kv_heads, head_dim,
-    rope_theta, rope_dim, rope_scaling, sliding_window, intermediate_size (of a dense feed-forward), num_experts,
-    experts_per_token, expert_intermediate_size, norm_topk_prob, expert_weights_scale, dense_layers (those without experts).
+    rope_theta, rope_dim, rope_scaling, sliding_window, attention_sinks, intermediate_size (of a dense feed-forward),
+    num_experts, experts_per_token, expert_intermediate_size, norm_topk_prob, expert_weights_scale, swiglu_limit, swiglu_alpha
+    (of experts), dense_layers (those without experts).
     They are also properties. Together with `layers`, as in `dataclasses.replace(config, experts_per_token=2)`, they change
     every layer that has such a number.
     """
@@ -185,6 +195,7 @@ class ModelConfig:
     num_kv_heads = _common("num_kv_heads")
     head_dim = _common("head_dim")
     sliding_window = _common("sliding_window")
+    attention_sinks = _common("attention_sinks")
     rope_theta = _common("rope_theta")
     rope_dim = _common("rope_dim")
     rope_scaling = _common("rope_scaling")
@@ -194,6 +205,8 @@ class ModelConfig:
     expert_intermediate_size = _common("expert_intermediate_size")
     norm_topk_prob = _common("norm_topk_prob")
     expert_weights_scale = _common("expert_weights_scale")
+    swiglu_limit = _common("swiglu_limit")
+    swiglu_alpha = _common("swiglu_alpha")
 
     @property
     def num_layers(self) -> int:
@@ -274,13 +287,15 @@ def _alike(
     rope_dim: int,
     rope_scaling: RopeScaling | None = None,
     sliding_window: int = 0,
+    attention_sinks: bool = False,
     dense_layers: Collection[int] = (),
     **of_feed_forward: Any,
 ) -> tuple[LayerSpec, ...]:
     """Layers that differ only in whether they have experts."""
     if not 0 < num_layers <= MOST_LAYERS:
         raise ValueError(f"num_layers is {num_layers}; it must be from 1 to {MOST_LAYERS}")
-    attention = Attention(num_heads, num_kv_heads, head_dim, Rope(rope_theta, rope_dim, rope_scaling), sliding_window)
+    rope = Rope(rope_theta, rope_dim, rope_scaling)
+    attention = Attention(num_heads, num_kv_heads, head_dim, rope, sliding_window, attention_sinks)
     layer = LayerSpec(attention, _feed_forward(**of_feed_forward))
     dense = LayerSpec(attention, _feed_forward(**of_feed_forward | {"num_experts": 0}))
     return tuple(dense if number in dense_layers else layer for number in range(num_layers))
@@ -294,10 +309,13 @@ def _feed_forward(
     expert_intermediate_size: int = 0,
     norm_topk_prob: bool = False,
     expert_weights_scale: float = 1.0,
+    swiglu_limit: float = 0.0,
+    swiglu_alpha: float = 1.0,
 ) -> Dense | Mixture:
     if not num_experts:
         return Dense(intermediate_size)
-    return Mixture(num_experts, experts_per_token, expert_intermediate_size, norm_topk_prob, expert_weights_scale)
+    shape = num_experts, experts_per_token, expert_intermediate_size
+    return Mixture(*shape, norm_topk_prob, expert_weights_scale, swiglu_limit, swiglu_alpha)
 
 
 def _changed(config: ModelConfig, of_layers: Mapping[str, Any]) -> tuple[LayerSpec, ...]:

@@ -88,7 +88,7 @@ def write_gguf(source: ModelSource, out: Path, *, force: bool = False, progress:
     config, _, _ = check(source)
     metadata = _metadata(source, config)
     windows = {mixer.window for mixer in config.attentions} - {0}
-    if windows and progress is not None:
+    if windows and progress is not None and not source.family.windows_in_gguf:
         progress(0, None, f"llama.cpp does not apply the window of {max(windows)} tokens in this architecture")
     kept = {name: _kept(source, name, info) for name, info in source.tensors.items()}
     if out.is_dir():

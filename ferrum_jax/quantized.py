@@ -15,10 +15,10 @@ import jax
 from jax import export
 
 from pallas_kernels.blocks import format_of
-from pallas_kernels.blocks.layouts import LAYOUTS, gather_rows
+from pallas_kernels.blocks.layouts import LAYOUTS, gather_rows, unpack_rows
 from pallas_kernels.blocks.matrix import Matrix
 from pallas_kernels.dispatch import Implementation
-from pallas_kernels.grouped_matmul import expert_ffn, grouped_matmul
+from pallas_kernels.grouped_matmul import Biases, Clamp, expert_ffn, grouped_matmul
 from pallas_kernels.quantized_matmul import quantized_matmul, quantized_matmuls, swiglu
 
 
@@ -184,13 +184,19 @@ def mixture(
     layer: Layer | None = None,
     arithmetic: str = "",
     implementation: Implementation = None,
+    *,
+    biases: Sequence[Stack] = (),
+    clamp: Clamp | None = None,
 ) -> jax.Array:
     """The weighted sum of each token's experts, each down(silu(gate x) * up x): float32 [tokens, columns].
 
     x [tokens, columns]; expert_ids int32 and expert_weights float32 [tokens, top_k]; the id `num_experts` means no expert.
+    biases: of gate, up and down [experts, rows], or none; clamp: as of `expert_ffn`.
     """
     gates, ups, downs = (operand(stack, layer) for stack in (gate, up, down))
-    return expert_ffn(x, expert_ids, expert_weights, gates, ups, downs, arithmetic, implementation)
+    added = [operand(stack, layer) for stack in biases]
+    known = Biases(*(unpack_rows(bias, 0, bias.rows) for bias in added)) if added else None
+    return expert_ffn(x, expert_ids, expert_weights, gates, ups, downs, arithmetic, implementation, biases=known, clamp=clamp)
 
 
 def operand(stack: Stack, layer: Layer | None) -> Matrix:

@@ -31,6 +31,7 @@ RULES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "vocab": ("expert", "tensor"),
         "hidden": (),
         "heads": ("tensor",),
+        "query_heads": ("tensor",),
         "kv_heads": ("tensor",),
         "head": (),
         "rotated": (),

@@ -13,6 +13,7 @@ from typing import Any
 from ferrum_jax.errors import ModelFileError, UnsupportedModelError
 from ferrum_jax.families.bert import BERT
 from ferrum_jax.families.family import Family
+from ferrum_jax.families.gpt_oss import GPT_OSS
 from ferrum_jax.families.llama import LLAMA
 from ferrum_jax.families.mistral import MISTRAL
 from ferrum_jax.families.mixtral import MIXTRAL
@@ -22,7 +23,7 @@ from ferrum_jax.families.qwen3moe import QWEN3_MOE
 
 __all__ = ["FAMILIES", "Family", "of_architecture", "of_content", "of_metadata"]
 
-FAMILIES: tuple[Family, ...] = (LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN3, QWEN3_MOE, BERT)
+FAMILIES: tuple[Family, ...] = (LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN3, QWEN3_MOE, GPT_OSS, BERT)
 """Where several share a GGUF architecture, the first one reads its files."""
 
 

@@ -151,6 +151,8 @@ def to_gguf(config: ModelConfig, where: str, *, width_key: str = "feed_forward_l
     if isinstance(config.by_layer("sliding_window"), tuple):
         text = "a sliding window in some layers only cannot be written as GGUF: llama.cpp reads no pattern in architecture"
         raise UnsupportedModelError(f"{where}: {text} {config.architecture}")
+    if config.rope_scaling is not None and not config.rope_scaling.truncate:
+        raise UnsupportedModelError(f"{where}: truncate false cannot be written as GGUF: llama.cpp rounds the range of YaRN")
     integers = {
         "block_count": config.num_layers,
         "context_length": config.context_length,

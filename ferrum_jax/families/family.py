@@ -48,7 +48,8 @@ class Family:
     not read are judged here. fields: the keys of config.json that transformers' class has; None: those that fields.py lists.
     to_gguf(config, where): the keys that `from_gguf` reads; UnsupportedModelError for what a GGUF file cannot tell llama.cpp.
 
-    embeds: the models make vectors (with an `EncoderConfig`), not text.
+    embeds: the models make vectors (with an `EncoderConfig`), not text. windows_in_gguf: llama.cpp applies the windows of its
+    GGUF files.
     """
 
     architecture: str
@@ -61,6 +62,7 @@ class Family:
     to_gguf: Callable[[Any, str], dict[str, Typed]] | None = None
     fields: Collection[str] | None = None
     embeds: bool = False
+    windows_in_gguf: bool = False
 
     def shape(self, tensor: Tensor, config: Any, layer: int | None) -> tuple[int, ...]:
         """The shape of a tensor of layer `layer`, or of the whole model (None)."""

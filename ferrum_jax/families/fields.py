@@ -16,6 +16,9 @@ FIELDS = {
         "layer_norm_eps", "max_position_embeddings", "num_attention_heads", "num_hidden_layers", "tie_word_embeddings",
         "type_vocab_size", "vocab_size",
     },
+    "gpt_oss": _DECODERS | {
+        "attention_bias", "num_experts", "num_experts_per_tok", "num_local_experts", "swiglu_alpha", "swiglu_limit",
+    },
     "llama": _DECODERS | {
         "attention_bias", "mlp_bias",
     },

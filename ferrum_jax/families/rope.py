@@ -114,8 +114,6 @@ def from_json(keys: Keys, theta: float, head_dim: int, context: int) -> tuple[fl
 
 def _yarn(rope: Keys, factor: float, original: int) -> RopeScaling:
     """YaRN, with the constants of section 3.2 of its paper where the file states none."""
-    if not rope.boolean("truncate", True):
-        raise UnsupportedModelError(f"{rope.source}: truncate: false is not supported")
     attention = _magnitude(factor)
     each = [rope.number(key, SCALE) if rope.has(key) else 0.0 for key in ("mscale", "mscale_all_dim")]
     if rope.has("attention_factor"):
@@ -123,7 +121,7 @@ def _yarn(rope: Keys, factor: float, original: int) -> RopeScaling:
     elif all(each):
         attention = _magnitude(factor, each[0]) / _magnitude(factor, each[1])
     fast, slow = _turns(rope, "beta_fast", "beta_slow")
-    return RopeScaling("yarn", factor, original, attention, fast, slow)
+    return RopeScaling("yarn", factor, original, attention, fast, slow, rope.boolean("truncate", True))
 
 
 def _magnitude(factor: float, scale: float = 1.0) -> float:

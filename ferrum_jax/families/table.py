@@ -28,11 +28,16 @@ def every_layer(spec: Any) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """One of the equal parts that each expert's rows in the tensor `tensor` [experts, rows, columns] of a directory are cut
-    into. `index` says which; the table's rows that name the tensor say how many there are."""
+    """One of the equal parts that each expert's rows in the tensor `tensor` [experts, rows, columns] or [experts, rows] of a
+    directory are cut into. `index` says which; the table's rows that name the tensor say how many there are. interleaved: rows
+    of the parts lie in turn, not one part after the other. rows_last: the tensor is [experts, columns, rows]. whole: it is one
+    tensor, not one of each expert."""
 
     tensor: str
     index: int = 0
+    interleaved: bool = False
+    rows_last: bool = False
+    whole: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,20 +104,24 @@ class Table:
         stem = self._stems[1].get(_EXPERT.sub(".*", inside, count=1) if expert else inside)
         return (f"blk.{layer}.{stem}", int(expert[1]) if expert else -1) if stem else ("", -1)
 
-    def parts(self, module: str) -> dict[str, list[str]] | None:
+    def parts(self, module: str) -> dict[str, list[tuple[str, Part]]] | None:
         """For a module of a directory that holds all experts of a layer: the GGUF names of the parts of its tensors, in order,
-        by suffix. None for any other module."""
+        and the parts, by suffix. None for any other module."""
         layer, inside = self._inside(module)
         if layer is None or inside not in self._parts:
             return None
-        return {suffix: [f"blk.{layer}.{name}" for name in names] for suffix, names in self._parts[inside].items()}
+        known = self._parts[inside].items()
+        return {suffix: [(f"blk.{layer}.{name}", part) for name, part in members] for suffix, members in known}
 
     def own_name(self, name: str) -> str:
         """The name in directories of the tensor that GGUF files call `name`, with `*` for the number of an expert."""
         match = _IN_LAYER.fullmatch(name)
         stem, _, suffix = (match[2] if match else name).rpartition(".")
-        module = next((own for own, known in self._stems[bool(match)].items() if known == stem), stem)
-        return f"{self.prefix}{match[1]}.{module}.{suffix}" if match else f"{module}.{suffix}"
+        module = next((own for own, known in self._stems[bool(match)].items() if known == stem), "")
+        row, _ = self.find(name)
+        parts = [part.tensor for part in row.modules if isinstance(part, Part)] if row else []
+        own = parts[0] if parts and not module else f"{module or stem}.{suffix}"
+        return f"{self.prefix}{match[1]}.{own}" if match else own
 
     def biased(self, *, always: bool = False) -> set[str]:
         """The stems of a layer's matrices that have a bias in some models, or (`always`) in all of them."""
@@ -142,11 +151,11 @@ class Table:
         return stems(self.whole), stems(self.layer)
 
     @functools.cached_property
-    def _parts(self) -> dict[str, dict[str, list[str]]]:
-        """The GGUF names of the parts of each tensor of a directory, in order, by its module and suffix."""
+    def _parts(self) -> dict[str, dict[str, list[tuple[str, Part]]]]:
+        """The GGUF names of the parts of each tensor of a directory, in order, and the parts, by its module and suffix."""
         parts = [(part, tensor.name) for tensor in self.layer for part in tensor.modules if isinstance(part, Part)]
-        found: dict[str, dict[str, list[str]]] = {}
+        found: dict[str, dict[str, list[tuple[str, Part]]]] = {}
         for part, name in sorted(parts, key=lambda known: known[0].index):
             module, _, suffix = part.tensor.rpartition(".")
-            found.setdefault(module, {}).setdefault(suffix, []).append(name)
+            found.setdefault(module, {}).setdefault(suffix, []).append((name, part))
         return found

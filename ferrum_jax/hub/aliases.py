@@ -133,6 +133,7 @@ def _aliases() -> list[Alias]:
             note="28 GB",
         )
     )
+    found.append(_hub("gpt-oss:20b", "ggml-org/gpt-oss-20b-GGUF", "gpt-oss-20b-mxfp4.gguf", note="12 GB"))
     found.append(_hub("tinyllama:1.1b", "TheBloke/TinyLlama-1.1B-Chat-v1.0-GGUF", "tinyllama-1.1b-chat-v1.0.Q4_K_M.gguf"))
     return found
 
@@ -149,6 +150,7 @@ SAME_AS = {  # a family's name alone means the same as in ollama
     "llama3": "llama3:8b",
     "mistral": "mistral:7b",
     "mixtral": "mixtral:8x7b",
+    "gpt-oss": "gpt-oss:20b",
     "tinyllama": "tinyllama:1.1b",
 }
 

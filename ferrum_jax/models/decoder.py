@@ -17,7 +17,7 @@ import numpy as np
 
 from ferrum_jax.adapters import COLUMNS, without_adapters
 from ferrum_jax.config import Attention, Mixture, ModelConfig, Rope
-from ferrum_jax.models.layers import ROUTING, Block, Paged
+from ferrum_jax.models.layers import ROUTING, Block, Paged, clamp_of
 from ferrum_jax.models.recurrence import Recurrence, recurrence
 from ferrum_jax.models.rope import rope_angles
 from ferrum_jax.models.scan import scan_layers
@@ -173,7 +173,7 @@ def _shape(config: ModelConfig) -> LayerShape:
     if not mixtures:
         return shape
     top_k, normalize, scale = mixtures[0].experts_per_token, mixtures[0].normalize, mixtures[0].scale
-    return shape._replace(top_k=top_k, normalize=normalize, expert_scale=scale)
+    return shape._replace(top_k=top_k, normalize=normalize, expert_scale=scale, clamp=clamp_of(mixtures[0]))
 
 
 def _parts(layers: Params, count: int) -> tuple[list[Stack], list[dict[str, Part]]]:
@@ -211,9 +211,10 @@ def _composed(
         if not isinstance(mixer, Attention):
             told[mixer] = access.recurrence
             continue
-        if (key := (part, mixer.num_heads)) not in metadata:
+        if (key := (part, mixer.num_heads, mixer.sinks)) not in metadata:
             tables, cache = access.tables[part], access.pools[part]
-            metadata[key] = make_metadata(tables, cache, mixer.num_heads, mixer.window, config.implementation)
+            arguments = tables, cache, mixer.num_heads, mixer.window, config.implementation
+            metadata[key] = make_metadata(*arguments, sinks=mixer.sinks)
         told[mixer] = Paged(access.kv_slots[part], metadata[key], ropes[mixer.rope])
     live = access.kv_slots[0] >= 0
 

@@ -18,6 +18,7 @@ from ferrum_jax.config import Dense, LayerSpec, Mixture, ModelConfig
 from ferrum_jax.quantized import Layer, LayerStack, gated_linear, linear, linears, mixture
 from ferrum_jax.state import KVCache
 from pallas_kernels.append import Norm, append
+from pallas_kernels.grouped_matmul import Clamp
 from pallas_kernels.paged_attention import paged_attention
 from pallas_kernels.reductions import rms_norm
 from pallas_kernels.routing import route
@@ -99,7 +100,8 @@ class Attention(LayerModule):
                 q, k, v, cache, index, told.kv_slots, told.rope, *norms, config.rms_norm_eps, config.implementation
             )
         with jax.named_scope("paged_attention"):
-            y = paged_attention(q, cache, index, told.metadata, self.spec.head_dim**-0.5)
+            sinks = self.stack("sinks").vector(layer) if self.spec.sinks else None
+            y = paged_attention(q, cache, index, told.metadata, self.spec.head_dim**-0.5, sinks)
         with jax.named_scope("attention_output"):
             return self.project(y.reshape(tokens, -1), layer, "output", adapter_mask=adapter_mask)[0], cache
 
@@ -130,6 +132,8 @@ class FeedForward(LayerModule):
         config = self.config
         with jax.named_scope("router"):
             logits = linear(x, self.stack("router"), layer, implementation=config.implementation)
+            if (bias := self.stack("router_bias")) is not None:
+                logits = logits + bias.vector(layer)
             expert_ids, expert_weights = route(
                 logits,
                 live,
@@ -141,8 +145,26 @@ class FeedForward(LayerModule):
             self.sow(ROUTING, "experts", (expert_ids, expert_weights))
         with jax.named_scope("experts"):
             gate, up, down = (self.stack(f"expert_{name}") for name in ("gate", "up", "down"))
+            biases = [self.stack(f"expert_{name}_bias") for name in ("gate", "up", "down")]
             x, dtype = x.astype(config.activations), config.dtype
-            return mixture(x, expert_ids, expert_weights, gate, up, down, layer, dtype, config.implementation)
+            return mixture(
+                x,
+                expert_ids,
+                expert_weights,
+                gate,
+                up,
+                down,
+                layer,
+                dtype,
+                config.implementation,
+                biases=[bias for bias in biases if bias is not None],
+                clamp=clamp_of(spec),
+            )
+
+
+def clamp_of(spec: Mixture) -> Clamp | None:
+    """What the SwiGLUs of a mixture are clamped by."""
+    return Clamp(spec.limit, spec.alpha) if spec.limit else None
 
 
 # The module of each kind of mixer, and the name of its parameters. A module is called with x float32 [tokens, hidden_size],

@@ -34,8 +34,10 @@ def rope_frequencies(rope: Rope) -> np.ndarray:
         """The pair whose angle makes so many full turns over the original context."""
         return half * math.log(scaling.original_context / (rotations * 2 * math.pi)) / math.log(rope.theta)
 
-    low = max(math.floor(pair_that_turns(scaling.beta_fast)), 0)
-    high = min(math.ceil(pair_that_turns(scaling.beta_slow)), 2 * half - 1)
+    low, high = pair_that_turns(scaling.beta_fast), pair_that_turns(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, 2 * half - 1)
     kept = 1 - np.clip((np.arange(half, dtype=np.float32) - low) / max(high - low, 0.001), 0, 1).astype(np.float32)
     return stretched * (1 - kept) + frequencies * kept
 

@@ -25,8 +25,10 @@ from ferrum_jax.families.family import ConfigFile, Family
 from ferrum_jax.files.json_file import open_regular, read_object
 from ferrum_jax.files.tensor_info import TensorInfo
 from ferrum_jax.tokenizer.huggingface import chat_templates
+from ferrum_jax.weights.fused import Cut, Slice, fused
 from ferrum_jax.weights.opened import Opened, checked_range, read_range
 from ferrum_jax.weights.packed import SUFFIXES, PackedMatrix, agreeing, packed_matrix
+from ferrum_jax.weights.quantize import PLAIN
 from ferrum_jax.weights.safetensors import parse_header
 from ferrum_jax.weights.schemes import Scheme, scheme_of
 
@@ -35,25 +37,7 @@ if TYPE_CHECKING:
 
 _INDEX = "model.safetensors.index.json"
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-_WEIGHTS = ("F32", "F16", "BF16")
-
-
-@dataclasses.dataclass(frozen=True)
-class Slice:
-    """Bytes of one tensor of a file, unchanged and in its `format`."""
-
-    info: TensorInfo
-    shape: tuple[int, ...]
-    start: int
-    nbytes: int
-
-    @property
-    def name(self) -> str:
-        return self.info.name
-
-    @property
-    def format(self) -> str:
-        return self.info.format
+Stored = Slice | Cut | PackedMatrix
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +45,7 @@ class Laid(TensorInfo):
     """A tensor and the parts that its bytes consist of, in order. For an order of columns, `parts` are the matrices that it is
     of."""
 
-    parts: tuple[Slice | PackedMatrix, ...] = ()
+    parts: tuple[Stored, ...] = ()
 
 
 class HuggingFaceDirectory(Opened):
@@ -115,10 +99,10 @@ class HuggingFaceDirectory(Opened):
             assert self._config.rope_factors is not None
             flat[...] = self._config.rope_factors.view(np.uint8)[start:stop]
 
-    def _read_part(self, info: TensorInfo, part: Slice | PackedMatrix, out: np.ndarray, start: int) -> None:
-        if isinstance(part, Slice):
+    def _read_part(self, info: TensorInfo, part: Stored, out: np.ndarray, start: int) -> None:
+        if isinstance(part, Slice):  # straight into its place
             read_range(self._file(part.info), part.info, out, part.start + start)
-        elif info.format == "I32":
+        elif isinstance(part, PackedMatrix) and info.format == "I32":
             out[...] = part.order(self._raw).view(np.uint8)[start : start + out.nbytes]
         else:
             part.read_range(self._raw, out, start)
@@ -128,9 +112,9 @@ class HuggingFaceDirectory(Opened):
             raise ModelFileError(f"{info.path}: only the header is here, not tensor {info.name!r}")
         return self._files[info.path]
 
-    def _raw(self, info: TensorInfo) -> np.ndarray:
-        out = np.empty(info.nbytes, np.uint8)
-        read_range(self._file(info), info, out, 0)
+    def _raw(self, info: TensorInfo, start: int = 0, nbytes: int | None = None) -> np.ndarray:
+        out = np.empty(info.nbytes if nbytes is None else nbytes, np.uint8)
+        read_range(self._file(info), info, out, start)
         return out
 
 
@@ -239,7 +223,7 @@ class _Layout:
         for name, info in self.raw.items():
             module, _, suffix = name.rpartition(".")
             modules.setdefault(module, {})[suffix] = info
-        stacks: dict[str, dict[int, Slice | PackedMatrix]] = {}
+        stacks: dict[str, dict[int, Stored]] = {}
         for module, tensors in modules.items():
             for name, number, part in self._parts(module, tensors):
                 if number in (parts := stacks.setdefault(name, {})):
@@ -273,10 +257,11 @@ class _Layout:
         path = self.raw[name].path if name in self.raw else self.directory.path
         return ModelFileError(f"{path}: tensor {name}: {problem}")
 
-    def _parts(self, module: str, tensors: dict[str, TensorInfo]) -> Iterator[tuple[str, int, Slice | PackedMatrix]]:
+    def _parts(self, module: str, tensors: dict[str, TensorInfo]) -> Iterator[tuple[str, int, Stored]]:
         """(name in the table, number of the expert or -1, part) for the tensors of one module."""
+        mxfp4 = self.scheme is not None and self.scheme.method == "mxfp4"
         if parts := self.table.parts(module):
-            yield from self._fused(parts, tensors)
+            yield from fused(parts, tensors, mxfp4, self.config.family.model_class, self._error)
             return
         stem, number = self.table.locate(module)
         packed = {suffix: info for suffix, info in tensors.items() if suffix in SUFFIXES}
@@ -288,35 +273,19 @@ class _Layout:
                 raise self._error(info.name, f"is unknown in a {self.config.family.model_class}")
             if suffix == "bias" and self._is_no_bias(stem, number, info, bool(packed)):
                 continue
-            if info.format not in _WEIGHTS:
+            if info.format not in PLAIN:
                 raise UnsupportedModelError(
-                    f"{info.path}: tensor {info.name}: dtype {info.format} is not supported; supported: {', '.join(_WEIGHTS)}"
+                    f"{info.path}: tensor {info.name}: dtype {info.format} is not supported; supported: {', '.join(PLAIN)}"
                 )
             yield f"{stem}.{suffix}", number, Slice(info, info.shape, 0, info.nbytes)
         if packed:
             first = next(iter(packed.values()))
-            if self.scheme is None:
+            if self.scheme is None or mxfp4:
                 raise self._error(first.name, "is packed, but neither config.json nor quantize_config.json says how")
             if not stem:
                 raise self._error(first.name, f"is unknown in a {self.config.family.model_class}")
             read = None if self.directory._header_only else self.directory._raw
             yield f"{stem}.weight", number, packed_matrix(module, packed, self.scheme, read)
-
-    def _fused(self, parts: dict[str, list[str]], tensors: dict[str, TensorInfo]) -> Iterator[tuple[str, int, Slice]]:
-        """The slices of a tensor that holds all experts, as newer versions of transformers do: [experts, parts * rows,
-        columns]. parts: the names of the consecutive parts, by the tensor's suffix."""
-        for suffix, info in tensors.items():
-            names = parts.get(suffix, [])
-            if not names or len(info.shape) != 3 or 0 in info.shape or info.shape[1] % len(names):
-                raise self._error(info.name, f"is unknown in a {self.config.family.model_class}, or of a wrong shape")
-            if info.format not in _WEIGHTS:
-                raise UnsupportedModelError(f"{info.path}: tensor {info.name}: dtype {info.format} is not supported")
-            experts, rows, columns = info.shape
-            nbytes = info.nbytes // experts // len(names)
-            for number in range(experts):
-                for i, name in enumerate(names):
-                    start = (number * len(names) + i) * nbytes
-                    yield name, number, Slice(info, (rows // len(names), columns), start, nbytes)
 
     def _check_positions(self, info: TensorInfo) -> None:
         """The buffer `position_ids` is skipped, but must be 0, 1, 2, ... (A buffer of rotary frequencies may differ from
@@ -334,7 +303,7 @@ class _Layout:
             raise self._error(info.name, f"is unknown in a {self.config.family.model_class} of this configuration")
         return True
 
-    def _experts(self, name: str, parts: dict[int, Slice | PackedMatrix]) -> list[Slice | PackedMatrix]:
+    def _experts(self, name: str, parts: dict[int, Stored]) -> list[Stored]:
         """The parts of experts 0, 1, ...; all must be there, with one shape and one dtype."""
         count = self.config.config.num_experts
         own = self.directory.own_name(name)
@@ -356,17 +325,16 @@ class _Layout:
                 )
         return found
 
-    def _add(self, name: str, parts: Sequence[Slice | PackedMatrix], lead: tuple[int, ...] = ()) -> None:
+    def _add(self, name: str, parts: Sequence[Stored], lead: tuple[int, ...] = ()) -> None:
         first = parts[0]
-        at = first.info if isinstance(first, Slice) else first.codes
+        at = first.codes if isinstance(first, PackedMatrix) else first.info
         kind: dict[str, Any] = {"path": at.path, "offset": at.offset, "parts": tuple(parts)}
         order = None
         if isinstance(first, PackedMatrix) and first.ordered:
             columns = first.shape[1]
             order = Laid(first.name, "I32", (*lead, columns), nbytes=4 * columns * len(parts), **kind)
         nbytes = sum(part.nbytes for part in parts)
-        own = first.name if isinstance(first, Slice) else at.name
-        self.directory.tensors[name] = Laid(own, first.format, (*lead, *first.shape), nbytes=nbytes, order=order, **kind)
+        self.directory.tensors[name] = Laid(at.name, first.format, (*lead, *first.shape), nbytes=nbytes, order=order, **kind)
 
     def _check_biases(self) -> None:
         """Raises an error unless biases are present exactly where config.json says so."""

@@ -19,7 +19,7 @@ from ferrum_jax.families.table import Path
 from ferrum_jax.files.tensor_info import TensorInfo
 from ferrum_jax.weights.source import ModelSource
 
-__all__ = ["Parameters", "Path", "kept_format", "kinds_of", "parameters"]
+__all__ = ["Parameters", "Path", "is_plain", "kept_format", "kinds_of", "parameters"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,9 +39,14 @@ class Parameters:
         return list(zip(*map(kinds_of, self.stacked.values()), strict=True))
 
 
+def is_plain(tensor: TensorInfo) -> bool:
+    """Whether a tensor is not multiplied: a norm, a bias, one of each expert included."""
+    return len(tensor.shape) == 1 or tensor.name.endswith("bias")
+
+
 def kept_format(tensor: TensorInfo) -> str:
     """The format a tensor has on the device: its own, but norms and biases become float32."""
-    return "F32" if len(tensor.shape) == 1 else tensor.format
+    return "F32" if is_plain(tensor) else tensor.format
 
 
 def kinds_of(tensors: Sequence[TensorInfo | None]) -> tuple[str, ...]:

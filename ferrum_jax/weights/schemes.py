@@ -73,8 +73,12 @@ def scheme_of(content: Mapping[str, Any], where: str) -> Scheme:
         method = "gptq"
     if method == "compressed-tensors":
         return _compressed_tensors(keys)
+    if method == "mxfp4":
+        keys.ignore("dequantize", "modules_to_not_convert")
+        keys.judge(_REFUSED)
+        return Scheme("mxfp4", 4, 32, 0, True, False)
     if method not in ("gptq", "awq"):
-        raise keys.refuse("quant_method", "gptq, awq, compressed-tensors")
+        raise keys.refuse("quant_method", "gptq, awq, compressed-tensors, mxfp4")
     keys.only("method", (method,), method)
     bits_key, group_key = (
         ("bits" if keys.has("bits") else "w_bit"),

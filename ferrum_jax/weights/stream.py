@@ -22,7 +22,7 @@ from ferrum_jax.errors import ModelFileError
 from ferrum_jax.files.tensor_info import TensorInfo
 from ferrum_jax.quantized import LayerStack, QuantizedTensor
 from ferrum_jax.weights.block_scales import read_blocks
-from ferrum_jax.weights.names import Parameters, Path, kept_format, kinds_of
+from ferrum_jax.weights.names import Parameters, Path, is_plain, kept_format, kinds_of
 from ferrum_jax.weights.source import ModelSource
 from pallas_kernels.blocks import format_of
 from pallas_kernels.blocks.layouts import LAYOUTS, choose
@@ -40,7 +40,7 @@ def read_parameters(
     """The parameter tree of `models.Decoder` or `models.bert`, in its place. `progress(done_bytes, total_bytes, text)` is
     called as it goes. Raises `ModelFileError` for a norm or bias that is not plain numbers, or a file that ends early."""
     for tensor in (*parameters.whole.values(), *(t for ts in parameters.stacked.values() for t in ts if t)):
-        if len(tensor.shape) == 1 and tensor.format not in ("F32", "F16", "BF16"):
+        if is_plain(tensor) and tensor.format not in ("F32", "F16", "BF16"):
             raise ModelFileError(f"{source.path}: tensor {tensor.name}: {tensor.format} where plain numbers are expected")
     reader = _Reader(source, parameters.rows, placement, progress)
     with placement.as_default():
@@ -194,8 +194,8 @@ class _Reader:
 
     def _read(self, path: Path, tensor: TensorInfo, place: np.ndarray) -> None:
         """Fills `place` (a contiguous array of the format's storage) with one tensor."""
-        if len(tensor.shape) == 1:
-            place[...] = _plain_numbers(self.source.read(tensor), tensor.format)
+        if is_plain(tensor):
+            place[...] = _plain_numbers(self.source.read(tensor), tensor.format).reshape(place.shape)
             if not np.isfinite(place).all() or (path == ("rope_factors",) and (place < _LEAST_FACTOR).any()):
                 raise ModelFileError(f"{self.source.path}: tensor {tensor.name}: holds values that no model can have")
         elif self.source.checks_scales:

@@ -22,6 +22,7 @@ from typing import Any
 
 from pallas_kernels import dispatch, native
 from pallas_kernels.decoder_layers.parts import LayerShape, Part, Stack
+from pallas_kernels.grouped_matmul import CLAMPED
 from pallas_kernels.native.tables import ROLES, ROUTER_FORMAT
 
 __all__ = ["BACKENDS", "ROLES", "LayerShape", "Part", "Stack", "backend_for"]
@@ -29,7 +30,10 @@ __all__ = ["BACKENDS", "ROLES", "LayerShape", "Part", "Stack", "backend_for"]
 
 BACKENDS = (
     dispatch.Backend("native", native.refuses, lambda: native),
-    dispatch.composed("quantized_matmul", "swiglu", "grouped_matmul", "expert_ffn", "append", "paged_attention", "route"),
+    dispatch.composed(
+        *("quantized_matmul", "swiglu", "grouped_matmul", "expert_ffn", "append", "paged_attention", "route"),
+        features=(CLAMPED,),
+    ),
 )
 
 
@@ -48,6 +52,7 @@ def backend_for(
     kinds = {(stack.format, stack.memory_layout) for role, stack in named if (role, stack.format) != ("router", ROUTER_FORMAT)}
     sizes = (hidden, shape.head_dim, len(unknown), shape.kinds)
     target = dispatch.target("decoder_layers", implementation)
-    cases = [dispatch.Case("decoder_layers", target, *kind[:1], dtype, kind[1], sizes) for kind in sorted(kinds)]
+    features = (CLAMPED,) if shape.clamp else ()
+    cases = [dispatch.Case("decoder_layers", target, *kind[:1], dtype, kind[1], sizes, features) for kind in sorted(kinds)]
     found = [dispatch.choose(case, BACKENDS) for case in cases]
     return found[0] if found and all(one is found[0] for one in found) else None

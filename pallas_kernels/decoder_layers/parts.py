@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import jax
 
+from pallas_kernels.grouped_matmul import Clamp
+
 
 class Stack(NamedTuple):
     """A parameter of several layers: `array` has the layer axis first, then blocks of `format` in `memory_layout`."""
@@ -24,8 +26,9 @@ class Part(NamedTuple):
 
 
 class LayerShape(NamedTuple):
-    """What all layers share. window, scales and normalize: as in paged_attention and routing. kinds: the number of different
-    kinds of layers, apart from formats; if there are several, the other fields describe the first."""
+    """What all layers share. window, scales and normalize: as in paged_attention and routing; clamp: as in grouped_matmul.
+    kinds: the number of different kinds of layers, apart from formats; if there are several, the other fields describe the
+    first."""
 
     head_dim: int
     eps: float
@@ -34,3 +37,4 @@ class LayerShape(NamedTuple):
     normalize: bool = True
     expert_scale: float = 1.0
     kinds: int = 1
+    clamp: Clamp | None = None

@@ -9,18 +9,21 @@ Contract of `grouped_matmul(x, group_sizes, experts)`:
   and time and temporaries do not grow with the number of experts. Row i depends on row i of x and its expert alone.
 * derivative: with respect to x.
 
-Contract of `expert_ffn(x, expert_ids, expert_weights, gate, up, down)`, a whole mixture-of-experts feed-forward:
+Contract of `expert_ffn(x, expert_ids, expert_weights, gate, up, down, biases, clamp)`, a whole mixture-of-experts
+feed-forward:
 
 * `x` [tokens, k]; `expert_ids` int32 [tokens, top_k], E if a token is padding; `expert_weights` float32 [tokens, top_k].
-* gate, up: experts [n, k]; down: experts [k, n].
-* result float32 [tokens, k]: for each token the sum over its ranks, in their order, of weight * down(silu(gate x) * up x). Rows
-  are sorted by expert on the device, stably.
+* gate, up: experts [n, k]; down: experts [k, n]. `biases`: of the three products of each expert, or None.
+* result float32 [tokens, k]: for each token the sum over its ranks, in their order, of weight * down(silu(gate x) * up x);
+  with a `clamp`, of weight * down((u + 1) * g * sigmoid(alpha * g)), g = min(gate x, limit) and u = clip(up x, -limit,
+  limit) (arXiv 2508.10925). Rows are sorted by expert on the device, stably.
 * derivative: with respect to x and expert_weights.
 """
 
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +43,27 @@ BACKENDS = (
     dispatch.kernels("mosaic_tpu", __name__, "tpu"),
     dispatch.Backend("xla", lambda case: None, lambda: xla),
 )
-EXPERT_BACKENDS = (*BACKENDS[:-1], dispatch.composed("grouped_matmul"))
+_BIASES, CLAMPED = "biases of experts", "clamped SwiGLU"
+EXPERT_BACKENDS = (
+    dispatch.Backend("native", native.refuses, lambda: native, features=(_BIASES, CLAMPED)),
+    *BACKENDS[1:-1],
+    dispatch.composed("grouped_matmul", features=(_BIASES, CLAMPED)),
+)
+
+
+class Biases(NamedTuple):
+    """Of the products of E experts: gate and up float32 [E, n], down [E, k]."""
+
+    gate: jax.Array
+    up: jax.Array
+    down: jax.Array
+
+
+class Clamp(NamedTuple):
+    """Of a SwiGLU: see the contract."""
+
+    limit: float
+    alpha: float
 
 
 def grouped_matmul(
@@ -76,14 +99,23 @@ def expert_ffn(
     down: Matrix,
     arithmetic: str = "",
     implementation: dispatch.Implementation = None,
+    *,
+    biases: Biases | None = None,
+    clamp: Clamp | None = None,
 ) -> jax.Array:
     """A whole mixture-of-experts feed-forward. See the module's contract.
 
     Args:
-      x: [tokens, k]. expert_ids: int32 [tokens, top_k], the chosen experts; the id E is padding. expert_weights: float32
-      [tokens, top_k]. gate: [n, k] for each of E experts, compressed. up: [n, k] for each of E experts, compressed. down: [k,
-      n] for each of E experts, compressed. arithmetic: "int8"; "": the dtype of x. implementation: the backend to take; may be
-      "composed".
+      x: [tokens, k].
+      expert_ids: int32 [tokens, top_k], the chosen experts; the id E is padding.
+      expert_weights: float32 [tokens, top_k].
+      gate: [n, k] for each of E experts, compressed.
+      up: [n, k] for each of E experts, compressed.
+      down: [k, n] for each of E experts, compressed.
+      arithmetic: "int8"; "": the dtype of x.
+      implementation: the backend to take; may be "composed".
+      biases: of the products; None: there are none.
+      clamp: of the SwiGLU; None: it has none.
 
     Returns:
       float32 [tokens, k].
@@ -99,9 +131,12 @@ def expert_ffn(
     shape = expert_ids.shape
     if shape != expert_weights.shape or shape[:1] != x.shape[:1]:
         raise ValueError(f"expert_ffn: x {x.shape}, expert_ids {shape} and expert_weights {expert_weights.shape} do not fit")
+    if biases is not None and [bias.shape for bias in biases] != [(count, m.rows) for m in (gate, up, down)]:
+        raise ValueError(f"expert_ffn: biases {[bias.shape for bias in biases]} of {count} experts {gate}, {up} and {down}")
+    biases = biases and Biases(*map(jnp.asarray, biases))
     target = dispatch.target("expert_ffn", implementation)
     function = _composed_ffn if any(map(is_ordered, (gate, up, down))) else _expert_ffn
-    return function(x, expert_ids, expert_weights, gate, up, down, target, arithmetic or x.dtype.name)
+    return function(x, expert_ids, expert_weights, gate, up, down, biases, clamp, target, arithmetic or x.dtype.name)
 
 
 def _check(operation: str, x: jax.Array, matrix: Matrix, experts: int) -> None:
@@ -126,24 +161,36 @@ def _composed_ffn(
     gate: Matrix,
     up: Matrix,
     down: Matrix,
+    biases: Biases | None,
+    clamp: Clamp | None,
     target: dispatch.Target,
     arithmetic: str,
 ) -> jax.Array:
     """One grouped product after the other, each by a backend that serves it."""
     tokens, top_k = expert_ids.shape
     groups = group(expert_ids.reshape(-1), open_axes(gate)[0], tile_rows=16)
+    chosen = expert_ids.reshape(-1)[groups.order]
 
-    def product(rows: jax.Array, matrix: Matrix) -> jax.Array:
+    def product(rows: jax.Array, matrix: Matrix, bias: jax.Array | None) -> jax.Array:
         rows, matrix = natural_rows(rows, groups.sizes, matrix)
-        return _grouped(rows, groups.sizes, matrix, target, arithmetic)
+        y = _grouped(rows, groups.sizes, matrix, target, arithmetic)
+        return y if bias is None else y + bias.at[chosen].get(mode="fill", fill_value=0)
 
     rows = x[groups.order // top_k]
-    hidden = (jax.nn.silu(product(rows, gate)) * product(rows, up)).astype(x.dtype)
-    y = product(hidden, down)[groups.place].reshape(tokens, top_k, -1)
+    of_gate, of_up, of_down = biases or (None, None, None)
+    hidden = _gated(product(rows, gate, of_gate), product(rows, up, of_up), clamp).astype(x.dtype)
+    y = product(hidden, down, of_down)[groups.place].reshape(tokens, top_k, -1)
     return functools.reduce(jnp.add, (y[:, rank] * expert_weights[:, rank, None] for rank in range(top_k)))
 
 
-@derivative_of(_composed_ffn, of=("x", "expert_weights"), static=("target", "arithmetic"))
+def _gated(gate: jax.Array, up: jax.Array, clamp: Clamp | None) -> jax.Array:
+    if clamp is None:
+        return jax.nn.silu(gate) * up
+    gate, up = jnp.minimum(gate, clamp.limit), jnp.clip(up, -clamp.limit, clamp.limit)
+    return (up + 1) * (gate * jax.nn.sigmoid(clamp.alpha * gate))
+
+
+@derivative_of(_composed_ffn, of=("x", "expert_weights"), static=("clamp", "target", "arithmetic"))
 def _expert_ffn(
     x: jax.Array,
     expert_ids: jax.Array,
@@ -151,10 +198,13 @@ def _expert_ffn(
     gate: Matrix,
     up: Matrix,
     down: Matrix,
+    biases: Biases | None,
+    clamp: Clamp | None,
     target: dispatch.Target,
     arithmetic: str,
 ) -> jax.Array:
-    backend = backend_for("expert_ffn", x, (gate, up, down), target, arithmetic, EXPERT_BACKENDS)
+    features = (*((_BIASES,) if biases else ()), *((CLAMPED,) if clamp else ()))
+    backend = backend_for("expert_ffn", x, (gate, up, down), target, arithmetic, EXPERT_BACKENDS, features)
     if backend is None:
-        return _composed_ffn(x, expert_ids, expert_weights, gate, up, down, target, arithmetic)
-    return backend.expert_ffn(x, expert_ids, expert_weights, gate, up, down, target)
+        return _composed_ffn(x, expert_ids, expert_weights, gate, up, down, biases, clamp, target, arithmetic)
+    return backend.expert_ffn(x, expert_ids, expert_weights, gate, up, down, target, *((biases, clamp) if features else ()))

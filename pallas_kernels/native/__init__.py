@@ -23,6 +23,7 @@ from pallas_kernels.native.tables import FORMATS, ROLES
 
 if TYPE_CHECKING:
     from pallas_kernels.decoder_layers.parts import LayerShape, Part, Stack
+    from pallas_kernels.grouped_matmul import Biases, Clamp
     from pallas_kernels.paged_attention import KVCache, Tables
 
 __all__ = [
@@ -85,9 +86,14 @@ def expert_ffn(
     up: Matrix,
     down: Matrix,
     target: dispatch.Target,
+    biases: Biases | None = None,
+    clamp: Clamp | None = None,
 ) -> jax.Array:
     """The mixture of experts of grouped_matmul: float32 [tokens, k]."""
-    return _call("ferrum_experts", [down.rows], (gate, up, down), "int8", x, expert_ids, expert_weights)[0]
+    matrices, added = (gate, up, down), tuple(biases or ())
+    limit, alpha = clamp or (0.0, 0.0)
+    attributes = {"limit": np.float32(limit), "alpha": np.float32(alpha)}
+    return _call("ferrum_experts", [down.rows], matrices, "int8", x, expert_ids, expert_weights, last=added, **attributes)[0]
 
 
 def decoder_layers(
@@ -135,13 +141,21 @@ def decoder_layers(
 
 
 def _call(
-    name: str, widths: list[int], matrices: Sequence[Matrix], arithmetic: str, x: jax.Array, *more: jax.Array
+    name: str,
+    widths: list[int],
+    matrices: Sequence[Matrix],
+    arithmetic: str,
+    x: jax.Array,
+    *more: jax.Array,
+    last: Sequence[jax.Array] = (),
+    **attributes: np.float32,
 ) -> list[jax.Array]:
-    """One call of a kernel: results float32 [rows of x, width]."""
+    """One call of a kernel: results float32 [rows of x, width]. Operands are x, more, the matrices, last."""
     results = [jax.ShapeDtypeStruct((x.shape[0], width), jnp.float32) for width in widths]
     operands = [part for matrix in matrices for part in (_place(matrix), matrix.planes[0])]
     formats = ",".join(matrix.format for matrix in matrices)
-    return list(jax.ffi.ffi_call(name, results)(x, *more, *operands, formats=formats, arithmetic=arithmetic))
+    call = jax.ffi.ffi_call(name, results)
+    return list(call(x, *more, *operands, *last, formats=formats, arithmetic=arithmetic, **attributes))
 
 
 def _place(matrix: Matrix) -> jax.Array:

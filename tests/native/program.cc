@@ -3,6 +3,7 @@
 //
 // Block formats are decoded here a second time, weight by weight from their description, and weights are in arrays of exactly
 // their size, so that a read beyond the last block is caught.
+#include "isa.h"
 #include "testing.h"
 
 namespace testing {
@@ -229,6 +230,20 @@ void test_not_finite() {
   }
 }
 
+// A hidden row as `more` says, element by element.
+std::vector<float> with_additions(std::vector<float> gate, std::vector<float> up, const Additions& more, int64_t e) {
+  const size_t n = gate.size();
+  std::vector<float> y(n);
+  for (size_t i = 0; i < n; ++i) {
+    gate[i] += more.gate[size_t(e) * n + i], up[i] += more.up[size_t(e) * n + i];
+    current_isa().clamped(&gate[i], &up[i], 1, more.limit, more.alpha, &y[i]);
+    const double g = gate[i] > more.limit ? more.limit : gate[i], u = up[i] > more.limit ? more.limit : up[i] < -more.limit ? -more.limit : up[i];
+    const double exact = (u + 1) * g / (1 + std::exp(-double(more.alpha) * g));
+    check(std::isnan(gate[i] + up[i]) ? std::isnan(y[i]) : std::abs(y[i] - exact) <= 1e-6 * (1 + std::abs(exact)), "clamped: other numbers");
+  }
+  return y;
+}
+
 std::vector<float> gated(int threads, Arithmetic how, const float* x, int64_t m, const Matrix& gate, const Matrix& up) {
   std::vector<float> y(size_t(m * gate.n), 1e30f);
   with_threads(threads, [&](Pool& pool) { swiglu(pool, how, x, m, gate.k, gate, up, y.data()); });
@@ -271,6 +286,8 @@ void test_experts() {
   const int64_t n = 32, k = 256, count = 5, top_k = 3;
   for (const auto& formats : {std::vector<const char*>{"Q4_K", "Q4_K", "Q8_0"}, {"Q4_1", "F16", "Q5_1"}}) {
     const Stored gate = store(formats[0], n, k, count), up = store(formats[1], n, k, count), down = store(formats[2], k, n, count);
+    const std::vector<float> gate_bias = random_floats(count * n), up_bias = random_floats(count * n), down_bias = random_floats(count * k);
+    for (const Additions& more : {Additions{}, Additions{gate_bias.data(), up_bias.data(), down_bias.data(), 0.75f, 1.702f}})
     for (const char* routing : {"random", "nobody", "one"})
       for (int64_t tokens : {1, 3, 30}) {
         if (tokens > 1 && routing[0] == 'n') continue;
@@ -286,9 +303,12 @@ void test_experts() {
             for (int64_t slot = 0; slot < top_k; ++slot) {
               const int32_t e = ids[size_t(t * top_k + slot)];
               if (e == count) continue;
-              const std::vector<float> hidden =
-                  gated(1, how, x.data() + t * k, 1, expert_of(gate.matrix, e), expert_of(up.matrix, e));
-              const std::vector<float> part = multiply(1, how, hidden.data(), 1, {expert_of(down.matrix, e)});
+              const Matrix of_gate = expert_of(gate.matrix, e), of_up = expert_of(up.matrix, e);
+              const float* row = x.data() + t * k;
+              const std::vector<float> hidden = !more.gate ? gated(1, how, row, 1, of_gate, of_up)
+                                                           : with_additions(multiply(1, how, row, 1, {of_gate}), multiply(1, how, row, 1, {of_up}), more, e);
+              std::vector<float> part = multiply(1, how, hidden.data(), 1, {expert_of(down.matrix, e)});
+              for (int64_t i = 0; more.down && i < k; ++i) part[size_t(i)] += more.down[e * k + i];
               for (int64_t i = 0; i < k; ++i)
                 wanted[size_t(t * k + i)] =
                     std::fma(weights[size_t(t * top_k + slot)], part[size_t(i)], wanted[size_t(t * k + i)]);
@@ -299,7 +319,7 @@ void test_experts() {
               std::vector<float> y(size_t(tokens * k), 1e30f);
               with_threads(threads, [&](Pool& pool) {
                 experts(pool, how, x.data(), tokens, k, ids.data(), weights.data(), top_k, count, gate.matrix, up.matrix,
-                        down.matrix, y.data());
+                        down.matrix, more, y.data());
               });
               const std::string what = "experts, " + std::string(routing) + ", " + std::to_string(tokens) + " tokens, " + isa;
               for (int64_t t = 0; t < tokens; ++t) {

@@ -257,15 +257,30 @@ inline Lanes gated(Lanes gate, Lanes up) {
   return mul(div(gate, add(exp_of(sub(all(-0.0f), gate)), all(1.0f))), up);
 }
 
-inline void gated_product(const float* gate, const float* up, int64_t count, float* out) {
+// out = of(gate, up), element by element.
+template <typename F>
+inline void pairwise(const float* gate, const float* up, int64_t count, float* out, F&& of) {
   int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) store(gated(load(gate + i), load(up + i)), out + i);
+  for (; i + kLanes <= count; i += kLanes) store(of(load(gate + i), load(up + i)), out + i);
   if (i == count) return;
   float rest[3][kLanes] = {};
   std::memcpy(rest[0], gate + i, size_t(count - i) * sizeof(float));
   std::memcpy(rest[1], up + i, size_t(count - i) * sizeof(float));
-  store(gated(load(rest[0]), load(rest[1])), rest[2]);
+  store(of(load(rest[0]), load(rest[1])), rest[2]);
   std::memcpy(out + i, rest[2], size_t(count - i) * sizeof(float));
+}
+
+inline void gated_product(const float* gate, const float* up, int64_t count, float* out) {
+  pairwise(gate, up, count, out, gated);
+}
+
+inline void clamped_product(const float* gate, const float* up, int64_t count, float limit, float alpha, float* out) {
+  const Lanes high = all(limit), low = all(-limit), one = all(1.0f), slope = all(-alpha);
+  pairwise(gate, up, count, out, [&](Lanes g, Lanes u) {
+    // A NaN comes second, where the instructions keep it.
+    g = min(high, g), u = min(high, max(low, u));
+    return mul(add(u, one), div(g, add(exp_of(mul(slope, g)), one)));
+  });
 }
 
 inline void add_scaled_row(float weight, const float* x, int64_t count, float* sum) {
@@ -276,4 +291,4 @@ inline void add_scaled_row(float weight, const float* x, int64_t count, float* s
 }  // namespace ferrum
 
 // The functions of an Isa from `attend` on.
-#define FERRUM_BESIDE attend, merge, rms_norm, rotate, softmax, store_kv, gated_product, add_scaled_row
+#define FERRUM_BESIDE attend, merge, rms_norm, rotate, softmax, store_kv, gated_product, clamped_product, add_scaled_row

@@ -170,18 +170,28 @@ XLA_FFI_Error* experts(const Call& call) {
   const int64_t tokens = x.dim(0), k = x.dim(1), top_k = ids.dim(1);
   if (stack.axes() < 3 || stack.from_end(3) < 1) return wrong(call, "blocks of experts are [..., experts, rows, width]");
   const int64_t num_experts = stack.from_end(3);
+  ferrum::Additions more;
+  more.limit = check.attribute<float>("limit"), more.alpha = check.attribute<float>("alpha");
   const Matrix gate = check.matrix(formats, 0, 3, k, num_experts), up = check.matrix(formats, 1, 5, k, num_experts);
   const Matrix down = check.matrix(formats, 2, 7, gate.n, num_experts);
   if (check.failed()) return check.error();
   if (gate.n != up.n || down.n != k) return wrong(call, "gate, up and down do not fit");
   if (ids.dim(0) != tokens || weights.dim(0) != tokens || weights.dim(1) != top_k || y.dim(0) != tokens || y.dim(1) != k)
     return wrong(call, "x, ids, weights and y do not fit");
+  if (call.operands() > 9) {
+    const Array biases[] = {check.operand(9, kF32, 2), check.operand(10, kF32, 2), check.operand(11, kF32, 2)};
+    if (check.failed()) return check.error();
+    const int64_t widths[] = {gate.n, gate.n, k};
+    for (int i = 0; i < 3; ++i)
+      if (biases[i].dim(0) != num_experts || biases[i].dim(1) != widths[i]) return wrong(call, "biases of experts do not fit");
+    more.gate = biases[0].floats(), more.up = biases[1].floats(), more.down = biases[2].floats();
+  }
   const int32_t* id = ids.ints();
   for (int64_t i = 0; i < tokens * top_k; ++i)
     if (id[i] < 0 || id[i] > num_experts)
       return wrong(call, "expert " + std::to_string(id[i]) + " of " + std::to_string(num_experts));
   return with_pool(call, [&](ferrum::Pool& pool) {
-    ferrum::experts(pool, how, x.floats(), tokens, k, id, weights.floats(), top_k, num_experts, gate, up, down, y.floats());
+    ferrum::experts(pool, how, x.floats(), tokens, k, id, weights.floats(), top_k, num_experts, gate, up, down, more, y.floats());
   });
 }
 

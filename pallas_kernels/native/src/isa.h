@@ -91,6 +91,8 @@ struct Isa {
   void (*store_kv)(KvType type, const float* x, int64_t n, uint8_t* to, float* scale);
   // out = silu(gate) * up, element by element.
   void (*gated)(const float* gate, const float* up, int64_t count, float* out);
+  // out = (u + 1) * g * sigmoid(alpha * g), g = min(gate, limit) and u = up from -limit to limit, element by element.
+  void (*clamped)(const float* gate, const float* up, int64_t count, float limit, float alpha, float* out);
   // sum = fma(weight, x, sum), element by element.
   void (*add_scaled)(float weight, const float* x, int64_t count, float* sum);
 };

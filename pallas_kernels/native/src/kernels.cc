@@ -212,7 +212,7 @@ void pack_expert(const Isa& isa, const Activations& form, const Routing& routing
 
 void experts(Pool& pool, Arithmetic arithmetic, const float* x, int64_t tokens, int64_t k, const int32_t* ids,
              const float* weights, int64_t top_k, int64_t num_experts, const Matrix& gate, const Matrix& up,
-             const Matrix& down, float* y) {
+             const Matrix& down, const Additions& more, float* y) {
   if (tokens == 0) return;
   const Isa& isa = current_isa();
   const int64_t n = gate.n, bytes = n * (gate.format->row_bytes(k) + up.format->row_bytes(k)) + k * down.format->row_bytes(n);
@@ -242,9 +242,11 @@ void experts(Pool& pool, Arithmetic arithmetic, const float* x, int64_t tokens, 
   const int64_t rows = chunk_rows(gate, 1), chunks = ceil_div(n, rows);
   maybe_parallel(!alone, pool, routing.active * chunks, [&](int64_t task) {
     const int64_t e = task / chunks, first = task % chunks * rows;
+    Additions own = more;
+    if (more.gate) own.gate += routing.expert[e] * n, own.up += routing.expert[e] * n;
     gated_rows(isa, arithmetic, expert_matrix(gate, routing.expert[e]), expert_matrix(up, routing.expert[e]), first,
                n - first < rows ? n - first : rows, operand_of(isa, outer, routing, from, e),
-               {hidden + routing.first[e] * n, n});
+               {hidden + routing.first[e] * n, n}, own);
   });
   maybe_parallel(!alone, pool, routing.active, [&](int64_t e) {
     for (int64_t i = routing.first[e]; i < routing.first[e + 1]; ++i)
@@ -257,9 +259,13 @@ void experts(Pool& pool, Arithmetic arithmetic, const float* x, int64_t tokens, 
   maybe_parallel(!alone, pool, ceil_div(k, columns), [&](int64_t task) {
     const int64_t first = task * columns, width = k - first < columns ? k - first : columns;
     auto* part = static_cast<float*>(scratch(kParts, size_t(routing.assignments * width) * sizeof(float)));
-    for (int64_t e = 0; e < routing.active; ++e)
+    for (int64_t e = 0; e < routing.active; ++e) {
       multiply(isa, wants_floats(arithmetic, down), rows_of(expert_matrix(down, routing.expert[e]), first, width),
                operand_of(isa, inner, routing, to, e), {part + routing.first[e] * width, width});
+      const float* bias = more.down ? more.down + routing.expert[e] * k + first : nullptr;
+      for (int64_t r = routing.first[e]; bias && r < routing.first[e + 1]; ++r)
+        for (int64_t i = 0; i < width; ++i) part[r * width + i] += bias[i];
+    }
     for (int64_t t = 0; t < tokens; ++t) {
       float* out = y + t * k + first;
       std::memset(out, 0, size_t(width) * sizeof(float));

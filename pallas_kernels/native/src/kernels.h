@@ -59,11 +59,18 @@ void matmuls(Pool& pool, Arithmetic arithmetic, const float* x, int64_t m, int64
 void swiglu(Pool& pool, Arithmetic arithmetic, const float* x, int64_t m, int64_t k, const Matrix& gate, const Matrix& up,
             float* y);
 
+// What a mixture may have in addition. Biases of the products: gate and up [experts, n], down [experts, k], or nullptr. With a
+// limit (not 0) a hidden value is (u + 1) * g * sigmoid(alpha * g), g = min(gate, limit), u = up from -limit to limit.
+struct Additions {
+  const float *gate = nullptr, *up = nullptr, *down = nullptr;
+  float limit = 0, alpha = 0;
+};
+
 // y [tokens, k]: over the ranks of a token in order, the sum of weight * down_e(silu(gate_e x) * up_e x), where expert e of
 // [tokens, top_k] lies `e * matrix bytes` after the given matrices; ids of num_experts or more mean no expert.
 void experts(Pool& pool, Arithmetic arithmetic, const float* x, int64_t tokens, int64_t k, const int32_t* ids,
              const float* weights, int64_t top_k, int64_t num_experts, const Matrix& gate, const Matrix& up,
-             const Matrix& down, float* y);
+             const Matrix& down, const Additions& more, float* y);
 
 // One layer of a paged cache: [pages, page_size, 2 kv_heads, head_dim], keys of head h at 2 h, values at 2 h + 1.
 struct KvCache {

@@ -222,7 +222,7 @@ class Step {
     for_rows([&](int64_t t) { route(logits + t * padded, experts, padded, batch_.kv_slots[t] >= 0, ids + t * top_k, weights + t * top_k); });
     float* sum = y_;  // free after attention; hidden may be wider than all queries
     if (shape_.hidden > queries_) sum = static_cast<float*>(scratch(kMixed, size_t(m_ * shape_.hidden) * sizeof(float)));
-    ferrum::experts(pool_, Arithmetic::int8, normed_, m_, shape_.hidden, ids, weights, top_k, experts, layer.gate, layer.up, layer.down, sum);
+    ferrum::experts(pool_, Arithmetic::int8, normed_, m_, shape_.hidden, ids, weights, top_k, experts, layer.gate, layer.up, layer.down, {}, sum);
     for_rows([&](int64_t t) { add(sum + t * shape_.hidden, shape_.hidden, x_ + t * shape_.hidden); });
   }
 

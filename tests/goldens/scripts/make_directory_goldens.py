@@ -1,8 +1,8 @@
 """Golden logits and greedy tokens of the tiny checkpoint directories, from transformers.
 
 transformers loads each directory as a user would have it load; of a packed one a copy with the float32 matrices that the
-packing stands for. Of this project it uses only the generator of the directories. torch, transformers and safetensors are
-needed here and nowhere in the tests.
+packing stands for (of MXFP4 transformers unpacks them). Of this project it uses only the generator of the directories. torch,
+transformers and safetensors are needed here and nowhere in the tests.
 
     PYTHONPATH=tests python tests/goldens/scripts/make_directory_goldens.py SCRATCH [NAME ...]
 """
@@ -12,12 +12,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 import transformers
 from make_model_goldens import golden
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from support.goldens import directory_cases as cases
 from support.goldens import tiny_directories as tiny
@@ -30,7 +32,8 @@ def build(spec: tiny.Spec, path: Path) -> torch.nn.Module:
     if spec.packing:
         path = path.with_name(path.name + "-dense")
         path.mkdir(exist_ok=True)
-        entries = [(name, "F32", values.shape, tiny.to_bytes(values, "F32")) for name, values in tiny.dense(spec)]
+        matrices = mxfp4(spec) if spec.packing.method == "mxfp4" else tiny.dense(spec)
+        entries = [(name, "F32", values.shape, tiny.to_bytes(values, "F32")) for name, values in matrices]
         (path / "model.safetensors").write_bytes(tiny.safetensors(entries))
         (path / "config.json").write_text(json.dumps(tiny.config_json(dataclasses.replace(spec, packing=None))))
     extra = {"experts_implementation": "eager"} if spec.experts else {}
@@ -41,6 +44,18 @@ def build(spec: tiny.Spec, path: Path) -> torch.nn.Module:
     assert type(model).__name__ == ("MinistralForCausalLM" if ministral else spec.model_class)
     assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"], report
     return model.eval()
+
+
+def mxfp4(spec: tiny.Spec) -> Iterator[tuple[str, np.ndarray]]:
+    """The tensors in float32, those of MXFP4 unpacked by transformers."""
+    kept = {name: (values, dtype) for name, values, dtype in tiny.tensors(spec)}
+    for name, (values, dtype) in kept.items():
+        if dtype != "U8":
+            yield name, tiny.from_bytes(tiny.to_bytes(values, dtype), dtype).reshape(values.shape)
+        elif name.endswith("_blocks"):
+            stem = name.removesuffix("_blocks")
+            blocks, scales = (torch.from_numpy(kept[stem + suffix][0]) for suffix in ("_blocks", "_scales"))
+            yield stem, convert_moe_packed_tensors(blocks, scales, dtype=torch.float32).numpy()
 
 
 def main() -> None:

@@ -32,6 +32,7 @@ CLASSES = {
     "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
     "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
     "qwen3moe": (transformers.Qwen3MoeConfig, transformers.Qwen3MoeForCausalLM),
+    "gpt-oss": (transformers.GptOssConfig, transformers.GptOssForCausalLM),
 }
 PARTS = {
     "attn_norm": "input_layernorm",
@@ -47,6 +48,11 @@ PARTS = {
     "ffn_down": "mlp.down_proj",
     "ffn_gate_inp": "mlp.gate",
     "ffn_down_exps": "mlp.experts.down_proj",
+}
+OSS_PARTS = PARTS | {
+    "post_attention_norm": "post_attention_layernorm",
+    "attn_sinks": "self_attn.sinks",
+    "ffn_gate_inp": "mlp.router",
 }
 
 
@@ -98,6 +104,14 @@ def build(path: Path, rope_changes: dict | None = None, unpermute: bool = True, 
             "moe_intermediate_size": get("expert_feed_forward_length"),
             "norm_topk_prob": True,
         }
+    elif arch == "gpt-oss":
+        fields |= {
+            "num_local_experts": get("expert_count"),
+            "num_experts_per_tok": get("expert_used_count"),
+            "intermediate_size": get("expert_feed_forward_length"),
+            "sliding_window": get("attention.sliding_window"),
+        }
+        rope["truncate"] = False  # as the published config.json has it; GGUF has no key for it
     rope |= rope_changes or {}
     fields |= changes
     config_class, model_class = CLASSES[kind]
@@ -121,8 +135,17 @@ def build(path: Path, rope_changes: dict | None = None, unpermute: bool = True, 
     scale = get("expert_weights_scale") or 1.0
     for n in range(get("block_count")):
         gate, up = (weights.pop(f"blk.{n}.ffn_{x}_exps.weight", None) for x in ("gate", "up"))
-        if gate is not None:
-            state[f"model.layers.{n}.mlp.experts.gate_up_proj"] = torch.cat([gate, up], dim=1)
+        experts = f"model.layers.{n}.mlp.experts."
+        if arch == "gpt-oss":  # rows of gate and up in turn, and last
+            both = torch.stack([gate, up], dim=2).flatten(1, 2)
+            state[experts + "gate_up_proj"] = both.transpose(1, 2).contiguous()
+            biases = [weights.pop(f"blk.{n}.ffn_{x}_exps.bias") for x in ("gate", "up")]
+            state[experts + "gate_up_proj_bias"] = torch.stack(biases, dim=2).flatten(1, 2)
+            state[experts + "down_proj"] = weights.pop(f"blk.{n}.ffn_down_exps.weight").transpose(1, 2).contiguous()
+            state[experts + "down_proj_bias"] = weights.pop(f"blk.{n}.ffn_down_exps.bias")
+        elif gate is not None:
+            state[experts + "gate_up_proj"] = torch.cat([gate, up], dim=1)
+    parts = OSS_PARTS if arch == "gpt-oss" else PARTS
     for name, w in weights.items():
         _, n, part, suffix = name.split(".")
         if part == "attn_q":
@@ -131,8 +154,8 @@ def build(path: Path, rope_changes: dict | None = None, unpermute: bool = True, 
             w = halves(w, kv_heads)
         elif part == "ffn_down_exps":
             w = w * scale
-        tail = "" if part.endswith("_exps") else "." + suffix
-        state[f"model.layers.{n}.{PARTS[part]}{tail}"] = w
+        tail = "" if part.endswith(("_exps", "_sinks")) else "." + suffix
+        state[f"model.layers.{n}.{parts[part]}{tail}"] = w
     model.load_state_dict(state, strict=True)
     if model.config.tie_word_embeddings:
         model.tie_weights()
@@ -200,9 +223,11 @@ def gradient(path: Path, rope: dict[str, object]) -> dict[str, np.ndarray]:
     return out
 
 
-def make_tiny(scratch: Path, quantizer: str | None) -> None:
+def make_tiny(scratch: Path, quantizer: str | None, names: list[str]) -> None:
     """Write the files of `cases`, their goldens and the gradient goldens."""
     for case in cases.CASES:
+        if names and case.name not in names:
+            continue
         path = scratch / f"{case.name}.gguf"
         digest = tiny_models.write(case.spec, path)
         if case.quantized:
@@ -286,6 +311,7 @@ def make_real(name: str, path: Path, ids_file: Path) -> None:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="of tiny cases; none: all")
     parser.add_argument("--scratch", type=Path, help="folder for the tiny files; makes the tiny goldens")
     parser.add_argument("--quantizer", help="llama-quantize of llama.cpp (SRC DST TYPE): remake the committed files")
     parser.add_argument("--planted", action="store_true", help="show what planted mistakes do to the files in scratch")
@@ -294,7 +320,7 @@ def main() -> None:
     if args.planted:
         plant(args.scratch)
     elif args.scratch:
-        make_tiny(args.scratch, args.quantizer)
+        make_tiny(args.scratch, args.quantizer, args.names)
     if args.real:
         make_real(args.real[0], Path(args.real[1]), Path(args.real[2]))
 

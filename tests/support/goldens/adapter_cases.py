@@ -17,6 +17,7 @@ QWEN2 = Base("qwen2-f16", "Qwen2ForCausalLM", "F16", **TWO, config={"head_dim": 
 QWEN3 = Base("qwen3-bf16", "Qwen3ForCausalLM", "BF16", **{**TWO, "head_dim": 128}, tied=True, seed=74)
 MOE = Base("qwen3moe-f32", "Qwen3MoeForCausalLM", "F32", **TWO, experts=8, top_k=3, expert_ff=128, dense=(1,), seed=75,
            config={"norm_topk_prob": True, "mlp_only_layers": [1]})  # fmt: skip
+OSS = Base("gpt-oss-f32", "GptOssForCausalLM", "F32", **TWO, experts=8, top_k=3, expert_ff=128, seed=76)
 CASES = [
     Spec("llama-all", LLAMA, seed=1),
     Spec("llama-patterns", LLAMA, (*ATTENTION, "down_proj"), rank=4, alpha=4, seed=2,
@@ -27,9 +28,10 @@ CASES = [
     Spec("qwen2", QWEN2, rank=6, dtype="F16", seed=5),
     Spec("qwen3", QWEN3, rank=2, alpha=1, dtype="BF16", seed=6),
     Spec("qwen3moe-attention", MOE, ATTENTION, seed=7),
+    Spec("gpt-oss-attention", OSS, ATTENTION, seed=10),
     Spec("qwen3moe-dense", MOE, ("q_proj", *DENSE), (1,), rank=3, alpha=7, seed=8),
 ]  # fmt: skip
 EXTRA = {  # without goldens: they are loaded next to those that have some
     base.name: Spec(f"extra-{base.name}", base, ("k_proj", "o_proj"), rank=5, alpha=5, seed=9)
-    for base in (HALVED, QWEN2, QWEN3)
+    for base in (HALVED, QWEN2, QWEN3, OSS)
 }

@@ -54,12 +54,18 @@ ODD = {
     "gate": ("MXFP4", "NVFP4", "TQ2_0"),
     "down": ("IQ2_XS", "MXFP4", "Q5_K"),
 }
+OSS = {"experts": 8, "top_k": 3, "expert_ff": 128, "attention_bias": True, "window": 24, "theta": 150000.0, "context": 4096,
+       "rope": ("yarn", 8.0, 512)}  # fmt: skip
+EXPERTS = {"gate": ("MXFP4",), "up": ("MXFP4",), "down": ("MXFP4",)}
 CASES = [
     Case(Spec("llama3-f32", "llama", rope=("llama3", 8.0, 64), seed=11), gradient=True),
     Case(Spec("mistral-f16", "llama", window=24, tied=True, theta=1e6, formats={"*": ("F16",)}, seed=12)),
     Case(Spec("llama-linear-q4_1", "llama", rope=("linear", 4.0, 128), formats={"*": ("Q4_1",)}, seed=13)),
     Case(Spec("qwen2-yarn-q5_1", "qwen2", heads=4, rope=("yarn", 4.0, 64), formats={"*": ("Q5_1",)}, seed=14)),
     Case(Spec("qwen2-tied-bf16", "qwen2", heads=4, tied=True, eps=1e-6, theta=1e6, formats={"*": ("BF16",)}, seed=15)),
+    Case(Spec("gpt-oss-f32", "gpt-oss", **OSS, seed=27)),
+    Case(Spec("gpt-oss-q8_0", "gpt-oss", **{**OSS, "layers": 4}, formats={"*": ("Q8_0",)}, seed=28)),
+    Case(Spec("gpt-oss-mxfp4", "gpt-oss", **OSS, formats={"*": ("Q8_0",), **EXPERTS}, seed=29)),
     Case(Spec("qwen3-q8_0", "qwen3", tied=True, eps=1e-6, theta=1e6, formats={"*": ("Q8_0",)}, seed=16)),
     Case(Spec("mixtral-q4_0", "llama", layers=2, experts=8, top_k=2, theta=1e6, formats={"*": ("Q4_0",)}, seed=17)),
     Case(Spec("qwen3moe-f32", "qwen3moe", layers=2, **MOE, seed=18), gradient=True),

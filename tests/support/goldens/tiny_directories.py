@@ -21,6 +21,7 @@ import numpy as np
 from support.goldens.tiny_models import SPECIALS, bell, between, bytes_to_unicode, raw
 
 MODEL_TYPES = {
+    "GptOssForCausalLM": "gpt_oss",
     "LlamaForCausalLM": "llama",
     "MistralForCausalLM": "mistral",
     "MixtralForCausalLM": "mixtral",
@@ -33,7 +34,7 @@ AWQ_PACKS = (0, 2, 4, 6, 1, 3, 5, 7)  # which of eight neighboring columns is in
 
 @dataclass(frozen=True)
 class Packing:
-    """How matrices of layers are packed; `method` "gptq", "gptq_v2", "awq" or "compressed-tensors"."""
+    """How matrices of layers are packed; `method` "gptq", "gptq_v2", "awq", "compressed-tensors", or "mxfp4" of experts."""
 
     method: str
     bits: int = 4
@@ -96,6 +97,12 @@ def config_json(s: Spec) -> dict[str, Any]:
     }
     if s.model_class == "MixtralForCausalLM":
         made |= {"num_local_experts": s.experts, "num_experts_per_tok": s.top_k, "intermediate_size": s.expert_ff}
+    elif s.model_class == "GptOssForCausalLM":
+        yarn = {"rope_type": "yarn", "factor": 8.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False}
+        made |= {"num_local_experts": s.experts, "num_experts_per_tok": s.top_k, "intermediate_size": s.expert_ff}
+        made |= {"attention_bias": True, "sliding_window": 24, "swiglu_limit": 7.0, "rope_theta": 150000.0}
+        made["rope_scaling"] = yarn | {"original_max_position_embeddings": 512}
+        made["layer_types"] = [("sliding_attention", "full_attention")[n % 2] for n in range(s.layers)]
     elif s.experts:
         made |= {"num_experts": s.experts, "num_experts_per_tok": s.top_k, "moe_intermediate_size": s.expert_ff}
     if s.packing and not s.packing.own_file:
@@ -115,6 +122,9 @@ def quantization(p: Packing) -> dict[str, Any]:
             "quant_method": p.method, "format": "pack-quantized", "quantization_status": "compressed",
             "config_groups": {"group_0": entry}, "ignore": ["lm_head"], "kv_cache_scheme": None,
         }  # fmt: skip
+    if p.method == "mxfp4":
+        kept = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
+        return {"quant_method": "mxfp4", "modules_to_not_convert": kept}
     if p.method == "awq":
         made = {"bits": p.bits, "group_size": p.group_size, "version": "gemm", "zero_point": not p.symmetric}
         return {"quant_method": "awq"} | made
@@ -137,6 +147,8 @@ def matrices(s: Spec) -> Iterator[tuple[str, tuple[int, int], float]]:
         inner = ("block_sparse_moe" if mixtral else "mlp") + "."
         sparse = s.experts and n not in s.dense
         ff = s.expert_ff if sparse else s.ff
+        if s.model_class == "GptOssForCausalLM":
+            continue  # see gpt_oss
         for module in [f"{inner}experts.{e}." for e in range(s.experts)] if sparse else ["mlp."]:
             yield b + module + names[0], (ff, h), 1.3 * root
             yield b + module + names[1], (ff, h), 1.3 * root
@@ -171,9 +183,38 @@ def plain(s: Spec) -> Iterator[tuple[str, np.ndarray]]:
         if s.model_class.startswith("Qwen3"):
             for name in ("self_attn.q_norm", "self_attn.k_norm"):
                 yield b + name + ".weight", between(s.seed, b + name, (s.head_dim,), 0.5, 2.0)
+        if s.model_class == "GptOssForCausalLM":
+            continue
         if s.experts and n not in s.dense:
             gate = "block_sparse_moe.gate" if s.model_class == "MixtralForCausalLM" else "mlp.gate"
             yield values(b + gate + ".weight", (s.experts, h), 1.5 * root)
+
+
+def gpt_oss(s: Spec) -> Iterator[tuple[str, np.ndarray, str]]:
+    """What is this class's own: sinks, the router and experts, whose rows of gate and up lie in turn and reach beyond the
+    limit. Rows of numbers come last; blocks of MXFP4 have them first."""
+    h, ff, root = s.hidden, s.expert_ff, 1 / math.sqrt(s.hidden)
+
+    def plain(name: str, shape: tuple[int, ...], std: float) -> tuple[str, np.ndarray, str]:
+        return name, bell(s.seed, name, shape) * np.float32(std), s.dtype
+
+    for n in range(s.layers):
+        b = f"model.layers.{n}."
+        yield plain(b + "self_attn.sinks", (s.heads,), 2.0)
+        yield plain(b + "mlp.router.weight", (s.experts, h), 1.5 * root)
+        yield plain(b + "mlp.router.bias", (s.experts,), 0.5)
+        for name, rows, columns, std in (("gate_up_proj", 2 * ff, h, 4 * root), ("down_proj", h, ff, 0.4 / math.sqrt(ff))):
+            name = f"{b}mlp.experts.{name}"
+            yield plain(name + "_bias", (s.experts, rows), 0.5)
+            if not s.packing:
+                yield plain(name, (s.experts, columns, rows), std)
+                continue
+            count = s.experts * rows * columns // 32
+            codes = raw(s.seed, name, 2 * count).astype("<u8").view(np.uint8).reshape(s.experts, rows, columns // 32, 16)
+            middle = np.uint64(127 + round(math.log2(std / 2.93)))
+            scales = (middle - 1 + raw(s.seed, name + "/scale", count) % np.uint64(3)).astype(np.uint8)
+            yield name + "_blocks", codes, "U8"
+            yield name + "_scales", scales.reshape(codes.shape[:3]), "U8"
 
 
 @dataclass(frozen=True)
@@ -257,9 +298,11 @@ def tensors(s: Spec) -> Iterator[tuple[str, np.ndarray, str]]:
     """The tensors of the checkpoint: name, values, dtype."""
     for name, values in plain(s):
         yield name, values, s.dtype
+    if s.model_class == "GptOssForCausalLM":
+        yield from gpt_oss(s)
     fused: dict[str, list[np.ndarray]] = {}
     for module, shape, std in matrices(s):
-        if s.packing:
+        if s.packing and s.packing.method != "mxfp4":
             for name, (values, dtype) in packed(s, module, numbers(s, module, shape, std)).items():
                 yield name, values, dtype
             continue

@@ -190,14 +190,23 @@ def tensors(spec: Spec) -> Iterator[tuple[str, np.ndarray, str]]:
         if s.arch in ("qwen3", "qwen3moe"):
             yield norm(b + "attn_q_norm.weight", hd, 0.5, 2.0)
             yield norm(b + "attn_k_norm.weight", hd, 0.5, 2.0)
-        yield norm(b + "ffn_norm.weight", h)
-        ff = s.expert_ff if s.arch == "qwen3moe" else s.ff
+        oss = s.arch == "gpt-oss"
+        if oss:
+            yield b + "attn_sinks.weight", bell(s.seed, b + "sinks", (s.heads,)) * np.float32(2), "F32"
+        yield norm(b + ("post_attention_norm.weight" if oss else "ffn_norm.weight"), h)
+        ff = s.expert_ff if s.arch in ("qwen3moe", "gpt-oss") else s.ff
         lead, tail = ((s.experts,), "_exps.weight") if s.experts else ((), ".weight")
         if s.experts:
             yield b + "ffn_gate_inp.weight", bell(s.seed, b + "router", (s.experts, h)) * np.float32(1.5 * root), "F32"
-        yield weight(b + "ffn_gate" + tail, "gate", n, (*lead, ff, h), 1.3 * root)
-        yield weight(b + "ffn_up" + tail, "up", n, (*lead, ff, h), 1.3 * root)
-        yield weight(b + "ffn_down" + tail, "down", n, (*lead, h, ff), 1.5 / math.sqrt(ff))
+        if oss:
+            yield bias(b + "ffn_gate_inp.bias", s.experts)
+            for x, rows in (("gate", ff), ("up", ff), ("down", h)):
+                name = f"{b}ffn_{x}_exps.bias"
+                yield name, bell(s.seed, name, (s.experts, rows)) * np.float32(0.5), "F32"
+        wide = (4.0 if oss else 1.3) * root  # of gpt-oss beyond the limit of its SwiGLU
+        yield weight(b + "ffn_gate" + tail, "gate", n, (*lead, ff, h), wide)
+        yield weight(b + "ffn_up" + tail, "up", n, (*lead, ff, h), wide)
+        yield weight(b + "ffn_down" + tail, "down", n, (*lead, h, ff), (0.4 if oss else 1.5) / math.sqrt(ff))
 
 
 def bytes_to_unicode() -> list[str]:
@@ -229,7 +238,7 @@ def write(spec: Spec, path: Path) -> str:
     if s.experts:
         w.add_expert_count(s.experts)
         w.add_expert_used_count(s.top_k)
-    if s.arch == "qwen3moe":
+    if s.arch in ("qwen3moe", "gpt-oss"):
         w.add_expert_feed_forward_length(s.expert_ff)
     if s.weights_norm is not None:
         w.add_expert_weights_norm(s.weights_norm)

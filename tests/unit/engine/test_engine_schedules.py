@@ -325,13 +325,15 @@ REFERENCE = {"max_tokens": 16, "logprobs": 2}  # of one shape, so that one progr
 PLAIN = EngineConfig(page_size=4, num_pages=9, max_seqs=3, token_budget=8, steps_per_dispatch=4)
 DRAFTED = dataclasses.replace(PLAIN, speculation=2)
 PLANS = {"plain": (0, PLAIN), "window and drafts": (7, DRAFTED), "experts in int8": ("int8", DRAFTED)}
+PLANS |= {"sinks": ("oss float32", PLAIN), "sinks in int8": ("oss int8", DRAFTED)}
 PLANS |= {"two windows": ("windows", PLAIN), "recurrent": ("recurrent", PLAIN), "all kinds and drafts": ("all", DRAFTED)}
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     """Models with 25 tokens of context by their window: some requests end with the context, in the first place of a page.
-    "int8": a mixture in a Q4_K_M mix, whose layers are one C++ call if there is a compiler."""
+    "int8": a mixture in a Q4_K_M mix, whose layers are one C++ call if there is a compiler. "oss": windows in every other
+    layer, sinks, and experts in MXFP4 with biases."""
     made = {}
     for window in (0, 7):
         path = tmp_path_factory.mktemp("model") / "tiny.gguf"
@@ -340,6 +342,10 @@ def models(tmp_path_factory):
     path = tmp_path_factory.mktemp("model") / "mixture.gguf"
     tiny_models.write(next(case.spec for case in golden_cases.CASES if case.name == "qwen3moe-q4_k_m"), path)
     made["int8"] = fj.load(path, dtype="int8", max_seq_len=25)
+    path = tmp_path_factory.mktemp("model") / "oss.gguf"
+    oss = next(case.spec for case in golden_cases.CASES if case.name == "gpt-oss-mxfp4")
+    tiny_models.write(dataclasses.replace(oss, window=7, layers=2), path)
+    made |= {f"oss {dtype}": fj.load(path, dtype=dtype, max_seq_len=25) for dtype in ("float32", "int8")}
     path = tmp_path_factory.mktemp("model") / "layers.gguf"
     deep = fj.load(write_tiny_llama(path, layers=4), dtype="float32", max_seq_len=25)
     kinds = {"windows": (7, 0, 7, 0), "recurrent": (0, None, 0, None), "all": (7, None, 0, 3)}

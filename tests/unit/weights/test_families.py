@@ -19,6 +19,7 @@ from ferrum_jax.convert import convert
 from ferrum_jax.families import FAMILIES, Family
 from ferrum_jax.families.family import ConfigFile
 from ferrum_jax.families.fields import FIELDS
+from ferrum_jax.families.gpt_oss import GPT_OSS
 from ferrum_jax.families.keys import Keys
 from ferrum_jax.families.tensors import is_dense
 from ferrum_jax.files.metadata import Typed, plain
@@ -116,12 +117,16 @@ def test_names_of_tensors_are_those_of_the_converter(family: Family) -> None:
 def test_keys_come_back(family: Family) -> None:
     """What is written as GGUF is read as the same configuration, and every key is one of llama.cpp's."""
     experts = {"num_experts": 8, "experts_per_token": 2, "expert_intermediate_size": 32, "norm_topk_prob": True}
-    of_feed_forward = experts if "mix" in family.model_type or "moe" in family.model_type else {"intermediate_size": 96}
+    of_feed_forward = experts if re.search("mix|moe|oss", family.model_type) else {"intermediate_size": 96}
     config = fj.ModelConfig(
         architecture=family.architecture, num_layers=3, hidden_size=64, num_heads=4, num_kv_heads=2, head_dim=16,
         vocab_size=320, context_length=512, rms_norm_eps=2.0**-17, rope_theta=5e5, rope_dim=16, sliding_window=32,
         **of_feed_forward, rope_scaling=fj.config.RopeScaling("yarn", 4.0, 128, 1.0, 16.0, 2.0),
     )  # fmt: skip
+    if family is GPT_OSS:
+        config = dataclasses.replace(config, attention_sinks=True, swiglu_limit=7.0, swiglu_alpha=1.702)
+        scaling = dataclasses.replace(config.rope_scaling, truncate=False)
+        config = dataclasses.replace(config.with_by_layer(sliding_window=(32, 0, 32)), rope_scaling=scaling)
     keys = plain(family.to_gguf(config, "somewhere"))
     groups = [vars(group).values() for group in vars(gguf.Keys).values() if isinstance(group, type)]
     listed = {str(key).replace("{arch}", family.architecture) for group in groups for key in group}
