@@ -119,9 +119,11 @@ def linear(
     """Rows times a transposed matrix, which stays in its blocks. Differentiable with respect to x.
 
     Args:
-      x: [tokens, columns]; its dtype is the arithmetic, except for "int8". stack: the matrix, or those of all layers. layer:
-      which one, for a stack of layers. arithmetic: "int8" or "int8x2", as for `quantized_matmul`. implementation: the backend
-      to take, as for `quantized_matmul`.
+      x: [tokens, columns]; its dtype is the arithmetic, except for "int8".
+      stack: the matrix, or those of all layers.
+      layer: which one, for a stack of layers.
+      arithmetic: "int8" or "int8x2", as for `quantized_matmul`.
+      implementation: the backend to take, as for `quantized_matmul`.
 
     Returns:
       float32 [tokens, rows].
@@ -161,9 +163,11 @@ def grouped_linear(
     """Rows, sorted by expert, times the transposed matrix of their expert. Differentiable with respect to x.
 
     Args:
-      x: [m, columns]. group_sizes: int32 [experts], rows of each expert; rows beyond their sum give zero. stack: the experts,
-      or those of all layers. layer: which one, for a stack of layers. implementation: the backend to take, as for
-      `grouped_matmul`.
+      x: [m, columns].
+      group_sizes: int32 [experts], rows of each expert; rows beyond their sum give zero.
+      stack: the experts, or those of all layers.
+      layer: which one, for a stack of layers.
+      implementation: the backend to take, as for `grouped_matmul`.
 
     Returns:
       float32 [m, rows].

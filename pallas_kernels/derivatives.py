@@ -19,8 +19,9 @@ def derivative_of(reference: Function, *, of: Sequence[str] = (), static: Sequen
     """Decorates an operation, to be called with positional arguments: its derivative is that of `reference`.
 
     Args:
-      reference: of the same arguments, static ones included. of: names of the arguments that have a derivative; () for all of
-      them. static: names of the arguments that are not arrays.
+      reference: of the same arguments, static ones included.
+      of: names of the arguments that have a derivative; () for all of them.
+      static: names of the arguments that are not arrays.
     """
 
     def decorate(operation: Function) -> Function:

@@ -23,8 +23,8 @@ class EngineConfig:
     """The configuration of an engine.
 
     Attributes:
-      page_size: tokens per page; 1 to 65,536. num_pages: pages of the KV cache, 1 to 2**31 - 1; None: enough for `max_seqs`
-      sequences of the model's full context, or as
+      page_size: tokens per page; 1 to 65,536.
+      num_pages: pages of the KV cache, 1 to 2**31 - 1; None: enough for `max_seqs` sequences of the model's full context, or as
         many as fit the free memory. If layers have different windows, this is the pool of the layers that see most.
       initial_pages: pages at the beginning, 1 to 2**31 - 1. When they are used up, the cache grows by a factor of four, up to
         `num_pages`, and steps are compiled for the new size. None: all pages from the beginning.
@@ -34,7 +34,8 @@ class EngineConfig:
       steps_per_dispatch: decode steps of one dispatch while no request waits, 1 to 4,096; None: as many as take
         `dispatch_seconds`.
       dispatch_seconds: duration of a dispatch with several decode steps, greater than 0. Shorter is smoother, longer is faster.
-      prefix_cache: whether requests share the pages of equal beginnings. kv_dtype: dtype of the KV cache; None: the model's.
+      prefix_cache: whether requests share the pages of equal beginnings.
+      kv_dtype: dtype of the KV cache; None: the model's.
       checkpoints: for a model with layers that recur, the number of states kept at beginnings of texts, from which another
         request may continue, 0 to 1,048,576; None: `max_seqs`.
       speculation: number of tokens to draft from the sequence's own text and verify in one step, 0 to 1,024; 0: off.

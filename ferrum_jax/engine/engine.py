@@ -49,10 +49,12 @@ class Engine(Core):
     `run`, drives the engine. All methods may be called from any thread, and interrupted at any moment.
 
     Args:
-      model: from `ferrum_jax.load`. config: an EngineConfig, or a dict of its fields.
+      model: from `ferrum_jax.load`.
+      config: an EngineConfig, or a dict of its fields.
 
     Raises:
-      ValueError: for anything else. OutOfMemoryError: if the KV cache does not fit.
+      ValueError: for anything else.
+      OutOfMemoryError: if the KV cache does not fit.
     """
 
     def __init__(self, model: Loaded | Prompts, config: EngineConfig | Mapping[str, Any] = EngineConfig()):
@@ -99,12 +101,13 @@ class Engine(Core):
         """A request for one prompt, which waits until the engine admits it.
 
         Args:
-          prompt: a text, a list of token ids or a conversation (a list of messages). params: how to continue it. adapter: the
-          name of a LoRA adapter that the model was loaded with; None: the model alone.
+          prompt: a text, a list of token ids or a conversation (a list of messages).
+          params: how to continue it.
+          adapter: the name of a LoRA adapter that the model was loaded with; None: the model alone.
 
         Raises:
-          ValueError: for a prompt that is empty or too long, for parameters that cannot be met, for an unknown adapter, and
-            for a request that needs more pages than there are.
+          ValueError: for a prompt that is empty or too long, for parameters that cannot be met, for an unknown adapter, and for
+            a request that needs more pages than there are.
         """
         is_chat = isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], dict)
         tokens = self.model.encode_chat(prompt) if is_chat else self.model.encode(prompt)  # type: ignore[arg-type]

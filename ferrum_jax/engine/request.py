@@ -48,10 +48,13 @@ class Request:
     background loop runs, it drives the engine.
 
     Attributes:
-      id (int): a number within the engine. params (SamplingParams): its parameters. adapter (str | None): the name of its
-      adapter. choices (list[Request]): with n > 1 all requests made from it, itself first. error (str): what went wrong, if
-      finish_reason is "error". prompt_token_ids (list[int]): the tokens of the prompt. prompt_logprobs (list | None): as of
-      `Completion`, as far as they are known.
+      id (int): a number within the engine.
+      params (SamplingParams): its parameters.
+      adapter (str | None): the name of its adapter.
+      choices (list[Request]): with n > 1 all requests made from it, itself first.
+      error (str): what went wrong, if finish_reason is "error".
+      prompt_token_ids (list[int]): the tokens of the prompt.
+      prompt_logprobs (list | None): as of `Completion`, as far as they are known.
     """
 
     def __init__(

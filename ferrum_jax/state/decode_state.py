@@ -29,8 +29,8 @@ class DecodeState:
     """The state of a model.
 
     Attributes:
-      pools: a KVCache for each of the model's `page_kinds`, all with the same page_size. recurrent: for each of its
-      `recurrent_kinds`, float32 arrays [layers, states, ...] by name.
+      pools: a KVCache for each of the model's `page_kinds`, all with the same page_size.
+      recurrent: for each of its `recurrent_kinds`, float32 arrays [layers, states, ...] by name.
     """
 
     pools: tuple[KVCache, ...]
@@ -91,9 +91,11 @@ def new_cache(
     """An empty cache: a KVCache if the model's layers are all of one kind, else a DecodeState with a pool for each kind.
 
     Args:
-      config: of the model. num_pages: pages of each pool; page p has the slots p * page_size to (p + 1) * page_size - 1.
-      page_size: tokens per page. dtype: float32, bfloat16, float16, int8 (one scale for each token and head) or float8_e4m3fn
-      ("fp8"). num_states: the number of states for layers that recur; None: as many as pages.
+      config: of the model.
+      num_pages: pages of each pool; page p has the slots p * page_size to (p + 1) * page_size - 1.
+      page_size: tokens per page.
+      dtype: float32, bfloat16, float16, int8 (one scale for each token and head) or float8_e4m3fn ("fp8").
+      num_states: the number of states for layers that recur; None: as many as pages.
 
     Raises:
       ValueError: for another dtype, and for a cache without pages or tokens.

@@ -72,12 +72,12 @@ class Tokenizer:
         """Builds the tokenizer of a file.
 
         Args:
-            metadata: keys and values as in the GGUF header (str, int, bool, float, list[str], numpy arrays). source: name of
-            the file, for errors.
+            metadata: keys and values as in the GGUF header (str, int, bool, float, list[str], numpy arrays).
+            source: name of the file, for errors.
 
         Raises:
-            ModelFileError: a key is missing or inconsistent; the message names it. UnsupportedModelError: the tokenizer model
-            or the pre-tokenizer is unknown; the message names it.
+            ModelFileError: a key is missing or inconsistent; the message names it.
+            UnsupportedModelError: the tokenizer model or the pre-tokenizer is unknown; the message names it.
         """
         return cls(read_vocabulary(metadata, source), named_templates(metadata, source))
 

@@ -249,8 +249,8 @@ def read_vocabulary(metadata: Mapping[str, object], source: str = "") -> Vocabul
     """Reads and checks the `tokenizer.ggml.` keys; defaults of absent flags and ids are llama.cpp's.
 
     Raises:
-        ModelFileError: a key is missing or inconsistent; the message names it. UnsupportedModelError: a tokenizer model other
-        than "gpt2" and "llama", or an unknown pre-tokenizer.
+        ModelFileError: a key is missing or inconsistent; the message names it.
+        UnsupportedModelError: a tokenizer model other than "gpt2" and "llama", or an unknown pre-tokenizer.
     """
     keys = _Keys(metadata, source)
     model = keys.text("model")

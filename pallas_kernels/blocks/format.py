@@ -31,9 +31,12 @@ class BlockFormat:
     """One ggml tensor type: its layout in bytes and the function that unpacks it.
 
     Attributes:
-      name: ggml's name, such as "Q4_K". type_id: ggml's number of the type, as GGUF files store it. block_size: weights per
-      block. block_bytes: bytes per block. decode: stored array [..., stored_width(weights)] of dtype `storage` -> float32 [...,
-      weights]. storage: dtype of the array kept on the device: bytes, or one element per weight for the plain types.
+      name: ggml's name, such as "Q4_K".
+      type_id: ggml's number of the type, as GGUF files store it.
+      block_size: weights per block.
+      block_bytes: bytes per block.
+      decode: stored array [..., stored_width(weights)] of dtype `storage` -> float32 [..., weights].
+      storage: dtype of the array kept on the device: bytes, or one element per weight for the plain types.
     """
 
     name: str

@@ -76,8 +76,11 @@ def grouped_matmul(
     """Row r of x times the transposed matrix of its expert. See the module's contract.
 
     Args:
-      x: [m, k], rows sorted by expert. group_sizes: int32 [E], rows of each expert. experts: [n, k] for each of E experts,
-      compressed. arithmetic: "int8"; "": the dtype of x. implementation: the backend to take instead of the first that can.
+      x: [m, k], rows sorted by expert.
+      group_sizes: int32 [E], rows of each expert.
+      experts: [n, k] for each of E experts, compressed.
+      arithmetic: "int8"; "": the dtype of x.
+      implementation: the backend to take instead of the first that can.
 
     Returns:
       float32 [m, n].

@@ -56,10 +56,10 @@ class Tables(NamedTuple):
 
     Attributes:
       positions: [tokens], of each query in its sequence.
-      query_starts: [sequences + 1]; queries of s are query_starts[s] .. query_starts[s + 1] - 1, and they are its last
-        ones: the last of them has position kv_lengths[s] - 1.
-      kv_lengths: [sequences], cached tokens, including this step's; 0: there is no such sequence. page_table: [sequences,
-      max_pages].
+      query_starts: [sequences + 1]; queries of s are query_starts[s] .. query_starts[s + 1] - 1, and they are its last ones:
+        the last of them has position kv_lengths[s] - 1.
+      kv_lengths: [sequences], cached tokens, including this step's; 0: there is no such sequence.
+      page_table: [sequences, max_pages].
     """
 
     positions: jax.Array
@@ -93,9 +93,12 @@ def make_metadata(
     """Chooses the backend for batches of these shapes and lets it prepare the tables, once per step for all its layers.
 
     Args:
-      tables: of the step. cache: that will be read. q_heads: heads of the queries. window: positions a query sees, including
-      its own; 0 for all. implementation: the backend to take instead of the first that can. sinks: whether `paged_attention`
-      will be given some.
+      tables: of the step.
+      cache: that will be read.
+      q_heads: heads of the queries.
+      window: positions a query sees, including its own; 0 for all.
+      implementation: the backend to take instead of the first that can.
+      sinks: whether `paged_attention` will be given some.
 
     Raises:
       ValueError: if the forced backend cannot serve the case.
@@ -119,8 +122,12 @@ def paged_attention(
     """Attention over the pages of a layer. See the module's contract.
 
     Args:
-      q: float32 [tokens, q_heads, head_dim]. cache: already holds this step's keys and values. layer: int32 scalar. metadata:
-      from `make_metadata`. scale: factor of the scores. sinks: float32 [q_heads].
+      q: float32 [tokens, q_heads, head_dim].
+      cache: already holds this step's keys and values.
+      layer: int32 scalar.
+      metadata: from `make_metadata`.
+      scale: factor of the scores.
+      sinks: float32 [q_heads].
 
     Returns:
       float32 [tokens, q_heads, head_dim].

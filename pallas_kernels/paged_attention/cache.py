@@ -36,9 +36,9 @@ class KVCache:
     """Pages of keys and values. (A page's scales are one row because TPUs fill rows up to 128.)
 
     Attributes:
-      pages: [layers, pages, page_size, 2 * kv_heads, head_dim], rotated keys and values. scales: float32 [layers, pages,
-      page_size * 2 * kv_heads] if `dtype` is int8, else None: an element is its integer
-        times its row's scale.
+      pages: [layers, pages, page_size, 2 * kv_heads, head_dim], rotated keys and values.
+      scales: float32 [layers, pages, page_size * 2 * kv_heads] if `dtype` is int8, else None: an element is its integer times
+        its row's scale.
       dtype: of an element.
     """
 
@@ -74,8 +74,10 @@ class KVCache:
         """The cache with keys and values written. int8 is scaled by the largest of its row, fp8 saturates.
 
         Args:
-          layer: which one. kv_slots: int32 [tokens], page * page_size + offset, all different; -1 writes nowhere. k: [tokens,
-          kv_heads, head_dim]. v: [tokens, kv_heads, head_dim].
+          layer: which one.
+          kv_slots: int32 [tokens], page * page_size + offset, all different; -1 writes nowhere.
+          k: [tokens, kv_heads, head_dim].
+          v: [tokens, kv_heads, head_dim].
         """
         page, place = layer * self.num_pages + kv_slots // self.page_size, kv_slots % self.page_size
         # Rows that are not written get different pages beyond the end, so that all indices differ.

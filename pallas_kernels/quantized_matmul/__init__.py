@@ -44,8 +44,10 @@ def quantized_matmul(
     """x times the transposed matrix. See the module's contract.
 
     Args:
-      x: [m, k]. matrix: [n, k], compressed. arithmetic: "int8" or "int8x2"; "": the dtype of x. implementation: the backend to
-      take instead of the first that can.
+      x: [m, k].
+      matrix: [n, k], compressed.
+      arithmetic: "int8" or "int8x2"; "": the dtype of x.
+      implementation: the backend to take instead of the first that can.
 
     Returns:
       float32 [m, n].
@@ -62,8 +64,10 @@ def quantized_matmuls(
     """x times each transposed matrix, in one launch if the backend can.
 
     Args:
-      x: [m, k]. matrices: each [n_i, k], compressed. arithmetic: as for `quantized_matmul`. implementation: as for
-      `quantized_matmul`.
+      x: [m, k].
+      matrices: each [n_i, k], compressed.
+      arithmetic: as for `quantized_matmul`.
+      implementation: as for `quantized_matmul`.
 
     Returns:
       float32 [m, n_i] for each.
@@ -84,8 +88,11 @@ def swiglu(
     """silu(x · gateᵀ) * (x · upᵀ).
 
     Args:
-      x: [m, k]. gate: [n, k], compressed. up: [n, k], compressed. arithmetic: as for `quantized_matmul`. implementation: the
-      backend to take; may be "composed".
+      x: [m, k].
+      gate: [n, k], compressed.
+      up: [n, k], compressed.
+      arithmetic: as for `quantized_matmul`.
+      implementation: the backend to take; may be "composed".
 
     Returns:
       [m, n] in the dtype of x.
