@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from pallas_kernels import append, decoder_layers, grouped_matmul, paged_attention, quantized_matmul, routing
+from pallas_kernels import append, decoder_layers, delta_net, grouped_matmul, paged_attention, quantized_matmul, routing
 from pallas_kernels.dispatch import Backend
 
 OPERATIONS: dict[str, tuple[Backend, ...]] = {
@@ -19,6 +19,7 @@ OPERATIONS: dict[str, tuple[Backend, ...]] = {
     "route": routing.BACKENDS,
     "append": append.BACKENDS,
     "paged_attention": paged_attention.BACKENDS,
+    "delta_net": delta_net.BACKENDS,
 }
 
 

@@ -23,12 +23,14 @@ from pallas_kernels.native.tables import FORMATS, ROLES
 
 if TYPE_CHECKING:
     from pallas_kernels.decoder_layers.parts import LayerShape, Part, Stack
+    from pallas_kernels.delta_net import DeltaState, Sequences
     from pallas_kernels.grouped_matmul import Biases, Clamp
     from pallas_kernels.paged_attention import KVCache, Tables
 
 __all__ = [
     "FORMATS",
     "decoder_layers",
+    "delta_net",
     "expert_ffn",
     "isa",
     "matmuls",
@@ -44,6 +46,9 @@ def refuses(case: dispatch.Case) -> str | None:
     """Why the kernels do not serve a case; None if they do."""
     if case.target.platform != "cpu":
         return "is for CPUs"
+    if case.operation == "delta_net":
+        *_, key_dim, value_dim, _ = case.shape
+        return "has heads of 16n keys and values" if key_dim % 16 or value_dim % 16 else build.refusal()
     if case.dtype not in ("int8", "int8x2"):
         return f"is for int8 arithmetic, not {case.dtype}"
     if case.format not in FORMATS:
@@ -138,6 +143,25 @@ def decoder_layers(
     )
     pages, *scales = results[: len(kept)]
     return y, dataclasses.replace(cache, pages=pages, scales=scales[0] if scales else None), tuple(results[len(kept) :])
+
+
+def delta_net(
+    qkv: jax.Array,
+    log_decay: jax.Array,
+    beta: jax.Array,
+    taps: jax.Array,
+    state: DeltaState,
+    layer: jax.Array | int,
+    sequences: Sequences,
+    tiled: bool,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The result, the tails and the memories, as the contract of pallas_kernels.delta_net says."""
+    result = jax.ShapeDtypeStruct((qkv.shape[0], state.memory.shape[2], state.memory.shape[4]), jnp.float32)
+    kept = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in state]
+    tables = sequences.starts, sequences.begins, sequences.reads, sequences.writes
+    call = jax.ffi.ffi_call("ferrum_delta_net", [result, *kept], input_output_aliases={9: 1, 10: 2})
+    out, tail, memory = call(qkv, log_decay, beta, taps, jnp.asarray(layer, jnp.int32), *tables, *state, tiled=tiled)
+    return out, tail, memory
 
 
 def _call(

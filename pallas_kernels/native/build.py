@@ -31,7 +31,7 @@ from pallas_kernels.native import tables
 SOURCES = Path(__file__).parent / "src"
 Progress = Callable[[int, int | None, str], None]
 _LOG = logging.getLogger(__name__)
-TARGETS = ("ferrum_matmuls", "ferrum_swiglu", "ferrum_experts", "ferrum_layers")
+TARGETS = ("ferrum_matmuls", "ferrum_swiglu", "ferrum_experts", "ferrum_layers", "ferrum_delta_net")
 _SECONDS = 300  # time limit of a compiler
 _LOCK = threading.Lock()
 _PROGRESS: ContextVar[Progress | None] = ContextVar("progress", default=None)
@@ -46,7 +46,7 @@ _UNITS = {
     "avx2": (("avx2",), {"avx2", "fma", "f16c", "bmi2"}),
     "portable": (("portable",), set()),
 }
-_COMMON = ("ffi", "layers", "kernels")
+_COMMON = ("ffi", "layers", "kernels", "delta_net")
 
 
 @functools.cache

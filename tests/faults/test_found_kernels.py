@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import jax
 import pytest
 
 from ferrum_jax import implementation
 from pallas_kernels import dispatch
+from pallas_kernels.delta_net import xla
 from support.patching import Fault, applied
 from support.random_models import DENSE
+from unit.kernels import test_delta_net as delta_net
 from unit.model import test_implementation as guards
 
 
@@ -15,7 +20,48 @@ def an_unused_operation_is_refused() -> None:
     guards.test_what_a_model_cannot_have_is_refused(DENSE, {"expert_ffn": "composed"}, "this model does not use expert_ffn")
 
 
+def retraced(test: Callable, *arguments) -> Callable[[], None]:
+    """The test with its programs traced anew, before it and after it."""
+
+    def guard() -> None:
+        jax.clear_caches()
+        try:
+            test(*arguments)
+        finally:
+            jax.clear_caches()
+
+    return guard
+
+
 FAULTS = {
+    "tail": Fault(
+        "the convolution begins anew with each step",
+        xla._step,
+        "jnp.concatenate([tail, qkv[None]])",
+        "jnp.concatenate([tail * 0, qkv[None]])",
+        retraced(delta_net.test_a_ragged_step_is_the_reference, delta_net.SHAPES[0], "xla"),
+    ),
+    "decay": Fault(
+        "a memory decays after it was corrected",
+        xla._step,
+        "- _read(memory, k))",
+        "- _read(memory / jnp.exp(log_decay)[:, None, None], k))",
+        retraced(delta_net.test_a_ragged_step_is_the_reference, delta_net.SHAPES[0], "xla"),
+    ),
+    "tiled": Fault(
+        "each key head has consecutive value heads, whatever the model says",
+        xla._step,
+        "if tiled else",
+        "if False else",
+        retraced(delta_net.test_a_ragged_step_is_the_reference, delta_net.SHAPES[1], "xla"),
+    ),
+    "places": Fault(
+        "the state after a token that is not to be kept overwrites another",
+        xla.delta_net,
+        "jnp.where(sequences.writes[t] < 0, places, sequences.writes[t])",
+        "sequences.writes[t]",
+        retraced(delta_net.test_states_after_tokens_in_between_are_kept_where_asked, "xla"),
+    ),
     "forced": Fault(
         "the order decides whatever is forced",
         dispatch._forced,

@@ -369,6 +369,7 @@ int main() {
   test_swiglu();
   test_experts();
   test_layers();
+  test_delta_net();
   for (const std::string& isa : isas) std::printf("%s ", isa.c_str());
   std::printf("%s: %d failures\n", "tested", failures);
   return failures != 0;

@@ -4,6 +4,7 @@
 // transposed, so that scores and weighted values are one small product each, [rows, 64 columns], summed in order.
 #pragma once
 
+#include "delta_net.h"
 #include "lanes.h"
 
 namespace ferrum {
@@ -291,4 +292,4 @@ inline void add_scaled_row(float weight, const float* x, int64_t count, float* s
 }  // namespace ferrum
 
 // The functions of an Isa from `attend` on.
-#define FERRUM_BESIDE attend, merge, rms_norm, rotate, softmax, store_kv, gated_product, clamped_product, add_scaled_row
+#define FERRUM_BESIDE attend, merge, rms_norm, rotate, softmax, store_kv, gated_product, clamped_product, add_scaled_row, delta_head

@@ -1,4 +1,4 @@
-// XLA's view of the kernels: four handlers that check shapes, and XLA's thread pool as a Pool.
+// XLA's view of the kernels: five handlers that check shapes, and XLA's thread pool as a Pool.
 #include <cstdint>
 #include <cstring>
 #include <new>
@@ -313,8 +313,52 @@ XLA_FFI_Error* layers(const Call& call) {
   return with_pool(call, [&](ferrum::Pool& pool) { ferrum::decoder_layers(pool, shape, batch, all.data(), caches.data(), count, y.floats()); });
 }
 
+// Operands: qkv, log_decay, beta, taps, layer, starts, begins, reads, writes, tails, memories. Results: out, and the last two
+// operands, in place.
+XLA_FFI_Error* delta_net(const Call& call) {
+  Checker check(call);
+  const Array qkv = check.operand(0, kF32, 2), log_decay = check.operand(1, kF32, 2), beta = check.operand(2, kF32, 2);
+  const Array taps = check.operand(3, kF32, 2), layer = call.operand(4), starts = check.operand(5, kS32, 1);
+  const Array begins = check.operand(6, XLA_FFI_DataType_PRED, 1), reads = check.operand(7, kS32, 1), writes = check.operand(8, kS32, 1);
+  const Array out = check.result(0, kF32, 3), tails = check.result(1, kF32, 4), memories = check.result(2, kF32, 5);
+  const auto tiled = check.attribute<bool>("tiled");
+  check.require(layer.is_one_int(), "the layer must be one int32");
+  if (check.failed()) return check.error();
+  const int64_t tokens = qkv.dim(0), channels = qkv.dim(1), places = memories.dim(1), heads = memories.dim(2);
+  const int64_t key_dim = memories.dim(3), value_dim = memories.dim(4), sequences = reads.dim(0), index = *layer.ints();
+  const int64_t keys = (channels - heads * value_dim) / (2 * key_dim);
+  const ferrum::DeltaNet net{keys, heads, key_dim, value_dim, taps.dim(1), channels, tiled};
+  check.require(keys > 0 && heads % keys == 0 && channels == 2 * keys * key_dim + heads * value_dim && taps.dim(0) == channels &&
+                    key_dim % 16 == 0 && value_dim % 16 == 0 && tails.dim(2) == net.taps - 1 && tails.dim(3) == channels,
+                "heads and channels do not fit");
+  check.require(log_decay.dim(0) == tokens && log_decay.dim(1) == heads && log_decay.same_shape(beta) && out.dim(0) == tokens &&
+                    out.dim(1) == heads && out.dim(2) == value_dim && writes.dim(0) == tokens,
+                "rows do not fit");
+  check.require(tails.dim(0) == memories.dim(0) && tails.dim(1) == places && index >= 0 && index < tails.dim(0),
+                "the state does not fit");
+  check.require(starts.dim(0) == sequences + 1 && begins.dim(0) == sequences, "the tables of the sequences do not fit");
+  if (check.failed()) return check.error();
+  for (int64_t s = 0; s < sequences; ++s) {
+    const int64_t from = starts.ints()[s], to = starts.ints()[s + 1], place = reads.ints()[s];
+    check.require(from >= 0 && from <= to && to <= tokens, "starts must not fall");
+    check.require(from == to || (place >= 0 && place < places), "a sequence has its state elsewhere");
+  }
+  for (int64_t t = 0; t < tokens; ++t) check.require(writes.ints()[t] < places, "a state is to be kept elsewhere");
+  if (check.failed()) return check.error();
+  const ferrum::DeltaRows rows{sequences, starts.ints(), reads.ints(), writes.ints(), static_cast<const bool*>(begins.data())};
+  const int64_t live = sequences ? rows.starts[sequences] : 0, before = sequences ? rows.starts[0] : tokens, width = heads * value_dim;
+  std::memset(out.floats(), 0, size_t(before * width) * sizeof(float));
+  std::memset(out.floats() + live * width, 0, size_t((tokens - live) * width) * sizeof(float));
+  return with_pool(call, [&](ferrum::Pool& pool) {
+    ferrum::delta_net(pool, net, qkv.floats(), log_decay.floats(), beta.floats(), taps.floats(), rows,
+                      tails.floats() + index * places * (net.taps - 1) * channels,
+                      memories.floats() + index * places * heads * key_dim * value_dim, out.floats());
+  });
+}
+
 }  // namespace
 
+extern "C" XLA_FFI_Error* ferrum_delta_net(XLA_FFI_CallFrame* frame) { return ferrum::answered(frame) ? nullptr : delta_net(Call(frame)); }
 extern "C" XLA_FFI_Error* ferrum_layers(XLA_FFI_CallFrame* frame) { return ferrum::answered(frame) ? nullptr : layers(Call(frame)); }
 extern "C" XLA_FFI_Error* ferrum_experts(XLA_FFI_CallFrame* frame) { return ferrum::answered(frame) ? nullptr : experts(Call(frame)); }
 extern "C" XLA_FFI_Error* ferrum_matmuls(XLA_FFI_CallFrame* frame) { return ferrum::answered(frame) ? nullptr : matmuls(Call(frame)); }

@@ -62,6 +62,17 @@ struct Attending {
   float best, total;
 };
 
+// A head of a gated delta net and the tokens of a sequence. qkv and out: of the first token; log_decay and beta: of it and the
+// head, those of the next token `heads` later. tail: the rows before the first token, nullptr: zeros. query, key, value: the
+// head's first channels of each. memory [key_dim, value_dim]: before the first token, and after the last one. After token t
+// it is copied to kept + writes[t] * kept_stride, unless that is negative or memory itself.
+struct DeltaHead {
+  const float *qkv, *tail, *taps, *log_decay, *beta;
+  const int32_t* writes;
+  float *memory, *kept, *out;
+  int64_t channels, taps_count, tokens, heads, query, key, value, key_dim, value_dim, kept_stride;
+};
+
 struct Isa {
   const char* name;
   // k floats to groups_of(k) groups.
@@ -95,6 +106,8 @@ struct Isa {
   void (*clamped)(const float* gate, const float* up, int64_t count, float limit, float alpha, float* out);
   // sum = fma(weight, x, sum), element by element.
   void (*add_scaled)(float weight, const float* x, int64_t count, float* sum);
+  // key_dim and value_dim are multiples of 16.
+  void (*delta_head)(const DeltaHead& head);
 };
 
 extern const Isa portable;
@@ -110,7 +123,7 @@ bool has_amx();  // also requests the tile registers from the operating system
 #endif
 
 // Memory of the calling thread, one block per slot, at least `bytes` long; it is kept and grows. New memory is zero.
-enum Slot { kActivations, kInner, kHidden, kLists, kParts, kDecoded, kKeys, kLayer, kNormed, kRest, kRouting, kMixed, kSlots };
+enum Slot { kActivations, kInner, kHidden, kLists, kParts, kDecoded, kKeys, kLayer, kNormed, kRest, kRouting, kMixed, kDelta, kMemory, kSlots };
 void* scratch(Slot slot, size_t bytes);
 
 }  // namespace ferrum

@@ -116,6 +116,24 @@ struct Layer {
 void decoder_layers(Pool& pool, const LayerShape& shape, const Batch& batch, const Layer* layers, const KvCache* caches,
                     int64_t count, float* x);
 
+// The gated delta net of pallas_kernels.delta_net, of one layer. channels: 2 keys key_dim + heads value_dim.
+struct DeltaNet {
+  int64_t keys, heads, key_dim, value_dim, taps, channels;
+  bool tiled;
+};
+
+// Of `sequences` sequences, as the contract has them; places are checked.
+struct DeltaRows {
+  int64_t sequences;
+  const int32_t *starts, *reads, *writes;
+  const bool* begins;
+};
+
+// tails [places, taps - 1, channels] and memories [places, heads, key_dim, value_dim] are read and written in place; out [tokens,
+// heads, value_dim].
+void delta_net(Pool& pool, const DeltaNet& net, const float* qkv, const float* log_decay, const float* beta, const float* taps,
+               const DeltaRows& rows, float* tails, float* memories, float* out);
+
 // The instruction set in use: "portable", "avx2", "avx512_vnni" or "amx"; nullptr if the library has none for this machine.
 // set_isa returns whether this machine has it.
 const char* isa();

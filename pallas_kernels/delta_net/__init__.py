@@ -1,0 +1,123 @@
+"""The gated delta net of a ragged batch (arXiv 2412.06464): a short convolution over time, then one matrix a head that each
+token decays, corrects and reads.
+
+Contract of `delta_net(qkv, log_decay, beta, taps, state, layer, sequences, tiled)`:
+
+* `qkv` float32 [tokens, channels], as projected: of each of G key heads dk queries, then as many keys, then of each of H
+  value heads dv values. H is a multiple of G. `taps` float32 [channels, K].
+* `log_decay` float32 [tokens, H], at most 0; `beta` float32 [tokens, H].
+* Channel c of token t becomes silu(sum over i of taps[c, i] * qkv[t - K + 1 + i, c]) within its sequence. Queries and keys are
+  divided by their norm, x * rsqrt(sum of x^2 + 1e-6), queries also by sqrt(dk). Value head h has the key head h // (H / G);
+  with `tiled` h % G.
+* Per value head M [dk, dv] becomes exp(log_decay) M, then M + k (beta (v - k M)); the token's result is q M.
+* `state`: a `DeltaState`. `layer`: int32 scalar. A sequence's state before its first token is zeros where `begins` says so,
+  else that at its place; the state after a token goes where `writes` says. No sequence writes to the place of another.
+* result: float32 [tokens, H, dv], zeros for a token of no sequence; and the state, updated in place where it was donated.
+* derivatives: with respect to qkv, log_decay, beta and taps, of the result alone: the state counts as a constant.
+
+A token's result and the state after it depend on its sequence alone, and on CPU they have the same bits however the sequence
+was cut into steps and whatever else is in the batch. So backends for CPU go from token to token, for one token as for many: a
+form that takes a chunk of tokens at once rounds otherwise, and an open chunk would have to be computed again at each
+decoded token to have the bits that prefill gives. Elsewhere a backend may compute in chunks, at multiples of a fixed number of
+positions of the sequence, which it can tell by `positions`: those that a step holds whole.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import dispatch, native
+from pallas_kernels.delta_net import xla
+from pallas_kernels.derivatives import derivative_of
+
+__all__ = ["BACKENDS", "DeltaState", "Sequences", "delta_net"]
+
+BACKENDS = (
+    dispatch.Backend("native", native.refuses, lambda: native),
+    dispatch.Backend("xla", lambda case: None, lambda: xla),
+)
+
+
+class DeltaState(NamedTuple):
+    """What is kept of sequences, float32.
+
+    Attributes:
+      tail: [layers, places, K - 1, channels], the last rows of qkv, the newest last.
+      memory: [layers, places, H, dk, dv].
+    """
+
+    tail: jax.Array
+    memory: jax.Array
+
+
+class Sequences(NamedTuple):
+    """Of S sequences of a batch. int32 unless stated.
+
+    Attributes:
+      starts: [S + 1]; tokens of s are starts[s] .. starts[s + 1] - 1.
+      positions: [tokens], of each token in its sequence.
+      begins: bool [S], whether the sequence has no state yet.
+      reads: [S], the place of its state.
+      writes: [tokens], the place for the state after each token, -1 for nowhere.
+    """
+
+    starts: jax.Array
+    positions: jax.Array
+    begins: jax.Array
+    reads: jax.Array
+    writes: jax.Array
+
+
+def delta_net(
+    qkv: jax.Array,
+    log_decay: jax.Array,
+    beta: jax.Array,
+    taps: jax.Array,
+    state: DeltaState,
+    layer: jax.Array | int,
+    sequences: Sequences,
+    *,
+    tiled: bool = False,
+    implementation: dispatch.Implementation = None,
+) -> tuple[jax.Array, DeltaState]:
+    """(float32 [tokens, H, dv], state). See the module's contract."""
+    heads, dk, dv = state.memory.shape[2:]
+    tokens, channels = qkv.shape
+    keys = (channels - heads * dv) // (2 * dk)
+    if (
+        keys < 1
+        or heads % keys
+        or channels != 2 * keys * dk + heads * dv
+        or state.tail.shape[2:] != (taps.shape[1] - 1, channels)
+        or not log_decay.shape == beta.shape == (tokens, heads)
+    ):
+        shapes = ", ".join(str(array.shape) for array in (qkv, log_decay, beta, taps, *state))
+        raise ValueError(f"delta_net: qkv, log_decay, beta, taps, tail and memory {shapes} do not fit")
+    sequences = Sequences(*map(jnp.asarray, sequences))
+    target = dispatch.target("delta_net", implementation)
+    return _delta_net(qkv, log_decay, beta, taps, state, layer, sequences, tiled, target)
+
+
+def _reference(*arguments: Any) -> tuple[jax.Array, DeltaState]:
+    return xla.differentiable(*arguments[:-1])
+
+
+@derivative_of(_reference, of=("qkv", "log_decay", "beta", "taps"), static=("tiled", "target"))
+def _delta_net(
+    qkv: jax.Array,
+    log_decay: jax.Array,
+    beta: jax.Array,
+    taps: jax.Array,
+    state: DeltaState,
+    layer: jax.Array | int,
+    sequences: Sequences,
+    tiled: bool,
+    target: dispatch.Target,
+) -> tuple[jax.Array, DeltaState]:
+    shape = (*qkv.shape, *state.memory.shape[2:], taps.shape[1])
+    case = dispatch.Case("delta_net", target, "F32", "float32", shape=shape)
+    out, *kept = dispatch.choose(case, BACKENDS).delta_net(qkv, log_decay, beta, taps, state, layer, sequences, tiled)
+    return out, DeltaState(*kept)

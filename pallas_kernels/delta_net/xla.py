@@ -1,0 +1,117 @@
+"""The gated delta net in plain XLA, token by token.
+
+XLA must compile the same loop over tokens for any step, or sums would round otherwise. So its length is not known while
+compiling, as a loop of one turn would be merged with what is around it, and there are at least two tokens to choose from, as
+what depends on an only one would be computed before the loop.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.reductions import row_sum
+
+if TYPE_CHECKING:
+    from pallas_kernels.delta_net import DeltaState, Sequences
+
+Kept = tuple[jax.Array, ...]  # the tail [K - 1, channels] and the memory [H, dk, dv] of one sequence
+_EPS = 1e-6
+
+
+def delta_net(
+    qkv: jax.Array,
+    log_decay: jax.Array,
+    beta: jax.Array,
+    taps: jax.Array,
+    state: DeltaState,
+    layer: jax.Array | int,
+    sequences: Sequences,
+    tiled: bool,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The result, the tails and the memories, as the package's contract says."""
+    heads, _, value_dim = state.memory.shape[2:]
+    tokens, places = qkv.shape[0], state.memory.shape[1]
+    if tokens == 1:
+        qkv, log_decay, beta = (jnp.pad(array, ((0, 1), (0, 0))) for array in (qkv, log_decay, beta))
+    Carry = tuple[jax.Array, Kept]
+
+    def sequence(number: jax.Array, carry: Carry) -> Carry:
+        before = tuple(array.at[layer, sequences.reads[number]].get(mode="clip") for array in carry[1])
+        before = tuple(jnp.where(sequences.begins[number], 0.0, array) for array in before)
+
+        def token(t: jax.Array, inner: tuple[Kept, Carry]) -> tuple[Kept, Carry]:
+            kept, (out, arrays) = inner
+            kept, y = _step(kept, qkv[t], log_decay[t], beta[t], taps, tiled)
+            place = jnp.where(sequences.writes[t] < 0, places, sequences.writes[t])
+            arrays = tuple(array.at[layer, place].set(new, mode="drop") for array, new in zip(arrays, kept, strict=True))
+            return kept, (out.at[t].set(y), arrays)
+
+        return lax.fori_loop(sequences.starts[number], sequences.starts[number + 1], token, (before, carry))[1]
+
+    out = jnp.zeros((tokens, heads, value_dim), jnp.float32)
+    out, (tail, memory) = lax.fori_loop(0, sequences.reads.shape[0], sequence, (out, tuple(state)))
+    return out, tail, memory
+
+
+def differentiable(
+    qkv: jax.Array,
+    log_decay: jax.Array,
+    beta: jax.Array,
+    taps: jax.Array,
+    state: DeltaState,
+    layer: jax.Array | int,
+    sequences: Sequences,
+    tiled: bool,
+) -> tuple[jax.Array, DeltaState]:
+    """The result by a loop of a known length, and the state as it was."""
+    count = sequences.reads.shape[0]
+    token = jnp.arange(qkv.shape[0])
+    row = jnp.clip(jnp.searchsorted(sequences.starts, token, side="right") - 1, 0, count - 1)
+    first, live = token == sequences.starts[row], token < sequences.starts[-1]
+
+    def before(array: jax.Array, number: jax.Array) -> jax.Array:
+        return jnp.where(sequences.begins[number], 0.0, array.at[layer, sequences.reads[number]].get(mode="clip"))
+
+    @jax.checkpoint
+    def step(kept: Kept, inputs: tuple[jax.Array, ...]) -> tuple[Kept, jax.Array]:
+        number, begins, *given = inputs
+        kept = tuple(jnp.where(begins, before(array, number), old) for array, old in zip(state, kept, strict=True))
+        token_qkv, token_decay, token_beta = given
+        return _step(kept, token_qkv, token_decay, token_beta, taps, tiled)
+
+    zeros = tuple(jnp.zeros(array.shape[2:], jnp.float32) for array in state)
+    _, out = lax.scan(step, zeros, (row, first, qkv, log_decay, beta))
+    return jnp.where(live[:, None, None], out, 0.0), state
+
+
+def _step(
+    kept: Kept, qkv: jax.Array, log_decay: jax.Array, beta: jax.Array, taps: jax.Array, tiled: bool
+) -> tuple[Kept, jax.Array]:
+    """One token: what is kept after it, and its result [H, dv]."""
+    tail, memory = kept
+    heads, key_dim, value_dim = memory.shape
+    window = jnp.concatenate([tail, qkv[None]])
+    mixed = jax.nn.silu(functools.reduce(jnp.add, (window[i] * taps[:, i] for i in range(taps.shape[1]))))
+    width = mixed.shape[0] - heads * value_dim
+    q, k = mixed[:width].reshape(2, -1, key_dim)
+    q, k = _normed(q) * key_dim**-0.5, _normed(k)
+    times = heads // q.shape[0]
+    q, k = (jnp.tile(x, (times, 1)) if tiled else jnp.repeat(x, times, axis=0) for x in (q, k))
+    memory = memory * jnp.exp(log_decay)[:, None, None]
+    wrong = beta[:, None] * (mixed[width:].reshape(heads, value_dim) - _read(memory, k))
+    memory = memory + k[:, :, None] * wrong[:, None, :]
+    return (window[1:], memory), _read(memory, q)
+
+
+def _normed(x: jax.Array) -> jax.Array:
+    return x * lax.rsqrt(row_sum(x * x) + _EPS)
+
+
+def _read(memory: jax.Array, key: jax.Array) -> jax.Array:
+    """[H, dv]: what a key [H, dk] finds in each head's memory."""
+    return jnp.einsum("hkv,hk->hv", memory, key, precision=lax.Precision.HIGHEST)
