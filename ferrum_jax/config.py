@@ -7,6 +7,7 @@ make them from the metadata of a GGUF file or from a config.json.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -40,7 +41,8 @@ class Rope:
 @dataclasses.dataclass(frozen=True)
 class Attention:
     """A mixer: grouped-query attention. `window` is the number of positions that a query sees, including its own (0: all).
-    `sinks`: each head has one more score, of a position without a value."""
+    `sinks`: each head has one more score, of a position without a value. gated: with each head's query a gate is projected,
+    and its sigmoid multiplies the result of the head."""
 
     num_heads: int
     num_kv_heads: int
@@ -48,6 +50,7 @@ class Attention:
     rope: Rope
     window: int = 0
     sinks: bool = False
+    gated: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +69,28 @@ class Recurrent:
 
 
 @dataclasses.dataclass(frozen=True)
+class GatedDeltaNet(Recurrent):
+    """A mixer: the gated delta net (pallas_kernels.delta_net). taps: of its convolution over time. tiled: value head h has the
+    key head h % key_heads; else each key head has consecutive value heads."""
+
+    key_heads: int
+    value_heads: int
+    key_dim: int
+    value_dim: int
+    taps: int
+    tiled: bool = False
+
+    @property
+    def channels(self) -> int:
+        """Of the convolution: all queries, keys and values of a token."""
+        return 2 * self.key_heads * self.key_dim + self.value_heads * self.value_dim
+
+    @property
+    def kept(self) -> dict[str, tuple[int, ...]]:
+        return {"tail": (self.taps - 1, self.channels), "memory": (self.value_heads, self.key_dim, self.value_dim)}
+
+
+@dataclasses.dataclass(frozen=True)
 class Dense:
     """A feed-forward: one SwiGLU of this width."""
 
@@ -76,7 +101,8 @@ class Dense:
 class Mixture:
     """A feed-forward: each token goes through `experts_per_token` of `num_experts` SwiGLUs of this width. Their weights are
     normalized to a sum of 1 if `normalize`, then multiplied by `scale`. With a `limit` the SwiGLUs are clamped, and `alpha`
-    is the gain of their sigmoid (pallas_kernels.grouped_matmul)."""
+    is the gain of their sigmoid (pallas_kernels.grouped_matmul). `shared_width`: of a SwiGLU that every token goes through as
+    well, multiplied by the sigmoid of a number that is projected for it (0: there is none)."""
 
     num_experts: int
     experts_per_token: int
@@ -85,6 +111,7 @@ class Mixture:
     scale: float = 1.0
     limit: float = 0.0
     alpha: float = 1.0
+    shared_width: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -261,6 +288,12 @@ class ModelConfig:
             known["rope_scaling"] = _decoded((RopeScaling,), known["rope_scaling"])
         return cls(**known | {"implementation": ()})  # forced backends are a choice for one machine
 
+    @property
+    def bytes_per_state(self) -> int:
+        """Bytes of what layers that recur keep of one sequence."""
+        kept = [shape for spec in self.layers if isinstance(spec.mixer, Recurrent) for shape in spec.mixer.kept.values()]
+        return 4 * sum(map(math.prod, kept))
+
     def kv_bytes_per_token(self, itemsize: int) -> int:
         """Bytes of keys and values of one token in all layers, with elements of `itemsize` bytes."""
         return sum(2 * mixer.num_kv_heads * mixer.head_dim * itemsize for mixer in self.attentions)
@@ -345,7 +378,7 @@ def _revised(part: Any, changes: Mapping[tuple[type, str], Any]) -> Any:
     })  # fmt: skip
 
 
-_KINDS = {"mixer": (Attention,), "feed_forward": (Dense, Mixture), "rope": (Rope,), "scaling": (RopeScaling,)}
+_KINDS = {"mixer": (Attention, GatedDeltaNet), "feed_forward": (Dense, Mixture), "rope": (Rope,), "scaling": (RopeScaling,)}
 
 
 def _decoded(kinds: tuple[type, ...], fields: Mapping[str, Any]) -> Any:

@@ -26,7 +26,7 @@ from ferrum_jax.prompts import Prompt, Prompts
 from ferrum_jax.runtime import PAGE
 from ferrum_jax.sampling_params import SamplingParams
 from ferrum_jax.shapes import bucket, by_fours, padded, power_of_two
-from ferrum_jax.state import bytes_per_state, bytes_per_token
+from ferrum_jax.state import bytes_per_token
 from ferrum_jax.tokenizer import Tokenizer
 from ferrum_jax.weights.stream import bytes_by_format
 
@@ -396,7 +396,7 @@ class Model:
         """
         formats = bytes_by_format(self.params)
         sizes = {"parameters_total": sum(formats.values()), "kv_bytes_per_token": bytes_per_token(self.config, self.kv_dtype)}
-        recurrent = {"state_bytes": size} if (size := bytes_per_state(self.config)) else {}
+        recurrent = {"state_bytes": size} if (size := self.config.bytes_per_state) else {}
         return {"parameters": formats, **sizes, **recurrent}
 
     def timings(self) -> dict[str, float]:
@@ -432,7 +432,7 @@ class Model:
         prompts, lengths = padded(batch, bucket(max(map(len, batch))))
         rows, longest = prompts.shape
         chunk = min(functional.CHUNK, rows * longest)
-        cache = self._runtime.new_cache(rows * -(-longest // PAGE))
+        cache = self._runtime.new_cache(rows * -(-longest // PAGE), rows)
         adapters = None if adapter is None else np.full(rows, self._runtime.adapter_index(adapter), np.int32)
         row = np.repeat(np.arange(rows), lengths)
         position = np.concatenate([np.arange(n) for n in lengths])

@@ -53,14 +53,15 @@ class Runtime:
             f"{self.placement}>"
         )
 
-    def new_cache(self, num_pages: int) -> KVCache | DecodeState:
-        """An empty cache of `num_pages` pages of 16 tokens on the device. Raises OutOfMemoryError if it does not fit."""
+    def new_cache(self, num_pages: int, rows: int) -> KVCache | DecodeState:
+        """An empty cache of `num_pages` pages of 16 tokens on the device, with the states of `rows` sequences. Raises
+        OutOfMemoryError if it does not fit."""
         tokens = num_pages * PAGE
-        size = memory.nbytes(memory.abstract_state(self.config, num_pages, PAGE, self.kv_dtype, self.placement))
+        size = memory.nbytes(memory.abstract_state(self.config, num_pages, PAGE, self.kv_dtype, self.placement, rows))
         count = f"the KV cache for {tokens:,} tokens ({shown_dtype(self.kv_dtype)}) takes {readable_bytes(size)}"
         memory.require(size, self.placement, count)
         with self.placement.as_default(), memory.explained(self.placement, lambda: count):
-            return new_cache(self.config, num_pages=num_pages, page_size=PAGE, dtype=self.kv_dtype)
+            return new_cache(self.config, num_pages=num_pages, page_size=PAGE, dtype=self.kv_dtype, num_states=rows)
 
     def room(self) -> int:
         """The longest row that is offered by default, in tokens: the context, or as much of it as fits its keys and values into

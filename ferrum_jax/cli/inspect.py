@@ -78,6 +78,7 @@ def describe(source: ModelSource, context: int | None = None) -> dict[str, Any]:
         **_of_the_file(source),
         "architecture": config.architecture,
         "num_layers": config.num_layers,
+        "recurrent_layers": config.num_layers - len(config.attentions),
         "layer_bodies": sum(segment.period for segment in segments(bodies)),
         "hidden_size": config.hidden_size,
         **{name: config.by_layer(name) for name in ("intermediate_size", "num_heads", "num_kv_heads", "head_dim")},
@@ -90,12 +91,16 @@ def describe(source: ModelSource, context: int | None = None) -> dict[str, Any]:
         "tokenizer": {key: _stated(source, f"tokenizer.ggml.{key}") for key in ("model", "pre")},
         "chat_template": "tokenizer.chat_template" in source.metadata,
         "formats": _formats(source),
+        "passed_over": sorted(name for name in source.passed_over),
         "kv_bytes_per_token": kv,
+        "state_bytes": config.bytes_per_state,
         "memory": {
             "context": context,
             "kv_bytes": {name: size * context for name, size in kv.items()},
             "working_bytes": working,
-            "total_bytes": {name: source.tensor_bytes + size * context + working for name, size in kv.items()},
+            "total_bytes": {
+                name: source.tensor_bytes + size * context + config.bytes_per_state + working for name, size in kv.items()
+            },
         },
     }
 
@@ -168,12 +173,14 @@ def _print_info(facts: dict[str, Any], everything: bool) -> None:
     def both(sizes: dict[str, int]) -> str:
         return f"{readable_bytes(sizes['float16'])} (16 bit), {readable_bytes(sizes['float32'])} (float32)"
 
+    state = f"a sequence's state {readable_bytes(facts['state_bytes'])}, " if facts["state_bytes"] else ""
     needed = f"{readable_bytes(memory['total_bytes']['float16'])} for {memory['context']:,} tokens"
     rows = _head(facts, facts["architecture"], f"about {needed}")
     rows.append(("experts", experts))
     if everything:
         layers = f"{facts['num_layers']} (distinct bodies to compile: {facts['layer_bodies']}), {facts['hidden_size']} wide"
         layers += f", feed-forward {_each(facts['intermediate_size'])}" if facts["intermediate_size"] else ""
+        layers += f", {facts['recurrent_layers']} of them recur" if facts["recurrent_layers"] else ""
         heads, head_dim, kv_heads = (_each(facts[key]) for key in ("num_heads", "head_dim", "num_kv_heads"))
         rows += [
             ("layers", layers),
@@ -188,10 +195,13 @@ def _print_info(facts: dict[str, Any], everything: bool) -> None:
         (f"at {memory['context']:,} tokens", f"KV cache {both(memory['kv_bytes'])}"),
         (
             "memory",
-            f"about {both(memory['total_bytes'])}: weights {readable_bytes(facts['tensor_bytes'])}, KV, "
+            f"about {both(memory['total_bytes'])}: weights {readable_bytes(facts['tensor_bytes'])}, KV, {state}"
             f"working space {readable_bytes(memory['working_bytes'])}; the runtime comes on top",
         ),
     ]
+    if names := facts["passed_over"]:
+        kinds = ", ".join(dict.fromkeys(".".join(name.split(".")[: 1 if name.startswith("mtp") else 2]) for name in names))
+        rows.append(("not run", f"{len(names)} tensors that predict further tokens or see pictures: {plain(kinds)}"))
     print_facts(rows)
     _print_formats(facts)
 

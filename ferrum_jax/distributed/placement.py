@@ -41,6 +41,15 @@ RULES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "routed": (),  # experts as the router scores them: every device chooses
         "position": (),
         "type": (),
+        "gated_heads": ("tensor",),  # queries, each with its gate
+        "shared_width": ("tensor",),
+        # of gated delta nets, which every device has whole
+        "channels": (),
+        "taps": (),
+        "values": (),
+        "value_heads": (),
+        "value_dim": (),
+        "beta_alpha": (),
         # of state
         "layer": (),
         "page": ("data",),

@@ -20,20 +20,29 @@ from ferrum_jax.families.mixtral import MIXTRAL
 from ferrum_jax.families.qwen2 import QWEN2
 from ferrum_jax.families.qwen3 import QWEN3
 from ferrum_jax.families.qwen3moe import QWEN3_MOE
+from ferrum_jax.families.qwen3next import QWEN3_NEXT
+from ferrum_jax.families.qwen35 import QWEN35, QWEN35_MOE, QWEN35_MOE_VISION, QWEN35_VISION
 
-__all__ = ["FAMILIES", "Family", "of_architecture", "of_content", "of_metadata"]
+__all__ = ["FAMILIES", "Family", "of_architecture", "of_content", "of_metadata", "sharing"]
 
-FAMILIES: tuple[Family, ...] = (LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN3, QWEN3_MOE, GPT_OSS, BERT)
+FAMILIES: tuple[Family, ...] = (
+    *(LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN3, QWEN3_MOE, GPT_OSS, BERT),
+    *(QWEN35, QWEN35_VISION, QWEN35_MOE, QWEN35_MOE_VISION, QWEN3_NEXT),
+)
 """Where several share a GGUF architecture, the first one reads its files."""
 
 
 def of_architecture(architecture: str, where: str) -> Family:
     """The family of a GGUF architecture. UnsupportedModelError for an unknown one; `where`: the file that names it."""
-    for family in FAMILIES:
-        if family.architecture == architecture:
-            return family
+    if found := sharing(architecture):
+        return found[0]
     known = ", ".join(dict.fromkeys(family.architecture for family in FAMILIES))
     raise UnsupportedModelError(f"{where}: architecture {architecture!r} is not supported; supported: {known}")
+
+
+def sharing(architecture: object) -> tuple[Family, ...]:
+    """The families of a GGUF architecture: the first reads its files."""
+    return tuple(family for family in FAMILIES if family.architecture == architecture)
 
 
 def of_metadata(metadata: Mapping[str, object], where: str) -> Family:

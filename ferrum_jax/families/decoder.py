@@ -193,12 +193,14 @@ def from_json(
     *,
     theta: float = 10_000.0,
     head_dim: int | None = None,
+    rotated: float | None = None,
     window: Callable[[Keys, int], tuple[int, ...]] | None = None,
     feed_forward: Callable[[Keys, int], Fields] | None = None,
 ) -> ConfigFile:
     """Implements `Family.from_json`. theta, head_dim: for files written before the key existed (head_dim None: hidden_size /
-    heads). window: reads the sliding window of each layer, 0 for none (None: the class has no windows). feed_forward: reads the
-    keywords of `ModelConfig` about the feed-forward (None: it is dense). Both are called with the number of layers."""
+    heads). rotated: the part of a head that is rotated if no key says it (None: always the whole head). window: reads the
+    sliding window of each layer, 0 for none (None: the class has no windows). feed_forward: reads the keywords of `ModelConfig`
+    about the feed-forward (None: it is dense). Both are called with the number of layers."""
     if keys.has("hidden_act") and (act := keys.get("hidden_act")) != "silu":
         raise keys.unsupported("hidden_act", f"{shown(act)} is not supported; supported: 'silu'")
     if not keys.boolean("is_causal", True):
@@ -211,7 +213,8 @@ def from_json(
         raise keys.fail("num_key_value_heads", f"{kv_heads} does not divide num_attention_heads {heads}")
     head_dim = _head_dim_of_json(keys, head_dim, hidden, heads)
     context = keys.integer("max_position_embeddings")
-    theta, scaling, factors = rope.from_json(keys, theta, head_dim, context)
+    rope_dim = head_dim if rotated is None else rope.rotated_of_json(keys, head_dim, rotated)
+    theta, scaling, factors = rope.from_json(keys, theta, rope_dim, context, partial=rotated is not None)
     if scaling is not None and scaling.kind == "yarn":
         context = max(context, int(scaling.factor * scaling.original_context))
         if context >= 2**31:
@@ -231,7 +234,7 @@ def from_json(
         context_length=context,
         rms_norm_eps=keys.number("rms_norm_eps", EPS),
         rope_theta=theta,
-        rope_dim=head_dim,
+        rope_dim=rope_dim,
         rope_scaling=scaling,
         **(feed_forward or dense_from_json)(keys, layers),
     ).with_by_layer(sliding_window=(window or no_window)(keys, layers))

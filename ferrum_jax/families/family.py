@@ -49,7 +49,7 @@ class Family:
     to_gguf(config, where): the keys that `from_gguf` reads; UnsupportedModelError for what a GGUF file cannot tell llama.cpp.
 
     embeds: the models make vectors (with an `EncoderConfig`), not text. windows_in_gguf: llama.cpp applies the windows of its
-    GGUF files.
+    GGUF files. predicts: GGUF files may have blocks after the layers that predict further tokens; they are passed over.
     """
 
     architecture: str
@@ -63,6 +63,7 @@ class Family:
     fields: Collection[str] | None = None
     embeds: bool = False
     windows_in_gguf: bool = False
+    predicts: bool = False
 
     def shape(self, tensor: Tensor, config: Any, layer: int | None) -> tuple[int, ...]:
         """The shape of a tensor of layer `layer`, or of the whole model (None)."""

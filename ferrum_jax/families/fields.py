@@ -5,10 +5,10 @@ Written by tests/goldens/scripts/make_config_fields.py.
 
 # fmt: off
 _DECODERS = {
-    "attention_chunk_size", "head_dim", "hidden_act", "hidden_size", "intermediate_size", "is_causal", "is_encoder_decoder",
-    "kv_sharing_modes", "layer_types", "max_position_embeddings", "num_attention_heads", "num_hidden_layers",
-    "num_key_value_heads", "original_max_position_embeddings", "partial_rotary_factor", "per_layer_config", "rms_norm_eps",
-    "rope_parameters", "rope_scaling", "rope_theta", "sliding_window", "tie_word_embeddings", "vocab_size",
+    "attention_chunk_size", "head_dim", "hidden_act", "hidden_size", "is_causal", "is_encoder_decoder", "kv_sharing_modes",
+    "layer_types", "max_position_embeddings", "num_attention_heads", "num_hidden_layers", "num_key_value_heads",
+    "original_max_position_embeddings", "partial_rotary_factor", "per_layer_config", "rms_norm_eps", "rope_parameters",
+    "rope_scaling", "rope_theta", "sliding_window", "tie_word_embeddings", "vocab_size",
 }
 FIELDS = {
     "bert": {
@@ -17,24 +17,49 @@ FIELDS = {
         "type_vocab_size", "vocab_size",
     },
     "gpt_oss": _DECODERS | {
-        "attention_bias", "num_experts", "num_experts_per_tok", "num_local_experts", "swiglu_alpha", "swiglu_limit",
+        "attention_bias", "intermediate_size", "num_experts", "num_experts_per_tok", "num_local_experts", "swiglu_alpha",
+        "swiglu_limit",
     },
     "llama": _DECODERS | {
-        "attention_bias", "mlp_bias",
+        "attention_bias", "intermediate_size", "mlp_bias",
     },
-    "mistral": _DECODERS,
+    "mistral": _DECODERS | {
+        "intermediate_size",
+    },
     "mixtral": _DECODERS | {
-        "num_experts", "num_experts_per_tok", "num_local_experts",
+        "intermediate_size", "num_experts", "num_experts_per_tok", "num_local_experts",
     },
     "qwen2": _DECODERS | {
-        "max_window_layers", "use_sliding_window",
+        "intermediate_size", "max_window_layers", "use_sliding_window",
     },
     "qwen3": _DECODERS | {
-        "attention_bias", "max_window_layers", "use_sliding_window",
+        "attention_bias", "intermediate_size", "max_window_layers", "use_sliding_window",
+    },
+    "qwen3_5": {
+        "image_token_id", "is_encoder_decoder", "text_config", "tie_word_embeddings", "video_token_id", "vision_config",
+        "vision_end_token_id", "vision_start_token_id",
+    },
+    "qwen3_5_moe": {
+        "image_token_id", "is_encoder_decoder", "text_config", "tie_word_embeddings", "video_token_id", "vision_config",
+        "vision_end_token_id", "vision_start_token_id",
+    },
+    "qwen3_5_moe_text": _DECODERS | {
+        "attention_bias", "full_attention_interval", "linear_conv_kernel_dim", "linear_key_head_dim", "linear_num_key_heads",
+        "linear_num_value_heads", "linear_value_head_dim", "moe_intermediate_size", "num_experts", "num_experts_per_tok",
+        "shared_expert_intermediate_size",
+    },
+    "qwen3_5_text": _DECODERS | {
+        "attention_bias", "full_attention_interval", "intermediate_size", "linear_conv_kernel_dim", "linear_key_head_dim",
+        "linear_num_key_heads", "linear_num_value_heads", "linear_value_head_dim",
     },
     "qwen3_moe": _DECODERS | {
-        "attention_bias", "decoder_sparse_step", "mlp_only_layers", "moe_intermediate_size", "norm_topk_prob", "num_experts",
-        "num_experts_per_tok", "num_local_experts", "use_sliding_window",
+        "attention_bias", "decoder_sparse_step", "intermediate_size", "mlp_only_layers", "moe_intermediate_size",
+        "norm_topk_prob", "num_experts", "num_experts_per_tok", "num_local_experts", "use_sliding_window",
+    },
+    "qwen3_next": _DECODERS | {
+        "attention_bias", "decoder_sparse_step", "full_attention_interval", "intermediate_size", "linear_conv_kernel_dim",
+        "linear_key_head_dim", "linear_num_key_heads", "linear_num_value_heads", "linear_value_head_dim", "mlp_only_layers",
+        "moe_intermediate_size", "norm_topk_prob", "num_experts", "num_experts_per_tok", "shared_expert_intermediate_size",
     },
 }
 # Keys inside the object rope_scaling or rope_parameters.

@@ -10,13 +10,14 @@ from ferrum_jax.families.qwen3 import ATTENTION
 _WIDTH_KEY = "expert_feed_forward_length"
 
 
-def _experts_of_gguf(keys: Keys, layers: int) -> decoder.Fields:
+def experts_of_gguf(keys: Keys, layers: int) -> decoder.Fields:
+    """Keywords about the experts, which there must be."""
     if not keys.has("expert_count") or not keys.integer("expert_count", low=0):
         raise keys.fail("expert_count", "is missing or zero in a mixture-of-experts model")
     return decoder.mixture_from_gguf(keys, layers, _WIDTH_KEY)
 
 
-def _experts_of_json(keys: Keys, layers: int) -> decoder.Fields:
+def experts_of_json(keys: Keys, layers: int) -> decoder.Fields:
     """Layers named in `mlp_only_layers` are dense, as are all but every `decoder_sparse_step`-th."""
     count = decoder.num_experts(keys, low=0)
     step = keys.integer("decoder_sparse_step") if keys.has("decoder_sparse_step") else 1
@@ -43,7 +44,7 @@ QWEN3_MOE = Family(
     model_type="qwen3_moe",
     tensors=tensors.decoder((*ATTENTION, *tensors.dense(), *tensors.mixture())),
     sizes=tensors.sizes,
-    from_gguf=partial(decoder.from_gguf, feed_forward=_experts_of_gguf),
-    from_json=partial(decoder.from_json, window=decoder.window_on_request, feed_forward=_experts_of_json),
+    from_gguf=partial(decoder.from_gguf, feed_forward=experts_of_gguf),
+    from_json=partial(decoder.from_json, window=decoder.window_on_request, feed_forward=experts_of_json),
     to_gguf=partial(decoder.to_gguf, width_key=_WIDTH_KEY),
 )

@@ -13,7 +13,7 @@ import numpy as np
 from ferrum_jax.config import RopeScaling
 from ferrum_jax.errors import UnsupportedModelError
 from ferrum_jax.families.fields import ROPE_FIELDS
-from ferrum_jax.families.keys import AT_LEAST_ZERO, ATTENTION_FACTOR, FACTOR, SCALE, THETA, TURNS, Keys, shown
+from ferrum_jax.families.keys import AT_LEAST_ZERO, ATTENTION_FACTOR, FACTOR, SCALE, THETA, TURNS, Keys, Range, shown
 from ferrum_jax.files.metadata import Typed
 
 _JSON_KINDS = ("default", "linear", "llama3", "yarn")
@@ -73,9 +73,23 @@ def scaling_to_gguf(scaling: RopeScaling | None) -> dict[str, Typed]:
     return keys
 
 
-def from_json(keys: Keys, theta: float, head_dim: int, context: int) -> tuple[float, RopeScaling | None, np.ndarray | None]:
+def rotated_of_json(keys: Keys, head_dim: int, default: float) -> int:
+    """How many values of a head are rotated, in a class that may rotate a part of them; `default` where no key says so."""
+    key, stated = "partial_rotary_factor", keys.get("rope_scaling") or keys.get("rope_parameters")
+    inner = isinstance(stated, dict) and stated.get(key) is not None
+    place = Keys(stated, "", f"{keys.source}: rope_parameters") if inner else keys
+    part = place.number(key, Range(0.0, 1.0)) if place.has(key) else default
+    rotated = int(head_dim * part)
+    if rotated < 2 or rotated % 2:
+        raise place.fail(key, f"{part} of {head_dim} values of a head is not an even number of them")
+    return rotated
+
+
+def from_json(
+    keys: Keys, theta: float, rotated: int, context: int, *, partial: bool = False
+) -> tuple[float, RopeScaling | None, np.ndarray | None]:
     """theta (`theta` if no key states it), the scaling, and the factors of LLaMA-3.1's scaling. If both objects are present,
-    rope_scaling counts."""
+    rope_scaling counts. rotated: values of a head that are rotated; partial: whether they may be a part of it."""
     parameters = keys.get("rope_parameters")
     name, stated = ("rope_scaling", keys.get("rope_scaling")) if keys.get("rope_scaling") else ("rope_parameters", parameters)
     if stated is not None and not isinstance(stated, dict):
@@ -86,7 +100,7 @@ def from_json(keys: Keys, theta: float, head_dim: int, context: int) -> tuple[fl
     rope = Keys(given, "", f"{keys.source}: key {name}", ROPE_FIELDS | {"type"})
     for place in (keys, rope):
         theta = place.number("rope_theta", THETA) if place.has("rope_theta") else theta
-        if place.has("partial_rotary_factor") and place.number("partial_rotary_factor") != 1.0:
+        if place.has("partial_rotary_factor") and place.number("partial_rotary_factor") != 1.0 and not partial:
             raise place.unsupported("partial_rotary_factor", "only 1 is supported")
     kind, legacy = rope.get("rope_type"), rope.get("type")
     kind = kind or legacy or "default"
@@ -106,7 +120,7 @@ def from_json(keys: Keys, theta: float, head_dim: int, context: int) -> tuple[fl
     elif kind == "yarn":
         scaling = _yarn(rope, factor, original)
     else:
-        factors = _llama3_factors(rope, theta, head_dim, factor, original)
+        factors = _llama3_factors(rope, theta, rotated, factor, original)
     for key, _ in rope.unread():
         raise UnsupportedModelError(f"{rope.source}: {key} is not supported with rope_type {kind!r}")
     return theta, scaling, factors

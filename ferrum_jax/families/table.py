@@ -41,12 +41,27 @@ class Part:
 
 
 @dataclasses.dataclass(frozen=True)
+class Change:
+    """The tensor `tensor` of a directory, where it is not as GGUF files have it; it is changed while it is read.
+
+    rows, columns: by the `LayerSpec`, int arrays of which row or column of the tensor each one is, where they are others
+    (None: the same). values: of each number the one that GGUF files have, which then is in F32, be it the same.
+    """
+
+    tensor: str
+    rows: Callable[[Any], np.ndarray] | None = None
+    columns: Callable[[Any], np.ndarray] | None = None
+    values: Callable[[np.ndarray], np.ndarray] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class Tensor:
     """A row of the table.
 
     name: its name in GGUF files; for a layer's tensor the part after `blk.N.`. path: of the parameter. axes: the names of its
     dimensions, slowest first; `Family.sizes` gives their sizes. modules: the names of its module in directories; for a layer's
     tensor the part after the layer's number, with `*` for the number of an expert. Errors show the first one.
+    A `Part` or a `Change` names a tensor with its suffix.
 
     layers(spec): whether a layer has it, given its item of the configuration's `layers`. optional: whether it may be missing,
     in all of these layers together.
@@ -59,7 +74,7 @@ class Tensor:
     name: str
     path: Path
     axes: tuple[str, ...]
-    modules: tuple[str | Part, ...] = ()
+    modules: tuple[str | Part | Change, ...] = ()
     layers: Callable[[Any], bool] = every_layer
     optional: bool = False
     gguf_rows: GgufRows | None = None
@@ -79,12 +94,14 @@ class Tensor:
 @dataclasses.dataclass(frozen=True)
 class Table:
     """All tensors of a family: those that a model has once, and those of its layers. prefix: the beginning of the names of a
-    layer's modules in directories. ignored: a regular expression for tensors in directories that are not needed."""
+    layer's modules in directories. ignored: a regular expression for tensors in directories that are not needed; passed_over:
+    for those of parts of the model that are not run."""
 
     whole: tuple[Tensor, ...]
     layer: tuple[Tensor, ...]
     prefix: str
     ignored: str
+    passed_over: str = ""
 
     def find(self, name: str) -> tuple[Tensor | None, int | None]:
         """The row of the table for the tensor that GGUF files call `name`, and the number of its layer."""
@@ -113,13 +130,21 @@ class Table:
         known = self._parts[inside].items()
         return {suffix: [(f"blk.{layer}.{name}", part) for name, part in members] for suffix, members in known}
 
+    def changes(self, name: str) -> tuple[list[tuple[str, Tensor, Change]], int | None]:
+        """What becomes of a tensor of a directory that is changed while it is read: GGUF names, rows of the table and changes,
+        and the number of its layer."""
+        layer, inside = self._inside(name)
+        lead = "" if layer is None else f"blk.{layer}."
+        changes = self._changes[layer is not None].get(inside, [])
+        return [(lead + tensor.name, tensor, change) for tensor, change in changes], None if layer is None else int(layer)
+
     def own_name(self, name: str) -> str:
         """The name in directories of the tensor that GGUF files call `name`, with `*` for the number of an expert."""
         match = _IN_LAYER.fullmatch(name)
         stem, _, suffix = (match[2] if match else name).rpartition(".")
         module = next((own for own, known in self._stems[bool(match)].items() if known == stem), "")
         row, _ = self.find(name)
-        parts = [part.tensor for part in row.modules if isinstance(part, Part)] if row else []
+        parts = [part.tensor for part in row.modules if isinstance(part, Part | Change)] if row else []
         own = parts[0] if parts and not module else f"{module or stem}.{suffix}"
         return f"{self.prefix}{match[1]}.{own}" if match else own
 
@@ -149,6 +174,20 @@ class Table:
             return {module: tensor.stem for tensor in tensors for module in tensor.modules if isinstance(module, str)}
 
         return stems(self.whole), stems(self.layer)
+
+    @functools.cached_property
+    def _changes(self) -> tuple[dict[str, list[tuple[Tensor, Change]]], dict[str, list[tuple[Tensor, Change]]]]:
+        """Tensors that are changed by the names of directories: of the whole model, of a layer."""
+
+        def changes(tensors: tuple[Tensor, ...]) -> dict[str, list[tuple[Tensor, Change]]]:
+            found: dict[str, list[tuple[Tensor, Change]]] = {}
+            for tensor in tensors:
+                for module in tensor.modules:
+                    if isinstance(module, Change):
+                        found.setdefault(module.tensor, []).append((tensor, module))
+            return found
+
+        return changes(self.whole), changes(self.layer)
 
     @functools.cached_property
     def _parts(self) -> dict[str, dict[str, list[tuple[str, Part]]]]:

@@ -9,7 +9,7 @@ import numpy as np
 from ferrum_jax.config import Attention, Dense, LayerSpec, Mixture, ModelConfig
 from ferrum_jax.families.table import GgufRows, Part, Table, Tensor
 
-_IGNORED = r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
+IGNORED = r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
 EMBEDDINGS = (
     Tensor("token_embd.weight", ("embedding",), ("vocab", "hidden"), ("model.embed_tokens",)),
     Tensor("output_norm.weight", ("final_norm",), ("hidden",), ("model.norm",)),
@@ -23,7 +23,7 @@ HEAD_NORMS = (
 
 def decoder(layer: tuple[Tensor, ...], whole: tuple[Tensor, ...] = EMBEDDINGS) -> Table:
     """The table of a decoder, with the module names that transformers uses for almost all of them."""
-    return Table(whole, layer, "model.layers.", _IGNORED)
+    return Table(whole, layer, "model.layers.", IGNORED)
 
 
 def attention(*, rotated_rows: GgufRows | None = None, biased: bool = False, not_in_gguf: str = "") -> tuple[Tensor, ...]:

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import ferrum_jax.models.delta_net  # noqa: F401 - a kind of mixer, which it adds to MIXERS
 from ferrum_jax.adapters import COLUMNS, without_adapters
 from ferrum_jax.config import Attention, Mixture, ModelConfig, Rope
 from ferrum_jax.models.layers import ROUTING, Block, Paged, clamp_of
@@ -148,7 +149,7 @@ def run_layers(
     """The residual stream x float32 [T, hidden_size] after all layers, the parts of the state and, with `record`, what the
     routers chose: in one call where a backend has one."""
     backend = None
-    if not access.recurrent:
+    if not access.recurrent and not any(mixer.gated for mixer in config.attentions):
         shape, parts = _shape(config), _parts(layers, config.num_layers)
         backend = backend_for(*parts, config.hidden_size, shape, config.dtype, config.implementation)
     if backend is None:

@@ -20,7 +20,7 @@ from ferrum_jax.state import KVCache
 from pallas_kernels.append import Norm, append
 from pallas_kernels.grouped_matmul import Clamp
 from pallas_kernels.paged_attention import paged_attention
-from pallas_kernels.reductions import rms_norm
+from pallas_kernels.reductions import rms_norm, row_sum
 from pallas_kernels.routing import route
 
 Index = jax.Array | int  # of a layer in its part of the state
@@ -94,6 +94,8 @@ class Attention(LayerModule):
             arithmetic = "int8x2" if config.dtype == "int8" else config.dtype
             ys = self.project(x, layer, "query", "key", "value", adapter_mask=adapter_mask, arithmetic=arithmetic)
             q, k, v = (y.reshape(tokens, -1, self.spec.head_dim) for y in ys)
+            if self.spec.gated:  # head by head the query, then its gate
+                q, gate = q[:, 0::2], q[:, 1::2]
         with jax.named_scope("append"):
             norms = norm("query_norm"), norm("key_norm")
             q, cache = append(
@@ -102,6 +104,8 @@ class Attention(LayerModule):
         with jax.named_scope("paged_attention"):
             sinks = self.stack("sinks").vector(layer) if self.spec.sinks else None
             y = paged_attention(q, cache, index, told.metadata, self.spec.head_dim**-0.5, sinks)
+            if self.spec.gated:
+                y = y * jax.nn.sigmoid(gate)
         with jax.named_scope("attention_output"):
             return self.project(y.reshape(tokens, -1), layer, "output", adapter_mask=adapter_mask)[0], cache
 
@@ -114,17 +118,26 @@ class FeedForward(LayerModule):
     def __call__(self, x: jax.Array, layer: Layer, live: jax.Array, adapter_mask: jax.Array | None = None) -> jax.Array:
         """x float32, live bool [tokens] -> float32, x and the result [tokens, hidden_size]."""
         if isinstance(self.spec, Mixture):
-            return self.mixture(x, layer, live, self.spec)
+            y = self.mixture(x, layer, live, self.spec)
+            return y + self.shared(x, layer, adapter_mask) if self.spec.shared_width else y
         return self.dense(x, layer, adapter_mask)
 
-    def dense(self, x: jax.Array, layer: Layer, adapter_mask: jax.Array | None) -> jax.Array:
-        if not any(self.stack(f"{name}_bias") is not None or self.adapts(layer, name, adapter_mask) for name in ("gate", "up")):
-            x, stacks = x.astype(self.config.activations), (self.stack("gate"), self.stack("up"))
-            hidden = gated_linear(x, *stacks, layer, self.config.dtype, self.config.implementation)
+    def dense(self, x: jax.Array, layer: Layer, adapter_mask: jax.Array | None, prefix: str = "") -> jax.Array:
+        """The SwiGLU whose matrices are called `prefix` and gate, up and down."""
+        names = prefix + "gate", prefix + "up"
+        if not any(self.stack(f"{name}_bias") is not None or self.adapts(layer, name, adapter_mask) for name in names):
+            x, (first, second) = x.astype(self.config.activations), (self.stack(name) for name in names)
+            hidden = gated_linear(x, first, second, layer, self.config.dtype, self.config.implementation)
         else:
-            gate, up = self.project(x, layer, "gate", "up", adapter_mask=adapter_mask)
+            gate, up = self.project(x, layer, *names, adapter_mask=adapter_mask)
             hidden = jax.nn.silu(gate) * up
-        return self.project(hidden, layer, "down", adapter_mask=adapter_mask)[0]
+        return self.project(hidden, layer, prefix + "down", adapter_mask=adapter_mask)[0]
+
+    def shared(self, x: jax.Array, layer: Layer, adapter_mask: jax.Array | None) -> jax.Array:
+        """What every token gets in addition to its experts: a SwiGLU times the sigmoid of x's product with a vector."""
+        with jax.named_scope("shared_expert"):
+            weight = jax.nn.sigmoid(row_sum(x * self.stack("shared_router").vector(layer)))
+            return weight * self.dense(x, layer, adapter_mask, "shared_")
 
     def mixture(self, x: jax.Array, layer: Layer, live: jax.Array, spec: Mixture) -> jax.Array:
         """The experts of each token with the largest router probabilities, each a SwiGLU, summed with their weights in the

@@ -17,6 +17,8 @@ class Recurrence(NamedTuple):
     """Of T tokens of S sequences; all int32 unless stated.
 
     Attributes:
+      starts: [S + 1]; tokens of sequence s are starts[s] .. starts[s + 1] - 1.
+      positions: [T], of each token in its sequence.
       row: [T], the sequence of each token; in padding any.
       first: bool [T], whether the token is its sequence's first of the step.
       begins: bool [S], whether the sequence begins with this step.
@@ -24,6 +26,8 @@ class Recurrence(NamedTuple):
       writes: [T], the place for the state after each token, -1 for nowhere.
     """
 
+    starts: jax.Array
+    positions: jax.Array
     row: jax.Array
     first: jax.Array
     begins: jax.Array
@@ -57,4 +61,5 @@ def recurrence(
     if writes is None:
         writes = jnp.where(token == query_starts[row + 1] - 1, reads[row], -1)
     begins = positions[jnp.clip(query_starts[:-1], 0, tokens - 1)] == 0
-    return Recurrence(row, token == query_starts[row], begins, reads, jnp.where(live, writes, -1))
+    first, writes = token == query_starts[row], jnp.where(live, writes, -1)
+    return Recurrence(query_starts, positions, row, first, begins, reads, writes)

@@ -3,7 +3,6 @@ the states of layers that recur."""
 
 from ferrum_jax.state.decode_state import (
     DecodeState,
-    bytes_per_state,
     bytes_per_token,
     copy_places,
     grow,
@@ -23,7 +22,6 @@ __all__ = [
     "KVCache",
     "PageKind",
     "RecurrentKind",
-    "bytes_per_state",
     "bytes_per_token",
     "copy_places",
     "grow",

@@ -142,11 +142,6 @@ def state_axes(config: ModelConfig, state: DecodeState) -> DecodeState:
     return DecodeState(tuple(map(of_pool, state.pools)), tuple(recurrent))
 
 
-def bytes_per_state(config: ModelConfig) -> int:
-    """Bytes that layers that recur keep for one sequence."""
-    return sum(kind.bytes_per_state for kind in recurrent_kinds(config))
-
-
 def _copied(part: Any, sources: jax.Array, targets: jax.Array) -> Any:
     return jax.tree.map(lambda a: a.at[:, targets].set(a.at[:, sources].get(mode="clip"), mode="drop"), part)
 

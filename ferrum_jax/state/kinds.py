@@ -3,7 +3,6 @@ layers with the same recurrent state share arrays."""
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from typing import NamedTuple
 
@@ -31,11 +30,6 @@ class RecurrentKind(NamedTuple):
     layers: tuple[int, ...]
     kept: tuple[tuple[str, tuple[int, ...]], ...]
     axes: tuple[tuple[str, tuple[str, ...]], ...]
-
-    @property
-    def bytes_per_state(self) -> int:
-        """Bytes kept for one sequence."""
-        return 4 * len(self.layers) * sum(math.prod(shape) for _, shape in self.kept)
 
 
 def page_kinds(config: ModelConfig) -> tuple[PageKind, ...]:

@@ -22,10 +22,9 @@ from ferrum_jax import families
 from ferrum_jax.adapters import Factors
 from ferrum_jax.config import ModelConfig
 from ferrum_jax.errors import ModelFileError, ModelNotFoundError, UnsupportedModelError
-from ferrum_jax.families import Family
 from ferrum_jax.families.keys import Keys
+from ferrum_jax.families.table import Change, Tensor
 from ferrum_jax.families.table import Path as TensorPath
-from ferrum_jax.families.table import Tensor
 from ferrum_jax.files.json_file import open_regular, read_object
 from ferrum_jax.files.tensor_info import TensorInfo
 from ferrum_jax.weights.opened import read_range
@@ -176,10 +175,11 @@ def _read(
                 assert base is not None
                 _compare(opened, info, own_names[name], base)
                 continue
-            layer, tensor, module, factor = _place(file, name, config, family)
+            layer, targets, module, factor = _place(file, name, config)
             if info.format not in PLAIN:
                 raise UnsupportedModelError(f"{file}: tensor {name}: dtype {info.format} is not supported")
-            rows, columns = family.shape(tensor, config, layer)
+            shapes = [family.shape(tensor, config, layer) for tensor, _ in targets]
+            rows, columns = sum(shape[0] for shape in shapes), shapes[0][1]
             fits = info.shape[1:] == (columns,) if factor == "A" else info.shape[:1] == (rows,)
             if len(info.shape) != 2 or 0 in info.shape or not fits:
                 expected = f"[rank, {columns}]" if factor == "A" else f"[{rows}, rank]"
@@ -190,7 +190,12 @@ def _read(
             if not np.isfinite(values).all():
                 raise ModelFileError(f"{file}: tensor {name}: holds values that are not finite")
             digest.update(name.encode() + values.tobytes())
-            found.setdefault((layer, tensor.path, module), {})[factor] = values
+            spec = config.layers[layer]
+            for tensor, change in targets:
+                own = values
+                if change and (order := change.columns if factor == "A" else change.rows):
+                    own = values[:, order(spec)] if factor == "A" else values[order(spec)]
+                found.setdefault((layer, tensor.path, module), {})[factor] = own
     return found, digest.hexdigest()
 
 
@@ -221,17 +226,28 @@ def _compare(file: io.FileIO, copy: TensorInfo, name: str, base: ModelSource) ->
         )
 
 
-def _place(file: Path, name: str, config: ModelConfig, family: Family) -> tuple[int, Tensor, str, str]:
-    """The layer, tensor, module and factor that a name in the file means."""
+def _place(file: Path, name: str, config: ModelConfig) -> tuple[int, list[tuple[Tensor, Change | None]], str, str]:
+    """The layer, module and factor that a name in the file means, and the tensors that the module's matrix becomes and how."""
     match = _FACTOR.fullmatch(name)
-    tensor, layer = family.tensors.find(f"{family.tensors.locate(match[1])[0]}.weight" if match else "")
-    if match is None or tensor is None or layer is None or not tensor.is_projection:
+    layer: int | None = None
+    targets: list[tuple[Tensor, Change | None]] = []
+    module, factor = match.groups() if match else ("", "")
+    for family in families.sharing(config.architecture):
+        tensor, layer = family.tensors.find(f"{family.tensors.locate(module)[0]}.weight")
+        if tensor is not None:
+            targets = [(tensor, None)]
+        else:
+            changes, layer = family.tensors.changes(f"{module}.weight")
+            targets = [(tensor, change) for _, tensor, change in changes]
+        if targets:
+            break
+    if layer is None or not targets or not all(tensor.is_projection for tensor, _ in targets):
         raise UnsupportedModelError(
-            f"{file}: tensor {name}: is not supported; LoRA is applied to the projections of attention and of dense "
-            "feed-forward layers"
+            f"{file}: tensor {name}: is not supported; LoRA is applied to the projections of attention, of gated delta nets "
+            "and of dense feed-forward layers"
         )
     if layer >= config.num_layers:
         raise ModelFileError(f"{file}: tensor {name}: does not fit this model, which has {config.num_layers} layers")
-    if not tensor.layers(config.layers[layer]):
-        raise ModelFileError(f"{file}: tensor {name}: does not fit this model: layer {layer} is a mixture of experts")
-    return layer, tensor, match[1], match[2]
+    if not all(tensor.layers(config.layers[layer]) for tensor, _ in targets):
+        raise ModelFileError(f"{file}: tensor {name}: does not fit this model: layer {layer} has no such projection")
+    return layer, targets, module, factor

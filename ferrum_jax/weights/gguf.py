@@ -124,9 +124,34 @@ def open_gguf(path: str | Path, *, header_only: bool = False) -> GGUFFile:
                     f"{len(tensors)} tensors"
                 )
         files = {part.path: part.file for part in parts}
-        model = GGUFFile(tuple(files), parts[0].header.metadata, tensors, files, parts[0].header.types)
+        metadata, tensors, passed_over = _without_predictions(parts[0].header.metadata, tensors)
+        model = GGUFFile(tuple(files), metadata, tensors, files, parts[0].header.types)
+        model.passed_over = passed_over
         stack.pop_all()
         return model
+
+
+def _without_predictions(
+    metadata: dict[str, object], tensors: dict[str, TensorInfo]
+) -> tuple[dict[str, object], dict[str, TensorInfo], dict[str, TensorInfo]]:
+    """Metadata and tensors as if the file had no blocks that predict further tokens, which come after the layers, and the
+    tensors of these."""
+    architecture = metadata.get("general.architecture")
+    prefix = f"{architecture}."
+    key, count = f"{prefix}nextn_predict_layers", f"{prefix}block_count"
+    extra, blocks = metadata.get(key), metadata.get(count)
+    predicts = any(family.predicts for family in families.sharing(architecture))
+    if not predicts or type(extra) is not int or type(blocks) is not int or not 0 < extra < blocks:
+        return metadata, tensors, {}  # what is wrong with it is for whoever reads the configuration
+    layers = blocks - extra
+
+    def cut(name: str, value: object) -> object:
+        return value[:layers] if name.startswith(prefix) and isinstance(value, np.ndarray) and len(value) == blocks else value
+
+    kept = {name: cut(name, value) for name, value in metadata.items() if name != key} | {count: layers}
+    names = tuple(f"blk.{number}." for number in range(layers, blocks))
+    passed_over = {name: info for name, info in tensors.items() if name.startswith(names)}
+    return kept, {name: info for name, info in tensors.items() if name not in passed_over}, passed_over
 
 
 @dataclass(frozen=True)

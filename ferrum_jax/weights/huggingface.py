@@ -25,10 +25,10 @@ from ferrum_jax.families.family import ConfigFile, Family
 from ferrum_jax.files.json_file import open_regular, read_object
 from ferrum_jax.files.tensor_info import TensorInfo
 from ferrum_jax.tokenizer.huggingface import chat_templates
+from ferrum_jax.weights.changed import Changed, changed, require_plain
 from ferrum_jax.weights.fused import Cut, Slice, fused
 from ferrum_jax.weights.opened import Opened, checked_range, read_range
 from ferrum_jax.weights.packed import SUFFIXES, PackedMatrix, agreeing, packed_matrix
-from ferrum_jax.weights.quantize import PLAIN
 from ferrum_jax.weights.safetensors import parse_header
 from ferrum_jax.weights.schemes import Scheme, scheme_of
 
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 _INDEX = "model.safetensors.index.json"
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-Stored = Slice | Cut | PackedMatrix
+Stored = Slice | Cut | Changed | PackedMatrix
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +55,7 @@ class HuggingFaceDirectory(Opened):
         self.path, self.parts = path, tuple(files)
         self._config, self._files, self._header_only = config, files, header_only
         self.tensors: dict[str, TensorInfo] = {}
+        self.passed_over: dict[str, TensorInfo] = {}
         self.metadata: dict[str, object] = {
             "general.architecture": config.config.architecture,
             "general.name": path.resolve().name,
@@ -221,6 +222,9 @@ class _Layout:
         """Fills `directory.tensors`. A tensor of the files that is neither used nor known to be unneeded is an error."""
         modules: dict[str, dict[str, TensorInfo]] = {}
         for name, info in self.raw.items():
+            if re.fullmatch(self.table.passed_over, name):
+                self.directory.passed_over[name] = info
+                continue
             module, _, suffix = name.rpartition(".")
             modules.setdefault(module, {})[suffix] = info
         stacks: dict[str, dict[int, Stored]] = {}
@@ -264,6 +268,10 @@ class _Layout:
             yield from fused(parts, tensors, mxfp4, self.config.family.model_class, self._error)
             return
         stem, number = self.table.locate(module)
+        for info in tensors.values():
+            for name, part in changed(info, self.table, self.config.config.layers, self._error):
+                yield name, -1, part
+        tensors = {suffix: info for suffix, info in tensors.items() if not self.table.changes(info.name)[0]}
         packed = {suffix: info for suffix, info in tensors.items() if suffix in SUFFIXES}
         for suffix, info in tensors.items():
             if suffix in packed or re.fullmatch(self.table.ignored, info.name):
@@ -273,10 +281,7 @@ class _Layout:
                 raise self._error(info.name, f"is unknown in a {self.config.family.model_class}")
             if suffix == "bias" and self._is_no_bias(stem, number, info, bool(packed)):
                 continue
-            if info.format not in PLAIN:
-                raise UnsupportedModelError(
-                    f"{info.path}: tensor {info.name}: dtype {info.format} is not supported; supported: {', '.join(PLAIN)}"
-                )
+            require_plain(info)
             yield f"{stem}.{suffix}", number, Slice(info, info.shape, 0, info.nbytes)
         if packed:
             first = next(iter(packed.values()))

@@ -27,6 +27,7 @@ class Opened:
     path: Path
     metadata: Mapping[str, object]
     tensors: Mapping[str, TensorInfo]
+    passed_over: Mapping[str, TensorInfo] = {}
     _files: Mapping[Path, io.FileIO] = {}
 
     @property

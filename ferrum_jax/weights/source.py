@@ -29,9 +29,10 @@ class ModelSource(Protocol):
     """An open checkpoint, its headers checked; a context manager that closes its files.
 
     path: the (first) file, or the directory; parts: all files with tensors. metadata: facts about the model under the keys of
-    GGUF, with `general.architecture` and `general.name` if known. tensors: by the names of the family's table. is_gguf: rows
-    are in the order of GGUF files, and norms and routers in the formats that llama.cpp reads. checks_scales: reading blocks
-    detects scales that are not finite.
+    GGUF, with `general.architecture` and `general.name` if known. tensors: by the names of the family's table.
+    passed_over: tensors of vision and of multi-token prediction, which are not read. is_gguf: rows are in the order of GGUF
+    files, and norms and routers in the formats that llama.cpp reads. checks_scales: reading blocks detects scales that are not
+    finite.
     """
 
     @property
@@ -45,6 +46,9 @@ class ModelSource(Protocol):
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]: ...
+
+    @property
+    def passed_over(self) -> Mapping[str, TensorInfo]: ...
 
     @property
     def is_gguf(self) -> bool: ...

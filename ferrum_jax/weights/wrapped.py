@@ -24,6 +24,7 @@ class Wrapped(Opened):
         self.source, self.path, self.parts = source, source.path, source.parts
         self.metadata, self.is_gguf, self.checks_scales = source.metadata, source.is_gguf, source.checks_scales
         self.tensors: Mapping[str, TensorInfo] = source.tensors
+        self.passed_over = source.passed_over
 
     @property
     def family(self) -> Family:

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from ferrum_jax.errors import FerrumError
-from ferrum_jax.families import Family, keys
-from ferrum_jax.weights import adapter, huggingface, packed
+from ferrum_jax.families import Family, delta_net, keys, qwen3next
+from ferrum_jax.weights import adapter, changed, huggingface, packed
 from ferrum_jax.weights import block_scales as reading
 from ferrum_jax.weights import names as weights_names
 from ferrum_jax.weights.gguf import open_gguf
@@ -18,6 +18,7 @@ from support.goldens import tiny_directories
 from support.patching import Fault, applied, in_folder
 from support.tiny_gguf import write_tiny_llama
 from unit.kernels import test_block_scales as block_scales
+from unit.model import test_hybrids as hybrids
 from unit.weights import test_adapter_files as adapters
 from unit.weights import test_config as of_gguf
 from unit.weights import test_config_numbers as numbers
@@ -153,6 +154,48 @@ FAULTS = {
         " and per_layer",
         "",
         in_folder(an_array_of_counts),
+    ),
+    "15-tiled": Fault(
+        "value heads of a directory keep their order",
+        delta_net.tiled_heads,
+        ".transpose(1, 0, 2)",
+        "",
+        in_folder(hybrids.test_a_directory_becomes_the_gguf_file_of_llama_cpp, "qwen35moe"),
+    ),
+    "15-grouped": Fault(
+        "queries, keys, values and gates of a key head are taken for all queries, all keys, ...",
+        qwen3next._grouped,
+        "np.split(rows, cuts, axis=1)",
+        "np.split(rows.reshape(1, -1), cuts * mixer.key_heads, axis=1)",
+        in_folder(hybrids.test_a_directory_becomes_the_gguf_file_of_llama_cpp, "qwen3next"),
+    ),
+    "15-values": Fault(
+        "norms without their 1, A_log as it stands",
+        changed.Changed.read_range,
+        "self.values(plain_numbers(stored, self.info.format))",
+        "plain_numbers(stored, self.info.format)",
+        in_folder(hybrids.test_a_directory_becomes_the_gguf_file_of_llama_cpp, "qwen35"),
+    ),
+    "15-columns": Fault(
+        "the columns after the value heads keep their order",
+        changed.Changed.read_range,
+        "stored[:, self.columns]",
+        "stored",
+        in_folder(hybrids.test_a_directory_becomes_the_gguf_file_of_llama_cpp, "qwen35"),
+    ),
+    "15-rows": Fault(
+        "a tensor may have more rows than the configuration says",
+        changed.changed,
+        "if len(used) == len(changes) and",
+        "if False and",
+        in_folder(hybrids.test_what_does_not_fit_is_named, {"linear_num_value_heads": 4}, "expected 256 rows"),
+    ),
+    "15-adapter": Fault(
+        "an adapter's rows keep the order of the directory",
+        adapter._read,
+        'change.columns if factor == "A" else change.rows',
+        'change.columns if factor == "A" else None',
+        in_folder(hybrids.test_an_adapter_of_every_projection_is_as_if_merged_by_hand, "qwen35", "gguf"),
     ),
 }
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import re
 import textwrap
 from pathlib import Path
 
@@ -44,7 +45,9 @@ def fields(model_type: str) -> set[str]:
     """The keys that count for one model_type alone."""
     kind = CONFIG_MAPPING[model_type]
     names = {field.name for field in dataclasses.fields(kind)}
-    return (names | {*kind.attribute_map, *kind.attribute_map.values()}) - NO_CONSEQUENCE
+    own = inspect.getsource(kind.__post_init__) if "__post_init__" in vars(kind) else ""
+    more = re.findall(r'kwargs\.(?:pop|setdefault)\("(\w+)"', own)
+    return (names | {*kind.attribute_map, *kind.attribute_map.values(), *more}) - NO_CONSEQUENCE
 
 
 def common() -> set[str]:

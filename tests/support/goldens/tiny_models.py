@@ -216,6 +216,22 @@ def bytes_to_unicode() -> list[str]:
     return [chr(b) if b in plain else chr(next(rest)) for b in range(256)]
 
 
+def add_tokenizer(w: gguf.GGUFWriter, vocab: int) -> None:
+    """A byte-level BPE whose last tokens are `SPECIALS`."""
+    letters = bytes_to_unicode()
+    pairs = [(a, b) for a in "etaoinsh" for b in "etaoinsh"][: vocab - 256 - len(SPECIALS)]
+    tokens = [*letters, *(a + b for a, b in pairs)]
+    tokens += [f"<|extra_{i}|>" for i in range(vocab - len(tokens) - len(SPECIALS))] + list(SPECIALS)
+    w.add_tokenizer_model("gpt2")
+    w.add_tokenizer_pre("gpt-2")
+    w.add_token_list(tokens)
+    w.add_token_types([gguf.TokenType.CONTROL if len(t) > 2 else gguf.TokenType.NORMAL for t in tokens])
+    w.add_token_merges([f"{a} {b}" for a, b in pairs])
+    w.add_eos_token_id(vocab - 4)
+    w.add_pad_token_id(vocab - 1)
+    w.add_add_bos_token(False)
+
+
 def write(spec: Spec, path: Path) -> str:
     """Write the file and return its digest: sha256 over every tensor's name, type, shape and bytes."""
     s = spec
@@ -251,19 +267,7 @@ def write(spec: Spec, path: Path) -> str:
         w.add_rope_scaling_factor(s.rope[1])
         w.add_rope_scaling_orig_ctx_len(s.rope[2])
 
-    letters = bytes_to_unicode()
-    pairs = [(a, b) for a in "etaoinsh" for b in "etaoinsh"][: s.vocab - 256 - len(SPECIALS)]
-    tokens = [*letters, *(a + b for a, b in pairs)]
-    tokens += [f"<|extra_{i}|>" for i in range(s.vocab - len(tokens) - len(SPECIALS))] + list(SPECIALS)
-    w.add_tokenizer_model("gpt2")
-    w.add_tokenizer_pre("gpt-2")
-    w.add_token_list(tokens)
-    w.add_token_types([gguf.TokenType.CONTROL if len(t) > 2 else gguf.TokenType.NORMAL for t in tokens])
-    w.add_token_merges([f"{a} {b}" for a, b in pairs])
-    w.add_eos_token_id(s.vocab - 4)
-    w.add_pad_token_id(s.vocab - 1)
-    w.add_add_bos_token(False)
-
+    add_tokenizer(w, s.vocab)
     digest = hashlib.sha256()
     for name, array, format in tensors(s):
         digest.update(f"{name} {format} {array.shape}".encode() + np.ascontiguousarray(array).tobytes())
@@ -276,10 +280,10 @@ def write(spec: Spec, path: Path) -> str:
     return digest.hexdigest()
 
 
-def prompts(vocab: int, seed: int = 7) -> list[list[int]]:
-    """Three prompts of 1, 17 and 130 token ids; the longer two repeat a stretch of themselves. No special tokens."""
+def prompts(vocab: int, seed: int = 7, lengths: tuple[int, ...] = (1, 17, 130)) -> list[list[int]]:
+    """Prompts of 1, 17 and 130 token ids; the longer ones repeat a stretch of themselves. No special tokens."""
     out = []
-    for length in (1, 17, 130):
+    for length in lengths:
         ids = [int(x) for x in raw(seed, f"prompt {length}", length) % np.uint64(vocab - len(SPECIALS))]
         third = length // 3
         ids[length - third :] = ids[:third]

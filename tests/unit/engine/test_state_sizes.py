@@ -24,11 +24,11 @@ def unlike() -> ModelConfig:
 def test_every_kind_of_state_is_counted():
     config, engine = unlike(), EngineConfig(page_size=16, max_seqs=2, token_budget=16, checkpoints=3)
     token = DENSE.num_kv_heads * DENSE.head_dim * 2 * 4  # of one layer in float32
-    assert state.bytes_per_token(config, "float32") == 3 * token and state.bytes_per_state(config) == 4 * (5 + 2 * 5)
+    assert state.bytes_per_token(config, "float32") == 3 * token and config.bytes_per_state == 4 * (5 + 2 * 5)
     sizes = pool_sizes([kind.window for kind in state.page_kinds(config)], 100, engine)
     assert sizes == [100, 2 * (2 + 2)]  # 8 + 16 tokens in two pages, and two at the borders
     whole = memory.abstract_state(config, sizes, 16, "float32", Placement.of(), engine.num_states)
-    assert memory.nbytes(whole) == 16 * token * (100 + 2 * 8) + (2 + 3) * state.bytes_per_state(config)
+    assert memory.nbytes(whole) == 16 * token * (100 + 2 * 8) + (2 + 3) * config.bytes_per_state
 
 
 def test_pages_are_chosen_for_all_pools_together(monkeypatch):

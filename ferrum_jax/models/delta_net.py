@@ -1,0 +1,70 @@
+"""A layer that recurs by a gated delta net: projections, pallas_kernels.delta_net, gated norm and projection."""
+
+from __future__ import annotations
+
+import jax
+
+from ferrum_jax.config import GatedDeltaNet as GatedDeltaNetSpec
+from ferrum_jax.models.layers import MIXERS, Index, LayerModule
+from ferrum_jax.models.recurrence import Recurrence
+from ferrum_jax.quantized import Layer
+from pallas_kernels.blocks import format_of
+from pallas_kernels.delta_net import DeltaState, Sequences, delta_net
+from pallas_kernels.reductions import rms_norm
+
+
+class GatedDeltaNet(LayerModule):
+    """Parameters: matrices `qkv`, `gate` and `output`; `beta` and `alpha`, or both in `beta_alpha`, which has for each key head
+    the rows of beta, then of alpha, of its value heads; `taps` [channels, taps]; vectors `decay` (negative), `time_bias` and
+    `norm`."""
+
+    spec: GatedDeltaNetSpec
+
+    def __call__(
+        self,
+        x: jax.Array,
+        part: dict[str, jax.Array],
+        layer: Layer,
+        index: Index,
+        told: Recurrence,
+        adapter_mask: jax.Array | None = None,
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """As `MIXERS` says."""
+        spec, tokens = self.spec, x.shape[0]
+        with jax.named_scope("qkv"):
+            qkv, gate = self.project(x, layer, "qkv", "gate", adapter_mask=adapter_mask)
+        with jax.named_scope("gates"):
+            beta, alpha = self.gates(x, layer, adapter_mask)
+            time = jax.nn.softplus(alpha + self.stack("time_bias").vector(layer))
+            log_decay = self.stack("decay").vector(layer) * time
+        with jax.named_scope("recurrence"):
+            sequences = Sequences(told.starts, told.positions, told.begins, told.reads, told.writes)
+            taps, at = self.stack("taps").select(layer)
+            y, kept = delta_net(
+                qkv,
+                log_decay,
+                jax.nn.sigmoid(beta),
+                format_of(taps.format).decode(taps.planes[0][at]),
+                DeltaState(part["tail"], part["memory"]),
+                index,
+                sequences,
+                tiled=spec.tiled,
+                implementation=self.config.implementation,
+            )
+        with jax.named_scope("output"):
+            y = rms_norm(y, self.stack("norm").vector(layer), self.config.rms_norm_eps)
+            y = y * jax.nn.silu(gate.reshape(y.shape))
+            return self.project(y.reshape(tokens, -1), layer, "output", adapter_mask=adapter_mask)[0], kept._asdict()
+
+    def gates(self, x: jax.Array, layer: Layer, adapter_mask: jax.Array | None) -> list[jax.Array]:
+        """beta and alpha before their functions: float32 [tokens, value_heads] each."""
+        # In int8 these would cost most: they are exponents, and the matrices are small.
+        arithmetic = "int8x2" if self.config.dtype == "int8" else self.config.dtype
+        if self.stack("beta_alpha") is None:
+            return self.project(x, layer, "beta", "alpha", adapter_mask=adapter_mask, arithmetic=arithmetic)
+        (both,) = self.project(x, layer, "beta_alpha", adapter_mask=adapter_mask, arithmetic=arithmetic)
+        both = both.reshape(x.shape[0], self.spec.key_heads, 2, -1)
+        return [both[:, :, i].reshape(x.shape[0], -1) for i in range(2)]
+
+
+MIXERS[GatedDeltaNetSpec] = "delta_net", GatedDeltaNet

@@ -1,0 +1,95 @@
+"""Tensors of a directory that hold other numbers than GGUF files, or the same in another order: changed while they are read.
+
+A table's `Change` says what differs. Rows are read in runs that lie one after the other, so a part of a tensor costs its own
+rows alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from ferrum_jax.errors import UnsupportedModelError
+from ferrum_jax.families.table import Table
+from ferrum_jax.files.tensor_info import TensorInfo
+from ferrum_jax.weights.fused import Error, Read
+from ferrum_jax.weights.quantize import PLAIN, plain_numbers
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Changed:
+    """A tensor made of that in a file. rows, columns: int, which of the file's each one is (columns None: the same); values: as
+    of `Change`."""
+
+    info: TensorInfo
+    shape: tuple[int, ...]
+    rows: np.ndarray
+    columns: np.ndarray | None
+    values: Callable[[np.ndarray], np.ndarray] | None
+
+    @property
+    def name(self) -> str:
+        return self.info.name
+
+    @property
+    def format(self) -> str:
+        return "F32" if self.values else self.info.format
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * PLAIN[self.format].itemsize
+
+    def read_range(self, read: Read, out: np.ndarray, start: int) -> None:
+        """Fills `out` with the bytes from `start` on."""
+        width, dtype = self.nbytes // len(self.rows), PLAIN[self.info.format]
+        first, last = start // width, -(-(start + out.nbytes) // width)
+        rows = self.rows[first:last]
+        stored = np.empty((len(rows), math.prod(self.shape[1:])), dtype)
+        cuts = [0, *(np.flatnonzero(np.diff(rows) != 1) + 1), len(rows)]
+        for begin, end in itertools.pairwise(cuts):
+            part = stored[begin:end]
+            part[...] = read(self.info, int(rows[begin]) * stored[0].nbytes, part.nbytes).view(dtype).reshape(part.shape)
+        if self.columns is not None:
+            stored = stored[:, self.columns]
+        if self.values is not None:
+            stored = self.values(plain_numbers(stored, self.info.format)).astype("<f4")
+        flat = np.ascontiguousarray(stored).reshape(-1).view(np.uint8)
+        out.reshape(-1)[...] = flat[start - first * width :][: out.nbytes]
+
+
+def changed(info: TensorInfo, table: Table, layers: Sequence[Any], error: Error) -> Iterator[tuple[str, Changed]]:
+    """The tensors that one of a file becomes, by their GGUF names; none if the table does not change it. Of axes that there
+    are too many, those of one element are left out. layers: of the configuration.
+
+    Raises ModelFileError for a shape that does not fit the configuration, UnsupportedModelError for another dtype.
+    """
+    changes, layer = table.changes(info.name)
+    if changes and layer is not None and layer >= len(layers):
+        raise error(info.name, f"the model has only {len(layers)} layers")
+    used: list[np.ndarray] = []
+    for name, row, change in changes:
+        require_plain(info)
+        spec, shape = layers[layer or 0], list(info.shape)
+        while len(shape) > len(row.axes) and 1 in shape:
+            shape.remove(1)
+        rows = np.arange(shape[0]) if change.rows is None else change.rows(spec)
+        columns = None if change.columns is None else change.columns(spec)
+        used.append(rows)
+        if columns is not None and (len(shape) != 2 or len(columns) != shape[1]):
+            raise error(info.name, f"shape {list(info.shape)}; expected {len(columns)} columns")
+        if len(used) == len(changes) and not np.array_equal(np.sort(np.concatenate(used)), np.arange(shape[0])):
+            raise error(info.name, f"shape {list(info.shape)}; expected {sum(map(len, used))} rows")
+        yield name, Changed(info, (len(rows), *shape[1:]), rows, columns, change.values)
+
+
+def require_plain(info: TensorInfo) -> None:
+    """UnsupportedModelError for a dtype that weights cannot have."""
+    if info.format not in PLAIN:
+        raise UnsupportedModelError(
+            f"{info.path}: tensor {info.name}: dtype {info.format} is not supported; supported: {', '.join(PLAIN)}"
+        )
