@@ -75,6 +75,7 @@ def test_random_batches(seed):
     check_gpu(queries.tolist(), contexts.tolist(), window, str(dtype), padding=int(rng.integers(5)), seed=seed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("window", [0, 5000])
 def test_a_long_context(window):
     """There is no limit: 30,000 positions, 118 ranges."""
@@ -105,6 +106,7 @@ def test_a_row_does_not_depend_on_its_batch():
     assert (np.concatenate(parts) == whole).all()
 
 
+@pytest.mark.slow
 def test_scales_of_any_size():
     """Queries that are too large for float16, and some that would vanish in it."""
     for dtype in ("float16", "int8", "float8_e4m3fn"):

@@ -157,6 +157,7 @@ def test_half_a_run_at_the_end(m):
         assert_within(y, w.product(np.asarray(x, np.float64), many=m > dense.FEW_ROWS))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("m", [1, 8, 30])
 def test_half_a_run_is_all(m):
     rng = np.random.default_rng(m)
@@ -177,6 +178,7 @@ def test_long_rows_are_a_loop(m, format, k, monkeypatch):
     assert_within(dense.matmul(x, w.matrix, V5E, True), w.product(np.asarray(x, np.float64), many=m > dense.FEW_ROWS))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_shapes_drawn_at_random(seed):
     rng = np.random.default_rng(100 + seed)
@@ -216,7 +218,7 @@ def test_a_row_does_not_depend_on_the_others(m):
     assert_within(found, w.product(np.delete(np.asarray(x, np.float64), 1, 0), many=m > dense.FEW_ROWS))
 
 
-SIZES = [[3, 0, 9, 0, 1], [0, 0, 0, 0, 20], [0] * 5, [130, 0, 150, 7, 0]]
+SIZES = [[3, 0, 9, 0, 1], [0, 0, 0, 0, 20], [0] * 5, pytest.param([130, 0, 150, 7, 0], marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
@@ -280,6 +282,7 @@ def test_expert_ffn(case):
     check_ffn(rng, ids, weights, num_experts, formats, RACES)
 
 
+@pytest.mark.slow
 def test_one_expert_of_128_takes_all():
     rng = np.random.default_rng(8)
     ids = np.full((11, 1), 77, np.int32)

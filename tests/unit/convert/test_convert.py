@@ -120,6 +120,7 @@ def test_gguf_to_gguf_keeps_every_tensor_and_key(tmp_path: Path):
     assert {tensor.data_offset % 64 for tensor in gguf.GGUFReader(out).tensors} == {0}
 
 
+@pytest.mark.slow
 def test_quantized_gguf_is_what_loading_quantized_gives(original: Path, tmp_path: Path):
     out = convert(original, tmp_path / "q.gguf", to="gguf", quantize="q5_k")
     made, loaded = fj.load(out, dtype="float32"), fj.load(original, dtype="float32", quantize="q5_k")
@@ -289,6 +290,7 @@ def test_damage_is_named(saved: Path, tmp_path: Path):
     expect("is impossible", lambda path: changed(path, parameters=[parameters[0] | {"shape": [-1, 256]}]))
 
 
+@pytest.mark.slow
 def test_an_interrupted_save_is_no_checkpoint(original: Path, tmp_path: Path):
     """Killed while it writes: there is no directory of that name, and the remains are refused."""
     code = (

@@ -40,6 +40,7 @@ def test_a_directory_from_orbax_and_from_gguf(name: str, tmp_path: Path):
         assert file.metadata["general.architecture"] == expected.config.architecture
 
 
+@pytest.mark.slow
 def test_a_directory_quantized(tmp_path: Path):
     path = directories.write(CASES["qwen3moe-f32"], tmp_path / "model")
     expected = fj.load(path, dtype="float32", quantize="q8_0")

@@ -300,6 +300,7 @@ def test_an_interrupt_loses_nothing(model, engine, monkeypatch):
     assert [parts(request.result()) for request in requests] == alone and is_whole(engine)
 
 
+@pytest.mark.slow
 def test_a_cache_that_grows_changes_no_bit(model):
     """From two pages over 8 and 32 to 40, in the middle of answers, with branches and cached pages along."""
     params = dataclasses.replace(NOISY, max_tokens=60)
@@ -313,6 +314,7 @@ def test_a_cache_that_grows_changes_no_bit(model):
     assert engine._device.pages == 40 and is_whole(engine)
 
 
+@pytest.mark.slow
 def test_a_snapshot_goes_into_a_cache_that_grows(model, tmp_path):
     engine = fj.Engine(model, dataclasses.replace(SMALL, steps_per_dispatch=1))
     request = engine.submit(PROMPTS[-1], dataclasses.replace(NOISY, max_tokens=30))

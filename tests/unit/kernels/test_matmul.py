@@ -52,6 +52,7 @@ def test_odd_shapes_and_dtypes(m, n, k, dtype):
     assert np.abs(np.asarray(y) - np.asarray(x, np.float64) @ exact.T).max() <= bound(k, dtype)
 
 
+@pytest.mark.slow
 def test_a_matrix_of_many_tiles(monkeypatch):
     """Row tiles, the last one overlapping the one before: every row once, in the product and in its derivative."""
     weights, exact = matrices("Q5_0", 2, 203, 64)

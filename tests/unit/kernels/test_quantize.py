@@ -34,7 +34,9 @@ def test_error_is_no_more_than_llama_cpps(format: str):
         assert squared_error(values, made) <= WORSE**2 * GOLDEN["errors"][format][name], name
 
 
-@pytest.mark.parametrize("format", QUANTIZED)
+@pytest.mark.parametrize(
+    "format", [format if format in ("Q8_0", "Q4_K") else pytest.param(format, marks=pytest.mark.slow) for format in QUANTIZED]
+)
 def test_a_row_does_not_depend_on_its_neighbors(format: str):
     values = np.concatenate([CASES["heavy"], CASES["sparse"]])
     together = quantize(values, format)

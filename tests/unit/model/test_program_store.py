@@ -151,6 +151,7 @@ def test_a_damaged_file_is_replaced(folder, content):
     assert path.stat().st_size > len(whole) // 2
 
 
+@pytest.mark.slow
 def test_a_folder_that_cannot_be_is_no_reason_to_fail(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(program_store, "directory", lambda: tmp_path / "file" / "programs")

@@ -99,6 +99,7 @@ def test_the_old_names_of_a_routing_warn(model):
             assert getattr(found, old) is getattr(found, f"expert_{old}")
 
 
+@pytest.mark.slow
 def test_texts_of_several_chunks(model, monkeypatch):
     prompt = tiny_models.prompts(320)[-1]
     whole = model.trace_routing(prompt)
@@ -223,7 +224,9 @@ def test_other_numbers_of_experts_per_token(model):
 # ---- The router itself
 
 
-@pytest.mark.parametrize(("experts", "top_k"), [(16, 4), (20, 3), (128, 8)])
+@pytest.mark.parametrize(
+    ("experts", "top_k"), [(16, 4), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((20, 3), (128, 8)))]
+)
 def test_a_row_has_the_same_bits_in_any_number_of_rows(experts, top_k):
     """XLA gives a reduction over 4096 numbers or more to a library, with the exponential that follows."""
     rng = np.random.default_rng(experts)

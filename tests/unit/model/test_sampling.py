@@ -186,7 +186,8 @@ def awkward_rows(rng, vocab):
     return np.array(rows, np.float32)
 
 
-@pytest.mark.parametrize("vocab", [131, 20011])  # the second is searched through its best blocks first
+# The second is searched through its best blocks first.
+@pytest.mark.parametrize("vocab", [131, pytest.param(20011, marks=pytest.mark.slow)])
 def test_each_filter_keeps_the_prefix_of_a_stable_sort(vocab):
     rng = np.random.default_rng(vocab)
     logits = awkward_rows(rng, vocab)
@@ -251,6 +252,7 @@ PARAMS = st.builds(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(st.data())
 def test_filters_of_drawn_rows(data):
@@ -344,6 +346,7 @@ def test_frequencies(params):
     assert abs(pairs - share**2) <= 5 * np.sqrt(share**2 / 100_000)
 
 
+@pytest.mark.slow
 def test_the_noise():
     # Known answers of Threefry-2x32-20, published with Random123.
     answers = [
@@ -412,6 +415,7 @@ def test_every_id_of_a_flat_row_is_drawn(top_p):
     assert tokens.max() >= 19500 and tokens.max() < 20000
 
 
+@pytest.mark.slow
 def test_the_filtered_logits_of_a_row_are_bit_equal_in_every_batch():
     rng = np.random.default_rng(8)
     logits = (rng.normal(size=(7, 20011)) * 3).astype(np.float32)
@@ -439,6 +443,7 @@ def test_noise_depends_on_key_seed_position_and_id_alone():
         assert other.tolist() != tokens and other[1] == tokens[1]  # the second is greedy
 
 
+@pytest.mark.slow
 def test_the_same_tokens_in_loops_and_under_vmap():
     rng = np.random.default_rng(4)
     logits = rng.normal(size=(5, 7, 300)).astype(np.float32)

@@ -253,6 +253,7 @@ def test_a_gguf_file_has_heads_and_widths_for_each_layer(tmp_path: Path) -> None
     assert not np.abs(np.asarray(logits) - wanted).max() > 1e-3 and wanted.std() > 1
 
 
+@pytest.mark.slow
 def test_routing_is_that_of_the_layers_with_experts() -> None:
     rng = np.random.default_rng(4)
     config = configure((SLIDING, MIXED, SLIDING, MIXED))

@@ -33,6 +33,7 @@ def test_model_is_the_one_that_make_synthetic_writes():
     assert 17e9 < nbytes < 19.5e9  # a file of this model is 18.6 GB
 
 
+@pytest.mark.slow
 def test_weights_are_made_with_the_deviation_that_was_asked_for():
     params = weights.make(Lab(SMALL, jax.devices()[0]), SMALL.config)
     layers = params["layers"]
@@ -48,6 +49,7 @@ def test_weights_are_made_with_the_deviation_that_was_asked_for():
     assert router.shape == (3, 8, 256) and 0.025 <= router.std() <= 0.035
 
 
+@pytest.mark.slow
 def test_a_collecting_lab_runs_nothing_and_knows_every_program():
     lab = Lab(REAL, None, aot.TARGETS["h200"].target)
     decoding = whole.Decoding(lab, starts_params(lab), REAL.config, 32)

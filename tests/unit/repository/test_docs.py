@@ -56,6 +56,7 @@ def test_python_of_quickstart_runs(tmp_path: Path, capsys: pytest.CaptureFixture
         assert ids[:count].tolist() == same.token_ids
 
 
+@pytest.mark.slow
 def test_the_site_builds(tmp_path: Path) -> None:
     """Every page is in the navigation, every link and every name of the reference is there: warnings are errors."""
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
@@ -189,6 +190,7 @@ def test_table_of_formats() -> None:
     assert rows == expected
 
 
+@pytest.mark.slow
 def test_rows_of_models_name_tests_that_are_there() -> None:
     """The last cell of each row is the id of a test of this folder, with the parameters it names."""
     rows = [line for line in _page("models.md").splitlines() if re.match(r"\| (?!checkpoint|-)", line)]

@@ -151,6 +151,7 @@ def test_tokens_elsewhere_of_a_wrong_kind(value: object, tmp_path: Path) -> None
         tokenizer_of_directory(path)
 
 
+@pytest.mark.slow
 def test_more_tokens_than_rows(tmp_path: Path) -> None:
     path = write(LLAMA, tmp_path / "model")
     before = fj.load(path, dtype="float32")

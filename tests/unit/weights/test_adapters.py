@@ -377,6 +377,7 @@ def test_names_of_adapters(folder: Folder) -> None:
 # ---- streams, conversations, scores
 
 
+@pytest.mark.slow
 def test_streams_and_stop_strings(model: fj.Model, alone) -> None:
     prompt, name = PROMPTS[2], NAMES[2]
     whole = model.generate([prompt], NOISY, name)[0]
@@ -390,6 +391,7 @@ def test_streams_and_stop_strings(model: fj.Model, alone) -> None:
     assert streamed[:-1] == whole.token_ids[:-1] and streamed[-1] != whole.token_ids[-1]
 
 
+@pytest.mark.slow
 def test_conversations_and_perplexity(model: fj.Model) -> None:
     name, messages = "llama-all", [{"role": "user", "content": "iron"}]
     ids = model.encode_chat(messages)
@@ -427,6 +429,7 @@ def test_speculation(model: fj.Model, alone) -> None:
     assert [request.result().token_ids for request in requests] == alone(GREEDY)
 
 
+@pytest.mark.slow
 def test_pages_are_shared_by_rows_of_one_adapter_alone(model: fj.Model) -> None:
     engine, prompt = fj.Engine(model, ENGINE), PROMPTS[1]
     names = ["llama-all", "llama-patterns", None]
@@ -439,6 +442,7 @@ def test_pages_are_shared_by_rows_of_one_adapter_alone(model: fj.Model) -> None:
             assert engine.metrics()["prefix_hit_pages"] == before + hits
 
 
+@pytest.mark.slow
 def test_choices_and_forks_keep_the_adapter(model: fj.Model) -> None:
     name, prompt = "llama-some-rslora", PROMPTS[2]
     engine = fj.Engine(model, ENGINE)
@@ -494,6 +498,7 @@ def test_run_and_perplexity(folder: Folder, model: fj.Model, tmp_path: Path, cap
     assert "does not fit this model" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_convert(folder: Folder, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     case = CASES["llama-all"]
     flags = ["--to", "gguf", "--merge-adapter", str(folder(case)), "--quantize", "q8_0"]

@@ -13,12 +13,17 @@ import ferrum_jax as fj
 from support.golden_checks import check_greedy, check_logits
 from support.goldens import directory_cases, tiny_directories, tiny_models
 
+# Quick are one of each model class and of each packing.
+QUICK = ("llama3-bf16", "mistral-f32", "qwen2-window-f16", "qwen3-f16", "mixtral-bf16", "qwen3moe-f32")
+QUICK += ("gptq-llama", "awq-llama", "compressed-qwen3")
+PARAMS = [case if case.name in QUICK else pytest.param(case, marks=pytest.mark.slow) for case in directory_cases.CASES]
+
 
 def name_of(case: tiny_directories.Spec) -> str:
     return case.name
 
 
-@pytest.fixture(scope="module", params=directory_cases.CASES, ids=name_of)
+@pytest.fixture(scope="module", params=PARAMS, ids=name_of)
 def loaded(request, tmp_path_factory):
     """(model, golden arrays, prompts) of one case; the digest ties the files to the numbers."""
     spec = request.param

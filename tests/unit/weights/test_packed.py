@@ -234,6 +234,7 @@ def test_ordered_products(format: str) -> None:
     assert (np.asarray(gather_rows(alone, ids)) == exact[np.asarray(ids)]).all()
 
 
+@pytest.mark.slow
 def test_layouts_of_an_accelerator(tmp_path: Path) -> None:
     """Read for a GPU, matrices in Q4_0 are packed for its kernels, with the order of columns; values do not change."""
     path = write(
