@@ -240,7 +240,7 @@ def host_time(model: Any, name: str, ids: list[int], rows: int, dispatches: int,
         engine.step()
     stages = {
         "schedule": (engine._scheduler, "next"),
-        "launch": (engine._device, "launch"),
+        "launch": (engine._executor, "launch"),
         "take in": (engine, "_take_in"),
     }
     walls, hosts, steps = [], [], 0

@@ -71,8 +71,8 @@ def convert(
         if to == "gguf":
             write_gguf(checkpoint, out, force=force, progress=progress)
         else:
-            config, places, _ = check(checkpoint)
-            params = read_parameters(checkpoint, places, Placement.of(device), progress)
+            config, assigned, _ = check(checkpoint)
+            params = read_parameters(checkpoint, assigned, Placement.of(device), progress)
             if progress is not None:
                 progress(checkpoint.tensor_bytes, checkpoint.tensor_bytes, "writing")
             orbax.save(out, config, checkpoint.typed_metadata(), params, orbax.tokenizer_files(checkpoint), force=force)

@@ -118,7 +118,7 @@ def load(
             embedding = _load_encoder(checkpoint, encoder, placement, max_seq_len, progress)
             embedding.load_s = time.perf_counter() - begin
             return embedding
-        config, places, tokenizer = check(checkpoint)
+        config, assigned, tokenizer = check(checkpoint)
         dtype = _dtype(placement, dtype, progress)
         kv_dtype = kv_dtype or ("float16" if dtype == "int8" else dtype)
         config = dataclasses.replace(config, dtype=dtype, implementation=forced)
@@ -127,7 +127,7 @@ def load(
         if max_seq_len is not None and max_seq_len > config.context_length:
             raise ValueError(f"max_seq_len {max_seq_len} is beyond the model's context of {config.context_length} tokens")
         max_seq_len = max_seq_len or config.context_length
-        abstract = abstract_parameters(places, placement)
+        abstract = abstract_parameters(assigned, placement)
         if forced:
             require_implementation(config, abstract, kv_dtype, placement)
         weights = memory.nbytes(abstract) + lora.nbytes(factors)
@@ -138,7 +138,7 @@ def load(
         )
         memory.require(weights, placement, f"the weights do not fit: {count}")
         with memory.explained(placement, lambda: f"loading {count}"):
-            params = read_parameters(checkpoint, places, placement, progress)
+            params = read_parameters(checkpoint, assigned, placement, progress)
             if factors:
                 params = lora.with_adapters(params, factors, config.num_layers, placement)
     digests = {name: adapter.digest for name, adapter in beside.items()}
@@ -176,7 +176,7 @@ def validate(path: str | Path) -> None:
     """Checks a checkpoint as `load` does, without reading weights. Raises what `load` would raise."""
     with open_model(path) as checkpoint:
         encoder = checkpoint.encoder()
-        check(checkpoint) if encoder is None else _places(checkpoint, encoder)
+        check(checkpoint) if encoder is None else _assigned(checkpoint, encoder)
 
 
 def _load_encoder(
@@ -184,36 +184,36 @@ def _load_encoder(
 ) -> EmbeddingModel:
     if max_seq_len is not None and max_seq_len > config.context_length:
         raise ValueError(f"max_seq_len {max_seq_len} is beyond the model's {config.context_length} positions")
-    places, tokenizer = _places(checkpoint, config)
-    abstract = abstract_parameters(places, placement)
+    assigned, tokenizer = _assigned(checkpoint, config)
+    abstract = abstract_parameters(assigned, placement)
     if config.implementation:
         require_implementation(config, abstract, "float32", placement)
     weights = memory.nbytes(abstract)
     count = f"{checkpoint.path}: weights {readable_bytes(weights)}"
     memory.require(weights, placement, f"the weights do not fit: {count}")
     with memory.explained(placement, lambda: f"loading {count}"):
-        params = read_parameters(checkpoint, places, placement, progress)
+        params = read_parameters(checkpoint, assigned, placement, progress)
     return EmbeddingModel(config, params, tokenizer, placement, max_seq_len or config.text_length)
 
 
 def check(checkpoint: ModelSource) -> tuple[ModelConfig, Parameters, Tokenizer]:
-    """The configuration, the destination of every tensor and the tokenizer. Raises an error if something is wrong."""
+    """The configuration, the parameter of every tensor and the tokenizer. Raises an error if something is wrong."""
     config = checkpoint.config()
-    places, tokenizer = _places(checkpoint, config)
+    assigned, tokenizer = _assigned(checkpoint, config)
     for name, template in tokenizer.chat_templates.items():
         check_template(template, str(checkpoint.path), name)
-    return config, places, tokenizer
+    return config, assigned, tokenizer
 
 
-def _places(checkpoint: ModelSource, config: ModelConfig | EncoderConfig) -> tuple[Parameters, Tokenizer]:
-    places = parameters(checkpoint, config)
+def _assigned(checkpoint: ModelSource, config: ModelConfig | EncoderConfig) -> tuple[Parameters, Tokenizer]:
+    assigned = parameters(checkpoint, config)
     tokenizer = checkpoint.tokenizer()
     if tokenizer.vocab_size > config.vocab_size and "tokenizer.ggml.tokens" in checkpoint.metadata:
         raise ModelFileError(
             f"{checkpoint.path}: the tokenizer (tokenizer.ggml.tokens) has {tokenizer.vocab_size} tokens, but tensor "
             f"{checkpoint.own_name('token_embd.weight')} has only {config.vocab_size} rows"
         )
-    return places, tokenizer
+    return assigned, tokenizer
 
 
 def auto_dtype(target: Target) -> str:

@@ -18,7 +18,7 @@ import numpy as np
 
 from ferrum_jax.engine import steps
 from ferrum_jax.engine.config import EngineConfig
-from ferrum_jax.engine.device import Device
+from ferrum_jax.engine.executor import Executor
 from ferrum_jax.engine.request import Output, Request
 from ferrum_jax.engine.scheduler import Scheduler
 from ferrum_jax.engine.sequence import Dispatch, Row
@@ -48,7 +48,7 @@ class Core:
     num_pages: int
     serving: bool
     warmed_up: tuple[int, int]
-    _device: Device
+    _executor: Executor
     _kinds: tuple[PageKind, ...]
     _driver: Worker
     _compiler: Worker
@@ -102,13 +102,13 @@ class Core:
         """Gives up what is on its way and on the device; running requests are computed again."""
         self._flight, self._stale = None, True
         self._scheduler.start_over()
-        self._device.reset()
+        self._executor.reset()
         self._stale = False
 
     def _measure(self) -> dict[str, float]:
         scheduler, ledger = self._scheduler, self._scheduler.ledger
         return {
-            "compiles": self._device.compiles,
+            "compiles": self._executor.compiles,
             **self._counts,
             "prefix_lookups": scheduler.lookups,
             "prefix_hit_pages": scheduler.hit_pages,
@@ -174,16 +174,16 @@ class Core:
     def _warm_up_quietly(self, number: int = 0) -> None:
         """Compiles program after program, in the order in which they are met; the log says how far it is."""
         if not number:
-            shapes = ", ".join(map(str, self._device.buckets()))
+            shapes = ", ".join(map(str, self._executor.buckets()))
             _LOG.info("%d pages of %d tokens; shapes: %s", self.num_pages, self.config.page_size, shapes)
-        programs = self._device.programs()
+        programs = self._executor.programs()
         self.warmed_up = number, len(programs)
         following, pages = programs[number] if number < len(programs) else ("ready", None)
         _LOG.info("%d of %d programs, now: %s", number, len(programs), following)
         if not self.serving or number == len(programs):
             return
         try:
-            self._device.compile(following, pages)
+            self._executor.compile(following, pages)
         except Exception:  # the request that needs the program meets the error
             _LOG.exception("compiling in the background failed")
         else:
@@ -222,7 +222,7 @@ class Core:
                     raise
                 return self._fail({self._scheduler.current.owner: error})
         before, self._flight = self._flight, None
-        if before is not None and dispatch is not None and not self._device.ready(dispatch):
+        if before is not None and dispatch is not None and not self._executor.ready(dispatch):
             if not self._land(before):  # tokens that are there do not wait for the compiler
                 return
             before = None
@@ -239,7 +239,7 @@ class Core:
     def _land(self, flight: _Flight) -> bool:
         """Waits for the results of a dispatch and takes them in; whether that went well."""
         try:
-            results = self._device.fetch(flight.results, flight.scored, flight.scored_prompt)
+            results = self._executor.fetch(flight.results, flight.scored, flight.scored_prompt)
         except Exception as error:
             self._fail_dispatch(error, flight.dispatch)
             return False
@@ -249,10 +249,10 @@ class Core:
     def _launch(self, dispatch: Dispatch) -> _Flight:
         for sequence, slot in dispatch.admitted:
             request = sequence.owner
-            self._device.admit(sequence, slot, request.params, request._seed, request._extras)
-        self._device.prepare(dispatch)  # compiling is not the device's time
+            self._executor.admit(sequence, slot, request.params, request._seed, request._extras)
+        self._executor.prepare(dispatch)  # compiling is not the device's time
         begin = time.perf_counter()
-        results = self._device.launch(dispatch)
+        results = self._executor.launch(dispatch)
         scored = any(row.sequence.owner.logprobs is not None for row in dispatch.rows)
         prompts = any(row.start >= 0 and row.sequence.owner.prompt_logprobs is not None for row in dispatch.rows)
         return _Flight(dispatch, results, scored, prompts, begin)
@@ -363,7 +363,7 @@ class Core:
             facts["full_pages"] = found.full
             ledger.share(found)
         try:
-            return facts, self._device.read(ledger.places(found)) if found.full else None
+            return facts, self._executor.read(ledger.places(found)) if found.full else None
         finally:
             with self._lock:
                 ledger.release(found)
@@ -378,7 +378,7 @@ class Core:
             return
         try:
             part = read_places(content, [np.asarray([place for _, place, _ in pages], np.int32) for pages in reserved])
-            self._device.write([[page for page, *_ in pages] for pages in reserved], part)
+            self._executor.write([[page for page, *_ in pages] for pages in reserved], part)
         except BaseException:  # the state was donated
             with self._lock:
                 self._start_over()

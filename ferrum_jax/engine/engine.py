@@ -21,7 +21,7 @@ from ferrum_jax import checks
 from ferrum_jax.engine import snapshot, steps, worker
 from ferrum_jax.engine.config import EngineConfig, config_of
 from ferrum_jax.engine.core import Core
-from ferrum_jax.engine.device import Device, choose_num_pages
+from ferrum_jax.engine.executor import Executor, choose_num_pages
 from ferrum_jax.engine.ledger import Ledger, pool_sizes
 from ferrum_jax.engine.request import Request
 from ferrum_jax.engine.scheduler import Scheduler
@@ -80,10 +80,10 @@ class Engine(Core):
             self._kinds = page_kinds(self.model.config)
             if not all(kind.window for kind in self._kinds):
                 self.context = min(self.context, num_pages * config.page_size)
-            self._device = Device(self.model, config, self._pool_sizes(num_pages), self.context)
-            self.identity = f"{self.model.fingerprint()} kv {self._device.kv_dtype}, pages of {config.page_size}"
+            self._executor = Executor(self.model, config, self._pool_sizes(num_pages), self.context)
+            self.identity = f"{self.model.fingerprint()} kv {self._executor.kv_dtype}, pages of {config.page_size}"
             self._scheduler = Scheduler(config, self._new_ledger(num_pages))
-            self.num_pages = sum(self._device.num_pages)
+            self.num_pages = sum(self._executor.num_pages)
             self._choose_steps()
 
         self._driver.call(set_up)
@@ -161,7 +161,7 @@ class Engine(Core):
           ValueError: for a snapshot of another model, and for a request that does not fit into this engine.
         """
         path, vocab = Path(checks.path(path, "path")).absolute(), self.model.config.vocab_size
-        saved = self._files.call(lambda: snapshot.load(path, self.identity, vocab, self._device.abstract_state()))
+        saved = self._files.call(lambda: snapshot.load(path, self.identity, vocab, self._executor.abstract_state()))
         text = [*saved.prompt, *saved.output]
         try:
             index, extras = self.model.adapter_index(saved.adapter), self._extras(saved.params)
@@ -197,14 +197,14 @@ class Engine(Core):
         Args:
           progress: called with the number of programs that are ready, the number of all, and the name of the next one.
         """
-        programs = self._device.programs()
+        programs = self._executor.programs()
         with task("warming up, program", len(programs)) as update:
             for number, (name, pages) in enumerate(programs):
                 self.warmed_up = number, len(programs)
                 update(number + 1)
                 if progress is not None:
                     progress(number, len(programs), str(name))
-                self._compiler.call(partial(self._device.compile, name, pages))
+                self._compiler.call(partial(self._executor.compile, name, pages))
         self.warmed_up = len(programs), len(programs)
         if progress is not None:
             progress(len(programs), len(programs), "ready")
@@ -222,7 +222,7 @@ class Engine(Core):
 
     def buckets(self) -> list[str]:
         """The shapes that are compiled, in words."""
-        return [str(bucket) for bucket in self._device.buckets()]
+        return [str(bucket) for bucket in self._executor.buckets()]
 
     def metrics(self) -> dict[str, float]:
         """Counts since the engine was made, and its current state.

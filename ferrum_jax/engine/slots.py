@@ -62,7 +62,7 @@ class Slots(NamedTuple):
         return self._replace(length=choice.length, generated=choice.generated, done=choice.done, seen=choice.seen)
 
 
-class Asked(NamedTuple):
+class Admission(NamedTuple):
     """The contents of a slot: its text int32 [C], its lengths, and its parameters; `sampling` has one row."""
 
     slot: Any
@@ -106,38 +106,38 @@ def new_slots(sampling: Sampling, *, slots: int, capacity: int, vocab: int) -> S
     )
 
 
-def admit(slots: Slots, asked: Asked) -> Slots:
+def admit(slots: Slots, admission: Admission) -> Slots:
     """Puts a sequence into a slot; the output that a preempted sequence already has counts as output."""
     capacity, vocab = slots.history.shape[1], slots.seen.shape[1]
     position = jnp.arange(capacity)
-    prompt = jnp.where(position < asked.prompt_length, asked.text, vocab)
-    output = jnp.where((position >= asked.prompt_length) & (position < asked.length), asked.text, vocab)
+    prompt = jnp.where(position < admission.prompt_length, admission.text, vocab)
+    output = jnp.where((position >= admission.prompt_length) & (position < admission.length), admission.text, vocab)
     seen = jnp.zeros((vocab,), jnp.int32).at[prompt].set(1, mode="drop").at[output].add(2, mode="drop")
-    bias = jnp.zeros((vocab,), jnp.float32).at[asked.bias_ids].add(asked.bias, mode="drop")
-    words = (asked.banned[:, -1] >= 0).any()
-    adjusted = words | (asked.min_tokens > 0) | (asked.bias_ids < vocab).any()
+    bias = jnp.zeros((vocab,), jnp.float32).at[admission.bias_ids].add(admission.bias, mode="drop")
+    words = (admission.banned[:, -1] >= 0).any()
+    adjusted = words | (admission.min_tokens > 0) | (admission.bias_ids < vocab).any()
     values = {
-        "history": asked.text,
-        "length": asked.length,
-        "generated": asked.length - asked.prompt_length,
+        "history": admission.text,
+        "length": admission.length,
+        "generated": admission.length - admission.prompt_length,
         "done": False,
         "seen": seen,
         "bias": bias,
-        "banned": asked.banned,
-        "min_tokens": asked.min_tokens,
+        "banned": admission.banned,
+        "min_tokens": admission.min_tokens,
         "adjusted": adjusted,
-        "scored": asked.scored,
-        "scored_prompt": asked.scored_prompt,
-        "prompt_length": asked.prompt_length,
-        "adapter": asked.adapter,
+        "scored": admission.scored,
+        "scored_prompt": admission.scored_prompt,
+        "prompt_length": admission.prompt_length,
+        "adapter": admission.adapter,
         "misses": 0,
         "pause": 0,
     }
 
     def put(array: jax.Array, value: Any) -> jax.Array:
-        return array.at[asked.slot].set(value)
+        return array.at[admission.slot].set(value)
 
     sampling = slots.sampling._replace(
-        **{name: put(getattr(slots.sampling, name), getattr(asked.sampling, name)[0]) for name in PER_ROW}
+        **{name: put(getattr(slots.sampling, name), getattr(admission.sampling, name)[0]) for name in PER_ROW}
     )
     return Slots(**{name: put(getattr(slots, name), value) for name, value in values.items()}, sampling=sampling)

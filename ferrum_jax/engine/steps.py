@@ -18,7 +18,7 @@ from ferrum_jax.adapters import COLUMNS
 from ferrum_jax.choice import NOT_FINITE, Chosen, choose, if_requested
 from ferrum_jax.config import ModelConfig
 from ferrum_jax.engine.draft import draft, learn, worth_it
-from ferrum_jax.engine.slots import BAD_WORD_TOKENS, BAD_WORDS, Asked, Slots, admit, new_slots
+from ferrum_jax.engine.slots import BAD_WORD_TOKENS, BAD_WORDS, Admission, Slots, admit, new_slots
 from ferrum_jax.models.decoder import RaggedBatch
 from ferrum_jax.sampling import MAX_LOGPROBS, token_logprobs
 from ferrum_jax.state import DecodeState
@@ -27,7 +27,7 @@ __all__ = [
     "BAD_WORDS",
     "BAD_WORD_TOKENS",
     "NOT_FINITE",
-    "Asked",
+    "Admission",
     "Results",
     "Slots",
     "admit",

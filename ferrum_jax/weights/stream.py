@@ -103,8 +103,8 @@ class _Shapes:
                 for axis, size in zip(self.axes[tensor], tensor.shape, strict=True):
                     self._together(axis.name, size, axis.run)
             if others:
-                layout = self._layout(path, members[0], others[-1], last)
-                columns = last if members[0].order else LAYOUTS[layout].unit(kept_format(members[0]))
+                memory_layout = self._layout(path, members[0], others[-1], last)
+                columns = last if members[0].order else LAYOUTS[memory_layout].unit(kept_format(members[0]))
                 self._together(self.axes[members[0]][-1].name, last, columns)
 
     def _together(self, name: str, size: int, run: int) -> None:
@@ -132,13 +132,13 @@ class _Shapes:
         *experts, rows, columns = tensor.shape
         parts = self.placement.parts(cuts)[-2:]
         local = rows // parts[0], columns // parts[1]
-        layout = self._layout(path, tensor, *local) + (SUFFIX if tensor.order else "")
+        memory_layout = self._layout(path, tensor, *local) + (SUFFIX if tensor.order else "")
         planes = []
-        for plane in LAYOUTS[layout].plane_shapes(format, *local):
-            along = LAYOUTS[layout].AXES if len(plane.shape) == 2 else (1,)
+        for plane in LAYOUTS[memory_layout].plane_shapes(format, *local):
+            along = LAYOUTS[memory_layout].AXES if len(plane.shape) == 2 else (1,)
             shape = [size * parts[axis] for size, axis in zip(plane.shape, along, strict=True)]
             planes.append(placed((*experts, *shape), plane.dtype, (*cuts[:-2], *(cuts[-2:][axis] for axis in along))))
-        return QuantizedTensor(tuple(planes), format, layout, (rows, columns))
+        return QuantizedTensor(tuple(planes), format, memory_layout, (rows, columns))
 
 
 _choose = functools.cache(choose)  # for a TPU it traces the packing
@@ -153,36 +153,39 @@ class _Reader:
 
     def fill(self, path: Path, tensors: Sequence[TensorInfo], stack: QuantizedTensor, cuts: Cuts) -> QuantizedTensor:
         """The stack with the tensors' contents, in its place."""
-        layout = stack.memory_layout.removesuffix(SUFFIX)
+        memory_layout = stack.memory_layout.removesuffix(SUFFIX)
         places = stack.planes[:-1] if tensors[0].order else stack.planes
         planes: tuple[jax.Array, ...]
-        if self.placement.platform == "cpu" and layout == "ggml":
+        if self.placement.platform == "cpu" and memory_layout == "ggml":
             buffer = _aligned_empty((len(tensors), *_stored_shape(tensors[0])), format_of(stack.format).storage)
             with ThreadPoolExecutor(_READERS) as pool:  # half of the time is the kernel's, for fresh memory
                 for tensor, _ in zip(tensors, pool.map(functools.partial(self._read, path), tensors, buffer), strict=True):
                     self._count(tensor)
             planes = (jax.device_put(buffer.reshape(places[0].shape), places[0].sharding),)
         elif len(places[0].shape) == len(tensors[0].shape):  # not a stack
-            planes = self._packed(path, tensors[0], layout, places, cuts)
+            planes = self._packed(path, tensors[0], memory_layout, places, cuts)
         else:
             planes = self.placement.zeros(places)
             for i, tensor in enumerate(tensors):
-                planes = _put(planes, self._packed(path, tensor, layout, places, cuts), i)
+                planes = _put(planes, self._packed(path, tensor, memory_layout, places, cuts), i)
         if tensors[0].order:
             orders = stack.planes[-1]
             planes = (*planes, jax.device_put(self._orders(tensors).reshape(orders.shape), orders.sharding))
         return dataclasses.replace(stack, planes=planes)
 
-    def _packed(self, path: Path, tensor: TensorInfo, layout: str, places: Sequence[Any], cuts: Cuts) -> tuple[jax.Array, ...]:
+    def _packed(
+        self, path: Path, tensor: TensorInfo, memory_layout: str, places: Sequence[Any], cuts: Cuts
+    ) -> tuple[jax.Array, ...]:
         """The planes of one tensor, packed on the device that each part is on. places: of the planes of its stack."""
-        if layout != "ggml" and not any(cuts) and (packed := self.source.packed(tensor, layout)) is not None:
+        if memory_layout != "ggml" and not any(cuts) and (packed := self.source.packed(tensor, memory_layout)) is not None:
             self._count(tensor)
             return self.placement.put(packed)
         stored = np.empty(_stored_shape(tensor), format_of(kept_format(tensor)).storage)
         self._read(path, tensor, stored)
         self._count(tensor)
         parts = jax.device_put(stored, self.placement.over_cuts(cuts))
-        return _packer(kept_format(tensor), layout, stored.ndim, parts.sharding, tuple(p.sharding for p in places))(parts)
+        shardings = tuple(plane.sharding for plane in places)
+        return _packer(kept_format(tensor), memory_layout, stored.ndim, parts.sharding, shardings)(parts)
 
     def _orders(self, tensors: Sequence[TensorInfo]) -> np.ndarray:
         """int32 [layers, *experts, columns]: the order of each matrix's columns."""
@@ -217,9 +220,9 @@ def _stored_shape(tensor: TensorInfo) -> tuple[int, ...]:
 
 
 @functools.cache
-def _packer(format: str, layout: str, rank: int, parts: Sharding, places: tuple[Sharding, ...]) -> Callable:
+def _packer(format: str, memory_layout: str, rank: int, parts: Sharding, places: tuple[Sharding, ...]) -> Callable:
     """Packs blocks [*experts, rows, width] of `rank` dimensions into planes: each device its own part."""
-    pack: Callable = functools.partial(LAYOUTS[layout].pack, format=format)
+    pack: Callable = functools.partial(LAYOUTS[memory_layout].pack, format=format)
     for _ in range(rank - 2):  # experts one after the other: a tenth of the time to compile, and no temporaries
         pack = functools.partial(jax.lax.map, pack)
     if isinstance(parts, NamedSharding):

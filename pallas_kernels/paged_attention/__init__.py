@@ -133,7 +133,7 @@ def paged_attention(
       float32 [tokens, q_heads, head_dim].
 
     Raises:
-      ValueError: if the heads of q and of the cache do not fit.
+      ValueError: if the heads of q, of the cache and the sinks do not fit.
     """
     if q.shape[-1] != cache.head_dim or q.shape[-2] % cache.kv_heads:
         raise ValueError(f"paged_attention: q {q.shape} and a cache {cache.pages.shape} do not fit")

@@ -13,7 +13,7 @@ import pytest
 
 from ferrum_jax import choice, sampling
 from ferrum_jax.engine import Engine, ledger, steps
-from ferrum_jax.engine.device import Device
+from ferrum_jax.engine.executor import Executor
 from ferrum_jax.engine.ledger import Ledger
 from ferrum_jax.engine.pages import PagePool
 from ferrum_jax.engine.scheduler import Scheduler
@@ -151,8 +151,8 @@ FAULTS = {
     "7-stale": Fault(
         "the length of a released sequence leaks into the next",
         steps.admit,
-        '"length": asked.length,',
-        '"length": jnp.maximum(asked.length, slots.length[asked.slot]),',
+        '"length": admission.length,',
+        '"length": jnp.maximum(admission.length, slots.length[admission.slot]),',
         guards.a_slot_remembers_nothing_of_those_before,
     ),
     "8-offset": Fault(
@@ -179,7 +179,7 @@ FAULTS = {
     "8-length": Fault(
         "preemption forgets how many tokens there were",
         steps.admit,
-        '"generated": asked.length - asked.prompt_length,',
+        '"generated": admission.length - admission.prompt_length,',
         '"generated": 0,',
         guards.a_slot_filled_again_is_as_it_was,
     ),
@@ -241,7 +241,7 @@ FAULTS = {
     ),
     "13-stale": Fault(
         "rows of padding name a slot in use",
-        Device._placed,
+        Executor._placed,
         "rows = np.full(count, -1, np.int32)",
         "rows = np.zeros(count, np.int32)",
         guards.rows_of_padding_have_no_slot,

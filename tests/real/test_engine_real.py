@@ -75,7 +75,7 @@ def test_perplexity_of_kv_dtypes_through_pages(model: fj.Model, ids: list[int]) 
         scores = prompt_scores(engine, text)
         assert np.isfinite(scores).all()
         losses[dtype] = -scores.mean()
-        held = sum(leaf.nbytes for leaf in jax.tree.leaves(engine._device.state))
+        held = sum(leaf.nbytes for leaf in jax.tree.leaves(engine._executor.state))
         assert held == engine.num_pages * 16 * bytes_per_token(model.config, dtype)
     exact = losses["float32"]
     change = {dtype: 100 * abs(np.exp(loss - exact) - 1) for dtype, loss in losses.items()}

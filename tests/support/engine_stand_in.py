@@ -135,8 +135,8 @@ class _Pending(NamedTuple):
     tokens: np.ndarray
 
 
-class Device:
-    """`ferrum_jax.engine.device.Device` as far as the engine can tell. `fault`: where to fail next ("admit", "launch" or
+class Executor:
+    """`ferrum_jax.engine.executor.Executor` as far as the engine can tell. `fault`: where to fail next ("admit", "launch" or
     "fetch"); `struck`: sequences of the dispatches that failed so. `pages`: of each pool [pages, page_size, 3]; `states`:
     [states, 3], of a model with layers that recur: a hash of what was read, its length, and the adapter."""
 
@@ -358,11 +358,11 @@ class Device:
 
 
 def use(model: Model, config: EngineConfig) -> Engine:
-    """An engine whose device is the stand-in: `engine._device`."""
+    """An engine whose device is the stand-in: `engine._executor`."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine, "Device", Device)
+        patch.setattr(engine, "Executor", Executor)
         made = Engine(model, config)  # type: ignore[arg-type]
-    made._device.watch(made._scheduler)  # type: ignore[attr-defined]
+    made._executor.watch(made._scheduler)  # type: ignore[attr-defined]
     return made
 
 
@@ -405,7 +405,7 @@ def check(engine: Engine) -> None:
 
 def _check_checkpoints(engine: Engine) -> None:
     """The same of checkpoints."""
-    scheduler, ledger, states = engine._scheduler, engine._scheduler.ledger, engine._device.states  # type: ignore
+    scheduler, ledger, states = engine._scheduler, engine._scheduler.ledger, engine._executor.states  # type: ignore
     pool, size = ledger.checkpoints, ledger.page_size
     places = range(engine.config.max_seqs, engine.config.max_seqs + pool.num_pages)
     held = dict.fromkeys(places, 0)
@@ -425,7 +425,7 @@ def _check_checkpoints(engine: Engine) -> None:
 
 
 def _check_pool(engine: Engine, number: int) -> None:
-    scheduler, ledger, contents = engine._scheduler, engine._scheduler.ledger, engine._device.pages[number]  # type: ignore
+    scheduler, ledger, contents = engine._scheduler, engine._scheduler.ledger, engine._executor.pages[number]  # type: ignore
     pool, size = ledger.pools[number], ledger.page_size
     held = [0] * pool.num_pages
     for sequence in scheduler.running:

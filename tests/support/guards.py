@@ -16,7 +16,7 @@ from ferrum_jax import choice, functional, sampling
 from ferrum_jax.config import Rope, RopeScaling
 from ferrum_jax.distributed import Placement
 from ferrum_jax.engine import EngineConfig, steps
-from ferrum_jax.engine.device import Bucket, Device
+from ferrum_jax.engine.executor import Bucket, Executor
 from ferrum_jax.engine.ledger import Held
 from ferrum_jax.engine.sequence import Dispatch, Row, Sequence
 from ferrum_jax.models.rope import rope_angles, rope_frequencies
@@ -48,7 +48,7 @@ def admitted(slots: steps.Slots, slot: int, prompt: list[int], output: list[int]
     text = np.zeros(CAPACITY, np.int32)
     text[: len(prompt) + len(output)] = [*prompt, *output]
     bias = dict(params.logit_bias or ())
-    asked = steps.Asked(
+    admission = steps.Admission(
         slot=np.int32(slot),
         text=text,
         length=np.int32(len(prompt) + len(output)),
@@ -62,7 +62,7 @@ def admitted(slots: steps.Slots, slot: int, prompt: list[int], output: list[int]
         adapter=np.int32(-1),
         sampling=parameters([params]),
     )
-    return steps.admit(slots, asked)
+    return steps.admit(slots, admission)
 
 
 def of_slot(slots: steps.Slots, slot: int) -> dict[str, np.ndarray]:
@@ -117,7 +117,7 @@ def rows_of_padding_have_no_slot():
     """Sent to the device: rows after those of the dispatch are -1."""
     seen = []
 
-    class Recorder(Device):
+    class Recorder(Executor):
         def reset(self):
             self.state = self.slots = self._placed_key = None
 

@@ -271,13 +271,13 @@ def test_an_error_inside_a_step_ends_its_requests_and_not_the_engine(model, monk
     requests = [engine.submit(prompt, GREEDY) for prompt in PROMPTS[:4]]
     engine.step()
     engine.step()
-    original = getattr(engine._device, place)
+    original = getattr(engine._executor, place)
 
     def fail(*args):
-        monkeypatch.setattr(engine._device, place, original)
+        monkeypatch.setattr(engine._executor, place, original)
         raise RuntimeError("the device is on fire")
 
-    monkeypatch.setattr(engine._device, place, fail)
+    monkeypatch.setattr(engine._executor, place, fail)
     results = [request.result() for request in requests]
     assert [r.finish_reason for r in results] == ["error", "error", "length", "length"]
     assert "the device is on fire" in requests[0].error
@@ -287,13 +287,13 @@ def test_an_error_inside_a_step_ends_its_requests_and_not_the_engine(model, monk
 def test_an_interrupt_loses_nothing(model, engine, monkeypatch):
     requests = [engine.submit(prompt, NOISY) for prompt in PROMPTS]
     engine.step()
-    original = engine._device.fetch
+    original = engine._executor.fetch
 
     def interrupt(*args):
-        monkeypatch.setattr(engine._device, "fetch", original)
+        monkeypatch.setattr(engine._executor, "fetch", original)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(engine._device, "fetch", interrupt)
+    monkeypatch.setattr(engine._executor, "fetch", interrupt)
     with pytest.raises(KeyboardInterrupt):
         engine.run()
     alone = [parts(model.generate([prompt], NOISY)[0]) for prompt in PROMPTS]
@@ -306,12 +306,12 @@ def test_a_cache_that_grows_changes_no_bit(model):
     params = dataclasses.replace(NOISY, max_tokens=60)
     alone = [parts(model.generate([prompt], params)[0]) for prompt in PROMPTS]
     engine = fj.Engine(model, dataclasses.replace(SMALL, initial_pages=2))
-    assert engine._device.pages == 2 and engine.metrics()["pages_free"] == 40
+    assert engine._executor.pages == 2 and engine.metrics()["pages_free"] == 40
     first = engine.submit(PROMPTS[0], params)
-    assert parts(first.result()) == alone[0] and engine._device.pages == 8
+    assert parts(first.result()) == alone[0] and engine._executor.pages == 8
     requests = [engine.submit(prompt, params) for prompt in PROMPTS]
     assert [parts(request.result()) for request in requests] == alone
-    assert engine._device.pages == 40 and is_whole(engine)
+    assert engine._executor.pages == 40 and is_whole(engine)
 
 
 @pytest.mark.slow
@@ -396,9 +396,9 @@ def test_nothing_compiles_while_serving(model, engine):
 
 def test_every_step_aliases_the_whole_cache(model, engine):
     engine.warm_up()
-    cache = sum(leaf.nbytes for leaf in jax.tree.leaves(engine._device.state))
-    for bucket in engine._device.buckets():
-        assert engine._device.compile(bucket).compiled.memory_analysis().alias_size_in_bytes >= cache
+    cache = sum(leaf.nbytes for leaf in jax.tree.leaves(engine._executor.state))
+    for bucket in engine._executor.buckets():
+        assert engine._executor.compile(bucket).compiled.memory_analysis().alias_size_in_bytes >= cache
 
 
 @pytest.mark.parametrize("finished", [False, True])

@@ -232,7 +232,7 @@ def test_a_failure_ends_the_requests_of_its_step_alone():
         first = engine.submit([1, 2, 3, 4], GREEDY)
         step(engine)
         second = engine.submit([2, 2, 3, 4], GREEDY)
-        engine._device.fault = place
+        engine._executor.fault = place
         drive(engine)
         assert [request.finish_reason == "error" for request in (first, second)] == failed
         answers(engine, engine.submit([3, 3], GREEDY), *([] if failed[1] else [second]))
@@ -246,7 +246,7 @@ def test_an_abort_of_all_that_a_dispatch_has_leaves_no_page_unwritten(recurs):
         gone = engine.submit([1, 2, 3, 4, 5, 1, 2, 3, 4, 5], GREEDY)
         for _ in range(steps):
             step(engine)
-        engine._device.between = lambda gone=gone: engine._end_choices(gone)  # as the desk does it, with the lock held
+        engine._executor.between = lambda gone=gone: engine._end_choices(gone)  # as the desk does it, with the lock held
         step(engine)
         check(engine)
         answers(engine, engine.submit([1, 2, 3, 4, 5, 1, 2, 3, 4, 2], GREEDY))
@@ -260,7 +260,7 @@ def test_an_abort_while_a_dispatch_is_started_harms_nobody():
     step(engine)
     for prompt in ([1, 2, 3, 4, 5, 1], [2, 2, 2, 2, 2, 2, 2, 2, 2]):
         gone = engine.submit(prompt, GREEDY)
-        engine._device.between = lambda gone=gone: engine.abort(gone)
+        engine._executor.between = lambda gone=gone: engine.abort(gone)
         step(engine)
         step(engine)
         engine.metrics()  # waits for the abort, which the driving thread could only hand over
@@ -335,16 +335,16 @@ def test_a_recovery_that_fails_is_made_again():
     engine = engine_of()
     requests = [engine.submit([1, 2, 3, 4, i], GREEDY) for i in range(3)]
     step(engine)
-    fetch, reset = engine._device.fetch, engine._device.reset
+    fetch, reset = engine._executor.fetch, engine._executor.reset
 
     def fails(*_):
         raise KeyboardInterrupt
 
-    engine._device.fetch = engine._device.reset = fails
+    engine._executor.fetch = engine._executor.reset = fails
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             engine.step()
-    engine._device.fetch, engine._device.reset = fetch, reset
+    engine._executor.fetch, engine._executor.reset = fetch, reset
     answers(engine, *requests)
     check(engine)
 
@@ -370,12 +370,12 @@ def test_a_restore_that_fails_leaves_no_page_behind():
         other = engine_of()
         running = other.submit([5, 5, 5, 5, 5], GREEDY)
         step(other)
-        write = other._device.write
-        other._device.write = None
+        write = other._executor.write
+        other._executor.write = None
         with pytest.raises(TypeError):
             other.restore(path)
         check(other)
-        other._device.write = write
+        other._executor.write = write
         copy = other.restore(path)
         check(other)
         answers(other, running)

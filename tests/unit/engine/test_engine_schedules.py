@@ -62,7 +62,7 @@ class Schedule(RuleBasedStateMachine):
     @initialize(config=configs, context=st.integers(12, 60), windows=st.sampled_from(WINDOWS), recurs=st.booleans())
     def start(self, config, context, windows, recurs):
         self.engine = use(Model(context, *windows, recurs=recurs), config)
-        self.device, self.scheduler = self.engine._device, self.engine._scheduler
+        self.device, self.scheduler = self.engine._executor, self.engine._scheduler
         self.requests, self.aborted = [], set()
         self.oldest, self.left = None, 0
 
@@ -437,7 +437,7 @@ def test_compiled_steps_give_the_bits_of_each_request_alone(models, plan, monkey
             elif move < 0.62:
                 engine.reset()
             elif move < 0.64:
-                monkeypatch.setattr(engine._device, dice.choice(["launch", "fetch"]), broken)
+                monkeypatch.setattr(engine._executor, dice.choice(["launch", "fetch"]), broken)
                 engine.step()
                 monkeypatch.undo()
             else:

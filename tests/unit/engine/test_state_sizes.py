@@ -8,7 +8,7 @@ import jax
 from ferrum_jax import memory, state
 from ferrum_jax.config import ModelConfig
 from ferrum_jax.distributed import Placement
-from ferrum_jax.engine import EngineConfig, device
+from ferrum_jax.engine import EngineConfig, executor
 from ferrum_jax.engine.ledger import pool_sizes
 from support.random_models import DENSE
 from support.recurrent_toy import Toy
@@ -35,8 +35,8 @@ def test_pages_are_chosen_for_all_pools_together(monkeypatch):
     config, engine = unlike(), EngineConfig(max_seqs=2, token_budget=16)
     model = SimpleNamespace(config=config, kv_dtype="float32", max_seq_len=4096, placement=Placement.of(jax.devices("cpu")[0]))
     room = 1 << 22
-    monkeypatch.setattr(device, "_HOST_CACHE_BYTES", room)
-    pages = device.choose_num_pages(model, engine)
+    monkeypatch.setattr(executor, "_HOST_CACHE_BYTES", room)
+    pages = executor.choose_num_pages(model, engine)
 
     def needed(pages: int) -> int:
         sizes = pool_sizes([kind.window for kind in state.page_kinds(config)], pages, engine)

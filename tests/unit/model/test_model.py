@@ -180,7 +180,7 @@ def test_programs_are_compiled_once(model):
 
 
 def test_a_growing_conversation_meets_few_programs(model):
-    shapes = {model._engine([[3] * n], [GREEDY])._device.programs()[-1] for n in range(1, 80)}
+    shapes = {model._engine([[3] * n], [GREEDY])._executor.programs()[-1] for n in range(1, 80)}
     assert len(shapes) == 1
 
 

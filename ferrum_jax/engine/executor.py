@@ -1,6 +1,6 @@
 """The engine's half on the device: the state and the slots as donated values, the compiled steps, and what goes up and down.
 
-Programs are few (`Device.buckets`), compiled before they are needed where there is time, and kept by the model. A dispatch
+Programs are few (`Executor.buckets`), compiled before they are needed where there is time, and kept by the model. A dispatch
 is started and its results are fetched later, one dispatch behind, so that the device does not wait for the host.
 """
 
@@ -33,8 +33,9 @@ _HOST_CACHE_BYTES = 1 << 30  # KV cache on a CPU at most, where the user does no
 _FREE_FRACTION = 0.9  # of an accelerator's free memory
 
 
-class Device:
-    """`num_pages`: of each pool at most; `pages`: of the largest now. `context`: tokens of a sequence at most."""
+class Executor:
+    """Runs the programs of an engine. `num_pages`: of each pool at most; `pages`: of the largest now. `context`: tokens of a
+    sequence at most."""
 
     def __init__(self, model: Runtime, config: EngineConfig, num_pages: Iterable[int], context: int):
         self.model, self.config, self.num_pages = model, config, tuple(num_pages)
@@ -89,8 +90,8 @@ class Device:
 
     def admit(self, sequence: Sequence, slot: int, params: SamplingParams, seed: int, extras: Extras) -> None:
         """Fills a slot for a sequence."""
-        asked = self._asked(sequence, slot, params, seed, extras)
-        self.slots = self.compile("admit")(self.slots, asked)
+        admission = self._admission(sequence, slot, params, seed, extras)
+        self.slots = self.compile("admit")(self.slots, admission)
 
     def ready(self, dispatch: Dispatch) -> bool:
         """Whether a dispatch can be started at once: its program is compiled and its pages are there."""
@@ -239,10 +240,10 @@ class Device:
     def _new_slots(self) -> steps.Slots:
         return steps.new_slots(self._sampling([], self.config.max_seqs), **self._slot_sizes())
 
-    def _example(self) -> steps.Asked:
-        return jax.tree.map(jnp.asarray, self._asked(Sequence(0, [0], 1, 2), 0, SamplingParams(), 0, Extras([], [])))
+    def _example(self) -> steps.Admission:
+        return jax.tree.map(jnp.asarray, self._admission(Sequence(0, [0], 1, 2), 0, SamplingParams(), 0, Extras([], [])))
 
-    def _asked(self, sequence: Sequence, slot: int, params: SamplingParams, seed: int, extras: Extras) -> steps.Asked:
+    def _admission(self, sequence: Sequence, slot: int, params: SamplingParams, seed: int, extras: Extras) -> steps.Admission:
         text = np.zeros(self.pages_a_sequence * self.config.page_size, np.int32)
         text[: len(sequence.tokens)] = sequence.tokens
         ids = np.full(MAX_BIAS, self.model.config.vocab_size, np.int32)
@@ -253,7 +254,7 @@ class Device:
         for row, word in zip(banned, extras.banned, strict=False):
             row[-len(word) :] = word
         room = sequence.limit - sequence.prompt_length  # of what it wants, what the context leaves
-        return steps.Asked(
+        return steps.Admission(
             slot=np.int32(slot),
             text=text,
             length=np.int32(len(sequence.tokens)),
