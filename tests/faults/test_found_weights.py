@@ -151,8 +151,8 @@ FAULTS = {
     "14-arrays": Fault(
         "any count may be an array",
         keys.Keys.integer,
-        " and per_layer",
-        "",
+        "return self._integer(key, value, low, high)",
+        "return self._integer(key, value[0].item() if isinstance(value, np.ndarray) and len(value) else value, low, high)",
         in_folder(an_array_of_counts),
     ),
     "15-tiled": Fault(
