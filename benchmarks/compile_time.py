@@ -71,7 +71,7 @@ def compile_once(config: ModelConfig, format_of: FormatOf) -> tuple[float, float
     if alias_bytes < cache_bytes:
         raise RuntimeError(f"the program aliases {alias_bytes} bytes of a cache of {cache_bytes}")
     segments = layer_segments(params["layers"])
-    facts = {"bodies": sum(segment.period for segment in segments), "segments": len(segments)}
+    facts = {"bodies": sum(len(segment.runs) for segment in segments), "segments": len(segments)}
     return traced - start, end - traced, facts | {"cache_bytes": cache_bytes, "alias_bytes": alias_bytes}
 
 

@@ -61,25 +61,25 @@ class QuantizedTensor:
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """The layer `first + step * period`: `first` and `period` are known while tracing, `step` may be a scan's counter.
+    """The layer `first` plus `step * period` of each of its `loops` (period, step): a period is known while tracing, a step may
+    be the counter of a scan.
 
-    Within one scan the layers at the same place of each period have the same spec and formats.
+    The layers at the same place of each period of a scan have the same spec and formats.
     """
 
     first: int
-    period: int = 0
-    step: jax.Array | int = 0
+    loops: tuple[tuple[int, jax.Array | int], ...] = ()
 
     @property
     def number(self) -> jax.Array | int:
-        return self.first + self.step * self.period
+        return sum((step * period for period, step in self.loops), start=self.first)
 
     def index(self, labels: Sequence[Hashable]) -> jax.Array | int:
         """The layer's index among those that have its label; labels: one for each layer of the model."""
         label = labels[self.first]
         index: jax.Array | int = labels[: self.first].count(label)
-        if self.period:
-            index = index + self.step * labels[self.first : self.first + self.period].count(label)
+        for period, step in self.loops:
+            index = index + step * labels[self.first : self.first + period].count(label)
         return index
 
 

@@ -79,7 +79,7 @@ def describe(source: ModelSource, context: int | None = None) -> dict[str, Any]:
         "architecture": config.architecture,
         "num_layers": config.num_layers,
         "recurrent_layers": config.num_layers - len(config.attentions),
-        "layer_bodies": sum(segment.period for segment in segments(bodies)),
+        "layer_bodies": sum(len(segment.runs) for segment in segments(bodies)),
         "hidden_size": config.hidden_size,
         **{name: config.by_layer(name) for name in ("intermediate_size", "num_heads", "num_kv_heads", "head_dim")},
         "vocab_size": config.vocab_size,

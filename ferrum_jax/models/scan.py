@@ -14,8 +14,8 @@ from ferrum_jax.quantized import Layer, LayerStack
 
 
 def layer_segments(layers: Mapping[str, Any], specs: Sequence[Hashable] = ()) -> tuple[Segment, ...]:
-    """How these layers, a tree of `LayerStack`s, are scanned; the sum of the periods is the number of distinct bodies. specs:
-    what else layers with one body have in common, one for each."""
+    """How these layers, a tree of `LayerStack`s, are scanned; each run is one body. specs: what else layers with one body have in
+    common, one for each."""
     stacks = jax.tree.leaves(layers, is_leaf=lambda node: isinstance(node, LayerStack))
     return segments(list(zip(*(stack.formats for stack in stacks), *([specs] if specs else []), strict=True)))
 
@@ -26,13 +26,23 @@ def scan_layers(
     """`carry = step(carry, layer)` for every layer in turn, each distinct body traced once; specs as of `layer_segments`."""
     for segment in layer_segments(layers, specs):
 
-        def body(carry: Any, number: jax.Array | int, segment: Segment = segment) -> tuple[Any, None]:
-            for offset in range(segment.period):
-                carry = step(carry, Layer(segment.start + offset, segment.period, number))
-            return carry, None
+        def period(carry: Any, number: Any, segment: Segment = segment) -> Any:
+            first = segment.start
+            for length in segment.runs:
 
-        if segment.repeats == 1:
-            carry, _ = body(carry, 0)
-        else:
-            carry, _ = lax.scan(body, carry, jnp.arange(segment.repeats, dtype=jnp.int32))
+                def body(carry: Any, inner: Any, first: int = first) -> Any:
+                    return step(carry, Layer(first, ((segment.period, number), (1, inner))))
+
+                carry = _scan(body, carry, length)
+                first += length
+            return carry
+
+        carry = _scan(period, carry, segment.repeats)
     return carry
+
+
+def _scan(body: Callable[[Any, Any], Any], carry: Any, count: int) -> Any:
+    """`carry = body(carry, number)` for each number below `count`."""
+    if count == 1:
+        return body(carry, 0)
+    return lax.scan(lambda carry, number: (body(carry, number), None), carry, jnp.arange(count, dtype=jnp.int32))[0]

@@ -210,16 +210,16 @@ def test_experts_that_no_token_chose_are_not_touched():
 
 
 def test_compiled_bodies_follow_the_formats_not_the_depth():
-    """A Q4_K_M mix of 48 layers has five distinct bodies; the signature is what the file has."""
+    """A Q4_K_M mix of 48 layers has four distinct bodies; the signature is what the file has."""
 
     def mix(name, layer):
         more_bits = layer < 6 or layer >= 42 or (layer - 6) % 3 == 2
         return "Q5_0" if more_bits and name in ("value", "expert_down") else "Q8_0"
 
     params = jax.eval_shape(lambda: tiny_params(dataclasses.replace(MOE, num_layers=48), mix))
-    assert layer_segments(params["layers"]) == ((0, 1, 6), (6, 3, 12), (42, 1, 6))
+    assert layer_segments(params["layers"]) == ((0, (1,), 6), (6, (2, 1), 12), (42, (1,), 6))
     one = jax.eval_shape(lambda: tiny_params(dataclasses.replace(MOE, num_layers=48)))
-    assert layer_segments(one["layers"]) == ((0, 1, 48),)
+    assert layer_segments(one["layers"]) == ((0, (1,), 48),)
 
 
 def size_of_program(config, params) -> int:
