@@ -6,6 +6,7 @@ queries and keys (Qwen3), experts. Layers are scanned by index: the stacks stay 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -24,7 +25,7 @@ from ferrum_jax.models.rope import rope_angles
 from ferrum_jax.models.scan import scan_layers
 from ferrum_jax.quantized import Layer, LayerStack, QuantizedTensor, linear
 from ferrum_jax.state import DecodeState, KVCache, page_kinds, recurrent_kinds
-from pallas_kernels.decoder_layers import LayerShape, Part, Stack, backend_for
+from pallas_kernels.decoder_layers import Attending, LayerShape, Part, Stack, backend_for
 from pallas_kernels.derivatives import derivative_of
 from pallas_kernels.paged_attention import Tables, make_metadata
 from pallas_kernels.reductions import rms_norm
@@ -149,7 +150,7 @@ def run_layers(
     """The residual stream x float32 [T, hidden_size] after all layers, the parts of the state and, with `record`, what the
     routers chose: in one call where a backend has one."""
     backend = None
-    if not access.recurrent and not any(mixer.gated for mixer in config.attentions):
+    if len(config.attentions) == config.num_layers and not any(mixer.gated for mixer in config.attentions):
         shape, parts = _shape(config), _parts(layers, config.num_layers)
         backend = backend_for(*parts, config.hidden_size, shape, config.dtype, config.implementation)
     if backend is None:
@@ -157,24 +158,31 @@ def run_layers(
 
     @derivative_of(functools.partial(_composed, config, record=record))
     def together(layers: Params, x: jax.Array, access: Access, angles: Angles) -> Carry:
-        (cache,), (kv_slots,), (tables,), *_ = access
-        parts = _parts(layers, config.num_layers)
-        x, cache, routing = backend.decoder_layers(x, cache, kv_slots, tables, *angles, *parts, shape, record)
-        return x, (cache,), routing
+        parts, (pools, kv_slots, tables, *_) = _parts(layers, config.num_layers), access
+        return backend.decoder_layers(x, pools, kv_slots, tables, angles, *parts, _attending(config), shape, record)
 
     with jax.named_scope("layers"):
         return together(layers, x, access, angles)
 
 
 def _shape(config: ModelConfig) -> LayerShape:
-    """What the first layer and the first mixture say, and how many kinds of either there are."""
-    mixers = list(dict.fromkeys(config.attentions))
-    mixtures = list(dict.fromkeys(spec.feed_forward for spec in config.layers if isinstance(spec.feed_forward, Mixture)))
-    shape = LayerShape(mixers[0].head_dim, config.rms_norm_eps, mixers[0].window, kinds=max(len(mixers), len(mixtures)))
+    """What the first layer and the first mixture say, and how many kinds of either there are in what layers must share."""
+    first = config.attentions[0]
+    alike = (dataclasses.replace(mixer, num_heads=0, num_kv_heads=0, rope=first.rope, window=0) for mixer in config.attentions)
+    mixtures = [spec.feed_forward for spec in config.layers if isinstance(spec.feed_forward, Mixture)]
+    choices = {dataclasses.replace(mixture, num_experts=0, width=0) for mixture in mixtures}
+    shape = LayerShape(first.head_dim, config.rms_norm_eps, kinds=max(len(set(alike)), len(choices)))
     if not mixtures:
         return shape
     top_k, normalize, scale = mixtures[0].experts_per_token, mixtures[0].normalize, mixtures[0].scale
     return shape._replace(top_k=top_k, normalize=normalize, expert_scale=scale, clamp=clamp_of(mixtures[0]))
+
+
+def _attending(config: ModelConfig) -> list[Attending]:
+    """What each layer attends to, where all of them attend."""
+    ropes = _ropes(config)
+    items = {layer: (pool, item) for pool, kind in enumerate(page_kinds(config)) for item, layer in enumerate(kind.layers)}
+    return [Attending(*items[layer], ropes.index(mixer.rope), mixer.window) for layer, mixer in enumerate(config.attentions)]
 
 
 def _parts(layers: Params, count: int) -> tuple[list[Stack], list[dict[str, Part]]]:

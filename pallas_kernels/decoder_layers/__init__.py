@@ -1,16 +1,17 @@
 """All layers of a decoder in one call, if a backend has such a call: values between the products stay out of memory and a step
 is one launch. Otherwise `backend_for` returns None and the layers are composed of the other operations.
 
-Contract of `backend.decoder_layers(x, cache, kv_slots, tables, rope, stacks, layers, shape, record)`:
+Contract of `backend.decoder_layers(x, caches, kv_slots, tables, ropes, stacks, layers, attending, shape, record)`:
 
-* `x` float32 [tokens, hidden]: the residual stream. `cache`, `kv_slots`: as `KVCache.write`; `tables`: as paged_attention's;
-  `rope`: as append's.
+* `x` float32 [tokens, hidden]: the residual stream. `caches`, `kv_slots`, `tables`: for each pool of pages, as `KVCache.write`
+  and paged_attention have them; the caches store one dtype, and the tables differ in `page_table` alone. `ropes`: as append's,
+  for each rotation that there is.
 * `stacks`: the parameters, each `Stack` with one role and one format, for all layers that have it in that format.
 * `layers`: for each layer a mapping from `ROLES` to the `Part` that the layer has: which stack, and the place in it. A layer
-  with a router is a mixture of experts; any other has gate, up and down.
-* result: x after the last layer, float32 [tokens, hidden]; the cache with this step's keys and values, updated in place if it
-  was donated; with `record` the experts int32 and weights float32 of each router, both [layers with a router, tokens, top_k],
-  as in pallas_kernels.routing, else ().
+  with a router is a mixture of experts; any other has gate, up and down. `attending`: what each layer attends to.
+* result: x after the last layer, float32 [tokens, hidden]; the caches with this step's keys and values, updated in place if
+  they were donated; with `record` the experts int32 and weights float32 of each router, both [layers with a router, tokens,
+  top_k], as in pallas_kernels.routing, else ().
 * the result is that of the composition, with dtype "int8": queries, keys and values in "int8x2", the router in float32. Row t
   depends on its sequence alone, bit for bit. There is no derivative here: see ferrum_jax.models.decoder.
 """
@@ -21,11 +22,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pallas_kernels import dispatch, native
-from pallas_kernels.decoder_layers.parts import LayerShape, Part, Stack
+from pallas_kernels.decoder_layers.parts import Attending, LayerShape, Part, Stack
 from pallas_kernels.grouped_matmul import CLAMPED
 from pallas_kernels.native.tables import ROLES, ROUTER_FORMAT
 
-__all__ = ["BACKENDS", "ROLES", "LayerShape", "Part", "Stack", "backend_for"]
+__all__ = ["BACKENDS", "ROLES", "Attending", "LayerShape", "Part", "Stack", "backend_for"]
 
 
 BACKENDS = (

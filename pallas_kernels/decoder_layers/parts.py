@@ -1,5 +1,5 @@
-"""The description of a model for the call of all layers: its parameters, where each layer finds them, and what all layers
-share."""
+"""The description of a model for the call of all layers: its parameters, where each layer finds them, what it attends to, and
+what all layers share."""
 
 from __future__ import annotations
 
@@ -25,14 +25,22 @@ class Part(NamedTuple):
     item: int
 
 
+class Attending(NamedTuple):
+    """What the attention of one layer reads and writes: the number of its cache, which item of that one's first axis it is, the
+    number of its rotation, and the window of paged_attention (0: none)."""
+
+    cache: int
+    item: int
+    rope: int
+    window: int = 0
+
+
 class LayerShape(NamedTuple):
-    """What all layers share. window, scales and normalize: as in paged_attention and routing; clamp: as in grouped_matmul.
-    kinds: the number of different kinds of layers, apart from formats; if there are several, the other fields describe the
-    first."""
+    """What all layers share. expert_scale and normalize: as in routing; clamp: as in grouped_matmul. kinds: how many different
+    values of this there are in the model; if there are several, the other fields describe the first."""
 
     head_dim: int
     eps: float
-    window: int = 0
     top_k: int = 0
     normalize: bool = True
     expert_scale: float = 1.0

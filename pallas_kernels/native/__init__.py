@@ -6,7 +6,6 @@ result depends neither on the other rows nor on the number of threads.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -22,7 +21,7 @@ from pallas_kernels.native.build import isa, prepare, refusal
 from pallas_kernels.native.tables import FORMATS, ROLES
 
 if TYPE_CHECKING:
-    from pallas_kernels.decoder_layers.parts import LayerShape, Part, Stack
+    from pallas_kernels.decoder_layers.parts import Attending, LayerShape, Part, Stack
     from pallas_kernels.delta_net import DeltaState, Sequences
     from pallas_kernels.grouped_matmul import Biases, Clamp
     from pallas_kernels.paged_attention import KVCache, Tables
@@ -62,7 +61,7 @@ def refuses(case: dispatch.Case) -> str | None:
     if case.operation == "decoder_layers":
         hidden, head_dim, unknown, kinds = case.shape
         if kinds > 1:
-            return f"has whole layers that differ in formats alone; these are of {kinds} kinds"
+            return f"has whole layers of one head width and one choice of experts; these are of {kinds} kinds"
         if hidden % 32 or head_dim % 16 or unknown:
             return "has whole layers of 32n values with heads of 16n, and no bias of gate and up"
     return build.refusal()
@@ -103,15 +102,16 @@ def expert_ffn(
 
 def decoder_layers(
     x: jax.Array,
-    cache: KVCache,
-    kv_slots: jax.Array,
-    tables: Tables,
-    rope: tuple[jax.Array, jax.Array],
+    caches: Sequence[KVCache],
+    kv_slots: Sequence[jax.Array],
+    tables: Sequence[Tables],
+    ropes: Sequence[tuple[jax.Array, jax.Array]],
     stacks: Sequence[Stack],
     layers: Sequence[Mapping[str, Part]],
+    attending: Sequence[Attending],
     shape: LayerShape,
     record: bool,
-) -> tuple[jax.Array, KVCache, tuple[jax.Array, ...]]:
+) -> tuple[jax.Array, tuple[KVCache, ...], tuple[jax.Array, ...]]:
     """See the contract of pallas_kernels.decoder_layers."""
     places = np.full((len(layers), len(ROLES), 2), -1, np.int64)
     for places_of, layer in zip(places, layers, strict=True):
@@ -119,9 +119,10 @@ def decoder_layers(
             places_of[ROLES.index(role)] = part
     vectors = {part.stack for layer in layers for role, part in layer.items() if role.endswith(("norm", "bias"))}
     arrays = [format_of(s.format).decode(s.array) if number in vectors else s.array for number, s in enumerate(stacks)]
-    kept = [cache.pages] if cache.scales is None else [cache.pages, cache.scales]
-    cosine, sine = (part.reshape(x.shape[0], -1) for part in rope)
-    operands = (x, kv_slots, tables.positions, tables.query_starts, tables.kv_lengths, tables.page_table, cosine, sine, *arrays)
+    kept, structure = jax.tree.flatten(tuple(caches))
+    angles = (part.reshape(x.shape[0], -1) for rope in ropes for part in rope)
+    pools = (array for slots, table in zip(kv_slots, tables, strict=True) for array in (slots, table.page_table))
+    operands = (x, tables[0].positions, tables[0].query_starts, tables[0].kv_lengths, *angles, *pools, *arrays)
     routed = sum("router" in layer for layer in layers), x.shape[0], shape.top_k
     recorded = [jax.ShapeDtypeStruct(routed, dtype) for dtype in (jnp.int32, jnp.float32)] if record else []
     y, *results = jax.ffi.ffi_call(
@@ -133,16 +134,17 @@ def decoder_layers(
         *kept,
         places=places.reshape(-1),
         formats=",".join(stack.format for stack in stacks),
-        kv_dtype=cache.dtype,
+        attention=np.asarray(attending, np.int64).reshape(-1),
+        pools=np.int64(len(caches)),
+        ropes=np.int64(len(ropes)),
+        kv_dtype=caches[0].dtype,
         top_k=np.int64(shape.top_k),
-        window=np.int64(shape.window),
         eps=np.float32(shape.eps),
         scale=np.float32(shape.head_dim**-0.5),
         expert_scale=np.float32(shape.expert_scale),
         normalize=shape.normalize,
     )
-    pages, *scales = results[: len(kept)]
-    return y, dataclasses.replace(cache, pages=pages, scales=scales[0] if scales else None), tuple(results[len(kept) :])
+    return y, jax.tree.unflatten(structure, results[: len(kept)]), tuple(results[len(kept) :])
 
 
 def delta_net(

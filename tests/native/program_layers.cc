@@ -5,7 +5,7 @@
 namespace testing {
 namespace {
 
-// A model of two layers, dense or a mixture, and room for its cache.
+// A model of two layers, dense or a mixture; the first sees `window` positions, the second all of them through other heads.
 struct Model {
   LayerShape shape;
   std::vector<Stored> stored;
@@ -14,7 +14,7 @@ struct Model {
   int64_t kv_heads, head_dim;
 
   Model(int64_t heads, int64_t kv, int64_t width, int64_t experts, int64_t window)
-      : shape{96, heads, window, 2, 1e-6f, 1 / std::sqrt(float(width)), 1.5f, true}, kv_heads(kv), head_dim(width) {
+      : shape{96, 2, 1e-6f, 1 / std::sqrt(float(width)), 1.5f, true}, kv_heads(kv), head_dim(width) {
     stored.reserve(32);
     floats.reserve(32);
     const auto matrix = [&](const char* name, int64_t n, int64_t k, int64_t copies = 1) {
@@ -28,6 +28,8 @@ struct Model {
     };
     for (int l = 0; l < 2; ++l) {
       Layer layer{};
+      layer.window = l ? 0 : window;
+      if (l == 1) heads *= 2;
       layer.attention_norm = vector(96);
       layer.feed_forward_norm = vector(96);
       layer.query = matrix("Q8_0", heads * width, 96);
@@ -58,7 +60,7 @@ struct Memory {
   std::vector<KvCache> caches;
 
   Memory(const Model& model, KvType type) {
-    KvCache cache{nullptr, nullptr, type, kPages, kPageSize, model.kv_heads, model.head_dim};
+    KvCache cache{nullptr, nullptr, type, kPages, kPageSize, model.kv_heads, model.head_dim, kTablePages, nullptr, nullptr};
     const int64_t rows = kPages * kPageSize * 2 * model.kv_heads;
     bytes.assign(size_t(2 * rows * model.head_dim * cache.item_bytes()), 0xff);
     scales.assign(size_t(2 * rows), std::numeric_limits<float>::quiet_NaN());
@@ -70,37 +72,46 @@ struct Memory {
   }
 };
 
-// Tokens from[s] .. to[s] - 1 of each sequence in one step, with a row of padding; their rows of x are changed in place.
+// Tokens from[s] .. to[s] - 1 of each sequence in one step, with a row of padding; their rows of x are changed in place. Each layer
+// has pages and a rotation of its own.
 void run_step(const Model& model, Memory& memory, int threads, std::vector<std::vector<float>>& x, const std::vector<int64_t>& from,
               const std::vector<int64_t>& to) {
   const int64_t sequences = int64_t(x.size()), half = model.head_dim / 2;
-  std::vector<int32_t> slots, positions, starts = {0}, lengths, table(size_t(sequences * kTablePages), 1 << 30);
+  std::vector<int32_t> slots[2], positions, starts = {0}, lengths, tables[2];
+  for (auto& table : tables) table.assign(size_t(sequences * kTablePages), 1 << 30);
   std::vector<float> rows;
   for (int64_t s = 0; s < sequences; ++s) {
     for (int64_t page = 0; page * kPageSize < to[size_t(s)]; ++page)
-      table[size_t(s * kTablePages + page)] = int32_t((page * sequences + s) * 7 % kPages);
+      for (int l : {0, 1}) tables[l][size_t(s * kTablePages + page)] = int32_t((page * sequences + s) * (l ? 11 : 7) % kPages);
     for (int64_t p = from[size_t(s)]; p < to[size_t(s)]; ++p) {
-      slots.push_back(table[size_t(s * kTablePages + p / kPageSize)] * int32_t(kPageSize) + int32_t(p % kPageSize));
+      for (int l : {0, 1})
+        slots[l].push_back(tables[l][size_t(s * kTablePages + p / kPageSize)] * int32_t(kPageSize) + int32_t(p % kPageSize));
       positions.push_back(int32_t(p));
       rows.insert(rows.end(), x[size_t(s)].begin() + p * 96, x[size_t(s)].begin() + (p + 1) * 96);
     }
-    starts.push_back(int32_t(slots.size()));
+    starts.push_back(int32_t(positions.size()));
     lengths.push_back(int32_t(to[size_t(s)]));
   }
-  slots.push_back(-1);
+  for (auto& places : slots) places.push_back(-1);
   positions.push_back(0);
   rows.resize(rows.size() + 96, 1.0f);
-  std::vector<float> cosine, sine;
-  for (int32_t p : positions)
-    for (int64_t i = 0; i < half; ++i) {
-      cosine.push_back(float(std::cos(p * std::pow(10000.0, -double(i) / double(half)))));
-      sine.push_back(float(std::sin(p * std::pow(10000.0, -double(i) / double(half)))));
-    }
-  const Batch batch{int64_t(slots.size()), sequences, kTablePages, slots.data(), positions.data(), starts.data(), lengths.data(),
-                    table.data(), cosine.data(), sine.data(), half};
-  with_threads(threads, [&](Pool& pool) {
-    decoder_layers(pool, model.shape, batch, model.layers.data(), memory.caches.data(), 2, rows.data());
-  });
+  std::vector<float> cosine[2], sine[2];
+  for (int l : {0, 1})
+    for (int32_t p : positions)
+      for (int64_t i = 0; i < half; ++i) {
+        const double angle = p * std::pow(l ? 1e6 : 1e4, -double(i) / double(half));
+        cosine[l].push_back(float(std::cos(angle)));
+        sine[l].push_back(float(std::sin(angle)));
+      }
+  std::vector<Layer> layers = model.layers;
+  for (int l : {0, 1}) {
+    layers[size_t(l)].cache = memory.caches[size_t(l)];
+    layers[size_t(l)].cache.kv_slots = slots[l].data();
+    layers[size_t(l)].cache.page_table = tables[l].data();
+    layers[size_t(l)].rope = {cosine[l].data(), sine[l].data(), half};
+  }
+  const Batch batch{int64_t(positions.size()), sequences, positions.data(), starts.data(), lengths.data()};
+  with_threads(threads, [&](Pool& pool) { decoder_layers(pool, model.shape, batch, layers.data(), 2, rows.data()); });
   for (int64_t s = 0, row = 0; s < sequences; ++s)
     for (int64_t p = from[size_t(s)]; p < to[size_t(s)]; ++p, ++row)
       std::copy_n(rows.begin() + row * 96, 96, x[size_t(s)].begin() + p * 96);

@@ -195,69 +195,88 @@ XLA_FFI_Error* experts(const Call& call) {
   });
 }
 
-// Operands: x, kv_slots, positions, query_starts, kv_lengths, page_table, cosine, sine, stacks. `places`: for each layer and
-// part the number of the operand among `stacks` (-1: none) and the place in its first axis. Results: y, the pages of the cache,
-// the scales of an int8 cache, and, if requested, experts and weights [routers, tokens, top_k].
+// Operands: x, positions, query_starts, kv_lengths, for each rope cosine and sine, for each pool of pages kv_slots and
+// page_table, and the stacks. `attention`: for each layer its pool, its place there, its rope and its window. `places`: for each
+// layer and part the number of the operand among the stacks (-1: none) and the place in its first axis. Results: y, for each
+// pool its pages and the scales of an int8 cache, and, if requested, experts and weights [routers, tokens, top_k].
 XLA_FFI_Error* layers(const Call& call) {
-  constexpr size_t kFirstStack = 8;
   Checker check(call);
-  const Array x = check.operand(0, kF32, 2), kv_slots = check.operand(1, kS32, 1), positions = check.operand(2, kS32, 1);
-  const Array query_starts = check.operand(3, kS32, 1), kv_lengths = check.operand(4, kS32, 1);
-  const Array page_table = check.operand(5, kS32, 2), cosine = check.operand(6, kF32, 2), sine = check.operand(7, kF32, 2);
-  const Array y = check.result(0, kF32, 2), pages = call.result(1);
+  const Array x = check.operand(0, kF32, 2), positions = check.operand(1, kS32, 1), query_starts = check.operand(2, kS32, 1);
+  const Array kv_lengths = check.operand(3, kS32, 1), y = check.result(0, kF32, 2);
+  const auto [attention, attention_size] = check.attribute<std::pair<const int64_t*, size_t>>("attention");
   const auto [places, size] = check.attribute<std::pair<const int64_t*, size_t>>("places");
   const auto formats = check.attribute<std::string_view>("formats");
-  const auto top_k = check.attribute<int64_t>("top_k"), window = check.attribute<int64_t>("window");
+  const auto ropes = check.attribute<int64_t>("ropes"), pools = check.attribute<int64_t>("pools");
+  const auto top_k = check.attribute<int64_t>("top_k");
   const auto eps = check.attribute<float>("eps"), scale = check.attribute<float>("scale");
   const auto expert_scale = check.attribute<float>("expert_scale");
   const auto normalize = check.attribute<bool>("normalize");
-  ferrum::KvCache store{};
-  store.type = check.named<ferrum::KvType>("kv_dtype", ferrum::kKvTypeNames);
-  check.require(pages.axes() == 5 && size % (2 * kRoles) == 0, "operands do not fit");
+  const auto type = check.named<ferrum::KvType>("kv_dtype", ferrum::kKvTypeNames);
+  const int64_t count = int64_t(size) / (2 * kRoles);
+  check.require(size % (2 * kRoles) == 0 && int64_t(attention_size) == 4 * count, "operands do not fit");
   if (check.failed()) return check.error();
-  const int64_t tokens = x.dim(0), hidden = x.dim(1), count = int64_t(size) / (2 * kRoles);
-  store = {static_cast<uint8_t*>(pages.data()), nullptr, store.type, pages.dim(1), pages.dim(2), pages.dim(3) / 2, pages.dim(4)};
-  if (store.type == ferrum::KvType::int8) {
-    const Array scales = call.result(2);
-    if (!scales.is(kF32, 3)) return wrong(call, "an int8 cache needs its scales");
-    store.scales = scales.floats();
-  }
-  check.require(pages.item_bytes() == store.item_bytes(), "the cache holds other elements");
-  check.require(count <= pages.dim(0) && store.head_dim % 16 == 0 && store.num_pages > 0, "the cache does not fit");
-  ferrum::Batch batch{tokens, page_table.dim(0), page_table.dim(1), kv_slots.ints(), positions.ints(), query_starts.ints(),
-                      kv_lengths.ints(), page_table.ints(), cosine.floats(), sine.floats(), cosine.dim(1)};
-  check.require(kv_slots.dim(0) == tokens && positions.dim(0) == tokens && cosine.dim(0) == tokens && sine.dim(0) == tokens &&
-                    sine.dim(1) == batch.rotated && 2 * batch.rotated <= store.head_dim &&
-                    query_starts.dim(0) == batch.sequences + 1 && kv_lengths.dim(0) == batch.sequences && y.dim(0) == tokens &&
+  const int64_t tokens = x.dim(0), hidden = x.dim(1);
+  const ferrum::Batch batch{tokens, kv_lengths.dim(0), positions.ints(), query_starts.ints(), kv_lengths.ints()};
+  check.require(positions.dim(0) == tokens && query_starts.dim(0) == batch.sequences + 1 && y.dim(0) == tokens &&
                     y.dim(1) == hidden && hidden % 32 == 0,
                 "the tables of the batch do not fit");
-  if (check.failed()) return check.error();
+  size_t next = 4, result = 1;
+  std::vector<ferrum::Rope> rotations;
+  for (int64_t i = 0; i < ropes; ++i, next += 2) {
+    const Array cosine = check.operand(next, kF32, 2), sine = check.operand(next + 1, kF32, 2);
+    if (check.failed()) return check.error();
+    check.require(cosine.dim(0) == tokens && sine.same_shape(cosine), "a rope does not fit");
+    rotations.push_back({cosine.floats(), sine.floats(), cosine.dim(1)});
+  }
+  std::vector<ferrum::KvCache> caches;  // the first layers of the pools
+  std::vector<int64_t> depths;
+  for (int64_t i = 0; i < pools; ++i, next += 2) {
+    const Array kv_slots = check.operand(next, kS32, 1), page_table = check.operand(next + 1, kS32, 2), pages = call.result(result++);
+    const Array scales = type == ferrum::KvType::int8 ? check.result(result++, kF32, 3) : Array();
+    check.require(pages.axes() == 5, "operands do not fit");
+    if (check.failed()) return check.error();
+    caches.push_back({static_cast<uint8_t*>(pages.data()), scales.floats(), type, pages.dim(1), pages.dim(2), pages.dim(3) / 2,
+                      pages.dim(4), page_table.dim(1), kv_slots.ints(), page_table.ints()});
+    depths.push_back(pages.dim(0));
+    const ferrum::KvCache& cache = caches.back();
+    check.require(pages.item_bytes() == cache.item_bytes(), "the cache holds other elements");
+    check.require(cache.head_dim % 16 == 0 && cache.kv_heads > 0 && cache.num_pages > 0 && kv_slots.dim(0) == tokens && page_table.dim(0) == batch.sequences,
+                  "the cache does not fit");
+    for (int64_t s = 0; s < batch.sequences; ++s)
+      check.require(batch.kv_lengths[s] <= cache.max_pages * cache.page_size, "a sequence is longer than its pages");
+  }
   for (int64_t s = 0; s < batch.sequences; ++s) {
     const int64_t from = batch.query_starts[s], to = batch.query_starts[s + 1];
     check.require(from >= 0 && from <= to && to <= tokens, "query_starts must not fall");
-    check.require(batch.kv_lengths[s] <= batch.max_pages * store.page_size, "a sequence is longer than its pages");
   }
+  if (check.failed()) return check.error();
 
   std::vector<ferrum::Layer> all(static_cast<size_t>(count));
-  std::vector<ferrum::KvCache> caches(static_cast<size_t>(count), store);
-  int64_t heads = 0, routers = 0, wanted = 0;
+  int64_t routers = 0, wanted = 0;
   int32_t* ids = nullptr;
   float* weights = nullptr;
-  if (const size_t first = store.scales ? 3 : 2; call.results() > first) {
-    const Array experts = call.result(first), shares = call.result(first + 1);
+  if (call.results() > result) {
+    const Array experts = call.result(result), shares = call.result(result + 1);
     const bool fits = experts.is(kS32, 3) && shares.is(kF32, 3) && experts.same_shape(shares);
     if (!fits || experts.dim(1) != tokens || experts.dim(2) != top_k) return wrong(call, "what records the routing does not fit");
     wanted = experts.dim(0), ids = experts.ints(), weights = shares.floats();
   }
   for (int64_t l = 0; l < count && !check.failed(); ++l) {
     ferrum::Layer& layer = all[size_t(l)];
-    const int64_t rows = l * store.num_pages * store.page_size * 2 * store.kv_heads;
-    caches[size_t(l)].pages += rows * store.head_dim * store.item_bytes();
-    if (store.scales) caches[size_t(l)].scales += rows;
+    const int64_t *told = attention + 4 * l, pool = told[0], depth = told[1], rope = told[2];
+    if (!check.require(pool >= 0 && pool < pools && depth >= 0 && depth < depths[size_t(pool)] && rope >= 0 && rope < ropes,
+                       "a layer has no cache or no rope"))
+      break;
+    ferrum::KvCache& cache = layer.cache = caches[size_t(pool)];
+    const int64_t rows = depth * cache.num_pages * cache.page_size * 2 * cache.kv_heads;
+    cache.pages += rows * cache.head_dim * cache.item_bytes();
+    if (cache.scales) cache.scales += rows;
+    layer.rope = rotations[size_t(rope)], layer.window = told[3];
+    check.require(2 * layer.rope.half <= cache.head_dim, "a rope does not fit");
     const int64_t* place = places + l * 2 * kRoles;
     const auto stack_of = [&](Role role) { return place[2 * int(role)]; };
     const auto place_of = [&](Role role) { return place[2 * int(role) + 1]; };
-    const auto at = [&](Role role) { return call.operand(kFirstStack + size_t(stack_of(role))); };
+    const auto at = [&](Role role) { return call.operand(next + size_t(stack_of(role))); };
     const auto has = [&](Role role) { return stack_of(role) >= 0; };
     const auto vector = [&](Role role, int64_t n) -> const float* {
       if (!has(role)) return nullptr;
@@ -272,18 +291,17 @@ XLA_FFI_Error* layers(const Call& call) {
       check.require(n == 0 || found.n == n, "a matrix does not fit");
       return found;
     };
-    const int64_t keys = store.kv_heads * store.head_dim;
+    const int64_t width = cache.head_dim, keys = cache.kv_heads * width;
     layer.attention_norm = vector(Role::attention_norm, hidden);
     layer.query = matrix(Role::query, hidden, 0);
-    heads = layer.query.n / store.head_dim;
-    if (!check.require(heads % store.kv_heads == 0 && layer.query.n == heads * store.head_dim, "heads do not fit")) break;
+    if (!check.require(layer.query.n > 0 && layer.query.n % keys == 0, "heads do not fit")) break;
     layer.key = matrix(Role::key, hidden, keys);
     layer.value = matrix(Role::value, hidden, keys);
     layer.query_bias = vector(Role::query_bias, layer.query.n);
     layer.key_bias = vector(Role::key_bias, keys);
     layer.value_bias = vector(Role::value_bias, keys);
-    layer.query_norm = vector(Role::query_norm, store.head_dim);
-    layer.key_norm = vector(Role::key_norm, store.head_dim);
+    layer.query_norm = vector(Role::query_norm, width);
+    layer.key_norm = vector(Role::key_norm, width);
     layer.output = matrix(Role::output, layer.query.n, hidden);
     layer.output_bias = vector(Role::output_bias, hidden);
     layer.feed_forward_norm = vector(Role::feed_forward_norm, hidden);
@@ -308,9 +326,9 @@ XLA_FFI_Error* layers(const Call& call) {
   }
   check.require(routers == wanted, "there are fewer routers than are recorded");
   if (check.failed()) return check.error();
-  const ferrum::LayerShape shape{hidden, heads, window, top_k, eps, scale, expert_scale, normalize};
+  const ferrum::LayerShape shape{hidden, top_k, eps, scale, expert_scale, normalize};
   std::memcpy(y.floats(), x.floats(), size_t(tokens * hidden) * sizeof(float));
-  return with_pool(call, [&](ferrum::Pool& pool) { ferrum::decoder_layers(pool, shape, batch, all.data(), caches.data(), count, y.floats()); });
+  return with_pool(call, [&](ferrum::Pool& pool) { ferrum::decoder_layers(pool, shape, batch, all.data(), count, y.floats()); });
 }
 
 // Operands: qkv, log_decay, beta, taps, layer, starts, begins, reads, writes, tails, memories. Results: out, and the last two

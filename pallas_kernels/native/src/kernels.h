@@ -72,12 +72,14 @@ void experts(Pool& pool, Arithmetic arithmetic, const float* x, int64_t tokens, 
              const float* weights, int64_t top_k, int64_t num_experts, const Matrix& gate, const Matrix& up,
              const Matrix& down, const Additions& more, float* y);
 
-// One layer of a paged cache: [pages, page_size, 2 kv_heads, head_dim], keys of head h at 2 h, values at 2 h + 1.
+// One layer of a paged cache: [pages, page_size, 2 kv_heads, head_dim], keys of head h at 2 h, values at 2 h + 1; and where a
+// step is in it, as in paged_attention: kv_slots [tokens] are places or -1, page_table is [sequences, max_pages].
 struct KvCache {
   uint8_t* pages;
   float* scales;  // for int8, one for each row of head_dim elements
   KvType type;
-  int64_t num_pages, page_size, kv_heads, head_dim;
+  int64_t num_pages, page_size, kv_heads, head_dim, max_pages;
+  const int32_t *kv_slots, *page_table;
   int64_t item_bytes() const { return type == KvType::float32 ? 4 : type == KvType::float16 || type == KvType::bfloat16 ? 2 : 1; }
   // The row of the keys of a head at a place of a page.
   int64_t row(int64_t page, int64_t place, int64_t head) const {
@@ -86,24 +88,32 @@ struct KvCache {
   }
 };
 
-// A step of a decoder: `tokens` rows of `sequences` sequences, as in paged_attention; kv_slots are places in the cache or -1.
+// A step of a decoder: `tokens` rows of `sequences` sequences, as in paged_attention.
 struct Batch {
-  int64_t tokens, sequences, max_pages;
-  const int32_t *kv_slots, *positions, *query_starts, *kv_lengths, *page_table;
-  const float *cosine, *sine;  // [tokens, rotated]
-  int64_t rotated;
+  int64_t tokens, sequences;
+  const int32_t *positions, *query_starts, *kv_lengths;
 };
 
-// What all layers of a decoder have in common. window 0: none.
+// The rotation of a step's positions: [tokens, half].
+struct Rope {
+  const float *cosine, *sine;
+  int64_t half;
+};
+
+// What all layers of a decoder have in common.
 struct LayerShape {
-  int64_t hidden, heads, window, top_k;
+  int64_t hidden, top_k;
   float eps, scale, expert_scale;
   bool normalize;
 };
 
-// The weights of one layer; those that it does not have are nullptr or a matrix without blocks. With a router the feed-forward
-// is a mixture of `experts`, and gate, up and down are those of the first expert.
+// One layer: its cache, the positions that a query sees (window 0: all) and its weights; those that it does not have are nullptr
+// or a matrix without blocks. With a router the feed-forward is a mixture of `experts`, and gate, up and down are those of the
+// first expert.
 struct Layer {
+  KvCache cache;
+  Rope rope;
+  int64_t window;
   const float *attention_norm, *feed_forward_norm, *query_norm, *key_norm;
   const float *query_bias, *key_bias, *value_bias, *output_bias, *down_bias;
   Matrix query, key, value, output, gate, up, down, router;
@@ -112,9 +122,8 @@ struct Layer {
   float* weights;
 };
 
-// x [tokens, hidden] through some layers, in place; layer i reads and writes caches[i].
-void decoder_layers(Pool& pool, const LayerShape& shape, const Batch& batch, const Layer* layers, const KvCache* caches,
-                    int64_t count, float* x);
+// x [tokens, hidden] through some layers, in place.
+void decoder_layers(Pool& pool, const LayerShape& shape, const Batch& batch, const Layer* layers, int64_t count, float* x);
 
 // The gated delta net of pallas_kernels.delta_net, of one layer. channels: 2 keys key_dim + heads value_dim.
 struct DeltaNet {

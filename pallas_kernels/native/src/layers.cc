@@ -17,14 +17,17 @@ void add(const float* __restrict x, int64_t count, float* __restrict sum) {
   for (int64_t i = 0; i < count; ++i) sum[i] += x[i];
 }
 
+// A layer in a step.
 class Step {
  public:
-  Step(Pool& pool, const LayerShape& shape, const Batch& batch, const KvCache& cache, float* x)
-      : pool_(pool), isa_(current_isa()), shape_(shape), batch_(batch), x_(x), m_(batch.tokens), width_(cache.head_dim) {
-    const int64_t heads = shape.heads, kv_heads = cache.kv_heads, group = heads / kv_heads;
-    queries_ = heads * width_;
+  Step(Pool& pool, const LayerShape& shape, const Batch& batch, const Layer& layer, float* x)
+      : pool_(pool), isa_(current_isa()), shape_(shape), batch_(batch), layer_(layer), cache_(layer.cache), x_(x), m_(batch.tokens),
+        width_(cache_.head_dim), heads_(layer.query.n / width_) {
+    const int64_t kv_heads = cache_.kv_heads;
+    group_ = heads_ / kv_heads;
+    queries_ = heads_ * width_;
     keys_ = kv_heads * width_;
-    tile_tokens_ = kQueryRows / group > 0 ? kQueryRows / group : 1;
+    tile_tokens_ = kQueryRows / group_ > 0 ? kQueryRows / group_ : 1;
     int64_t longest = 1;
     for (int64_t s = 0; s < batch.sequences; ++s) {
       tiles_ += ceil_div(count_of(s), tile_tokens_);
@@ -33,7 +36,7 @@ class Step {
     // Separate ranges if there would be too few tasks otherwise.
     ranges_ = ceil_div(longest, kRange);
     if (tiles_ * kv_heads >= 8 * pool.threads() || m_ > kQueryRows) ranges_ = 1;
-    int64_t floats = m_ * (2 * queries_ + 2 * keys_ + shape.hidden) + (ranges_ > 1 ? m_ * heads * ranges_ * (width_ + 2) : 0);
+    int64_t floats = m_ * (2 * queries_ + 2 * keys_ + shape.hidden) + (ranges_ > 1 ? m_ * heads_ * ranges_ * (width_ + 2) : 0);
     floats += floats % 2;
     q_ = static_cast<float*>(scratch(kLayer, size_t(floats) * sizeof(float) + size_t(3 * tiles_) * sizeof(int64_t)));
     k_ = q_ + m_ * queries_;
@@ -50,12 +53,12 @@ class Step {
       }
   }
 
-  void layer(const Layer& layer, const KvCache& cache) {
-    project(layer);
-    for_rows([&](int64_t t) { append(layer, cache, t); });
-    attention(cache);
-    add_product(layer.output, layer.output_bias, y_, queries_);
-    layer.experts ? mixture(layer) : feed_forward(layer);
+  void run() {
+    project();
+    for_rows([&](int64_t t) { append(t); });
+    attention();
+    add_product(layer_.output, layer_.output_bias, y_, queries_);
+    layer_.experts ? mixture() : feed_forward();
   }
 
  private:
@@ -81,12 +84,12 @@ class Step {
 
   bool alone(const Matrix* matrices, int count) const { return pool_.threads() < 2 || serial(matrices, count, m_); }
 
-  void project(const Layer& layer) {
-    const Matrix matrices[] = {layer.query, layer.key, layer.value};
-    const float* biases[] = {layer.query_bias, layer.key_bias, layer.value_bias};
+  void project() {
+    const Matrix matrices[] = {layer_.query, layer_.key, layer_.value};
+    const float* biases[] = {layer_.query_bias, layer_.key_bias, layer_.value_bias};
     float* const to[] = {q_, k_, v_};
     const bool one = alone(matrices, 3);
-    const Operand x = normed(layer.attention_norm, matrices, 3, Arithmetic::int8x2, one);
+    const Operand x = normed(layer_.attention_norm, matrices, 3, Arithmetic::int8x2, one);
     products(pool_, isa_, Arithmetic::int8x2, x, m_, matrices, 3, one, [&](int i, int64_t first, int64_t width, const float* part) {
       for (int64_t t = 0; t < m_; ++t) {
         float* out = to[i] + t * matrices[i].n + first;
@@ -98,47 +101,47 @@ class Step {
 
   // Normalizes and rotates the heads of token t and writes its keys and values to the cache; queries are multiplied by the
   // scale of the scores.
-  void append(const Layer& layer, const KvCache& cache, int64_t t) {
-    const float *cosine = batch_.cosine + t * batch_.rotated, *sine = batch_.sine + t * batch_.rotated;
+  void append(int64_t t) {
+    const Rope& rope = layer_.rope;
     const auto turn = [&](float* head, const float* norm) {
       if (norm) isa_.rms_norm(head, norm, width_, shape_.eps, head);
-      isa_.rotate(head, cosine, sine, batch_.rotated);
+      isa_.rotate(head, rope.cosine + t * rope.half, rope.sine + t * rope.half, rope.half);
     };
     float *q = q_ + t * queries_, *k = k_ + t * keys_, *v = v_ + t * keys_;
-    for (int64_t h = 0; h < shape_.heads; ++h) turn(q + h * width_, layer.query_norm);
+    for (int64_t h = 0; h < heads_; ++h) turn(q + h * width_, layer_.query_norm);
     for (int64_t i = 0; i < queries_; ++i) q[i] *= shape_.scale;
-    for (int64_t h = 0; h < cache.kv_heads; ++h) turn(k + h * width_, layer.key_norm);
-    const int64_t slot = batch_.kv_slots[t], bytes = width_ * cache.item_bytes();
-    if (slot < 0 || slot >= cache.num_pages * cache.page_size) return;
-    for (int64_t h = 0; h < cache.kv_heads; ++h)
+    for (int64_t h = 0; h < cache_.kv_heads; ++h) turn(k + h * width_, layer_.key_norm);
+    const int64_t slot = cache_.kv_slots[t], bytes = width_ * cache_.item_bytes();
+    if (slot < 0 || slot >= cache_.num_pages * cache_.page_size) return;
+    for (int64_t h = 0; h < cache_.kv_heads; ++h)
       for (int of = 0; of < 2; ++of) {
-        const int64_t row = (slot * cache.kv_heads + h) * 2 + of;
-        isa_.store_kv(cache.type, (of ? v : k) + h * width_, width_, cache.pages + row * bytes,
-                      cache.scales ? cache.scales + row : nullptr);
+        const int64_t row = (slot * cache_.kv_heads + h) * 2 + of;
+        isa_.store_kv(cache_.type, (of ? v : k) + h * width_, width_, cache_.pages + row * bytes,
+                      cache_.scales ? cache_.scales + row : nullptr);
       }
   }
 
-  void attention(const KvCache& cache) {
+  void attention() {
     std::memset(y_, 0, size_t(m_ * queries_) * sizeof(float));
-    const int64_t kv_heads = cache.kv_heads, tasks = tiles_ * kv_heads * ranges_;
+    const int64_t kv_heads = cache_.kv_heads, tasks = tiles_ * kv_heads * ranges_;
     maybe_parallel(pool_.threads() > 1, pool_, tasks, [&](int64_t task) {
       const int64_t* tile = tile_ + 3 * (task / ranges_ / kv_heads);
-      attend(cache, tile[0], tile[1], tile[2], task / ranges_ % kv_heads, ranges_ > 1 ? task % ranges_ : -1);
+      attend(tile[0], tile[1], tile[2], task / ranges_ % kv_heads, ranges_ > 1 ? task % ranges_ : -1);
     });
     if (ranges_ > 1) for_rows([&](int64_t t) { gather(t); });
   }
 
   // Tokens first .. first + count - 1 of sequence s, one head of the cache, one range of positions or (-1) all of them.
-  void attend(const KvCache& cache, int64_t s, int64_t first, int64_t count, int64_t head, int64_t range) {
-    const int64_t group = shape_.heads / cache.kv_heads, rows = count * group;
+  void attend(int64_t s, int64_t first, int64_t count, int64_t head, int64_t range) {
+    const int64_t rows = count * group_, window = layer_.window;
     auto* memory = static_cast<uint8_t*>(scratch(kHidden, size_t(rows) * (2 * sizeof(Attending) + size_t(width_) * sizeof(float))));
     auto *all = reinterpret_cast<Attending*>(memory), *some = all + rows;
     auto* room = reinterpret_cast<float*>(some + rows);
-    const int32_t* pages = batch_.page_table + s * batch_.max_pages;
+    const int32_t* pages = cache_.page_table + s * cache_.max_pages;
     int64_t from = batch_.kv_lengths[s], until = 0;
     for (int64_t i = 0; i < rows; ++i) {
-      const int64_t t = first + i / group, h = head * group + i % group, p = batch_.positions[t];
-      const int64_t low = shape_.window && p + 1 > shape_.window ? p + 1 - shape_.window : 0;
+      const int64_t t = first + i / group_, h = head * group_ + i % group_, p = batch_.positions[t];
+      const int64_t low = window && p + 1 > window ? p + 1 - window : 0;
       const int64_t high = p + 1 < batch_.kv_lengths[s] ? p + 1 : batch_.kv_lengths[s];
       float* out = range < 0 ? y_ + t * queries_ + h * width_ : part(t, h, range);
       some[i] = all[i] = {q_ + t * queries_ + h * width_, out, low, high, 0, 0};
@@ -146,25 +149,25 @@ class Step {
       until = high > until ? high : until;
     }
     if (range >= 0) {
-      isa_.attend(cache, head, pages, all, rows, range * kRange, (range + 1) * kRange);
+      isa_.attend(cache_, head, pages, all, rows, range * kRange, (range + 1) * kRange);
       for (int64_t i = 0; i < rows; ++i) all[i].out[width_] = all[i].best, all[i].out[width_ + 1] = all[i].total;
       return;
     }
     const int64_t start = from / kRange;
-    isa_.attend(cache, head, pages, all, rows, start * kRange, (start + 1) * kRange);
+    isa_.attend(cache_, head, pages, all, rows, start * kRange, (start + 1) * kRange);
     for (int64_t r = start + 1; r * kRange < until; ++r) {
       for (int64_t i = 0; i < rows; ++i) some[i].out = room + i * width_;
-      isa_.attend(cache, head, pages, some, rows, r * kRange, (r + 1) * kRange);
+      isa_.attend(cache_, head, pages, some, rows, r * kRange, (r + 1) * kRange);
       for (int64_t i = 0; i < rows; ++i) isa_.merge(some[i], width_, all[i]);
     }
     for (int64_t i = 0; i < rows; ++i) divide(all[i]);
   }
 
-  float* part(int64_t t, int64_t h, int64_t range) const { return parts_ + ((t * shape_.heads + h) * ranges_ + range) * (width_ + 2); }
+  float* part(int64_t t, int64_t h, int64_t range) const { return parts_ + ((t * heads_ + h) * ranges_ + range) * (width_ + 2); }
 
   // Merges the ranges of a token's heads, in order.
   void gather(int64_t t) {
-    for (int64_t h = 0; h < shape_.heads; ++h) {
+    for (int64_t h = 0; h < heads_; ++h) {
       Attending row = {nullptr, y_ + t * queries_ + h * width_, 0, 0, 0, 0};
       for (int64_t r = 0; r < ranges_; ++r) {
         float* out = part(t, h, r);
@@ -199,15 +202,17 @@ class Step {
     });
   }
 
-  void feed_forward(const Layer& layer) {
-    const Matrix both[] = {layer.gate, layer.up};
+  void feed_forward() {
+    const Matrix both[] = {layer_.gate, layer_.up};
     const bool one = alone(both, 2);
-    auto* hidden = static_cast<float*>(scratch(kHidden, size_t(m_ * layer.gate.n) * sizeof(float)));
-    gated(pool_, isa_, Arithmetic::int8, normed(layer.feed_forward_norm, both, 2, Arithmetic::int8, one), layer.gate, layer.up, one, hidden);
-    add_product(layer.down, layer.down_bias, hidden, layer.gate.n);
+    auto* hidden = static_cast<float*>(scratch(kHidden, size_t(m_ * layer_.gate.n) * sizeof(float)));
+    const Operand x = normed(layer_.feed_forward_norm, both, 2, Arithmetic::int8, one);
+    gated(pool_, isa_, Arithmetic::int8, x, layer_.gate, layer_.up, one, hidden);
+    add_product(layer_.down, layer_.down_bias, hidden, layer_.gate.n);
   }
 
-  void mixture(const Layer& layer) {
+  void mixture() {
+    const Layer& layer = layer_;
     const int64_t experts = layer.experts, padded = ceil_div(experts, kPanel) * kPanel, top_k = shape_.top_k;
     auto* logits = static_cast<float*>(scratch(kRouting, size_t(m_) * size_t(padded + 2 * top_k) * sizeof(float)));
     float* weights = layer.weights ? layer.weights : logits + m_ * padded;
@@ -219,7 +224,7 @@ class Step {
     products(pool_, isa_, Arithmetic::float32, rows, m_, &layer.router, 1, one, [&](int, int64_t first, int64_t width, const float* part) {
       for (int64_t t = 0; t < m_; ++t) std::memcpy(logits + t * padded + first, part + t * width, size_t(width) * sizeof(float));
     });
-    for_rows([&](int64_t t) { route(logits + t * padded, experts, padded, batch_.kv_slots[t] >= 0, ids + t * top_k, weights + t * top_k); });
+    for_rows([&](int64_t t) { route(logits + t * padded, experts, padded, cache_.kv_slots[t] >= 0, ids + t * top_k, weights + t * top_k); });
     float* sum = y_;  // free after attention; hidden may be wider than all queries
     if (shape_.hidden > queries_) sum = static_cast<float*>(scratch(kMixed, size_t(m_ * shape_.hidden) * sizeof(float)));
     ferrum::experts(pool_, Arithmetic::int8, normed_, m_, shape_.hidden, ids, weights, top_k, experts, layer.gate, layer.up, layer.down, {}, sum);
@@ -251,19 +256,19 @@ class Step {
   const Isa& isa_;
   const LayerShape& shape_;
   const Batch& batch_;
+  const Layer& layer_;
+  const KvCache& cache_;
   float* x_;
-  int64_t m_, width_, queries_ = 0, keys_ = 0, tile_tokens_ = 1, tiles_ = 0, ranges_ = 1;
+  int64_t m_, width_, heads_, group_ = 1, queries_ = 0, keys_ = 0, tile_tokens_ = 1, tiles_ = 0, ranges_ = 1;
   float *q_, *k_, *v_, *y_, *normed_, *parts_;
   int64_t* tile_;
 };
 
 }  // namespace
 
-void decoder_layers(Pool& pool, const LayerShape& shape, const Batch& batch, const Layer* layers, const KvCache* caches,
-                    int64_t count, float* x) {
-  if (batch.tokens == 0 || count == 0) return;
-  Step step(pool, shape, batch, caches[0], x);
-  for (int64_t i = 0; i < count; ++i) step.layer(layers[i], caches[i]);
+void decoder_layers(Pool& pool, const LayerShape& shape, const Batch& batch, const Layer* layers, int64_t count, float* x) {
+  if (batch.tokens == 0) return;
+  for (int64_t i = 0; i < count; ++i) Step(pool, shape, batch, layers[i], x).run();
 }
 
 }  // namespace ferrum

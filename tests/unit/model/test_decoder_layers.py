@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from ferrum_jax import functional as F
-from ferrum_jax.config import Rope
 from ferrum_jax.models import decoder
 from ferrum_jax.quantized import LayerStack, QuantizedTensor
+from ferrum_jax.state import page_kinds
 from pallas_kernels import dispatch
 from pallas_kernels.paged_attention import KV_DTYPES
 from support.compiler import needs_compiler
@@ -26,6 +26,11 @@ VARIANTS = {
     "window": dataclasses.replace(DENSE, sliding_window=9),
     "partly rotated": dataclasses.replace(DENSE, rope_dim=32, num_heads=2, head_dim=80),
     "one head of keys": dataclasses.replace(DENSE, num_heads=6, num_kv_heads=1, head_dim=16, rope_dim=16),
+    "windows and ropes": DENSE.with_by_layer(sliding_window=(9, 0, 9), rope_theta=(1e4, 1e6, 1e4), rope_dim=(48, 32, 48)),
+    "heads, widths, windows": DENSE.with_by_layer(
+        num_heads=(4, 2, 6), num_kv_heads=(2, 2, 1), intermediate_size=(256, 128, 160), sliding_window=(0, 5, 0)
+    ),
+    "moe, widths and windows": MOE.with_by_layer(expert_intermediate_size=(64, 32, 64), sliding_window=(0, 20, 9)),
     "moe, sums kept": dataclasses.replace(MOE, norm_topk_prob=False, expert_weights_scale=2.5, num_experts=9),
 }
 
@@ -69,14 +74,15 @@ def forward(params, cache, batch, config, fused):
 
 def read(name, texts, cuts=(), kv="float32", fused=True, params=None):
     """Logits of every token of every text, read in steps up to each cut in turn with two rows of padding: [length, vocab].
-    Pages are in shuffled order, and entries after a sequence in its table are not pages."""
+    Pages are in shuffled order, another one in each pool, and entries after a sequence in its table are not pages."""
     config, known = model(name)
-    pages = [-(-len(text) // PAGE) for text in texts]
-    ids = np.random.default_rng(7).permutation(sum(pages) + 3)
-    cache = F.new_cache(config, num_pages=len(ids), page_size=PAGE, dtype=kv)
-    table = np.full((len(texts), max(pages) + 1), 10**6, np.int32)
-    for row, count, first in zip(table, pages, np.cumsum([0, *pages]), strict=False):
-        row[:count] = ids[first : first + count]
+    pages, rng = [-(-len(text) // PAGE) for text in texts], np.random.default_rng(7)
+    table = np.full((len(page_kinds(config)), len(texts), max(pages) + 1), 10**6, np.int32)
+    for pool in table:
+        ids = rng.permutation(sum(pages) + 3)
+        for row, count, first in zip(pool, pages, np.cumsum([0, *pages]), strict=False):
+            row[:count] = ids[first : first + count]
+    cache = F.new_cache(config, num_pages=sum(pages) + 3, page_size=PAGE, dtype=kv)
     out = [[] for _ in texts]
     done = np.zeros(len(texts), int)
     for cut in (*cuts, max(map(len, texts))):
@@ -84,9 +90,11 @@ def read(name, texts, cuts=(), kv="float32", fused=True, params=None):
         owner = np.repeat(np.arange(len(texts)), until - done)
         positions = np.concatenate([np.arange(a, b) for a, b in zip(done, until, strict=True)])
         tokens = np.concatenate([text[a:b] for text, a, b in zip(texts, done, until, strict=True)])
-        slots = table[owner, positions // PAGE] * PAGE + positions % PAGE
+        slots = table[:, owner, positions // PAGE] * PAGE + positions % PAGE
+        slots = np.pad(slots, ((0, 0), (0, 2)), constant_values=-1).reshape(-1)
         starts = np.concatenate([[0], np.cumsum(until - done)])
-        fields = ([*tokens, 0, 0], [*positions, 0, 0], [*slots, -1, -1], starts, until, table, np.arange(len(tokens)))
+        page_table = table.reshape(-1, table.shape[-1])
+        fields = ([*tokens, 0, 0], [*positions, 0, 0], slots, starts, until, page_table, np.arange(len(tokens)))
         batch = F.RaggedBatch(*(np.asarray(field, np.int32) for field in fields))
         logits, cache = forward(params or known, cache, batch, config, fused)
         for s, part in enumerate(np.split(np.asarray(logits), starts[1:-1])):
@@ -106,10 +114,13 @@ def same_bits(a, b):
 @pytest.mark.slow
 @pytest.mark.parametrize("name, kv", [*((name, "float16") for name in VARIANTS), *(("dense", kv) for kv in KV_DTYPES)])
 def test_one_call_gives_what_the_composition_gives(name, kv):
-    texts = texts_of(5, 1, 70, 17)
+    texts, far = texts_of(5, 1, 70, 17), 0
     for mine, theirs in zip(read(name, texts, (3, 40), kv), read(name, texts, (3, 40), kv, fused=False), strict=True):
-        # Both round activations to int8; where float sums differ in their last bit, a value may round the other way.
-        assert np.abs(mine - theirs).max() <= 0.02 * np.abs(theirs).max()
+        # Both round activations to int8; where float sums differ in their last bit, a value may round the other way. In a
+        # mixture a token in a near tie may then go to another expert.
+        near = np.abs(mine - theirs).max(axis=1) <= 0.02 * np.abs(theirs).max()
+        far += (~near).sum()
+    assert far <= (3 if name.startswith("moe") else 0)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -152,16 +163,33 @@ def test_the_cache_is_updated_in_place_and_the_step_has_a_derivative():
     assert np.isfinite(gradient).all() and np.abs(gradient).min(axis=1).max() > 0
 
 
-@pytest.mark.parametrize("change", ["gate_bias", "format", "router", "head_dim", "rope"])
+@pytest.mark.slow
+def test_several_kinds_of_layers_are_one_call_that_changes_their_pools_in_place():
+    config, params = model("windows and ropes")
+    text = texts_of(9)[0].astype(np.int32)
+    state = F.new_cache(config, num_pages=64, page_size=PAGE, dtype="float32")
+    step = jax.jit(functools.partial(F.hidden_chunk, chunk=9, config=config), donate_argnums=1)
+    with dispatch.record() as choices:
+        compiled = step.lower(params, state, text[None], np.asarray([9], np.int32), 0).compile()
+    assert {c.backend for c in choices if c.operation == "decoder_layers"} == {"native"}
+    memory, pools = compiled.memory_analysis(), [pool.pages.nbytes for pool in state.pools]
+    assert len(pools) == 2 and compiled.as_text().count("ferrum_layers") == 1
+    assert memory.alias_size_in_bytes >= sum(pools) and memory.temp_size_in_bytes < min(pools) / 4
+
+
+@pytest.mark.parametrize("change", ["gate_bias", "format", "router", "head_dim", "head_dims", "choices"])
 def test_what_the_call_cannot_do_is_composed(change):
     config, params = model("moe" if change == "router" else "dense")
     if change == "head_dim":
         config = dataclasses.replace(config, head_dim=40, rope_dim=40)
         params = tiny_params(config)
-    elif change == "rope":
-        mixer = dataclasses.replace(config.layers[1].mixer, rope=Rope(1e4, 48))
-        layers = config.layers[0], dataclasses.replace(config.layers[1], mixer=mixer), config.layers[2]
-        config = dataclasses.replace(config, layers=layers)
+    elif change == "head_dims":
+        config = config.with_by_layer(head_dim=(48, 64, 48))
+        params = tiny_params(config)
+        del params["layers"]["attention"]["query_norm"], params["layers"]["attention"]["key_norm"]
+    elif change == "choices":
+        config = model("moe")[0].with_by_layer(experts_per_token=(4, 3, 4))
+        params = model("moe")[1]
     elif change in ("format", "router"):
         changed = "down" if change == "format" else "router"
         params = tiny_params(config, lambda name, layer: "NVFP4" if name == changed else "Q8_0")
