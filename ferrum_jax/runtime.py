@@ -86,7 +86,7 @@ class Runtime:
         digest = hashlib.blake2b(repr((self.config, self.adapters)).encode(), digest_size=16)
         for leaf in jax.tree.leaves(self.params):
             digest.update(f"{leaf.shape} {leaf.dtype}".encode())
-            leaf = np.asarray(leaf) if self.placement.platform == "cpu" else leaf  # no copy, no program
+            leaf = np.asarray(leaf) if self.placement.platform == "cpu" else leaf  # without a copy or a program
             digest.update(np.asarray(leaf[(0,) * (leaf.ndim - 1)][:64] if leaf.ndim else leaf).tobytes())
         self._fingerprint = f"{self.config.architecture} {self.config.dtype} {digest.hexdigest()}"
         return self._fingerprint

@@ -1,8 +1,9 @@
-"""What changes an engine: starting dispatches, taking in what they bring, ending requests, putting pages into the cache.
+"""The operations that change an engine: starting dispatches, processing their results, ending requests, filling the prefix
+cache.
 
-All of it runs in the engine's threads (worker.py), where no interrupt comes. What drives the device is done by one of them,
-one thing after the other; short work on the host's state may come in between, so both hold the lock while they touch
-that state, and never while the device is waited for or a program is compiled.
+All of them run in the engine's threads (worker.py), which interrupts do not reach. One of these threads drives the device.
+Another may do short work on the host's state at the same time, so both hold the lock while they touch that state, and never
+while they wait for the device or compile a program.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ _LOG = logging.getLogger("ferrum_jax.engine.engine")
 
 
 class _Flight(NamedTuple):
-    """A dispatch that was started."""
+    """A started dispatch."""
 
     dispatch: Dispatch
     results: Any
@@ -41,7 +42,7 @@ class _Flight(NamedTuple):
 
 
 class Core:
-    """State of an engine. `_driver` drives the device; `_lock` guards all that follows it."""
+    """The state of an engine. `_driver` drives the device; `_lock` guards all attributes after it."""
 
     model: Prompts
     config: EngineConfig
@@ -70,7 +71,7 @@ class Core:
         self._keep_serving()
 
     def _end(self, request: Request, reason: str, error: str = "") -> None:
-        """Ends a request that is not finished."""
+        """Ends a request, unless it is finished."""
         if request.state == "finished":
             return
         try:
@@ -99,7 +100,7 @@ class Core:
             sequence.held.digests, sequence.held.settles_at = [], 0
 
     def _start_over(self) -> None:
-        """Gives up what is on its way and on the device; running requests are computed again."""
+        """Drops the results in flight and the state on the device; running requests are computed again."""
         self._flight, self._stale = None, True
         self._scheduler.start_over()
         self._executor.reset()
@@ -124,7 +125,7 @@ class Core:
         }
 
     def _measure_pools(self) -> dict[str, float]:
-        """What the metrics say of each pool where there are several, and of checkpoints where there are any."""
+        """The metrics of each pool, if there are several, and of checkpoints, if there are any."""
         pools, checkpoints = self._scheduler.ledger.pools, self._scheduler.ledger.checkpoints
         found: dict[str, float] = {}
         if checkpoints is not None:
@@ -142,7 +143,7 @@ class Core:
         self._compiler.post(Job(self._warm_up_quietly))
 
     def _keep_serving(self) -> None:
-        """Sees to the next step of the background loop where there is anything to do. The lock is held."""
+        """Posts the next step of the background loop, if there is anything to do. The lock is held."""
         if self.serving and self._busy() and not self._looping:
             self._looping = True
             self._driver.post(Job(self._serve))
@@ -151,7 +152,7 @@ class Core:
         try:
             if self.serving:
                 self._advance()
-        except BaseException as error:  # nothing can be run any more, a new cache does not fit: no reader may wait for ever
+        except BaseException as error:  # nothing can run any more because a new cache does not fit: no reader may wait forever
             with self._lock:
                 self._end_all("error", _said(error))
         with self._lock:
@@ -159,7 +160,7 @@ class Core:
             self._keep_serving()
 
     def _halt(self) -> None:
-        """Ends the loop; a reader that waits for it drives the engine from now on. The lock is held."""
+        """Ends the loop; waiting readers drive the engine from now on. The lock is held."""
         self.serving = False
         for sequence in [*self._scheduler.waiting, *self._scheduler.running]:
             sequence.owner._wake_readers()
@@ -172,7 +173,7 @@ class Core:
             pass
 
     def _warm_up_quietly(self, number: int = 0) -> None:
-        """Compiles program after program, in the order in which they are met; the log says how far it is."""
+        """Compiles one program after the other, in the order in which they are needed, and logs the progress."""
         if not number:
             shapes = ", ".join(map(str, self._executor.buckets()))
             _LOG.info("%d pages of %d tokens; shapes: %s", self.num_pages, self.config.page_size, shapes)
@@ -184,7 +185,7 @@ class Core:
             return
         try:
             self._executor.compile(following, pages)
-        except Exception:  # the request that needs the program meets the error
+        except Exception:  # the request that needs the program gets the error
             _LOG.exception("compiling in the background failed")
         else:
             self._compiler.post(Job(lambda: self._warm_up_quietly(number + 1)))
@@ -195,11 +196,11 @@ class Core:
         return self._flight is not None or bool(self._scheduler.waiting or self._scheduler.running)
 
     def _advance(self) -> bool:
-        """A step, and whether anything is left to do."""
+        """Does a step and returns whether anything is left to do."""
         try:
             self._renew()
             self._step()
-        except BaseException:  # what was on its way is asked for again
+        except BaseException:  # the results in flight are computed again
             with self._lock:
                 self._start_over()
             raise
@@ -207,29 +208,29 @@ class Core:
             return self._busy()
 
     def _renew(self) -> None:
-        """Starts over where that has failed before: a cache that did not fit may fit now."""
+        """Starts over, if that has failed before: a cache that did not fit may fit now."""
         if self._stale:
             with self._lock:
                 self._start_over()
 
     def _step(self) -> None:
-        begin = time.thread_time()  # of this thread alone: neither waiting for the device nor for a core is the host's work
+        begin = time.thread_time()  # of this thread only: waiting for the device or for a core is not the host's work
         with self._lock:
             try:
                 dispatch = self._scheduler.next(self._steps_at_once)
-            except Exception as error:  # it ends the request that it came with, and no other
+            except Exception as error:  # it ends only the request that caused it
                 if self._scheduler.current is None:
                     raise
                 return self._fail({self._scheduler.current.owner: error})
         before, self._flight = self._flight, None
         if before is not None and dispatch is not None and not self._executor.ready(dispatch):
-            if not self._land(before):  # tokens that are there do not wait for the compiler
+            if not self._land(before):  # finished tokens do not wait for the compiler
                 return
             before = None
-        if dispatch is not None:  # though its rows were aborted meanwhile: what it writes is registered
+        if dispatch is not None:  # even if its rows were aborted meanwhile, because the pages it writes are registered
             try:
                 self._flight = self._launch(dispatch)
-            except Exception as error:  # whatever it is, it must not take the engine along
+            except Exception as error:  # whatever it is, the engine must survive it
                 return self._fail_dispatch(error, dispatch)
         if before is not None and not self._land(before):
             return
@@ -237,7 +238,7 @@ class Core:
             self._seconds["host_seconds"] += time.thread_time() - begin
 
     def _land(self, flight: _Flight) -> bool:
-        """Waits for the results of a dispatch and takes them in; whether that went well."""
+        """Waits for the results of a dispatch and processes them. Returns whether that succeeded."""
         try:
             results = self._executor.fetch(flight.results, flight.scored, flight.scored_prompt)
         except Exception as error:
@@ -250,7 +251,7 @@ class Core:
         for sequence, slot in dispatch.admitted:
             request = sequence.owner
             self._executor.admit(sequence, slot, request.params, request._seed, request._extras)
-        self._executor.prepare(dispatch)  # compiling is not the device's time
+        self._executor.prepare(dispatch)  # compiling does not count as the device's time
         begin = time.perf_counter()
         results = self._executor.launch(dispatch)
         scored = any(row.sequence.owner.logprobs is not None for row in dispatch.rows)
@@ -258,7 +259,7 @@ class Core:
         return _Flight(dispatch, results, scored, prompts, begin)
 
     def _take_in(self, flight: _Flight, results: steps.Results) -> None:
-        """Gives every row what it has got."""
+        """Gives every row its results."""
         begin = time.perf_counter()
         dispatch = flight.dispatch
         tokens = results.tokens.tolist()
@@ -274,7 +275,7 @@ class Core:
                         if results.prompt_ids is not None:
                             self._take_prompt_logprobs(row, place, results)
                         made += self._take_row(row, i, tokens[i], results, dispatch)
-                    except Exception as error:  # of this row alone
+                    except Exception as error:  # affects only this row
                         errors[row.sequence.owner] = error
                 place += row.length
                 read += row.length if row.start >= 0 else 0
@@ -290,12 +291,12 @@ class Core:
                 self._fail(errors)
 
     def _choose_steps(self) -> None:
-        """As many decode steps a dispatch as are asked for, or as fit into its time by those that were timed last."""
+        """The decode steps per dispatch: as many as configured, or as fit into its time, according to the last timed steps."""
         aim = self.config.dispatch_seconds / self.model.step_seconds if self.model.step_seconds else 1
         self._steps_at_once = self.config.steps_per_dispatch or int(min(max(aim, 1), self.config.steps))
 
     def _take_row(self, row: Row, i: int, tokens: list[int], results: steps.Results, dispatch: Dispatch) -> int:
-        """Takes in the tokens of one row; how many there were."""
+        """Processes the tokens of one row and returns their number."""
         request: Request = row.sequence.owner
         made = [token for token in tokens if token >= 0]
         self._scheduler.received(row, made, dispatch)
@@ -329,22 +330,22 @@ class Core:
                 found.append(list(zip(ids, values, strict=True)))
 
     def _fail(self, errors: dict[Request, Exception]) -> None:
-        """Ends requests that met an error; all others are computed again in a new cache. The lock is held."""
+        """Ends requests that caused an error; all others are computed again in a new cache. The lock is held."""
         for request, error in errors.items():
             request._cause = error
             self._end(request, "error", _said(error))
         self._start_over()
 
     def _fail_dispatch(self, error: Exception, dispatch: Dispatch) -> None:
-        """The same with the requests of a dispatch that could not be run."""
+        """The same for the requests of a dispatch that failed."""
         with self._lock:
             self._fail({row.sequence.owner: error for row in dispatch.rows if row.valid})
 
-    # What a snapshot holds of the state
+    # Snapshots
 
     def _read(self, request: Request) -> tuple[dict[str, Any], DecodeState | None]:
-        """What a snapshot holds: facts that JSON can hold, and the full pages. What runs already writes after the text that
-        is known."""
+        """The contents of a snapshot: facts for JSON, and the full pages. Dispatches in flight only write after the known
+        text."""
         with self._lock:
             sequence, ledger = request._sequence, self._scheduler.ledger
             facts = {
@@ -369,7 +370,7 @@ class Core:
                 ledger.release(found)
 
     def _fill_prefix_cache(self, text: list[int], full: int, content: DecodeState, adapter: int) -> None:
-        """Puts what is not cached yet of the first `full` pages of a text into free places. It is found once they hold it."""
+        """Writes those of the first `full` pages of a text that are not cached yet to free places, and then registers them."""
         self._renew()
         ledger = self._scheduler.ledger
         with self._lock:

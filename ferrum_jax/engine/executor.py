@@ -1,7 +1,7 @@
-"""The engine's half on the device: the state and the slots as donated values, the compiled steps, and what goes up and down.
+"""The device side of the engine: the state and the slots as donated values, the compiled steps, and the transfers.
 
-Programs are few (`Executor.buckets`), compiled before they are needed where there is time, and kept by the model. A dispatch
-is started and its results are fetched later, one dispatch behind, so that the device does not wait for the host.
+Programs are few (`Executor.buckets`), compiled before they are needed if there is time, and kept by the model. The results of a
+dispatch are fetched after the next one has started, so that the device does not wait for the host.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from ferrum_jax.sampling_params import MAX_BIAS, SamplingParams
 from ferrum_jax.state import DecodeState, copy_places, grow, page_kinds, read_places, write_places
 from ferrum_jax.units import readable_bytes
 
-_COPIES = 8  # places of each part of one copy
-_HOST_CACHE_BYTES = 1 << 30  # KV cache on a CPU at most, where the user does not say
+_COPIES = 8  # places per part and copy
+_HOST_CACHE_BYTES = 1 << 30  # default limit of the KV cache on a CPU
 _FREE_FRACTION = 0.9  # of an accelerator's free memory
 
 
 class Executor:
-    """Runs the programs of an engine. `num_pages`: of each pool at most; `pages`: of the largest now. `context`: tokens of a
-    sequence at most."""
+    """Runs the programs of an engine. `num_pages`: limit for each pool; `pages`: current size of the largest. `context`: limit
+    of tokens in a sequence."""
 
     def __init__(self, model: Runtime, config: EngineConfig, num_pages: Iterable[int], context: int):
         self.model, self.config, self.num_pages = model, config, tuple(num_pages)
@@ -50,7 +50,7 @@ class Executor:
         self.reset()
 
     def reset(self) -> None:
-        """Empties the state and all slots; compiled programs stay. OutOfMemoryError where the state does not fit."""
+        """Empties the state and all slots; compiled programs stay. OutOfMemoryError if the state does not fit."""
         self._placed_key: Any = None
         self.state: Any = None
         self.slots: Any = None
@@ -62,11 +62,11 @@ class Executor:
     # What the engine calls
 
     def buckets(self) -> list[Bucket]:
-        """All shapes that can occur, those first that are met first."""
+        """All shapes that can occur, in the order in which they are first needed."""
         return sorted(self.config.buckets, key=lambda bucket: bucket.rows)
 
     def programs(self) -> list[tuple[Bucket | str, int]]:
-        """All programs that can occur, each with the pages that there are then, those first that are met first."""
+        """All programs that can occur, each with its number of pages, in the order in which they are first needed."""
         sizes = [self.pages]
         while sizes[-1] < self.most:
             sizes.append(min(4 * sizes[-1], self.most))
@@ -75,8 +75,8 @@ class Executor:
         return [("admit", self.pages), *((name, pages) for pages in sizes for name in names), *growth]
 
     def compile(self, bucket: Bucket | str, pages: int | None = None) -> Callable:
-        """The program of a bucket, or "admit", "copy" or "grow", for `pages` pages (None: as there are now), compiled
-        where it is not yet; safe in any thread."""
+        """The program of a bucket, or "admit", "copy" or "grow", for `pages` pages (None: the current number), compiled if
+        necessary. Any thread may call it."""
         pages = pages or self.pages
         key = bucket, 0 if bucket == "admit" else pages
         with self._guard:
@@ -94,16 +94,16 @@ class Executor:
         self.slots = self.compile("admit")(self.slots, admission)
 
     def ready(self, dispatch: Dispatch) -> bool:
-        """Whether a dispatch can be started at once: its program is compiled and its pages are there."""
+        """Whether a dispatch can be started at once: its program is compiled and its pages exist."""
         return self._pages(dispatch) <= self.pages and (self._bucket(dispatch), self.pages) in self._programs
 
     def prepare(self, dispatch: Dispatch) -> Callable:
-        """The program of a dispatch, and a state that has its pages: what may take long, and only once."""
+        """Does the work for a dispatch that may take long, once: compiles its program, and grows the state to its pages."""
         self._grow(self._pages(dispatch))
         return self.compile(self._bucket(dispatch))
 
     def launch(self, dispatch: Dispatch) -> steps.Results:
-        """Starts a dispatch; its results are still on the device, row by row as the dispatch has them."""
+        """Starts a dispatch. Its results stay on the device, in the order of its rows."""
         bucket, program = self._bucket(dispatch), self.prepare(dispatch)
         if dispatch.copies:
             self._copy(dispatch.copies)
@@ -120,17 +120,17 @@ class Executor:
         return results
 
     def fetch(self, results: steps.Results, scored: bool, scored_prompt: bool) -> steps.Results:
-        """Results on the host, as soon as they are there; log-probabilities only where they are wanted."""
+        """Waits for results and copies them to the host; log-probabilities only if requested."""
         nothing = results._replace(ids=None, logprobs=None) if not scored else results
         return self.model.programs.fetch(nothing if scored_prompt else nothing._replace(prompt_ids=None, prompt_logprobs=None))
 
     def read(self, places: list[list[int]]) -> DecodeState:
-        """What some places of each part hold, on the host."""
+        """The contents of some places of each part, on the host."""
         arguments = self.state, _arrays(places)
         return self.model.programs.fetch(self.model.programs.get(read_places, *arguments)(*arguments))
 
     def write(self, places: list[list[int]], content: DecodeState) -> None:
-        """Puts what `read` gave into some places."""
+        """Writes the result of `read` to some places."""
         self._grow(1 + max(max(pages, default=-1) for pages in places[: len(self.num_pages)]))
         arguments = self.state, _arrays(places), content
         self.state = self.model.programs.get(write_places, *arguments, donate=(0,))(*arguments)
@@ -147,7 +147,7 @@ class Executor:
         return self.config.bucket(tokens, len(dispatch.rows))
 
     def _pages(self, dispatch: Dispatch) -> int:
-        """How many pages there must be for a dispatch, where there may still be more."""
+        """The number of pages that a dispatch needs, or 0 if the state cannot grow any more."""
         if self.pages == self.most:
             return 0
         used = (page for row in dispatch.rows for pages in row.held.pages for page in pages)
@@ -166,7 +166,7 @@ class Executor:
             self.state = self.compile("copy")(self.state, pairs[..., 0], pairs[..., 1])
 
     def _grow(self, pages: int) -> None:
-        """Sees to it that there are so many pages: 4, 16, ... times those at the beginning."""
+        """Grows the state to at least this many pages: 4, 16, ... times the initial number."""
         while self.pages < pages:
             size = min(4 * self.pages, self.most)
             with self._room(size):
@@ -175,7 +175,7 @@ class Executor:
 
     @contextlib.contextmanager
     def _room(self, pages: int) -> Iterator[None]:
-        """A block that makes a state of `pages` pages; OutOfMemoryError, which counts it, where it does not fit."""
+        """A block that makes a state with `pages` pages; OutOfMemoryError with its size if it does not fit."""
         size, placement = memory.nbytes(self.abstract_state(pages)), self.model.placement
         tokens = pages * self.config.page_size
         count = f"a KV cache of {pages:,} pages ({tokens:,} tokens, {self.kv_dtype}) takes {readable_bytes(size)}"
@@ -184,7 +184,7 @@ class Executor:
             yield
 
     def _placed(self, dispatch: Dispatch, count: int) -> tuple:
-        """Slots, pages and limits of a dispatch's rows on the device; the same arrays as long as nothing has changed."""
+        """Slots, pages and limits of a dispatch's rows on the device; the same arrays while nothing changes."""
         key = count, *[(row.sequence.number, row.epoch, row.slot, row.held.count) for row in dispatch.rows]
         if key != self._placed_key:
             rows = np.full(count, -1, np.int32)
@@ -253,7 +253,7 @@ class Executor:
         banned = np.full((steps.BAD_WORDS, steps.BAD_WORD_TOKENS), -1, np.int32)
         for row, word in zip(banned, extras.banned, strict=False):
             row[-len(word) :] = word
-        room = sequence.limit - sequence.prompt_length  # of what it wants, what the context leaves
+        room = sequence.limit - sequence.prompt_length  # its max_tokens, limited by the context
         return steps.Admission(
             slot=np.int32(slot),
             text=text,
@@ -275,8 +275,8 @@ def _arrays(places: list[list[int]]) -> tuple[np.ndarray, ...]:
 
 
 def choose_num_pages(model: Runtime, config: EngineConfig) -> int:
-    """Pages for `max_seqs` sequences of the longest context, or as many as there is memory for; at least one sequence's."""
-    dtype = config.kv_dtype or model.kv_dtype  # first: an embedding model refuses here
+    """Pages for `max_seqs` sequences with the full context, or as many as fit the memory; at least those of one sequence."""
+    dtype = config.kv_dtype or model.kv_dtype  # first, because an embedding model raises its error here
     windows = [kind.window for kind in page_kinds(model.config)]
     one = memory.abstract_state(model.config, 1, config.page_size, dtype, model.placement)
     sizes = [memory.nbytes(pool) for pool in one.pools]

@@ -1,4 +1,4 @@
-"""BERT (arXiv 1810.04805) as an encoder of sentences: every token sees every other, a text becomes one vector.
+"""BERT (arXiv 1810.04805) as an encoder of sentences: every token attends to every other, and a text becomes one vector.
 
 Rows are padded to one length and flattened for the products with weights, so these are the same compressed `linear` as the
 decoder's; layers are scanned by index. The residual stream, norms, softmax, scores and pooling are float32.
@@ -21,8 +21,8 @@ Params = Mapping[str, Any]
 
 
 def embed(params: Params, tokens: jax.Array, lengths: jax.Array, *, config: EncoderConfig, normalize: bool) -> jax.Array:
-    """tokens int32 [rows, length], of which lengths int32 [rows] (at least 1) count -> float32 [rows, hidden_size], each of
-    Euclidean length 1 if `normalize`."""
+    """tokens int32 [rows, length], with lengths int32 [rows] (at least 1) -> float32 [rows, hidden_size], each of Euclidean
+    length 1 if `normalize`."""
     hidden = encode(params, tokens, lengths, config=config)
     with jax.named_scope("pooling"):
         if config.pooling == "cls":
@@ -36,7 +36,7 @@ def embed(params: Params, tokens: jax.Array, lengths: jax.Array, *, config: Enco
 
 
 def encode(params: Params, tokens: jax.Array, lengths: jax.Array, *, config: EncoderConfig) -> jax.Array:
-    """The last layer's output: float32 [rows, length, hidden_size]; what lies beyond a row's length means nothing."""
+    """The last layer's output: float32 [rows, length, hidden_size]; values after a row's length have no meaning."""
     rows, length = tokens.shape
     with jax.named_scope("embedding"):
         x = params["embedding"].gather(tokens.reshape(-1))  # [rows * length, hidden]
@@ -63,7 +63,7 @@ def _layer(layers: Params, x: jax.Array, hidden_keys: jax.Array, layer: Layer, c
     attention, feed_forward = layers["attention"], layers["feed_forward"]
     with jax.named_scope("attention"):
         rows, length = hidden_keys.shape[0], hidden_keys.shape[-1]
-        q, k, v = (  # [rows, heads, length, head_dim]: with heads after lengths XLA's products on a CPU take ten times as long
+        q, k, v = (  # [rows, heads, length, head_dim]: with heads after lengths, XLA's products on a CPU take ten times as long
             y.reshape(rows, length, config.num_heads, -1).swapaxes(1, 2) for y in project(x, attention, "query", "key", "value")
         )
         scores = jnp.einsum("bhqd,bhkd->bhqk", q * q.shape[-1] ** -0.5, k, precision=lax.Precision.HIGHEST) + hidden_keys

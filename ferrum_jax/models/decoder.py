@@ -1,7 +1,7 @@
 """One decoder for LLaMA, Mistral, Qwen2, Qwen3, Mixtral and Qwen3-MoE, over the flat ragged token axis.
 
-What differs between the families is in the configuration and in which parameters a file has: biases (Qwen2), norms of
-queries and keys (Qwen3), experts. Layers are scanned by index: the stacks stay whole and only a counter moves.
+Differences between the families are in the configuration and in the parameters that a file has: biases (Qwen2), norms of
+queries and keys (Qwen3), experts. Layers are scanned by index: the stacks are never sliced, only a counter changes.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from pallas_kernels.derivatives import derivative_of
 from pallas_kernels.paged_attention import Tables, make_metadata
 from pallas_kernels.reductions import rms_norm
 
-Cache = KVCache | DecodeState  # of layers of one kind, or of several
+Cache = KVCache | DecodeState  # for layers of one kind, or of several
 Params = Mapping[str, Any]
 Angles = tuple[tuple[jax.Array, jax.Array], ...]  # cos and sin, for each of `_ropes`
 Routing = tuple[jax.Array, ...]  # expert_ids and expert_weights, or nothing
@@ -45,11 +45,11 @@ class RaggedBatch(NamedTuple):
       positions: [T], of each token in its sequence.
       slots: [T], where each token's KV goes: page * page_size + offset, -1 for padding.
       query_starts: [S + 1]; tokens of sequence s are query_starts[s] .. query_starts[s + 1] - 1.
-      kv_lengths: [S], cached tokens of the sequence, these included.
-      page_table: [S, P], the pages of each sequence in order. Where a model has several pools of pages, `slots` [pools * T]
-        and `page_table` [pools * S, P] may have a block for each, one after the other; a single block serves all pools.
-      logits_rows: [R], the tokens whose logits are wanted.
-      adapters: [T], each token's adapter by its index among those of the parameters, -1 for none; None: no token has one.
+      kv_lengths: [S], cached tokens of the sequence, including these.
+      page_table: [S, P], the pages of each sequence in order. If a model has several pools of pages, `slots` [pools * T] and
+        `page_table` [pools * S, P] may have a block for each, one after the other; a single block serves all pools.
+      logits_rows: [R], the tokens whose logits are needed.
+      adapters: [T], the index of each token's adapter in the parameters, -1 for none; None: no token has one.
       states: [S], the place of each sequence's state in layers that recur; None: sequence s has place s.
       state_writes: [T], places for the state after each token, -1 for nowhere; None: the state after the last token of each
         sequence goes to its place.
@@ -68,16 +68,16 @@ class RaggedBatch(NamedTuple):
 
 
 class Decoder(nn.Module):
-    """Parameters: `embedding` [vocab, hidden], `unembedding` (absent where tied to the embedding), `final_norm`
-    [hidden], `rope_factors` (optional) and `layers`, a tree of `LayerStack`s; with adapters those of `adapters`.
+    """Parameters: `embedding` [vocab, hidden], `unembedding` (absent if tied to the embedding), `final_norm` [hidden],
+    `rope_factors` (optional) and `layers`, a tree of `LayerStack`s; with adapters those of `adapters`.
 
-    Where the collection `ROUTING` is mutable, "experts" in it is the experts of every token, int32, and their weights,
-    float32, both [layers with experts, T, top_k]; where it is not, nothing is recorded and the program is the same."""
+    If the collection `ROUTING` is mutable, "experts" in it has the experts of every token, int32, and their weights, float32,
+    both [layers with experts, T, top_k]; otherwise nothing is recorded and the program is the same."""
 
     config: ModelConfig
 
     def hidden(self, state: Cache, batch: RaggedBatch) -> tuple[jax.Array, Cache]:
-        """The last layer's output, normed: float32 [T, hidden_size], and the state with this batch written."""
+        """The normalized output of the last layer: float32 [T, hidden_size], and the state with this batch written."""
         access = _access(self.config, state, batch)
         with jax.named_scope("embedding"):
             x: jax.Array = self.get_variable("params", "embedding").gather(batch.tokens)
@@ -111,13 +111,13 @@ class Decoder(nn.Module):
 
 
 def _ropes(config: ModelConfig) -> tuple[Rope, ...]:
-    """The rotations of the layers, each once."""
+    """The distinct rotations of the layers."""
     return tuple(dict.fromkeys(mixer.rope for mixer in config.attentions))
 
 
 class Access(NamedTuple):
-    """How the layers of each kind reach what they read and write: of `page_kinds` pools, int32 [T] slots in them and tables;
-    of `recurrent_kinds` arrays, and what those layers are told."""
+    """Where the layers of each kind read and write: for `page_kinds` the pools, the slots int32 [T] in them and the tables; for
+    `recurrent_kinds` the arrays and their `Recurrence`."""
 
     pools: tuple[KVCache, ...]
     kv_slots: tuple[jax.Array, ...]
@@ -127,7 +127,7 @@ class Access(NamedTuple):
 
 
 def _access(config: ModelConfig, state: Cache, batch: RaggedBatch) -> Access:
-    """ValueError for a state that is not of this model."""
+    """The `Access` of a batch. ValueError for a state of another model."""
     pools = state.pools if isinstance(state, DecodeState) else (state,)
     count, tokens, sequences = len(page_kinds(config)), batch.tokens.shape[0], batch.kv_lengths.shape[0]
     if len(pools) != count:
@@ -147,8 +147,8 @@ def _access(config: ModelConfig, state: Cache, batch: RaggedBatch) -> Access:
 def run_layers(
     config: ModelConfig, layers: Params, x: jax.Array, access: Access, angles: Angles, record: bool = False
 ) -> Carry:
-    """The residual stream x float32 [T, hidden_size] after all layers, the parts of the state and, with `record`, what the
-    routers chose: in one call where a backend has one."""
+    """The residual stream x float32 [T, hidden_size] after all layers, the parts of the state and, with `record`, the routers'
+    choices: in one call if a backend has one."""
     backend = None
     if len(config.attentions) == config.num_layers and not any(mixer.gated for mixer in config.attentions):
         shape, parts = _shape(config), _parts(layers, config.num_layers)
@@ -207,7 +207,7 @@ def _composed(
     adapter_mask: jax.Array | None = None,
     record: bool = False,
 ) -> Carry:
-    """The layers one after the other, each `Block` once a distinct body. adapter_mask: as of `LayerModule`."""
+    """The layers one after the other; `Block` is traced once per distinct body. adapter_mask: as in `LayerModule`."""
     part_of = [0] * config.num_layers
     of_parts = [kind.layers for kind in page_kinds(config)] + [kind.layers for kind in recurrent_kinds(config)]
     for part, numbers in enumerate(of_parts):

@@ -1,7 +1,7 @@
 """The parts of a decoder layer: norm, attention, dense feed-forward, mixture of experts.
 
-Flax modules used purely. Each reads its own parameters, stacked over layers, and is told which `Layer` it is and what that
-layer's spec says of it; the residual stream is float32, matrix products run in `config.dtype`.
+Flax modules used purely. Each reads its own parameters, stacked over layers, and gets the `Layer` to compute and its part of
+that layer's spec; the residual stream is float32, matrix products run in `config.dtype`.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from pallas_kernels.reductions import rms_norm, row_sum
 from pallas_kernels.routing import route
 
 Index = jax.Array | int  # of a layer in its part of the state
-ROUTING = "routing"  # the Flax collection in which a mixture leaves its choice, where that is mutable
+ROUTING = "routing"  # the Flax collection in which a mixture records its choice, if that is mutable
 
 
 class LayerModule(nn.Module):
     """A module whose parameters are `LayerStack`s.
 
-    Where it is given `adapter_mask` bool [tokens, columns], those of A x that each token's adapter has, adapters are applied.
+    With `adapter_mask` bool [tokens, columns], which selects the columns of A x of each token's adapter, adapters are applied.
     """
 
     config: ModelConfig
@@ -42,7 +42,7 @@ class LayerModule(nn.Module):
         self, x: jax.Array, layer: Layer, *names: str, adapter_mask: jax.Array | None = None, arithmetic: str = ""
     ) -> list[jax.Array]:
         """x [tokens, in] through each named matrix, its bias, if the file has one, and its adapters: float32 [tokens, out].
-        arithmetic: of the products, where it is not `config.dtype`."""
+        arithmetic: of the products, if it is not `config.dtype`."""
         stacks = [self.stack(name) for name in names]
         dtype, implementation = arithmetic or self.config.dtype, self.config.implementation
         ys = linears(x.astype(self.config.activations), stacks, layer, dtype, implementation)
@@ -60,14 +60,14 @@ class LayerModule(nn.Module):
         return adapter_mask is not None and stack is not None and stack.has(layer)
 
     def adapted(self, x: jax.Array, layer: Layer, name: str, adapter_mask: jax.Array) -> jax.Array:
-        """What the adapters add to x through a matrix: float32 [tokens, out]."""
+        """The term that the adapters add to a projection of x: float32 [tokens, out]."""
         with jax.named_scope("adapters"):
             inner = linear(x.astype(jnp.float32), self.stack(name + adapters.A), layer)
             return linear(jnp.where(adapter_mask, inner, 0.0), self.stack(name + adapters.B), layer)
 
 
 class Paged(NamedTuple):
-    """What attention is told of a step. kv_slots int32 [tokens]: where keys and values go; rope: cos and sin."""
+    """The inputs of attention that belong to a step. kv_slots int32 [tokens]: where keys and values go; rope: cos and sin."""
 
     kv_slots: jax.Array
     metadata: Any
@@ -75,7 +75,7 @@ class Paged(NamedTuple):
 
 
 class Attention(LayerModule):
-    """Grouped-query attention over the paged cache; per-head RMSNorm of queries and keys where the file has it."""
+    """Grouped-query attention over the paged cache; with RMSNorm of queries and keys per head, if the file has it."""
 
     spec: AttentionSpec
 
@@ -90,7 +90,7 @@ class Attention(LayerModule):
             return None if stack is None else stack.located(layer)
 
         with jax.named_scope("qkv"):
-            # Here int8 would cost most: the scores are exponents, and these are small matrices.
+            # int8 would lose most here, because the scores are exponents; and these matrices are small.
             arithmetic = "int8x2" if config.dtype == "int8" else config.dtype
             ys = self.project(x, layer, "query", "key", "value", adapter_mask=adapter_mask, arithmetic=arithmetic)
             q, k, v = (y.reshape(tokens, -1, self.spec.head_dim) for y in ys)
@@ -141,7 +141,7 @@ class FeedForward(LayerModule):
 
     def mixture(self, x: jax.Array, layer: Layer, live: jax.Array, spec: Mixture) -> jax.Array:
         """The experts of each token with the largest router probabilities, each a SwiGLU, summed with their weights in the
-        order of those."""
+        order of probabilities."""
         config = self.config
         with jax.named_scope("router"):
             logits = linear(x, self.stack("router"), layer, implementation=config.implementation)
@@ -176,13 +176,13 @@ class FeedForward(LayerModule):
 
 
 def clamp_of(spec: Mixture) -> Clamp | None:
-    """What the SwiGLUs of a mixture are clamped by."""
+    """The clamp of a mixture's SwiGLUs, if there is one."""
     return Clamp(spec.limit, spec.alpha) if spec.limit else None
 
 
-# The module of each kind of mixer, and the name of its parameters. A module is called with x float32 [tokens, hidden_size],
-# its part of the state, the layer, the layer's index in that part, what it is told of the step (`Paged`, or the `Recurrence`
-# of a mixer that recurs) and the adapter_mask; it gives what it adds to x, and its part of the state.
+# The module of each kind of mixer, and the name of its parameters. A module is called with x float32 [tokens, hidden_size], its
+# part of the state, the layer, the layer's index in that part, its inputs of the step (`Paged`, or `Recurrence` for a mixer
+# that recurs) and the adapter_mask; it returns the term to add to x, and its part of the state.
 MIXERS: dict[type, tuple[str, Any]] = {AttentionSpec: ("attention", Attention)}
 
 

@@ -1,8 +1,8 @@
-"""Where layers that recur read and keep their state, for one ragged step: what their modules are told.
+"""Where layers that recur read and write their states in one ragged step: an input of their modules.
 
 A state array is [layers, states, ...]. A sequence's state before its first token of the step is read from its place, or is
-zeros at position 0; the state after a token is kept where `writes` says. Whatever form computes the states between (a scan
-over tokens, chunks), what it gives of a token must not depend on how a sequence was cut into steps.
+zeros at position 0; the state after a token is written where `writes` says. Whatever form computes the states between (a scan
+over tokens, chunks), the result for a token must not depend on how a sequence was cut into steps.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class Recurrence(NamedTuple):
     Attributes:
       starts: [S + 1]; tokens of sequence s are starts[s] .. starts[s + 1] - 1.
       positions: [T], of each token in its sequence.
-      row: [T], the sequence of each token; in padding any.
+      row: [T], the sequence of each token; any for padding.
       first: bool [T], whether the token is its sequence's first of the step.
       begins: bool [S], whether the sequence begins with this step.
       reads: [S], the place of its state.
@@ -40,7 +40,7 @@ class Recurrence(NamedTuple):
         return jnp.where(self.begins.reshape(-1, *[1] * (state.ndim - 1)), 0.0, state)
 
     def write(self, array: jax.Array, layer: jax.Array | int, after: jax.Array) -> jax.Array:
-        """The array with the states after tokens, [T, ...], put where they are kept."""
+        """The array with the states after tokens, [T, ...], written to their places."""
         place = jnp.where(self.writes < 0, array.shape[1], self.writes)
         return array.at[layer, place].set(after, mode="drop")
 
@@ -52,8 +52,8 @@ def recurrence(
     states: jax.Array | None = None,
     writes: jax.Array | None = None,
 ) -> Recurrence:
-    """From a batch: positions int32 [T], query_starts int32 [S + 1], live bool [T]: no padding; states, writes: as
-    `RaggedBatch` has them."""
+    """Made from a batch: positions int32 [T], query_starts int32 [S + 1], live bool [T]: not padding; states, writes: as in
+    `RaggedBatch`."""
     tokens, count = positions.shape[0], query_starts.shape[0] - 1
     token = jnp.arange(tokens, dtype=jnp.int32)
     row = jnp.clip(jnp.searchsorted(query_starts, token, side="right") - 1, 0, count - 1).astype(jnp.int32)

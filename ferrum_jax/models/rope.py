@@ -17,7 +17,7 @@ from ferrum_jax.config import Rope
 def rope_frequencies(rope: Rope) -> np.ndarray:
     """Radians per position of each pair: float32 [dim / 2], scaling applied (linear; YaRN, arXiv 2309.00071).
 
-    In float32 throughout, as the models were trained: at long positions the last bit of a frequency is seen in the logits.
+    In float32 throughout, as the models were trained: at long positions the last bit of a frequency affects the logits.
     """
     half = rope.dim // 2
     exponent = np.arange(0, rope.dim, 2).astype(np.float32) / np.float32(rope.dim)
@@ -31,7 +31,7 @@ def rope_frequencies(rope: Rope) -> np.ndarray:
         return stretched
 
     def pair_that_turns(rotations: float) -> float:
-        """The pair whose angle makes so many full turns over the original context."""
+        """The pair whose angle makes `rotations` full turns over the original context."""
         return half * math.log(scaling.original_context / (rotations * 2 * math.pi)) / math.log(rope.theta)
 
     low, high = pair_that_turns(scaling.beta_fast), pair_that_turns(scaling.beta_slow)

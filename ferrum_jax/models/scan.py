@@ -23,7 +23,7 @@ def layer_segments(layers: Mapping[str, Any], specs: Sequence[Hashable] = ()) ->
 def scan_layers(
     layers: Mapping[str, Any], step: Callable[[Any, Layer], Any], carry: Any, specs: Sequence[Hashable] = ()
 ) -> Any:
-    """`carry = step(carry, layer)` for every layer in turn, each distinct body traced once; specs as of `layer_segments`."""
+    """`carry = step(carry, layer)` for every layer in turn, each distinct body traced once; specs as in `layer_segments`."""
     for segment in layer_segments(layers, specs):
 
         def period(carry: Any, number: Any, segment: Segment = segment) -> Any:

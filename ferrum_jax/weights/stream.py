@@ -1,4 +1,4 @@
-"""Weights from a checkpoint to the device, one tensor at a time, never twice in memory.
+"""Loads weights from a checkpoint to the device, one tensor at a time, without a second copy in memory.
 
 Tensors of one parameter and one format form a stack with the layer axis first. On CPU the file is read straight into the
 memory that the arrays then own; elsewhere each tensor is sent to the device and put into its stack by a donated update.
@@ -30,8 +30,8 @@ from pallas_kernels.blocks.ordered import SUFFIX
 
 Progress = Callable[[int, int | None, str], None]
 _READERS = 2  # threads
-_ALIGNMENT = 64  # bytes; what the CPU backend asks for to take over a buffer as it is
-_LEAST_FACTOR = 0.01  # of a rotary frequency: less, and angles of far positions are no numbers
+_ALIGNMENT = 64  # bytes; the CPU backend adopts a buffer without copying if it is aligned to this
+_LEAST_FACTOR = 0.01  # of a rotary frequency; with smaller ones the angles of far positions are not finite
 
 
 def read_parameters(
@@ -48,7 +48,7 @@ def read_parameters(
 
 
 def abstract_parameters(parameters: Parameters, placement: Placement) -> dict:
-    """The tree of `read_parameters` as `jax.ShapeDtypeStruct`s with shardings: nothing is read."""
+    """The tree of `read_parameters` as `jax.ShapeDtypeStruct`s with shardings; nothing is read."""
     return _tree(parameters, placement, lambda path, tensors, stack, cuts: stack)
 
 
@@ -158,7 +158,7 @@ class _Reader:
         planes: tuple[jax.Array, ...]
         if self.placement.platform == "cpu" and memory_layout == "ggml":
             buffer = _aligned_empty((len(tensors), *_stored_shape(tensors[0])), format_of(stack.format).storage)
-            with ThreadPoolExecutor(_READERS) as pool:  # half of the time is the kernel's, for fresh memory
+            with ThreadPoolExecutor(_READERS) as pool:  # half of the time the operating system provides fresh memory
                 for tensor, _ in zip(tensors, pool.map(functools.partial(self._read, path), tensors, buffer), strict=True):
                     self._count(tensor)
             planes = (jax.device_put(buffer.reshape(places[0].shape), places[0].sharding),)
@@ -223,7 +223,7 @@ def _stored_shape(tensor: TensorInfo) -> tuple[int, ...]:
 def _packer(format: str, memory_layout: str, rank: int, parts: Sharding, places: tuple[Sharding, ...]) -> Callable:
     """Packs blocks [*experts, rows, width] of `rank` dimensions into planes: each device its own part."""
     pack: Callable = functools.partial(LAYOUTS[memory_layout].pack, format=format)
-    for _ in range(rank - 2):  # experts one after the other: a tenth of the time to compile, and no temporaries
+    for _ in range(rank - 2):  # one expert after the other: compiles in a tenth of the time, without temporaries
         pack = functools.partial(jax.lax.map, pack)
     if isinstance(parts, NamedSharding):
         specs = tuple(PartitionSpec(*tuple(place.spec)[-rank:]) for place in places if isinstance(place, NamedSharding))
