@@ -12,6 +12,7 @@ import ferrum_jax as fj
 from ferrum_jax import functional as F
 from ferrum_jax import loading, program_store
 from ferrum_jax.cli import main
+from ferrum_jax.distributed.placement import Placement
 from ferrum_jax.implementation import require_implementation
 from pallas_kernels import dispatch, native
 from pallas_kernels.blocks.matrix import Matrix
@@ -89,7 +90,7 @@ def test_a_forced_part_of_a_model_is_what_runs():
     ]:
         config = dataclasses.replace(DENSE, dtype="int8", implementation=forced)
         with dispatch.record() as choices:
-            require_implementation(config, tiny_params(config), "float32", CPU)
+            require_implementation(config, tiny_params(config), "float32", Placement.abstract(CPU))
         taken = {choice.operation: choice.backend for choice in choices}
         assert expected.items() <= taken.items()
 
@@ -105,7 +106,7 @@ def test_a_forced_part_of_a_model_is_what_runs():
 def test_what_a_model_cannot_have_is_refused(config, forced, words):
     config = dataclasses.replace(config, implementation=tuple(forced.items()))
     with pytest.raises(ValueError, match=words):
-        require_implementation(config, tiny_params(config), "float32", CPU)
+        require_implementation(config, tiny_params(config), "float32", Placement.abstract(CPU))
 
 
 @pytest.mark.slow
@@ -113,8 +114,8 @@ def test_two_models_with_different_choices_share_no_program(path, tmp_path, monk
     one, two = (fj.load(path, dtype="float32", implementation=forced) for forced in (None, {"append": "xla"}))
     assert one.config.implementation == () and two.config.implementation == (("append", "xla"),)
     monkeypatch.setattr(program_store, "directory", lambda: tmp_path)
-    device = jax.devices()[0]
-    names = [program_store.key(device, F.forward, {"config": model.config}, (), (), None) for model in (one, two)]
+    here = Placement.of()
+    names = [program_store.key(here, F.forward, {"config": model.config}, (), (), None) for model in (one, two)]
     assert None not in names and len(set(names)) == 2
     tokens = [model.generate([[5, 6, 7, 8]], GREEDY)[0].token_ids for model in (one, two)]
     assert tokens[0] == tokens[1]
