@@ -1,4 +1,4 @@
-"""One decoder for LLaMA, Mistral, Qwen2, Qwen3, Mixtral and Qwen3-MoE, over the flat ragged token axis.
+"""One decoder for all families that generate text, over the flat ragged token axis.
 
 Differences between the families are in the configuration and in the parameters that a file has: biases (Qwen2), norms of
 queries and keys (Qwen3), experts. Layers are scanned by index: the stacks are never sliced, only a counter changes.
@@ -166,7 +166,8 @@ def run_layers(
 
 
 def _shape(config: ModelConfig) -> LayerShape:
-    """What the first layer and the first mixture say, and how many kinds of either there are in what layers must share."""
+    """The numbers of the first layer and the first mixture, and how many kinds of either there are in what layers must
+    share."""
     first = config.attentions[0]
     alike = (dataclasses.replace(mixer, num_heads=0, num_kv_heads=0, rope=first.rope, window=0) for mixer in config.attentions)
     mixtures = [spec.feed_forward for spec in config.layers if isinstance(spec.feed_forward, Mixture)]
@@ -179,7 +180,7 @@ def _shape(config: ModelConfig) -> LayerShape:
 
 
 def _attending(config: ModelConfig) -> list[Attending]:
-    """What each layer attends to, where all of them attend."""
+    """What each layer attends to, if all of them attend."""
     ropes = _ropes(config)
     items = {layer: (pool, item) for pool, kind in enumerate(page_kinds(config)) for item, layer in enumerate(kind.layers)}
     return [Attending(*items[layer], ropes.index(mixer.rope), mixer.window) for layer, mixer in enumerate(config.attentions)]

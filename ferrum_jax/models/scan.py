@@ -14,8 +14,8 @@ from ferrum_jax.quantized import Layer, LayerStack
 
 
 def layer_segments(layers: Mapping[str, Any], specs: Sequence[Hashable] = ()) -> tuple[Segment, ...]:
-    """How these layers, a tree of `LayerStack`s, are scanned; each run is one body. specs: what else layers with one body have
-    in common, one for each."""
+    """How these layers, a tree of `LayerStack`s, are scanned; each run is one body. specs: one for each layer; layers share a
+    body only if they are equal."""
     stacks = jax.tree.leaves(layers, is_leaf=lambda node: isinstance(node, LayerStack))
     return segments(list(zip(*(stack.formats for stack in stacks), *([specs] if specs else []), strict=True)))
 

@@ -1,8 +1,8 @@
-"""Layers split into runs that repeat, so that compile time goes with distinct layer bodies and not with depth.
+"""Splits layers into runs that repeat, so that compile time grows with the number of distinct layer bodies and not with depth.
 
-A Q4_K_M file of 48 layers, whose bodies by format are B B B B B B (A A B) x 12 B B B B B B, becomes three segments with
-1 + 2 + 1 bodies: each segment is one scan over its repeats, and equal layers next to each other in a period are a scan inside
-of it. So five layers with a window and one without, over and over, are two bodies.
+A Q4_K_M file of 48 layers, whose bodies by format are B B B B B B (A A B) x 12 B B B B B B, becomes three segments with 1 + 2 +
+1 bodies: each segment is one scan over its repeats, and equal neighboring layers in a period are a scan inside it. So a
+repeated pattern of five layers with a window and one without has two bodies.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 
 class Segment(NamedTuple):
-    """Layers from `start` on: `repeats` times one layer body after the other, each for as many layers as `runs` says."""
+    """Layers from `start` on: `repeats` times a list of bodies, each for as many layers as `runs` says."""
 
     start: int
     runs: tuple[int, ...]
@@ -25,7 +25,7 @@ class Segment(NamedTuple):
 
 
 def segments(signatures: Sequence[Hashable], longest_period: int = 12) -> tuple[Segment, ...]:
-    """The split with the fewest bodies, then the fewest segments. signatures: of one layer each, equal where the body is."""
+    """The split with the fewest bodies, then the fewest segments. signatures: one for each layer, equal if the body is."""
     count = len(signatures)
     best: list[tuple[tuple[int, int], tuple[Segment, ...]]] = [((0, 0), ())]
     for end in range(1, count + 1):
