@@ -1,4 +1,4 @@
-"""The tensors and the parameters of a model that exists only as its configuration: its family's table says what they are."""
+"""The tensors and the parameters of a model that exists only as a configuration, from its family's table."""
 
 from __future__ import annotations
 
@@ -28,12 +28,13 @@ def q4_k_m(name: str, layer: int | None, config: ModelConfig) -> str:
 
 
 def more_bits(layer: int, layers: int) -> bool:
-    """Which layers llama.cpp's Q4_K_M gives 6 bits for attn_v and ffn_down: the outer eighths, and every third."""
+    """Whether llama.cpp's Q4_K_M gives this layer's attn_v and ffn_down 6 bits: the first and last eighth, and every third
+    between."""
     return layer < layers // 8 or layer >= 7 * layers // 8 or (layer - layers // 8) % 3 == 2
 
 
 def tensors(config: ModelConfig, format_of: FormatOf = q4_k_m) -> list[TensorInfo]:
-    """Those of its GGUF file, as if there were one, with an output matrix. Vectors and routers are float32."""
+    """The tensors that its GGUF file would have, with an output matrix. Vectors and routers are float32."""
     family, found = families.of_architecture(config.architecture, str(WHERE)), []
     for name, row, layer in family.tensors_of(config):
         if not row.optional or row.path == ("unembedding",):

@@ -1,7 +1,7 @@
-"""What families share whose layers attend or recur by a gated delta net, turn and turn about: keys, tensors, sizes.
+"""Shared by families that alternate layers with attention and layers with a gated delta net: keys, tensors, sizes.
 
 In GGUF files norms have the 1 added that transformers adds to their weights, `ssm_a` is -exp(A_log), and families may have
-their value heads in another order; a directory's tensors are changed so while they are read.
+their value heads in another order; a directory's tensors are changed in this way while they are read.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ferrum_jax.files.metadata import Typed
 if TYPE_CHECKING:
     from ferrum_jax.files.tensor_info import TensorInfo
 
-_INTERVAL = 4  # of layers that attend, in files that do not say
+_INTERVAL = 4  # of layers that attend, for files that do not state it
 _PATH = "delta_net"
 Rows = Callable[[LayerSpec], np.ndarray]
 
@@ -48,7 +48,8 @@ def recurs(spec: LayerSpec) -> bool:
 
 
 def table(layer: tuple[Tensor, ...], root: str = "model.") -> Table:
-    """The table of such a family: its `layer`s' tensors and those that all have. root: what begins the names of modules."""
+    """The table of such a family: the tensors of its `layer`s and those that all have. root: the beginning of the names of
+    modules."""
     whole = (
         Tensor("token_embd.weight", ("embedding",), ("vocab", "hidden"), (f"{root}embed_tokens",)),
         _norm("output_norm", ("final_norm",), "hidden", f"{root}norm"),
@@ -78,7 +79,7 @@ def _attention() -> tuple[Tensor, ...]:
 
 
 def recurrent(stem: str, name: str, axes: tuple[str, ...], module: str | Change, **more: Any) -> Tensor:
-    """A tensor of the gated delta net. stem: of its GGUF name, with what follows where that is not ".weight"."""
+    """A tensor of the gated delta net. stem: of its GGUF name, including the suffix if that is not ".weight"."""
     full = stem if stem == "ssm_a" or "." in stem else f"{stem}.weight"
     return Tensor(full, (_PATH, name), axes, (module,), recurs, **more)
 
@@ -100,7 +101,7 @@ def vectors(rows: Rows | None = None, channels: Rows | None = None) -> tuple[Ten
 
 
 def shared_expert() -> tuple[Tensor, ...]:
-    """The expert of all tokens and the vector that weights it."""
+    """The expert of all tokens, and the vector that weights it."""
     row = Tensor(
         "ffn_gate_inp_shexp.weight",
         ("feed_forward", "shared_router"),

@@ -2,7 +2,7 @@
 whose range of pairs is not rounded.
 
 GGUF files state neither the pattern of the windows nor that the range is not rounded nor the constants of the SwiGLU. They
-are the model's, so they are taken for granted here (llama.cpp rounds the range).
+belong to the published model, so its values are assumed here (llama.cpp rounds the range).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ferrum_jax.files.tensor_info import TensorInfo
 _WIDTH_KEY = "expert_feed_forward_length"
 _PATTERN_KEY = "attention.sliding_window_pattern"
 _LIMIT, _ALPHA = 7.0, 1.702
-_YARN = {  # of files that state no rotation
+_YARN = {  # for files that state no rotation
     "rope_type": "yarn",
     "factor": 32.0,
     "original_max_position_embeddings": 4096,
@@ -33,7 +33,7 @@ _YARN = {  # of files that state no rotation
 
 
 def _experts() -> tuple[Tensor, ...]:
-    """Router and experts. In directories the experts' rows come last, of gate and up in turn."""
+    """Router and experts. In directories the experts' rows are the last axis, alternating between gate and up."""
     path, router = "feed_forward", ("mlp.router",)
     found = [
         Tensor("ffn_gate_inp.weight", (path, "router"), ("routed", "hidden"), router, quantize=False),
@@ -62,12 +62,12 @@ def _sizes(config: ModelConfig, spec: LayerSpec | None) -> Mapping[str, int | tu
 
 
 def _with(config: ModelConfig, **values: Any) -> ModelConfig:
-    """The same with other numbers in all layers."""
+    """The same configuration with other numbers in all layers."""
     return config.with_by_layer(**{name: (value,) * config.num_layers for name, value in values.items()})
 
 
 def _alternating(window: int, layers: int) -> tuple[int, ...]:
-    """The window of each layer: every other one has it, the first one included."""
+    """The window of each layer: every other one has it, starting with the first."""
     return tuple(0 if number % 2 else window for number in range(layers))
 
 

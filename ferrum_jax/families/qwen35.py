@@ -1,4 +1,4 @@
-"""Qwen3.5, 3.6 and 3.8, dense and with mixtures of experts (the text part; vision and multi-token prediction are passed over).
+"""Qwen3.5, 3.6 and 3.8, dense and with mixtures of experts (the text part; vision and multi-token prediction are ignored).
 
 GGUF files have the value heads tiled: the first of all key heads, then the second, so that value head h has key head
 h % key_heads.
@@ -64,7 +64,7 @@ def _experts_of_json(keys: Keys, layers: int) -> decoder.Fields:
 
 
 def _to_gguf(config: ModelConfig, where: str, **more: str) -> dict[str, Typed]:
-    """With what llama.cpp asks for: how many pairs turn by each of the positions in a picture."""
+    """With a key that llama.cpp requires: how many pairs are rotated by each of the positions in a picture."""
     pairs = config.rope_dim // 2
     sections = [11, 11, 10, 0] if pairs == 32 else [pairs, 0, 0, 0]
     typed = Typed(np.array(sections, np.int32), "array int32")

@@ -1,7 +1,7 @@
 """Qwen3-Next: layers that recur and layers that attend, mixtures of experts in all layers or in some.
 
-Directories have queries, keys, values and gates of a key head after one another in one matrix. GGUF files have all queries, all
-keys, all values, and the gates in a matrix of their own; value heads keep their order.
+Directories have queries, keys, values and gates of each key head one after the other in a single matrix. GGUF files have all
+queries, all keys, all values, and the gates in a separate matrix; value heads keep their order.
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ class GatedDeltaNet(LayerModule):
 
     def gates(self, x: jax.Array, layer: Layer, adapter_mask: jax.Array | None) -> list[jax.Array]:
         """beta and alpha before their functions: float32 [tokens, value_heads] each."""
-        # In int8 these would cost most: they are exponents, and the matrices are small.
+        # int8 would lose most here, because these are exponents; and the matrices are small.
         arithmetic = "int8x2" if self.config.dtype == "int8" else self.config.dtype
         if self.stack("beta_alpha") is None:
             return self.project(x, layer, "beta", "alpha", adapter_mask=adapter_mask, arithmetic=arithmetic)

@@ -1,7 +1,7 @@
-"""Tensors of a directory that hold other numbers than GGUF files, or the same in another order: changed while they are read.
+"""Tensors of a directory that hold other numbers than GGUF files, or the same in another order, are changed while they are
+read.
 
-A table's `Change` says what differs. Rows are read in runs that lie one after the other, so a part of a tensor costs its own
-rows alone.
+A table's `Change` says what differs. Rows are read in contiguous runs, so a part of a tensor costs only its own rows.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from ferrum_jax.weights.quantize import PLAIN, plain_numbers
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Changed:
-    """A tensor made of that in a file. rows, columns: int, which of the file's each one is (columns None: the same); values: as
-    of `Change`."""
+    """A tensor made from one in a file. rows, columns: int, for each one its number in the file (columns None: the same);
+    values: as for `Change`."""
 
     info: TensorInfo
     shape: tuple[int, ...]

@@ -1,8 +1,8 @@
-"""The parts of a tensor in which a directory keeps all experts of a layer, as newer versions of transformers have them.
+"""The parts of a tensor that holds all experts of a layer, as in directories of newer versions of transformers.
 
-A part is a run of bytes of each expert, or it is not: where rows of gate and up lie in turn, where rows are last, or where
-the tensor is a pair of MXFP4, codes and scales. Then an expert is read whole, and its part is cut out of it while it is in
-memory; the blocks of MXFP4 get the order that ggml's have, and no number changes.
+Usually a part is a run of bytes of each expert. It is not if rows of gate and up alternate, if rows are the last axis, or if
+the tensor is a pair of MXFP4 tensors, codes and scales. Then a whole expert is read, and its part is cut out in memory; blocks
+of MXFP4 get ggml's order, and no number changes.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from ferrum_jax.families.table import Part
 from ferrum_jax.files.tensor_info import TensorInfo
 from ferrum_jax.weights.quantize import PLAIN
 
-BLOCKS, SCALES = "_blocks", "_scales"  # what follows the name of a tensor in MXFP4
+BLOCKS, SCALES = "_blocks", "_scales"  # suffixes of the name of a tensor in MXFP4
 _BLOCK = 32  # weights
 _NAN = 255  # of a scale
 
-Read = Callable[[TensorInfo, int, int], np.ndarray]  # bytes of a tensor of a file, from one on
+Read = Callable[[TensorInfo, int, int], np.ndarray]  # bytes of a tensor of a file, from an offset on
 Error = Callable[[str, str], ModelFileError]
 
 
 @dataclasses.dataclass(frozen=True)
 class Slice:
-    """Bytes of one tensor of a file, taken as they are; `format` is theirs."""
+    """Bytes of one tensor of a file, unchanged and in its `format`."""
 
     info: TensorInfo
     shape: tuple[int, ...]
@@ -46,7 +46,7 @@ class Slice:
 
 @dataclasses.dataclass(frozen=True)
 class Cut:
-    """The part of one expert that is no run of bytes. count: the parts of the tensor, of which this is `part.index`; scales:
+    """The part of one expert that is not a run of bytes. count: the parts of the tensor, of which this is `part.index`; scales:
     of the blocks in `info`, MXFP4."""
 
     info: TensorInfo

@@ -1,4 +1,4 @@
-"""What `append` is given, as one value: its backends and its reference take it whole."""
+"""The arguments of `append` as one value, for its backends and its reference."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Norm = tuple[jax.Array, Any] | None
 
 
 class Operands(NamedTuple):
-    """As the package's contract says."""
+    """See the package's contract."""
 
     q: jax.Array
     k: jax.Array

@@ -1,4 +1,4 @@
-"""The gated delta net of a ragged batch (arXiv 2412.06464): a short convolution over time, then one matrix a head that each
+"""The gated delta net of a ragged batch (arXiv 2412.06464): a short convolution over time, then one matrix per head that each
 token decays, corrects and reads.
 
 Contract of `delta_net(qkv, log_decay, beta, taps, state, layer, sequences, tiled)`:
@@ -10,16 +10,16 @@ Contract of `delta_net(qkv, log_decay, beta, taps, state, layer, sequences, tile
   divided by their norm, x * rsqrt(sum of x^2 + 1e-6), queries also by sqrt(dk). Value head h has the key head h // (H / G);
   with `tiled` h % G.
 * Per value head M [dk, dv] becomes exp(log_decay) M, then M + k (beta (v - k M)); the token's result is q M.
-* `state`: a `DeltaState`. `layer`: int32 scalar. A sequence's state before its first token is zeros where `begins` says so,
-  else that at its place; the state after a token goes where `writes` says. No sequence writes to the place of another.
-* result: float32 [tokens, H, dv], zeros for a token of no sequence; and the state, updated in place where it was donated.
-* derivatives: with respect to qkv, log_decay, beta and taps, of the result alone: the state counts as a constant.
+* `state`: a `DeltaState`. `layer`: int32 scalar. A sequence's state before its first token is zero if it `begins`, else the one
+  at its place; the state after a token is written where `writes` says. Sequences do not write to each other's places.
+* result: float32 [tokens, H, dv], zeros for a token without a sequence; and the state, updated in place if it was donated.
+* derivatives: with respect to qkv, log_decay, beta and taps, of the result only: the state counts as a constant.
 
 A token's result and the state after it depend on its sequence alone, and on CPU they have the same bits however the sequence
-was cut into steps and whatever else is in the batch. So backends for CPU go from token to token, for one token as for many: a
-form that takes a chunk of tokens at once rounds otherwise, and an open chunk would have to be computed again at each
-decoded token to have the bits that prefill gives. Elsewhere a backend may compute in chunks, at multiples of a fixed number of
-positions of the sequence, which it can tell by `positions`: those that a step holds whole.
+was cut into steps and whatever else is in the batch. So backends for CPU go from token to token, for one token as well as for
+many: a form that takes a chunk of tokens at once rounds differently, and an unfinished chunk would have to be computed again at
+each decoded token to get the bits of a prefill. Other backends may compute chunks that begin at multiples of a fixed number of
+positions of the sequence (see `positions`), if the whole chunk is in the step.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ BACKENDS = (
 
 
 class DeltaState(NamedTuple):
-    """What is kept of sequences, float32.
+    """The states of sequences, float32.
 
     Attributes:
       tail: [layers, places, K - 1, channels], the last rows of qkv, the newest last.

@@ -1,4 +1,4 @@
-"""The gated delta net of one sequence in NumPy and float64, written from the contract alone: what backends are tested with."""
+"""The gated delta net of one sequence in NumPy and float64, written from the contract alone, to test backends with."""
 
 from __future__ import annotations
 

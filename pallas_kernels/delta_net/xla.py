@@ -1,8 +1,8 @@
 """The gated delta net in plain XLA, token by token.
 
-XLA must compile the same loop over tokens for any step, or sums would round otherwise. So its length is not known while
-compiling, as a loop of one turn would be merged with what is around it, and there are at least two tokens to choose from, as
-what depends on an only one would be computed before the loop.
+XLA must compile the same loop over tokens for any step, or sums would round differently. So its length is not known while
+compiling, because XLA would merge a loop with a single iteration into the code around it. And there are at least two tokens to
+choose from, because XLA would compute everything that depends on a single one before the loop.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def differentiable(
     sequences: Sequences,
     tiled: bool,
 ) -> tuple[jax.Array, DeltaState]:
-    """The result by a loop of a known length, and the state as it was."""
+    """The result by a loop of a known length, and the unchanged state."""
     count = sequences.reads.shape[0]
     token = jnp.arange(qkv.shape[0])
     row = jnp.clip(jnp.searchsorted(sequences.starts, token, side="right") - 1, 0, count - 1)

@@ -1,4 +1,4 @@
-"""Mistakes that an implementation of gpt-oss can make, each put into our own source: the goldens have to notice."""
+"""Mistakes that an implementation of gpt-oss can make, each put into our own source: the goldens must fail."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def of_directory(name: str = "gpt-oss-bf16") -> None:
 
 
 def _check(path: Path, golden: Path, vocab: int) -> None:
-    jax.clear_caches()  # what was traced has no fault in it, or another one
+    jax.clear_caches()  # earlier traces have no fault in them, or another one
     with np.load(golden) as file:
         check_logits(fj.load(path, dtype="float32"), dict(file), tiny_models.prompts(vocab))
 

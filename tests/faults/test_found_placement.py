@@ -1,4 +1,4 @@
-"""Faults of how arrays are cut, each put back into our own source: its guard has to notice."""
+"""Faults of how arrays are cut, each put back into our own source: its guard must fail."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a mesh of eight devices holds of a model, against one device and against arithmetic. A process of its own:
+"""Compares the parts of a model on a mesh of eight devices with one device and with arithmetic, in a separate process:
 
 python -m support.eight_devices MODEL
 """

@@ -1,4 +1,4 @@
-// The gated delta net: heads of sequences are handed to the threads, then the tails are kept.
+// The gated delta net: heads of sequences are distributed to the threads, then the tails are stored.
 #include <cstring>
 
 #include "kernels.h"
@@ -16,7 +16,7 @@ void delta_net(Pool& pool, const DeltaNet& net, const float* qkv, const float* l
     const int64_t s = task / net.heads, h = task % net.heads, t = first(s), tokens = first(s + 1) - t;
     if (tokens == 0) return;
     const int64_t per_key = net.heads / net.keys, key = net.tiled ? h % net.keys : h / per_key;
-    // In place where the state goes back to its place and to no other, after the last token.
+    // In place if the state is written only to its own place, after the last token.
     bool alone = rows.writes[t + tokens - 1] == rows.reads[s];
     for (int64_t i = t; i + 1 < t + tokens; ++i) alone = alone && rows.writes[i] < 0;
     float* const before = memories + rows.reads[s] * per_place + h * size;

@@ -1,7 +1,7 @@
 // One head of a gated delta net over the tokens of a sequence: the contract is that of pallas_kernels.delta_net.
 //
-// Columns of the memory do not know of each other, so 64 of them at a time are read, corrected and read again while they are
-// in the nearest cache; sums run over the rows in order. What a token gives depends on the tokens before it alone.
+// Columns of the memory are independent, so 64 of them at a time are read, corrected and read again while they are in the
+// nearest cache; sums run over the rows in order. The result of a token depends only on it and the tokens before it.
 #pragma once
 
 #include "lanes.h"
@@ -26,7 +26,7 @@ inline void convolved(const DeltaHead& head, int64_t t, int64_t first, int64_t c
   }
 }
 
-// x over its norm, times `factor`.
+// x divided by its norm, times `factor`.
 inline void normed(float* x, int64_t n, float factor) {
   Lanes squares = all(0);
   for (int64_t i = 0; i < n; i += kLanes) squares = fma(load(x + i), load(x + i), squares);

@@ -1,5 +1,5 @@
-"""Placements: what the rules make of the tables of families and of state, for meshes of devices that are not there; and what
-eight devices of this machine really hold."""
+"""Placements: what the rules make of the tables of families and of state, for meshes of absent devices; and the contents of
+eight real devices of this machine."""
 
 from __future__ import annotations
 

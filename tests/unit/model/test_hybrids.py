@@ -183,8 +183,8 @@ def test_a_key_that_does_not_fit_is_named(key, value, text, tmp_path):
 
 @pytest.mark.parametrize(("name", "kind"), [("qwen35", "gguf"), ("qwen35moe", "directory"), ("qwen3next", "directory")])
 def test_an_adapter_of_every_projection_is_as_if_merged_by_hand(name, kind, tmp_path):
-    """The matrices W of the directory become W + B A alpha / rank, which is what an adapter says; transformers does not change
-    the order of anything."""
+    """The matrices W of the directory become W + B A alpha / rank, which is what an adapter means; transformers does not
+    reorder anything."""
     spec, rng, rank = BY_NAME[name], np.random.default_rng(3), 4
     ending = ("_proj.weight", "in_proj_qkv.weight", "in_proj_z.weight", "in_proj_qkvz.weight", "in_proj_ba.weight", "_b.weight")
     changed, entries, factors = [], [], []

@@ -110,7 +110,7 @@ def test_mxfp4_stays_mxfp4_with_the_numbers_of_the_file(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["gpt-oss-bf16", "gpt-oss-mxfp4"])
 def test_conversion_both_ways(name: str, tmp_path: Path) -> None:
-    """What the converter splits and turns is turned back: the same logits, bit for bit."""
+    """The converter's splitting and reordering is undone: the same logits, bit for bit."""
     path = write(CASES[name], tmp_path / "model")
     expected = fj.load(path, dtype="float32").logits(IDS)[0]
     remarks: list[str] = []
