@@ -249,5 +249,7 @@ def _place(file: Path, name: str, config: ModelConfig) -> tuple[int, list[tuple[
     if layer >= config.num_layers:
         raise ModelFileError(f"{file}: tensor {name}: does not fit this model, which has {config.num_layers} layers")
     if not all(tensor.layers(config.layers[layer]) for tensor, _ in targets):
-        raise ModelFileError(f"{file}: tensor {name}: does not fit this model: layer {layer} has no such projection")
+        experts = ".mlp." in module and layer in config.expert_layers
+        problem = "is a mixture of experts" if experts else "does not have this projection"
+        raise ModelFileError(f"{file}: tensor {name}: does not fit this model: layer {layer} {problem}")
     return layer, targets, module, factor
