@@ -60,7 +60,7 @@ def _tree(parameters: Parameters, placement: Placement, make: Maker) -> dict:
     shapes = _Shapes(parameters, placement)
 
     def made(path: Path, tensors: Sequence[TensorInfo], stack: tuple[int, ...]) -> QuantizedTensor:
-        cuts = shapes.cuts(tensors[0])
+        cuts = shapes.cuts(tensors)
         return make(path, tensors, shapes.of(path, tensors[0], stack, cuts), cuts)
 
     tree: dict = {}
@@ -87,8 +87,9 @@ def _kinds(tensors: Sequence[TensorInfo | None]) -> dict[str, list[TensorInfo]]:
 class _Shapes:
     """Which planes the parameters have, and where.
 
-    An axis is cut alike in all tensors that have it, or in none: its runs are the least that all of them can be cut into. So
-    the rows of `up` are cut only where the columns of `down` can be, at the ends of blocks.
+    Axes that have the same rule and as many runs are cut alike in all tensors, or in none: into as many parts as all of them
+    can be. So the rows of `up` are cut only where the columns of `down` can be, at the ends of blocks, and what belongs to a
+    head is where the head is, be it rows, columns or one number.
     """
 
     def __init__(self, parameters: Parameters, placement: Placement) -> None:
@@ -96,27 +97,33 @@ class _Shapes:
         self.looked_up = [("embedding",)] if ("unembedding",) in parameters.whole else []
         stacks = [(path, [tensor]) for path, tensor in parameters.whole.items()]
         stacks += [(path, members) for path, ts in parameters.stacked.items() for members in _kinds(ts).values()]
-        self.runs: dict[tuple[str, int], int] = {}
+        self.pieces: dict[Any, int] = {}  # by rule and number of runs
         for path, members in stacks:
-            *others, last = members[0].shape
-            for tensor in members:
-                for axis, size in zip(self.axes[tensor], tensor.shape, strict=True):
-                    self._together(axis.name, size, axis.run)
-            if others:
-                memory_layout = self._layout(path, members[0], others[-1], last)
-                columns = last if members[0].order else LAYOUTS[memory_layout].unit(kept_format(members[0]))
-                self._together(self.axes[members[0]][-1].name, last, columns)
+            tensor, axes = members[0], self._axes(members)
+            units = [1] * len(axes)
+            if len(axes) > 1:
+                memory_layout = self._layout(path, tensor, *tensor.shape[-2:])
+                units[-1] = tensor.shape[-1] if tensor.order else LAYOUTS[memory_layout].unit(kept_format(tensor))
+            for axis, size, unit in zip(axes, tensor.shape, units, strict=True):
+                key = self._key(axis, size)
+                self.pieces[key] = math.gcd(self.pieces.get(key, 0), size // math.lcm(axis.run, unit))
 
-    def _together(self, name: str, size: int, run: int) -> None:
-        self.runs[name, size] = math.lcm(self.runs.get((name, size), 1), run)
+    def _axes(self, tensors: Sequence[TensorInfo]) -> list[Axis]:
+        """Of a stack: its runs are whole runs of all its tensors."""
+        found = zip(*(self.axes[tensor] for tensor in tensors), strict=True)
+        return [Axis(axes[0].name, math.lcm(*(axis.run for axis in axes))) for axes in found]
+
+    def _key(self, axis: Axis, size: int) -> tuple[tuple[str, ...], int]:
+        return self.placement.rules.get(axis.name, ()), size // axis.run
 
     def _layout(self, path: Path, tensor: TensorInfo, rows: int, columns: int) -> str:
         return "ggml" if path in self.looked_up else _choose(kept_format(tensor), rows, columns, self.placement.target)
 
-    def cuts(self, tensor: TensorInfo) -> Cuts:
-        """How a tensor is cut."""
-        axes = zip(self.axes[tensor], tensor.shape, strict=True)
-        return self.placement.cuts([Axis(axis.name, self.runs[axis.name, size]) for axis, size in axes], tensor.shape)
+    def cuts(self, tensors: Sequence[TensorInfo]) -> Cuts:
+        """How each tensor of a stack is cut."""
+        axes, shape = self._axes(tensors), tensors[0].shape
+        runs = [size // self.pieces[self._key(axis, size)] for axis, size in zip(axes, shape, strict=True)]
+        return self.placement.cuts([Axis(axis.name, run) for axis, run in zip(axes, runs, strict=True)], shape)
 
     def of(self, path: Path, tensor: TensorInfo, stack: tuple[int, ...], cuts: Cuts) -> QuantizedTensor:
         """Tensors like this one, stacked, in the memory layout that the kernels of the target read: the planes of a matrix that

@@ -17,7 +17,7 @@ from jax.sharding import SingleDeviceSharding
 import ferrum_jax
 from benchmarks.tensors import tensors
 from ferrum_jax import headers, memory
-from ferrum_jax.config import EncoderConfig, ModelConfig
+from ferrum_jax.config import Attention, Dense, EncoderConfig, GatedDeltaNet, LayerSpec, Mixture, ModelConfig, Rope
 from ferrum_jax.distributed import RULES, Axis, Placement
 from ferrum_jax.engine.slots import new_slots
 from ferrum_jax.families import FAMILIES
@@ -174,6 +174,21 @@ def test_an_axis_is_cut_in_all_tensors_or_in_none():
         tree = abstract_parameters(places, Placement.abstract(CPU, {"tensor": devices}))
         assert cuts(tree, "feed_forward", "gate") == cuts(tree, "feed_forward", "up") == ("tensor" if cut else None, None)
         assert cuts(tree, "feed_forward", "down") == (None, "tensor" if cut else None)
+
+
+def test_what_belongs_to_a_head_goes_with_it():
+    """The gates of Qwen3.5's queries and the sinks of gpt-oss: numbers for each of 8 heads. In blocks of 256 columns the output
+    matrix has pieces of 4 heads of 64."""
+    rope = Rope(1e6, 64)
+    delta = GatedDeltaNet(2, 4, 64, 64, taps=4, tiled=True)
+    numbers = {"hidden_size": 256, "vocab_size": 512, "context_length": 64, "rms_norm_eps": 1e-6}
+    gated = [LayerSpec(delta, Dense(512)), LayerSpec(Attention(8, 2, 64, rope, gated=True), Dense(512))]
+    qwen = ModelConfig(architecture="qwen35", layers=tuple(gated), **numbers)
+    oss = ModelConfig(architecture="gpt-oss", layers=(LayerSpec(Attention(8, 2, 64, rope), Mixture(4, 2, 256)),), **numbers)
+    for config, name in ((qwen, "query"), (oss, "sinks")):
+        for wide, devices, cut in (("Q8_0", 2, True), ("Q8_0", 4, True), ("Q6_K", 2, True), ("Q6_K", 4, False)):
+            tree = abstract_parameters(table(config, "Q8_0", output=wide), Placement.abstract(CPU, {"tensor": devices}))
+            assert (cuts(tree, "attention", name)[0] == "tensor") == (cuts(tree, "attention", "output")[1] == "tensor") == cut
 
 
 @pytest.mark.parametrize(("method", "ordered"), [("gptq", False), ("awq", False), ("gptq", True)])
