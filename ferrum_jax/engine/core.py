@@ -58,6 +58,7 @@ class Core:
     _flight: _Flight | None
     _looping: bool
     _stale: bool = False
+    _kept: list[tuple[int, int, int]]
     _steps_at_once: int
     _busy_until: float
     _counts: dict[str, int]
@@ -101,7 +102,7 @@ class Core:
 
     def _start_over(self) -> None:
         """Drops the results in flight and the state on the device; running requests are computed again."""
-        self._flight, self._stale = None, True
+        self._flight, self._stale, self._kept = None, True, []
         self._scheduler.start_over()
         self._executor.reset()
         self._stale = False
@@ -245,6 +246,19 @@ class Core:
             self._fail_dispatch(error, flight.dispatch)
             return False
         self._take_in(flight, results)
+        return self._keep()
+
+    def _keep(self) -> bool:
+        """Makes the copies of the states of requests that have ended; whether that went well."""
+        copies, self._kept = {target: (part, source, target) for part, source, target in self._kept}, []
+        try:
+            if copies:  # to each place the newest
+                self._executor.copy([*copies.values()])
+        except Exception:
+            _LOG.exception("the states of requests that have ended could not be kept")
+            with self._lock:
+                self._start_over()
+            return False
         return True
 
     def _launch(self, dispatch: Dispatch) -> _Flight:
@@ -309,12 +323,14 @@ class Core:
             if output.text or output.token_ids:
                 request._outputs.append(output)
                 request._wake_readers()
+        sequence, watcher = row.sequence, request._watcher
+        full = len(sequence.tokens) >= sequence.limit
         if steps.NOT_FINITE in tokens or request._has_nan:
             self._end(request, "error", "the model's logits are not finite")
-        elif request._watcher.finish_reason is not None:
-            self._end(request, "stop")
-        elif len(row.sequence.tokens) >= row.sequence.limit:
-            self._end(request, "length")
+        elif full or watcher.finish_reason is not None:
+            if full or watcher.at_end_token:  # else the device goes on
+                self._kept += self._scheduler.keep(sequence)
+            self._end(request, "length" if watcher.finish_reason is None else "stop")
         return len(made)
 
     def _take_prompt_logprobs(self, row: Row, place: int, results: steps.Results) -> None:
@@ -360,7 +376,7 @@ class Core:
             }
             found = ledger.written(sequence.held, sequence.written) if sequence.state == "running" else ledger.nothing()
             if not found.full:
-                found = ledger.find([*request.prompt_token_ids, *request.token_ids], sequence.adapter)
+                found = ledger.find([*request.prompt_token_ids, *request.token_ids], sequence.adapter, inside=False)
             facts["full_pages"] = found.full
             ledger.share(found)
         try:

@@ -69,7 +69,7 @@ class Engine(Core):
         )
         self._lock = threading.Lock()
         self._numbers = itertools.count()
-        self._flight, self._looping = None, False
+        self._flight, self._looping, self._kept = None, False, []
         self._busy_until = 0.0
         self._counts = dict.fromkeys(("steps", "prompt_tokens", "generated_tokens"), 0)
         self._seconds = dict.fromkeys(("host_seconds", "device_seconds"), 0.0)

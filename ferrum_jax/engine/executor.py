@@ -106,7 +106,7 @@ class Executor:
         """Starts a dispatch. Its results stay on the device, in the order of its rows."""
         bucket, program = self._bucket(dispatch), self.prepare(dispatch)
         if dispatch.copies:
-            self._copy(dispatch.copies)
+            self.copy(dispatch.copies)
         rows, table, ends = self._placed(dispatch, bucket.rows)
         last: tuple[Any, ...] = ends, np.int32(dispatch.steps)
         if bucket.tokens:
@@ -153,7 +153,7 @@ class Executor:
         used = (page for row in dispatch.rows for pages in row.held.pages for page in pages)
         return 1 + max(*used, *(target for part, _, target in dispatch.copies if part < len(self.num_pages)), -1, -1)
 
-    def _copy(self, copies: list[tuple[int, int, int]]) -> None:
+    def copy(self, copies: list[tuple[int, int, int]]) -> None:
         """Copies places, given as (part, source, target), in this order."""
         parts: list[list[tuple[int, int]]] = [[] for _ in self.state.parts]
         for part, source, target in copies:

@@ -6,9 +6,11 @@ window need only the pages within it, so pages before it are given back, and the
 what its layers will look at.
 
 Layers that recur have one state of a text, at its end. A running sequence has it in the place of its slot. A checkpoint is a
-copy of it, made between two dispatches where a text ends with a page: it is found, shared and evicted like pages, and the
-beginning of a text is found only up to a checkpoint. A state is as large as the pages of thousands of tokens, so a sequence
-makes few: before the last page of its prompt, and where its text diverges from a known one. Each sequence holds its newest.
+copy of it, made between two dispatches: it is found, shared and evicted like pages, and the beginning of a text is found only
+up to a checkpoint. A state is as large as the pages of thousands of tokens, so a sequence makes few: before the last page of
+its prompt, where its text diverges from a known one, and at its end, so that a conversation continues from there. The first two
+are at the end of a page, and each sequence holds the newest of them. At its end the last page is registered for the tokens that
+it has, and a text that continues from there begins with a copy of it.
 """
 
 from __future__ import annotations
@@ -50,7 +52,7 @@ class Held:
 
 class Found(NamedTuple):
     """The beginning of a text that is in the state. pages: full ones for each pool, -1 for those before its window; digests: of
-    those that are registered; rest: in each pool the page whose beginning holds the rest of the text, to be copied; checkpoint:
+    those that are registered; rest: in each pool the page whose beginning holds the next `more` tokens, to be copied; checkpoint:
     of the layers that recur, -1 for none; known: how many pages would be found if there were a checkpoint after them."""
 
     pages: list[list[int]]
@@ -58,6 +60,7 @@ class Found(NamedTuple):
     rest: list[int] | None = None
     checkpoint: int = -1
     known: int = 0
+    more: int = 0
 
     @property
     def full(self) -> int:
@@ -159,10 +162,13 @@ class Ledger:
             held.append([pool.take() for pool in self.pools])
             copies = [(number, page, held.pages[number][-1]) for number, page in enumerate(found.rest)]
         if self.checkpoints is not None:
-            held.checkpoint, held.checkpointed = found.checkpoint, found.full
             held.stops = sorted({found.known, (tokens - 1) // self.page_size} - set(range(found.full + 1)))
             if found.checkpoint >= 0:
                 copies.append((len(self.pools), found.checkpoint, slot))
+            if found.more:  # inside a page no branch of this sequence goes on
+                self.checkpoints.give_back(found.checkpoint)
+            else:
+                held.checkpoint, held.checkpointed = found.checkpoint, found.full
         return held, copies
 
     def at_most(self, held: Held, prefilled: int, count: int) -> int:
@@ -179,12 +185,30 @@ class Ledger:
         full = held.stops.pop(0)
         if held.checkpoint >= 0:
             self.checkpoints.give_back(held.checkpoint)
-            held.checkpoint = -1
+            held.checkpoint, held.checkpointed = -1, 0
         if not self.checkpoints.available:
             return []
         held.checkpoint, held.checkpointed, held.fresh = self.checkpoints.take(), full, True
         held.settles_at = 0
         return [(len(self.pools), slot, held.checkpoint)]
+
+    def end(self, held: Held, tokens: Sequence[int], written: int, adapter: int, slot: int) -> list[tuple[int, int, int]]:
+        """The copies that make a checkpoint of a sequence that ends with `written` tokens, where there is a place. It is found
+        from now on."""
+        number = (written - 1) // self.page_size
+        if self.checkpoints is None or not self.config.prefix_cache or len(held.digests) < number:
+            return []
+        parent = held.digests[number - 1] if number else self.root(adapter)
+        known = entry(parent, tokens[number * self.page_size : written])
+        if not self.checkpoints.available or self.checkpoints.find(known) is not None:
+            return []
+        for pool, pages in zip(self.pools, held.pages, strict=True):
+            if pages[number] >= 0:
+                pool.register(pages[number], known)  # a full one is already
+        place = self.checkpoints.take()
+        self.checkpoints.register(place, known)
+        self.checkpoints.give_back(place)
+        return [(len(self.pools), slot, place)]
 
     def grow(self, held: Held, tokens: int) -> bool:
         """Takes pages for `tokens` tokens; False if a pool has none left."""
@@ -221,7 +245,7 @@ class Ledger:
 
     def give_back(self, held: Held) -> None:
         """Gives back everything that a sequence holds, last page first."""
-        self.release(Found(held.pages, [], None, held.checkpoint))
+        self.release(Found(held.pages, [], checkpoint=held.checkpoint))
 
     # Texts
 
@@ -231,13 +255,22 @@ class Ledger:
     def nothing(self) -> Found:
         return Found([[] for _ in self.pools], [])
 
-    def find(self, tokens: Sequence[int], adapter: int = -1) -> Found:
+    def find(self, tokens: Sequence[int], adapter: int = -1, *, inside: bool = True) -> Found:
         """The longest registered beginning of a text for which each pool has everything that its layers look at from there on.
-        The last token is always left out: its logits must be computed, in a page that is not shared."""
+        The last token is always left out: its logits must be computed, in a page that is not shared. inside: whether it may end
+        inside a page, where another text has ended."""
         found, best, reached, checkpoint = self.nothing(), 0, 0, -1
         gaps = [0] * len(self.pools)  # in each pool the first page after the latest missing one
         parent = self.root(adapter)
-        for start in range(0, len(tokens) - self.page_size, self.page_size):
+        end: tuple[int, list[int], int, int] | None = None  # full, rest, checkpoint and more
+        ends = [] if self.checkpoints is None or not inside else self.checkpoints.entries(below=self.page_size)
+        for start in range(0, len(tokens), self.page_size):
+            for place, known in ends:
+                if known.parent == parent and known.begins(tokens[start:-1]) and self._sees(gaps, start + known.length):
+                    rest = [page for pool in self.pools if (page := pool.find(known)) is not None]
+                    end = (found.full, rest, place, known.length) if len(rest) == len(self.pools) else end
+            if start + self.page_size >= len(tokens):
+                break
             known = entry(parent, tokens[start : start + self.page_size])
             parent = known.digest
             found.digests.append(parent)
@@ -248,11 +281,14 @@ class Ledger:
                     gaps[number] = found.full
             if any(gap and not window for gap, window in zip(gaps, self.windows, strict=True)):
                 break
-            if all(gap <= self._behind(number, found.full * self.page_size) for number, gap in enumerate(gaps)):
+            if self._sees(gaps, found.full * self.page_size):
                 reached = found.full
                 state = -1 if self.checkpoints is None else self.checkpoints.find(known)
                 if state is not None:
                     best, checkpoint = reached, state
+        if end is not None and end[0] >= best:
+            full, rest, checkpoint, more = end
+            return self._cut(found, full)._replace(rest=rest, checkpoint=checkpoint, known=reached, more=more)
         return self._cut(found, best)._replace(checkpoint=checkpoint, known=reached)
 
     def written(self, held: Held, written: int) -> Found:
@@ -273,7 +309,7 @@ class Ledger:
             return None
         full, more = divmod(last, self.page_size)
         rest = [pages[full] for pages in held.pages] if more else None
-        return Found([pages[:full] for pages in held.pages], held.digests[:full], rest)
+        return Found([pages[:full] for pages in held.pages], held.digests[:full], rest, more=more)
 
     def share(self, found: Found) -> None:
         """Counts one more holder of full pages and their checkpoint."""
@@ -350,6 +386,10 @@ class Ledger:
         """The number of pages of a pool that no layer looks at from this position on."""
         window = self.windows[pool]
         return max(0, position + 1 - window) // self.page_size if window else 0
+
+    def _sees(self, gaps: Sequence[int], position: int) -> bool:
+        """Whether all pools have what is looked at from a position on, where in each the pages before `gaps` may be missing."""
+        return all(gap <= self._behind(pool, position) for pool, gap in enumerate(gaps))
 
     def _cut(self, found: Found, full: int) -> Found:
         """The first `full` pages, without those that are before the windows there."""

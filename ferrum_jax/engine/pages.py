@@ -23,9 +23,18 @@ class Entry(NamedTuple):
     parent: bytes
     tokens: bytes
 
+    @property
+    def length(self) -> int:
+        """How many tokens."""
+        return len(self.tokens) // np.dtype(np.int32).itemsize
+
+    def begins(self, tokens: Sequence[int]) -> bool:
+        """Whether a text begins with these tokens."""
+        return np.asarray(tokens[: self.length], np.int32).tobytes() == self.tokens
+
 
 def entry(parent: bytes, tokens: Sequence[int]) -> Entry:
-    """The entry of a page full of `tokens` after the page with digest `parent`."""
+    """The entry of a page that `tokens` fill, or begin, after the page with digest `parent`."""
     data = np.asarray(tokens, np.int32).tobytes()
     return Entry(hashlib.blake2b(parent + data, digest_size=16).digest(), parent, data)
 
@@ -102,6 +111,11 @@ class PagePool:
         """The page that holds a text. The contents are compared, not only the digests."""
         page = self._pages.get(entry.digest)
         return None if page is None or self._entries[page] != entry else page
+
+    def entries(self, below: int) -> list[tuple[int, Entry]]:
+        """The pages that are registered with fewer tokens than `below`, and what they hold; those with the fewest first."""
+        found = ((page, known) for page, known in self._entries.items() if known.length < below)
+        return sorted(found, key=lambda each: each[1].length)
 
     def reset(self) -> None:
         """Forgets all registered text; held pages stay held."""

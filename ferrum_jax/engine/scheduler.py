@@ -111,6 +111,11 @@ class Scheduler:
         row.sequence.tokens.extend(tokens)
         self._settle(row.sequence)
 
+    def keep(self, sequence: Sequence) -> list[tuple[int, int, int]]:
+        """The copies that keep the state of a sequence whose text has ended, for texts that go on from there: to be made before
+        another sequence has its slot. The device must not be ahead of the known tokens."""
+        return self.ledger.end(sequence.held, sequence.tokens, sequence.written, sequence.adapter, sequence.slot)
+
     # Inside
 
     def _running(self) -> Iterator[Sequence]:
@@ -164,7 +169,7 @@ class Scheduler:
         sequence.state, sequence.slot, sequence.origin = "running", self._slots.pop(), None
         sequence.pending = sequence.due = 0
         sequence.target = len(sequence.tokens)
-        sequence.prefilled = found.full * self.ledger.page_size if found.rest is None else sequence.target - 1
+        sequence.prefilled = found.full * self.ledger.page_size + found.more
         self.lookups += sequence.cacheable and self.config.prefix_cache
         self.hit_pages += found.full
         self.saved_tokens += sequence.prefilled

@@ -21,6 +21,11 @@ class Watcher:
         self._decoder, self._stops = TextStream(tokenizer, before=prompt), StopMatcher(params.stop)
         self._has_stops, self._min_tokens = bool(params.stop), params.min_tokens
 
+    @property
+    def at_end_token(self) -> bool:
+        """Whether the newest token is an end token."""
+        return bool(self.token_ids) and self.token_ids[-1] in self._ends
+
     def take(self, tokens: list[int], logprobs: list[list[tuple[int, float]]]) -> tuple[str, list[int]]:
         """Takes the row's next tokens, and their log-probabilities if requested. Returns the new text that is safe to show, and
         those of the tokens that still belong to the row."""
@@ -49,7 +54,7 @@ class Watcher:
         """The text that was held back; call it when the row has ended."""
         stopped_by_text = False
         piece = ""
-        if self.finish_reason is None or (self.token_ids and self.token_ids[-1] in self._ends):
+        if self.finish_reason is None or self.at_end_token:
             piece, stopped_by_text = self._stops.push(self._decoder.flush())
             piece += "" if stopped_by_text else self._stops.flush()
         self.finish_reason = self.finish_reason or ("stop" if stopped_by_text else "length")

@@ -4,6 +4,7 @@ import pytest
 
 from ferrum_jax import checks
 from ferrum_jax.engine.engine import Engine
+from ferrum_jax.engine.ledger import Ledger
 from ferrum_jax.engine.request import Request
 from ferrum_jax.engine.scheduler import Scheduler
 from ferrum_jax.engine.worker import Worker
@@ -44,6 +45,20 @@ FAULTS = {
         "self._start_over()",
         "pass",
         paging.test_a_restore_that_fails_leaves_no_page_behind,
+    ),
+    "left behind": Fault(
+        "the state of a text that a stop string ends is kept, though the device has gone on",
+        Engine._take_row,
+        "if full or watcher.at_end_token:",
+        "if True:",
+        paging.test_a_text_that_the_device_has_left_behind_makes_no_checkpoint,
+    ),
+    "passed": Fault(
+        "a branch goes on from a checkpoint that its origin has given back",
+        Ledger.checkpoint,
+        "held.checkpoint, held.checkpointed = -1, 0",
+        "held.checkpoint = -1",
+        paging.test_a_sequence_that_passes_its_checkpoint_while_another_holds_it_has_none,
     ),
     "aborted": Fault(
         "what all rows of a dispatch have left is registered and never written",

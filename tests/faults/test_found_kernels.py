@@ -8,11 +8,14 @@ import jax
 import pytest
 
 from ferrum_jax import implementation
-from pallas_kernels import dispatch
+from ferrum_jax.models import decoder
+from pallas_kernels import dispatch, native
 from pallas_kernels.delta_net import xla
+from support.compiler import needs_compiler
 from support.patching import Fault, applied
 from support.random_models import DENSE
 from unit.kernels import test_delta_net as delta_net
+from unit.model import test_decoder_layers as whole_layers
 from unit.model import test_implementation as guards
 
 
@@ -85,8 +88,35 @@ FAULTS = {
     ),
 }
 
+IN_ONE_CALL = {
+    "window": Fault(
+        "all layers of one call have the window of the first",
+        decoder._attending,
+        "mixer.window",
+        "config.attentions[0].window",
+        retraced(whole_layers.test_one_call_gives_what_the_composition_gives, "windows and ropes", "float16"),
+    ),
+    "rope": Fault(
+        "all layers of one call have the rotation of the first",
+        decoder._attending,
+        "ropes.index(mixer.rope)",
+        "0",
+        retraced(whole_layers.test_one_call_gives_what_the_composition_gives, "windows and ropes", "float16"),
+    ),
+    "pages": Fault(
+        "all layers of one call look for pages in the table of the first pool",
+        native.decoder_layers,
+        "(slots, table.page_table)",
+        "(slots, tables[0].page_table)",
+        retraced(whole_layers.test_one_call_gives_what_the_composition_gives, "windows and ropes", "float16"),
+    ),
+}
+FAULTS |= IN_ONE_CALL
 
-@pytest.mark.parametrize("name", FAULTS)
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[needs_compiler, pytest.mark.slow] if name in IN_ONE_CALL else []) for name in FAULTS]
+)
 def test_every_fault_is_noticed(name):
     fault = FAULTS[name]
     fault.guard()

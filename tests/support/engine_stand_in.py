@@ -204,7 +204,7 @@ class Executor:
                 for page in target.tolist():
                     self._writable(pool, page)
                 pages[target] = pages[source]
-        self._copy_states([pair for part, *pair in dispatch.copies if part == len(self.pages)])
+        self.copy([copy for copy in dispatch.copies if copy[0] == len(self.pages)])
         slots = [row.slot for row in dispatch.rows]
         require(len(set(slots)) == len(slots) <= self.config.max_seqs, f"slots of a dispatch: {slots}")
         for row in dispatch.rows:
@@ -215,6 +215,17 @@ class Executor:
         for i, row in enumerate(made):
             tokens[i, : len(row)] = row
         return _Pending(dispatch, tokens)
+
+    def copy(self, copies: list[tuple[int, int, int]]) -> None:
+        """Of states alone."""
+        slots = range(self.config.max_seqs)
+        for first in range(0, len(copies), _COPIES):
+            part, source, target = np.asarray(copies[first : first + _COPIES]).T
+            require(set(part.tolist()) == {len(self.pages)}, "a copy of pages by the way")
+            require(len(set(target.tolist())) == len(target), "a state is copied to a place twice at once")
+            for place in {*source.tolist(), *target.tolist()}.difference(slots):
+                require(place < slots.stop + self.config.num_checkpoints, f"a copy of state {place}")
+            self.states[target] = self.states[source]
 
     def fetch(self, pending: _Pending, scored: bool, scored_prompt: bool) -> steps.Results:
         self._strike("fetch", pending.dispatch)
@@ -242,15 +253,6 @@ class Executor:
     def _state(self, pools: list[Any], states: Any) -> DecodeState:
         recurrent = () if states is None else ({"state": states},)
         return DecodeState(tuple(KVCache(pages, None, self.kv_dtype) for pages in pools), recurrent)
-
-    def _copy_states(self, copies: list[Any]) -> None:
-        slots = range(self.config.max_seqs)
-        for first in range(0, len(copies), _COPIES):
-            source, target = np.asarray(copies[first : first + _COPIES]).T
-            require(len(set(target.tolist())) == len(target), "a state is copied to a place twice at once")
-            for place in {*source.tolist(), *target.tolist()}.difference(slots):
-                require(place < slots.stop + self.config.num_checkpoints, f"a copy of state {place}")
-            self.states[target] = self.states[source]
 
     def _advance(self, row: Row, first: int, count: int) -> None:
         """The state of a row, which has read `first` tokens, reads some more."""
@@ -420,8 +422,9 @@ def _check_checkpoints(engine: Engine) -> None:
     assert all(place in pool._entries for place in pool._cached), "a cached checkpoint without text"
     assert engine.config.prefix_cache or not pool._entries, "text is registered without a prefix cache"
     for place, entry in pool._entries.items():
-        assert states[place, 1] % size == 0 and states[place, 1] > 0, "a checkpoint inside a page"
-        assert (entry.parent == ledger.root(states[place, 2])) == (states[place, 1] == size), "a checkpoint elsewhere"
+        before = states[place, 1] - entry.length
+        assert before >= 0 and before % size == 0 and 0 < entry.length <= size, "a checkpoint of another place"
+        assert (entry.parent == ledger.root(states[place, 2])) == (before == 0), "a checkpoint elsewhere"
 
 
 def _check_pool(engine: Engine, number: int) -> None:
@@ -442,10 +445,11 @@ def _check_pool(engine: Engine, number: int) -> None:
     assert {e.digest: page for page, e in pool._entries.items()} == pool._pages, "a page and its digest differ"
     assert engine.config.prefix_cache or not pool._entries, "text is registered without a prefix cache"
     for page, entry in pool._entries.items():
-        content = contents[page]
+        content = contents[page, : entry.length]
         tokens = np.frombuffer(entry.tokens, np.int32)
         first, adapter = content[0, 1:]
-        positions = np.arange(first, first + size)
+        positions = np.arange(first, first + entry.length)
+        assert entry.length == size or ledger.checkpoints is not None, "a page is registered before it is full"
         right = first % size == 0 and (content[:, 0] == tokens).all() and (content[:, 1] == positions).all()
         right = right and (content[:, 2] == adapter).all()
         assert bool(right), f"page {page} does not hold the text that it is registered with"

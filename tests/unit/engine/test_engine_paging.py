@@ -134,7 +134,65 @@ def test_layers_that_recur_go_on_from_a_checkpoint():
         saved.append(engine.metrics()["prefix_saved_tokens"] - sum(saved))
     assert saved == [0, 8, 0, 4, 8]  # of the first page alone there was no state before the third prompt
     metrics = engine.metrics()
-    assert metrics["checkpoints_cached"] == 2 and metrics["checkpoints_free"] == 30 and not metrics["checkpoint_evictions"]
+    assert metrics["checkpoints_cached"] == 7 and metrics["checkpoints_free"] == 25 and not metrics["checkpoint_evictions"]
+
+
+@pytest.mark.parametrize("windows", [[0], [3], [0, 3]])
+@pytest.mark.parametrize(("steps", "drafts"), [(1, 0), (4, 0), (4, 2)])
+def test_a_conversation_goes_on_from_the_end_of_an_answer(windows, steps, drafts):
+    """Wherever in a page that is, and again after the next answer; the newest token of a text is never in its state."""
+    for length in range(1, 6):
+        engine = engine_of(recurs=True, windows=windows, num_pages=20, steps_per_dispatch=steps, speculation=drafts)
+        text, saved = list(range(1, length + 1)), 0
+        for turn in range(3):
+            request = engine.submit(text, GREEDY)
+            answers(engine, request)
+            metrics = engine.metrics()
+            assert metrics["prefix_saved_tokens"] - saved == (len(text) - 3 if turn else 0)
+            saved = metrics["prefix_saved_tokens"]
+            text += [*request.token_ids, 1, 2]
+
+
+def test_a_text_that_the_device_has_left_behind_makes_no_checkpoint():
+    """A stop string ends it here, and the next step of the device is on its way."""
+    params = fj.SamplingParams(max_tokens=30, ignore_eos=True, seed=0)
+    whole = expected([1, 2, 3], params, 0, 60).text
+    for length in range(2, 9):
+        engine = engine_of(recurs=True)
+        request = engine.submit([1, 2, 3], dataclasses.replace(params, stop=whole[:length]))
+        answers(engine, request)
+        assert request.finish_reason == "stop" and not engine.metrics()["checkpoints_cached"]
+        answers(engine, engine.submit([1, 2, 3, *request.token_ids, 1], GREEDY))
+        assert not engine.metrics()["prefix_saved_tokens"]
+
+
+def test_a_checkpoint_without_a_place_is_none():
+    """There is one place: for the end of a text if it has none of its prompt, which it holds as long as it runs."""
+    for prompt, saved in (([1, 2, 3], 8), ([1, 2, 3, 4, 5], 4)):
+        engine = engine_of(recurs=True, checkpoints=1, num_pages=20)
+        for text in ([5, *prompt], prompt):
+            request = engine.submit(text, GREEDY)
+            answers(engine, request)
+            assert engine.metrics()["checkpoints_cached"] == 1 and not engine.metrics()["prefix_saved_tokens"]
+        answers(engine, engine.submit([*prompt, *request.token_ids, 3], GREEDY))
+        assert engine.metrics()["prefix_saved_tokens"] == saved
+    engine = engine_of(recurs=True, checkpoints=0)
+    answers(engine, engine.submit([1, 2, 3], GREEDY))
+    assert engine.metrics()["checkpoints_free"] == engine.metrics()["checkpoints_cached"] == 0
+
+
+def test_a_sequence_that_passes_its_checkpoint_while_another_holds_it_has_none():
+    """And there is no place for a new one: a branch of it goes on from what is found."""
+    engine, text = engine_of(recurs=True, checkpoints=1, num_pages=40), [1, 2, 3, 4, 5, 1, 2, 3]
+    params = fj.SamplingParams(max_tokens=30, ignore_eos=True, seed=0)
+    first = engine.submit([*text, 4], params)
+    while not first.token_ids:
+        step(engine)
+    second = engine.submit([*text, *text, 5], params)
+    while len(second.token_ids) < 2:
+        step(engine)
+    answers(engine, first, second, second.fork(dataclasses.replace(params, seed=1)))
+    assert engine.metrics()["prefix_saved_tokens"] == 16
 
 
 def test_a_branch_and_a_copy_of_what_recurs():

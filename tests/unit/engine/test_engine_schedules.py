@@ -8,9 +8,11 @@ ENGINE_SCHEDULES=5000 in the environment searches longer and with a new random s
 import asyncio
 import contextlib
 import dataclasses
+import json
 import os
 import random
 import threading
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -20,7 +22,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
 import ferrum_jax as fj
-from ferrum_jax.engine import EngineConfig
+from ferrum_jax.engine import EngineConfig, snapshot
 from ferrum_jax.quantized import LayerStack, QuantizedTensor
 from support.engine_stand_in import ADAPTERS, VOCAB, Injected, Model, check, expected, step, use
 from support.goldens import golden_cases, tiny_hybrids, tiny_models
@@ -33,6 +35,7 @@ PAGE_SIZES, BUDGETS, DRAFTS = [1, 1, 2, 3, 4, 7, 16], [1, 2, 3, 5, 8, 24], [0, 0
 WINDOWS = [(0,), (0,), (0,), (1,), (3,), (4,), (9,), (0, 3), (4, 0), (2, 9), (0, 1, 7)]  # of the layers of a model
 STEPS, COUNTS, STOPS = [1, None, 4], [1, 1, 1, 2, 3], [(), (), ("ab",), ("a", "cab", "d")]
 NAMES = [None, None, *ADAPTERS]
+NOWHERE = Path("/a directory that is never written")
 
 configs = st.builds(
     EngineConfig,
@@ -57,13 +60,14 @@ which = st.integers(0, 1000)
 
 
 class Schedule(RuleBasedStateMachine):
-    """The rules. `requests`: all that were accepted, with their prompts and seeds; `spoilt`: those that may end early."""
+    """The rules. `requests`: all that were accepted, with their prompts, parameters and seeds; `aborted`: those that may end
+    early; `saved`: what snapshots of them hold; `before`: how many tokens those that came of one had then."""
 
     @initialize(config=configs, context=st.integers(12, 60), windows=st.sampled_from(WINDOWS), recurs=st.booleans())
     def start(self, config, context, windows, recurs):
         self.engine = use(Model(context, *windows, recurs=recurs), config)
         self.device, self.scheduler = self.engine._executor, self.engine._scheduler
-        self.requests, self.aborted = [], set()
+        self.requests, self.aborted, self.saved, self.before = [], set(), [], {}
         self.oldest, self.left = None, 0
 
     def submitted(self, make, prompt, params):
@@ -115,6 +119,40 @@ class Schedule(RuleBasedStateMachine):
 
         self.device.between = between
         self.once()
+
+    @rule(which=which)
+    @precondition(lambda self: self.requests)
+    def save(self, which):
+        """A snapshot, without the files."""
+        request, *of = self.requests[which % len(self.requests)]
+        if request.finish_reason in ("abort", "error"):
+            return
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(
+                snapshot, "save", lambda path, name, facts, content: self.saved.append((json.dumps(facts), content, of))
+            )
+            self.engine.snapshot(request, NOWHERE)
+        self.held()
+
+    @rule(which=which)
+    @precondition(lambda self: self.saved)
+    def restore(self, which):
+        """A request of a snapshot; the one that it was taken of may run still."""
+        facts, content, of = self.saved[which % len(self.saved)]
+
+        def load(path, name, vocab, like):
+            saved = snapshot._checked(json.loads(facts), vocab)
+            if content is not None:
+                length = len(saved.prompt) + len(saved.output)
+                snapshot._check_pages(snapshot._arrays(content), like, saved.full_pages, length)
+            return saved._replace(content=content)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(snapshot, "load", load)
+            request = self.engine.restore(NOWHERE)
+        self.before[request.id] = len(request.token_ids)
+        self.requests.append((request, *of))
+        self.held()
 
     @rule()
     def reset(self):
@@ -181,9 +219,10 @@ class Schedule(RuleBasedStateMachine):
             model = self.engine.model
             right = expected(prompt, params, seed, model.max_seq_len, model.adapter_index(request.adapter))
             result = request.result()
-            outputs = list(request)
-            assert "".join(output.text for output in outputs) == result.text
-            assert [id for output in outputs for id in output.token_ids] == result.token_ids
+            outputs, before = list(request), self.before.get(request.id, 0)
+            text = "".join(output.text for output in outputs)
+            assert result.text.endswith(text) and (before or result.text == text)
+            assert [id for output in outputs for id in output.token_ids] == result.token_ids[before:]
             if result.finish_reason == "abort":
                 assert request.id in self.aborted
             elif result.finish_reason == "error":
@@ -241,6 +280,8 @@ def busy(seed: int) -> Schedule:
             "fork": (10 * bool(schedule.requests), {"which": which, "params": params, "own": dice.random() < 0.5}),
             "abort": (5 * bool(schedule.requests), {"which": which}),
             "abort_between": (4 * bool(schedule.requests), {"which": which}),
+            "save": (4 * bool(schedule.requests), {"which": which}),
+            "restore": (4 * bool(schedule.saved), {"which": which}),
             "reset": (2, {}),
             "fail": (3, {"where": dice.choice(["admit", "launch", "fetch"])}),
             "interrupt": (1, {}),
@@ -254,7 +295,7 @@ def busy(seed: int) -> Schedule:
 @pytest.mark.slow
 def test_busy_schedules():
     first = random.SystemRandom().randrange(2**32) if SCHEDULES else 0
-    found = {"dispatches": 0, "preemptions": 0, "hits": 0, "evictions": 0, "faults": 0}
+    found = {"dispatches": 0, "preemptions": 0, "hits": 0, "evictions": 0, "faults": 0, "restored": 0, "restored pages": 0}
     for seed in range(first, first + (SCHEDULES or 150)):
         try:
             schedule = busy(seed)
@@ -266,6 +307,8 @@ def test_busy_schedules():
         found["hits"] += schedule.scheduler.hit_pages
         found["evictions"] += schedule.scheduler.ledger.evictions
         found["faults"] += len(schedule.device.struck)
+        found["restored"] += len(schedule.before)
+        found["restored pages"] += sum(content is not None for _, content, _ in schedule.saved)
     print(found)
     assert min(found.values()) > (SCHEDULES or 150) / 2, found  # the schedules cover the events that they are for
 
