@@ -158,7 +158,7 @@ class _Model:
     def prefill(self, batch: int, context: int) -> int:
         """The temporaries of the step that reads a chunk of the prompts and samples: `steps.mixed`."""
         longest = EngineConfig(max_seqs=batch).longest
-        starts = _numbers(batch), _numbers(batch + 1), jax.ShapeDtypeStruct((batch,), jnp.bool_)
+        starts = _numbers(batch), _numbers(batch + 1), jax.ShapeDtypeStruct((batch,), jnp.bool_), _numbers(2, batch)
         mixed = functools.partial(steps.mixed, tokens=longest)
         return self._temporaries("prefill", mixed, batch, context, *starts)
 

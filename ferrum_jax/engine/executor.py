@@ -113,9 +113,10 @@ class Executor:
             starts = np.full(bucket.rows, -1, np.int32)
             counts = np.zeros(bucket.rows + 1, np.int32)
             samples = np.zeros(bucket.rows, bool)
+            keeps = np.full((2, bucket.rows), -1, np.int32)
             for i, row in enumerate(dispatch.rows):
-                starts[i], counts[i + 1], samples[i] = row.start, row.length, row.samples
-            last = starts, counts.cumsum(dtype=np.int32), samples
+                starts[i], counts[i + 1], samples[i], keeps[:, i] = row.start, row.length, row.samples, row.keeps
+            last = starts, counts.cumsum(dtype=np.int32), samples, keeps
         self.state, self.slots, results = program(self.model.params, self.state, self.slots, rows, table, *last)
         return results
 
@@ -211,7 +212,12 @@ class Executor:
         number = np.zeros(bucket.rows, np.int32)
         rows = number, np.zeros((len(self.num_pages) * bucket.rows, self.pages_a_sequence), np.int32), number
         if bucket.tokens:
-            arguments = *rows, np.zeros(bucket.rows + 1, np.int32), np.zeros(bucket.rows, bool)
+            arguments = (
+                *rows,
+                np.zeros(bucket.rows + 1, np.int32),
+                np.zeros(bucket.rows, bool),
+                np.zeros((2, bucket.rows), np.int32),
+            )
             static = {"tokens": bucket.tokens, "config": config}
             return programs.get(steps.mixed, self.model.params, state, slots, *arguments, donate=(1, 2), **static)
         static = {"steps": self.config.steps, "speculation": self.config.speculation, "config": config}

@@ -6,11 +6,11 @@ window need only the pages within it, so pages before it are given back, and the
 what its layers will look at.
 
 Layers that recur have one state of a text, at its end. A running sequence has it in the place of its slot. A checkpoint is a
-copy of it, made between two dispatches: it is found, shared and evicted like pages, and the beginning of a text is found only
-up to a checkpoint. A state is as large as the pages of thousands of tokens, so a sequence makes few: before the last page of
-its prompt, where its text diverges from a known one, and at its end, so that a conversation continues from there. The first two
-are at the end of a page, and each sequence holds the newest of them. At its end the last page is registered for the tokens that
-it has, and a text that continues from there begins with a copy of it.
+copy of it, or is written in addition to it by the step that passes it: it is found, shared and evicted like pages, and the
+beginning of a text is found only up to a checkpoint. A state is as large as the pages of thousands of tokens, so a sequence
+makes few: before the last page of its prompt, where its text diverges from a known one, and at its end, so that a conversation
+continues from there. The first two are at the end of a page, and each sequence holds the newest of them. At its end the last
+page is registered for the tokens that it has, and a text that continues from there begins with a copy of it.
 """
 
 from __future__ import annotations
@@ -52,8 +52,9 @@ class Held:
 
 class Found(NamedTuple):
     """The beginning of a text that is in the state. pages: full ones for each pool, -1 for those before its window; digests: of
-    those that are registered; rest: in each pool the page whose beginning holds the next `more` tokens, to be copied; checkpoint:
-    of the layers that recur, -1 for none; known: how many pages would be found if there were a checkpoint after them."""
+    those that are registered; rest: in each pool the page whose beginning holds the next `more` tokens, to be copied;
+    checkpoint: of the layers that recur, -1 for none; known: how many pages would be found if there were a checkpoint after
+    them."""
 
     pages: list[list[int]]
     digests: list[bytes]
@@ -172,25 +173,22 @@ class Ledger:
         return held, copies
 
     def at_most(self, held: Held, prefilled: int, count: int) -> int:
-        """How many of the next `count` tokens of a prompt may be read at once, so that the step ends at its next stop."""
-        stop = next((stop * self.page_size for stop in held.stops if stop * self.page_size > prefilled), prefilled + count)
-        return min(count, stop - prefilled)
+        """How many of the next `count` tokens of a prompt may be read at once: a step passes one stop."""
+        beyond = [stop * self.page_size for stop in held.stops if stop * self.page_size > prefilled][1:2]
+        return min([count, *(stop - prefilled for stop in beyond)])
 
     def checkpoint(self, held: Held, prefilled: int, slot: int) -> list[tuple[int, int, int]]:
         """The copies that make a checkpoint of a sequence that has read `prefilled` tokens, if it has a stop there and a place
         is free."""
-        if not held.stops or held.stops[0] * self.page_size != prefilled:
-            return []
-        assert self.checkpoints is not None
-        full = held.stops.pop(0)
-        if held.checkpoint >= 0:
-            self.checkpoints.give_back(held.checkpoint)
-            held.checkpoint, held.checkpointed = -1, 0
-        if not self.checkpoints.available:
-            return []
-        held.checkpoint, held.checkpointed, held.fresh = self.checkpoints.take(), full, True
-        held.settles_at = 0
-        return [(len(self.pools), slot, held.checkpoint)]
+        here = held.stops and held.stops[0] * self.page_size == prefilled
+        return [(len(self.pools), slot, held.checkpoint)] if here and self._takes_checkpoint(held) else []
+
+    def passed(self, held: Held, prefilled: int, count: int) -> tuple[int, int]:
+        """The stop that a sequence passes inside its next `count` tokens: the index of the last of them before it, and the
+        place for a checkpoint; (-1, -1) if there is none."""
+        here = held.stops and prefilled < held.stops[0] * self.page_size < prefilled + count
+        last = held.stops[0] * self.page_size - prefilled - 1 if here else -1
+        return (last, held.checkpoint) if here and self._takes_checkpoint(held) else (-1, -1)
 
     def end(self, held: Held, tokens: Sequence[int], written: int, adapter: int, slot: int) -> list[tuple[int, int, int]]:
         """The copies that make a checkpoint of a sequence that ends with `written` tokens, where there is a place. It is found
@@ -373,6 +371,18 @@ class Ledger:
         yield from zip(self.pools, found.pages, strict=True)
         if self.checkpoints is not None:
             yield self.checkpoints, [found.checkpoint]
+
+    def _takes_checkpoint(self, held: Held) -> bool:
+        """Whether a place is free for a checkpoint at the next stop; the sequence holds it then."""
+        assert self.checkpoints is not None
+        full = held.stops.pop(0)
+        if held.checkpoint >= 0:
+            self.checkpoints.give_back(held.checkpoint)
+            held.checkpoint, held.checkpointed = -1, 0
+        if self.checkpoints.available:
+            held.checkpoint, held.checkpointed, held.fresh = self.checkpoints.take(), full, True
+            held.settles_at = 0
+        return held.checkpoint >= 0
 
     def _register_checkpoint(self, held: Held, tokens: Sequence[int], adapter: int) -> None:
         """Registers a checkpoint so that it can be found."""

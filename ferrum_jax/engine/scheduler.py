@@ -133,7 +133,7 @@ class Scheduler:
                 if self._grow(sequence, sequence.prefilled + count):
                     copies += self.ledger.checkpoint(sequence.held, sequence.prefilled, sequence.slot)
                     budget -= count
-                    yield _prompt_row(sequence, count)
+                    yield self._prompt_row(sequence, count)
         for sequence in list(self.waiting):
             if not budget or not self._slots or self.preemptions > preemptions:
                 return
@@ -149,7 +149,12 @@ class Scheduler:
             count = self._next(sequence, budget)
             self._grow(sequence, sequence.prefilled + count)
             budget -= count
-            yield _prompt_row(sequence, count)
+            yield self._prompt_row(sequence, count)
+
+    def _prompt_row(self, sequence: Sequence, count: int) -> Row:
+        start, held = sequence.prefilled, sequence.held
+        keeps = self.ledger.passed(held, start, count)
+        return Row(sequence, sequence.epoch, start, count, start + count == sequence.target, sequence.slot, held, keeps)
 
     def _next(self, sequence: Sequence, budget: int) -> int:
         """The number of tokens of its prompt that a sequence reads next."""
@@ -233,8 +238,3 @@ def _growing(sequence: Sequence) -> bool:
 def _decoded(sequence: Sequence, tokens: int) -> int:
     """The largest number of tokens of a decoding sequence in pages after `tokens` more are generated."""
     return min(len(sequence.tokens) - 1 + sequence.pending + tokens, sequence.limit - 1)
-
-
-def _prompt_row(sequence: Sequence, count: int) -> Row:
-    samples = sequence.prefilled + count == sequence.target
-    return Row(sequence, sequence.epoch, sequence.prefilled, count, samples, sequence.slot, sequence.held)

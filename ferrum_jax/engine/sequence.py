@@ -60,7 +60,7 @@ class Extras(NamedTuple):
 class Row(NamedTuple):
     """A sequence's part in a dispatch: `length` known tokens from `start` on; start -1: its newest token, from the device.
     `samples`: whether the next token is chosen. `slot`, `held`: where it runs and what it holds, even if that changes before
-    the launch."""
+    the launch. `keeps`: after which of its tokens the state of layers that recur is kept as well, and the place."""
 
     sequence: Sequence
     epoch: int
@@ -69,6 +69,7 @@ class Row(NamedTuple):
     samples: bool
     slot: int
     held: Held
+    keeps: tuple[int, int] = (-1, -1)
 
     @property
     def valid(self) -> bool:

@@ -7,6 +7,7 @@ sampling. A row that has ended, or whose slot is -1, writes nothing and reads no
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -57,6 +58,7 @@ def mixed(
     starts: jax.Array,
     query_starts: jax.Array,
     samples: jax.Array,
+    keeps: jax.Array,
     *,
     config: ModelConfig,
     tokens: int,
@@ -65,11 +67,17 @@ def mixed(
 
     rows int32 [R]: the slot of each, -1 for none; table int32 [pools * R, P]: their pages, pool after pool; starts int32 [R]:
     the position of a row's first token, -1 for only its newest token; query_starts int32 [R + 1]; samples bool [R]: rows that
-    choose their next token.
+    choose their next token; keeps int32 [2, R]: after which token of a row, except the last one, the state of layers that recur
+    is kept as well, and its place (-1, -1: nowhere).
     """
     live = (rows >= 0) & ((starts >= 0) | ~slots.done[rows])
     first = jnp.where(starts >= 0, starts, slots.length[rows] - 1)
-    hidden, state = _hidden(params, state, slots, rows, table, first, query_starts, live, tokens, config)
+
+    def after(row: jax.Array, token: jax.Array) -> jax.Array:
+        last = jnp.where(token == jnp.diff(query_starts)[row] - 1, rows[row], -1)
+        return jnp.where(token == keeps[0, row], keeps[1, row], last)
+
+    hidden, state = _hidden(params, state, slots, rows, table, first, query_starts, live, tokens, config, after)
     last = jnp.clip(query_starts[1:] - 1, 0, tokens - 1)
     logits = functional.unembed(params, hidden[last], config=config)
     scores = _prompt_scores(params, hidden, slots, rows, first, query_starts, config)
@@ -130,10 +138,11 @@ def decode(
         """Runs the newest token and the draft after it as one prompt, then chooses tokens as long as they equal the draft."""
         first, lengths = slots.length[rows] - 1, jnp.where(alive, drafted + 1, 0)
         starts = jnp.concatenate([jnp.zeros((1,), jnp.int32), jnp.cumsum(lengths)])
-        after = None
-        if state.recurrent:  # the last places are for verification, `width` per slot
-            after = state.counts[-1] - (slots.length.shape[0] - rows[:, None]) * width + jnp.arange(width)
-        hidden, state = _hidden(params, state, slots, rows, table, first, starts, alive, count * width, config, after)
+        # The last places of states that recur are those of verification, `width` for each slot.
+        places = state.counts[-1] - (slots.length.shape[0] - rows[:, None]) * width + jnp.arange(width)
+        hidden, state = _hidden(
+            params, state, slots, rows, table, first, starts, alive, count * width, config, lambda *at: places[at]
+        )
         inputs = jnp.clip(starts[:-1, None] + jnp.arange(width), 0, count * width - 1)
         logits = functional.unembed(params, hidden[inputs].reshape(count * width, -1), config=config)
         logits = logits.reshape(count, width, -1)
@@ -147,9 +156,9 @@ def decode(
 
         slots, results, _ = lax.fori_loop(0, width, one, (slots, results, alive))
         made = slots.length[rows] - first - 1
-        if after is not None:  # the state after the tokens that were right
+        if state.recurrent:  # the state after the tokens that were right
             target = jnp.where(alive, rows, state.counts[-1])
-            state = state.copy_states(after[:, 0] + made - 1, target)
+            state = state.copy_states(places[:, 0] + made - 1, target)
         return state, learn(slots, rows, drafted, made - 1), results
 
     def step(carry: Any) -> Any:
@@ -183,11 +192,11 @@ def _hidden(
     live: jax.Array,
     tokens: int,
     config: ModelConfig,
-    after: jax.Array | None = None,
+    after: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
 ) -> tuple[jax.Array, Any]:
-    """Final hidden states [tokens, hidden_size] of the texts of rows from position `first` on, and the state. after int32 [R,
-    N]: the place for the state of layers that recur after each token of a row; None: only after the last token, in the row's
-    slot."""
+    """Final hidden states [tokens, hidden_size] of the texts of rows from position `first` on, and the state. after: the place
+    for the state of layers that recur after a token, -1 for nowhere, given its row and its index there, int32 [tokens] all;
+    None: only after the last token, in the row's slot."""
     token = jnp.arange(tokens, dtype=jnp.int32)
     row = jnp.clip(jnp.searchsorted(query_starts, token, side="right") - 1, 0, rows.shape[0] - 1).astype(jnp.int32)
     there = (token < query_starts[-1]) & live[row]
@@ -204,7 +213,7 @@ def _hidden(
         logits_rows=jnp.zeros((0,), jnp.int32),
         adapters=slots.adapter[rows[row]] if COLUMNS in params else None,
         states=rows if state.recurrent else None,
-        state_writes=after[row, token - query_starts[row]] if state.recurrent and after is not None else None,
+        state_writes=after(row, token - query_starts[row]) if state.recurrent and after is not None else None,
     )
     return functional.hidden(params, state, batch, config=config)
 

@@ -55,7 +55,7 @@ FAULTS = {
     ),
     "passed": Fault(
         "a branch goes on from a checkpoint that its origin has given back",
-        Ledger.checkpoint,
+        Ledger._takes_checkpoint,
         "held.checkpoint, held.checkpointed = -1, 0",
         "held.checkpoint = -1",
         paging.test_a_sequence_that_passes_its_checkpoint_while_another_holds_it_has_none,

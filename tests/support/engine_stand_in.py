@@ -261,6 +261,11 @@ class Executor:
             held, right = tuple(self.states[row.slot].tolist()), state_of(text[:first], adapter)
             require(first == 0 or held == right, f"slot {row.slot} has the state {held}, not {right}")
             self.states[row.slot] = state_of(text[: first + count], adapter)
+            last, place = row.keeps
+            if place >= 0:
+                require(0 <= last < count - 1 and (first + last + 1) % self.config.page_size == 0, "a state is kept elsewhere")
+                require(self.config.max_seqs <= place < len(self.states), f"a state is kept at {place}")
+                self.states[place] = state_of(text[: first + last + 1], adapter)
 
     def _strike(self, where: str, dispatch: Dispatch) -> None:
         if self.fault == where:

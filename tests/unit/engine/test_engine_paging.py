@@ -137,6 +137,19 @@ def test_layers_that_recur_go_on_from_a_checkpoint():
     assert metrics["checkpoints_cached"] == 7 and metrics["checkpoints_free"] == 25 and not metrics["checkpoint_evictions"]
 
 
+@pytest.mark.parametrize(("budget", "launches"), [(20, 6), (9, 7), (8, 7), (4, 9)])
+def test_a_checkpoint_costs_no_dispatch(budget, launches):
+    """Of 13 tokens; the checkpoint is after 12. Then five more tokens are decoded, one a dispatch."""
+    counts = []
+    for recurs in (False, True):
+        engine = engine_of(recurs=recurs, token_budget=budget)
+        answers(engine, engine.submit([1, 2, 3, 4, 5, 1, 2, 3, 4, 5, 1, 2, 3], GREEDY))
+        counts.append(engine._executor.launches)
+        answers(engine, engine.submit([1, 2, 3, 4, 5, 1, 2, 3, 4, 5, 1, 2, 4], GREEDY))
+        assert engine.metrics()["prefix_saved_tokens"] == 12
+    assert counts == [launches, launches]
+
+
 @pytest.mark.parametrize("windows", [[0], [3], [0, 3]])
 @pytest.mark.parametrize(("steps", "drafts"), [(1, 0), (4, 0), (4, 2)])
 def test_a_conversation_goes_on_from_the_end_of_an_answer(windows, steps, drafts):
