@@ -23,18 +23,14 @@ from typing import Any
 
 from pallas_kernels import dispatch, native
 from pallas_kernels.decoder_layers.parts import Attending, LayerShape, Part, Stack
-from pallas_kernels.grouped_matmul import CLAMPED
-from pallas_kernels.native.tables import ROLES, ROUTER_FORMAT
+from pallas_kernels.native.tables import ROLES, ROUTER_FORMAT, is_matrix
 
 __all__ = ["BACKENDS", "ROLES", "Attending", "LayerShape", "Part", "Stack", "backend_for"]
 
 
 BACKENDS = (
     dispatch.Backend("native", native.refuses, lambda: native),
-    dispatch.composed(
-        *("quantized_matmul", "swiglu", "grouped_matmul", "expert_ffn", "append", "paged_attention", "route"),
-        features=(CLAMPED,),
-    ),
+    dispatch.composed("quantized_matmul", "swiglu", "grouped_matmul", "expert_ffn", "append", "paged_attention", "route"),
 )
 
 
@@ -48,12 +44,11 @@ def backend_for(
 ) -> Any:
     """The functions of the backend that computes all these layers in one call, or None."""
     unknown = {role for layer in layers for role in layer} - set(ROLES)
-    matrices = {(role, part.stack) for layer in layers for role, part in layer.items() if not role.endswith(("norm", "bias"))}
+    matrices = {(role, part.stack) for layer in layers for role, part in layer.items() if is_matrix(role)}
     named = ((role, stacks[number]) for role, number in matrices)
     kinds = {(stack.format, stack.memory_layout) for role, stack in named if (role, stack.format) != ("router", ROUTER_FORMAT)}
     sizes = (hidden, shape.head_dim, len(unknown), shape.kinds)
     target = dispatch.target("decoder_layers", implementation)
-    features = (CLAMPED,) if shape.clamp else ()
-    cases = [dispatch.Case("decoder_layers", target, *kind[:1], dtype, kind[1], sizes, features) for kind in sorted(kinds)]
+    cases = [dispatch.Case("decoder_layers", target, *kind[:1], dtype, kind[1], sizes) for kind in sorted(kinds)]
     found = [dispatch.choose(case, BACKENDS) for case in cases]
     return found[0] if found and all(one is found[0] for one in found) else None

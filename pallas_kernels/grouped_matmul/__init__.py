@@ -43,11 +43,11 @@ BACKENDS = (
     dispatch.kernels("mosaic_tpu", __name__, "tpu"),
     dispatch.Backend("xla", lambda case: None, lambda: xla),
 )
-_BIASES, CLAMPED = "biases of experts", "clamped SwiGLU"
+_BIASES, _CLAMPED = "biases of experts", "clamped SwiGLU"
 EXPERT_BACKENDS = (
-    dispatch.Backend("native", native.refuses, lambda: native, features=(_BIASES, CLAMPED)),
+    dispatch.Backend("native", native.refuses, lambda: native, features=(_BIASES, _CLAMPED)),
     *BACKENDS[1:-1],
-    dispatch.composed("grouped_matmul", features=(_BIASES, CLAMPED)),
+    dispatch.composed("grouped_matmul", features=(_BIASES, _CLAMPED)),
 )
 
 
@@ -206,7 +206,7 @@ def _expert_ffn(
     target: dispatch.Target,
     arithmetic: str,
 ) -> jax.Array:
-    features = (*((_BIASES,) if biases else ()), *((CLAMPED,) if clamp else ()))
+    features = (*((_BIASES,) if biases else ()), *((_CLAMPED,) if clamp else ()))
     backend = backend_for("expert_ffn", x, (gate, up, down), target, arithmetic, EXPERT_BACKENDS, features)
     if backend is None:
         return _composed_ffn(x, expert_ids, expert_weights, gate, up, down, biases, clamp, target, arithmetic)

@@ -18,7 +18,7 @@ from pallas_kernels.blocks import format_of
 from pallas_kernels.blocks.matrix import Matrix
 from pallas_kernels.native import build
 from pallas_kernels.native.build import isa, prepare, refusal
-from pallas_kernels.native.tables import FORMATS, ROLES
+from pallas_kernels.native.tables import FORMATS, ROLES, is_matrix
 
 if TYPE_CHECKING:
     from pallas_kernels.decoder_layers.parts import Attending, LayerShape, Part, Stack
@@ -95,9 +95,7 @@ def expert_ffn(
 ) -> jax.Array:
     """The mixture of experts of grouped_matmul: float32 [tokens, k]."""
     matrices, added = (gate, up, down), tuple(biases or ())
-    limit, alpha = clamp or (0.0, 0.0)
-    attributes = {"limit": np.float32(limit), "alpha": np.float32(alpha)}
-    return _call("ferrum_experts", [down.rows], matrices, "int8", x, expert_ids, expert_weights, last=added, **attributes)[0]
+    return _call("ferrum_experts", [down.rows], matrices, "int8", x, expert_ids, expert_weights, last=added, **_of(clamp))[0]
 
 
 def decoder_layers(
@@ -117,7 +115,7 @@ def decoder_layers(
     for places_of, layer in zip(places, layers, strict=True):
         for role, part in layer.items():
             places_of[ROLES.index(role)] = part
-    vectors = {part.stack for layer in layers for role, part in layer.items() if role.endswith(("norm", "bias"))}
+    vectors = {part.stack for layer in layers for role, part in layer.items() if not is_matrix(role)}
     arrays = [format_of(s.format).decode(s.array) if number in vectors else s.array for number, s in enumerate(stacks)]
     kept, structure = jax.tree.flatten(tuple(caches))
     angles = (part.reshape(x.shape[0], -1) for rope in ropes for part in rope)
@@ -143,6 +141,7 @@ def decoder_layers(
         scale=np.float32(shape.head_dim**-0.5),
         expert_scale=np.float32(shape.expert_scale),
         normalize=shape.normalize,
+        **_of(shape.clamp),
     )
     return y, jax.tree.unflatten(structure, results[: len(kept)]), tuple(results[len(kept) :])
 
@@ -164,6 +163,12 @@ def delta_net(
     call = jax.ffi.ffi_call("ferrum_delta_net", [result, *kept], input_output_aliases={9: 1, 10: 2})
     out, tail, memory = call(qkv, log_decay, beta, taps, jnp.asarray(layer, jnp.int32), *tables, *state, tiled=tiled)
     return out, tail, memory
+
+
+def _of(clamp: Clamp | None) -> dict[str, np.float32]:
+    """The attributes that say it; a limit of 0: there is none."""
+    limit, alpha = clamp or (0.0, 0.0)
+    return {"limit": np.float32(limit), "alpha": np.float32(alpha)}
 
 
 def _call(

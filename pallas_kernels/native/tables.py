@@ -21,7 +21,13 @@ ARITHMETIC = ("int8", "int8x2", "float32")
 ROLES = (
     "attention_norm", "query", "key", "value", "query_bias", "key_bias", "value_bias", "query_norm", "key_norm", "output",
     "output_bias", "feed_forward_norm", "gate", "up", "down", "down_bias", "router", "expert_gate", "expert_up", "expert_down",
+    "sinks", "router_bias", "expert_gate_bias", "expert_up_bias", "expert_down_bias",
 )  # fmt: skip
+
+
+def is_matrix(role: str) -> bool:
+    """Whether a parameter is multiplied; the others are norms, biases and sinks."""
+    return not role.endswith(("norm", "bias", "sinks"))
 
 
 def header() -> str:

@@ -46,6 +46,10 @@ struct Model {
       layer.gate = matrix("Q5_0", 64, 96, experts ? experts : 1);
       layer.up = matrix("IQ4_NL", 64, 96, experts ? experts : 1);
       layer.down = matrix("F16", 96, 64, experts ? experts : 1);
+      if (experts && l == 1) {
+        layer.sinks = vector(heads), layer.router_bias = vector(experts);
+        layer.more = {vector(experts * 64), vector(experts * 64), vector(experts * 96), 0.75f, 1.702f};
+      }
       layers.push_back(layer);
     }
   }
@@ -199,6 +203,7 @@ void test_layers() {
   check_layers(KvType::float16, 4, 4, 80, 5, 0, 75);
   check_layers(KvType::float16, 4, 1, 16, 0, 37, 90);
   check_layers(KvType::float16, 2, 1, 16, 0, 0, 1040);  // five ranges of positions
+  check_layers(KvType::float16, 2, 1, 16, 3, 7, 300);
 }
 
 }  // namespace testing

@@ -210,6 +210,7 @@ XLA_FFI_Error* layers(const Call& call) {
   const auto top_k = check.attribute<int64_t>("top_k");
   const auto eps = check.attribute<float>("eps"), scale = check.attribute<float>("scale");
   const auto expert_scale = check.attribute<float>("expert_scale");
+  const auto limit = check.attribute<float>("limit"), alpha = check.attribute<float>("alpha");
   const auto normalize = check.attribute<bool>("normalize");
   const auto type = check.named<ferrum::KvType>("kv_dtype", ferrum::kKvTypeNames);
   const int64_t count = int64_t(size) / (2 * kRoles);
@@ -278,12 +279,12 @@ XLA_FFI_Error* layers(const Call& call) {
     const auto place_of = [&](Role role) { return place[2 * int(role) + 1]; };
     const auto at = [&](Role role) { return call.operand(next + size_t(stack_of(role))); };
     const auto has = [&](Role role) { return stack_of(role) >= 0; };
-    const auto vector = [&](Role role, int64_t n) -> const float* {
+    const auto vector = [&](Role role, int64_t n, int64_t experts = 0) -> const float* {
       if (!has(role)) return nullptr;
       const Array stack = at(role);
-      const bool fits = stack.is(kF32, 2) && stack.dim(1) == n && place_of(role) < stack.dim(0);
-      if (!check.require(fits, "a norm or bias does not fit")) return nullptr;
-      return stack.floats() + place_of(role) * n;
+      const bool fits = stack.is(kF32, experts ? 3 : 2) && stack.from_end(1) == n && place_of(role) < stack.dim(0);
+      if (!check.require(fits && (!experts || stack.dim(1) == experts), "a norm or bias does not fit")) return nullptr;
+      return stack.floats() + place_of(role) * n * (experts ? experts : 1);
     };
     const auto matrix = [&](Role role, int64_t k, int64_t n, int64_t experts = 0) {
       if (!check.require(has(role), "a matrix is missing")) return Matrix{};
@@ -304,6 +305,7 @@ XLA_FFI_Error* layers(const Call& call) {
     layer.key_norm = vector(Role::key_norm, width);
     layer.output = matrix(Role::output, layer.query.n, hidden);
     layer.output_bias = vector(Role::output_bias, hidden);
+    layer.sinks = vector(Role::sinks, layer.query.n / width);
     layer.feed_forward_norm = vector(Role::feed_forward_norm, hidden);
     check.require(layer.attention_norm && layer.feed_forward_norm, "a layer has no norm");
     if (has(Role::router)) {
@@ -313,6 +315,10 @@ XLA_FFI_Error* layers(const Call& call) {
       layer.gate = matrix(Role::expert_gate, hidden, 0, layer.experts);
       layer.up = matrix(Role::expert_up, hidden, layer.gate.n, layer.experts);
       layer.down = matrix(Role::expert_down, layer.gate.n, hidden, layer.experts);
+      layer.router_bias = vector(Role::router_bias, layer.experts);
+      layer.more = {vector(Role::expert_gate_bias, layer.gate.n, layer.experts), vector(Role::expert_up_bias, layer.gate.n, layer.experts),
+                    vector(Role::expert_down_bias, hidden, layer.experts), limit, alpha};
+      check.require(!layer.more.gate == !layer.more.up, "gate and up have a bias both or neither");
       if (ids && check.require(routers < wanted, "there are more routers than are recorded")) {
         layer.ids = ids + routers * tokens * top_k;
         layer.weights = weights + routers++ * tokens * top_k;

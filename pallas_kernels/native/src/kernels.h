@@ -115,7 +115,9 @@ struct Layer {
   Rope rope;
   int64_t window;
   const float *attention_norm, *feed_forward_norm, *query_norm, *key_norm;
-  const float *query_bias, *key_bias, *value_bias, *output_bias, *down_bias;
+  const float *query_bias, *key_bias, *value_bias, *output_bias, *down_bias, *router_bias;
+  const float* sinks;  // [heads]: one more score of each, as in paged_attention
+  Additions more;      // of the experts
   Matrix query, key, value, output, gate, up, down, router;
   int64_t experts;
   int32_t* ids;  // [tokens, top_k], as weights: receives the router's choice; nullptr: it is not kept

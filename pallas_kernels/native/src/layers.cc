@@ -36,14 +36,16 @@ class Step {
     // Separate ranges if there would be too few tasks otherwise.
     ranges_ = ceil_div(longest, kRange);
     if (tiles_ * kv_heads >= 8 * pool.threads() || m_ > kQueryRows) ranges_ = 1;
-    int64_t floats = m_ * (2 * queries_ + 2 * keys_ + shape.hidden) + (ranges_ > 1 ? m_ * heads_ * ranges_ * (width_ + 2) : 0);
+    int64_t floats = m_ * (2 * queries_ + 2 * keys_ + shape.hidden) + width_ + (ranges_ > 1 ? m_ * heads_ * ranges_ * (width_ + 2) : 0);
     floats += floats % 2;
     q_ = static_cast<float*>(scratch(kLayer, size_t(floats) * sizeof(float) + size_t(3 * tiles_) * sizeof(int64_t)));
     k_ = q_ + m_ * queries_;
     v_ = k_ + m_ * keys_;
     y_ = v_ + m_ * keys_;
     normed_ = y_ + m_ * queries_;
-    parts_ = normed_ + m_ * shape.hidden;
+    zeros_ = normed_ + m_ * shape.hidden;
+    std::memset(zeros_, 0, size_t(width_) * sizeof(float));
+    parts_ = zeros_ + width_;
     tile_ = reinterpret_cast<int64_t*>(q_ + floats);
     for (int64_t s = 0, i = 0; s < batch.sequences; ++s)
       for (int64_t first = 0; first < count_of(s); first += tile_tokens_, ++i) {
@@ -160,7 +162,7 @@ class Step {
       isa_.attend(cache_, head, pages, some, rows, r * kRange, (r + 1) * kRange);
       for (int64_t i = 0; i < rows; ++i) isa_.merge(some[i], width_, all[i]);
     }
-    for (int64_t i = 0; i < rows; ++i) divide(all[i]);
+    for (int64_t i = 0; i < rows; ++i) finish(all[i], head * group_ + i % group_);
   }
 
   float* part(int64_t t, int64_t h, int64_t range) const { return parts_ + ((t * heads_ + h) * ranges_ + range) * (width_ + 2); }
@@ -179,11 +181,13 @@ class Step {
           std::memcpy(row.out, out, size_t(width_) * sizeof(float));
         }
       }
-      divide(row);
+      finish(row, h);
     }
   }
 
-  void divide(const Attending& row) const {
+  // The sink of head h is one more position, whose value is zero; then the sums are the result.
+  void finish(Attending& row, int64_t h) const {
+    if (layer_.sinks) isa_.merge({nullptr, zeros_, 0, 0, layer_.sinks[h], 1}, width_, row);
     if (row.total == 0) return;
     for (int64_t d = 0; d < width_; ++d) row.out[d] /= row.total;
   }
@@ -222,12 +226,15 @@ class Step {
     const Activations form = forms(isa_, Arithmetic::float32, shape_.hidden, &layer.router, 1);
     const Operand rows = prepare(pool_, isa_, form, m_, false, one, [&](int64_t t) { return normed_ + t * shape_.hidden; });
     products(pool_, isa_, Arithmetic::float32, rows, m_, &layer.router, 1, one, [&](int, int64_t first, int64_t width, const float* part) {
-      for (int64_t t = 0; t < m_; ++t) std::memcpy(logits + t * padded + first, part + t * width, size_t(width) * sizeof(float));
+      for (int64_t t = 0; t < m_; ++t) {
+        std::memcpy(logits + t * padded + first, part + t * width, size_t(width) * sizeof(float));
+        if (layer.router_bias) add(layer.router_bias + first, width, logits + t * padded + first);
+      }
     });
     for_rows([&](int64_t t) { route(logits + t * padded, experts, padded, cache_.kv_slots[t] >= 0, ids + t * top_k, weights + t * top_k); });
     float* sum = y_;  // free after attention; hidden may be wider than all queries
     if (shape_.hidden > queries_) sum = static_cast<float*>(scratch(kMixed, size_t(m_ * shape_.hidden) * sizeof(float)));
-    ferrum::experts(pool_, Arithmetic::int8, normed_, m_, shape_.hidden, ids, weights, top_k, experts, layer.gate, layer.up, layer.down, {}, sum);
+    ferrum::experts(pool_, Arithmetic::int8, normed_, m_, shape_.hidden, ids, weights, top_k, experts, layer.gate, layer.up, layer.down, layer.more, sum);
     for_rows([&](int64_t t) { add(sum + t * shape_.hidden, shape_.hidden, x_ + t * shape_.hidden); });
   }
 
@@ -260,7 +267,7 @@ class Step {
   const KvCache& cache_;
   float* x_;
   int64_t m_, width_, heads_, group_ = 1, queries_ = 0, keys_ = 0, tile_tokens_ = 1, tiles_ = 0, ranges_ = 1;
-  float *q_, *k_, *v_, *y_, *normed_, *parts_;
+  float *q_, *k_, *v_, *y_, *normed_, *zeros_, *parts_;
   int64_t* tile_;
 };
 

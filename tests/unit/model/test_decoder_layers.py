@@ -31,13 +31,20 @@ VARIANTS = {
         num_heads=(4, 2, 6), num_kv_heads=(2, 2, 1), intermediate_size=(256, 128, 160), sliding_window=(0, 5, 0)
     ),
     "moe, widths and windows": MOE.with_by_layer(expert_intermediate_size=(64, 32, 64), sliding_window=(0, 20, 9)),
+    "sinks, biases and a clamp": dataclasses.replace(
+        MOE.with_by_layer(sliding_window=(9, 0, 9)),
+        attention_sinks=True,
+        swiglu_limit=0.7,
+        swiglu_alpha=1.702,
+        experts_per_token=16,  # all: no rounding makes a token choose another one
+    ),
     "moe, sums kept": dataclasses.replace(MOE, norm_topk_prob=False, expert_weights_scale=2.5, num_experts=9),
 }
 
 
-def vectors(rng, config, size):
-    values = jnp.asarray(rng.normal(0, 0.5, (config.num_layers, size)).astype(np.float32))
-    return LayerStack({"F32": QuantizedTensor.of(values, "F32", vectors=True)}, ("F32",) * config.num_layers)
+def vectors(rng, config, *size):
+    values = jnp.asarray(rng.normal(0, 0.5, (config.num_layers, *size)).astype(np.float32))
+    return LayerStack({"F32": QuantizedTensor.of(values, "F32", vectors=len(size) == 1)}, ("F32",) * config.num_layers)
 
 
 @functools.cache
@@ -57,6 +64,12 @@ def model(name):
             attention[f"{matrix}_bias"] = vectors(rng, config, size)
         params["layers"]["feed_forward"]["down_bias"] = vectors(rng, config, 128)
         del attention["query_norm"], attention["key_norm"]
+    if config.attention_sinks is True:
+        rng, parts = np.random.default_rng(4), params["layers"]["feed_forward"]
+        params["layers"]["attention"]["sinks"] = vectors(rng, config, config.num_heads)
+        parts["router_bias"] = vectors(rng, config, 16)
+        for matrix, size in (("gate", 64), ("up", 64), ("down", 128)):
+            parts[f"expert_{matrix}_bias"] = vectors(rng, config, 16, size)
     return config, params
 
 
