@@ -61,6 +61,7 @@ def test_logits(loaded) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("loaded", [kind for kind in KINDS if kind[1] == "gguf"], ids="-".join, indirect=True)
 def test_greedy_tokens(loaded) -> None:
     check_greedy(*loaded)
 
