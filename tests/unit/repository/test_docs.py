@@ -168,6 +168,9 @@ def test_families_of_readme() -> None:
         "Qwen3": ["qwen3-q8_0", "qwen3-f16", "gptq8-qwen3", "", "compressed-qwen3", "qwen3"],
         "Qwen3-MoE": of_moe,
         "Mixtral": ["mixtral-q4_0", "mixtral-bf16", "", "awq-mixtral", "", ""],
+        "Qwen3.5": ["qwen35-gguf", "qwen35-directory", "", "", "", ""],
+        "Qwen3-Next": ["qwen3next-gguf", "qwen3next-directory", "", "", "", ""],
+        "gpt-oss": ["gpt-oss-mxfp4", "gpt-oss-bf16", "", "", "", ""],
         "BERT": ["mean-f32-gguf", "mean-f32-directory", "", "", "", ""],
     }
     readme, models = (ROOT / "README.md").read_text(encoding="utf-8"), _page("models.md")
