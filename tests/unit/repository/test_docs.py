@@ -170,7 +170,7 @@ def test_families_of_readme() -> None:
         "Mixtral": ["mixtral-q4_0", "mixtral-bf16", "", "awq-mixtral", "", ""],
         "Qwen3.5": ["qwen35-gguf", "qwen35-directory", "", "", "", ""],
         "Qwen3-Next": ["qwen3next-gguf", "qwen3next-directory", "", "", "", ""],
-        "gpt-oss": ["gpt-oss-mxfp4", "gpt-oss-bf16", "", "", "", ""],
+        "gpt-oss": ["gpt-oss-mxfp4", "gpt-oss-bf16", "", "", "", "gpt-oss-attention"],
         "BERT": ["mean-f32-gguf", "mean-f32-directory", "", "", "", ""],
     }
     readme, models = (ROOT / "README.md").read_text(encoding="utf-8"), _page("models.md")
