@@ -1,4 +1,5 @@
 // XLA's view of the kernels: five handlers that check shapes, and XLA's thread pool as a Pool.
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <new>
@@ -198,7 +199,8 @@ XLA_FFI_Error* experts(const Call& call) {
 // Operands: x, positions, query_starts, kv_lengths, for each rope cosine and sine, for each pool of pages kv_slots and
 // page_table, and the stacks. `attention`: for each layer its pool, its place there, its rope and its window. `places`: for each
 // layer and part the number of the operand among the stacks (-1: none) and the place in its first axis. Results: y, for each
-// pool its pages and the scales of an int8 cache, and, if requested, experts and weights [routers, tokens, top_k].
+// pool its pages and the scales of an int8 cache, and, if requested, experts and weights [routers, tokens, top_k]. Tokens after
+// the last sequence are padding: their y is x, their experts are `experts`, one more than there is.
 XLA_FFI_Error* layers(const Call& call) {
   Checker check(call);
   const Array x = check.operand(0, kF32, 2), positions = check.operand(1, kS32, 1), query_starts = check.operand(2, kS32, 1);
@@ -217,7 +219,7 @@ XLA_FFI_Error* layers(const Call& call) {
   check.require(size % (2 * kRoles) == 0 && int64_t(attention_size) == 4 * count, "operands do not fit");
   if (check.failed()) return check.error();
   const int64_t tokens = x.dim(0), hidden = x.dim(1);
-  const ferrum::Batch batch{tokens, kv_lengths.dim(0), positions.ints(), query_starts.ints(), kv_lengths.ints()};
+  ferrum::Batch batch{tokens, kv_lengths.dim(0), positions.ints(), query_starts.ints(), kv_lengths.ints()};
   check.require(positions.dim(0) == tokens && query_starts.dim(0) == batch.sequences + 1 && y.dim(0) == tokens &&
                     y.dim(1) == hidden && hidden % 32 == 0,
                 "the tables of the batch do not fit");
@@ -251,6 +253,7 @@ XLA_FFI_Error* layers(const Call& call) {
     check.require(from >= 0 && from <= to && to <= tokens, "query_starts must not fall");
   }
   if (check.failed()) return check.error();
+  batch.tokens = batch.sequences ? batch.query_starts[batch.sequences] : 0;  // the rest is padding, which is not computed
 
   std::vector<ferrum::Layer> all(static_cast<size_t>(count));
   int64_t routers = 0, wanted = 0;
@@ -322,6 +325,8 @@ XLA_FFI_Error* layers(const Call& call) {
       if (ids && check.require(routers < wanted, "there are more routers than are recorded")) {
         layer.ids = ids + routers * tokens * top_k;
         layer.weights = weights + routers++ * tokens * top_k;
+        std::fill(layer.ids + batch.tokens * top_k, layer.ids + tokens * top_k, int32_t(layer.experts));
+        std::fill(layer.weights + batch.tokens * top_k, layer.weights + tokens * top_k, 0.0f);
       }
     } else {
       layer.gate = matrix(Role::gate, hidden, 0);

@@ -215,4 +215,5 @@ def test_an_expert_that_is_not_there_is_refused():
     experts = [np.int32(0), stored] * 3
     with pytest.raises(jax.errors.JaxRuntimeError, match="expert 7 of 2"):
         ids, weights = np.asarray([[0, 7]], np.int32), np.ones((1, 2), np.float32)
-        call("ferrum_experts", [(1, K)], rows_of(1), ids, weights, *experts, formats="Q8_0,Q8_0,Q8_0", arithmetic="int8")
+        attributes = {"formats": "Q8_0,Q8_0,Q8_0", "arithmetic": "int8", "limit": np.float32(np.inf), "alpha": np.float32(1)}
+        call("ferrum_experts", [(1, K)], rows_of(1), ids, weights, *experts, **attributes)

@@ -163,7 +163,8 @@ def test_all_layers_in_one_call_record_too(monkeypatch, kv):
     (expected, theirs), _ = F.routing(params, cache_of(NATIVE, kv), batch, config=NATIVE)
     same = np.asarray(ids) == np.asarray(expected)
     assert same.mean() > 0.95
-    assert np.abs(np.asarray(weights) - np.asarray(theirs))[same].max() <= 0.02 * 2.5
+    read = same & (np.asarray(expected) < NATIVE.num_experts)  # the weights of padding mean nothing
+    assert np.abs(np.asarray(weights) - np.asarray(theirs))[read].max() <= 0.02 * 2.5
 
 
 def test_nothing_is_recorded_unasked(monkeypatch):
