@@ -9,9 +9,9 @@ Contract of `backend.decoder_layers(x, caches, kv_slots, tables, ropes, stacks, 
 * `stacks`: the parameters, each `Stack` with one role and one format, for all layers that have it in that format.
 * `layers`: for each layer a mapping from `ROLES` to the `Part` that the layer has: which stack, and the place in it. A layer
   with a router is a mixture of experts; any other has gate, up and down. `attending`: what each layer attends to.
-* result: x after the last layer, float32 [tokens, hidden], without meaning for padding; the caches with this step's keys and values, updated in place if
-  they were donated; with `record` the experts int32 and weights float32 of each router, both [layers with a router, tokens,
-  top_k], as in pallas_kernels.routing, else ().
+* result: x after the last layer, float32 [tokens, hidden], without meaning for padding; the caches with this step's keys and
+  values, updated in place if they were donated; with `record` the experts int32 and weights float32 of each router, both
+  [layers with a router, tokens, top_k], as in pallas_kernels.routing, else ().
 * the result is that of the composition, with dtype "int8": queries, keys and values in "int8x2", the router in float32. Row t
   depends on its sequence alone, bit for bit. There is no derivative here: see ferrum_jax.models.decoder.
 """
