@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import jax
 
-from pallas_kernels.grouped_matmul import Clamp
+from pallas_kernels.grouped_matmul.parts import Clamp
 
 
 class Stack(NamedTuple):

@@ -24,13 +24,14 @@ positions of the sequence (see `positions`), if the whole chunk is in the step.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch, native
 from pallas_kernels.delta_net import xla
+from pallas_kernels.delta_net.parts import DeltaState, Sequences
 from pallas_kernels.derivatives import derivative_of
 
 __all__ = ["BACKENDS", "DeltaState", "Sequences", "delta_net"]
@@ -39,36 +40,6 @@ BACKENDS = (
     dispatch.Backend("native", native.refuses, lambda: native),
     dispatch.Backend("xla", lambda case: None, lambda: xla),
 )
-
-
-class DeltaState(NamedTuple):
-    """The states of sequences, float32.
-
-    Attributes:
-      tail: [layers, places, K - 1, channels], the last rows of qkv, the newest last.
-      memory: [layers, places, H, dk, dv].
-    """
-
-    tail: jax.Array
-    memory: jax.Array
-
-
-class Sequences(NamedTuple):
-    """Of S sequences of a batch. int32 unless stated.
-
-    Attributes:
-      starts: [S + 1]; tokens of s are starts[s] .. starts[s + 1] - 1.
-      positions: [tokens], of each token in its sequence.
-      begins: bool [S], whether the sequence has no state yet.
-      reads: [S], the place of its state.
-      writes: [tokens], the place for the state after each token, -1 for nowhere.
-    """
-
-    starts: jax.Array
-    positions: jax.Array
-    begins: jax.Array
-    reads: jax.Array
-    writes: jax.Array
 
 
 def delta_net(

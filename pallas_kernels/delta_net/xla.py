@@ -17,7 +17,7 @@ from jax import lax
 from pallas_kernels.reductions import row_sum
 
 if TYPE_CHECKING:
-    from pallas_kernels.delta_net import DeltaState, Sequences
+    from pallas_kernels.delta_net.parts import DeltaState, Sequences
 
 Kept = tuple[jax.Array, ...]  # the tail [K - 1, channels] and the memory [H, dk, dv] of one sequence
 _EPS = 1e-6

@@ -23,7 +23,6 @@ feed-forward:
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +34,7 @@ from pallas_kernels.blocks.ordered import is_ordered, natural_rows
 from pallas_kernels.derivatives import derivative_of, linear
 from pallas_kernels.grouped_matmul import xla
 from pallas_kernels.grouped_matmul.grouping import group
+from pallas_kernels.grouped_matmul.parts import Biases, Clamp
 from pallas_kernels.quantized_matmul import backend_for
 
 BACKENDS = (
@@ -49,21 +49,6 @@ EXPERT_BACKENDS = (
     *BACKENDS[1:-1],
     dispatch.composed("grouped_matmul", features=(_BIASES, _CLAMPED)),
 )
-
-
-class Biases(NamedTuple):
-    """Of the products of E experts: gate and up float32 [E, n], down [E, k]."""
-
-    gate: jax.Array
-    up: jax.Array
-    down: jax.Array
-
-
-class Clamp(NamedTuple):
-    """Of a SwiGLU: see the contract."""
-
-    limit: float
-    alpha: float
 
 
 def grouped_matmul(

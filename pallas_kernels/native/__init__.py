@@ -22,8 +22,8 @@ from pallas_kernels.native.tables import FORMATS, ROLES, is_matrix
 
 if TYPE_CHECKING:
     from pallas_kernels.decoder_layers.parts import Attending, LayerShape, Part, Stack
-    from pallas_kernels.delta_net import DeltaState, Sequences
-    from pallas_kernels.grouped_matmul import Biases, Clamp
+    from pallas_kernels.delta_net.parts import DeltaState, Sequences
+    from pallas_kernels.grouped_matmul.parts import Biases, Clamp
     from pallas_kernels.paged_attention import KVCache, Tables
 
 __all__ = [
