@@ -85,7 +85,7 @@ def load(
       ValueError: if an argument is wrong.
     """
     begin = time.perf_counter()
-    placement = _placement(device, mesh)
+    _check_place(device, mesh)
     source = checks.path(source, "source")
     for name, directory in (("merge_adapter", merge_adapter), *(adapters.items() if isinstance(adapters, Mapping) else ())):
         if directory is not None:
@@ -110,6 +110,7 @@ def load(
     path = hub.resolve(str(source), progress=progress)
     enable_compilation_cache()
     with open_model(path, quantize=quantize, merge_adapter=merge_adapter) as checkpoint:
+        placement = Placement.of(device) if mesh is None else Placement.over(mesh)
         if (encoder := checkpoint.encoder()) is not None:
             if adapters:
                 raise UnsupportedModelError(f"{path}: adapters are for decoders, not for an embedding model")
@@ -147,18 +148,17 @@ def load(
     return model
 
 
-def _placement(device: jax.Device | None, mesh: Mesh | None) -> Placement:
-    """What the arguments of `load` ask for."""
+def _check_place(device: jax.Device | None, mesh: Mesh | None) -> None:
+    """Raises ValueError if the arguments of `load` are not one device. Does not start JAX's devices."""
+    if device is not None and not isinstance(device, jax.Device):
+        raise ValueError(f"device must be a jax.Device, as in jax.devices(), not {device!r}")
     if mesh is None:
-        if device is not None and not isinstance(device, jax.Device):
-            raise ValueError(f"device must be a jax.Device, as in jax.devices(), not {device!r}")
-        return Placement.of(device)
+        return
     if device is not None:
         raise ValueError("device and mesh are both given; a mesh has its devices")
     if not isinstance(mesh, Mesh) or mesh.size != 1:
         devices = f"one of {mesh.size}" if isinstance(mesh, Mesh) else f"{mesh!r:.200}"
         raise ValueError(f"mesh must be a jax.sharding.Mesh of one device, not {devices}; more are not supported yet")
-    return Placement.over(mesh)
 
 
 def _dtype(placement: Placement, dtype: str, progress: Progress | None) -> str:

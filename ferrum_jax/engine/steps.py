@@ -138,11 +138,12 @@ def decode(
         """Runs the newest token and the draft after it as one prompt, then chooses tokens as long as they equal the draft."""
         first, lengths = slots.length[rows] - 1, jnp.where(alive, drafted + 1, 0)
         starts = jnp.concatenate([jnp.zeros((1,), jnp.int32), jnp.cumsum(lengths)])
-        # The last places of states that recur are those of verification, `width` for each slot.
-        places = state.counts[-1] - (slots.length.shape[0] - rows[:, None]) * width + jnp.arange(width)
-        hidden, state = _hidden(
-            params, state, slots, rows, table, first, starts, alive, count * width, config, lambda *at: places[at]
-        )
+
+        def after(row: jax.Array, token: jax.Array) -> jax.Array:
+            """The last places of states that recur are those of verification, `width` for each slot."""
+            return state.counts[-1] - (slots.length.shape[0] - rows[row]) * width + token
+
+        hidden, state = _hidden(params, state, slots, rows, table, first, starts, alive, count * width, config, after)
         inputs = jnp.clip(starts[:-1, None] + jnp.arange(width), 0, count * width - 1)
         logits = functional.unembed(params, hidden[inputs].reshape(count * width, -1), config=config)
         logits = logits.reshape(count, width, -1)
@@ -158,7 +159,7 @@ def decode(
         made = slots.length[rows] - first - 1
         if state.recurrent:  # the state after the tokens that were right
             target = jnp.where(alive, rows, state.counts[-1])
-            state = state.copy_states(places[:, 0] + made - 1, target)
+            state = state.copy_states(after(jnp.arange(count), made - 1), target)
         return state, learn(slots, rows, drafted, made - 1), results
 
     def step(carry: Any) -> Any:

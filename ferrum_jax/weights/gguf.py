@@ -140,7 +140,7 @@ def _without_predictions(
     prefix = f"{architecture}."
     key, count = f"{prefix}nextn_predict_layers", f"{prefix}block_count"
     extra, blocks = metadata.get(key), metadata.get(count)
-    predicts = any(family.predicts for family in families.sharing(architecture))
+    predicts = isinstance(architecture, str) and any(family.predicts for family in families.sharing(architecture))
     if not predicts or type(extra) is not int or type(blocks) is not int or not 0 < extra < blocks:
         return metadata, tensors, {}  # what is wrong with it is for whoever reads the configuration
     layers = blocks - extra

@@ -102,7 +102,7 @@ def test_sinks_cost_no_registers(batch):
     ptx.need_kernels()
     ceilings = dict(zip(("paged_attention_splits", "paged_attention"), CEILINGS["bfloat16"]["h200"], strict=True))
     for name, kernel in kernels.items():
-        assert 0 < kernel.loop <= ceilings.get(name, 700), kernel
+        assert not name.startswith("paged_attention") or 0 < kernel.loop <= ceilings.get(name, 700), kernel
 
 
 @pytest.mark.parametrize(

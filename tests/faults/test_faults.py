@@ -46,8 +46,8 @@ FAULTS = {
     "2": Fault(
         "a prompt of exactly one page hits fully",
         Ledger.find,
-        "len(tokens) - self.page_size, self.page_size",
-        "len(tokens) - self.page_size + 1, self.page_size",
+        "if start + self.page_size >= len(tokens):",
+        "if start + self.page_size > len(tokens):",
         one_page_twice,
     ),
     "3": Fault(
@@ -199,9 +199,9 @@ FAULTS = {
     ),
     "12-pools": Fault(
         "a text is found where one pool has what another lacks",
-        Ledger.find,
-        "if all(gap <=",
-        "if any(gap <=",
+        Ledger._sees,
+        "all(",
+        "any(",
         pages.test_a_text_is_found_where_each_pool_has_what_it_looks_at,
     ),
     "12-state": Fault(

@@ -135,7 +135,7 @@ def rows_of_padding_have_no_slot():
     held = Held(1, 3)
     device.launch(Dispatch([Row(sequence, 0, 0, 3, True, 0, held)] * 5, 0, [], []))
     device.launch(Dispatch([Row(sequence, 0, -1, 1, True, 0, held)] * 5, 2, [], []))
-    (mixed, rows, (starts, query_starts, samples)), (decode, decoded, _) = seen
+    (mixed, rows, (starts, query_starts, samples, _)), (decode, decoded, _) = seen
     assert mixed == Bucket(20, 9) and rows.tolist() == [0] * 5 + [-1] * 4 and samples.tolist() == [True] * 5 + [False] * 4
     assert starts.tolist() == [0] * 5 + [-1] * 4 and query_starts.tolist() == [0, 3, 6, 9, 12, 15, 15, 15, 15, 15]
     assert decode == Bucket(0, 9) and decoded.tolist() == [0] * 5 + [-1] * 4

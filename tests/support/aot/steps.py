@@ -102,7 +102,7 @@ def engine_steps(target: str, config, header):
     programs = {
         "decode": (functools.partial(engine.decode, config=config, steps=16, speculation=0), *common, i32(())),
         "speculate": (functools.partial(engine.decode, config=config, steps=4, speculation=4), *common, i32(())),
-        "mixed": (functools.partial(engine.mixed, config=config, tokens=512), *common, i32((rows + 1,)), flags),
+        "mixed": (functools.partial(engine.mixed, config=config, tokens=512), *common, i32((rows + 1,)), flags, i32((2, rows))),
     }
     for name, (function, *arguments) in programs.items():
         memory = aot.compile_for(target, function, *arguments, donate_argnums=(1, 2)).memory_analysis()

@@ -20,6 +20,7 @@ import pytest
 
 import ferrum_jax as fj
 from ferrum_jax import hub, loading, program_store, programs
+from ferrum_jax.distributed.placement import Placement
 from pallas_kernels import cache, native
 from pallas_kernels.native import build
 from support import environment
@@ -209,23 +210,23 @@ def kept(tmp_path, monkeypatch) -> Path:
 
 def test_a_damaged_program_is_never_unpickled(kept, monkeypatch):
     whole = kept.read_bytes()
-    assert program_store.load("one", jax.devices()[0])(np.ones(3, np.float32)).tolist() == [2, 2, 2]
+    assert program_store.load("one", Placement.of())(np.ones(3, np.float32)).tolist() == [2, 2, 2]
     monkeypatch.setattr(program_store.pickle, "loads", lambda content: pytest.fail("damaged content was unpickled"))
     for place in (0, len(whole) // 2, len(whole) - 1):
         kept.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
-        assert program_store.load("one", jax.devices()[0]) is None and not kept.exists()
+        assert program_store.load("one", Placement.of()) is None and not kept.exists()
     for content in (b"", whole[:-1], whole + b"\0", whole[:20]):
         kept.write_bytes(content)
-        assert program_store.load("one", jax.devices()[0]) is None and not kept.exists()
+        assert program_store.load("one", Placement.of()) is None and not kept.exists()
 
 
 def test_programs_are_not_taken_from_a_folder_of_others(kept, monkeypatch):
     kept.parent.chmod(0o777)
     monkeypatch.setattr(program_store.pickle, "loads", lambda content: pytest.fail("another's program was unpickled"))
-    assert program_store.load("one", jax.devices()[0]) is None and kept.exists()
+    assert program_store.load("one", Placement.of()) is None and kept.exists()
     kept.parent.chmod(0o700)
     someone_else(kept.parent, monkeypatch)
-    assert program_store.load("one", jax.devices()[0]) is None and kept.exists()
+    assert program_store.load("one", Placement.of()) is None and kept.exists()
 
 
 def test_a_file_that_is_being_written_is_no_program(kept, monkeypatch):
