@@ -42,7 +42,7 @@ SMALL = dataclasses.replace(
 
 
 def one_format(name: str, layer: int | None, config: ModelConfig) -> str:
-    """Q4_K, and Q6_K of the output matrix, which is no layer's."""
+    """Q4_K, and Q6_K of the output matrix, which does not belong to a layer."""
     return "Q6_K" if name == "unembedding" else "Q4_K"
 
 

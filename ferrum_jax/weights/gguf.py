@@ -142,7 +142,7 @@ def _without_predictions(
     extra, blocks = metadata.get(key), metadata.get(count)
     predicts = isinstance(architecture, str) and any(family.predicts for family in families.sharing(architecture))
     if not predicts or type(extra) is not int or type(blocks) is not int or not 0 < extra < blocks:
-        return metadata, tensors, {}  # what is wrong with it is for whoever reads the configuration
+        return metadata, tensors, {}  # the reader of the configuration reports what is wrong with it
     layers = blocks - extra
 
     def cut(name: str, value: object) -> object:
