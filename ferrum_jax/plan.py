@@ -65,12 +65,13 @@ class Plan:
     """The answer for one target. Sizes are in bytes; None means unknown.
 
     limit: the part of the device's memory that JAX may use. weights, kv: parameters and KV cache in the device's layout.
-    temporaries: what the larger of the two steps needs in addition. total: the sum of these three, or the peak while loading
+    states: those of layers that recur, of all rows and as many checkpoints. temporaries: what the larger of the two steps needs
+    in addition. total: the sum of these four, or the peak while loading
     (the weights and twice the largest tensor) if that is more. largest_batch, largest_context: the limits at the given context,
     and at the given batch; temporaries beyond the compiled cases are assumed to grow in proportion. compile_s: of each step, on
     this machine. tokens_per_s: the rows of a decode step divided by the time to read read_bytes once, an upper limit.
-    read_bytes: the weights, with the experts that independent routing uses, and the keys and values of full rows. backends: the
-    dispatcher's choices, see `pallas_kernels.dispatch.Choice`. error: why there is no answer.
+    read_bytes: the weights, with the experts that independent routing uses, and the keys, values and states of full rows.
+    backends: the dispatcher's choices, see `pallas_kernels.dispatch.Choice`. error: why there is no answer.
     """
 
     target: str
@@ -83,6 +84,7 @@ class Plan:
     limit_counted: str = ""
     weights: int | None = None
     kv: int | None = None
+    states: int | None = None
     temporaries: int | None = None
     total: int | None = None
     largest_batch: int | None = None
@@ -143,17 +145,14 @@ class _Model:
         return memory.abstract_state(self.config, pages, PAGE, self.kv_dtype, self.placement, engine.num_states)
 
     def read_bytes(self, batch: int, context: int) -> int:
-        """Keys and values that a decode step of full rows reads."""
+        """Keys, values and states that a decode step of full rows reads."""
         seen = [min(context, kind.window or context) for kind in page_kinds(self.config)]
         pages = [batch * -(-tokens // PAGE) for tokens in seen]
         return memory.nbytes(memory.abstract_state(self.config, pages, PAGE, self.kv_dtype, self.placement, batch))
 
-    def kv_bytes(self, batch: int, context: int) -> int:
-        return memory.nbytes(self.state(batch, context))
-
     def row_bytes(self, batch: int, context: int) -> int:
-        """The bytes that grow with rows and context: the KV cache and the prompts."""
-        return self.kv_bytes(batch, context) + 4 * batch * context
+        """The bytes that grow with rows and context: the state and the prompts."""
+        return memory.nbytes(self.state(batch, context)) + 4 * batch * context
 
     def prefill(self, batch: int, context: int) -> int:
         """The temporaries of the step that reads a chunk of the prompts and samples: `steps.mixed`."""
@@ -173,7 +172,7 @@ class _Model:
         return jax.eval_shape(functools.partial(steps.new_slots, sampling, **sizes))
 
     def _temporaries(self, name: str, function: Callable, batch: int, context: int, *args: Any) -> int:
-        """The bytes that a step needs in addition to weights and KV cache: temporaries, slots, inputs, and results without an
+        """The bytes that a step needs in addition to weights and state: temporaries, slots, inputs, and results without an
         alias."""
         state = self.state(batch, context)
         ours = self.weights + memory.nbytes(state)
@@ -275,7 +274,8 @@ def compute(header: ModelSource, case: Case) -> Plan:
     device = hardware.name if isinstance(hardware, aot.Gpu) else f"TPU {hardware.generation}"
     plan = Plan(case.target, device, config.dtype, model.kv_dtype, memory=hardware.memory, weights=model.weights)
     plan.limit, plan.limit_counted = usable(case.target)
-    plan.kv = model.kv_bytes(batch, context)
+    state = model.state(batch, context)
+    plan.kv, plan.states = memory.nbytes(state.pools), memory.nbytes(state.recurrent)
     with dispatch.record() as choices:
         decode, prefill = model.decode(batch, context), model.prefill(batch, context)
     plan.compile_s = dict(model.compile_s)
@@ -283,7 +283,7 @@ def compute(header: ModelSource, case: Case) -> Plan:
     plan.temporaries = max(decode, prefill)
     # While a tensor is loaded, it exists in the layout of the file and in that of the device.
     loading = model.weights + 2 * max(tensor.nbytes for tensor in header.tensors.values())
-    plan.total = max(model.weights + plan.kv + plan.temporaries, loading)
+    plan.total = max(model.weights + plan.kv + plan.states + plan.temporaries, loading)
     plan.fits = plan.total <= plan.limit
     if loading > plan.limit:
         plan.largest_batch = plan.largest_context = 0

@@ -103,6 +103,7 @@ GPUS = {
     "h200": Gpu("NVIDIA H200", (9, 0), 132, 139 * GIB, 4_800_000_000_000, 60 << 20, 233472, 232448, 2048, 128, 1.98),
 }
 # fmt: on
+SAME_AS = {"a100": "a100-40g"}  # a name that leaves the memory open means the device with less
 TPUS = {
     "v5e": Tpu("v5e:2x2", "v5e", int(15.75 * GIB), 819_000_000_000),
     "v6e": Tpu("v6e:2x2", "v6e", int(31.24 * GIB), 1_640_000_000_000),

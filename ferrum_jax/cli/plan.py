@@ -22,7 +22,8 @@ def _targets(given: tuple[str, ...]) -> list[str]:
     """The named targets, each once. Raises UsageError for none, an unknown one or one whose compiler is missing."""
     from pallas_kernels import aot
 
-    names = list(dict.fromkeys(name.strip().lower() for text in given for name in text.split(",") if name.strip()))
+    asked = (name.strip().lower() for text in given for name in text.split(",") if name.strip())
+    names = list(dict.fromkeys(aot.SAME_AS.get(name, name) for name in asked))
     if not names:
         raise click.UsageError(f"--target is missing: give one or more of {', '.join(aot.TARGETS)}")
     for name in names:
@@ -35,7 +36,7 @@ def _targets(given: tuple[str, ...]) -> list[str]:
 
 def _json(plan: Plan) -> dict[str, Any]:
     """The fields of a plan; the names of sizes end with _bytes."""
-    sizes = ("memory", "limit", "weights", "kv", "temporaries", "total")
+    sizes = ("memory", "limit", "weights", "kv", "states", "temporaries", "total")
     return {f"{key}_bytes" if key in sizes else key: value for key, value in dataclasses.asdict(plan).items()}
 
 
@@ -48,12 +49,13 @@ def _print_plan(plan: Plan) -> None:
     def size(count: int | None) -> str:
         return "-" if count is None else readable_bytes(count)
 
-    used = sum(part or 0 for part in (plan.weights, plan.kv, plan.temporaries))
+    used = sum(part or 0 for part in (plan.weights, plan.kv, plan.states, plan.temporaries))
     loading = "; loading needs more than these" if (plan.total or 0) > used else ""
+    states = f"states of layers that recur {size(plan.states)}, " if plan.states else ""
     touched = "" if plan.experts_touched is None else f", including {plan.experts_touched:.0f} experts of each layer"
     rows = {
         "fits": ("yes" if plan.fits else "no") + (f"; {plan.help}" if plan.help else ""),
-        "needs": f"{size(plan.total)}: weights {size(plan.weights)}, KV cache {size(plan.kv)}, "
+        "needs": f"{size(plan.total)}: weights {size(plan.weights)}, KV cache {size(plan.kv)}, {states}"
         f"temporaries {size(plan.temporaries)}{loading}",
         "may use": f"{size(plan.limit)}: {plan.limit_counted}",
         "largest batch": f"{plan.largest_batch:,}",

@@ -22,8 +22,20 @@ from ferrum_jax.weights.ggml_types import BY_NAME
 from ferrum_jax.weights.gguf import GGUFFile
 from ferrum_jax.weights.source import ModelSource
 
-BUNDLED = {"qwen3:30b-a3b": "qwen3-30b-a3b-q4_k_m.json"}
-"""By alias; made by tests/goldens/scripts/make_plan_header.py."""
+BUNDLED = {
+    "qwen3:30b-a3b": "qwen3-30b-a3b-q4_k_m.json",
+    "qwen3.5:0.8b": "qwen3.5-0.8b-q4_k_m.json",
+    "qwen3.5:2b": "qwen3.5-2b-q4_k_m.json",
+    "qwen3.5:4b": "qwen3.5-4b-q4_k_m.json",
+    "qwen3.5:9b": "qwen3.5-9b-q4_k_m.json",
+    "qwen3.5:27b": "qwen3.6-27b-q4_k_m.json",  # the same sizes
+    "qwen3.5:35b-a3b": "qwen3.6-35b-a3b-q4_k_m.json",
+    "qwen3.6:27b": "qwen3.6-27b-q4_k_m.json",
+    "qwen3.6:35b-a3b": "qwen3.6-35b-a3b-q4_k_m.json",
+    "gpt-oss:20b": "gpt-oss-20b-mxfp4.json",
+}
+"""By alias; made by tests/goldens/scripts/make_plan_header.py. Files of repositories that use mixes of their own differ in the
+types of some tensors."""
 
 
 def to_json(source: ModelSource) -> str:

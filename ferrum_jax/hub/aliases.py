@@ -111,6 +111,11 @@ def _aliases() -> list[Alias]:
         found.append(_hub(f"qwen3:{size.lower()}", f"Qwen/Qwen3-{size}-GGUF", f"Qwen3-{size}-Q8_0.gguf"))
     for size in ("4B", "8B", "14B", "32B", "30B-A3B"):
         found.append(_hub(f"qwen3:{size.lower()}", f"Qwen/Qwen3-{size}-GGUF", f"Qwen3-{size}-Q4_K_M.gguf"))
+    for version, sizes in (("3.5", ("0.8B", "2B", "4B", "9B", "27B", "35B-A3B")), ("3.6", ("27B", "35B-A3B"))):
+        for size in sizes:
+            stem = f"Qwen{version}-{size}"
+            file = f"{stem}-UD-Q4_K_M.gguf" if stem == "Qwen3.6-35B-A3B" else f"{stem}-Q4_K_M.gguf"
+            found.append(_hub(stem.replace("-", ":", 1).lower(), f"unsloth/{stem}-GGUF", file))
     for family, sizes in (
         ("Qwen2.5", ("0.5B", "1.5B", "3B", "7B", "14B", "32B")),
         ("Qwen2.5-Coder", ("0.5B", "1.5B", "3B", "7B", "14B", "32B")),
@@ -143,6 +148,10 @@ SAME_AS = {  # a family's name alone means the same as in ollama
     "qwen3": "qwen3:8b",
     "qwen3:30b": "qwen3:30b-a3b",
     "qwen3-moe": "qwen3:30b-a3b",
+    "qwen3.5": "qwen3.5:9b",
+    "qwen3.5:35b": "qwen3.5:35b-a3b",
+    "qwen3.6": "qwen3.6:35b-a3b",
+    "qwen3.6:35b": "qwen3.6:35b-a3b",
     "qwen2.5": "qwen2.5:7b",
     "qwen2.5-coder": "qwen2.5-coder:7b",
     "llama3.2": "llama3.2:3b",

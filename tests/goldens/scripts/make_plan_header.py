@@ -1,92 +1,167 @@
-"""Writes ferrum_jax/headers/qwen3-30b-a3b-q4_k_m.json: the header of Qwen3-30B-A3B as llama.cpp's Q4_K_M stores it.
+"""Writes the headers in ferrum_jax/headers: of published models as llama.cpp's Q4_K_M or MXFP4 stores them.
 
-    LLAMA_BINS=<directory of libllama> python tests/goldens/scripts/make_plan_header.py
+    LLAMA_BINS=<directory of libllama> python tests/goldens/scripts/make_plan_header.py [NAME ...]
 
-The sizes are those of the model's config.json. Which tensor gets which type llama.cpp itself says: it quantizes a model
-of the same architecture, layers and number of experts, but narrow and all zeros. Its shared library (the npm package
-@node-llama-cpp/linux-x64 3.22.1 holds one) is called directly. Needs gguf and 3 GB of disk in the temporary directory.
+The sizes are those of each model's config.json. Which tensor gets which type llama.cpp itself says: it quantizes a model of the
+same architecture and layers, but narrow, with few experts and all zeros. Its shared library (the npm package
+@node-llama-cpp/linux-x64 3.22.1 holds one) is called directly. Needs gguf and 1 GB of disk in the temporary directory.
 """
 
 import ctypes as c
+import dataclasses
 import json
+import math
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
 
-OUT = Path(__file__).parents[3] / "ferrum_jax" / "headers" / "qwen3-30b-a3b-q4_k_m.json"
-Q4_K_M = 15  # llama.cpp's file type
-ARCHITECTURE = "qwen3moe"
-METADATA = {
-    "general.architecture": ARCHITECTURE,
-    "general.name": "Qwen3 30B A3B",
-    "general.license": "apache-2.0",
-    "general.file_type": Q4_K_M,
-    "general.quantization_version": 2,
-    "qwen3moe.block_count": 48,
-    "qwen3moe.context_length": 40960,
-    "qwen3moe.embedding_length": 2048,
-    "qwen3moe.feed_forward_length": 6144,
-    "qwen3moe.attention.head_count": 32,
-    "qwen3moe.attention.head_count_kv": 4,
-    "qwen3moe.attention.key_length": 128,
-    "qwen3moe.attention.value_length": 128,
-    "qwen3moe.attention.layer_norm_rms_epsilon": 1e-6,
-    "qwen3moe.rope.freq_base": 1e6,
-    "qwen3moe.expert_count": 128,
-    "qwen3moe.expert_used_count": 8,
-    "qwen3moe.expert_feed_forward_length": 768,
-}
-VOCABULARY = 151936
-NARROW = {"qwen3moe.embedding_length": 256, "qwen3moe.expert_feed_forward_length": 256}
+OUT = Path(__file__).parents[3] / "ferrum_jax" / "headers"
+FILE_TYPES = {"q4_k_m": 15, "mxfp4": 38}  # llama.cpp's
 NARROW_VOCABULARY = 64
+PLAIN = ("ffn_gate_inp.", "ffn_gate_inp_shexp.", "ssm_conv1d.")  # matrices that converter and quantizer leave in F32
 
 
-def shapes(metadata: dict, vocabulary: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Every tensor with its shape, slowest axis first, in the order of convert_hf_to_gguf.py."""
-    key = {name.removeprefix(ARCHITECTURE + "."): value for name, value in metadata.items()}
-    hidden, head = key["embedding_length"], key["attention.key_length"]
-    queries, keys = key["attention.head_count"] * head, key["attention.head_count_kv"] * head
-    experts, width = key["expert_count"], key["expert_feed_forward_length"]
-    yield "output.weight", (vocabulary, hidden)
-    yield "token_embd.weight", (vocabulary, hidden)
-    for layer in range(key["block_count"]):
-        for name, *shape in (
-            ("attn_k_norm", head),
-            ("attn_k", keys, hidden),
-            ("attn_norm", hidden),
-            ("attn_output", hidden, queries),
-            ("attn_q_norm", head),
-            ("attn_q", queries, hidden),
-            ("attn_v", keys, hidden),
-            ("ffn_down_exps", experts, hidden, width),
-            ("ffn_gate_exps", experts, width, hidden),
-            ("ffn_gate_inp", experts, hidden),
-            ("ffn_norm", hidden),
-            ("ffn_up_exps", experts, width, hidden),
-        ):
-            yield f"blk.{layer}.{name}.weight", tuple(shape)
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A published model. keys: those of its architecture. Rows of `narrow` are as wide as a block of any type."""
+
+    file: str
+    architecture: str
+    name: str
+    vocabulary: int
+    tied: bool
+    keys: dict[str, Any]
+
+    def key(self, name: str) -> int:
+        return int(self.keys[name])
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        general = {
+            "general.architecture": self.architecture,
+            "general.name": self.name,
+            "general.license": "apache-2.0",
+            "general.file_type": FILE_TYPES[self.file.rpartition("-")[2]],
+            "general.quantization_version": 2,
+        }
+        return general | {f"{self.architecture}.{key}": value for key, value in self.keys.items()}
+
+    @property
+    def narrow(self) -> "Model":
+        small = {"embedding_length": 256, "feed_forward_length": 256, "attention.head_count": 4, "attention.head_count_kv": 2}
+        if "expert_count" in self.keys:  # not 8, for which llama.cpp has rules of its own
+            small |= {"expert_feed_forward_length": 256, "expert_count": 4, "expert_used_count": 2}
+        if "expert_shared_feed_forward_length" in self.keys:
+            small["expert_shared_feed_forward_length"] = 256
+        keys = {key: small.get(key, value) for key, value in self.keys.items()}
+        return dataclasses.replace(self, vocabulary=NARROW_VOCABULARY, keys=keys)
+
+
+def attention(key: Any, q: int, biases: bool = False) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Tensors of attention; q: how many times as many rows of queries as of heads."""
+    hidden, head = key("embedding_length"), key("attention.key_length")
+    heads, kv_heads = key("attention.head_count") * head, key("attention.head_count_kv") * head
+    matrices = {"k": (kv_heads, hidden), "output": (hidden, heads), "q": (q * heads, hidden), "v": (kv_heads, hidden)}
+    for name, shape in matrices.items():
+        if biases:
+            yield f"attn_{name}.bias", shape[:1]
+        elif name in ("k", "q"):
+            yield f"attn_{name}_norm.weight", (head,)
+        yield f"attn_{name}.weight", shape
+
+
+def delta_net(key: Any) -> Iterator[tuple[str, tuple[int, ...]]]:
+    hidden, state, heads = key("embedding_length"), key("ssm.state_size"), key("ssm.time_step_rank")
+    inner, channels = key("ssm.inner_size"), 2 * key("ssm.group_count") * state + key("ssm.inner_size")
+    yield "attn_gate.weight", (inner, hidden)
+    yield "attn_qkv.weight", (channels, hidden)
+    yield "ssm_a", (heads,)
+    yield "ssm_alpha.weight", (heads, hidden)
+    yield "ssm_beta.weight", (heads, hidden)
+    yield "ssm_conv1d.weight", (channels, key("ssm.conv_kernel"))
+    yield "ssm_dt.bias", (heads,)
+    yield "ssm_norm.weight", (inner // heads,)
+    yield "ssm_out.weight", (hidden, inner)
+
+
+def mixture(key: Any, biases: bool = False) -> Iterator[tuple[str, tuple[int, ...]]]:
+    hidden, experts, width = key("embedding_length"), key("expert_count"), key("expert_feed_forward_length")
+    wide = (experts, width, hidden)
+    for name, shape in (("down", (experts, hidden, width)), ("gate", wide), ("up", wide)):
+        yield f"ffn_{name}_exps.weight", shape
+        if biases:
+            yield f"ffn_{name}_exps.bias", shape[:2]
+    yield "ffn_gate_inp.weight", (experts, hidden)
+    if biases:
+        yield "ffn_gate_inp.bias", (experts,)
+
+
+def swiglu(hidden: int, width: int, suffix: str = "") -> Iterator[tuple[str, tuple[int, ...]]]:
+    yield f"ffn_down{suffix}.weight", (hidden, width)
+    yield f"ffn_gate{suffix}.weight", (width, hidden)
+    yield f"ffn_up{suffix}.weight", (width, hidden)
+
+
+def layer(model: Model, number: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    key, hidden = model.key, model.key("embedding_length")
+    yield "attn_norm.weight", (hidden,)
+    if model.architecture == "gpt-oss":
+        yield from attention(key, 1, biases=True)
+        yield "attn_sinks.weight", (key("attention.head_count"),)
+        yield "post_attention_norm.weight", (hidden,)
+        yield from mixture(key, biases=True)
+    elif model.architecture == "qwen3moe":
+        yield from attention(key, 1)
+        yield "ffn_norm.weight", (hidden,)
+        yield from mixture(key)
+    else:
+        yield from delta_net(key) if (number + 1) % key("full_attention_interval") else attention(key, 2)
+        yield "post_attention_norm.weight", (hidden,)
+        if model.architecture == "qwen35":
+            yield from swiglu(hidden, key("feed_forward_length"))
+        else:
+            yield from mixture(key)
+            yield "ffn_gate_inp_shexp.weight", (hidden,)
+            yield from swiglu(hidden, key("expert_shared_feed_forward_length"), "_shexp")
+
+
+def shapes(model: Model) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Every tensor with its shape, slowest axis first."""
+    hidden = model.key("embedding_length")
+    if not model.tied:
+        yield "output.weight", (model.vocabulary, hidden)
+    yield "token_embd.weight", (model.vocabulary, hidden)
+    for number in range(model.key("block_count")):
+        for name, shape in layer(model, number):
+            yield f"blk.{number}.{name}", shape
     yield "output_norm.weight", (hidden,)
 
 
-def write_zeros(path: Path, metadata: dict) -> None:
-    """A model file of zeros, matrices in float16, norms and router in float32 as the converter writes them."""
-    writer = gguf.GGUFWriter(path, ARCHITECTURE)
-    for name, value in metadata.items():
+def write_zeros(path: Path, model: Model) -> None:
+    """A model file of zeros, matrices in float16, norms and routers in float32 as the converter writes them."""
+    writer = gguf.GGUFWriter(path, model.architecture)
+    for name, value in model.metadata.items():
         if isinstance(value, float):
             writer.add_float32(name, value)
         elif isinstance(value, int):
             writer.add_uint32(name, value)
+        elif isinstance(value, list):
+            writer.add_array(name, value)
+        elif name.endswith("scaling.type"):
+            writer.add_string(name, value)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("qwen2")
     writer.add_token_list([chr(0x21 + i) for i in range(NARROW_VOCABULARY)])
     writer.add_token_types([1] * NARROW_VOCABULARY)
     writer.add_token_merges(["! !"])
-    for name, shape in shapes(metadata, NARROW_VOCABULARY):
-        plain = len(shape) == 1 or "ffn_gate_inp" in name
+    for name, shape in shapes(model):
+        plain = len(shape) == 1 or name.endswith(".bias") or any(part in name for part in PLAIN)
         writer.add_tensor(name, np.broadcast_to(np.zeros((), np.float32 if plain else np.float16), shape))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -100,7 +175,8 @@ class _Params(c.Structure):
     _fields_ = (("threads", c.c_int32), ("file_type", c.c_int32), ("rest", c.c_uint8 * 1016))
 
 
-def quantize(source: Path, target: Path) -> None:
+def quantize(source: Path, target: Path, file_type: int) -> None:
+    """Calls llama.cpp's quantizer on one thread."""
     bins = Path(os.environ["LLAMA_BINS"])
     c.CDLL(str(bins / "libggml-base.so"), c.RTLD_GLOBAL)
     ggml = c.CDLL(str(bins / "libggml.v0.5.0.so"), c.RTLD_GLOBAL)
@@ -111,20 +187,81 @@ def quantize(source: Path, target: Path) -> None:
     llama.llama_model_quantize.argtypes = [c.c_char_p, c.c_char_p, c.POINTER(_Params)]
     params = llama.llama_model_quantize_default_params()
     assert params.file_type == 7, "another llama.cpp: its default file type was 7, Q8_0"
-    params.threads, params.file_type = 1, Q4_K_M
+    params.threads, params.file_type = 1, file_type
     assert llama.llama_model_quantize(str(source).encode(), str(target).encode(), params) == 0
 
 
+HEADS = {"attention.head_count": 32, "attention.head_count_kv": 4, "attention.key_length": 128, "attention.value_length": 128}
+EPS = {"attention.layer_norm_rms_epsilon": 1e-6}
+
+
+def qwen35(name: str, layers: int, hidden: int, width: int, heads: int, kv_heads: int, value_heads: int, tied: bool) -> Model:
+    """A model of Qwen3.5, 3.6 or 3.8; with experts if `width` is 0."""
+    experts = {"expert_count": 256, "expert_used_count": 8, "expert_feed_forward_length": 512}
+    experts["expert_shared_feed_forward_length"] = 512
+    keys = {
+        "block_count": layers,
+        "context_length": 262144,
+        "embedding_length": hidden,
+        **({"feed_forward_length": width} if width else experts),
+        "attention.head_count": heads,
+        "attention.head_count_kv": kv_heads,
+        "attention.key_length": 256,
+        "attention.value_length": 256,
+        **EPS,
+        "rope.freq_base": 1e7,
+        "rope.dimension_count": 64,
+        "rope.dimension_sections": [11, 11, 10, 0],
+        "ssm.conv_kernel": 4,
+        "ssm.state_size": 128,
+        "ssm.group_count": 16,
+        "ssm.time_step_rank": value_heads,
+        "ssm.inner_size": 128 * value_heads,
+        "full_attention_interval": 4,
+    }
+    stem = name.lower().replace(" ", "-")
+    return Model(f"{stem}-q4_k_m", "qwen35" if width else "qwen35moe", name, 248320, tied, keys)
+
+
+MODELS = [
+    Model("qwen3-30b-a3b-q4_k_m", "qwen3moe", "Qwen3 30B A3B", 151936, False, {
+        "block_count": 48, "context_length": 40960, "embedding_length": 2048, "feed_forward_length": 6144, **HEADS, **EPS,
+        "rope.freq_base": 1e6, "expert_count": 128, "expert_used_count": 8, "expert_feed_forward_length": 768,
+    }),
+    Model("gpt-oss-20b-mxfp4", "gpt-oss", "Gpt Oss 20b", 201088, False, {
+        "block_count": 24, "context_length": 131072, "embedding_length": 2880, "feed_forward_length": 2880,
+        "attention.head_count": 64, "attention.head_count_kv": 8, "attention.key_length": 64, "attention.value_length": 64,
+        "attention.layer_norm_rms_epsilon": 1e-5, "attention.sliding_window": 128, "rope.freq_base": 150000.0,
+        "rope.scaling.type": "yarn", "rope.scaling.factor": 32.0, "rope.scaling.original_context_length": 4096,
+        "expert_count": 32, "expert_used_count": 4, "expert_feed_forward_length": 2880,
+    }),
+    qwen35("Qwen3.6 35B A3B", 40, 2048, 0, 16, 2, 32, False),
+    qwen35("Qwen3.6 27B", 64, 5120, 17408, 24, 4, 48, False),
+    qwen35("Qwen3.5 9B", 32, 4096, 12288, 16, 4, 32, False),
+    qwen35("Qwen3.5 4B", 32, 2560, 9216, 16, 4, 32, True),
+    qwen35("Qwen3.5 2B", 24, 2048, 6144, 8, 2, 16, True),
+    qwen35("Qwen3.5 0.8B", 24, 1024, 3584, 8, 2, 16, True),
+]  # fmt: skip
+
+
 def main() -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        source, target = Path(folder, "f16.gguf"), Path(folder, "q4_k_m.gguf")
-        write_zeros(source, METADATA | NARROW)
-        quantize(source, target)
-        types = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(target).tensors}
-    tensors = [[name, types.pop(name), list(shape)] for name, shape in shapes(METADATA, VOCABULARY)]
-    assert not types, types
-    rows = ",\n".join(json.dumps(tensor) for tensor in tensors)
-    OUT.write_text(f'{{"metadata": {json.dumps(METADATA, indent=1)},\n"tensors": [\n{rows}\n]}}\n')
+    """Command line."""
+    for model in MODELS:
+        if sys.argv[1:] and model.file not in sys.argv[1:]:
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            source, target = Path(folder, "f16.gguf"), Path(folder, "quantized.gguf")
+            write_zeros(source, model.narrow)
+            quantize(source, target, model.metadata["general.file_type"])
+            types = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(target).tensors}
+        tensors = [[name, types.pop(name), list(shape)] for name, shape in shapes(model)]
+        assert not types, types
+        rows = ",\n".join(json.dumps(tensor) for tensor in tensors)
+        (OUT / f"{model.file}.json").write_text(
+            f'{{"metadata": {json.dumps(model.metadata, indent=1)},\n"tensors": [\n{rows}\n]}}\n'
+        )
+        numbers = sum(math.prod(shape) for _, _, shape in tensors)
+        print(f"{model.file}: {numbers:,} numbers", flush=True)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from ferrum_jax.distributed import Placement
 from ferrum_jax.errors import ModelFileError, ModelNotFoundError, OutOfMemoryError
 from ferrum_jax.hub import huggingface
 from ferrum_jax.programs import Programs
-from ferrum_jax.state import new_cache
+from ferrum_jax.state import new_cache, recurrent_kinds
 from ferrum_jax.weights.gguf import open_gguf
 from ferrum_jax.weights.names import parameters
 from ferrum_jax.weights.stream import abstract_parameters
@@ -113,6 +113,36 @@ def test_bundled_header_is_that_of_a_full_file():
     assert headers.bundled("Qwen3:30B") is not None and headers.bundled("qwen3:8b") is None
 
 
+# How many numbers the published models have; llama.cpp states the same counts when it loads them.
+PUBLISHED = {
+    "qwen3.5:0.8b": 752_393_024,
+    "qwen3.5:2b": 1_881_825_088,
+    "qwen3.5:4b": 4_205_751_296,
+    "qwen3.5:9b": 8_953_803_264,
+    "qwen3.6:27b": 26_895_998_464,
+    "qwen3.6:35b-a3b": 34_660_610_688,
+    "gpt-oss:20b": 20_914_757_184,
+}
+
+
+@pytest.mark.parametrize("alias", PUBLISHED)
+def test_bundled_headers_are_those_of_published_models(alias):
+    header = headers.bundled(alias)
+    config = header.config()
+    parameters(header, config)
+    assert sum(math.prod(t.shape) for t in header.tensors.values()) == PUBLISHED[alias]
+    formats = {t.format for name, t in header.tensors.items() if name.endswith("_exps.weight")}
+    if alias == "gpt-oss:20b":
+        sizes = config.num_layers, config.num_heads, config.num_kv_heads, config.num_experts, config.experts_per_token
+        assert sizes == (24, 64, 8, 32, 4) and formats == {"MXFP4"} and config.by_layer("sliding_window") == (128, 0) * 12
+        assert sum(t.nbytes for t in header.tensors.values()) == pytest.approx(12.1e9, rel=0.01)  # the size of the file
+    else:
+        (kind,) = recurrent_kinds(config)
+        assert len(kind.layers) == 3 * len(config.attentions) == config.num_layers * 3 // 4
+        assert config.context_length == 262_144 and config.vocab_size == 248_320
+    assert headers.bundled("qwen3.6") is not None and headers.bundled("gpt-oss") is not None
+
+
 def test_header_of_a_file_at_hand_or_of_the_package(cut):
     remarks = []
     assert plan.find_header(str(cut)).path == cut
@@ -186,6 +216,21 @@ def test_count_of_qwen3_30b_on_h200(monkeypatch):
     assert expected - 3 <= found.largest_batch <= expected
     assert found.largest_context == 40_960 == header.metadata["qwen3moe.context_length"]
     assert set(found.compile_s) == {"prefill", "decode"} and not found.error and not found.help
+
+
+def test_states_are_counted(monkeypatch):
+    """Qwen3.6-35B-A3B: 10 layers attend, 30 recur; a row has a state and may leave a checkpoint. gpt-oss: pages of the layers
+    with a window are few."""
+    monkeypatch.setattr(aot, "compile_for", compiler(lambda batch, tokens: 100 << 20))
+    found = plan.compute(headers.bundled("qwen3.6:35b-a3b"), plan.Case("h200", 8192, 8))
+    state = 30 * 4 * (32 * 128 * 128 + 3 * (2 * 16 + 32) * 128)
+    assert found.kv == 8 * 8192 * 10 * 2 * 2 * 256 * 2 and found.states == 2 * 8 * state and found.fits
+    assert found.total == found.weights + found.kv + found.states + found.temporaries
+    expected = (found.limit - found.weights - found.temporaries) / (found.kv / 8 + 2 * state)
+    assert 0.9 * expected <= found.largest_batch <= expected  # a row also has counts for 248,320 ids
+    found = plan.compute(headers.bundled("gpt-oss:20b"), plan.Case("h200", 8192, 8))
+    page = 12 * 16 * 2 * 8 * 64 * 2  # of the layers of one kind
+    assert found.kv == 8 * page * (8192 // 16 + 42) and found.states == 0
 
 
 def test_what_a_decode_step_reads():
