@@ -1,7 +1,8 @@
 """Qwen3-Next: layers that recur and layers that attend, mixtures of experts in all layers or in some.
 
 Directories have queries, keys, values and gates of each key head one after the other in a single matrix. GGUF files have all
-queries, all keys, all values, and the gates in a separate matrix; value heads keep their order.
+queries, all keys, all values, and the gates in a separate matrix; value heads keep their order. Older files have the matrix of
+directories, as `ssm_in`.
 """
 
 from __future__ import annotations
@@ -35,10 +36,10 @@ def _gate(spec: LayerSpec) -> np.ndarray:
     return _grouped(spec)[3]
 
 
-_QKVZ = "linear_attn.in_proj_qkvz.weight"
+_QKVZ, _OLDER = "linear_attn.in_proj_qkvz.weight", "ssm_in.weight"
 _MIXER = (
-    recurrent("attn_qkv", "qkv", ("channels", "hidden"), Change(_QKVZ, _qkv)),
-    recurrent("attn_gate", "gate", ("values", "hidden"), Change(_QKVZ, _gate)),
+    recurrent("attn_qkv", "qkv", ("channels", "hidden"), Change(_QKVZ, _qkv), elsewhere=Change(_OLDER, _qkv)),
+    recurrent("attn_gate", "gate", ("values", "hidden"), Change(_QKVZ, _gate), elsewhere=Change(_OLDER, _gate)),
     recurrent("ssm_ba", "beta_alpha", ("beta_alpha", "hidden"), "linear_attn.in_proj_ba"),
     *delta_net.vectors(),
     recurrent("ssm_out", "output", ("hidden", "values"), "linear_attn.out_proj"),

@@ -42,10 +42,12 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class Change:
-    """The tensor `tensor` of a directory, where it is not as GGUF files have it; it is changed while it is read.
+    """The tensor `tensor` of a directory, or of some GGUF files, where it is not as GGUF files have it; it is changed while it
+    is read.
 
     rows, columns: by the `LayerSpec`, int arrays of which row or column of the tensor each one is, where they are others
-    (None: the same). values: of each number the one that GGUF files have, which then is in F32, be it the same.
+    (None: the same); rows of several experts count through. values: of each number the one that GGUF files have, which then is
+    in F32, be it the same.
     """
 
     tensor: str
@@ -68,7 +70,8 @@ class Tensor:
 
     gguf_rows: if GGUF files keep the rows in another order, `gguf_rows(spec, rows)` int [rows] gives for each row of the
     parameter its row in the file. quantize: whether `quantize=` changes it and GGUF files may hold it in a format other than
-    F32 (vectors always stay F32). not_in_gguf: why llama.cpp cannot read it, if it cannot.
+    F32 (vectors always stay F32). not_in_gguf: why llama.cpp cannot read it, if it cannot. elsewhere: the tensor of a layer
+    that has its rows in some GGUF files; all that share it have all of its rows.
     """
 
     name: str
@@ -80,6 +83,7 @@ class Tensor:
     gguf_rows: GgufRows | None = None
     quantize: bool = True
     not_in_gguf: str = ""
+    elsewhere: Change | None = None
 
     @property
     def stem(self) -> str:
@@ -138,6 +142,13 @@ class Table:
         changes = self._changes[layer is not None].get(inside, [])
         return [(lead + tensor.name, tensor, change) for tensor, change in changes], None if layer is None else int(layer)
 
+    def held(self, name: str) -> tuple[list[tuple[str, Tensor, Change]], int | None]:
+        """What a tensor of some GGUF files holds: GGUF names, rows of the table and changes, and the number of its layer."""
+        match = _IN_LAYER.fullmatch(name)
+        if not match or match[2] not in self._held:
+            return [], None
+        return [(f"blk.{match[1]}.{row.name}", row, change) for row, change in self._held[match[2]]], int(match[1])
+
     def own_name(self, name: str) -> str:
         """The name in directories of the tensor that GGUF files call `name`, with `*` for the number of an expert."""
         match = _IN_LAYER.fullmatch(name)
@@ -165,6 +176,15 @@ class Table:
     @functools.cached_property
     def _of_layer(self) -> dict[str, Tensor]:
         return {tensor.name: tensor for tensor in self.layer}
+
+    @functools.cached_property
+    def _held(self) -> dict[str, list[tuple[Tensor, Change]]]:
+        """Tensors that a tensor of some GGUF files holds, by its name in a layer."""
+        found: dict[str, list[tuple[Tensor, Change]]] = {}
+        for tensor in self.layer:
+            if tensor.elsewhere:
+                found.setdefault(tensor.elsewhere.tensor, []).append((tensor, tensor.elsewhere))
+        return found
 
     @functools.cached_property
     def _stems(self) -> tuple[dict[str, str], dict[str, str]]:

@@ -7,7 +7,7 @@ import functools
 import numpy as np
 
 from ferrum_jax.config import Attention, Dense, LayerSpec, Mixture, ModelConfig
-from ferrum_jax.families.table import GgufRows, Part, Table, Tensor
+from ferrum_jax.families.table import Change, GgufRows, Part, Table, Tensor
 
 IGNORED = r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
 EMBEDDINGS = (
@@ -86,8 +86,16 @@ def mixture() -> tuple[Tensor, ...]:
         ("down", "w2", narrow, Part("mlp.experts.down_proj")),
     ):
         modules = (f"mlp.experts.*.{name}_proj", f"block_sparse_moe.experts.*.{letters}", part)
-        found.append(Tensor(f"ffn_{name}_exps.weight", (path, f"expert_{name}"), axes, modules, is_mixture))
+        both = None if name == "down" else Change("ffn_gate_up_exps.weight", functools.partial(_rows_of_both, part.index))
+        found.append(Tensor(f"ffn_{name}_exps.weight", (path, f"expert_{name}"), axes, modules, is_mixture, elsewhere=both))
     return tuple(found)
+
+
+def _rows_of_both(index: int, spec: LayerSpec) -> np.ndarray:
+    """The rows of gate (0) or up (1) in a tensor that has, for each expert, those of gate and then those of up."""
+    assert isinstance(spec.feed_forward, Mixture)
+    experts, width = spec.feed_forward.num_experts, spec.feed_forward.width
+    return np.arange(experts * 2 * width).reshape(experts, 2, width)[:, index].reshape(-1)
 
 
 def sizes(config: ModelConfig, spec: LayerSpec | None) -> dict[str, int | tuple[int, int]]:

@@ -1,5 +1,5 @@
 """Tensors of a directory that hold other numbers than GGUF files, or the same in another order, are changed while they are
-read.
+read; so are those of GGUF files that hold the rows of several tensors.
 
 A table's `Change` says what differs. Rows are read in contiguous runs, so a part of a tensor costs only its own rows.
 """
@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,13 +24,14 @@ from ferrum_jax.weights.quantize import PLAIN, plain_numbers
 @dataclasses.dataclass(frozen=True, eq=False)
 class Changed:
     """A tensor made from one in a file. rows, columns: int, for each one its number in the file (columns None: the same);
-    values: as for `Change`."""
+    values: as for `Change`; count: rows in the file. Without columns and values it may be in any format."""
 
     info: TensorInfo
     shape: tuple[int, ...]
     rows: np.ndarray
     columns: np.ndarray | None
     values: Callable[[np.ndarray], np.ndarray] | None
+    count: int
 
     @property
     def name(self) -> str:
@@ -42,22 +43,23 @@ class Changed:
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * PLAIN[self.format].itemsize
+        return 4 * math.prod(self.shape) if self.values else self.info.nbytes // self.count * len(self.rows)
 
     def read_range(self, read: Read, out: np.ndarray, start: int) -> None:
         """Fills `out` with the bytes from `start` on."""
-        width, dtype = self.nbytes // len(self.rows), PLAIN[self.info.format]
+        width, size = self.nbytes // len(self.rows), self.info.nbytes // self.count
         first, last = start // width, -(-(start + out.nbytes) // width)
         rows = self.rows[first:last]
-        stored = np.empty((len(rows), math.prod(self.shape[1:])), dtype)
+        stored = np.empty((len(rows), size), np.uint8)
         cuts = [0, *(np.flatnonzero(np.diff(rows) != 1) + 1), len(rows)]
         for begin, end in itertools.pairwise(cuts):
             part = stored[begin:end]
-            part[...] = read(self.info, int(rows[begin]) * stored[0].nbytes, part.nbytes).view(dtype).reshape(part.shape)
+            part[...] = read(self.info, int(rows[begin]) * size, part.nbytes).reshape(part.shape)
         if self.columns is not None:
-            stored = stored[:, self.columns]
+            stored = stored.view(PLAIN[self.info.format])[:, self.columns]
         if self.values is not None:
-            stored = self.values(plain_numbers(stored, self.info.format)).astype("<f4")
+            numbers = stored.view(PLAIN[self.info.format])
+            stored = self.values(plain_numbers(numbers, self.info.format)).astype("<f4")
         flat = np.ascontiguousarray(stored).reshape(-1).view(np.uint8)
         out.reshape(-1)[...] = flat[start - first * width :][: out.nbytes]
 
@@ -84,7 +86,42 @@ def changed(info: TensorInfo, table: Table, layers: Sequence[Any], error: Error)
             raise error(info.name, f"shape {list(info.shape)}; expected {len(columns)} columns")
         if len(used) == len(changes) and not np.array_equal(np.sort(np.concatenate(used)), np.arange(shape[0])):
             raise error(info.name, f"shape {list(info.shape)}; expected {sum(map(len, used))} rows")
-        yield name, Changed(info, (len(rows), *shape[1:]), rows, columns, change.values)
+        yield name, Changed(info, (len(rows), *shape[1:]), rows, columns, change.values, shape[0])
+
+
+@dataclasses.dataclass(frozen=True)
+class Held(TensorInfo):
+    """A tensor whose rows are in one with another name."""
+
+    part: Changed | None = None
+
+
+def unjoined(
+    tensors: Mapping[str, TensorInfo], table: Table, layers: Callable[[], Sequence[Any]], error: Error
+) -> dict[str, TensorInfo]:
+    """The tensors of a GGUF file where those that hold the rows of several are `Held` ones. layers(): of the configuration.
+
+    Raises ModelFileError for a shape that does not fit the configuration, and for rows that are also in a separate tensor.
+    """
+    joined = {name: table.held(name) for name in tensors}
+    specs = layers() if any(held for held, _ in joined.values()) else ()
+    found: dict[str, TensorInfo] = {}
+    for name, info in tensors.items():
+        held, layer = joined[name]
+        if layer is None or layer >= len(specs) or not all(row.layers(specs[layer]) for _, row, _ in held):
+            found[name] = info
+            continue
+        rows = [change.rows(specs[layer]) for _, _, change in held if change.rows]
+        count, experts = math.prod(info.shape[:-1]), math.prod(info.shape[:-2])
+        if count != sum(map(len, rows)) or len(rows[0]) % experts:
+            raise error(name, f"shape {list(info.shape)}; expected {sum(map(len, rows))} rows in all")
+        for (own, _, _), numbers in zip(held, rows, strict=True):
+            if own in tensors:
+                raise error(own, f"is there twice: also in {name}")
+            shape = (*info.shape[:-2], len(numbers) // experts, info.shape[-1])
+            part = Changed(info, shape, numbers, None, None, count)
+            found[own] = Held(name, info.format, shape, info.path, info.offset, part.nbytes, part=part)
+    return found
 
 
 def require_plain(info: TensorInfo) -> None:

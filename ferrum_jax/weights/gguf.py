@@ -22,6 +22,7 @@ from ferrum_jax.families import Family
 from ferrum_jax.files import open_regular
 from ferrum_jax.files.metadata import Typed
 from ferrum_jax.files.tensor_info import TensorInfo
+from ferrum_jax.weights.changed import Held, unjoined
 from ferrum_jax.weights.gguf_header import Header, parse_header
 from ferrum_jax.weights.opened import Opened, checked_range, read_range
 
@@ -92,7 +93,15 @@ class GGUFFile(Opened):
         checked_range(info, out, start)
         if info.path not in self._files:
             raise ModelFileError(f"{info.path}: only the header is here, not tensor {info.name!r}")
+        if isinstance(info, Held) and info.part is not None:
+            info.part.read_range(self._raw, out, start)
+        else:
+            read_range(self._files[info.path], info, out, start)
+
+    def _raw(self, info: TensorInfo, start: int, nbytes: int) -> np.ndarray:
+        out = np.empty(nbytes, np.uint8)
         read_range(self._files[info.path], info, out, start)
+        return out
 
 
 def open_gguf(path: str | Path, *, header_only: bool = False) -> GGUFFile:
@@ -127,6 +136,12 @@ def open_gguf(path: str | Path, *, header_only: bool = False) -> GGUFFile:
         metadata, tensors, passed_over = _without_predictions(parts[0].header.metadata, tensors)
         model = GGUFFile(tuple(files), metadata, tensors, files, parts[0].header.types)
         model.passed_over = passed_over
+        if families.sharing(metadata.get("general.architecture")) and not model.family.embeds:
+
+            def error(name: str, problem: str) -> ModelFileError:
+                return ModelFileError(f"{tensors[name].path}: tensor {name}: {problem}")
+
+            model.tensors = unjoined(tensors, model.family.tensors, lambda: model.config().layers, error)
         stack.pop_all()
         return model
 

@@ -195,7 +195,7 @@ FAULTS = {
         adapter._read,
         'change.columns if factor == "A" else change.rows',
         'change.columns if factor == "A" else None',
-        in_folder(hybrids.test_an_adapter_of_every_projection_is_as_if_merged_by_hand, "qwen35", "gguf"),
+        in_folder(hybrids.test_an_adapter_of_every_projection_gives_what_peft_gives, "qwen35", "gguf"),
     ),
 }
 

@@ -1,4 +1,5 @@
-"""Golden logits and greedy tokens of the tiny models with gated delta nets, from transformers' own loading of the directories.
+"""Golden logits and greedy tokens of the tiny models with gated delta nets, from transformers' own loading of the directories,
+and logits with an adapter of all projections, from PEFT.
 
 PYTHONPATH=tests python tests/goldens/scripts/make_hybrid_goldens.py SCRATCH [NAME ...]
 """
@@ -9,6 +10,8 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import peft
+import peft.utils.transformers_weight_conversion as conversion
 import torch
 import transformers
 from make_model_goldens import greedy, logits
@@ -17,6 +20,8 @@ from support.goldens import golden_cases, tiny_models
 from support.goldens import tiny_hybrids as tiny
 
 torch.set_num_threads(1)
+# Where transformers fuses experts, PEFT takes the projections of shared experts, which have the same names, for the experts'.
+conversion._convert_peft_config_moe = lambda config, model: None
 
 
 def build(spec: tiny.Spec, path: Path) -> torch.nn.Module:
@@ -28,6 +33,17 @@ def build(spec: tiny.Spec, path: Path) -> torch.nn.Module:
     assert type(model).__name__ == tiny.CLASSES[spec.arch][0]
     assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"], report
     return model.eval()
+
+
+def adapted(spec: tiny.Spec, model: torch.nn.Module, path: Path) -> dict[str, np.ndarray]:
+    """The logits of the prompts with the case's adapter next to the weights."""
+    tiny.write_adapter(spec, path)
+    adapted = peft.PeftModel.from_pretrained(model, path).eval()
+    names = {name.removeprefix("base_model.model.") for name, part in adapted.named_modules() if hasattr(part, "lora_A")}
+    assert names == {module for module, *_ in tiny.factors(spec)}, names
+    return {
+        f"logits{i}": logits(adapted, ids) for i, ids in enumerate(tiny_models.prompts(spec.vocab, lengths=tiny.LENGTHS[:2]))
+    }
 
 
 def main() -> None:
@@ -45,6 +61,10 @@ def main() -> None:
             arrays[f"proj{i}"] = (full.astype(np.float64) @ golden_cases.projection(spec.vocab)).astype(np.float32)
             arrays[f"tokens{i}"], arrays[f"gaps{i}"] = greedy(model, ids, tiny.NEW_TOKENS)
         np.savez_compressed(tiny.HERE / f"{spec.name}.npz", digest=np.array(digest), **arrays)
+        if spec.name in tiny.WITH_ADAPTER:
+            np.savez_compressed(
+                tiny.HERE / f"{spec.name}-adapter.npz", **adapted(spec, model, scratch / f"{spec.name}-adapter")
+            )
         gap = min(arrays[f"gaps{i}"].min() for i in range(len(tiny.LENGTHS)))
         print(f"{spec.name}: spread {arrays['rows3'].std():.2f}, smallest gap {gap:.4f}", flush=True)
 

@@ -194,10 +194,10 @@ def greedy(model: torch.nn.Module, ids: list[int], count: int) -> tuple[np.ndarr
     return np.array(out, np.int32), np.array(gaps, np.float32)
 
 
-def golden(model: torch.nn.Module, vocab: int) -> dict[str, np.ndarray]:
+def golden(model: torch.nn.Module, vocab: int, lengths: tuple[int, ...] = (1, 17, 130)) -> dict[str, np.ndarray]:
     """The arrays of one case: for prompt i rows{i} of the logits, proj{i} of every row, tokens{i} and gaps{i}."""
     out = {}
-    for i, ids in enumerate(tiny_models.prompts(vocab)):
+    for i, ids in enumerate(tiny_models.prompts(vocab, lengths=lengths)):
         full = logits(model, ids)
         out[f"rows{i}"] = full[cases.kept_rows(len(ids))]
         out[f"proj{i}"] = (full.astype(np.float64) @ cases.projection(vocab)).astype(np.float32)
@@ -236,11 +236,11 @@ def make_tiny(scratch: Path, quantizer: str | None, names: list[str]) -> None:
                 subprocess.run([*quantizer.split(), str(path), str(kept), case.quantized], check=True)
             path, digest = kept, hashlib.sha256(kept.read_bytes()).hexdigest()
         rope = llama3_rope(case.spec)
-        arrays = golden(build(path, rope), case.spec.vocab)
+        arrays = golden(build(path, rope), case.spec.vocab, case.lengths)
         np.savez_compressed(cases.HERE / f"{case.name}.npz", digest=np.array(digest), **arrays)
         if case.gradient:
             np.savez_compressed(cases.HERE / f"{case.name}.grad.npz", **gradient(path, rope))
-        gap = min(arrays[f"gaps{i}"].min() for i in range(3))
+        gap = min(arrays[f"gaps{i}"].min() for i in range(len(case.lengths)))
         print(f"{case.name}: spread {arrays['rows2'].std():.2f}, smallest gap {gap:.4f}")
 
 

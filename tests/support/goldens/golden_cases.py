@@ -20,11 +20,13 @@ NEW_TOKENS = 24
 
 @dataclass(frozen=True)
 class Case:
-    """`quantized`: llama.cpp's name of the mix in the committed file; `gradient`: has a golden of gradients too."""
+    """`quantized`: llama.cpp's name of the mix in the committed file; `gradient`: has a golden of gradients too; `lengths`: of
+    the prompts."""
 
     spec: Spec
     quantized: str = ""
     gradient: bool = False
+    lengths: tuple[int, ...] = (1, 17, 130)
 
     @property
     def name(self) -> str:
@@ -65,7 +67,7 @@ CASES = [
     Case(Spec("qwen2-tied-bf16", "qwen2", heads=4, tied=True, eps=1e-6, theta=1e6, formats={"*": ("BF16",)}, seed=15)),
     Case(Spec("gpt-oss-f32", "gpt-oss", **OSS, seed=27)),
     Case(Spec("gpt-oss-q8_0", "gpt-oss", **{**OSS, "layers": 4}, formats={"*": ("Q8_0",)}, seed=28)),
-    Case(Spec("gpt-oss-mxfp4", "gpt-oss", **OSS, formats={"*": ("Q8_0",), **EXPERTS}, seed=29)),
+    Case(Spec("gpt-oss-mxfp4", "gpt-oss", **OSS, formats={"*": ("Q8_0",), **EXPERTS}, seed=29), lengths=(1, 17, 130, 1000)),
     Case(Spec("qwen3-q8_0", "qwen3", tied=True, eps=1e-6, theta=1e6, formats={"*": ("Q8_0",)}, seed=16)),
     Case(Spec("mixtral-q4_0", "llama", layers=2, experts=8, top_k=2, theta=1e6, formats={"*": ("Q4_0",)}, seed=17)),
     Case(Spec("qwen3moe-f32", "qwen3moe", layers=2, **MOE, seed=18), gradient=True),

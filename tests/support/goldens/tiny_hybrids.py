@@ -1,8 +1,9 @@
 """Tiny random models of layers that recur by a gated delta net and layers that attend, as directories and as GGUF files.
 
 The directory of a `Spec` is what transformers reads. The GGUF file holds the same numbers, changed as llama.cpp's converter
-changes them: norms with 1 added, -exp(A_log), and by family other places of heads. Matrices in Q8_0 are rounded first, so the
-directory has what their blocks stand for.
+changes them: norms with 1 added, -exp(A_log), and by family other places of heads. The directory has what the blocks of
+quantized matrices stand for: those in Q8_0 are rounded first; those of a mix are made for the GGUF file, and each number goes
+to the place in the directory that it came from.
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import numpy as np
 
 from support import GOLDENS
 from support.goldens.tiny_directories import TEMPLATE, safetensors, to_bytes, tokenizer_json
-from support.goldens.tiny_models import SPECIALS, add_tokenizer, bell, between
+from support.goldens.tiny_models import RANDOM_BLOCKS, SPECIALS, add_tokenizer, bell, between, random_blocks
 
 HERE = GOLDENS / "hybrids"
 LENGTHS = (1, 17, 130, 1000)
@@ -34,7 +35,8 @@ CLASSES = {
 
 @dataclass(frozen=True)
 class Spec:
-    """What a tiny model is. format: of its matrices in the GGUF file, F32 or Q8_0."""
+    """What a tiny model is. format: of its matrices in the GGUF file, F32 or Q8_0; mix: instead, formats by stem ("*" for the
+    rest), taken in turn by layer."""
 
     name: str
     arch: str
@@ -58,7 +60,18 @@ class Spec:
     eps: float = 1e-5
     theta: float = 1e4
     format: str = "F32"
+    mix: dict[str, tuple[str, ...]] = field(default_factory=dict)
     seed: int = 1
+
+    def format_of(self, name: str) -> str:
+        """The format of a tensor of the GGUF file."""
+        if name.endswith(PLAIN):
+            return "F32"
+        if not self.mix:
+            return self.format
+        *lead, stem, _ = name.split(".")
+        formats = self.mix.get(stem, self.mix["*"])
+        return formats[int(lead[1]) % len(formats) if lead else 0]
 
     @property
     def per_key(self) -> int:
@@ -66,6 +79,12 @@ class Spec:
         return self.value_heads // self.key_heads
 
 
+# What llama.cpp's Q4_K_M gives these models (npm @node-llama-cpp/linux-x64 3.22.1). Rows that are no multiple of 256 have Q5_0
+# and Q8_0 in place of Q4_K and Q6_K; with 8 experts keys, values and the delta net's matrix have more bits.
+NARROW = {"ssm_out": ("Q5_0",), "ffn_down_exps": ("Q5_0", "Q5_0", "Q8_0"), "ffn_down_shexp": ("Q5_0", "Q5_0", "Q8_0")}
+MIX = {"*": ("Q4_K",), "output": ("Q6_K",), "attn_qkv": ("Q4_K", "Q4_K", "Q6_K"), **NARROW}
+MIX_OF_8 = MIX | {"attn_qkv": ("Q8_0",), "attn_k": ("Q8_0",), "attn_v": ("Q8_0",), "attn_output": ("Q5_K",)}
+WIDE = {"hidden": 256, "layers": 3, "attends": (1,), "expert_ff": 96}
 CASES = [
     Spec("qwen35", "qwen35", tied=True, seed=71),
     Spec("qwen35-same-heads-q8_0", "qwen35", attends=(1,), layers=3, key_heads=4, value_heads=4, format="Q8_0", seed=72),
@@ -73,6 +92,8 @@ CASES = [
     Spec("qwen35moe-q8_0", "qwen35moe", attends=(0, 2), layers=3, experts=8, taps=3, format="Q8_0", seed=74),
     Spec("qwen3next", "qwen3next", experts=8, seed=75),
     Spec("qwen3next-q8_0", "qwen3next", layers=5, attends=(3,), experts=8, value_heads=4, format="Q8_0", seed=76),
+    Spec("qwen35moe-q4_k_m", "qwen35moe", experts=8, **WIDE, mix=MIX_OF_8, seed=77),
+    Spec("qwen3next-q4_k_m", "qwen3next", experts=12, **WIDE, mix=MIX, seed=78),
 ]
 
 
@@ -127,8 +148,24 @@ def rounded(values: np.ndarray, format: str) -> np.ndarray:
     return gguf.quants.dequantize(gguf.quants.quantize(values, kind), kind)
 
 
-def tensors(s: Spec) -> Iterator[tuple[str, np.ndarray]]:
+def tensors(s: Spec) -> list[tuple[str, np.ndarray]]:
     """The tensors of the directory: name and float32 values."""
+    found = list(drawn(s))
+    if not s.mix:
+        return found
+    ends = np.cumsum([0, *(values.size for _, values in found)])
+    numbers = [(name, np.arange(ends[i], ends[i + 1]).reshape(values.shape)) for i, (name, values) in enumerate(found)]
+    flat = np.concatenate([values.reshape(-1) for _, values in found])
+    with np.errstate(over="ignore"):
+        places = dict(as_gguf(s, numbers))
+    for name, array, kind in stored(s):
+        if kind != "F32":
+            flat[places[name].reshape(-1)] = gguf.quants.dequantize(array, gguf.GGMLQuantizationType[kind]).reshape(-1)
+    return [(name, flat[ends[i] : ends[i + 1]].reshape(values.shape)) for i, (name, values) in enumerate(found)]
+
+
+def drawn(s: Spec) -> Iterator[tuple[str, np.ndarray]]:
+    """The same before those of a mix are quantized."""
     h, root = s.hidden, 1 / math.sqrt(s.hidden)
 
     def matrix(name: str, shape: tuple[int, ...], std: float) -> tuple[str, np.ndarray]:
@@ -213,6 +250,36 @@ def write_directory(s: Spec, path: Path, *, pictures: bool = False) -> str:
     return digest.hexdigest()
 
 
+# ---- adapters
+
+RANK = 4
+WITH_ADAPTER = ("qwen35", "qwen35moe", "qwen3next")
+ADAPTED = ("_proj.weight", "in_proj_qkv.weight", "in_proj_z.weight", "in_proj_qkvz.weight", "in_proj_ba.weight", "_b.weight",
+           "_a.weight")  # fmt: skip
+
+
+def factors(s: Spec) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """A and B of every projection but those of experts: its module, float32 [RANK, in] and [out, RANK]."""
+    for name, values in tensors(s):
+        if name.endswith(ADAPTED) and ".experts." not in name:
+            rows, columns = values.shape
+            a, b = (bell(s.seed, f"{name} {x}", shape) for x, shape in (("A", (RANK, columns)), ("B", (rows, RANK))))
+            yield name.removesuffix(".weight"), a * np.float32(0.2), b * np.float32(0.2)
+
+
+def write_adapter(s: Spec, path: Path) -> None:
+    """Writes a LoRA adapter of all projections as PEFT does; alpha / rank is 2."""
+    path.mkdir(parents=True)
+    made, modules = [], set()
+    for module, a, b in factors(s):
+        modules.add(module.rpartition(".")[2])
+        for letter, values in (("A", a), ("B", b)):
+            made.append((f"base_model.model.{module}.lora_{letter}.weight", "F32", values.shape, to_bytes(values, "F32")))
+    (path / "adapter_model.safetensors").write_bytes(safetensors(made))
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": RANK, "lora_alpha": 2 * RANK, "bias": "none"}
+    (path / "adapter_config.json").write_text(json.dumps(config | {"target_modules": sorted(modules)}))
+
+
 # ---- GGUF
 
 MODULES = {
@@ -252,10 +319,29 @@ def tiled(s: Spec, values: np.ndarray, axis: int = 0) -> np.ndarray:
 
 
 def of_gguf(s: Spec) -> Iterator[tuple[str, np.ndarray]]:
-    """The tensors of the GGUF file, as llama.cpp's converter makes them."""
+    """The values of the tensors of the GGUF file."""
+    return as_gguf(s, tensors(s))
+
+
+def stored(s: Spec) -> Iterator[tuple[str, np.ndarray, str]]:
+    """The tensors of the GGUF file: name, float32 or bytes, format."""
+    for name, values in as_gguf(s, drawn(s)):
+        kind, std = s.format_of(name), 1.4 / math.sqrt(values.shape[-1])
+        if kind == "F32":
+            yield name, values.astype(np.float32), kind
+        elif kind in RANDOM_BLOCKS:
+            std = {"token_embd.weight": 0.05, "output.weight": 2 * std}.get(name, std)
+            quiet = len(SPECIALS) if name == ("token_embd.weight" if s.tied else "output.weight") else 0
+            yield name, random_blocks(s.seed, name, values.shape, kind, std, quiet), kind
+        else:
+            yield name, gguf.quants.quantize(values, gguf.GGMLQuantizationType[kind]), kind
+
+
+def as_gguf(s: Spec, found: Iterable[tuple[str, np.ndarray]]) -> Iterator[tuple[str, np.ndarray]]:
+    """The tensors of a directory as llama.cpp's converter changes them."""
     experts: dict[str, list[np.ndarray]] = {}
     queries = 2 * s.key_heads * s.state
-    for name, values in tensors(s):
+    for name, values in found:
         module, _, suffix = name.rpartition(".")
         if module in WHOLE:
             yield f"{WHOLE[module]}.weight", values + 1 if module == "model.norm" else values
@@ -292,9 +378,23 @@ def of_gguf(s: Spec) -> Iterator[tuple[str, np.ndarray]]:
 PLAIN = ("norm.weight", "ssm_conv1d.weight", "ssm_a", "bias", "ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight")
 
 
-def write_gguf(s: Spec, path: Path, *, nextn: bool = False, list_of_layers: bool = True) -> None:
+def joined(s: Spec, found: list[tuple[str, np.ndarray, str]]) -> Iterator[tuple[str, np.ndarray, str]]:
+    """The tensors with gate and up of all experts in one, and those of Qwen3-Next that older files have in one."""
+    known = {name: array for name, array, _ in found}
+    for name, array, kind in found:
+        if "ffn_gate_exps" in name:
+            yield name.replace("gate", "gate_up"), np.concatenate([array, known[name.replace("gate", "up")]], axis=1), kind
+        elif name.endswith("attn_qkv.weight") and s.arch == "qwen3next":
+            parts = [*np.split(array, [s.key_heads * s.state, 2 * s.key_heads * s.state]), known[name.replace("qkv", "gate")]]
+            rows = np.concatenate([part.reshape(s.key_heads, -1, array.shape[1]) for part in parts], axis=1)
+            yield name.replace("attn_qkv", "ssm_in"), rows.reshape(-1, array.shape[1]), kind
+        elif "ffn_up_exps" not in name and not (name.endswith("attn_gate.weight") and s.arch == "qwen3next"):
+            yield name, array, kind
+
+
+def write_gguf(s: Spec, path: Path, *, nextn: bool = False, list_of_layers: bool = True, join: bool = False) -> None:
     """Writes the GGUF file. nextn: with a block of multi-token prediction after the layers; list_of_layers: whether it says
-    of each layer whether it recurs."""
+    of each layer whether it recurs; join: as `joined` says."""
     w = gguf.GGUFWriter(path, s.arch)
     w.add_name(s.name)
     w.add_block_count(s.layers + nextn)
@@ -327,19 +427,15 @@ def write_gguf(s: Spec, path: Path, *, nextn: bool = False, list_of_layers: bool
         w.add_expert_feed_forward_length(s.expert_ff)
         w.add_expert_shared_feed_forward_length(s.shared_ff)
     add_tokenizer(w, s.vocab)
-    found = list(of_gguf(s))
+    found = list(stored(s))
     if nextn:
         w.add_uint32(f"{s.arch}.nextn_predict_layers", 1)
         last, extra = f"blk.{s.attends[-1]}.", f"blk.{s.layers}."
-        found += [(name.replace(last, extra), values) for name, values in found if name.startswith(last)]
-        found += [(f"{extra}nextn.eh_proj.weight", np.ones((s.hidden, 2 * s.hidden), np.float32))]
-        found += [(f"{extra}nextn.enorm.weight", np.ones(s.hidden, np.float32))]
-    for name, values in found:
-        if s.format == "F32" or name.endswith(PLAIN):
-            w.add_tensor(name, values.astype(np.float32))
-        else:
-            kind = gguf.GGMLQuantizationType[s.format]
-            w.add_tensor(name, gguf.quants.quantize(values, kind), raw_dtype=kind)
+        found += [(name.replace(last, extra), *rest) for name, *rest in found if name.startswith(last)]
+        found += [(f"{extra}nextn.eh_proj.weight", np.ones((s.hidden, 2 * s.hidden), np.float32), "F32")]
+        found += [(f"{extra}nextn.enorm.weight", np.ones(s.hidden, np.float32), "F32")]
+    for name, array, kind in joined(s, found) if join else found:
+        w.add_tensor(name, array, raw_dtype=None if kind == "F32" else gguf.GGMLQuantizationType[kind])
     w.write_header_to_file()
     w.write_kv_data_to_file()
     w.write_tensors_to_file()

@@ -29,7 +29,7 @@ def loaded(request, tmp_path_factory):
         path = tmp_path_factory.mktemp("golden") / f"{case.name}.gguf"
         digest = tiny_models.write(case.spec, path)
     assert digest == str(golden["digest"]), f"{path.name} is not the file its goldens were made from"
-    return fj.load(path, dtype="float32"), golden, tiny_models.prompts(case.spec.vocab)
+    return fj.load(path, dtype="float32"), golden, tiny_models.prompts(case.spec.vocab, lengths=case.lengths)
 
 
 def test_logits(loaded) -> None:
