@@ -233,7 +233,7 @@ class Core:
                 self._flight = self._launch(dispatch)
             except Exception as error:  # whatever it is, the engine must survive it
                 return self._fail_dispatch(error, dispatch)
-        if before is not None and not self._land(before):
+        if (before is not None and not self._land(before)) or not self._keep():
             return
         with self._lock:
             self._seconds["host_seconds"] += time.thread_time() - begin
@@ -246,10 +246,11 @@ class Core:
             self._fail_dispatch(error, flight.dispatch)
             return False
         self._take_in(flight, results)
-        return self._keep()
+        return True
 
     def _keep(self) -> bool:
-        """Makes the copies of the states of requests that have ended; whether that went well."""
+        """Makes the copies of the states of requests that have ended; whether that went well. Not before a dispatch that was
+        chosen earlier is launched, because it may copy what is in their places."""
         copies, self._kept = {target: (part, source, target) for part, source, target in self._kept}, []
         try:
             if copies:  # to each place the newest

@@ -166,8 +166,8 @@ class Ledger:
             held.stops = sorted({found.known, (tokens - 1) // self.page_size} - set(range(found.full + 1)))
             if found.checkpoint >= 0:
                 copies.append((len(self.pools), found.checkpoint, slot))
-            if found.more:  # inside a page no branch of this sequence goes on
-                self.checkpoints.give_back(found.checkpoint)
+            if found.more:  # inside a page no branch of this sequence goes on, and a conversation goes on from its newest end
+                self.checkpoints.give_back(found.checkpoint, first=True)
             else:
                 held.checkpoint, held.checkpointed = found.checkpoint, found.full
         return held, copies
@@ -198,6 +198,9 @@ class Ledger:
             return []
         parent = held.digests[number - 1] if number else self.root(adapter)
         known = entry(parent, tokens[number * self.page_size : written])
+        if held.checkpoint >= 0:  # of its prompt: the end is used more recently, and has its place if there is no other
+            self.checkpoints.give_back(held.checkpoint)
+            held.checkpoint, held.checkpointed = -1, 0
         if not self.checkpoints.available or self.checkpoints.find(known) is not None:
             return []
         for pool, pages in zip(self.pools, held.pages, strict=True):

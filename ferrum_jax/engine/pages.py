@@ -90,14 +90,16 @@ class PagePool:
             del self._cached[page]
         self._holders[page] += 1
 
-    def give_back(self, page: int) -> None:
-        """Counts one holder less; with none left, a registered page becomes cached and any other page free."""
+    def give_back(self, page: int, *, first: bool = False) -> None:
+        """Counts one holder less; with none left, a registered page becomes cached and any other page free. first: as if it
+        were unused for longest."""
         if not self._holders[page]:
             raise RuntimeError(f"page {page} was given back more often than it was taken")
         self._holders[page] -= 1
         if not self._holders[page]:
             if page in self._entries:
                 self._cached[page] = None
+                self._cached.move_to_end(page, last=not first)
             else:
                 self._free.append(page)
 

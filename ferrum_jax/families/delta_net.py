@@ -254,6 +254,9 @@ def to_gguf(config: ModelConfig, where: str, **more: Any) -> dict[str, Typed]:
         (integers["expert_shared_feed_forward_length"],) = {
             spec.feed_forward.shared_width for spec in config.layers if isinstance(spec.feed_forward, Mixture)
         }
+    interval = int(which.argmin()) + 1  # what readers without the list go by
+    if ((np.arange(1, len(which) + 1) % interval > 0) == which).all():
+        integers["full_attention_interval"] = interval
     own = {key: Typed(value, "uint32") for key, value in integers.items()}
     own["attention.recurrent_layers"] = Typed(which, "array bool")
     return typed | {f"{config.architecture}.{key}": entry for key, entry in own.items()}

@@ -166,6 +166,43 @@ def test_a_conversation_goes_on_from_the_end_of_an_answer(windows, steps, drafts
             text += [*request.token_ids, 1, 2]
 
 
+@pytest.mark.parametrize("stop", [(), ("a", "d")])
+def test_later_turns_compute_only_what_is_new(stop):
+    """Four conversations of ten turns that take turns, each with a beginning of 60 tokens. After a stop string also the answer
+    is computed again, from the last page of its prompt on."""
+    sizes = {"max_seqs": 8, "token_budget": 16, "steps_per_dispatch": 4, "checkpoints": 16 if stop else 8}
+    engine = engine_of(255, recurs=True, num_pages=200, **sizes)
+    texts = [[1 + (i * i + which) % 5 for i in range(60)] for which in range(4)]
+    known, question = [0] * 4, [1, 2, 3]
+    for turn in range(10):
+        for which, text in enumerate(texts):
+            before = engine.metrics()["prompt_tokens"]
+            request = engine.submit(text, fj.SamplingParams(max_tokens=8, ignore_eos=True, seed=turn, stop=stop))
+            answers(engine, request)
+            again = 0 if not turn else engine.config.page_size + 8 if stop else 1
+            assert engine.metrics()["prompt_tokens"] - before <= len(text) - known[which] + again
+            text += request.token_ids
+            known[which] = len(text)
+            text += question
+
+
+def test_the_end_of_an_answer_is_kept_after_a_conversation_has_left_its_place():
+    """There is one place, with the end of `first`: `second` goes on from there in a dispatch that is chosen before `other` has
+    ended and started after that, while its program is compiled."""
+    for launches in range(3):
+        engine = engine_of(recurs=True, checkpoints=1, num_pages=40)
+        short, brief = (fj.SamplingParams(max_tokens=count, ignore_eos=True, seed=0) for count in (1, 3))
+        for _ in range(launches):
+            answers(engine, engine.submit([4, 4], short))
+        first = engine.submit([1, 2, 3], brief)
+        answers(engine, first)
+        other = engine.submit([5, 4], short)
+        step(engine)
+        second = engine.submit([1, 2, 3, *first.token_ids, 1], GREEDY)
+        answers(engine, other, second)
+        assert engine.metrics()["prefix_saved_tokens"] == 5
+
+
 def test_a_text_that_the_device_has_left_behind_makes_no_checkpoint():
     """A stop string ends it here, and the next step of the device is on its way."""
     params = fj.SamplingParams(max_tokens=30, ignore_eos=True, seed=0)
@@ -180,8 +217,8 @@ def test_a_text_that_the_device_has_left_behind_makes_no_checkpoint():
 
 
 def test_a_checkpoint_without_a_place_is_none():
-    """There is one place: for the end of a text if it has none of its prompt, which it holds as long as it runs."""
-    for prompt, saved in (([1, 2, 3], 8), ([1, 2, 3, 4, 5], 4)):
+    """There is one place: for the end of a text, which takes that of its prompt."""
+    for prompt, saved in (([1, 2, 3], 8), ([1, 2, 3, 4, 5], 10)):
         engine = engine_of(recurs=True, checkpoints=1, num_pages=20)
         for text in ([5, *prompt], prompt):
             request = engine.submit(text, GREEDY)
