@@ -168,8 +168,8 @@ def test_families_of_readme() -> None:
         "Qwen3": ["qwen3-q8_0", "qwen3-f16", "gptq8-qwen3", "", "compressed-qwen3", "qwen3"],
         "Qwen3-MoE": of_moe,
         "Mixtral": ["mixtral-q4_0", "mixtral-bf16", "", "awq-mixtral", "", ""],
-        "Qwen3.5": ["qwen35-gguf", "qwen35-directory", "", "", "", ""],
-        "Qwen3-Next": ["qwen3next-gguf", "qwen3next-directory", "", "", "", ""],
+        "Qwen3.5": ["qwen35-gguf", "qwen35-directory", "", "", "", "qwen35-gguf"],
+        "Qwen3-Next": ["qwen3next-gguf", "qwen3next-directory", "", "", "", "qwen3next-directory"],
         "gpt-oss": ["gpt-oss-mxfp4", "gpt-oss-bf16", "", "", "", "gpt-oss-attention"],
         "BERT": ["mean-f32-gguf", "mean-f32-directory", "", "", "", ""],
     }
