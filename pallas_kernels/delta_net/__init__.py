@@ -24,14 +24,12 @@ positions of the sequence (see `positions`), if the whole chunk is in the step.
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch, native
 from pallas_kernels.delta_net import xla
-from pallas_kernels.delta_net.parts import DeltaState, Sequences
+from pallas_kernels.delta_net.parts import DeltaState, Operands, Sequences
 from pallas_kernels.derivatives import derivative_of
 
 __all__ = ["BACKENDS", "DeltaState", "Sequences", "delta_net"]
@@ -68,27 +66,17 @@ def delta_net(
         shapes = ", ".join(str(array.shape) for array in (qkv, log_decay, beta, taps, *state))
         raise ValueError(f"delta_net: qkv, log_decay, beta, taps, tail and memory {shapes} do not fit")
     sequences = Sequences(*map(jnp.asarray, sequences))
-    target = dispatch.target("delta_net", implementation)
-    return _delta_net(qkv, log_decay, beta, taps, state, layer, sequences, tiled, target)
+    operands = Operands(qkv, log_decay, beta, taps, state, layer, sequences)
+    return _delta_net(operands, tiled, dispatch.target("delta_net", implementation))
 
 
-def _reference(*arguments: Any) -> tuple[jax.Array, DeltaState]:
-    return xla.differentiable(*arguments[:-1])
+def _reference(operands: Operands, tiled: bool, target: dispatch.Target) -> tuple[jax.Array, DeltaState]:
+    constant = jax.lax.stop_gradient(operands.state)
+    return xla.differentiable(operands._replace(state=constant), tiled)
 
 
-@derivative_of(_reference, of=("qkv", "log_decay", "beta", "taps"), static=("tiled", "target"))
-def _delta_net(
-    qkv: jax.Array,
-    log_decay: jax.Array,
-    beta: jax.Array,
-    taps: jax.Array,
-    state: DeltaState,
-    layer: jax.Array | int,
-    sequences: Sequences,
-    tiled: bool,
-    target: dispatch.Target,
-) -> tuple[jax.Array, DeltaState]:
-    shape = (*qkv.shape, *state.memory.shape[2:], taps.shape[1])
+@derivative_of(_reference, static=("tiled", "target"))
+def _delta_net(operands: Operands, tiled: bool, target: dispatch.Target) -> tuple[jax.Array, DeltaState]:
+    shape = (*operands.qkv.shape, *operands.state.memory.shape[2:], operands.taps.shape[1])
     case = dispatch.Case("delta_net", target, "F32", "float32", shape=shape)
-    out, *kept = dispatch.choose(case, BACKENDS).delta_net(qkv, log_decay, beta, taps, state, layer, sequences, tiled)
-    return out, DeltaState(*kept)
+    return dispatch.choose(case, BACKENDS).delta_net(operands, tiled)

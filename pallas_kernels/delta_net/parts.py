@@ -35,3 +35,15 @@ class Sequences(NamedTuple):
     begins: jax.Array
     reads: jax.Array
     writes: jax.Array
+
+
+class Operands(NamedTuple):
+    """The arrays of `delta_net`: see the package's contract."""
+
+    qkv: jax.Array
+    log_decay: jax.Array
+    beta: jax.Array
+    taps: jax.Array
+    state: DeltaState
+    layer: jax.Array | int
+    sequences: Sequences

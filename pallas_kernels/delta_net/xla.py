@@ -8,32 +8,21 @@ choose from, because XLA would compute everything that depends on a single one b
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.delta_net.parts import DeltaState, Operands
 from pallas_kernels.reductions import row_sum
-
-if TYPE_CHECKING:
-    from pallas_kernels.delta_net.parts import DeltaState, Sequences
 
 Kept = tuple[jax.Array, ...]  # the tail [K - 1, channels] and the memory [H, dk, dv] of one sequence
 _EPS = 1e-6
 
 
-def delta_net(
-    qkv: jax.Array,
-    log_decay: jax.Array,
-    beta: jax.Array,
-    taps: jax.Array,
-    state: DeltaState,
-    layer: jax.Array | int,
-    sequences: Sequences,
-    tiled: bool,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The result, the tails and the memories, as the package's contract says."""
+def delta_net(operands: Operands, tiled: bool) -> tuple[jax.Array, DeltaState]:
+    """As the package's contract says."""
+    qkv, log_decay, beta, taps, state, layer, sequences = operands
     heads, _, value_dim = state.memory.shape[2:]
     tokens, places = qkv.shape[0], state.memory.shape[1]
     if tokens == 1:
@@ -54,21 +43,13 @@ def delta_net(
         return lax.fori_loop(sequences.starts[number], sequences.starts[number + 1], token, (before, carry))[1]
 
     out = jnp.zeros((tokens, heads, value_dim), jnp.float32)
-    out, (tail, memory) = lax.fori_loop(0, sequences.reads.shape[0], sequence, (out, tuple(state)))
-    return out, tail, memory
+    out, kept = lax.fori_loop(0, sequences.reads.shape[0], sequence, (out, tuple(state)))
+    return out, DeltaState(*kept)
 
 
-def differentiable(
-    qkv: jax.Array,
-    log_decay: jax.Array,
-    beta: jax.Array,
-    taps: jax.Array,
-    state: DeltaState,
-    layer: jax.Array | int,
-    sequences: Sequences,
-    tiled: bool,
-) -> tuple[jax.Array, DeltaState]:
+def differentiable(operands: Operands, tiled: bool) -> tuple[jax.Array, DeltaState]:
     """The result by a loop of a known length, and the unchanged state."""
+    qkv, log_decay, beta, taps, state, layer, sequences = operands
     count = sequences.reads.shape[0]
     token = jnp.arange(qkv.shape[0])
     row = jnp.clip(jnp.searchsorted(sequences.starts, token, side="right") - 1, 0, count - 1)

@@ -22,7 +22,8 @@ from pallas_kernels.native.tables import FORMATS, ROLES, is_matrix
 
 if TYPE_CHECKING:
     from pallas_kernels.decoder_layers.parts import Attending, LayerShape, Part, Stack
-    from pallas_kernels.delta_net.parts import DeltaState, Sequences
+    from pallas_kernels.delta_net.parts import DeltaState
+    from pallas_kernels.delta_net.parts import Operands as DeltaOperands
     from pallas_kernels.grouped_matmul.parts import Biases, Clamp
     from pallas_kernels.paged_attention import KVCache, Tables
 
@@ -146,23 +147,15 @@ def decoder_layers(
     return y, jax.tree.unflatten(structure, results[: len(kept)]), tuple(results[len(kept) :])
 
 
-def delta_net(
-    qkv: jax.Array,
-    log_decay: jax.Array,
-    beta: jax.Array,
-    taps: jax.Array,
-    state: DeltaState,
-    layer: jax.Array | int,
-    sequences: Sequences,
-    tiled: bool,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The result, the tails and the memories, as the contract of pallas_kernels.delta_net says."""
+def delta_net(operands: DeltaOperands, tiled: bool) -> tuple[jax.Array, DeltaState]:
+    """As the contract of pallas_kernels.delta_net says."""
+    qkv, log_decay, beta, taps, state, layer, sequences = operands
     result = jax.ShapeDtypeStruct((qkv.shape[0], state.memory.shape[2], state.memory.shape[4]), jnp.float32)
     kept = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in state]
     tables = sequences.starts, sequences.begins, sequences.reads, sequences.writes
     call = jax.ffi.ffi_call("ferrum_delta_net", [result, *kept], input_output_aliases={9: 1, 10: 2})
     out, tail, memory = call(qkv, log_decay, beta, taps, jnp.asarray(layer, jnp.int32), *tables, *state, tiled=tiled)
-    return out, tail, memory
+    return out, state._replace(tail=tail, memory=memory)
 
 
 def _of(clamp: Clamp | None) -> dict[str, np.float32]:
