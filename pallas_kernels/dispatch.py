@@ -122,9 +122,9 @@ class Backend:
         return self.refuses(case) or (f"has no {' and no '.join(missing)}" if missing else None)
 
 
-def composed(*parts: str, features: tuple[str, ...] = ()) -> Backend:
+def composed(*parts: str) -> Backend:
     """A backend that consists of other operations, one after the other, each with a backend that serves it."""
-    return Backend("composed", lambda case: None, lambda: None, parts, features)
+    return Backend("composed", lambda case: None, lambda: None, parts)
 
 
 def kernels(name: str, package: str, platform: str, features: tuple[str, ...] = ()) -> Backend:

@@ -34,7 +34,7 @@ from pallas_kernels.blocks.ordered import is_ordered, natural_rows
 from pallas_kernels.derivatives import derivative_of, linear
 from pallas_kernels.grouped_matmul import xla
 from pallas_kernels.grouped_matmul.grouping import group
-from pallas_kernels.grouped_matmul.parts import Biases, Clamp
+from pallas_kernels.grouped_matmul.parts import Biases, Clamp, gated
 from pallas_kernels.quantized_matmul import backend_for
 
 BACKENDS = (
@@ -43,12 +43,7 @@ BACKENDS = (
     dispatch.kernels("mosaic_tpu", __name__, "tpu"),
     dispatch.Backend("xla", lambda case: None, lambda: xla),
 )
-_BIASES, _CLAMPED = "biases of experts", "clamped SwiGLU"
-EXPERT_BACKENDS = (
-    dispatch.Backend("native", native.refuses, lambda: native, features=(_BIASES, _CLAMPED)),
-    *BACKENDS[1:-1],
-    dispatch.composed("grouped_matmul", features=(_BIASES, _CLAMPED)),
-)
+EXPERT_BACKENDS = (*BACKENDS[:-1], dispatch.composed("grouped_matmul"))
 
 
 def grouped_matmul(
@@ -166,16 +161,9 @@ def _composed_ffn(
 
     rows = x[groups.order // top_k]
     of_gate, of_up, of_down = biases or (None, None, None)
-    hidden = _gated(product(rows, gate, of_gate), product(rows, up, of_up), clamp).astype(x.dtype)
+    hidden = gated(product(rows, gate, of_gate), product(rows, up, of_up), clamp).astype(x.dtype)
     y = product(hidden, down, of_down)[groups.place].reshape(tokens, top_k, -1)
     return functools.reduce(jnp.add, (y[:, rank] * expert_weights[:, rank, None] for rank in range(top_k)))
-
-
-def _gated(gate: jax.Array, up: jax.Array, clamp: Clamp | None) -> jax.Array:
-    if clamp is None:
-        return jax.nn.silu(gate) * up
-    gate, up = jnp.minimum(gate, clamp.limit), jnp.clip(up, -clamp.limit, clamp.limit)
-    return (up + 1) * (gate * jax.nn.sigmoid(clamp.alpha * gate))
 
 
 @derivative_of(_composed_ffn, of=("x", "expert_weights"), static=("clamp", "target", "arithmetic"))
@@ -191,8 +179,7 @@ def _expert_ffn(
     target: dispatch.Target,
     arithmetic: str,
 ) -> jax.Array:
-    features = (*((_BIASES,) if biases else ()), *((_CLAMPED,) if clamp else ()))
-    backend = backend_for("expert_ffn", x, (gate, up, down), target, arithmetic, EXPERT_BACKENDS, features)
+    backend = backend_for("expert_ffn", x, (gate, up, down), target, arithmetic, EXPERT_BACKENDS)
     if backend is None:
         return _composed_ffn(x, expert_ids, expert_weights, gate, up, down, biases, clamp, target, arithmetic)
-    return backend.expert_ffn(x, expert_ids, expert_weights, gate, up, down, target, *((biases, clamp) if features else ()))
+    return backend.expert_ffn(x, expert_ids, expert_weights, gate, up, down, target, biases, clamp)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -22,9 +22,10 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.blocks.matrix import Matrix
 from pallas_kernels.dispatch import Target
 from pallas_kernels.grouped_matmul.grouping import Tiles, group, max_tiles, tiles
+from pallas_kernels.grouped_matmul.parts import Biases, Clamp, gated
 from pallas_kernels.grouped_matmul.tpu_grouping import MOST, group_few
 from pallas_kernels.quantized_matmul import tpu_tiles
-from pallas_kernels.quantized_matmul.mosaic_tpu import VMEM, block_columns, finish, indices_of, plane_specs, refuses, tiles_of
+from pallas_kernels.quantized_matmul.mosaic_tpu import VMEM, block_columns, indices_of, plane_specs, refuses, tiles_of
 
 __all__ = ["expert_ffn", "grouped", "refuses"]
 
@@ -51,9 +52,11 @@ def expert_ffn(
     up: Matrix,
     down: Matrix,
     target: Target,
+    biases: Biases | None = None,
+    clamp: Clamp | None = None,
     interpret: bool = False,
 ) -> jax.Array:
-    """The sum over ranks of weight * down(silu(gate x) * up x) of each token's experts: float32 [T, K].
+    """The sum over ranks of weight * down(gated(gate x, up x)) of each token's experts: float32 [T, K].
 
     x bfloat16 [T, K]; expert_ids int32 and expert_weights float32 [T, top_k], the id is the number of experts where there is no
     expert.
@@ -62,12 +65,13 @@ def expert_ffn(
     num_experts = gate.planes[0].shape[len(gate.index)]
     few = tokens * top_k <= FEW * num_experts
     if few and tokens * top_k <= MOST and _fused_bytes(tokens, top_k, gate, up, down) <= VMEM:
-        return _fused(x, expert_ids, expert_weights, gate, up, down, interpret)
+        return _fused(x, expert_ids, expert_weights, gate, up, down, biases, clamp, interpret)
     rows = FEW if few else MANY
     groups = group(expert_ids.reshape(-1), num_experts, rows, aligned=True)
     work = Tiles(*groups[3:])
-    hidden = _grouped(x[groups.order // top_k], work, (gate, up), rows, interpret)
-    y = _grouped(hidden, work, (down,), rows, interpret)
+    of_hidden, of_down = (biases[:2], biases[2:]) if biases else ((), ())
+    hidden = _grouped(x[groups.order // top_k], work, (gate, up), rows, interpret, of_hidden, clamp)
+    y = _grouped(hidden, work, (down,), rows, interpret, of_down)
     place = groups.place.reshape(tokens, top_k)
     terms = (
         jnp.where(expert_ids[:, s, None] < num_experts, y[place[:, s]] * expert_weights[:, s, None], 0.0) for s in range(top_k)
@@ -84,6 +88,35 @@ def _expert_specs(matrices: Sequence[Matrix], columns: Sequence[int], tables: in
     return specs
 
 
+def _bias_specs(columns: Sequence[int]) -> list[pl.BlockSpec]:
+    """Blocks of `_blocked` biases of step j's expert; as `_expert_specs`."""
+
+    def place(i: Any, j: Any, expert: Any, *scalars: Any) -> tuple[Any, ...]:
+        return expert[(0,) * (expert.ndim - 1) + (j,)], 0, i
+
+    return [pl.BlockSpec((1, 1, width), place) for width in columns]
+
+
+def _blocked(bias: jax.Array) -> jax.Array:
+    """[E, n] as [E, 1, n], of which a block may be one row."""
+    return bias[:, None]
+
+
+def _cut(refs: Sequence[Any], *counts: int) -> Iterator[Sequence[Any]]:
+    """Runs of `counts` of them, then the rest."""
+    for count in counts:
+        yield refs[:count]
+        refs = refs[count:]
+    yield refs
+
+
+def _finished(results: Sequence[jax.Array], biases: Sequence[Any], clamp: Clamp | None) -> jax.Array:
+    """One product, or SwiGLU of two, after their biases (blocks [1, 1, n]), if there are any."""
+    if biases:
+        results = [result + bias[0] for result, bias in zip(results, biases, strict=True)]
+    return results[0] if len(results) == 1 else gated(*results, clamp)
+
+
 def _factors(matrix: Matrix, columns: int) -> Any:
     return pltpu.VMEM((tpu_tiles.factor_rows(matrix.format, matrix.columns), columns), jnp.float32)
 
@@ -93,9 +126,17 @@ def _plane_bytes(*matrices: Matrix) -> int:
     return sum(math.prod(p.shape[-2:]) * p.dtype.itemsize for matrix in matrices for p in matrix.planes)
 
 
-@functools.partial(jax.jit, static_argnames=("rows", "interpret"), inline=True)
-def _grouped(x: jax.Array, work: Tiles, matrices: tuple[Matrix, ...], rows: int, interpret: bool) -> jax.Array:
-    """x [m, k] times each row's expert: float32 [m, n]; of gate and up, SwiGLU in the dtype of x.
+@functools.partial(jax.jit, static_argnames=("rows", "interpret", "clamp"), inline=True)
+def _grouped(
+    x: jax.Array,
+    work: Tiles,
+    matrices: tuple[Matrix, ...],
+    rows: int,
+    interpret: bool,
+    biases: tuple[jax.Array, ...] = (),
+    clamp: Clamp | None = None,
+) -> jax.Array:
+    """x [m, k] times each row's expert: float32 [m, n]; of gate and up, SwiGLU in the dtype of x. biases: of the products.
 
     work: aligned tiles of `rows` rows. Rows outside of all tiles are not written.
     """
@@ -107,7 +148,7 @@ def _grouped(x: jax.Array, work: Tiles, matrices: tuple[Matrix, ...], rows: int,
 
     def kernel(expert: Any, start: Any, count: Any, *refs: Any) -> None:
         x, *rest = refs[len(indices) :]
-        plane_refs, out, *scratch_refs = rest[: len(planes)], *rest[len(planes) :]
+        plane_refs, added, (out, *scratch_refs) = _cut(rest, len(planes), len(biases))
         mine = tiles_of(matrices, plane_refs)
         factors, weights = scratch_refs[: len(mine)], scratch_refs[len(mine) :]
         j = pl.program_id(1)
@@ -122,7 +163,8 @@ def _grouped(x: jax.Array, work: Tiles, matrices: tuple[Matrix, ...], rows: int,
 
             results = [jnp.dot(x[...], w[...], preferred_element_type=jnp.float32) for w in weights]
         row = lax.broadcasted_iota(jnp.int32, (rows, columns), 0) - start[j] % rows
-        out[...] = jnp.where((row >= 0) & (row < count[j]), finish(results).astype(dtype), out[...])
+        result = _finished(results, added, clamp).astype(dtype)
+        out[...] = jnp.where((row >= 0) & (row < count[j]), result, out[...])
 
     scratch = [_factors(matrix, columns) for matrix in matrices]
     if not few:
@@ -137,6 +179,7 @@ def _grouped(x: jax.Array, work: Tiles, matrices: tuple[Matrix, ...], rows: int,
             in_specs=[
                 pl.BlockSpec((rows, k), lambda i, j, expert, start, *scalars: (start[j] // rows, 0)),
                 *_expert_specs(matrices, [columns] * len(matrices), 3),
+                *_bias_specs([columns] * len(biases)),
             ],
             out_specs=pl.BlockSpec((rows, columns), lambda i, j, expert, start, *scalars: (start[j] // rows, i)),
             scratch_shapes=scratch,
@@ -147,7 +190,7 @@ def _grouped(x: jax.Array, work: Tiles, matrices: tuple[Matrix, ...], rows: int,
         cost_estimate=_cost(m, touched, matrices),
         name="_".join(["grouped", "few" if few else "many", "rows", *(matrix.format for matrix in matrices)]),
         interpret=interpret,
-    )(work.tile_expert, work.tile_start, work.tile_rows, *indices, x, *planes)
+    )(work.tile_expert, work.tile_start, work.tile_rows, *indices, x, *planes, *map(_blocked, biases))
 
 
 def _cost(rows: int, touched: int, matrices: Sequence[Matrix]) -> pl.CostEstimate:
@@ -165,9 +208,17 @@ def _fused_bytes(tokens: int, top_k: int, gate: Matrix, up: Matrix, down: Matrix
     return 2 * (_plane_bytes(gate, up, down) + rows * (6 * k + 1024)) + 4 * scratch + (2 << 20)
 
 
-@functools.partial(jax.jit, static_argnames="interpret", inline=True)
+@functools.partial(jax.jit, static_argnames=("interpret", "clamp"), inline=True)
 def _fused(
-    x: jax.Array, expert_ids: jax.Array, expert_weights: jax.Array, gate: Matrix, up: Matrix, down: Matrix, interpret: bool
+    x: jax.Array,
+    expert_ids: jax.Array,
+    expert_weights: jax.Array,
+    gate: Matrix,
+    up: Matrix,
+    down: Matrix,
+    biases: Biases | None,
+    clamp: Clamp | None,
+    interpret: bool,
 ) -> jax.Array:
     """The whole feed-forward in one kernel; see the module."""
     (tokens, k), n, top_k = x.shape, gate.rows, expert_ids.shape[1]
@@ -180,7 +231,7 @@ def _fused(
 
     def kernel(expert: Any, start: Any, count: Any, order: Any, *refs: Any) -> None:
         x, routed, expert_weights, *rest = refs[len(indices) :]
-        plane_refs, out, wide_x, mine, hidden, results, *factors = rest[: len(planes)], *rest[len(planes) :]
+        plane_refs, added, (out, wide_x, mine, hidden, results, *factors) = _cut(rest, len(planes), len(biases or ()))
         gate_tile, up_tile, down_tile = tiles_of(matrices, plane_refs)
         i = pl.program_id(1)
 
@@ -194,8 +245,8 @@ def _fused(
 
         def body(m: int) -> None:
             products = tpu_tiles.folded((gate_tile, up_tile), factors[:2], m, mine)
-            hidden[:m] = finish(products).astype(jnp.bfloat16).astype(jnp.float32)
-            (y,) = tpu_tiles.folded((down_tile,), factors[2:], m, hidden)
+            hidden[:m] = _finished(products, added[:2], clamp).astype(jnp.bfloat16).astype(jnp.float32)
+            y = _finished(tpu_tiles.folded((down_tile,), factors[2:], m, hidden), added[2:], None)
             for row in range(m):
                 rank, token = lax.rem(place[row], top_k), lax.div(place[row], top_k)
                 to = jnp.where(row < count[0, i], rank * padded + token, top_k * padded)
@@ -219,7 +270,8 @@ def _fused(
             num_scalar_prefetch=4 + len(indices),
             grid=(1, work.num_tiles),
             in_specs=[pl.BlockSpec((padded, array.shape[1]), lambda *at: (0, 0)) for array in inputs]
-            + _expert_specs(matrices, [matrix.rows for matrix in matrices], 4),
+            + _expert_specs(matrices, [matrix.rows for matrix in matrices], 4)
+            + _bias_specs([matrix.rows for matrix in matrices][: len(biases or ())]),
             out_specs=pl.BlockSpec((padded, k), lambda *at: (0, 0)),
             scratch_shapes=[
                 pltpu.VMEM((padded, k), jnp.float32),
@@ -235,4 +287,4 @@ def _fused(
         cost_estimate=_cost(tokens * top_k, max_tiles(tokens * top_k, num_experts, FEW), matrices),
         name="_".join(["expert_ffn", *(matrix.format for matrix in matrices)]),
         interpret=interpret,
-    )(work.tile_expert, work.tile_start, work.tile_rows, work.order, *indices, *inputs, *planes)
+    )(work.tile_expert, work.tile_start, work.tile_rows, work.order, *indices, *inputs, *planes, *map(_blocked, biases or ()))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 
 class Biases(NamedTuple):
@@ -20,3 +21,11 @@ class Clamp(NamedTuple):
 
     limit: float
     alpha: float
+
+
+def gated(gate: jax.Array, up: jax.Array, clamp: Clamp | None) -> jax.Array:
+    """The SwiGLU of two products."""
+    if clamp is None:
+        return jax.nn.silu(gate) * up
+    gate, up = jnp.minimum(gate, clamp.limit), jnp.clip(up, -clamp.limit, clamp.limit)
+    return (up + 1) * (gate * jax.nn.sigmoid(clamp.alpha * gate))

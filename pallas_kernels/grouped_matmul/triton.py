@@ -3,7 +3,7 @@
 Rows are sorted by expert into tiles (grouping.py); a program takes one tile of rows and some rows of its expert's matrices. The
 grid has the size of the worst case, and programs after the last tile do nothing, so an expert that no token chose is never
 read. The feed-forward is two launches: gate, up and SwiGLU of rows picked by their token, then down, whose results go back to
-the places of their tokens; XLA adds these in the order of ranks.
+the places of their tokens; XLA adds these in the order of ranks. A product takes its biases before it is stored.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from pallas_kernels.blocks.matrix import Matrix
 from pallas_kernels.dispatch import Target
 from pallas_kernels.grouped_matmul import grouping, triton_grouping
 from pallas_kernels.grouped_matmul.grouping import Tiles
+from pallas_kernels.grouped_matmul.parts import Biases, Clamp, gated
 from pallas_kernels.quantized_matmul import triton as dense
 from pallas_kernels.quantized_matmul.gpu_tiles import products
 
@@ -48,6 +49,8 @@ def expert_ffn(
     up: Matrix,
     down: Matrix,
     target: Target,
+    biases: Biases | None = None,
+    clamp: Clamp | None = None,
     interpret: bool = False,
 ) -> jax.Array:
     """float32 [tokens, k]: the weighted sum of every token's experts, in the order of their ranks. See the package's
@@ -62,9 +65,19 @@ def expert_ffn(
         order, _, _, expert, start, length, total = grouping.group(flat, count, shape.batch)
         work = Tiles(expert, start, length, total)
     launch = functools.partial(_launch, experts=flat, work=work, order=order, interpret=interpret)
-    hidden = launch("expert_gate_up", gpu.ordered(x), matrices=(gate, up), dtype=x.dtype, shape=shape, pick=top_k)
-    shape = _tile(chosen, count, (down,), target, shape.batch)
-    y = launch("expert_down", hidden, matrices=(down,), dtype=jnp.float32, shape=shape).reshape(tokens, top_k, -1)
+    hidden = launch(
+        "expert_gate_up",
+        gpu.ordered(x),
+        matrices=(gate, up),
+        dtype=x.dtype,
+        shape=shape,
+        pick=top_k,
+        biases=biases[:2] if biases else (),
+        clamp=clamp,
+    )
+    shape, of_down = _tile(chosen, count, (down,), target, shape.batch), biases[2:] if biases else ()
+    y = launch("expert_down", hidden, matrices=(down,), dtype=jnp.float32, shape=shape, biases=of_down)
+    y = y.reshape(tokens, top_k, -1)
     terms = (jnp.where(expert_ids[:, i, None] < count, y[:, i] * expert_weights[:, i, None], 0.0) for i in range(top_k))
     return functools.reduce(jnp.add, terms)
 
@@ -86,8 +99,10 @@ def _launch(
     work: Tiles | None,
     order: jax.Array | None = None,
     pick: int = 0,
+    biases: Sequence[jax.Array] = (),
+    clamp: Clamp | None = None,
 ) -> jax.Array:
-    """`silu_product` of rows times the matrices of their experts: [rows, n] of `dtype`.
+    """Rows times the matrix of their expert, or `gated` of two products: [rows, n] of `dtype`. biases: of the products.
 
     experts: int32 [rows], without `work` each row is a separate tile; with it only the length counts. Without `order`, places
     are rows. With it, place i belongs to row order[i] of the assignments: with `pick`, row order[i] // pick of x is multiplied
@@ -97,10 +112,11 @@ def _launch(
     n, rows = matrices[0].rows, experts.shape[0]
     tables = [experts] if work is None else [*work[:3], work.num_tiles.reshape(1)]
     tables += [] if order is None else [order]
+    given = len(tables) + len(biases)
     (count,) = open_axes(matrices[0])
 
     def kernel(x_ref: Any, count_ref: Any, *refs: Any) -> None:
-        table, inputs, output = refs[: len(tables)], refs[len(tables) : -1], refs[-1]
+        table, added, inputs, output = refs[: len(tables)], refs[len(tables) : given], refs[given:-1], refs[-1]
         row = pl.program_id(0) * shape.rows + lax.iota(jnp.int32, shape.rows)
         index = pl.program_id(1)
         used = table[0][index] < count if work is None else index < table[3][0]
@@ -114,16 +130,20 @@ def _launch(
             if order is not None:
                 assignment = compat.triton_load(table[-1].at[place], mask=valid, other=rows)
             source, target = (assignment // pick, place) if pick else (place, assignment)
-            operands = dense.unflatten(matrices, inputs, dense.counting(count_ref), (table[0][index],))
+            expert = table[0][index]
+            operands = dense.unflatten(matrices, inputs, dense.counting(count_ref), (expert,))
 
             def load_x(first: Any, width: int) -> Any:
                 at = (source[:, None], (first + lax.iota(jnp.int32, width))[None])
                 return compat.triton_load(x_ref.at[at], mask=valid[:, None], other=0)
 
             totals = products(operands, jnp.minimum(row, n - 1), load_x, shape.batch, x.dtype, interpret)
+            for i, bias in enumerate(added):
+                totals[i] += compat.triton_load(bias.at[expert, row], mask=row < n, other=0.0)[:, None]
+            result = totals[0] if len(totals) == 1 else gated(*totals, clamp)
             column = gpu.place_of(row, n) if pick else row
             mask = valid[:, None] & (row < n)[None]
-            compat.triton_store(output.at[target[:, None], column[None]], dense.silu_product(totals).astype(dtype).T, mask=mask)
+            compat.triton_store(output.at[target[:, None], column[None]], result.astype(dtype).T, mask=mask)
 
     return compat.triton_call(
         kernel,
@@ -133,4 +153,4 @@ def _launch(
         num_warps=shape.warps,
         num_stages=shape.stages,
         interpret=interpret,
-    )(x, dense.COUNT, *tables, *dense.flatten(matrices))
+    )(x, dense.COUNT, *tables, *biases, *dense.flatten(matrices))

@@ -20,12 +20,14 @@ from pallas_kernels.blocks.synthetic import random_blocks
 from pallas_kernels.dispatch import Case, Target
 from pallas_kernels.grouped_matmul import grouping, triton_grouping
 from pallas_kernels.grouped_matmul import triton as grouped
+from pallas_kernels.grouped_matmul.parts import Biases, Clamp
 from pallas_kernels.quantized_matmul import BACKENDS
 from pallas_kernels.quantized_matmul import triton as dense
 
 HOPPER = Target("gpu", "9.0")
 ROUNDING = {"bfloat16": (2.0**-8, 0.0), "float16": (2.0**-11, 2.0**-25)}
 SUM = 2.0**-24
+CLAMP = Clamp(limit=0.5, alpha=1.702)
 
 pack = jax.jit(gpu.pack, static_argnums=1)
 scales_of = jax.jit(gpu._scales, static_argnums=0)
@@ -74,14 +76,22 @@ class Weights:
         return exact, most @ bound.T + error * np.ones_like(x) @ np.abs(w).T + x.shape[1] * SUM * (most @ (np.abs(w) + bound).T)
 
 
-def silu_product(gate, up, dtype):
+def silu_product(gate, up, dtype, clamp=None):
     """SwiGLU of two (value, bound) pairs, rounded to `dtype`."""
     (g, g_error), (u, u_error) = gate, up
-    silu = g / (1 + np.exp(-g))
+    if clamp is not None:
+        g, u = np.minimum(g, clamp.limit), np.clip(u, -clamp.limit, clamp.limit) + 1
+    silu = g / (1 + np.exp(-(clamp.alpha if clamp else 1) * g))
     silu_error = 1.1 * g_error + 1e-6 * np.abs(silu)
     error = silu_error * (np.abs(u) + u_error) + np.abs(silu) * u_error
     unit, least = ROUNDING[dtype]
     return silu * u, error + 1.01 * unit * (np.abs(silu * u) + error) + least
+
+
+def biased(product, bias):
+    """A (value, bound) pair and a bias."""
+    exact, error = product
+    return exact + bias, error + SUM * (np.abs(exact) + error + np.abs(bias))
 
 
 def activations(rng, m, k, dtype):
@@ -162,10 +172,18 @@ def test_grouped(sizes):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("tokens", "experts", "top_k", "dtype"),
-    [(1, 128, 8, "bfloat16"), (9, 6, 3, "float16"), (5, 1, 1, "bfloat16"), (140, 4, 2, "bfloat16")],
+    ("tokens", "experts", "top_k", "dtype", "clamp"),
+    [
+        (1, 128, 8, "bfloat16", None),
+        (9, 6, 3, "float16", None),
+        (5, 1, 1, "bfloat16", None),
+        (140, 4, 2, "bfloat16", None),
+        (1, 5, 2, "bfloat16", CLAMP),
+        (9, 6, 3, "float16", CLAMP),
+    ],
 )
-def test_expert_ffn(tokens, experts, top_k, dtype):
+def test_expert_ffn(tokens, experts, top_k, dtype, clamp):
+    """With a clamp, with biases as well."""
     rng = np.random.default_rng(tokens)
     n, k = 64, 256
     ids = np.array([rng.permutation(experts + 1)[:top_k] for _ in range(tokens)], np.int32)  # the last id means no expert
@@ -173,14 +191,18 @@ def test_expert_ffn(tokens, experts, top_k, dtype):
     gate, up, down = make("Q4_K", n, k), make("Q4_K", n, k), make("Q8_0", k, n)
     x = activations(rng, tokens, k, dtype) * 0.1
     weights = rng.random((tokens, top_k)).astype(np.float32)
-    function = jax.jit(lambda *args: grouped.expert_ffn(*args, HOPPER, interpret=True))
+    biases = Biases(*(rng.normal(0, 0.5 if clamp else 0, (experts, m)).astype(np.float32) for m in (n, n, k)))
+    for_kernel = jax.tree.map(jnp.asarray, biases) if clamp else None
+    function = jax.jit(lambda *args: grouped.expert_ffn(*args, HOPPER, for_kernel, clamp, interpret=True))
     found = function(x, jnp.asarray(ids), jnp.asarray(weights), gate.matrix, up.matrix, down.matrix)
 
     exact, bound = np.zeros((tokens, k)), np.zeros((tokens, k))
     for token, slot in np.argwhere(ids < experts):
         row, expert = np.asarray(x, np.float64)[token : token + 1], ids[token, slot]
-        hidden, error = silu_product(gate.product(row, expert=expert), up.product(row, expert=expert), dtype)
-        y, y_error = down.product(hidden, error, expert)
+        of_gate = biased(gate.product(row, expert=expert), biases.gate[expert])
+        of_up = biased(up.product(row, expert=expert), biases.up[expert])
+        hidden, error = silu_product(of_gate, of_up, dtype, clamp)
+        y, y_error = biased(down.product(hidden, error, expert), biases.down[expert])
         exact[token] += weights[token, slot] * y[0]
         bound[token] += weights[token, slot] * (y_error[0] + 4 * top_k * SUM * np.abs(y[0]))
     assert_within(found, (exact, bound))

@@ -20,6 +20,7 @@ from pallas_kernels.blocks.synthetic import random_blocks
 from pallas_kernels.dispatch import Case, Target
 from pallas_kernels.grouped_matmul import grouping
 from pallas_kernels.grouped_matmul import mosaic_tpu as grouped
+from pallas_kernels.grouped_matmul.parts import Biases, Clamp
 from pallas_kernels.grouped_matmul.tpu_grouping import group_few
 from pallas_kernels.quantized_matmul import BACKENDS, tpu_tiles
 from pallas_kernels.quantized_matmul import mosaic_tpu as dense
@@ -78,12 +79,20 @@ class Weights:
         return x @ w.T, bound
 
 
-def swiglu(gate, up):
+def swiglu(gate, up, clamp=None):
     """Rounded to bfloat16, of two (value, bound) pairs."""
     (g, g_error), (u, u_error) = gate, up
-    silu = g / (1 + np.exp(-g))
+    if clamp is not None:
+        g, u = np.minimum(g, clamp.limit), np.clip(u, -clamp.limit, clamp.limit) + 1
+    silu = g / (1 + np.exp(-(clamp.alpha if clamp else 1) * g))
     error = 1.1 * g_error * (np.abs(u) + u_error) + np.abs(silu) * u_error + 1e-6 * np.abs(silu * u)
     return silu * u, error + 1.01 * BFLOAT16 * (np.abs(silu * u) + error)
+
+
+def biased(product, bias):
+    """A (value, bound) pair and a bias."""
+    exact, error = product
+    return exact + bias, error + FLOAT32 * (np.abs(exact) + error + np.abs(bias))
 
 
 def activations(rng, m, k):
@@ -242,22 +251,26 @@ def routing(rng, tokens, top_k, num_experts, nobody=0.0):
     return ids, rng.random((tokens, top_k)).astype(np.float32)
 
 
-def check_ffn(rng, ids, weights, num_experts, formats, interpret, k=256, n=256):
-    """The feed-forward of every token by its own experts, rank by rank, with the errors allowed on the way."""
+def check_ffn(rng, ids, weights, num_experts, formats, interpret, k=256, n=256, clamp=None):
+    """The feed-forward of every token by its own experts, rank by rank, with the errors allowed on the way. With a clamp,
+    with biases as well."""
     tokens, top_k = ids.shape
     chosen = set(ids.flat) - {num_experts}
     gate, up = (Weights(rng, format, n, k, num_experts, chosen) for format in formats[:2])
     down = Weights(rng, formats[2], k, n, num_experts, chosen)
     x = activations(rng, tokens, k)
     matrices = (gate.matrix, up.matrix, down.matrix)
-    found = grouped.expert_ffn(x, jnp.asarray(ids), jnp.asarray(weights), *matrices, V5E, interpret)
+    biases = Biases(*(rng.normal(0, 0.5 if clamp else 0, (num_experts, m)).astype(np.float32) for m in (n, n, k)))
+    more = (jax.tree.map(jnp.asarray, biases) if clamp else None, clamp, interpret)
+    found = grouped.expert_ffn(x, jnp.asarray(ids), jnp.asarray(weights), *matrices, V5E, *more)
     many = ids.size > grouped.FEW * num_experts
     exact, total, bound = np.asarray(x, np.float64), np.zeros((tokens, k)), np.zeros((tokens, k))
     for token, slot in np.ndindex(*ids.shape):
         if (e := ids[token, slot]) < num_experts:
             row = exact[token : token + 1]
-            hidden, error = swiglu(gate.product(row, many, expert=e), up.product(row, many, expert=e))
-            y, error = down.product(hidden, many, error, expert=e)
+            of_gate, of_up = (biased(w.product(row, many, expert=e), b[e]) for w, b in ((gate, biases.gate), (up, biases.up)))
+            hidden, error = swiglu(of_gate, of_up, clamp)
+            y, error = biased(down.product(hidden, many, error, expert=e), biases.down[e])
             total[token] += weights[token, slot] * y[0]
             bound[token] += weights[token, slot] * (error[0] + (top_k + 2) * FLOAT32 * np.abs(y[0]))
     assert_within(found, (total, 1.01 * bound))
@@ -270,6 +283,8 @@ CASES = {
     "nobody": (3, 2, 4, 1.1, ("Q8_0", "Q8_0", "Q5_1")),
     "three formats": (20, 4, 16, 0.1, ("Q5_K", "IQ4_NL", "MXFP4")),
     "prefill": (90, 3, 4, 0.1, ("Q4_K", "Q4_K", "Q6_K")),
+    "clamped decode": (6, 2, 8, 0.2, ("MXFP4", "MXFP4", "MXFP4")),
+    "clamped prefill": (40, 2, 4, 0.1, ("MXFP4", "MXFP4", "MXFP4")),
 }
 
 
@@ -279,7 +294,8 @@ def test_expert_ffn(case):
     tokens, top_k, num_experts, nobody, formats = CASES[case]
     rng = np.random.default_rng(tokens)
     ids, weights = routing(rng, tokens, top_k, num_experts, nobody)
-    check_ffn(rng, ids, weights, num_experts, formats, RACES)
+    clamp = Clamp(limit=0.5, alpha=1.702) if "clamped" in case else None
+    check_ffn(rng, ids, weights, num_experts, formats, RACES, clamp=clamp)
 
 
 @pytest.mark.slow
