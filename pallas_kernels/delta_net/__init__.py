@@ -19,7 +19,7 @@ A token's result and the state after it depend on its sequence alone, and on CPU
 was cut into steps and whatever else is in the batch. So backends for CPU go from token to token, for one token as well as for
 many: a form that takes a chunk of tokens at once rounds differently, and an unfinished chunk would have to be computed again at
 each decoded token to get the bits of a prefill. Other backends may compute chunks that begin at multiples of a fixed number of
-positions of the sequence (see `positions`), if the whole chunk is in the step.
+positions of the sequence (see `positions`), if the whole chunk is in the step and no state within it is kept.
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ __all__ = ["BACKENDS", "DeltaState", "Sequences", "delta_net"]
 
 BACKENDS = (
     dispatch.Backend("native", native.refuses, lambda: native),
+    dispatch.kernels("triton", __name__, "gpu"),
+    dispatch.kernels("mosaic_tpu", __name__, "tpu"),
     dispatch.Backend("xla", lambda case: None, lambda: xla),
 )
 

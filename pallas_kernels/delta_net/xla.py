@@ -75,18 +75,24 @@ def _step(
 ) -> tuple[Kept, jax.Array]:
     """One token: what is kept after it, and its result [H, dv]."""
     tail, memory = kept
-    heads, key_dim, value_dim = memory.shape
     window = jnp.concatenate([tail, qkv[None]])
     mixed = jax.nn.silu(functools.reduce(jnp.add, (window[i] * taps[:, i] for i in range(taps.shape[1]))))
-    width = mixed.shape[0] - heads * value_dim
-    q, k = mixed[:width].reshape(2, -1, key_dim)
-    q, k = _normed(q) * key_dim**-0.5, _normed(k)
-    times = heads // q.shape[0]
-    q, k = (jnp.tile(x, (times, 1)) if tiled else jnp.repeat(x, times, axis=0) for x in (q, k))
+    q, k, v = heads_of(mixed, memory.shape, tiled)
     memory = memory * jnp.exp(log_decay)[:, None, None]
-    wrong = beta[:, None] * (mixed[width:].reshape(heads, value_dim) - _read(memory, k))
+    wrong = beta[:, None] * (v - _read(memory, k))
     memory = memory + k[:, :, None] * wrong[:, None, :]
     return (window[1:], memory), _read(memory, q)
+
+
+def heads_of(mixed: jax.Array, memory: tuple[int, ...], tiled: bool) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """q, k [..., H, dk], normalized, and v [..., H, dv] of the channels [..., C] after the convolution. memory: (H, dk, dv)."""
+    heads, key_dim, value_dim = memory
+    width = mixed.shape[-1] - heads * value_dim
+    q, k = jnp.moveaxis(mixed[..., :width].reshape(*mixed.shape[:-1], 2, -1, key_dim), -3, 0)
+    q, k = _normed(q) * key_dim**-0.5, _normed(k)
+    times = heads // q.shape[-2]
+    q, k = (jnp.concatenate([x] * times, axis=-2) if tiled else jnp.repeat(x, times, axis=-2) for x in (q, k))
+    return q, k, mixed[..., width:].reshape(*mixed.shape[:-1], heads, value_dim)
 
 
 def _normed(x: jax.Array) -> jax.Array:

@@ -161,7 +161,7 @@ def _composed_ffn(
 
     rows = x[groups.order // top_k]
     of_gate, of_up, of_down = biases or (None, None, None)
-    hidden = gated(product(rows, gate, of_gate), product(rows, up, of_up), clamp).astype(x.dtype)
+    hidden = gated([product(rows, gate, of_gate), product(rows, up, of_up)], clamp).astype(x.dtype)
     y = product(hidden, down, of_down)[groups.place].reshape(tokens, top_k, -1)
     return functools.reduce(jnp.add, (y[:, rank] * expert_weights[:, rank, None] for rank in range(top_k)))
 

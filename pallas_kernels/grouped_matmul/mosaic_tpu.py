@@ -114,7 +114,7 @@ def _finished(results: Sequence[jax.Array], biases: Sequence[Any], clamp: Clamp 
     """One product, or SwiGLU of two, after their biases (blocks [1, 1, n]), if there are any."""
     if biases:
         results = [result + bias[0] for result, bias in zip(results, biases, strict=True)]
-    return results[0] if len(results) == 1 else gated(*results, clamp)
+    return gated(results, clamp)
 
 
 def _factors(matrix: Matrix, columns: int) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -23,8 +24,11 @@ class Clamp(NamedTuple):
     alpha: float
 
 
-def gated(gate: jax.Array, up: jax.Array, clamp: Clamp | None) -> jax.Array:
-    """The SwiGLU of two products."""
+def gated(products: Sequence[jax.Array], clamp: Clamp | None) -> jax.Array:
+    """The SwiGLU of two products; a single one as it is."""
+    if len(products) == 1:
+        return products[0]
+    gate, up = products
     if clamp is None:
         return jax.nn.silu(gate) * up
     gate, up = jnp.minimum(gate, clamp.limit), jnp.clip(up, -clamp.limit, clamp.limit)

@@ -140,10 +140,9 @@ def _launch(
             totals = products(operands, jnp.minimum(row, n - 1), load_x, shape.batch, x.dtype, interpret)
             for i, bias in enumerate(added):
                 totals[i] += compat.triton_load(bias.at[expert, row], mask=row < n, other=0.0)[:, None]
-            result = totals[0] if len(totals) == 1 else gated(*totals, clamp)
             column = gpu.place_of(row, n) if pick else row
             mask = valid[:, None] & (row < n)[None]
-            compat.triton_store(output.at[target[:, None], column[None]], result.astype(dtype).T, mask=mask)
+            compat.triton_store(output.at[target[:, None], column[None]], gated(totals, clamp).astype(dtype).T, mask=mask)
 
     return compat.triton_call(
         kernel,

@@ -58,12 +58,12 @@ FAULTS = {
     "softmax": Fault(
         "the softmax is over all experts", layers.FeedForward.mixture, "normalize=spec.normalize", "normalize=False", of_gguf
     ),
-    "gain": Fault("the sigmoid has no gain", grouped_matmul._gated, "clamp.alpha * gate", "gate", of_gguf),
-    "one": Fault("up is without its one", grouped_matmul._gated, "(up + 1)", "up", of_gguf),
-    "limit": Fault("up is not clamped", grouped_matmul._gated, "jnp.clip(up, -clamp.limit, clamp.limit)", "up", of_gguf),
+    "gain": Fault("the sigmoid has no gain", grouped_matmul.gated, "clamp.alpha * gate", "gate", of_gguf),
+    "one": Fault("up is without its one", grouped_matmul.gated, "(up + 1)", "up", of_gguf),
+    "limit": Fault("up is not clamped", grouped_matmul.gated, "jnp.clip(up, -clamp.limit, clamp.limit)", "up", of_gguf),
     "below": Fault(
         "the gate is clamped below too",
-        grouped_matmul._gated,
+        grouped_matmul.gated,
         "jnp.minimum(gate, clamp.limit)",
         "jnp.clip(gate, -1.0, clamp.limit)",
         of_gguf,

@@ -9,8 +9,9 @@ import pytest
 
 from ferrum_jax import implementation
 from ferrum_jax.models import decoder
+from interpret import test_delta_net as interpreted
 from pallas_kernels import dispatch, native
-from pallas_kernels.delta_net import xla
+from pallas_kernels.delta_net import chunks, xla
 from support.compiler import needs_compiler
 from support.patching import Fault, applied
 from support.random_models import DENSE
@@ -53,7 +54,7 @@ FAULTS = {
     ),
     "tiled": Fault(
         "each key head has consecutive value heads, whatever the model says",
-        xla._step,
+        xla.heads_of,
         "if tiled else",
         "if False else",
         retraced(delta_net.test_a_ragged_step_is_the_reference, delta_net.SHAPES[1], "xla"),
@@ -64,6 +65,13 @@ FAULTS = {
         "jnp.where(sequences.writes[t] < 0, places, sequences.writes[t])",
         "sequences.writes[t]",
         retraced(delta_net.test_states_after_tokens_in_between_are_kept_where_asked, "xla"),
+    ),
+    "chunk": Fault(
+        "a chunk is taken at once although the state after one of its tokens is to be kept",
+        chunks.whole_chunks,
+        "& (between == 0)",
+        "",
+        retraced(interpreted.test_a_state_within_a_chunk_is_kept, interpreted.TRITON, interpreted.SMALL),
     ),
     "forced": Fault(
         "the order decides whatever is forced",

@@ -13,12 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import delta_net as package
 from pallas_kernels import dispatch
 from pallas_kernels.delta_net import DeltaState, Sequences, delta_net, reference
+from pallas_kernels.delta_net.parts import Operands
 from support.compiler import needs_compiler
 
-BACKENDS = [pytest.param(b.name, marks=needs_compiler if b.name == "native" else ()) for b in package.BACKENDS]
+BACKENDS = [pytest.param("xla"), pytest.param("native", marks=needs_compiler)]
 LAYERS, PLACES = 3, 7
 
 
@@ -72,6 +72,9 @@ def state_of(shape: Shape) -> DeltaState:
 
 @functools.partial(jax.jit, static_argnames=("tiled", "backend"))
 def run(made, taps, state, layer, sequences, *, tiled, backend):
+    """backend: its name, or its function (tests/interpret)."""
+    if callable(backend):
+        return backend(Operands(*made, taps, state, layer, sequences), tiled)
     return delta_net(*made, taps, state, layer, sequences, tiled=tiled, implementation=backend)
 
 
@@ -104,8 +107,12 @@ def expected(shape, row, tail, memory):
 
 @pytest.mark.parametrize(("shape", "backend"), CASES, ids=str)
 def test_a_ragged_step_is_the_reference(shape, backend):
+    check_step(shape, backend, ((1, 40, 5), (37, 0, 2), (9, 17, 0), (1, 0, 3)))
+
+
+def check_step(shape, backend, places):
+    """places: of each sequence, its tokens, the first one's position and the place of its state."""
     before = state_of(shape)
-    places = ((1, 40, 5), (37, 0, 2), (9, 17, 0), (1, 0, 3))
     rows = [(inputs(shape, tokens, seed), first, place) for seed, (tokens, first, place) in enumerate(places)]
     found, after = step(shape, backend, before, rows)
     changed = np.array(before.tail), np.array(before.memory)
@@ -122,8 +129,8 @@ def test_a_ragged_step_is_the_reference(shape, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_states_after_tokens_in_between_are_kept_where_asked(backend):
-    shape, before, row = SHAPES[0], state_of(SHAPES[0]), inputs(SHAPES[0], 4, 8)
+def test_states_after_tokens_in_between_are_kept_where_asked(backend, shape=SHAPES[0]):
+    before, row = state_of(shape), inputs(shape, 4, 8)
     _, after = step(shape, backend, before, [(row, 12, 3)], writes=np.array([6, -1, 3, 1]))
     _, tails, memories = expected(shape, row, *(np.asarray(array)[1, 3] for array in before))
     for t, place in ((0, 6), (2, 3), (3, 1)):
