@@ -4,17 +4,20 @@
     python -m benchmarks.cpu MODEL.gguf --name qwen2.5-coder-0.5b
     python -m benchmarks.cpu --synthetic qwen3-moe-600m
 
-    python -m benchmarks.cpu --llama-bench BUILD/bin/llama-bench   # also against that build of llama.cpp
+    python -m benchmarks.cpu --synthetic qwen35-moe-1g --dtypes int8 --llama-bench BUILD/bin/llama-bench
 
 For every engine the same clock runs around the same requests: generating one token after the prompt is prefill; the further
-time that `--generate` tokens take is decoding. A build given by --llama-bench is measured by its own llama-bench, and by the
-llama-batched-bench in the same folder if there is one. The timed tokens are then checked against this package in float32,
-teacher-forced.
+time that `--generate` tokens take is decoding. llama.cpp is that of the `xllamacpp` wheel, if it is installed; a build given by
+--llama-bench is measured as well, by its own llama-bench, and by the llama-batched-bench in the same folder if there is one.
+The timed tokens are then checked against this package in float32, teacher-forced.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import dataclasses
+import importlib.util
 import json
 import os
 import subprocess
@@ -24,6 +27,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 import ferrum_jax as fj
@@ -32,6 +36,7 @@ from benchmarks.llama_cpp import LlamaCpp
 from ferrum_jax import hub
 
 DTYPES = ("float32", "bfloat16", "int8")
+PACKAGE = "xllamacpp"  # llama.cpp as a wheel
 Run = Callable[[list[list[int]], int], list[list[int]]]
 
 
@@ -120,18 +125,40 @@ class Native:
         return rows
 
 
+def load(path: Path, dtypes: list[str]) -> dict[str, Any]:
+    """The model in some dtypes and in float32, with the same weights in memory."""
+    models = {dtype: fj.load(path, dtype=dtype) for dtype in dtypes[-1:]}
+    (first,) = models.values()
+    for dtype in {*dtypes, "float32"} - models.keys():
+        config, kv_dtype = dataclasses.replace(first.config, dtype=dtype), "float32" if dtype == "float32" else first.kv_dtype
+        models[dtype] = fj.Model(config, first.params, first.tokenizer, jax.devices()[0], kv_dtype, first.max_seq_len)
+    return models
+
+
 def measure(
-    path: Path, name: str, *, rounds: int, prompt_len: int, gen_len: int, batches: list[int], llama_bench: Path | None
+    path: Path,
+    name: str,
+    *,
+    rounds: int,
+    prompt_len: int,
+    gen_len: int,
+    batches: list[int],
+    dtypes: list[str],
+    llama_bench: Path | None,
 ) -> dict[str, Any]:
     threads = len(os.sched_getaffinity(0))
-    models = {dtype: fj.load(path, dtype=dtype) for dtype in DTYPES}
+    models = load(path, dtypes)
     exact = models["float32"]
     prompts = make_prompts(exact.tokenizer, max(batches, default=1), prompt_len)
     native = Native(llama_bench, path, threads, prompt_len, gen_len, batches) if llama_bench else None
-    with LlamaCpp(path, threads=threads, context=prompt_len + gen_len + 16) as peer:
-        cases: list[tuple[str, str, int, Run]] = [("llama.cpp", "int8 blocks", 1, lambda p, n: [peer.generate(p[0], n)])]
-        cases += [("ferrum_jax", dtype, 1, ours(models[dtype])) for dtype in DTYPES]
-        cases += [("ferrum_jax", "int8", rows, ours(models["int8"])) for rows in batches]
+    with contextlib.ExitStack() as stack:
+        cases: list[tuple[str, str, int, Run]] = [("ferrum_jax", dtype, 1, ours(models[dtype])) for dtype in dtypes]
+        cases += [("ferrum_jax", "int8", rows, ours(models["int8"])) for rows in batches if "int8" in dtypes]
+        peer = None
+        if importlib.util.find_spec(PACKAGE):
+            peer = stack.enter_context(LlamaCpp(path, threads=threads, context=prompt_len + gen_len + 16))
+            cases.insert(0, ("llama.cpp", "int8 blocks", 1, lambda p, n: [peer.generate(p[0], n)]))
+        pids = [peer.pid] if peer else []
         times: dict[tuple, list[tuple[float, float]]] = {case: [] for case in cases}
         answers: dict[tuple, list[list[int]]] = {}
         loads: dict[tuple, list[float]] = {case: [] for case in cases}
@@ -143,15 +170,14 @@ def measure(
                 native.round()
             for case in cases:
                 run, asked = case[3], prompts[: case[2]]
-                first, others, _ = common.sample(partial(run, asked, 1), [peer.pid])
-                whole, more, answer = common.sample(partial(run, asked, gen_len), [peer.pid])
+                first, others, _ = common.sample(partial(run, asked, 1), pids)
+                whole, more, answer = common.sample(partial(run, asked, gen_len), pids)
                 times[case].append((first, whole - first))
                 loads[case].extend((others, more))
-                answers[case] = answer
+                answers[case[:3]] = answer
                 taken = f"{first:.3f} s + {whole - first:.3f} s, others {others}, {more}"
                 print(f"round {number + 1}: {' '.join(map(str, case[:3]))}: {taken}", flush=True)
-        build = peer.build
-    reference = answers[cases[1]][0]
+    reference = answers.get(("ferrum_jax", "float32", 1)) or ours(exact)(prompts[:1], gen_len)
     rows = []
     for case in cases:
         engine, dtype, count, _ = case
@@ -162,7 +188,7 @@ def measure(
             "prefill_tok_s": common.summary([count * prompt_len / first for first, _ in times[case]], 2),
             "decode_tok_s": common.summary([count * (gen_len - 1) / rest for _, rest in times[case]], 2),
             "other_cores": max(loads[case]),
-            "content_check": check(exact, prompts[0], answers[case][0], reference),
+            "content_check": check(exact, prompts[0], answers[case[:3]][0], reference[0]),
         }
         rows.append(row)
     return {
@@ -175,7 +201,7 @@ def measure(
         "prompt_len": prompt_len,
         "gen_len": gen_len,
         "threads": threads,
-        "llama_cpp_build": build,
+        "llama_cpp_build": peer.build if peer else None,
         "rows": rows,
         "native": native.rows() if native else [],
     }
@@ -190,6 +216,7 @@ def main() -> None:
     parser.add_argument("--prompt-len", type=int, default=512)
     parser.add_argument("--generate", type=int, default=64)
     parser.add_argument("--batch", type=int, nargs="*", default=[4, 16])
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES)
     parser.add_argument("--llama-bench", type=Path, help="of a build of llama.cpp to measure as well")
     parser.add_argument("--patience", type=float, default=60.0, help="seconds to spend on waiting for a quiet machine")
     options = parser.parse_args()
@@ -202,8 +229,9 @@ def main() -> None:
             path = hub.resolve(options.model)
         name = options.name or options.synthetic or options.model.replace(":", "-")
         sizes = {"prompt_len": options.prompt_len, "gen_len": options.generate, "batches": options.batch}
+        sizes["dtypes"] = list(options.dtypes)
         result = measure(path, name, rounds=options.rounds, llama_bench=options.llama_bench, **sizes)
-    common.write(f"cpu-{name}", result, "xllamacpp")
+    common.write(f"cpu-{name}", result, *[PACKAGE] * bool(result["llama_cpp_build"]))
 
 
 if __name__ == "__main__":

@@ -165,19 +165,19 @@ def cpu(results: list[dict[str, Any]]) -> list[str]:
     first = results[0]
     parts = [CPU.format(prompt_len=first["prompt_len"], rest=first["gen_len"] - 1, disturbed=DISTURBED), measured_on(first)]
     for result in results:
-        model, peer = result["model"], result["rows"][0]
+        model, peer = result["model"], next((row for row in result["rows"] if row["engine"] == "llama.cpp"), None)
         formats = sorted(model["formats"], key=lambda name: -model["formats"][name])
         shown = ", ".join(name for name in formats if name != "F32")
         parts.append(
             f"### {model['name']}\n\n{model['architecture']}, {model['parameter_bytes'] / 1e6:.0f} MB in {shown}; "
-            f"{result['threads']} threads; llama.cpp's build: {result['llama_cpp_build']}.\n"
+            f"{result['threads']} threads; llama.cpp's build: {result['llama_cpp_build'] or 'not installed'}.\n"
         )
         rows = []
         for row in result["rows"]:
             check = row["content_check"]
-            quiet = max(row["other_cores"], peer["other_cores"]) <= DISTURBED
+            quiet = peer and max(row["other_cores"], peer["other_cores"]) <= DISTURBED
             ratios = [
-                f"{row[key]['median'] / peer[key]['median']:.2f}" if quiet else "disturbed"
+                f"{row[key]['median'] / peer[key]['median']:.2f}" if quiet else "disturbed" if peer else "-"
                 for key in ("prefill_tok_s", "decode_tok_s")
             ]
             gap = check["gap_at_parting"]

@@ -95,7 +95,7 @@ def write_gguf(source: ModelSource, out: Path, *, force: bool = False, progress:
         raise FileExistsError(f"{out} is a directory")
     total = sum(info.nbytes for info in kept.values())
     with fresh(out, total) as partial, contextlib.closing(gguf.GGUFWriter(partial, config.architecture)) as writer:
-        _add_metadata(writer, metadata)
+        add_metadata(writer, metadata)
         for name, info in kept.items():
             kind = gguf.GGMLQuantizationType(ggml_types.BY_NAME[info.format].type_id)
             writer.add_tensor_info(name, info.shape, np.dtype(np.float32), info.nbytes, kind)
@@ -131,7 +131,8 @@ def _metadata(source: ModelSource, config: ModelConfig) -> dict[str, Typed]:
     return metadata
 
 
-def _add_metadata(writer: gguf.GGUFWriter, metadata: Mapping[str, Typed]) -> None:
+def add_metadata(writer: gguf.GGUFWriter, metadata: Mapping[str, Typed]) -> None:
+    """Gives a file these keys and no others."""
     writer.kv_data[0].clear()
     for key, (value, kind) in metadata.items():
         if kind.startswith("array "):

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import pytest
 
 import ferrum_jax as fj
-from benchmarks.make_synthetic import SHAPES, list_tensors
+from benchmarks import make_synthetic
+from benchmarks.tensors import tensors as synthetic_tensors
 from ferrum_jax import headers, loading, memory, plan
 from ferrum_jax.cli import main
 from ferrum_jax.distributed import Placement
@@ -100,7 +101,7 @@ def test_a_header_survives_json(path):
 def test_bundled_header_is_that_of_a_full_file():
     """Types and shapes as the benchmark's own recipe has them; llama.cpp said those of the header."""
     header = headers.bundled(QWEN)
-    tensors = list_tensors(SHAPES["qwen3-30b-a3b"], "q4_k_m")
+    tensors = synthetic_tensors(make_synthetic.SHAPES["qwen3-30b-a3b"])
     expected = {tensor.name: (tensor.format, tensor.shape, tensor.nbytes) for tensor in tensors}
     assert {t.name: (t.format, t.shape, t.nbytes) for t in header.tensors.values()} == expected
     config = header.config()
