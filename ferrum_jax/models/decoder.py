@@ -16,16 +16,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import ferrum_jax.models.delta_net  # noqa: F401 - a kind of mixer, which it adds to MIXERS
 from ferrum_jax.adapters import COLUMNS, without_adapters
-from ferrum_jax.config import Attention, Mixture, ModelConfig, Rope
+from ferrum_jax.config import Attention, GatedDeltaNet, Mixture, ModelConfig, Rope
+from ferrum_jax.models.delta_net import sequences_of
 from ferrum_jax.models.layers import ROUTING, Block, Paged, clamp_of
 from ferrum_jax.models.recurrence import Recurrence, recurrence
 from ferrum_jax.models.rope import rope_angles
 from ferrum_jax.models.scan import scan_layers
 from ferrum_jax.quantized import Layer, LayerStack, QuantizedTensor, linear
 from ferrum_jax.state import DecodeState, KVCache, page_kinds, recurrent_kinds
-from pallas_kernels.decoder_layers import Attending, LayerShape, Part, Stack, backend_for
+from pallas_kernels.decoder_layers import Attending, LayerShape, Part, Recurring, Stack, backend_for
+from pallas_kernels.delta_net import DeltaState
 from pallas_kernels.derivatives import derivative_of
 from pallas_kernels.paged_attention import Tables, make_metadata
 from pallas_kernels.reductions import rms_norm
@@ -150,7 +151,7 @@ def run_layers(
     """The residual stream x float32 [T, hidden_size] after all layers, the parts of the state and, with `record`, the routers'
     choices: in one call if a backend has one."""
     backend = None
-    if len(config.attentions) == config.num_layers and not any(mixer.gated for mixer in config.attentions):
+    if config.attentions and {type(spec.mixer) for spec in config.layers} <= {Attention, GatedDeltaNet}:
         shape, parts = _shape(config), _parts(layers, config.num_layers)
         backend = backend_for(*parts, config.hidden_size, shape, config.dtype, config.implementation)
     if backend is None:
@@ -158,8 +159,11 @@ def run_layers(
 
     @derivative_of(functools.partial(_composed, config, record=record))
     def together(layers: Params, x: jax.Array, access: Access, angles: Angles) -> Carry:
-        parts, (pools, kv_slots, tables, *_) = _parts(layers, config.num_layers), access
-        return backend.decoder_layers(x, pools, kv_slots, tables, angles, *parts, _attending(config), shape, record)
+        parts, (pools, kv_slots, tables, recurrent, told) = _parts(layers, config.num_layers), access
+        states, sequences = [DeltaState(**arrays) for arrays in recurrent], told and sequences_of(told)
+        arguments = x, pools, kv_slots, tables, angles, states, sequences, *parts, _mixers(config), shape, record
+        x, pools, states, routing = backend.decoder_layers(*arguments)
+        return x, (*pools, *(state._asdict() for state in states)), routing
 
     with jax.named_scope("layers"):
         return together(layers, x, access, angles)
@@ -168,22 +172,31 @@ def run_layers(
 def _shape(config: ModelConfig) -> LayerShape:
     """The numbers of the first layer and the first mixture, and how many kinds of either there are in what layers must
     share."""
-    first = config.attentions[0]
+    first, mixers = config.attentions[0], [spec.mixer for spec in config.layers]
     alike = (dataclasses.replace(mixer, num_heads=0, num_kv_heads=0, rope=first.rope, window=0) for mixer in config.attentions)
     mixtures = [spec.feed_forward for spec in config.layers if isinstance(spec.feed_forward, Mixture)]
     choices = {dataclasses.replace(mixture, num_experts=0, width=0) for mixture in mixtures}
-    shape = LayerShape(first.head_dim, config.rms_norm_eps, kinds=max(len(set(alike)), len(choices)))
+    delta_dims = {dim for m in mixers if isinstance(m, GatedDeltaNet) for dim in (m.key_dim, m.value_dim)}
+    kinds = max(len(set(alike)), len(choices))
+    shape = LayerShape(first.head_dim, config.rms_norm_eps, kinds=kinds, gated=first.gated, delta_dims=tuple(delta_dims))
     if not mixtures:
         return shape
     top_k, normalize, scale = mixtures[0].experts_per_token, mixtures[0].normalize, mixtures[0].scale
     return shape._replace(top_k=top_k, normalize=normalize, expert_scale=scale, clamp=clamp_of(mixtures[0]))
 
 
-def _attending(config: ModelConfig) -> list[Attending]:
-    """What each layer attends to, if all of them attend."""
+def _mixers(config: ModelConfig) -> list[Attending | Recurring]:
+    """What each layer attends to, or its state."""
+    kinds: list[tuple[int, Any]] = [*enumerate(page_kinds(config)), *enumerate(recurrent_kinds(config))]
+    places = {layer: (number, item) for number, kind in kinds for item, layer in enumerate(kind.layers)}
     ropes = _ropes(config)
-    items = {layer: (pool, item) for pool, kind in enumerate(page_kinds(config)) for item, layer in enumerate(kind.layers)}
-    return [Attending(*items[layer], ropes.index(mixer.rope), mixer.window) for layer, mixer in enumerate(config.attentions)]
+
+    def of(layer: int, mixer: Any) -> Attending | Recurring:
+        if isinstance(mixer, GatedDeltaNet):
+            return Recurring(*places[layer], mixer.tiled)
+        return Attending(*places[layer], ropes.index(mixer.rope), mixer.window)
+
+    return [of(layer, spec.mixer) for layer, spec in enumerate(config.layers)]
 
 
 def _parts(layers: Params, count: int) -> tuple[list[Stack], list[dict[str, Part]]]:
@@ -191,11 +204,12 @@ def _parts(layers: Params, count: int) -> tuple[list[Stack], list[dict[str, Part
     stacks: list[Stack] = []
     parts: list[dict[str, Part]] = [{} for _ in range(count)]
     for path, parameter in jax.tree.leaves_with_path(layers, is_leaf=lambda node: isinstance(node, LayerStack)):
+        role = "_".join(["delta"] * (path[0].key == "delta_net") + [path[-1].key])
         numbers = {format: len(stacks) + i for i, format in enumerate(parameter.stacks)}
         stacks += [Stack(tensor.planes[0], tensor.format, tensor.memory_layout) for tensor in parameter.stacks.values()]
         for layer in filter(parameter.has, map(Layer, range(count))):
             _, item = parameter.select(layer)
-            parts[layer.first][path[-1].key] = Part(numbers[parameter.formats[layer.first]], item)
+            parts[layer.first][role] = Part(numbers[parameter.formats[layer.first]], item)
     return stacks, parts
 
 

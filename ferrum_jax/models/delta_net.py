@@ -38,7 +38,6 @@ class GatedDeltaNet(LayerModule):
             time = jax.nn.softplus(alpha + self.stack("time_bias").vector(layer))
             log_decay = self.stack("decay").vector(layer) * time
         with jax.named_scope("recurrence"):
-            sequences = Sequences(told.starts, told.positions, told.begins, told.reads, told.writes)
             taps, at = self.stack("taps").select(layer)
             y, kept = delta_net(
                 qkv,
@@ -47,7 +46,7 @@ class GatedDeltaNet(LayerModule):
                 format_of(taps.format).decode(taps.planes[0][at]),
                 DeltaState(part["tail"], part["memory"]),
                 index,
-                sequences,
+                sequences_of(told),
                 tiled=spec.tiled,
                 implementation=self.config.implementation,
             )
@@ -65,6 +64,11 @@ class GatedDeltaNet(LayerModule):
         (both,) = self.project(x, layer, "beta_alpha", adapter_mask=adapter_mask, arithmetic=arithmetic)
         both = both.reshape(x.shape[0], self.spec.key_heads, 2, -1)
         return [both[:, :, i].reshape(x.shape[0], -1) for i in range(2)]
+
+
+def sequences_of(told: Recurrence) -> Sequences:
+    """The part of it that kernels are given."""
+    return Sequences(told.starts, told.positions, told.begins, told.reads, told.writes)
 
 
 MIXERS[GatedDeltaNetSpec] = "delta_net", GatedDeltaNet

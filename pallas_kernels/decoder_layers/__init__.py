@@ -1,36 +1,46 @@
 """All layers of a decoder in one call, if a backend has such a call: values between the products stay out of memory and a step
 is one launch. Otherwise `backend_for` returns None and the layers are composed of the other operations.
 
-Contract of `backend.decoder_layers(x, caches, kv_slots, tables, ropes, stacks, layers, attending, shape, record)`:
+Contract of `backend.decoder_layers(x, caches, kv_slots, tables, ropes, states, sequences, stacks, layers, mixers, shape,
+record)`:
 
 * `x` float32 [tokens, hidden]: the residual stream. `caches`, `kv_slots`, `tables`: for each pool of pages, as `KVCache.write`
   and paged_attention have them; the caches store one dtype, and the tables differ in `page_table` alone. `ropes`: as append's,
-  for each rotation that there is.
+  for each rotation that there is. `states`, `sequences`: of layers with a gated delta net, as in delta_net (None if there are
+  none); the sequences are those of the tables.
 * `stacks`: the parameters, each `Stack` with one role and one format, for all layers that have it in that format.
 * `layers`: for each layer a mapping from `ROLES` to the `Part` that the layer has: which stack, and the place in it. A layer
-  with a router is a mixture of experts; any other has gate, up and down. `attending`: what each layer attends to.
+  with a router is a mixture of experts, with shared_gate also of one that every token goes through, times the sigmoid of the
+  product with shared_router; any other has gate, up and down. `mixers`: what each layer attends to, or its state.
+* a gated delta net has the matrices delta_qkv, delta_gate and delta_output, and delta_beta and delta_alpha, or both in
+  delta_beta_alpha: for each key head the rows of beta, then of alpha, of its value heads. log_decay is delta_decay times the
+  softplus of alpha + delta_time_bias, beta is a sigmoid. A head's result is normalized by delta_norm and multiplied by the silu
+  of its gate.
 * result: x after the last layer, float32 [tokens, hidden], without meaning for padding; the caches with this step's keys and
-  values, updated in place if they were donated; with `record` the experts int32 and weights float32 of each router, both
-  [layers with a router, tokens, top_k], as in pallas_kernels.routing, else ().
-* the result is that of the composition, with dtype "int8": queries, keys and values in "int8x2", the router in float32. Row t
-  depends on its sequence alone, bit for bit. There is no derivative here: see ferrum_jax.models.decoder.
+  values and the states, updated in place if they were donated; with `record` the experts int32 and weights float32 of each
+  router, both [layers with a router, tokens, top_k], as in pallas_kernels.routing, else ().
+* the result is that of the composition, with dtype "int8": queries, keys and values, beta and alpha in "int8x2", the router in
+  float32. Row t depends on its sequence alone, bit for bit. There is no derivative here: see ferrum_jax.models.decoder.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pallas_kernels import dispatch, native
-from pallas_kernels.decoder_layers.parts import Attending, LayerShape, Part, Stack
-from pallas_kernels.native.tables import ROLES, ROUTER_FORMAT, is_matrix
+from pallas_kernels.decoder_layers.parts import Attending, LayerShape, Part, Recurring, Stack
+from pallas_kernels.native.tables import FLOAT_FORMAT, FLOAT_ROLES, MATRICES, ROLES
 
-__all__ = ["BACKENDS", "ROLES", "Attending", "LayerShape", "Part", "Stack", "backend_for"]
+__all__ = ["BACKENDS", "ROLES", "Attending", "LayerShape", "Part", "Recurring", "Stack", "backend_for"]
 
 
 BACKENDS = (
     dispatch.Backend("native", native.refuses, lambda: native),
-    dispatch.composed("quantized_matmul", "swiglu", "grouped_matmul", "expert_ffn", "append", "paged_attention", "route"),
+    dispatch.composed(
+        "quantized_matmul", "swiglu", "grouped_matmul", "expert_ffn", "append", "paged_attention", "route", "delta_net"
+    ),
 )
 
 
@@ -44,10 +54,10 @@ def backend_for(
 ) -> Any:
     """The functions of the backend that computes all these layers in one call, or None."""
     unknown = {role for layer in layers for role in layer} - set(ROLES)
-    matrices = {(role, part.stack) for layer in layers for role, part in layer.items() if is_matrix(role)}
+    matrices = {(role, part.stack) for layer in layers for role, part in layer.items() if role in MATRICES}
     named = ((role, stacks[number]) for role, number in matrices)
-    kinds = {(stack.format, stack.memory_layout) for role, stack in named if (role, stack.format) != ("router", ROUTER_FORMAT)}
-    sizes = (hidden, shape.head_dim, len(unknown), shape.kinds)
+    kinds = {(s.format, s.memory_layout) for role, s in named if role not in FLOAT_ROLES or s.format != FLOAT_FORMAT}
+    sizes = (hidden, math.gcd(shape.head_dim, *shape.delta_dims), len(unknown), shape.kinds)
     target = dispatch.target("decoder_layers", implementation)
     cases = [dispatch.Case("decoder_layers", target, *kind[:1], dtype, kind[1], sizes) for kind in sorted(kinds)]
     found = [dispatch.choose(case, BACKENDS) for case in cases]

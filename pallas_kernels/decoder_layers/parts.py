@@ -35,9 +35,19 @@ class Attending(NamedTuple):
     window: int = 0
 
 
+class Recurring(NamedTuple):
+    """What the gated delta net of one layer reads and writes: the number of its state and which item of that one's first axis
+    it is; tiled: as in delta_net."""
+
+    state: int
+    item: int
+    tiled: bool = False
+
+
 class LayerShape(NamedTuple):
-    """What all layers share. expert_scale and normalize: as in routing; clamp: as in grouped_matmul. kinds: how many different
-    values of this there are in the model; if there are several, the other fields describe the first."""
+    """What all layers share. expert_scale and normalize: as in routing; clamp: as in grouped_matmul; gated: each head has, next
+    to its query, a gate whose sigmoid multiplies its result. delta_dims: the widths of keys and values of delta nets. kinds:
+    how many different values of this there are in the model; if there are several, the other fields describe the first."""
 
     head_dim: int
     eps: float
@@ -46,3 +56,5 @@ class LayerShape(NamedTuple):
     expert_scale: float = 1.0
     kinds: int = 1
     clamp: Clamp | None = None
+    gated: bool = False
+    delta_dims: tuple[int, ...] = ()

@@ -18,11 +18,11 @@ from pallas_kernels.blocks import format_of
 from pallas_kernels.blocks.matrix import Matrix
 from pallas_kernels.native import build
 from pallas_kernels.native.build import isa, prepare, refusal
-from pallas_kernels.native.tables import FORMATS, ROLES, is_matrix
+from pallas_kernels.native.tables import FORMATS, MATRICES, ROLES
 
 if TYPE_CHECKING:
-    from pallas_kernels.decoder_layers.parts import Attending, LayerShape, Part, Stack
-    from pallas_kernels.delta_net.parts import DeltaState
+    from pallas_kernels.decoder_layers.parts import Attending, LayerShape, Part, Recurring, Stack
+    from pallas_kernels.delta_net.parts import DeltaState, Sequences
     from pallas_kernels.delta_net.parts import Operands as DeltaOperands
     from pallas_kernels.grouped_matmul.parts import Biases, Clamp
     from pallas_kernels.paged_attention import KVCache, Tables
@@ -105,23 +105,27 @@ def decoder_layers(
     kv_slots: Sequence[jax.Array],
     tables: Sequence[Tables],
     ropes: Sequence[tuple[jax.Array, jax.Array]],
+    states: Sequence[DeltaState],
+    sequences: Sequences | None,
     stacks: Sequence[Stack],
     layers: Sequence[Mapping[str, Part]],
-    attending: Sequence[Attending],
+    mixers: Sequence[Attending | Recurring],
     shape: LayerShape,
     record: bool,
-) -> tuple[jax.Array, tuple[KVCache, ...], tuple[jax.Array, ...]]:
+) -> tuple[jax.Array, tuple[KVCache, ...], tuple[DeltaState, ...], tuple[jax.Array, ...]]:
     """See the contract of pallas_kernels.decoder_layers."""
     places = np.full((len(layers), len(ROLES), 2), -1, np.int64)
     for places_of, layer in zip(places, layers, strict=True):
         for role, part in layer.items():
             places_of[ROLES.index(role)] = part
-    vectors = {part.stack for layer in layers for role, part in layer.items() if not is_matrix(role)}
+    vectors = {part.stack for layer in layers for role, part in layer.items() if role not in MATRICES}
     arrays = [format_of(s.format).decode(s.array) if number in vectors else s.array for number, s in enumerate(stacks)]
-    kept, structure = jax.tree.flatten(tuple(caches))
+    kept, structure = jax.tree.flatten((tuple(caches), tuple(states)))
     angles = (part.reshape(x.shape[0], -1) for rope in ropes for part in rope)
     pools = (array for slots, table in zip(kv_slots, tables, strict=True) for array in (slots, table.page_table))
-    operands = (x, tables[0].positions, tables[0].query_starts, tables[0].kv_lengths, *angles, *pools, *arrays)
+    places_of_states = (sequences.begins, sequences.reads, sequences.writes) if sequences else ()
+    step = x, tables[0].positions, tables[0].query_starts, tables[0].kv_lengths
+    operands = (*step, *angles, *pools, *places_of_states, *arrays)
     routed = sum("router" in layer for layer in layers), x.shape[0], shape.top_k
     recorded = [jax.ShapeDtypeStruct(routed, dtype) for dtype in (jnp.int32, jnp.float32)] if record else []
     y, *results = jax.ffi.ffi_call(
@@ -133,8 +137,9 @@ def decoder_layers(
         *kept,
         places=places.reshape(-1),
         formats=",".join(stack.format for stack in stacks),
-        attention=np.asarray(attending, np.int64).reshape(-1),
+        mixers=np.asarray([(*mixer, 0)[:4] for mixer in mixers], np.int64).reshape(-1),
         pools=np.int64(len(caches)),
+        states=np.int64(len(states)),
         ropes=np.int64(len(ropes)),
         kv_dtype=caches[0].dtype,
         top_k=np.int64(shape.top_k),
@@ -142,9 +147,10 @@ def decoder_layers(
         scale=np.float32(shape.head_dim**-0.5),
         expert_scale=np.float32(shape.expert_scale),
         normalize=shape.normalize,
+        gated=shape.gated,
         **_of(shape.clamp),
     )
-    return y, jax.tree.unflatten(structure, results[: len(kept)]), tuple(results[len(kept) :])
+    return y, *jax.tree.unflatten(structure, results[: len(kept)]), tuple(results[len(kept) :])
 
 
 def delta_net(operands: DeltaOperands, tiled: bool) -> tuple[jax.Array, DeltaState]:

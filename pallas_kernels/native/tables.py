@@ -16,23 +16,24 @@ QUANTIZED = (
     "IQ4_XS",
 )  # fmt: skip
 FORMATS = (*QUANTIZED, "F16", "BF16")  # formats of the matrices that the products accept
-ROUTER_FORMAT = "F32"  # of a router inside decoder_layers, in addition to FORMATS
+FLOAT_FORMAT = "F32"  # of `FLOAT_ROLES` inside decoder_layers, in addition to FORMATS
 ARITHMETIC = ("int8", "int8x2", "float32")
-ROLES = (
-    "attention_norm", "query", "key", "value", "query_bias", "key_bias", "value_bias", "query_norm", "key_norm", "output",
-    "output_bias", "feed_forward_norm", "gate", "up", "down", "down_bias", "router", "expert_gate", "expert_up", "expert_down",
-    "sinks", "router_bias", "expert_gate_bias", "expert_up_bias", "expert_down_bias",
+MATRICES = (
+    "query", "key", "value", "output", "gate", "up", "down", "router", "expert_gate", "expert_up", "expert_down", "shared_gate",
+    "shared_up", "shared_down", "delta_qkv", "delta_gate", "delta_beta", "delta_alpha", "delta_beta_alpha", "delta_output",
 )  # fmt: skip
-
-
-def is_matrix(role: str) -> bool:
-    """Whether a parameter is multiplied; the others are norms, biases and sinks."""
-    return not role.endswith(("norm", "bias", "sinks"))
+VECTORS = (
+    "attention_norm", "query_bias", "key_bias", "value_bias", "query_norm", "key_norm", "sinks", "output_bias",
+    "feed_forward_norm", "down_bias", "router_bias", "expert_gate_bias", "expert_up_bias", "expert_down_bias", "shared_router",
+    "delta_taps", "delta_decay", "delta_time_bias", "delta_norm",
+)  # fmt: skip
+ROLES = (*MATRICES, *VECTORS)  # of the parameters of a layer; only matrices are in blocks
+FLOAT_ROLES = ("router", "delta_beta", "delta_alpha", "delta_beta_alpha")  # small matrices, which files have unpacked
 
 
 def header() -> str:
     """The text of tables.h."""
-    formats = [format_of(name) for name in (*FORMATS, ROUTER_FORMAT)]
+    formats = [format_of(name) for name in (*FORMATS, FLOAT_FORMAT)]
     rows = ", ".join(f'{{"{f.name}", Type::{f.name}, {f.block_size}, {f.block_bytes}}}' for f in formats)
     cases = " ".join(f"FERRUM_CASE({name}, CALL, __VA_ARGS__)" for name in QUANTIZED)
     return "\n".join(

@@ -99,17 +99,24 @@ FAULTS = {
 IN_ONE_CALL = {
     "window": Fault(
         "all layers of one call have the window of the first",
-        decoder._attending,
+        decoder._mixers,
         "mixer.window",
         "config.attentions[0].window",
         retraced(whole_layers.test_one_call_gives_what_the_composition_gives, "windows and ropes", "float16"),
     ),
     "rope": Fault(
         "all layers of one call have the rotation of the first",
-        decoder._attending,
+        decoder._mixers,
         "ropes.index(mixer.rope)",
         "0",
         retraced(whole_layers.test_one_call_gives_what_the_composition_gives, "windows and ropes", "float16"),
+    ),
+    "state": Fault(
+        "all delta nets of one call have the state of the first",
+        decoder._mixers,
+        "*places[layer], mixer.tiled",
+        "0, 0, mixer.tiled",
+        retraced(whole_layers.test_one_call_gives_what_the_composition_gives, "qwen35", "float16"),
     ),
     "pages": Fault(
         "all layers of one call look for pages in the table of the first pool",

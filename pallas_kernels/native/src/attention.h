@@ -254,9 +254,9 @@ inline void store_kv(KvType type, const float* x, int64_t n, uint8_t* to, float*
   }
 }
 
-inline Lanes gated(Lanes gate, Lanes up) {
-  return mul(div(gate, add(exp_of(sub(all(-0.0f), gate)), all(1.0f))), up);
-}
+inline Lanes negative(Lanes x) { return sub(all(-0.0f), x); }
+
+inline Lanes gated(Lanes gate, Lanes up) { return mul(div(gate, add(exp_of(negative(gate)), all(1.0f))), up); }
 
 // out = of(gate, up), element by element.
 template <typename F>
@@ -284,6 +284,20 @@ inline void clamped_product(const float* gate, const float* up, int64_t count, f
   });
 }
 
+inline void sigmoid_of(const float* x, int64_t count, float* out) {
+  pairwise(x, x, count, out, [](Lanes x, Lanes) { return div(all(1.0f), add(exp_of(negative(x)), all(1.0f))); });
+}
+
+// max(x, 0) + log(1 + y), y = exp(-|x|): the logarithm is that of (1 + s) / (1 - s), s = y / (2 + y) <= 1/3, a series in s.
+inline void softplus_of(const float* x, int64_t count, float* out) {
+  pairwise(x, x, count, out, [](Lanes x, Lanes) {
+    const Lanes y = exp_of(min(x, negative(x))), s = div(y, add(y, all(2.0f))), square = mul(s, s);
+    Lanes series = all(1.0f / 17);
+    for (int i = 15; i > 0; i -= 2) series = fma(series, square, all(1.0f / float(i)));
+    return fma(add(s, s), series, max(all(0), x));
+  });
+}
+
 inline void add_scaled_row(float weight, const float* x, int64_t count, float* sum) {
   for (int64_t i = 0; i < count; ++i) sum[i] = __builtin_fmaf(weight, x[i], sum[i]);
 }
@@ -292,4 +306,6 @@ inline void add_scaled_row(float weight, const float* x, int64_t count, float* s
 }  // namespace ferrum
 
 // The functions of an Isa from `attend` on.
-#define FERRUM_BESIDE attend, merge, rms_norm, rotate, softmax, store_kv, gated_product, clamped_product, add_scaled_row, delta_head
+#define FERRUM_BESIDE \
+  attend, merge, rms_norm, rotate, softmax, store_kv, gated_product, clamped_product, \
+  sigmoid_of, softplus_of, add_scaled_row, delta_head

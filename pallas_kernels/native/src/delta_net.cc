@@ -31,6 +31,7 @@ void delta_net(Pool& pool, const DeltaNet& net, const float* qkv, const float* l
   // The newest K - 1 rows after each token that is kept; those before the step from a copy, as their place may be written.
   maybe_parallel(rows.sequences > 8, pool, rows.sequences, [&](int64_t s) {
     const int64_t t = first(s), tokens = first(s + 1) - t, width = net.channels;
+    if (tokens == 0) return;
     auto* old = static_cast<float*>(scratch(kMemory, size_t(kept) * sizeof(float)));
     if (const float* from = tail(s)) std::memcpy(old, from, size_t(kept) * sizeof(float));
     else std::memset(old, 0, size_t(kept) * sizeof(float));

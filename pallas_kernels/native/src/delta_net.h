@@ -9,16 +9,15 @@
 namespace ferrum {
 namespace {
 
-// Channels first .. first + count - 1 of token t after the convolution and silu; count is a multiple of 16.
-inline void convolved(const DeltaHead& head, int64_t t, int64_t first, int64_t count, float* out) {
-  const int64_t taps = head.taps_count;
+// Channels first .. first + count - 1 of token t after the convolution and silu; count is a multiple of 16. taps: of these
+// channels, those of the next row `stride` later.
+inline void convolved(const DeltaHead& head, int64_t t, int64_t first, int64_t count, const float* taps, int64_t stride, float* out) {
   for (int64_t c = 0; c < count; ++c) out[c] = 0;
-  for (int64_t i = 0; i < taps; ++i) {
-    const int64_t from = t - taps + 1 + i;
+  for (int64_t i = 0; i < head.taps_count; ++i) {
+    const int64_t before = head.taps_count - 1, from = t - before + i;
     if (from < 0 && !head.tail) continue;
-    const float* x = (from < 0 ? head.tail + (from + taps - 1) * head.channels : head.qkv + from * head.channels) + first;
-    const float* tap = head.taps + first * taps + i;
-    for (int64_t c = 0; c < count; ++c) out[c] = __builtin_fmaf(tap[c * taps], x[c], out[c]);
+    const float* x = (from < 0 ? head.tail + (from + before) * head.channels : head.qkv + from * head.channels) + first;
+    for (int64_t c = 0; c < count; c += kLanes) store(fma(load(taps + i * stride + c), load(x + c), load(out + c)), out + c);
   }
   for (int64_t c = 0; c < count; c += kLanes) {
     const Lanes x = load(out + c);
@@ -62,13 +61,18 @@ inline void through_columns(float* memory, int64_t stride, int64_t rows, const f
 
 inline void delta_head(const DeltaHead& head) {
   const int64_t rows = head.key_dim, columns = head.value_dim;
-  auto* q = static_cast<float*>(scratch(kDelta, size_t(2 * rows + columns) * sizeof(float)));
-  float *k = q + rows, *v = k + rows;
+  const int64_t width = 2 * rows + columns, count = head.taps_count;
+  auto* q = static_cast<float*>(scratch(kDelta, size_t((1 + count) * width) * sizeof(float)));
+  float *k = q + rows, *v = k + rows, *taps = q + width;  // [count, width]
   const float factor = 1.0f / __builtin_sqrtf(float(rows));
+  for (int64_t c = 0; c < width; ++c) {
+    const int64_t channel = c < rows ? head.query + c : c < 2 * rows ? head.key + c - rows : head.value + c - 2 * rows;
+    for (int64_t i = 0; i < count; ++i) taps[i * width + c] = head.taps[channel * count + i];
+  }
   for (int64_t t = 0; t < head.tokens; ++t) {
-    convolved(head, t, head.query, rows, q);
-    convolved(head, t, head.key, rows, k);
-    convolved(head, t, head.value, columns, v);
+    convolved(head, t, head.query, rows, taps, width, q);
+    convolved(head, t, head.key, rows, taps + rows, width, k);
+    convolved(head, t, head.value, columns, taps + 2 * rows, width, v);
     normed(q, rows, factor);
     normed(k, rows, 1.0f);
     float decay[kLanes];

@@ -20,6 +20,7 @@ using ferrum::kS32;
 using ferrum::kRoles;
 using ferrum::Matrix;
 using ferrum::Role;
+using ferrum::Type;
 
 constexpr size_t kMaxMatrices = 16;
 
@@ -102,6 +103,32 @@ class Checker {
     const Array index = call_.operand(at);
     const bool one = require(index.is_one_int(), "an index must be one int32");
     return matrix(format(formats, which), one ? *index.ints() : -1, call_.operand(at + 1), k, experts);
+  }
+
+  // The gated delta net of `channels` whose state these arrays have.
+  ferrum::DeltaNet delta_net(int64_t channels, bool tiled, Array tails, Array memories) {
+    const int64_t heads = memories.dim(2), key_dim = memories.dim(3), value_dim = memories.dim(4);
+    const int64_t keys = key_dim > 0 ? (channels - heads * value_dim) / (2 * key_dim) : 0;
+    require(keys > 0 && heads > 0 && heads % keys == 0 && channels == 2 * keys * key_dim + heads * value_dim && key_dim % 16 == 0 &&
+                value_dim % 16 == 0 && tails.dim(3) == channels,
+            "heads and channels do not fit");
+    require(tails.dim(0) == memories.dim(0) && tails.dim(1) == memories.dim(1), "the state does not fit");
+    return {keys, heads, key_dim, value_dim, tails.dim(2) + 1, channels, tiled};
+  }
+
+  // Where the sequences of a step read and write a state with so many places.
+  ferrum::DeltaRows delta_rows(int64_t tokens, int64_t places, Array starts, Array begins, Array reads, Array writes) {
+    const int64_t sequences = reads.dim(0);
+    if (!require(starts.dim(0) == sequences + 1 && begins.dim(0) == sequences && writes.dim(0) == tokens,
+                 "the tables of the sequences do not fit"))
+      return {};
+    for (int64_t s = 0; s < sequences; ++s) {
+      const int64_t from = starts.ints()[s], to = starts.ints()[s + 1], place = reads.ints()[s];
+      require(from >= 0 && from <= to && to <= tokens, "starts must not fall");
+      require(from == to || (place >= 0 && place < places), "a sequence has its state elsewhere");
+    }
+    for (int64_t t = 0; t < tokens; ++t) require(writes.ints()[t] < places, "a state is to be kept elsewhere");
+    return {sequences, starts.ints(), reads.ints(), writes.ints(), static_cast<const bool*>(begins.data())};
   }
 
  private:
@@ -196,30 +223,135 @@ XLA_FFI_Error* experts(const Call& call) {
   });
 }
 
+// The parameters of one layer among the stacks, whose first operand is `first`: `places` has for each role the number of the
+// stack (-1: none) and the place in its first axis.
+class Parameters {
+ public:
+  Parameters(Checker& check, const Call& call, std::string_view formats, size_t first, const int64_t* places)
+      : check_(check), call_(call), formats_(formats), first_(first), places_(places) {}
+
+  bool has(Role role) const { return stack_of(role) >= 0; }
+
+  // n float32, or [experts, n]; nullptr if the layer does not have them.
+  const float* vector(Role role, int64_t n, int64_t experts = 0) {
+    if (!has(role)) return nullptr;
+    const Array stack = at(role);
+    const bool fits = stack.is(kF32, experts ? 3 : 2) && stack.from_end(1) == n && place_of(role) < stack.dim(0);
+    if (!check_.require(fits && (!experts || stack.dim(1) == experts), "a norm or bias does not fit")) return nullptr;
+    return stack.floats() + place_of(role) * n * (experts ? experts : 1);
+  }
+
+  // n 0: any number of rows.
+  Matrix matrix(Role role, int64_t k, int64_t n, int64_t experts = 0) {
+    if (!check_.require(has(role), "a matrix is missing")) return Matrix{};
+    const Matrix found = check_.matrix(check_.format(formats_, size_t(stack_of(role))), place_of(role), at(role), k, experts);
+    check_.require(n == 0 || found.n == n, "a matrix does not fit");
+    return found;
+  }
+
+ private:
+  int64_t stack_of(Role role) const { return places_[2 * int(role)]; }
+  int64_t place_of(Role role) const { return places_[2 * int(role) + 1]; }
+  Array at(Role role) const { return call_.operand(first_ + size_t(stack_of(role))); }
+
+  Checker& check_;
+  const Call& call_;
+  std::string_view formats_;
+  size_t first_;
+  const int64_t* places_;
+};
+
+// Attention of a layer that has its cache.
+void read_attention(Checker& check, Parameters& own, int64_t hidden, bool gated, ferrum::Layer& layer) {
+  const int64_t width = layer.cache.head_dim, keys = layer.cache.kv_heads * width, each = gated ? 2 : 1;
+  layer.query = own.matrix(Role::query, hidden, 0);
+  if (!check.require(layer.query.n > 0 && layer.query.n % (each * keys) == 0, "heads do not fit")) return;
+  layer.key = own.matrix(Role::key, hidden, keys);
+  layer.value = own.matrix(Role::value, hidden, keys);
+  layer.query_bias = own.vector(Role::query_bias, layer.query.n);
+  layer.key_bias = own.vector(Role::key_bias, keys);
+  layer.value_bias = own.vector(Role::value_bias, keys);
+  layer.query_norm = own.vector(Role::query_norm, width);
+  layer.key_norm = own.vector(Role::key_norm, width);
+  layer.output = own.matrix(Role::output, layer.query.n / each, hidden);
+  layer.output_bias = own.vector(Role::output_bias, hidden);
+  layer.sinks = own.vector(Role::sinks, layer.query.n / each / width);
+}
+
+// The gated delta net of a layer, which has place `depth` in these states.
+void read_recurrence(Checker& check, Parameters& own, int64_t hidden, bool tiled, Array tails, Array memories, int64_t depth,
+                     ferrum::Layer& layer) {
+  ferrum::Recurrence& to = layer.recurrence;
+  to.qkv = own.matrix(Role::delta_qkv, hidden, 0);
+  const ferrum::DeltaNet net = to.net = check.delta_net(to.qkv.n, tiled, tails, memories);
+  if (check.failed()) return;
+  const int64_t before = depth * memories.dim(1), values = net.heads * net.value_dim;
+  const bool both = own.has(Role::delta_beta_alpha);
+  to.tails = tails.floats() + before * (net.taps - 1) * net.channels;
+  to.memories = memories.floats() + before * values * net.key_dim;
+  to.gate = own.matrix(Role::delta_gate, hidden, values);
+  to.beta = both ? own.matrix(Role::delta_beta_alpha, hidden, 2 * net.heads) : own.matrix(Role::delta_beta, hidden, net.heads);
+  if (!both) to.alpha = own.matrix(Role::delta_alpha, hidden, net.heads);
+  to.taps = own.vector(Role::delta_taps, net.taps, net.channels);
+  to.decay = own.vector(Role::delta_decay, net.heads);
+  to.time_bias = own.vector(Role::delta_time_bias, net.heads);
+  to.norm = own.vector(Role::delta_norm, net.value_dim);
+  layer.output = own.matrix(Role::delta_output, values, hidden);
+  check.require(to.taps && to.decay && to.time_bias && to.norm, "a delta net has no taps, decay, bias or norm");
+}
+
+void read_feed_forward(Checker& check, Parameters& own, int64_t hidden, ferrum::Layer& layer) {
+  if (!own.has(Role::router)) {
+    layer.gate = own.matrix(Role::gate, hidden, 0);
+    layer.up = own.matrix(Role::up, hidden, layer.gate.n);
+    layer.down = own.matrix(Role::down, layer.gate.n, hidden);
+    layer.down_bias = own.vector(Role::down_bias, hidden);
+    return;
+  }
+  layer.router = own.matrix(Role::router, hidden, 0);
+  const int64_t experts = layer.experts = layer.router.n;
+  layer.gate = own.matrix(Role::expert_gate, hidden, 0, experts);
+  layer.up = own.matrix(Role::expert_up, hidden, layer.gate.n, experts);
+  layer.down = own.matrix(Role::expert_down, layer.gate.n, hidden, experts);
+  layer.router_bias = own.vector(Role::router_bias, experts);
+  layer.more.gate = own.vector(Role::expert_gate_bias, layer.gate.n, experts);
+  layer.more.up = own.vector(Role::expert_up_bias, layer.gate.n, experts);
+  layer.more.down = own.vector(Role::expert_down_bias, hidden, experts);
+  check.require(!layer.more.gate == !layer.more.up, "gate and up have a bias both or neither");
+  if (!own.has(Role::shared_gate)) return;
+  const float* row = own.vector(Role::shared_router, hidden);
+  check.require(row != nullptr, "a shared expert has no router");
+  layer.shared_router = {&ferrum::kFormats[int(Type::F32)], reinterpret_cast<const uint8_t*>(row), 1, hidden};
+  layer.shared_gate = own.matrix(Role::shared_gate, hidden, 0);
+  layer.shared_up = own.matrix(Role::shared_up, hidden, layer.shared_gate.n);
+  layer.shared_down = own.matrix(Role::shared_down, layer.shared_gate.n, hidden);
+}
+
 // Operands: x, positions, query_starts, kv_lengths, for each rope cosine and sine, for each pool of pages kv_slots and
-// page_table, and the stacks. `attention`: for each layer its pool, its place there, its rope and its window. `places`: for each
-// layer and part the number of the operand among the stacks (-1: none) and the place in its first axis. Results: y, for each
-// pool its pages and the scales of an int8 cache, and, if requested, experts and weights [routers, tokens, top_k]. Tokens after
-// the last sequence are padding: their y is x, their experts are `experts`, one more than there is.
+// page_table, if there are states begins, reads and writes, and the stacks. `mixers`: for each layer its pool, its place there,
+// its rope and its window, or its state, its place there and whether it is tiled. `places`: for each layer and part the number of
+// the operand among the stacks (-1: none) and the place in its first axis. Results: y, for each pool its pages and the scales of
+// an int8 cache, for each state tails and memories, and, if requested, experts and weights [routers, tokens, top_k]. Tokens
+// after the last sequence are padding: their y is x, their experts are `experts`, one more than there is.
 XLA_FFI_Error* layers(const Call& call) {
   Checker check(call);
   const Array x = check.operand(0, kF32, 2), positions = check.operand(1, kS32, 1), query_starts = check.operand(2, kS32, 1);
   const Array kv_lengths = check.operand(3, kS32, 1), y = check.result(0, kF32, 2);
-  const auto [attention, attention_size] = check.attribute<std::pair<const int64_t*, size_t>>("attention");
+  const auto [mixers, mixers_size] = check.attribute<std::pair<const int64_t*, size_t>>("mixers");
   const auto [places, size] = check.attribute<std::pair<const int64_t*, size_t>>("places");
   const auto formats = check.attribute<std::string_view>("formats");
-  const auto ropes = check.attribute<int64_t>("ropes"), pools = check.attribute<int64_t>("pools");
+  const auto ropes = check.attribute<int64_t>("ropes"), pools = check.attribute<int64_t>("pools"), states = check.attribute<int64_t>("states");
   const auto top_k = check.attribute<int64_t>("top_k");
   const auto eps = check.attribute<float>("eps"), scale = check.attribute<float>("scale");
   const auto expert_scale = check.attribute<float>("expert_scale");
   const auto limit = check.attribute<float>("limit"), alpha = check.attribute<float>("alpha");
-  const auto normalize = check.attribute<bool>("normalize");
+  const auto normalize = check.attribute<bool>("normalize"), gated = check.attribute<bool>("gated");
   const auto type = check.named<ferrum::KvType>("kv_dtype", ferrum::kKvTypeNames);
   const int64_t count = int64_t(size) / (2 * kRoles);
-  check.require(size % (2 * kRoles) == 0 && int64_t(attention_size) == 4 * count, "operands do not fit");
+  check.require(size % (2 * kRoles) == 0 && int64_t(mixers_size) == 4 * count && pools > 0, "operands do not fit");
   if (check.failed()) return check.error();
   const int64_t tokens = x.dim(0), hidden = x.dim(1);
-  ferrum::Batch batch{tokens, kv_lengths.dim(0), positions.ints(), query_starts.ints(), kv_lengths.ints()};
+  ferrum::Batch batch{tokens, kv_lengths.dim(0), positions.ints(), query_starts.ints(), kv_lengths.ints(), nullptr};
   check.require(positions.dim(0) == tokens && query_starts.dim(0) == batch.sequences + 1 && y.dim(0) == tokens &&
                     y.dim(1) == hidden && hidden % 32 == 0,
                 "the tables of the batch do not fit");
@@ -252,7 +384,23 @@ XLA_FFI_Error* layers(const Call& call) {
     const int64_t from = batch.query_starts[s], to = batch.query_starts[s + 1];
     check.require(from >= 0 && from <= to && to <= tokens, "query_starts must not fall");
   }
+  std::vector<std::pair<Array, Array>> kept;
+  ferrum::DeltaRows rows{};
+  for (int64_t i = 0; i < states; ++i) {
+    kept.emplace_back(check.result(result, kF32, 4), check.result(result + 1, kF32, 5));
+    result += 2;
+  }
+  if (states > 0) {
+    const Array begins = check.operand(next, XLA_FFI_DataType_PRED, 1), reads = check.operand(next + 1, kS32, 1);
+    const Array writes = check.operand(next + 2, kS32, 1);
+    next += 3;
+    if (check.failed()) return check.error();
+    int64_t places = kept[0].second.dim(1);
+    for (const auto& state : kept) places = std::min(places, state.second.dim(1));
+    rows = check.delta_rows(tokens, places, query_starts, begins, reads, writes);
+  }
   if (check.failed()) return check.error();
+  batch.slots = caches[0].kv_slots;
   batch.tokens = batch.sequences ? batch.query_starts[batch.sequences] : 0;  // the rest is padding, which is not computed
 
   std::vector<ferrum::Layer> all(static_cast<size_t>(count));
@@ -267,77 +415,43 @@ XLA_FFI_Error* layers(const Call& call) {
   }
   for (int64_t l = 0; l < count && !check.failed(); ++l) {
     ferrum::Layer& layer = all[size_t(l)];
-    const int64_t *told = attention + 4 * l, pool = told[0], depth = told[1], rope = told[2];
-    if (!check.require(pool >= 0 && pool < pools && depth >= 0 && depth < depths[size_t(pool)] && rope >= 0 && rope < ropes,
-                       "a layer has no cache or no rope"))
-      break;
-    ferrum::KvCache& cache = layer.cache = caches[size_t(pool)];
-    const int64_t rows = depth * cache.num_pages * cache.page_size * 2 * cache.kv_heads;
-    cache.pages += rows * cache.head_dim * cache.item_bytes();
-    if (cache.scales) cache.scales += rows;
-    layer.rope = rotations[size_t(rope)], layer.window = told[3];
-    check.require(2 * layer.rope.half <= cache.head_dim, "a rope does not fit");
-    const int64_t* place = places + l * 2 * kRoles;
-    const auto stack_of = [&](Role role) { return place[2 * int(role)]; };
-    const auto place_of = [&](Role role) { return place[2 * int(role) + 1]; };
-    const auto at = [&](Role role) { return call.operand(next + size_t(stack_of(role))); };
-    const auto has = [&](Role role) { return stack_of(role) >= 0; };
-    const auto vector = [&](Role role, int64_t n, int64_t experts = 0) -> const float* {
-      if (!has(role)) return nullptr;
-      const Array stack = at(role);
-      const bool fits = stack.is(kF32, experts ? 3 : 2) && stack.from_end(1) == n && place_of(role) < stack.dim(0);
-      if (!check.require(fits && (!experts || stack.dim(1) == experts), "a norm or bias does not fit")) return nullptr;
-      return stack.floats() + place_of(role) * n * (experts ? experts : 1);
-    };
-    const auto matrix = [&](Role role, int64_t k, int64_t n, int64_t experts = 0) {
-      if (!check.require(has(role), "a matrix is missing")) return Matrix{};
-      const Matrix found = check.matrix(check.format(formats, size_t(stack_of(role))), place_of(role), at(role), k, experts);
-      check.require(n == 0 || found.n == n, "a matrix does not fit");
-      return found;
-    };
-    const int64_t width = cache.head_dim, keys = cache.kv_heads * width;
-    layer.attention_norm = vector(Role::attention_norm, hidden);
-    layer.query = matrix(Role::query, hidden, 0);
-    if (!check.require(layer.query.n > 0 && layer.query.n % keys == 0, "heads do not fit")) break;
-    layer.key = matrix(Role::key, hidden, keys);
-    layer.value = matrix(Role::value, hidden, keys);
-    layer.query_bias = vector(Role::query_bias, layer.query.n);
-    layer.key_bias = vector(Role::key_bias, keys);
-    layer.value_bias = vector(Role::value_bias, keys);
-    layer.query_norm = vector(Role::query_norm, width);
-    layer.key_norm = vector(Role::key_norm, width);
-    layer.output = matrix(Role::output, layer.query.n, hidden);
-    layer.output_bias = vector(Role::output_bias, hidden);
-    layer.sinks = vector(Role::sinks, layer.query.n / width);
-    layer.feed_forward_norm = vector(Role::feed_forward_norm, hidden);
+    Parameters own(check, call, formats, next, places + l * 2 * kRoles);
+    const int64_t *told = mixers + 4 * l, number = told[0], depth = told[1];
+    layer.attention_norm = own.vector(Role::attention_norm, hidden);
+    layer.feed_forward_norm = own.vector(Role::feed_forward_norm, hidden);
     check.require(layer.attention_norm && layer.feed_forward_norm, "a layer has no norm");
-    if (has(Role::router)) {
-      layer.router = matrix(Role::router, hidden, 0);
-      layer.experts = layer.router.n;
+    if (own.has(Role::delta_qkv)) {
+      if (!check.require(number >= 0 && number < states && depth >= 0 && depth < kept[size_t(number)].second.dim(0), "a layer has no state")) break;
+      layer.recurrence.rows = rows;
+      read_recurrence(check, own, hidden, told[2] != 0, kept[size_t(number)].first, kept[size_t(number)].second, depth, layer);
+    } else {
+      const int64_t rope = told[2];
+      if (!check.require(number >= 0 && number < pools && depth >= 0 && depth < depths[size_t(number)] && rope >= 0 && rope < ropes,
+                         "a layer has no cache or no rope"))
+        break;
+      ferrum::KvCache& cache = layer.cache = caches[size_t(number)];
+      const int64_t before = depth * cache.num_pages * cache.page_size * 2 * cache.kv_heads;
+      cache.pages += before * cache.head_dim * cache.item_bytes();
+      if (cache.scales) cache.scales += before;
+      layer.rope = rotations[size_t(rope)], layer.window = told[3];
+      check.require(2 * layer.rope.half <= cache.head_dim, "a rope does not fit");
+      read_attention(check, own, hidden, gated, layer);
+    }
+    layer.more.limit = limit, layer.more.alpha = alpha;
+    read_feed_forward(check, own, hidden, layer);
+    if (layer.experts) {
       check.require(layer.experts >= top_k && top_k > 0, "there are fewer experts than a token takes");
-      layer.gate = matrix(Role::expert_gate, hidden, 0, layer.experts);
-      layer.up = matrix(Role::expert_up, hidden, layer.gate.n, layer.experts);
-      layer.down = matrix(Role::expert_down, layer.gate.n, hidden, layer.experts);
-      layer.router_bias = vector(Role::router_bias, layer.experts);
-      layer.more = {vector(Role::expert_gate_bias, layer.gate.n, layer.experts), vector(Role::expert_up_bias, layer.gate.n, layer.experts),
-                    vector(Role::expert_down_bias, hidden, layer.experts), limit, alpha};
-      check.require(!layer.more.gate == !layer.more.up, "gate and up have a bias both or neither");
       if (ids && check.require(routers < wanted, "there are more routers than are recorded")) {
         layer.ids = ids + routers * tokens * top_k;
         layer.weights = weights + routers++ * tokens * top_k;
         std::fill(layer.ids + batch.tokens * top_k, layer.ids + tokens * top_k, int32_t(layer.experts));
         std::fill(layer.weights + batch.tokens * top_k, layer.weights + tokens * top_k, 0.0f);
       }
-    } else {
-      layer.gate = matrix(Role::gate, hidden, 0);
-      layer.up = matrix(Role::up, hidden, layer.gate.n);
-      layer.down = matrix(Role::down, layer.gate.n, hidden);
-      layer.down_bias = vector(Role::down_bias, hidden);
     }
   }
   check.require(routers == wanted, "there are fewer routers than are recorded");
   if (check.failed()) return check.error();
-  const ferrum::LayerShape shape{hidden, top_k, eps, scale, expert_scale, normalize};
+  const ferrum::LayerShape shape{hidden, top_k, eps, scale, expert_scale, normalize, gated};
   std::memcpy(y.floats(), x.floats(), size_t(tokens * hidden) * sizeof(float));
   return with_pool(call, [&](ferrum::Pool& pool) { ferrum::decoder_layers(pool, shape, batch, all.data(), count, y.floats()); });
 }
@@ -353,35 +467,23 @@ XLA_FFI_Error* delta_net(const Call& call) {
   const auto tiled = check.attribute<bool>("tiled");
   check.require(layer.is_one_int(), "the layer must be one int32");
   if (check.failed()) return check.error();
-  const int64_t tokens = qkv.dim(0), channels = qkv.dim(1), places = memories.dim(1), heads = memories.dim(2);
-  const int64_t key_dim = memories.dim(3), value_dim = memories.dim(4), sequences = reads.dim(0), index = *layer.ints();
-  const int64_t keys = (channels - heads * value_dim) / (2 * key_dim);
-  const ferrum::DeltaNet net{keys, heads, key_dim, value_dim, taps.dim(1), channels, tiled};
-  check.require(keys > 0 && heads % keys == 0 && channels == 2 * keys * key_dim + heads * value_dim && taps.dim(0) == channels &&
-                    key_dim % 16 == 0 && value_dim % 16 == 0 && tails.dim(2) == net.taps - 1 && tails.dim(3) == channels,
-                "heads and channels do not fit");
-  check.require(log_decay.dim(0) == tokens && log_decay.dim(1) == heads && log_decay.same_shape(beta) && out.dim(0) == tokens &&
-                    out.dim(1) == heads && out.dim(2) == value_dim && writes.dim(0) == tokens,
+  const int64_t tokens = qkv.dim(0), channels = qkv.dim(1), places = memories.dim(1), index = *layer.ints();
+  const ferrum::DeltaNet net = check.delta_net(channels, tiled, tails, memories);
+  check.require(taps.dim(0) == channels && taps.dim(1) == net.taps, "taps and channels do not fit");
+  check.require(log_decay.dim(0) == tokens && log_decay.dim(1) == net.heads && log_decay.same_shape(beta) && out.dim(0) == tokens &&
+                    out.dim(1) == net.heads && out.dim(2) == net.value_dim,
                 "rows do not fit");
-  check.require(tails.dim(0) == memories.dim(0) && tails.dim(1) == places && index >= 0 && index < tails.dim(0),
-                "the state does not fit");
-  check.require(starts.dim(0) == sequences + 1 && begins.dim(0) == sequences, "the tables of the sequences do not fit");
+  check.require(index >= 0 && index < tails.dim(0), "the state does not fit");
+  const ferrum::DeltaRows rows = check.delta_rows(tokens, places, starts, begins, reads, writes);
   if (check.failed()) return check.error();
-  for (int64_t s = 0; s < sequences; ++s) {
-    const int64_t from = starts.ints()[s], to = starts.ints()[s + 1], place = reads.ints()[s];
-    check.require(from >= 0 && from <= to && to <= tokens, "starts must not fall");
-    check.require(from == to || (place >= 0 && place < places), "a sequence has its state elsewhere");
-  }
-  for (int64_t t = 0; t < tokens; ++t) check.require(writes.ints()[t] < places, "a state is to be kept elsewhere");
-  if (check.failed()) return check.error();
-  const ferrum::DeltaRows rows{sequences, starts.ints(), reads.ints(), writes.ints(), static_cast<const bool*>(begins.data())};
-  const int64_t live = sequences ? rows.starts[sequences] : 0, before = sequences ? rows.starts[0] : tokens, width = heads * value_dim;
+  const int64_t live = rows.sequences ? rows.starts[rows.sequences] : 0, before = rows.sequences ? rows.starts[0] : tokens;
+  const int64_t width = net.heads * net.value_dim;
   std::memset(out.floats(), 0, size_t(before * width) * sizeof(float));
   std::memset(out.floats() + live * width, 0, size_t((tokens - live) * width) * sizeof(float));
   return with_pool(call, [&](ferrum::Pool& pool) {
     ferrum::delta_net(pool, net, qkv.floats(), log_decay.floats(), beta.floats(), taps.floats(), rows,
                       tails.floats() + index * places * (net.taps - 1) * channels,
-                      memories.floats() + index * places * heads * key_dim * value_dim, out.floats());
+                      memories.floats() + index * places * width * net.key_dim, out.floats());
   });
 }
 

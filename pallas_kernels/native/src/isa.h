@@ -104,6 +104,9 @@ struct Isa {
   void (*gated)(const float* gate, const float* up, int64_t count, float* out);
   // out = (u + 1) * g * sigmoid(alpha * g), g = min(gate, limit) and u = up from -limit to limit, element by element.
   void (*clamped)(const float* gate, const float* up, int64_t count, float limit, float alpha, float* out);
+  // Element by element; out may be x.
+  void (*sigmoid)(const float* x, int64_t count, float* out);
+  void (*softplus)(const float* x, int64_t count, float* out);
   // sum = fma(weight, x, sum), element by element.
   void (*add_scaled)(float weight, const float* x, int64_t count, float* sum);
   // key_dim and value_dim are multiples of 16.
@@ -123,7 +126,7 @@ bool has_amx();  // also requests the tile registers from the operating system
 #endif
 
 // Memory of the calling thread, one block per slot, at least `bytes` long; it is kept and grows. New memory is zero.
-enum Slot { kActivations, kInner, kHidden, kLists, kParts, kDecoded, kKeys, kLayer, kNormed, kRest, kRouting, kMixed, kDelta, kMemory, kSlots };
+enum Slot { kActivations, kInner, kHidden, kLists, kParts, kDecoded, kKeys, kLayer, kNormed, kRest, kRouting, kDelta, kMemory, kSlots };
 void* scratch(Slot slot, size_t bytes);
 
 }  // namespace ferrum

@@ -88,10 +88,10 @@ struct KvCache {
   }
 };
 
-// A step of a decoder: `tokens` rows of `sequences` sequences, as in paged_attention.
+// A step of a decoder: `tokens` rows of `sequences` sequences, as in paged_attention; slots of padding are negative.
 struct Batch {
   int64_t tokens, sequences;
-  const int32_t *positions, *query_starts, *kv_lengths;
+  const int32_t *positions, *query_starts, *kv_lengths, *slots;
 };
 
 // The rotation of a step's positions: [tokens, half].
@@ -100,34 +100,7 @@ struct Rope {
   int64_t half;
 };
 
-// What all layers of a decoder have in common.
-struct LayerShape {
-  int64_t hidden, top_k;
-  float eps, scale, expert_scale;
-  bool normalize;
-};
-
-// One layer: its cache, the positions that a query sees (window 0: all) and its weights; those that it does not have are nullptr
-// or a matrix without blocks. With a router the feed-forward is a mixture of `experts`, and gate, up and down are those of the
-// first expert.
-struct Layer {
-  KvCache cache;
-  Rope rope;
-  int64_t window;
-  const float *attention_norm, *feed_forward_norm, *query_norm, *key_norm;
-  const float *query_bias, *key_bias, *value_bias, *output_bias, *down_bias, *router_bias;
-  const float* sinks;  // [heads]: one more score of each, as in paged_attention
-  Additions more;      // of the experts
-  Matrix query, key, value, output, gate, up, down, router;
-  int64_t experts;
-  int32_t* ids;  // [tokens, top_k], as weights: receives the router's choice; nullptr: it is not kept
-  float* weights;
-};
-
-// x [tokens, hidden] through some layers, in place.
-void decoder_layers(Pool& pool, const LayerShape& shape, const Batch& batch, const Layer* layers, int64_t count, float* x);
-
-// The gated delta net of pallas_kernels.delta_net, of one layer. channels: 2 keys key_dim + heads value_dim.
+// A gated delta net as in pallas_kernels.delta_net, of one layer. channels: 2 keys key_dim + heads value_dim.
 struct DeltaNet {
   int64_t keys, heads, key_dim, value_dim, taps, channels;
   bool tiled;
@@ -144,6 +117,47 @@ struct DeltaRows {
 // heads, value_dim].
 void delta_net(Pool& pool, const DeltaNet& net, const float* qkv, const float* log_decay, const float* beta, const float* taps,
                const DeltaRows& rows, float* tails, float* memories, float* out);
+
+// What all layers of a decoder have in common. gated: after each head's query the matrix `query` has its gate, as many values,
+// whose sigmoid multiplies the result of the head.
+struct LayerShape {
+  int64_t hidden, top_k;
+  float eps, scale, expert_scale;
+  bool normalize, gated;
+};
+
+// What a layer that recurs has instead of attention: the net and its state, the matrices `qkv` and `gate`, and `beta` and
+// `alpha`, or both in `beta`, for each key head the rows of beta, then of alpha, of its value heads. log_decay is `decay` times
+// the softplus of alpha + time_bias, beta a sigmoid. A head's result is normalized by `norm` and multiplied by silu(gate).
+struct Recurrence {
+  DeltaNet net;
+  DeltaRows rows;
+  float *tails, *memories;
+  const float *taps, *decay, *time_bias, *norm;
+  Matrix qkv, gate, beta, alpha;
+};
+
+// One layer: its cache, the positions that a query sees (window 0: all) and its weights; those that it does not have are nullptr
+// or a matrix without blocks. It recurs if it has recurrence.qkv. With a router the feed-forward is a mixture of `experts`, and
+// gate, up and down are those of the first expert; with shared_router every token goes through the shared ones as well, times
+// the sigmoid of that product.
+struct Layer {
+  KvCache cache;
+  Rope rope;
+  int64_t window;
+  Recurrence recurrence;
+  const float *attention_norm, *feed_forward_norm, *query_norm, *key_norm;
+  const float *query_bias, *key_bias, *value_bias, *output_bias, *down_bias, *router_bias;
+  const float* sinks;  // [heads]: one more score of each, as in paged_attention
+  Additions more;      // of the experts
+  Matrix query, key, value, output, gate, up, down, router, shared_router, shared_gate, shared_up, shared_down;
+  int64_t experts;
+  int32_t* ids;  // [tokens, top_k], as weights: receives the router's choice; nullptr: it is not kept
+  float* weights;
+};
+
+// x [tokens, hidden] through some layers, in place.
+void decoder_layers(Pool& pool, const LayerShape& shape, const Batch& batch, const Layer* layers, int64_t count, float* x);
 
 // The instruction set in use: "portable", "avx2", "avx512_vnni" or "amx"; nullptr if the library has none for this machine.
 // set_isa returns whether this machine has it.

@@ -1,8 +1,9 @@
 // All layers of a decoder in one call: everything between the products happens in this file, and the helper threads are woken once.
 //
-// A layer is: norm, queries, keys and values; normalizing and rotating heads, writing the cache; attention; adding its output
-// to x; norm, feed-forward, adding it to x. Each of these is a loop over the threads. Attention sums over ranges of positions
-// of a fixed size in order (each a separate task if there are few rows), so a row's bits depend on its sequence alone.
+// A layer is a mixer and a feed-forward, each added to x. Attention is: norm, queries, keys and values; normalizing and rotating
+// heads, writing the cache; attention; a product. A gated delta net is: norm, what it is made of; its gates; the net; a product.
+// Each of these is a loop over the threads. Attention sums over ranges of positions of a fixed size in order (each a separate
+// task if there are few rows), so a row's bits depend on its sequence alone.
 #include <cstring>
 
 #include "products.h"
@@ -17,12 +18,66 @@ void add(const float* __restrict x, int64_t count, float* __restrict sum) {
   for (int64_t i = 0; i < count; ++i) sum[i] += x[i];
 }
 
-// A layer in a step.
-class Step {
+// A part of a layer in a step.
+class Part {
  public:
-  Step(Pool& pool, const LayerShape& shape, const Batch& batch, const Layer& layer, float* x)
-      : pool_(pool), isa_(current_isa()), shape_(shape), batch_(batch), layer_(layer), cache_(layer.cache), x_(x), m_(batch.tokens),
-        width_(cache_.head_dim), heads_(layer.query.n / width_) {
+  Part(Pool& pool, const LayerShape& shape, const Batch& batch, const Layer& layer, float* x)
+      : pool_(pool), isa_(current_isa()), shape_(shape), batch_(batch), layer_(layer), x_(x), m_(batch.tokens) {}
+
+ protected:
+  float* room(Slot slot, int64_t floats) const { return static_cast<float*>(scratch(slot, size_t(floats) * sizeof(float))); }
+
+  template <typename F>
+  void for_rows(F&& run) {
+    const int64_t some = m_ > 4 * kPanel ? kPanel : 4;
+    maybe_parallel(m_ > 4 && pool_.threads() > 1, pool_, ceil_div(m_, some), [&](int64_t i) {
+      for (int64_t t = i * some; t < (i + 1) * some && t < m_; ++t) run(t);
+    });
+  }
+
+  // Row t of x, normalized.
+  const float* normed(const float* weight, int64_t t) const {
+    float* row = room(kNormed, shape_.hidden);
+    isa_.rms_norm(x_ + t * shape_.hidden, weight, shape_.hidden, shape_.eps, row);
+    return row;
+  }
+
+  bool alone(const Matrix* matrices, int count) const { return pool_.threads() < 2 || serial(matrices, count, m_); }
+
+  // Rows of k values in the forms of the matrices.
+  template <typename Row>
+  Operand operand(Arithmetic arithmetic, int64_t k, const Matrix* matrices, int count, bool alone, Row&& row) {
+    return prepare(pool_, isa_, forms(isa_, arithmetic, k, matrices, count), m_, arithmetic == Arithmetic::int8x2, alone, row);
+  }
+
+  // x += (weights or 1) times (rows times the transposed matrix, plus its bias).
+  template <typename Row>
+  void add_product(const Matrix& matrix, const float* bias, const float* weights, Row&& row) {
+    const bool one = alone(&matrix, 1);
+    const Operand rows = operand(Arithmetic::int8, matrix.k, &matrix, 1, one, row);
+    products(pool_, isa_, Arithmetic::int8, rows, m_, &matrix, 1, one, [&](int, int64_t first, int64_t width, const float* part) {
+      for (int64_t t = 0; t < m_; ++t) {
+        float* out = x_ + t * shape_.hidden + first;
+        isa_.add_scaled(weights ? weights[t] : 1.0f, part + t * width, width, out);
+        if (bias) add(bias + first, width, out);
+      }
+    });
+  }
+
+  Pool& pool_;
+  const Isa& isa_;
+  const LayerShape& shape_;
+  const Batch& batch_;
+  const Layer& layer_;
+  float* x_;
+  int64_t m_;
+};
+
+class Attention : Part {
+ public:
+  Attention(Pool& pool, const LayerShape& shape, const Batch& batch, const Layer& layer, float* x)
+      : Part(pool, shape, batch, layer, x), cache_(layer.cache), width_(cache_.head_dim), step_(shape.gated ? 2 * width_ : width_),
+        heads_(layer.query.n / step_) {
     const int64_t kv_heads = cache_.kv_heads;
     group_ = heads_ / kv_heads;
     queries_ = heads_ * width_;
@@ -36,14 +91,13 @@ class Step {
     // Separate ranges if there would be too few tasks otherwise.
     ranges_ = ceil_div(longest, kRange);
     if (tiles_ * kv_heads >= 8 * pool.threads() || m_ > kQueryRows) ranges_ = 1;
-    int64_t floats = m_ * (2 * queries_ + 2 * keys_ + shape.hidden) + width_ + (ranges_ > 1 ? m_ * heads_ * ranges_ * (width_ + 2) : 0);
+    int64_t floats = m_ * (heads_ * step_ + 2 * keys_ + queries_) + width_ + (ranges_ > 1 ? m_ * heads_ * ranges_ * (width_ + 2) : 0);
     floats += floats % 2;
-    q_ = static_cast<float*>(scratch(kLayer, size_t(floats) * sizeof(float) + size_t(3 * tiles_) * sizeof(int64_t)));
-    k_ = q_ + m_ * queries_;
+    q_ = room(kLayer, floats + 6 * tiles_);
+    k_ = q_ + m_ * heads_ * step_;
     v_ = k_ + m_ * keys_;
     y_ = v_ + m_ * keys_;
-    normed_ = y_ + m_ * queries_;
-    zeros_ = normed_ + m_ * shape.hidden;
+    zeros_ = y_ + m_ * queries_;
     std::memset(zeros_, 0, size_t(width_) * sizeof(float));
     parts_ = zeros_ + width_;
     tile_ = reinterpret_cast<int64_t*>(q_ + floats);
@@ -59,39 +113,18 @@ class Step {
     project();
     for_rows([&](int64_t t) { append(t); });
     attention();
-    add_product(layer_.output, layer_.output_bias, y_, queries_);
-    layer_.experts ? mixture() : feed_forward();
+    add_product(layer_.output, layer_.output_bias, nullptr, [&](int64_t t) { return y_ + t * queries_; });
   }
 
  private:
   int64_t count_of(int64_t s) const { return batch_.query_starts[s + 1] - batch_.query_starts[s]; }
-
-  template <typename F>
-  void for_rows(F&& run) {
-    const int64_t some = m_ > 4 * kPanel ? kPanel : 4;
-    maybe_parallel(m_ > 4 && pool_.threads() > 1, pool_, ceil_div(m_, some), [&](int64_t i) {
-      for (int64_t t = i * some; t < (i + 1) * some && t < m_; ++t) run(t);
-    });
-  }
-
-  // x normalized, in the forms of the matrices.
-  Operand normed(const float* weight, const Matrix* matrices, int count, Arithmetic arithmetic, bool alone) {
-    const Activations form = forms(isa_, arithmetic, shape_.hidden, matrices, count);
-    return prepare(pool_, isa_, form, m_, arithmetic == Arithmetic::int8x2, alone, [&](int64_t t) {
-      auto* row = static_cast<float*>(scratch(kNormed, size_t(shape_.hidden) * sizeof(float)));
-      isa_.rms_norm(x_ + t * shape_.hidden, weight, shape_.hidden, shape_.eps, row);
-      return row;
-    });
-  }
-
-  bool alone(const Matrix* matrices, int count) const { return pool_.threads() < 2 || serial(matrices, count, m_); }
 
   void project() {
     const Matrix matrices[] = {layer_.query, layer_.key, layer_.value};
     const float* biases[] = {layer_.query_bias, layer_.key_bias, layer_.value_bias};
     float* const to[] = {q_, k_, v_};
     const bool one = alone(matrices, 3);
-    const Operand x = normed(layer_.attention_norm, matrices, 3, Arithmetic::int8x2, one);
+    const Operand x = operand(Arithmetic::int8x2, shape_.hidden, matrices, 3, one, [&](int64_t t) { return normed(layer_.attention_norm, t); });
     products(pool_, isa_, Arithmetic::int8x2, x, m_, matrices, 3, one, [&](int i, int64_t first, int64_t width, const float* part) {
       for (int64_t t = 0; t < m_; ++t) {
         float* out = to[i] + t * matrices[i].n + first;
@@ -109,9 +142,11 @@ class Step {
       if (norm) isa_.rms_norm(head, norm, width_, shape_.eps, head);
       isa_.rotate(head, rope.cosine + t * rope.half, rope.sine + t * rope.half, rope.half);
     };
-    float *q = q_ + t * queries_, *k = k_ + t * keys_, *v = v_ + t * keys_;
-    for (int64_t h = 0; h < heads_; ++h) turn(q + h * width_, layer_.query_norm);
-    for (int64_t i = 0; i < queries_; ++i) q[i] *= shape_.scale;
+    float *q = q_ + t * heads_ * step_, *k = k_ + t * keys_, *v = v_ + t * keys_;
+    for (int64_t h = 0; h < heads_; ++h) {
+      turn(q + h * step_, layer_.query_norm);
+      for (int64_t i = 0; i < width_; ++i) q[h * step_ + i] *= shape_.scale;
+    }
     for (int64_t h = 0; h < cache_.kv_heads; ++h) turn(k + h * width_, layer_.key_norm);
     const int64_t slot = cache_.kv_slots[t], bytes = width_ * cache_.item_bytes();
     if (slot < 0 || slot >= cache_.num_pages * cache_.page_size) return;
@@ -146,7 +181,7 @@ class Step {
       const int64_t low = window && p + 1 > window ? p + 1 - window : 0;
       const int64_t high = p + 1 < batch_.kv_lengths[s] ? p + 1 : batch_.kv_lengths[s];
       float* out = range < 0 ? y_ + t * queries_ + h * width_ : part(t, h, range);
-      some[i] = all[i] = {q_ + t * queries_ + h * width_, out, low, high, 0, 0};
+      some[i] = all[i] = {query(t, h), out, low, high, 0, 0};
       from = low < from ? low : from;
       until = high > until ? high : until;
     }
@@ -162,9 +197,11 @@ class Step {
       isa_.attend(cache_, head, pages, some, rows, r * kRange, (r + 1) * kRange);
       for (int64_t i = 0; i < rows; ++i) isa_.merge(some[i], width_, all[i]);
     }
-    for (int64_t i = 0; i < rows; ++i) finish(all[i], head * group_ + i % group_);
+    for (int64_t i = 0; i < rows; ++i) finish(all[i], first + i / group_, head * group_ + i % group_);
   }
 
+  // The query of a head; its gate follows.
+  float* query(int64_t t, int64_t h) const { return q_ + (t * heads_ + h) * step_; }
   float* part(int64_t t, int64_t h, int64_t range) const { return parts_ + ((t * heads_ + h) * ranges_ + range) * (width_ + 2); }
 
   // Merges the ranges of a token's heads, in order.
@@ -181,61 +218,132 @@ class Step {
           std::memcpy(row.out, out, size_t(width_) * sizeof(float));
         }
       }
-      finish(row, h);
+      finish(row, t, h);
     }
   }
 
-  // The sink of head h is one more position, whose value is zero; then the sums are the result.
-  void finish(Attending& row, int64_t h) const {
+  // The sink of head h is one more position, whose value is zero; then the sums are the result, which the gate multiplies.
+  void finish(Attending& row, int64_t t, int64_t h) const {
     if (layer_.sinks) isa_.merge({nullptr, zeros_, 0, 0, layer_.sinks[h], 1}, width_, row);
     if (row.total == 0) return;
     for (int64_t d = 0; d < width_; ++d) row.out[d] /= row.total;
+    if (!shape_.gated) return;
+    float* gate = query(t, h) + width_;
+    isa_.sigmoid(gate, width_, gate);
+    for (int64_t d = 0; d < width_; ++d) row.out[d] *= gate[d];
   }
 
-  // x += in times the transposed matrix, plus its bias.
-  void add_product(const Matrix& matrix, const float* bias, const float* in, int64_t k) {
-    const bool one = alone(&matrix, 1);
-    const Activations form = forms(isa_, Arithmetic::int8, k, &matrix, 1);
-    const Operand rows = prepare(pool_, isa_, form, m_, false, one, [&](int64_t t) { return in + t * k; });
-    products(pool_, isa_, Arithmetic::int8, rows, m_, &matrix, 1, one, [&](int, int64_t first, int64_t width, const float* part) {
-      for (int64_t t = 0; t < m_; ++t) {
-        float* out = x_ + t * shape_.hidden + first;
-        add(part + t * width, width, out);
-        if (bias) add(bias + first, width, out);
-      }
-    });
+  const KvCache& cache_;
+  int64_t width_, step_, heads_, group_ = 1, queries_ = 0, keys_ = 0, tile_tokens_ = 1, tiles_ = 0, ranges_ = 1;
+  float *q_, *k_, *v_, *y_, *zeros_, *parts_;
+  int64_t* tile_;
+};
+
+class Recurrent : Part {
+ public:
+  Recurrent(Pool& pool, const LayerShape& shape, const Batch& batch, const Layer& layer, float* x)
+      : Part(pool, shape, batch, layer, x), own_(layer.recurrence), net_(own_.net), values_(net_.heads * net_.value_dim) {
+    qkv_ = room(kLayer, m_ * (net_.channels + 2 * values_ + 4 * net_.heads));
+    gate_ = qkv_ + m_ * net_.channels;
+    y_ = gate_ + m_ * values_;
+    beta_alpha_ = y_ + m_ * values_;
+    beta_ = beta_alpha_ + m_ * 2 * net_.heads;
+    log_decay_ = beta_ + m_ * net_.heads;
   }
 
-  void feed_forward() {
-    const Matrix both[] = {layer_.gate, layer_.up};
+  void run() {
+    project();
+    for_rows([&](int64_t t) { gates(t); });
+    delta_net(pool_, net_, qkv_, log_decay_, beta_, own_.taps, own_.rows, own_.tails, own_.memories, y_);
+    add_product(layer_.output, nullptr, nullptr, [&](int64_t t) { return gated(t); });
+  }
+
+ private:
+  void project() {
+    const Matrix matrices[] = {own_.qkv, own_.gate, own_.beta, own_.alpha};
+    float* const to[] = {qkv_, gate_, beta_alpha_, beta_alpha_ + net_.heads};
+    const int64_t strides[] = {net_.channels, values_, 2 * net_.heads, 2 * net_.heads};
+    const int count = own_.alpha.blocks ? 4 : 3;
+    const bool one = alone(matrices, count);
+    const Operand x = operand(Arithmetic::int8x2, shape_.hidden, matrices, count, one, [&](int64_t t) { return normed(layer_.attention_norm, t); });
+    products(pool_, isa_, Arithmetic::int8, x, m_, matrices, count, one, [&](int i, int64_t first, int64_t width, const float* part) {
+      for (int64_t t = 0; t < m_; ++t) std::memcpy(to[i] + t * strides[i] + first, part + t * width, size_t(width) * sizeof(float));
+    }, 2);
+  }
+
+  void gates(int64_t t) {
+    const int64_t heads = net_.heads, group = heads / net_.keys;
+    const float* from = beta_alpha_ + t * 2 * heads;
+    float *beta = beta_ + t * heads, *log_decay = log_decay_ + t * heads;
+    for (int64_t h = 0; h < heads; ++h) {
+      const int64_t at = own_.alpha.blocks ? h : h / group * group + h;  // in groups of betas and of alphas if both are in one matrix
+      beta[h] = from[at];
+      log_decay[h] = from[at + (own_.alpha.blocks ? heads : group)] + own_.time_bias[h];
+    }
+    isa_.sigmoid(beta, heads, beta);
+    isa_.softplus(log_decay, heads, log_decay);
+    for (int64_t h = 0; h < heads; ++h) log_decay[h] *= own_.decay[h];
+  }
+
+  const float* gated(int64_t t) {
+    float *row = y_ + t * values_, *gate = gate_ + t * values_;
+    for (int64_t i = 0; i < values_; i += net_.value_dim) isa_.rms_norm(row + i, own_.norm, net_.value_dim, shape_.eps, row + i);
+    isa_.gated(gate, row, values_, row);
+    return row;
+  }
+
+  const Recurrence& own_;
+  const DeltaNet& net_;
+  int64_t values_;
+  float *qkv_, *gate_, *y_, *beta_alpha_, *beta_, *log_decay_;
+};
+
+class FeedForward : Part {
+ public:
+  using Part::Part;
+
+  void run() {
+    if (layer_.experts) return mixture();
+    swiglu(layer_.gate, layer_.up, layer_.down, layer_.down_bias, nullptr, [&](int64_t t) { return normed(layer_.feed_forward_norm, t); });
+  }
+
+ private:
+  // x += (weights or 1) times (down(silu(gate) * up) of rows, plus the bias).
+  template <typename Row>
+  void swiglu(const Matrix& gate, const Matrix& up, const Matrix& down, const float* bias, const float* weights, Row&& row) {
+    const Matrix both[] = {gate, up};
     const bool one = alone(both, 2);
-    auto* hidden = static_cast<float*>(scratch(kHidden, size_t(m_ * layer_.gate.n) * sizeof(float)));
-    const Operand x = normed(layer_.feed_forward_norm, both, 2, Arithmetic::int8, one);
-    gated(pool_, isa_, Arithmetic::int8, x, layer_.gate, layer_.up, one, hidden);
-    add_product(layer_.down, layer_.down_bias, hidden, layer_.gate.n);
+    float* hidden = room(kHidden, m_ * gate.n);
+    const Operand rows = operand(Arithmetic::int8, shape_.hidden, both, 2, one, row);
+    gated(pool_, isa_, Arithmetic::int8, rows, gate, up, one, hidden);
+    add_product(down, bias, weights, [&](int64_t t) { return hidden + t * gate.n; });
   }
 
   void mixture() {
     const Layer& layer = layer_;
-    const int64_t experts = layer.experts, padded = ceil_div(experts, kPanel) * kPanel, top_k = shape_.top_k;
-    auto* logits = static_cast<float*>(scratch(kRouting, size_t(m_) * size_t(padded + 2 * top_k) * sizeof(float)));
+    const int64_t hidden = shape_.hidden, experts = layer.experts, padded = ceil_div(experts, kPanel) * kPanel, top_k = shape_.top_k;
+    float *rows = room(kLayer, 2 * m_ * hidden), *sum = rows + m_ * hidden;
+    float *logits = room(kRouting, m_ * (padded + 2 * top_k + 1)), *shared = logits + m_ * (padded + 2 * top_k);
     float* weights = layer.weights ? layer.weights : logits + m_ * padded;
     int32_t* ids = layer.ids ? layer.ids : reinterpret_cast<int32_t*>(logits + m_ * (padded + top_k));
-    for_rows([&](int64_t t) { isa_.rms_norm(x_ + t * shape_.hidden, layer.feed_forward_norm, shape_.hidden, shape_.eps, normed_ + t * shape_.hidden); });
-    const bool one = alone(&layer.router, 1);
-    const Activations form = forms(isa_, Arithmetic::float32, shape_.hidden, &layer.router, 1);
-    const Operand rows = prepare(pool_, isa_, form, m_, false, one, [&](int64_t t) { return normed_ + t * shape_.hidden; });
-    products(pool_, isa_, Arithmetic::float32, rows, m_, &layer.router, 1, one, [&](int, int64_t first, int64_t width, const float* part) {
+    const auto row = [&](int64_t t) { return rows + t * hidden; };
+    for_rows([&](int64_t t) { isa_.rms_norm(x_ + t * hidden, layer.feed_forward_norm, hidden, shape_.eps, row(t)); });
+    const Matrix both[] = {layer.router, layer.shared_router};
+    const int count = layer.shared_router.blocks ? 2 : 1;
+    const bool one = alone(both, count);
+    const Operand x = operand(Arithmetic::float32, hidden, both, count, one, row);
+    products(pool_, isa_, Arithmetic::float32, x, m_, both, count, one, [&](int i, int64_t first, int64_t width, const float* part) {
       for (int64_t t = 0; t < m_; ++t) {
-        std::memcpy(logits + t * padded + first, part + t * width, size_t(width) * sizeof(float));
-        if (layer.router_bias) add(layer.router_bias + first, width, logits + t * padded + first);
+        std::memcpy(i ? shared + t : logits + t * padded + first, part + t * width, size_t(width) * sizeof(float));
+        if (!i && layer.router_bias) add(layer.router_bias + first, width, logits + t * padded + first);
       }
     });
-    for_rows([&](int64_t t) { route(logits + t * padded, experts, padded, cache_.kv_slots[t] >= 0, ids + t * top_k, weights + t * top_k); });
-    float* sum = y_;  // free after attention; hidden may be wider than all queries
-    if (shape_.hidden > queries_) sum = static_cast<float*>(scratch(kMixed, size_t(m_ * shape_.hidden) * sizeof(float)));
-    ferrum::experts(pool_, Arithmetic::int8, normed_, m_, shape_.hidden, ids, weights, top_k, experts, layer.gate, layer.up, layer.down, layer.more, sum);
-    for_rows([&](int64_t t) { add(sum + t * shape_.hidden, shape_.hidden, x_ + t * shape_.hidden); });
+    for_rows([&](int64_t t) { route(logits + t * padded, experts, padded, batch_.slots[t] >= 0, ids + t * top_k, weights + t * top_k); });
+    ferrum::experts(pool_, Arithmetic::int8, rows, m_, hidden, ids, weights, top_k, experts, layer.gate, layer.up, layer.down, layer.more, sum);
+    for_rows([&](int64_t t) { add(sum + t * hidden, hidden, x_ + t * hidden); });
+    if (count == 1) return;
+    isa_.sigmoid(shared, m_, shared);
+    swiglu(layer.shared_gate, layer.shared_up, layer.shared_down, nullptr, shared, row);
   }
 
   // The top_k of the softmax, ties to the smaller id; no expert if the row is padding.
@@ -258,24 +366,17 @@ class Step {
       weights[i] *= shape_.expert_scale;
     }
   }
-
-  Pool& pool_;
-  const Isa& isa_;
-  const LayerShape& shape_;
-  const Batch& batch_;
-  const Layer& layer_;
-  const KvCache& cache_;
-  float* x_;
-  int64_t m_, width_, heads_, group_ = 1, queries_ = 0, keys_ = 0, tile_tokens_ = 1, tiles_ = 0, ranges_ = 1;
-  float *q_, *k_, *v_, *y_, *normed_, *zeros_, *parts_;
-  int64_t* tile_;
 };
 
 }  // namespace
 
 void decoder_layers(Pool& pool, const LayerShape& shape, const Batch& batch, const Layer* layers, int64_t count, float* x) {
   if (batch.tokens == 0) return;
-  for (int64_t i = 0; i < count; ++i) Step(pool, shape, batch, layers[i], x).run();
+  for (int64_t i = 0; i < count; ++i) {
+    if (layers[i].recurrence.qkv.blocks) Recurrent(pool, shape, batch, layers[i], x).run();
+    else Attention(pool, shape, batch, layers[i], x).run();
+    FeedForward(pool, shape, batch, layers[i], x).run();
+  }
 }
 
 }  // namespace ferrum

@@ -142,10 +142,10 @@ inline Activations forms(const Isa& isa, Arithmetic arithmetic, int64_t k, const
 }
 
 // x, m rows, times some matrices: store(i, first, width, part) gets the results of rows first .. first + width - 1 of matrix i:
-// part [m, width]. x has 2 m rows if the sum of both halves is to be computed.
+// part [m, width]. x has 2 m rows if the sum of both halves is to be computed; of the first `once` matrices it is not.
 template <typename Store>
 void products(Pool& pool, const Isa& isa, Arithmetic arithmetic, const Operand& x, int64_t m, const Matrix* matrices, int count,
-              bool alone, Store&& store) {
+              bool alone, Store&& store, int once = 0) {
   int64_t starts[kMaxMatrices + 1] = {0}, rows[kMaxMatrices];
   for (int i = 0; i < count; ++i) {
     rows[i] = chunk_rows(matrices[i], m);
@@ -159,7 +159,7 @@ void products(Pool& pool, const Isa& isa, Arithmetic arithmetic, const Operand& 
     const bool floats = wants_floats(arithmetic, matrices[i]);
     auto* part = static_cast<float*>(scratch(kParts, size_t(x.m * w.count) * sizeof(float)));
     Operand own = x;
-    if (floats) own.m = m;
+    if (floats || i < once) own.m = m, own.panel_rows = x.panel_rows < m ? x.panel_rows : m;
     multiply(isa, floats, w, own, {part, w.count});
     if (own.m > m)
       for (int64_t j = 0; j < m * w.count; ++j) part[j] += part[m * w.count + j];

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from ferrum_jax import functional as F
+from ferrum_jax.config import Dense, GatedDeltaNet, LayerSpec, Mixture
 from ferrum_jax.models import decoder
 from ferrum_jax.quantized import LayerStack, QuantizedTensor
 from ferrum_jax.state import page_kinds
@@ -19,6 +20,14 @@ from support.random_models import DENSE, MOE, tiny_params
 
 pytestmark = needs_compiler
 PAGE = 4
+GATED = dataclasses.replace(DENSE.attentions[0], gated=True, rope=dataclasses.replace(DENSE.attentions[0].rope, dim=24))
+
+
+def hybrid(architecture, net, *feed_forwards):
+    """Delta nets, with attention in the second layer."""
+    layers = [LayerSpec(GATED if number == 1 else net, each) for number, each in enumerate(feed_forwards)]
+    return dataclasses.replace(DENSE, architecture=architecture, layers=layers)
+
 
 VARIANTS = {
     "dense": DENSE,
@@ -38,6 +47,11 @@ VARIANTS = {
         swiglu_alpha=1.702,
         experts_per_token=16,  # all: no rounding makes a token choose another one
     ),
+    "qwen35": hybrid("qwen35", GatedDeltaNet(2, 6, 16, 32, 4, tiled=True), *[Dense(192)] * 3),
+    "qwen35moe": hybrid("qwen35moe", GatedDeltaNet(4, 4, 32, 16, 3, tiled=True), *[Mixture(8, 8, 64, shared_width=96)] * 3),
+    "qwen3next": hybrid(
+        "qwen3next", GatedDeltaNet(2, 4, 48, 16, 4), *[Mixture(6, 6, 32, True, shared_width=32)] * 2, Dense(64)
+    ),
     "moe, sums kept": dataclasses.replace(MOE, norm_topk_prob=False, expert_weights_scale=2.5, num_experts=9),
 }
 
@@ -52,11 +66,14 @@ def model(name):
     config = dataclasses.replace(VARIANTS[name], dtype="int8")
 
     def format_of(matrix, layer):
-        if matrix == "router":
+        if matrix in ("router", "taps", "alpha"):
             return "F32"
-        return ("Q8_0", "Q4_0", "Q5_1")[layer] if matrix in ("value", "down", "expert_down") else "Q8_0"
+        return ("Q8_0", "Q4_0", "Q5_1")[layer % 3] if matrix in ("value", "down", "expert_down") else "Q8_0"
 
     params = tiny_params(config, format_of)
+    if "delta_net" in params["layers"]:
+        negative = jax.tree.map(jnp.negative, params["layers"]["delta_net"]["decay"])
+        params["layers"]["delta_net"]["decay"] = negative
     if name == "dense":  # as Qwen2 has them
         rng, attention = np.random.default_rng(3), params["layers"]["attention"]
         keys = config.num_kv_heads * config.head_dim
@@ -177,17 +194,19 @@ def test_the_cache_is_updated_in_place_and_the_step_has_a_derivative():
 
 
 @pytest.mark.slow
-def test_several_kinds_of_layers_are_one_call_that_changes_their_pools_in_place():
-    config, params = model("windows and ropes")
+@pytest.mark.parametrize("name", ["windows and ropes", "qwen35moe"])
+def test_several_kinds_of_layers_are_one_call_that_changes_their_state_in_place(name):
+    config, params = model(name)
     text = texts_of(9)[0].astype(np.int32)
     state = F.new_cache(config, num_pages=64, page_size=PAGE, dtype="float32")
     step = jax.jit(functools.partial(F.hidden_chunk, chunk=9, config=config), donate_argnums=1)
     with dispatch.record() as choices:
         compiled = step.lower(params, state, text[None], np.asarray([9], np.int32), 0).compile()
     assert {c.backend for c in choices if c.operation == "decoder_layers"} == {"native"}
-    memory, pools = compiled.memory_analysis(), [pool.pages.nbytes for pool in state.pools]
-    assert len(pools) == 2 and compiled.as_text().count("ferrum_layers") == 1
-    assert memory.alias_size_in_bytes >= sum(pools) and memory.temp_size_in_bytes < min(pools) / 4
+    memory, parts = compiled.memory_analysis(), [pool.pages.nbytes for pool in state.pools]
+    parts += [array.nbytes for arrays in state.recurrent for array in arrays.values()]
+    assert len(parts) > 1 and compiled.as_text().count("ferrum_layers") == 1
+    assert memory.alias_size_in_bytes >= sum(parts) and memory.temp_size_in_bytes < min(parts) / 4
 
 
 @pytest.mark.parametrize("change", ["gate_bias", "format", "router", "head_dim", "head_dims", "choices"])
