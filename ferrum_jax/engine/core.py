@@ -49,6 +49,7 @@ class Core:
     num_pages: int
     serving: bool
     warmed_up: tuple[int, int]
+    failure: str
     _executor: Executor
     _kinds: tuple[PageKind, ...]
     _driver: Worker
@@ -153,9 +154,11 @@ class Core:
         try:
             if self.serving:
                 self._advance()
+                self.failure = ""
         except BaseException as error:  # nothing can run any more because a new cache does not fit: no reader may wait forever
             with self._lock:
-                self._end_all("error", _said(error))
+                self.failure = _said(error)
+                self._end_all("error", self.failure)
         with self._lock:
             self._looping = False
             self._keep_serving()
@@ -263,8 +266,10 @@ class Core:
         return True
 
     def _launch(self, dispatch: Dispatch) -> _Flight:
+        now = time.perf_counter()
         for sequence, slot in dispatch.admitted:
             request = sequence.owner
+            request.times.admitted = request.times.admitted or now
             self._executor.admit(sequence, slot, request.params, request._seed, request._extras)
         self._executor.prepare(dispatch)  # compiling does not count as the device's time
         begin = time.perf_counter()
@@ -321,6 +326,7 @@ class Core:
                 k = request.params.logprobs + 1
                 logprobs = listed(results.ids[i, :, :k], results.logprobs[i, :, :k], len(made))
             output = Output(*request._watcher.take(made, logprobs))
+            request.times.took_tokens(self._busy_until)
             if output.text or output.token_ids:
                 request._outputs.append(output)
                 request._wake_readers()

@@ -52,6 +52,13 @@ class Engine(Core):
       model: from `ferrum_jax.load`.
       config: an EngineConfig, or a dict of its fields.
 
+    Attributes:
+      model (Prompts): what `model` runs with: its tokenizer, `encode`, `encode_chat`, `render_chat`, `adapters`.
+      config (EngineConfig): its configuration.
+      context (int): limit of a request's tokens, prompt and output.
+      serving (bool): whether the background loop runs.
+      failure (str): the error because of which the background loop ended all requests; "" once a step has succeeded again.
+
     Raises:
       ValueError: for anything else.
       OutOfMemoryError: if the KV cache does not fit.
@@ -62,7 +69,7 @@ class Engine(Core):
             raise ValueError(f"an engine runs a Model, as ferrum_jax.load gives it, not {checks.kind(model)}")
         self.model = cast(Prompts, getattr(model, "_runtime", model))
         self.config = config_of(config)
-        self.serving = False
+        self.serving, self.failure = False, ""
         self.warmed_up = 0, 1  # programs that are ready, and all that warming up compiles
         self._driver, self._desk, self._compiler, self._files = (
             Worker(f"ferrum_jax engine {part}") for part in ("driver", "desk", "compiler", "files")
@@ -96,7 +103,13 @@ class Engine(Core):
     # Requests
 
     def submit(
-        self, prompt: Prompt | list[dict], params: SamplingParams = SamplingParams(), adapter: str | None = None
+        self,
+        prompt: Prompt | list[dict],
+        params: SamplingParams = SamplingParams(),
+        adapter: str | None = None,
+        *,
+        tools: list[dict] | None = None,
+        **template_kwargs: Any,
     ) -> Request:
         """A request for one prompt, which waits until the engine admits it.
 
@@ -104,13 +117,21 @@ class Engine(Core):
           prompt: a text, a list of token ids or a conversation (a list of messages).
           params: how to continue it.
           adapter: the name of a LoRA adapter that the model was loaded with; None: the model alone.
+          tools: for a conversation: JSON schemas of functions that the model may call.
+          template_kwargs: for a conversation: variables of the chat template, such as `enable_thinking=False`.
 
         Raises:
           ValueError: for a prompt that is empty or too long, for parameters that cannot be met, for an unknown adapter, and for
             a request that needs more pages than there are.
         """
         is_chat = isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], dict)
-        tokens = self.model.encode_chat(prompt) if is_chat else self.model.encode(prompt)  # type: ignore[arg-type]
+        if is_chat:
+            tokens = self.model.encode_chat(prompt, tools, **template_kwargs)  # type: ignore[arg-type]
+        elif tools is not None or template_kwargs:
+            name = "tools" if tools is not None else next(iter(template_kwargs))
+            raise ValueError(f"{name}: is for a conversation (a list of messages), not for a prompt that is text or token ids")
+        else:
+            tokens = self.model.encode(prompt)  # type: ignore[arg-type]
         return self._submit(tokens, params, adapter)
 
     def abort(self, request: Request) -> None:

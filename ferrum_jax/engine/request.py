@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
@@ -43,6 +45,26 @@ class Output(NamedTuple):
     token_ids: list[int]
 
 
+@dataclass
+class Times:
+    """When something happened to a request, in seconds of `time.perf_counter`; 0.0 if it has not.
+
+    Attributes:
+      arrived: it was submitted.
+      admitted: it got a place among the running requests for the first time.
+      first_token: its first token arrived.
+      last_token: its newest tokens arrived.
+    """
+
+    arrived: float = field(default_factory=time.perf_counter)
+    admitted: float = 0.0
+    first_token: float = 0.0
+    last_token: float = 0.0
+
+    def took_tokens(self, now: float) -> None:
+        self.first_token, self.last_token = self.first_token or now, now
+
+
 class Request:
     """Made by `Engine.submit`. Iterating, also asynchronously, gives each `Output` once and ends with the request; if no
     background loop runs, it drives the engine.
@@ -55,6 +77,7 @@ class Request:
       error (str): what went wrong, if finish_reason is "error".
       prompt_token_ids (list[int]): the tokens of the prompt.
       prompt_logprobs (list | None): as of `Completion`, as far as they are known.
+      times (Times): when it arrived, was admitted, and got its tokens.
     """
 
     def __init__(
@@ -74,7 +97,9 @@ class Request:
             self.prompt_logprobs = [None]
         self._engine, self._sequence, self._seed, self._extras = engine, sequence, seed, extras
         self._watcher = Watcher(engine.model.tokenizer, params, self.prompt_token_ids)
+        self.times = Times()
         self._outputs: deque[Output] = deque()
+        self._listener: Callable[[], object] | None = None
         self._has_nan = False  # among the log-probabilities of its prompt
         self._cause: Exception | None = None  # the exception that ended it, if any
         self._wake: deque[Callable[[], object]] = deque()  # callbacks of waiting readers
@@ -93,6 +118,11 @@ class Request:
         return self._watcher.finish_reason if self.state == "finished" else None
 
     @property
+    def stop_string(self) -> str | None:
+        """The stop string that has ended it, if one has."""
+        return self._watcher.stop_string
+
+    @property
     def token_ids(self) -> list[int]:
         """The output so far."""
         return self._watcher.token_ids
@@ -106,6 +136,26 @@ class Request:
     def logprobs(self) -> list[list[tuple[int, float]]] | None:
         """As of `Completion`, for the output so far."""
         return self._watcher.logprobs
+
+    @property
+    def cached_tokens(self) -> int:
+        """The tokens of the prompt that were not computed, because the prefix cache or another request had them."""
+        return max(0, self._sequence.cached)
+
+    def listen(self, callback: Callable[[], object]) -> None:
+        """Calls back whenever something has arrived, and when the request has ended; at once if that is so already. A program
+        with its own loop, such as a server, then takes the outputs with `poll`.
+
+        Args:
+          callback: is called in a thread of the engine, which it must not hold up. It replaces an earlier one.
+        """
+        self._listener = callback
+        if self._outputs or self.state == "finished":
+            callback()
+
+    def poll(self) -> list[Output]:
+        """The outputs that have arrived and were not given yet, without waiting."""
+        return [self._outputs.popleft() for _ in range(len(self._outputs))]
 
     def __iter__(self) -> Iterator[Output]:
         while self._until(lambda: self._outputs or self.state == "finished"):
@@ -192,6 +242,9 @@ class Request:
         for _ in range(len(self._wake)):
             with contextlib.suppress(IndexError, RuntimeError):  # the reader has left, or its event loop is closed
                 self._wake.popleft()()
+        if self._listener is not None:
+            with contextlib.suppress(RuntimeError):
+                self._listener()
 
     def _resume(self, saved: Saved, path: Path) -> None:
         """Restores the output in a snapshot. ModelFileError if it continues after its end."""

@@ -175,6 +175,7 @@ class Scheduler:
         sequence.pending = sequence.due = 0
         sequence.target = len(sequence.tokens)
         sequence.prefilled = found.full * self.ledger.page_size + found.more
+        sequence.cached = sequence.prefilled if sequence.cached < 0 else sequence.cached
         self.lookups += sequence.cacheable and self.config.prefix_cache
         self.hit_pages += found.full
         self.saved_tokens += sequence.prefilled

@@ -12,7 +12,7 @@ class Sequence:
 
     tokens: prompt and known output. limit: of its tokens. number: order of arrival. cacheable: whether it may use cached pages.
     origin: the sequence that this one is a branch of. adapter: its index among the model's, -1 for none. owner: the request
-    that it belongs to.
+    that it belongs to. cached: the tokens of the prompt that were there when it was first admitted, -1 before.
 
     While it runs it has a `slot`, and `held` is what it holds of the state. `target`: tokens known when it was admitted;
     `prefilled`: how many of these were sent to the device. `pending`: the largest number of tokens that were requested from the
@@ -35,7 +35,7 @@ class Sequence:
         self.number, self.tokens, self.prompt_length, self.limit = number, tokens, prompt_length, limit
         self.origin, self.cacheable, self.adapter, self.owner = origin, cacheable, adapter, owner
         self.state = "waiting"
-        self.slot = -1
+        self.slot = self.cached = -1
         self.held = Held()
         self.target = self.prefilled = self.pending = self.due = self.epoch = 0
 

@@ -26,6 +26,11 @@ class Watcher:
         """Whether the newest token is an end token."""
         return bool(self.token_ids) and self.token_ids[-1] in self._ends
 
+    @property
+    def stop_string(self) -> str | None:
+        """The stop string that was found."""
+        return self._stops.found
+
     def take(self, tokens: list[int], logprobs: list[list[tuple[int, float]]]) -> tuple[str, list[int]]:
         """Takes the row's next tokens, and their log-probabilities if requested. Returns the new text that is safe to show, and
         those of the tokens that still belong to the row."""

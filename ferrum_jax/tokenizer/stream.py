@@ -73,12 +73,13 @@ class StopMatcher:
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
-        """`stops`: strings to stop at. Raises ValueError for an empty one."""
+        """`stops`: strings to stop at. Raises ValueError for an empty one. `found`: the one that was found."""
         if not all(stops):
             raise ValueError("stop: a stop string must not be empty")
         self._stops = tuple(stops)
         self._held = ""
         self.stopped = False
+        self.found: str | None = None
 
     def push(self, text: str) -> tuple[str, bool]:
         """Takes a piece and returns (text that is safe to show, whether a stop string was found)."""
@@ -87,7 +88,9 @@ class StopMatcher:
         self._held += text
         found = [(at + len(stop), at) for stop in self._stops if (at := self._held.find(stop)) >= 0]
         if found:
-            out, self._held, self.stopped = self._held[: min(found)[1]], "", True
+            end, at = min(found)
+            out, self.found = self._held[:at], self._held[at:end]
+            self._held, self.stopped = "", True
             return out, True
         keep = self._first_partial()
         out, self._held = self._held[:keep], self._held[keep:]

@@ -47,6 +47,36 @@ def is_whole(engine):
     return found["pages_free"] + found["pages_cached"] == engine.num_pages and not found["requests_running"]
 
 
+def test_a_program_with_its_own_loop_takes_what_has_arrived(engine):
+    """It is told of every output and of the end, also of one that has come before it listens."""
+    first = engine.submit(PROMPTS[5], GREEDY)
+    notes = []
+    first.listen(lambda: notes.append((first.state, len(first.token_ids))))
+    engine.run()
+    assert [count for _, count in notes] == sorted(count for _, count in notes) and notes[-1] == ("finished", 12)
+    assert [token for output in first.poll() for token in output.token_ids] == first.token_ids and first.poll() == []
+    assert first.cached_tokens == 0 and first.times.arrived < first.times.admitted < first.times.first_token
+    assert first.times.first_token < first.times.last_token
+    second = engine.submit(PROMPTS[5], dataclasses.replace(GREEDY, stop=first.text[4:6]))
+    engine.run()
+    second.listen(lambda: notes.append("late"))
+    assert notes[-1] == "late" and second.cached_tokens == 16
+    assert second.finish_reason == "stop" and (second.stop_string, first.stop_string) == (first.text[4:6], None)
+
+
+def test_a_conversation_is_submitted_with_tools_and_variables(model, engine, monkeypatch):
+    monkeypatch.setattr(
+        model.tokenizer, "chat_templates", {"default": "{{ messages[0].content }}{{ tools[0].name }}{{ tone }}"}
+    )
+    talk = [{"role": "user", "content": "a"}]
+    request = engine.submit(talk, GREEDY, tools=[{"name": "b"}], tone="c")
+    assert request.prompt_token_ids == model.tokenizer.encode("abc")
+    engine.abort(request)
+    for given in ({"tools": [{}]}, {"tone": "c"}):
+        with pytest.raises(ValueError, match=f"{next(iter(given))}: is for a conversation"):
+            engine.submit("a", GREEDY, **given)
+
+
 @pytest.mark.parametrize("params", [GREEDY, NOISY], ids=["greedy", "sampled"])
 def test_requests_have_the_bits_that_they_have_alone(model, engine, params):
     each = [dataclasses.replace(params, seed=i, max_tokens=5 + i) for i in range(len(PROMPTS))]
