@@ -22,6 +22,7 @@ import click
 
 from ferrum_jax import progress
 from ferrum_jax.cli.bench import bench_command
+from ferrum_jax.cli.bench_serve import bench_serve_command
 from ferrum_jax.cli.convert import convert_command
 from ferrum_jax.cli.doctor import doctor_command
 from ferrum_jax.cli.embed import embed_command
@@ -31,6 +32,7 @@ from ferrum_jax.cli.perplexity import perplexity_command
 from ferrum_jax.cli.plan import plan_command
 from ferrum_jax.cli.remove import rm_command
 from ferrum_jax.cli.run import run_command
+from ferrum_jax.cli.serve import serve_command
 from ferrum_jax.errors import FerrumError
 
 PROGRAM = "ferrum-jax"
@@ -74,7 +76,7 @@ def verbs(context: click.Context) -> None:
 
 for _verb in (
     run_command, bench_command, info_command, plan_command, pull_command, list_command, convert_command, doctor_command,
-    perplexity_command, embed_command, rm_command, version_command,
+    perplexity_command, embed_command, serve_command, bench_serve_command, rm_command, version_command,
 ):  # fmt: skip
     verbs.add_command(_verb)
     _verb.params.append(_DEBUG)

@@ -1,0 +1,87 @@
+"""Faults of servers, each put into our own source: its guard must fail."""
+
+from __future__ import annotations
+
+import pytest
+
+from ferrum_jax.server import answers, bodies, gate
+from support.patching import Fault, applied
+from unit.server import test_answers as guards
+
+
+def nothing_is_ignored_silently() -> None:
+    body = bodies.SamplingBody.model_validate_json('{"one": 1, "stream": true, "stream_options": {"two": 2}}')
+    assert body.ignored() == ["one", "stream_options.two"]
+
+
+def what_is_not_supported_is_refused() -> None:
+    body = bodies.SamplingBody.model_validate_json('{"best_of": 3}')
+    with pytest.raises(bodies.ApiError):
+        body.require_supported()
+
+
+FAULTS = {
+    "wakings": Fault(
+        "every output of every request wakes the event loop",
+        answers.Bridge.call,
+        "if not self._woken:",
+        "if True:",
+        guards.test_many_notes_wake_the_loop_once,
+    ),
+    "asleep": Fault(
+        "notes after the first are never delivered",
+        answers.Bridge._run,
+        "self._woken = False",
+        "pass",
+        guards.test_many_notes_wake_the_loop_once,
+    ),
+    "leaves": Fault(
+        "a request goes on after its client has left",
+        answers.Answers._watch,
+        "self.end(ClientGone())",
+        "pass",
+        guards.test_a_client_that_leaves_ends_all_that_is_open,
+    ),
+    "cancelled": Fault(
+        "a stream that always has something to send cannot be cancelled",
+        answers.Answers.batches,
+        "await asyncio.sleep(0)",
+        "pass",
+        guards.test_a_reader_that_never_waits_notices_that_it_is_cancelled,
+    ),
+    "twice": Fault(
+        "an end that is told twice is sent twice",
+        answers.Answers.batches,
+        "for index in ready if index in self._unsent",
+        "for index in ready",
+        guards.test_what_arrives_together_comes_together_and_ends_once,
+    ),
+    "keys": Fault(
+        "only one key is known",
+        gate.Gate._knows,
+        "return any(found)",
+        "return found[-1]",
+        guards.test_only_a_key_is_a_key,
+    ),
+    "unsupported": Fault(
+        "a field that is not supported is ignored",
+        bodies.Body.require_supported,
+        "if name in self.NEUTRAL and value",
+        "if False and value",
+        what_is_not_supported_is_refused,
+    ),
+    "unknown": Fault(
+        "a field inside another one is ignored without a word",
+        bodies.Body.ignored,
+        'names + [f"{field}.{name}" for field, part in self._parts() for name in part.ignored()]',
+        "names",
+        nothing_is_ignored_silently,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_the_guard_notices(name: str) -> None:
+    with applied(FAULTS[name]), pytest.raises((AssertionError, pytest.fail.Exception)):
+        FAULTS[name].guard()
+    FAULTS[name].guard()
