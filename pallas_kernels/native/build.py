@@ -64,10 +64,15 @@ def library() -> ctypes.CDLL | str:
                 path.unlink(missing_ok=True)
                 return _registered(_built(compiler))
         except subprocess.CalledProcessError as error:
-            last = error.stderr.strip().splitlines()[-1:] if error.stderr else []
-            return f"{compiler} failed: {last[0] if last else error}{_INSTEAD}"
+            return f"{compiler} failed: {_complaint(error.stderr or '') or error}{_INSTEAD}"
         except (OSError, AttributeError, subprocess.TimeoutExpired, jax.errors.JaxRuntimeError) as error:
             return f"{_reason(error)}{_INSTEAD}"
+
+
+def _complaint(text: str) -> str:
+    """The line of a compiler's output that says what is wrong: the first with "error" in it, otherwise the last."""
+    lines = text.strip().splitlines() or [""]
+    return next((line for line in lines if "error" in line), lines[-1])
 
 
 def _reason(error: Exception) -> str:

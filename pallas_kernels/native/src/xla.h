@@ -125,7 +125,7 @@ class Call {
 
 // With a call without operands, XLA asks a handler which version it was built for.
 inline bool answered(XLA_FFI_CallFrame* frame) {
-  XLA_FFI_Extension_Base* asked = frame->extension_start;
+  auto* asked = frame->extension_start;  // its type has another name from jaxlib 0.12 on
   if (!asked || asked->type != XLA_FFI_Extension_Metadata) return false;
   XLA_FFI_Metadata* metadata = reinterpret_cast<XLA_FFI_Metadata_Extension*>(asked)->metadata;
   metadata->api_version.major_version = XLA_FFI_API_MAJOR;
