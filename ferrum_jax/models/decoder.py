@@ -51,7 +51,7 @@ class RaggedBatch(NamedTuple):
         `page_table` [pools * S, P] may have a block for each, one after the other; a single block serves all pools.
       logits_rows: [R], the tokens whose logits are needed.
       adapters: [T], the index of each token's adapter in the parameters, -1 for none; None: no token has one.
-      states: [S], the place of each sequence's state in layers that recur; None: sequence s has place s.
+      states: [S], the place of each sequence's state in layers that recur, -1 for padding; None: sequence s has place s.
       state_writes: [T], places for the state after each token, -1 for nowhere; None: the state after the last token of each
         sequence goes to its place.
     """

@@ -57,7 +57,7 @@ def recurrence(
     tokens, count = positions.shape[0], query_starts.shape[0] - 1
     token = jnp.arange(tokens, dtype=jnp.int32)
     row = jnp.clip(jnp.searchsorted(query_starts, token, side="right") - 1, 0, count - 1).astype(jnp.int32)
-    reads = jnp.arange(count, dtype=jnp.int32) if states is None else states
+    reads = jnp.arange(count, dtype=jnp.int32) if states is None else jnp.maximum(states, 0)
     if writes is None:
         writes = jnp.where(token == query_starts[row + 1] - 1, reads[row], -1)
     begins = positions[jnp.clip(query_starts[:-1], 0, tokens - 1)] == 0

@@ -103,7 +103,7 @@ def forward(params, cache, batch, config, fused):
 
 
 def read(name, texts, cuts=(), kv="float32", fused=True, params=None):
-    """Logits of every token of every text, read in steps up to each cut in turn with two rows of padding: [length, vocab].
+    """Logits of every token of every text, read in steps up to each cut in turn with two tokens of padding: [length, vocab].
     Pages are in shuffled order, another one in each pool, and entries after a sequence in its table are not pages."""
     config, known = model(name)
     pages, rng = [-(-len(text) // PAGE) for text in texts], np.random.default_rng(7)
@@ -122,12 +122,13 @@ def read(name, texts, cuts=(), kv="float32", fused=True, params=None):
         tokens = np.concatenate([text[a:b] for text, a, b in zip(texts, done, until, strict=True)])
         slots = table[:, owner, positions // PAGE] * PAGE + positions % PAGE
         slots = np.pad(slots, ((0, 0), (0, 2)), constant_values=-1).reshape(-1)
-        starts = np.concatenate([[0], np.cumsum(until - done)])
-        page_table = table.reshape(-1, table.shape[-1])
-        fields = ([*tokens, 0, 0], [*positions, 0, 0], slots, starts, until, page_table, np.arange(len(tokens)))
+        starts = np.cumsum([0, *(until - done), 1])  # the last row of the batch is padding
+        page_table = np.pad(table, ((0, 0), (0, 1), (0, 0)), constant_values=-1).reshape(-1, table.shape[-1])
+        fields = ([*tokens, 0, 0], [*positions, 0, 0], slots, starts, [*until, 0], page_table, np.arange(len(tokens)))
         batch = F.RaggedBatch(*(np.asarray(field, np.int32) for field in fields))
+        batch = batch._replace(states=np.array([*range(len(texts)), -1], np.int32))
         logits, cache = forward(params or known, cache, batch, config, fused)
-        for s, part in enumerate(np.split(np.asarray(logits), starts[1:-1])):
+        for s, part in enumerate(np.split(np.asarray(logits), starts[1:-2])):
             out[s].append(part)
         done = until
     return [np.concatenate(parts) for parts in out]
