@@ -29,7 +29,7 @@ def steps(lab: Lab) -> Iterator[tuple[str, Callable[[], Iterator[dict]]]]:
     decode = [(length, 1) for length in lengths]
     chunks = [(lengths[-1], min(200, lengths[-1] - 1)), (1, 1), (70, 70), (0, 0), (lengths[-2], 1)]
     for dtype in KV_DTYPES:
-        for kind, batch, window in (("decode", decode, 0), ("mixed", chunks, 0), ("window", chunks, 33)):
+        for kind, batch, window in (("decode", decode, 0), ("mixed", chunks, 0), ("window", chunks, 33), ("sinks", chunks, 33)):
             if dtype == "bfloat16" or kind == "decode" or (kind == "mixed" and not lab.rehearsal):
                 yield f"{kind} {dtype}", functools.partial(check, lab, dtype, kind, batch, window)
         yield f"append {dtype}", functools.partial(check_append, lab, dtype)
@@ -54,7 +54,8 @@ def check(lab: Lab, dtype: str, kind: str, batch: list[tuple[int, int]], window:
     total = int(lengths.sum())
     k, v = (normal(total, config.num_kv_heads, config.head_dim) for _ in range(2))
     q = normal(len(positions), config.num_heads, config.head_dim)
-    arguments = (q, k, v, np.concatenate(places).astype(np.int32), tables)
+    sinks = normal(config.num_heads) if kind == "sinks" else None
+    arguments = (q, k, v, np.concatenate(places).astype(np.int32), tables, sinks)
     static = {"dtype": dtype, "pages": table.size, "window": window}
     runs = [lab.run(attend, *arguments, **static) for _ in range(2)]
     exact = lab.run(attend_exactly, *arguments, **static)
@@ -89,15 +90,16 @@ def check_append(lab: Lab, dtype: str) -> Iterator[dict]:
 # Programs
 
 
-def attend(q, k, v, slots, tables: Tables, *, dtype: str, pages: int, window: int) -> jax.Array:
+def attend(q, k, v, slots, tables: Tables, sinks, *, dtype: str, pages: int, window: int) -> jax.Array:
     """Writes k and v into layer 1 of 2 of a new cache and attends to it."""
     cache = KVCache.empty(2, pages, PAGE, k.shape[1], k.shape[2], dtype).write(1, slots, k, v)
-    return paged_attention(q, cache, 1, make_metadata(tables, cache, q.shape[1], window), k.shape[2] ** -0.5)
+    metadata = make_metadata(tables, cache, q.shape[1], window, sinks=sinks is not None)
+    return paged_attention(q, cache, 1, metadata, k.shape[2] ** -0.5, sinks)
 
 
-def attend_exactly(q, k, v, slots, tables: Tables, *, dtype: str, pages: int, window: int) -> jax.Array:
+def attend_exactly(q, k, v, slots, tables: Tables, sinks, *, dtype: str, pages: int, window: int) -> jax.Array:
     with dispatch.on(without_kernels()):
-        return attend(q, k, v, slots, tables, dtype=dtype, pages=pages, window=window)
+        return attend(q, k, v, slots, tables, sinks, dtype=dtype, pages=pages, window=window)
 
 
 def append_to(q, k, v, slots, rope, norms, *, dtype: str) -> tuple[jax.Array, jax.Array]:

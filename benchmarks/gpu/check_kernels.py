@@ -21,6 +21,7 @@ from pallas_kernels.blocks.layouts import LAYOUTS, choose
 from pallas_kernels.blocks.matrix import Matrix
 from pallas_kernels.blocks.synthetic import random_blocks
 from pallas_kernels.grouped_matmul import expert_ffn, grouped_matmul
+from pallas_kernels.grouped_matmul.parts import Biases, Clamp
 from pallas_kernels.quantized_matmul import quantized_matmuls, swiglu
 from pallas_kernels.routing import route
 
@@ -29,19 +30,21 @@ UNIT = {"bfloat16": 2.0**-8, "float16": 2.0**-11}  # largest relative rounding e
 MATMUL, SWIGLU, MIXTURE = 3, 5, 6  # bounds, in multiples of UNIT
 EXPERTS, TOP_K, INNER, OUTER = 8, 3, 512, 768
 NOT_CHOSEN = (2, 5)  # experts whose blocks hold NaN
+CLAMP = Clamp(limit=1.0, alpha=1.702)
 AHEAD = True  # its programs are compiled in parallel, before the first step
 
 
 def steps(lab: Lab) -> Iterator[tuple[str, Callable[[], Iterator[dict]]]]:
     formats = KERNEL_FORMATS[:2] if lab.rehearsal else KERNEL_FORMATS  # tests/aot compiles all
     yield "route", functools.partial(check_route, lab)
+    yield "clamped experts", functools.partial(check_clamped, lab, "MXFP4", "bfloat16")
     for dtype in UNIT:
         for format in formats:
             yield f"{format} {dtype}", functools.partial(check_format, lab, format, dtype)
 
 
-def check_format(lab: Lab, format: str, dtype: str) -> Iterator[dict]:
-    rng = np.random.default_rng(zlib.crc32(format.encode()))
+def experts_of(lab: Lab, format: str, rng: np.random.Generator) -> tuple[dict[str, Matrix], dict[str, np.ndarray]]:
+    """Random gate, up and down, on the device and in float64."""
     stored, exact = {}, {}
     for name, rows, columns in (("gate", INNER, OUTER), ("up", INNER, OUTER), ("down", OUTER, INNER)):
         raw = random_blocks(format, EXPERTS * rows, columns, rng, 0.03).reshape(EXPERTS, rows, -1)
@@ -49,6 +52,12 @@ def check_format(lab: Lab, format: str, dtype: str) -> Iterator[dict]:
         raw[list(NOT_CHOSEN)] = 0xFF
         memory_layout = choose(format, rows, columns, lab.target)
         stored[name] = lab.run(pack, raw, format=format, memory_layout=memory_layout, rows=rows, columns=columns)
+    return stored, exact
+
+
+def check_format(lab: Lab, format: str, dtype: str) -> Iterator[dict]:
+    rng = np.random.default_rng(zlib.crc32(format.encode()))
+    stored, exact = experts_of(lab, format, rng)
     if dtype == "bfloat16":
         yield from check_layout(lab, stored["gate"], exact["gate"], format)
     unit = UNIT[dtype]
@@ -90,6 +99,26 @@ def check_format(lab: Lab, format: str, dtype: str) -> Iterator[dict]:
         wanted[: len(ids)] = [exact["gate"][i] @ row.astype(np.float64) for i, row in zip(ids, x, strict=False)]
         backends = lab.backends(grouped, x, sizes, stored["gate"])
         yield compare(lab, f"grouped {format} {dtype}, {rows} rows", result, [wanted], MATMUL * unit, backends)
+
+
+def check_clamped(lab: Lab, format: str, dtype: str) -> Iterator[dict]:
+    """Experts with biases and a clamped SwiGLU, as gpt-oss has them."""
+    rng = np.random.default_rng(8)
+    stored, exact = experts_of(lab, format, rng)
+    widths = {"gate": INNER, "up": INNER, "down": OUTER}
+    biases = Biases(*(rng.normal(0, 0.3, (EXPERTS, width)).astype(np.float32) for width in widths.values()))
+    for tokens in lab.sizes.check_tokens[:2]:
+        x = np.asarray(rng.standard_normal((tokens, OUTER)), dtype)
+        ids = np.stack([rng.permutation(np.setdiff1d(np.arange(EXPERTS), NOT_CHOSEN))[:TOP_K] for _ in range(tokens)])
+        ids, weights = ids.astype(np.int32), rng.uniform(0.1, 1.0, ids.shape).astype(np.float32)
+        arguments = (x, ids, weights, stored["gate"], stored["up"], stored["down"], biases)
+        result = twice(lab, clamped, *arguments)
+        if not lab.collecting:
+            wanted = [mixture_of(x, ids, weights, exact, biases)]
+            backends = lab.backends(clamped, *arguments)
+            yield compare(
+                lab, f"clamped experts {format} {dtype}, {tokens} tokens", result, wanted, MIXTURE * UNIT[dtype], backends
+            )
 
 
 def check_layout(lab: Lab, gate: Matrix, exact: np.ndarray, format: str) -> Iterator[dict]:
@@ -156,12 +185,22 @@ def silu(x: np.ndarray) -> np.ndarray:
     return x / (1 + np.exp(-x))
 
 
-def mixture_of(x: np.ndarray, ids: np.ndarray, weights: np.ndarray, exact: dict[str, np.ndarray]) -> np.ndarray:
+def mixture_of(
+    x: np.ndarray, ids: np.ndarray, weights: np.ndarray, exact: dict[str, np.ndarray], biases: Biases | None = None
+) -> np.ndarray:
+    """biases: then the SwiGLU is clamped, too."""
     y = np.zeros(x.shape, np.float64)
     for token, slot in zip(*np.nonzero(ids < EXPERTS), strict=True):
-        gate, up, down = (exact[name][ids[token, slot]] for name in ("gate", "up", "down"))
-        row = x[token].astype(np.float64)
-        y[token] += weights[token, slot] * ((silu(row @ gate.T) * (row @ up.T)) @ down.T)
+        expert = ids[token, slot]
+        gate, up, down = (exact[name][expert] for name in ("gate", "up", "down"))
+        g, u = (x[token].astype(np.float64) @ matrix.T for matrix in (gate, up))
+        if biases is None:
+            result = (silu(g) * u) @ down.T
+        else:
+            g = np.minimum(g + biases.gate[expert], CLAMP.limit)
+            u = np.clip(u + biases.up[expert], -CLAMP.limit, CLAMP.limit)
+            result = ((u + 1) * g / (1 + np.exp(-CLAMP.alpha * g))) @ down.T + biases.down[expert]
+        y[token] += weights[token, slot] * result
     return y
 
 
@@ -190,6 +229,10 @@ def gated(x, gate: Matrix, up: Matrix) -> jax.Array:
 
 def mixture(x, ids, weights, gate: Matrix, up: Matrix, down: Matrix) -> jax.Array:
     return expert_ffn(x, ids, weights, gate, up, down)
+
+
+def clamped(x, ids, weights, gate: Matrix, up: Matrix, down: Matrix, biases: Biases) -> jax.Array:
+    return expert_ffn(x, ids, weights, gate, up, down, biases=biases, clamp=CLAMP)
 
 
 def grouped(x, sizes, gate: Matrix) -> jax.Array:

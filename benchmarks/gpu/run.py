@@ -38,6 +38,7 @@ class Section:
 SECTIONS = (
     Section("kernels are right", "check_kernels", 110),
     Section("attention is right", "check_attention", 50),
+    Section("gated delta nets are right", "check_recurrence", 30),
     Section("two layers are right", "check_logits", 60),
     Section("compilation", "starts", 130),
     Section("whole model", "model", 120),

@@ -10,8 +10,9 @@ Every plane of a matrix [n, k] is [k', n'], n' being n rounded up to 128, and co
     s   uint8 or int8  the integer scale of each group (then the integer minima); the exponents of MXFP4
     d   int16          half-precision scales as bits (then those of the minima): float16 cannot be loaded on a TPU
 
-A half run at the end (k = 128 mod 256) has 64 bytes of q, k r with k 64 + r, and 32 of h with bits 0..3 alone. s and d are
-filled up to a multiple of 8 rows: with other counts XLA would copy whole stacks into another layout before a kernel.
+A half run at the end (k = 128 mod 256) has 64 bytes of q, k r with k 64 + r, and 32 of h with bits 0..3 alone. Rows that are
+not a multiple of 128 are filled up with blocks of zeros, which are weights of zero. s and d are filled up to a multiple of 8
+rows: with other counts XLA would copy whole stacks into another layout before a kernel.
 """
 
 from __future__ import annotations
@@ -169,8 +170,8 @@ def fits(format: str, n: int, k: int) -> str | None:
     """None if a matrix [n, k] can be packed, else the reason in words."""
     if format not in PACKINGS:
         return f"{format} has no TPU memory layout"
-    if k % unit(format):
-        return f"rows of {k} weights are not a multiple of {unit(format)}"
+    if k % FORMATS[format].block_size:
+        return f"rows of {k} weights are not a multiple of {FORMATS[format].block_size}"
     size = sum(math.prod(plane.shape) * plane.dtype.itemsize for plane in plane_shapes(format, n, k))
     stored = n * FORMATS[format].row_bytes(k)
     return f"[{n}, {k}] would take {size} bytes for the file's {stored}" if size > _MOST * stored else None
@@ -179,6 +180,11 @@ def fits(format: str, n: int, k: int) -> str | None:
 def unit(format: str) -> int:
     """How many weights of a row can be packed without the rest of it."""
     return max(FORMATS[format].block_size, LANES)
+
+
+def filled(k: int) -> int:
+    """How many weights of a row planes have for k."""
+    return -(-k // LANES) * LANES
 
 
 def plane_shapes(format: str, n: int, k: int) -> tuple[jax.ShapeDtypeStruct, ...]:
@@ -193,7 +199,9 @@ def pack(stored: jax.Array, format: str) -> Arrays:
     It works in tiles of rows, because XLA takes minutes to compile the transposition of a whole large matrix, and as much
     memory again.
     """
-    stored = jnp.pad(stored, ((0, -stored.shape[0] % LANES), (0, 0)))
+    known = FORMATS[format]
+    k = stored.shape[1] // known.block_bytes * known.block_size
+    stored = jnp.pad(stored, ((0, -stored.shape[0] % LANES), (0, known.row_bytes(filled(k)) - stored.shape[1])))
     n, width = stored.shape
     if n <= _TILE:
         return _pack_tile(stored, format)
@@ -263,24 +271,24 @@ def _unpack(packed: jax.Array, field: tuple[int, int, tuple[int, ...]], k: int) 
 
 def decode(planes: Arrays, format: str, n: int, k: int) -> jax.Array:
     """The weights, float32 [n, k], bit-equal to those of the blocks."""
-    packing = PACKINGS[format]
+    packing, whole = PACKINGS[format], filled(k)
     parts = dict(zip(plane_names(format), (plane[:, :n] for plane in planes), strict=True))
     if packing.bits == 8:
         values = parts["q"].astype(jnp.int32)
     else:
-        values = _unpack(parts["q"], LOW, k)
+        values = _unpack(parts["q"], LOW, whole)
         if packing.bits > 4:
-            values |= _unpack(parts["h"], HIGH[packing.bits], k) << 4
+            values |= _unpack(parts["h"], HIGH[packing.bits], whole) << 4
     if packing.codebook:
         values = {"iq4": iq4.level, "fp4": fp4.value_of}[packing.codebook](values)
     values -= packing.offset
     values = values.reshape(-1, packing.group, n)
     groups = values.shape[0]
     if packing.scale == "power":
-        return fp4.times_power(values, parts["s"][:groups, None].astype(jnp.int32)).reshape(k, n).T
+        return fp4.times_power(values, parts["s"][:groups, None].astype(jnp.int32)).reshape(whole, n)[:k].T
 
     halves = half_to_float32(parts["d"].astype(jnp.int32))
-    count = groups if packing.scale == "half" else k // RUN
+    count = groups if packing.scale == "half" else whole // RUN
     factors = [halves[i * count : (i + 1) * count] for i in range(1 + packing.minima)]
     if packing.scale == "integer":
         integers = parts["s"].astype(jnp.float32)
@@ -291,7 +299,7 @@ def decode(planes: Arrays, format: str, n: int, k: int) -> jax.Array:
     if packing.minima:
         minimum = factors[1][:, None]
         weights = weights + minimum if packing.scale == "half" else weights - minimum
-    return weights.reshape(k, n).T
+    return weights.reshape(whole, n)[:k].T
 
 
 def rows(planes: Arrays, index: Arrays, start: jax.Array | int, count: int) -> Arrays:

@@ -10,9 +10,15 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
+from pallas_kernels import dispatch
 from pallas_kernels.delta_net.parts import Operands
 from pallas_kernels.delta_net.xla import heads_of
+
+# Tokens up to which TPUs gather and scatter tails. Of more they would hold all that a scatter may write, filled up to eight
+# rows; and a v5p copies the whole array for a gather or scatter of any size.
+_FEW = 64
 
 
 class Mixed(NamedTuple):
@@ -31,8 +37,14 @@ def mixed(operands: Operands, tiled: bool) -> tuple[Mixed, jax.Array]:
     tokens, count = qkv.shape[0], taps.shape[1] - 1
     layers, places = state.tail.shape[:2]
     flat = state.tail.reshape(-1, *state.tail.shape[2:])  # a single index: with two, TPUs copy the array
-    before = flat.at[layer * places + sequences.reads].get(mode="clip")
-    before = jnp.where(sequences.begins[:, None, None], 0.0, before)
+    target = dispatch.target()
+    one_by_one = target.platform == "tpu" and (tokens > _FEW or target.model == "v5p")
+    if one_by_one:
+        before = lax.map(lambda place: lax.dynamic_index_in_dim(flat, place, keepdims=False), layer * places + sequences.reads)
+    else:
+        before = flat.at[layer * places + sequences.reads].get(mode="clip")
+    # Read before tails are written: fused into the write, the read would need a copy of all of them.
+    before = lax.optimization_barrier(jnp.where(sequences.begins[:, None, None], 0.0, before))
     token = jnp.arange(tokens, dtype=jnp.int32)
     row = row_of(sequences.starts, tokens)
     offset = token - sequences.starts[row]
@@ -42,9 +54,24 @@ def mixed(operands: Operands, tiled: bool) -> tuple[Mixed, jax.Array]:
         kept = before[row, jnp.clip(count + offset - back, 0, count - 1)]
         window.insert(0, jnp.where((offset >= back)[:, None], earlier, kept))
     summed = sum(taps[:, i] * part for i, part in enumerate(window))
-    # Tokens whose tail is not kept get different places after the end, so that all differ.
-    place = jnp.where(sequences.writes < 0, layers * places + token, layer * places + sequences.writes)
-    tail = flat.at[place].set(jnp.stack(window[1:], axis=1), mode="drop", unique_indices=True)
+
+    def write(i: jax.Array, tails: jax.Array) -> jax.Array:
+        """With the tail after the i-th token that has one to keep."""
+        t = kept_first[i]
+        rows = []
+        for back in reversed(range(count)):
+            old = before[row[t], jnp.clip(count + offset[t] - back, 0, count - 1)]
+            rows.append(jnp.where(offset[t] >= back, qkv[jnp.maximum(t - back, 0)], old))
+        return lax.dynamic_update_index_in_dim(tails, jnp.stack(rows), layer * places + sequences.writes[t], 0)
+
+    if one_by_one:
+        kept_first = jnp.argsort(sequences.writes < 0, stable=True)
+        tail = lax.fori_loop(0, jnp.sum(sequences.writes >= 0, dtype=jnp.int32), write, flat)
+    else:
+        # Tokens whose tail is not kept get different places after the end, so that all differ.
+        place = layer * places + sequences.writes
+        place = jnp.where(sequences.writes < 0, layers * places + token, place)
+        tail = flat.at[place].set(jnp.stack(window[1:], axis=1), mode="drop", unique_indices=True)
     q, k, v = heads_of(jax.nn.silu(summed), state.memory.shape[2:], tiled)
     return Mixed(q, k, v, log_decay, beta), tail.reshape(state.tail.shape)
 

@@ -20,12 +20,21 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.blocks.matrix import Matrix
+from pallas_kernels.blocks.tpu import filled
 from pallas_kernels.dispatch import Target
 from pallas_kernels.grouped_matmul.grouping import Tiles, group, max_tiles, tiles
 from pallas_kernels.grouped_matmul.parts import Biases, Clamp, gated
 from pallas_kernels.grouped_matmul.tpu_grouping import MOST, group_few
 from pallas_kernels.quantized_matmul import tpu_tiles
-from pallas_kernels.quantized_matmul.mosaic_tpu import VMEM, block_columns, indices_of, plane_specs, refuses, tiles_of
+from pallas_kernels.quantized_matmul.mosaic_tpu import (
+    VMEM,
+    block_columns,
+    filled_rows,
+    indices_of,
+    plane_specs,
+    refuses,
+    tiles_of,
+)
 
 __all__ = ["expert_ffn", "grouped", "refuses"]
 
@@ -64,7 +73,8 @@ def expert_ffn(
     tokens, top_k = expert_ids.shape
     num_experts = gate.planes[0].shape[len(gate.index)]
     few = tokens * top_k <= FEW * num_experts
-    if few and tokens * top_k <= MOST and _fused_bytes(tokens, top_k, gate, up, down) <= VMEM:
+    whole = gate.rows % 128 == gate.columns % 128 == 0  # widths of blocks
+    if few and whole and tokens * top_k <= MOST and _fused_bytes(tokens, top_k, gate, up, down) <= VMEM:
         return _fused(x, expert_ids, expert_weights, gate, up, down, biases, clamp, interpret)
     rows = FEW if few else MANY
     groups = group(expert_ids.reshape(-1), num_experts, rows, aligned=True)
@@ -118,7 +128,7 @@ def _finished(results: Sequence[jax.Array], biases: Sequence[Any], clamp: Clamp 
 
 
 def _factors(matrix: Matrix, columns: int) -> Any:
-    return pltpu.VMEM((tpu_tiles.factor_rows(matrix.format, matrix.columns), columns), jnp.float32)
+    return pltpu.VMEM((tpu_tiles.factor_rows(matrix.format, filled(matrix.columns)), columns), jnp.float32)
 
 
 def _plane_bytes(*matrices: Matrix) -> int:
@@ -140,6 +150,7 @@ def _grouped(
 
     work: aligned tiles of `rows` rows. Rows outside of all tiles are not written.
     """
+    x = filled_rows(x)
     (m, k), n = x.shape, matrices[0].rows
     few = rows == FEW
     columns = block_columns([matrices], 512 if few else 1024)

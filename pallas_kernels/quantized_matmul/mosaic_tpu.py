@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.blocks.matrix import Matrix
-from pallas_kernels.blocks.tpu import plane_names
+from pallas_kernels.blocks.tpu import filled, plane_names
 from pallas_kernels.dispatch import Case, Target
 from pallas_kernels.quantized_matmul import tpu_tiles as tiles
 
@@ -68,6 +68,11 @@ def block_columns(jobs: Sequence[Sequence[Matrix]], most: int = 512) -> int:
     return _round_up(math.ceil(n / math.ceil(n / limit)), 128)
 
 
+def filled_rows(x: jax.Array) -> jax.Array:
+    """x [m, k] with zeros for the weights that fill up rows of planes."""
+    return jnp.pad(x, ((0, 0), (0, filled(x.shape[1]) - x.shape[1])))
+
+
 def indices_of(matrices: Sequence[Matrix]) -> list[jax.Array]:
     """Scalars to prefetch, int32 [1] each: the stack indices of all matrices."""
     return [jnp.asarray(i, jnp.int32).reshape(1) for matrix in matrices for i in matrix.index]
@@ -91,12 +96,13 @@ def plane_specs(matrix: Matrix, columns: int, where: Callable, first: int) -> li
 def tiles_of(matrices: Sequence[Matrix], refs: Sequence) -> list[tiles.Tile]:
     """The refs of all planes, matrix by matrix."""
     found = iter(refs)
-    return [tiles.Tile(m.format, m.columns, {name: next(found) for name in plane_names(m.format)}) for m in matrices]
+    return [tiles.Tile(m.format, filled(m.columns), {name: next(found) for name in plane_names(m.format)}) for m in matrices]
 
 
 @functools.partial(jax.jit, static_argnames="interpret", inline=True)
 def _launch(x: jax.Array, jobs: tuple[tuple[Matrix, ...], ...], interpret: bool) -> list[jax.Array]:
     """One result per job, which is one matrix, or gate and up."""
+    x = filled_rows(x)
     m, k = x.shape
     matrices = [matrix for job in jobs for matrix in job]
     few = m <= FEW_ROWS

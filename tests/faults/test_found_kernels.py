@@ -71,7 +71,7 @@ FAULTS = {
         chunks.whole_chunks,
         "& (between == 0)",
         "",
-        retraced(interpreted.test_a_state_within_a_chunk_is_kept, interpreted.TRITON, interpreted.SMALL),
+        retraced(interpreted.test_a_state_within_a_chunk_is_kept, interpreted.on_gpu, interpreted.SMALL),
     ),
     "forced": Fault(
         "the order decides whatever is forced",

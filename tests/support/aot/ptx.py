@@ -43,11 +43,12 @@ def need_kernels() -> None:
         pytest.skip(f"jax {jax.__version__} does not write the PTX of kernels; all but their instructions is checked")
 
 
-def measure(target: str, function: Callable, *args) -> tuple[dict[str, Kernel], int]:
+def measure(target: str, function: Callable, *args, **jit_options) -> tuple[dict[str, Kernel], int]:
     """The kernels of `function` compiled for a GPU of `aot.GPUS`, by name, and the bytes of its temporaries. JaxRuntimeError if
     a kernel spills."""
     with tempfile.TemporaryDirectory() as folder:
-        compiled = aot.compile_for(target, function, *args, compiler_options={"xla_dump_to": folder, **_OPTIONS})
+        options = {"xla_dump_to": folder, **_OPTIONS}
+        compiled = aot.compile_for(target, function, *args, compiler_options=options, **jit_options)
         kernels = [kernel for file in pathlib.Path(folder).glob("*.ptx") for kernel in _assemble(file, target)]
     return {kernel.name: kernel for kernel in kernels}, compiled.memory_analysis().temp_size_in_bytes
 

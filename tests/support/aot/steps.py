@@ -112,7 +112,7 @@ def engine_steps(target: str, config, header):
 
 def shorten(header, layers: int) -> None:
     """Takes away the layers from `layers` on."""
-    header.metadata["qwen3moe.block_count"] = layers
+    header.metadata[f"{header.metadata['general.architecture']}.block_count"] = layers
     for name in list(header.tensors):
         if name.startswith("blk.") and int(name.split(".")[1]) >= layers:
             del header.tensors[name]

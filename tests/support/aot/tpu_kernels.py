@@ -30,6 +30,7 @@ from pallas_kernels.blocks import tpu  # noqa: E402
 from pallas_kernels.blocks.matrix import Matrix  # noqa: E402
 from pallas_kernels.grouped_matmul import mosaic_tpu as grouped  # noqa: E402
 from pallas_kernels.quantized_matmul import mosaic_tpu as dense  # noqa: E402
+from support.aot import delta_net  # noqa: E402
 
 LAYERS, EXPERTS, HIDDEN, WIDTH, TOP_K, VOCABULARY = 4, 128, 2048, 768, 8, 151936
 SPILL = 9  # column of the utilization table
@@ -86,6 +87,8 @@ def cases():
     yield "pack", (lambda blocks: tpu.pack(blocks, "Q6_K"), jax.ShapeDtypeStruct((VOCABULARY, 1680), jnp.uint8))
     output = matrix("Q6_K", VOCABULARY, HIDDEN).planes
     yield "look up", (look_up, output, jax.ShapeDtypeStruct((32,), jnp.int32))
+    for batch in ("decode", "mixed"):
+        yield f"delta net, {batch}", (delta_net.step, *delta_net.arguments(batch))
 
 
 def look_up(planes, ids):
@@ -95,11 +98,12 @@ def look_up(planes, ids):
 def measure(function, *args) -> dict:
     for old in pathlib.Path(DUMP.name).iterdir():
         old.unlink()
-    compiled = aot.compile_for(TARGET, function, *args)
+    donated = (0,) if function is delta_net.step else ()
+    compiled = aot.compile_for(TARGET, function, *args, donate_argnums=donated)
     found: dict = {"temp_bytes": compiled.memory_analysis().temp_size_in_bytes, "launches": 0, "kernels": {}}
     for file in pathlib.Path(DUMP.name).glob("*final_hlo-static-per-bundle-utilization.txt"):
         name = re.match(r"\d+-(.*)-\d+-final_hlo", file.name)[1].split(".")[0]
-        if name.startswith(("few_rows", "many_rows", "grouped", "expert_ffn", "group_few")):
+        if name.startswith(("few_rows", "many_rows", "grouped", "expert_ffn", "group_few", "delta_net")):
             found["launches"] += 1
             bundles = [line.split() for line in file.read_text().splitlines() if re.fullmatch(r"(\d+\s*){11}", line.strip())]
             found["kernels"][name] = {"bundles": len(bundles), "spills": sum(int(b[SPILL]) for b in bundles)}
