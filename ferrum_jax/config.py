@@ -102,7 +102,8 @@ class Mixture:
     """A feed-forward: each token goes through `experts_per_token` of `num_experts` SwiGLUs of this width. Their weights are
     normalized to a sum of 1 if `normalize`, then multiplied by `scale`. With a `limit` the SwiGLUs are clamped, and `alpha`
     is the gain of their sigmoid (pallas_kernels.grouped_matmul). `shared_width`: of a SwiGLU that every token goes through as
-    well, multiplied by the sigmoid of a number that is projected for it (0: there is none)."""
+    well (0: there is none), in some families multiplied by the sigmoid of a number that is projected for it. The rest is as of
+    pallas_kernels.routing.Router; a bias of the choice is there if the file has one."""
 
     num_experts: int
     experts_per_token: int
@@ -112,6 +113,11 @@ class Mixture:
     limit: float = 0.0
     alpha: float = 1.0
     shared_width: int = 0
+    scoring: str = "softmax"
+    eps: float = 0.0
+    groups: int = 1
+    groups_used: int = 1
+    group_best: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,6 +147,12 @@ _OF_LAYERS: dict[str, tuple[type, str, Any]] = {
     "expert_weights_scale": (Mixture, "scale", 1.0),
     "swiglu_limit": (Mixture, "limit", 0.0),
     "swiglu_alpha": (Mixture, "alpha", 1.0),
+    "shared_expert_size": (Mixture, "shared_width", 0),
+    "router_scoring": (Mixture, "scoring", "softmax"),
+    "router_eps": (Mixture, "eps", 0.0),
+    "expert_groups": (Mixture, "groups", 1),
+    "expert_groups_used": (Mixture, "groups_used", 1),
+    "expert_group_best": (Mixture, "group_best", 1),
 }
 
 
@@ -170,8 +182,9 @@ class ModelConfig:
 
     A model whose layers are alike can be made from keywords instead of `layers`: num_layers, num_heads, num_kv_heads, head_dim,
     rope_theta, rope_dim, rope_scaling, sliding_window, attention_sinks, intermediate_size (of a dense feed-forward),
-    num_experts, experts_per_token, expert_intermediate_size, norm_topk_prob, expert_weights_scale, swiglu_limit, swiglu_alpha
-    (of experts), dense_layers (those without experts).
+    num_experts, experts_per_token, expert_intermediate_size, norm_topk_prob, expert_weights_scale, swiglu_limit, swiglu_alpha,
+    shared_expert_size, router_scoring, router_eps, expert_groups, expert_groups_used, expert_group_best (of experts),
+    dense_layers (those without experts).
     They are also properties. Together with `layers`, as in `dataclasses.replace(config, experts_per_token=2)`, they change
     every layer that has such a number.
     """
@@ -234,6 +247,12 @@ class ModelConfig:
     expert_weights_scale = _common("expert_weights_scale")
     swiglu_limit = _common("swiglu_limit")
     swiglu_alpha = _common("swiglu_alpha")
+    shared_expert_size = _common("shared_expert_size")
+    router_scoring = _common("router_scoring")
+    router_eps = _common("router_eps")
+    expert_groups = _common("expert_groups")
+    expert_groups_used = _common("expert_groups_used")
+    expert_group_best = _common("expert_group_best")
 
     @property
     def num_layers(self) -> int:
@@ -334,21 +353,11 @@ def _alike(
     return tuple(dense if number in dense_layers else layer for number in range(num_layers))
 
 
-def _feed_forward(
-    *,
-    intermediate_size: int = 0,
-    num_experts: int = 0,
-    experts_per_token: int = 0,
-    expert_intermediate_size: int = 0,
-    norm_topk_prob: bool = False,
-    expert_weights_scale: float = 1.0,
-    swiglu_limit: float = 0.0,
-    swiglu_alpha: float = 1.0,
-) -> Dense | Mixture:
-    if not num_experts:
-        return Dense(intermediate_size)
-    shape = num_experts, experts_per_token, expert_intermediate_size
-    return Mixture(*shape, norm_topk_prob, expert_weights_scale, swiglu_limit, swiglu_alpha)
+def _feed_forward(**numbers: Any) -> Dense | Mixture:
+    kind = Mixture if numbers.get("num_experts") else Dense
+    if unknown := numbers.keys() - {name for name, (of, _, _) in _OF_LAYERS.items() if of in (Dense, Mixture)}:
+        raise TypeError(f"ModelConfig has no field {', '.join(sorted(unknown))}")
+    return kind(**{field: numbers.get(name, absent) for name, (of, field, absent) in _OF_LAYERS.items() if of is kind})
 
 
 def _changed(config: ModelConfig, of_layers: Mapping[str, Any]) -> tuple[LayerSpec, ...]:

@@ -20,7 +20,7 @@ from pallas_kernels.decoder_layers import LayerShape, Part, Stack, backend_for
 from pallas_kernels.grouped_matmul import expert_ffn
 from pallas_kernels.paged_attention import KV_DTYPES, KVCache, Tables, make_metadata, paged_attention
 from pallas_kernels.quantized_matmul import quantized_matmul
-from pallas_kernels.routing import route
+from pallas_kernels.routing import Router, route
 
 _SIZE = 256  # rows and columns: a multiple of every format's block and of every kernel's tile
 _TOKENS, _HEADS, _KV_HEADS, _HEAD_DIM = 4, 4, 2, 128
@@ -55,7 +55,7 @@ def trial(dtype: str = "float32") -> list[dispatch.Choice]:
             lowered = jax.jit(mixture).lower(x, experts, index, _array((_TOKENS, 2), "int32"), _array((_TOKENS, 2), "float32"))
             if name == "Q4_K":  # the others get the same backends, and compiling all of them takes a minute
                 lowered.compile()
-        _compile(lambda x: route(x, x[:, 0] > 0, 2), _array((_TOKENS, _SIZE), "float32"))
+        _compile(lambda x: route(x, x[:, 0] > 0, Router(2)), _array((_TOKENS, _SIZE), "float32"))
 
         q, kv = (_array((_TOKENS, heads, _HEAD_DIM), "float32") for heads in (_HEADS, _KV_HEADS))
         angles = _array((_TOKENS, 1, _HEAD_DIM // 2), "float32")

@@ -23,7 +23,7 @@ from pallas_kernels.blocks.synthetic import random_blocks
 from pallas_kernels.grouped_matmul import expert_ffn, grouped_matmul
 from pallas_kernels.grouped_matmul.parts import Biases, Clamp
 from pallas_kernels.quantized_matmul import quantized_matmuls, swiglu
-from pallas_kernels.routing import route
+from pallas_kernels.routing import Router, route
 
 KERNEL_FORMATS = ("Q4_K", "Q6_K", "Q8_0", "Q5_K", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "IQ4_NL", "IQ4_XS", "MXFP4")
 UNIT = {"bfloat16": 2.0**-8, "float16": 2.0**-11}  # largest relative rounding error
@@ -240,4 +240,4 @@ def grouped(x, sizes, gate: Matrix) -> jax.Array:
 
 
 def routed(logits, live):
-    return route(logits, live, 8)
+    return route(logits, live, Router(8))

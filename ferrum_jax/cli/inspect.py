@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections import Counter, defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -200,10 +201,16 @@ def _print_info(facts: dict[str, Any], everything: bool) -> None:
         ),
     ]
     if names := facts["passed_over"]:
-        kinds = ", ".join(dict.fromkeys(".".join(name.split(".")[: 1 if name.startswith("mtp") else 2]) for name in names))
+        kinds = ", ".join(dict.fromkeys(map(_part_of, names)))
         rows.append(("not run", f"{len(names)} tensors that predict further tokens or see pictures: {plain(kinds)}"))
     print_facts(rows)
     _print_formats(facts)
+
+
+def _part_of(name: str) -> str:
+    """The part of a model that a tensor belongs to."""
+    found = re.match(r"mtp|model\.layers\.\d+", name)
+    return found[0] if found else ".".join(name.split(".")[:2])
 
 
 def _print_formats(facts: dict[str, Any]) -> None:

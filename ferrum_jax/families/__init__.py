@@ -13,6 +13,7 @@ from typing import Any
 from ferrum_jax.errors import ModelFileError, UnsupportedModelError
 from ferrum_jax.families.bert import BERT
 from ferrum_jax.families.family import Family
+from ferrum_jax.families.glm4moe import GLM4_MOE
 from ferrum_jax.families.gpt_oss import GPT_OSS
 from ferrum_jax.families.llama import LLAMA
 from ferrum_jax.families.mistral import MISTRAL
@@ -28,6 +29,7 @@ __all__ = ["FAMILIES", "Family", "of_architecture", "of_content", "of_metadata",
 FAMILIES: tuple[Family, ...] = (
     *(LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN3, QWEN3_MOE, GPT_OSS, BERT),
     *(QWEN35, QWEN35_VISION, QWEN35_MOE, QWEN35_MOE_VISION, QWEN3_NEXT),
+    GLM4_MOE,
 )
 """Where several share a GGUF architecture, the first one reads its files."""
 

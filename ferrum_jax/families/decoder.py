@@ -55,8 +55,6 @@ def from_gguf(
     if rope_dim % 2:
         raise keys.fail("rope.dimension_count", f"is {rope_dim}; it must be even")
     of_feed_forward = (feed_forward or dense_from_gguf)(keys, layers)
-    if keys.has("expert_gating_func") and keys.integer("expert_gating_func", low=0) > 1:  # 0: not stated, 1: softmax
-        raise keys.unsupported("expert_gating_func", "only softmax (1) is supported")
     if keys.has("attention.causal") and not keys.boolean("attention.causal"):
         raise keys.unsupported("attention.causal", "this feature is not supported")
     for key in ("residual_scale", "embedding_scale", "logit_scale"):
@@ -117,9 +115,15 @@ def _head_dim_of_gguf(keys: Keys, hidden: int, heads: tuple[int, ...]) -> int:
 def dense_from_gguf(keys: Keys, layers: int) -> Fields:
     """The keywords about a dense feed-forward; keys about experts have no effect in such a model."""
     keys.ignore("expert_used_count", "expert_feed_forward_length", "expert_weights_norm")
+    _require_softmax(keys)
     if keys.has("expert_weights_scale"):
         keys.number("expert_weights_scale", SCALE)
     return {"intermediate_size": keys.integers("feed_forward_length", layers)}
+
+
+def _require_softmax(keys: Keys) -> None:
+    if keys.has("expert_gating_func") and keys.integer("expert_gating_func", low=0) > 1:  # 0: not stated, 1: softmax
+        raise keys.unsupported("expert_gating_func", "only softmax (1) is supported")
 
 
 def mixture_from_gguf(keys: Keys, layers: int, width_key: str) -> Fields:
@@ -133,6 +137,7 @@ def mixture_from_gguf(keys: Keys, layers: int, width_key: str) -> Fields:
         raise keys.unsupported("expert_weights_norm", f"false contradicts how {architecture} files are run")
     scale = keys.number("expert_weights_scale", SCALE) if keys.has("expert_weights_scale") else 0.0
     keys.ignore("feed_forward_length", "expert_feed_forward_length")
+    _require_softmax(keys)
     return {
         "num_experts": experts,
         "experts_per_token": keys.integer("expert_used_count", high=experts),
@@ -142,18 +147,22 @@ def mixture_from_gguf(keys: Keys, layers: int, width_key: str) -> Fields:
     }
 
 
-def to_gguf(config: ModelConfig, where: str, *, width_key: str = "feed_forward_length") -> dict[str, Typed]:
-    """Implements `Family.to_gguf`. width_key: the key for the width of experts."""
-    if config.dense_layers:
-        raise UnsupportedModelError(f"{where}: layers without experts among layers with them cannot be written as GGUF")
-    if config.num_experts and not config.norm_topk_prob:
-        raise UnsupportedModelError(f"{where}: norm_topk_prob false cannot be written as GGUF: llama.cpp renormalizes always")
+def to_gguf(
+    config: ModelConfig,
+    where: str,
+    *,
+    width_key: str = "feed_forward_length",
+    feed_forward: Callable[[ModelConfig, str], Fields] | None = None,
+) -> dict[str, Typed]:
+    """Implements `Family.to_gguf`. width_key: the key for the width of experts. feed_forward: gives the keys about experts and
+    refuses what cannot be written (None: as llama.cpp reads those of most families)."""
+    of_feed_forward = _mixture_to_gguf(config, where, width_key) if feed_forward is None else feed_forward(config, where)
     if isinstance(config.by_layer("sliding_window"), tuple):
         text = "a sliding window in some layers only cannot be written as GGUF: llama.cpp reads no pattern in architecture"
         raise UnsupportedModelError(f"{where}: {text} {config.architecture}")
     if config.rope_scaling is not None and not config.rope_scaling.truncate:
         raise UnsupportedModelError(f"{where}: truncate false cannot be written as GGUF: llama.cpp rounds the range of YaRN")
-    integers = {
+    values: Fields = {
         "block_count": config.num_layers,
         "context_length": config.context_length,
         "embedding_length": config.hidden_size,
@@ -165,22 +174,34 @@ def to_gguf(config: ModelConfig, where: str, *, width_key: str = "feed_forward_l
         "rope.dimension_count": config.rope_dim,
         "vocab_size": config.vocab_size,
         "attention.sliding_window": config.sliding_window,
-        "expert_count": config.num_experts,
-        "expert_used_count": config.experts_per_token,
+        "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
+        "rope.freq_base": float(config.rope_theta),
     }
-    if config.num_experts:
-        integers[width_key] = config.by_layer("expert_intermediate_size")
-    floats = {"attention.layer_norm_rms_epsilon": config.rms_norm_eps, "rope.freq_base": config.rope_theta}
-    if config.expert_weights_scale != 1.0:
-        floats["expert_weights_scale"] = config.expert_weights_scale
-    typed = {
-        key: Typed(np.array(value, np.uint32), "array uint32") if isinstance(value, tuple) else Typed(value, "uint32")
-        for key, value in integers.items()
-        if value
-    }
-    typed |= {key: Typed(value, "float32") for key, value in floats.items()}
+    typed = {key: _typed(value) for key, value in (values | of_feed_forward).items() if value}
     typed |= rope.scaling_to_gguf(config.rope_scaling)
     return {f"{config.architecture}.{key}": entry for key, entry in typed.items()}
+
+
+def _mixture_to_gguf(config: ModelConfig, where: str, width_key: str) -> Fields:
+    """The keys about experts, whose width is under `width_key`."""
+    if config.dense_layers:
+        raise UnsupportedModelError(f"{where}: layers without experts among layers with them cannot be written as GGUF")
+    if not config.num_experts:
+        return {}
+    if not config.norm_topk_prob:
+        raise UnsupportedModelError(f"{where}: norm_topk_prob false cannot be written as GGUF: llama.cpp renormalizes always")
+    scale = config.expert_weights_scale
+    return {
+        "expert_count": config.num_experts,
+        "expert_used_count": config.experts_per_token,
+        width_key: config.by_layer("expert_intermediate_size"),
+    } | ({} if scale == 1.0 else {"expert_weights_scale": scale})
+
+
+def _typed(value: Any) -> Typed:
+    if isinstance(value, tuple):
+        return Typed(np.array(value, np.uint32), "array uint32")
+    return Typed(value, "bool" if isinstance(value, bool) else "float32" if isinstance(value, float) else "uint32")
 
 
 # ---- config.json
@@ -260,12 +281,12 @@ def dense_from_json(keys: Keys, layers: int) -> Fields:
     return {"intermediate_size": keys.integer("intermediate_size")}
 
 
-def num_experts(keys: Keys, *, low: int) -> int:
-    """The number of experts in a layer. Two keys may state it; they must agree."""
-    named = [key for key in ("num_experts", "num_local_experts") if keys.has(key)]
-    counts = [keys.integer(key, low=low, high=2**16) for key in named or ["num_local_experts"]]
+def num_experts(keys: Keys, *, low: int, names: tuple[str, str] = ("num_experts", "num_local_experts")) -> int:
+    """The number of experts in a layer. Two keys, of these names, may state it; they must agree."""
+    named = [key for key in names if keys.has(key)]
+    counts = [keys.integer(key, low=low, high=2**16) for key in named or names[1:]]
     if counts[0] != counts[-1]:
-        raise keys.fail("num_experts", f"is {counts[0]}, but num_local_experts is {counts[-1]}")
+        raise keys.fail(names[0], f"is {counts[0]}, but {names[1]} is {counts[-1]}")
     return counts[0]
 
 

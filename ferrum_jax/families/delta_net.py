@@ -107,28 +107,16 @@ def shared_expert() -> tuple[Tensor, ...]:
         ("feed_forward", "shared_router"),
         ("hidden",),
         (Change("mlp.shared_expert_gate.weight"),),
-        tensors.is_mixture,
+        tensors.has_shared,
     )
-    wide, narrow = ("shared_width", "hidden"), ("hidden", "shared_width")
-    return row, *(
-        Tensor(
-            f"ffn_{name}_shexp.weight",
-            ("feed_forward", f"shared_{name}"),
-            narrow if name == "down" else wide,
-            (f"mlp.shared_expert.{name}_proj",),
-            tensors.is_mixture,
-        )
-        for name in ("gate", "up", "down")
-    )
+    return row, *tensors.shared_expert("mlp.shared_expert")
 
 
 def sizes(config: ModelConfig, spec: LayerSpec | None) -> dict[str, int | tuple[int, int]]:
     """Of the axes above and of `tensors`."""
     if spec is None:
         return {"vocab": config.vocab_size, "hidden": config.hidden_size}
-    found, feed_forward = tensors.sizes(config, spec), spec.feed_forward
-    if isinstance(feed_forward, Mixture):
-        found["shared_width"] = feed_forward.shared_width
+    found = tensors.sizes(config, spec)
     if isinstance(attention := spec.mixer, Attention):
         return found | {"gated_heads": (attention.num_heads, 2 * attention.head_dim)}
     mixer = mixer_of(spec)

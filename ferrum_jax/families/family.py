@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 class ConfigFile:
     """The contents of a config.json. tied: the output matrix is the embedding; biases: the matrices of the layers that must
     have biases, by the stem of the tensor's name; rope_factors: float32 [rope_dim / 2] that divide the rotary frequencies, or
-    None; quantization: how matrices are packed, as the file states it, or None."""
+    None; quantization: how matrices are packed, as the file states it, or None. optional: for tensors of layers that the table
+    calls optional, by GGUF name, whether layers must have them or must not. predicting: the number of blocks after the layers
+    that predict further tokens."""
 
     family: Family
     config: ModelConfig | EncoderConfig
@@ -32,6 +34,8 @@ class ConfigFile:
     biases: frozenset[str]
     rope_factors: np.ndarray | None = None
     quantization: dict[str, Any] | None = None
+    optional: Mapping[str, bool] = dataclasses.field(default_factory=dict)
+    predicting: int = 0
 
 
 @dataclasses.dataclass(frozen=True)

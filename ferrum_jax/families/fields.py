@@ -16,6 +16,11 @@ FIELDS = {
         "layer_norm_eps", "max_position_embeddings", "num_attention_heads", "num_hidden_layers", "tie_word_embeddings",
         "type_vocab_size", "vocab_size",
     },
+    "glm4_moe": _DECODERS | {
+        "attention_bias", "first_k_dense_replace", "intermediate_size", "moe_intermediate_size", "n_group",
+        "n_routed_experts", "n_shared_experts", "norm_topk_prob", "num_experts_per_tok", "num_local_experts",
+        "num_mtp_layers", "num_nextn_predict_layers", "routed_scaling_factor", "topk_group", "use_qk_norm",
+    },
     "gpt_oss": _DECODERS | {
         "attention_bias", "intermediate_size", "num_experts", "num_experts_per_tok", "num_local_experts", "swiglu_alpha",
         "swiglu_limit",

@@ -52,7 +52,6 @@ def _experts() -> tuple[Tensor, ...]:
 
 
 _SINKS = Tensor("attn_sinks.weight", ("attention", "sinks"), ("query_heads",), (Part("self_attn.sinks", whole=True),))
-_NORM = dataclasses.replace(tensors.FEED_FORWARD_NORM, name="post_attention_norm.weight")
 _ATTENTION = tuple(dataclasses.replace(tensor, optional=False) for tensor in tensors.attention(biased=True))
 
 
@@ -139,7 +138,7 @@ GPT_OSS = Family(
     architecture="gpt-oss",
     model_class="GptOssForCausalLM",
     model_type="gpt_oss",
-    tensors=tensors.decoder((*_ATTENTION, _SINKS, _NORM, *_experts())),
+    tensors=tensors.decoder((*_ATTENTION, _SINKS, tensors.POST_ATTENTION_NORM, *_experts())),
     sizes=_sizes,
     from_gguf=_from_gguf,
     from_json=_from_json,

@@ -165,6 +165,11 @@ class Table:
         biases = {tensor.stem for tensor in self.layer if tensor.name.endswith(".bias") and not (always and tensor.optional)}
         return biases & matrices
 
+    def layer_of(self, name: str) -> int | None:
+        """The number of the layer that a module or tensor of a directory belongs to."""
+        layer, _ = self._inside(name)
+        return None if layer is None else int(layer)
+
     def _inside(self, module: str) -> tuple[str | None, str]:
         match = re.fullmatch(re.escape(self.prefix) + _NUMBER + r"\.(.+)", module)
         return (match[1], match[2]) if match else (None, module)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import numpy as np
@@ -53,12 +54,18 @@ def is_mixture(spec: LayerSpec) -> bool:
     return isinstance(spec.feed_forward, Mixture)
 
 
+def has_shared(spec: LayerSpec) -> bool:
+    """Whether every token of a layer goes through an expert in addition to those that are chosen for it."""
+    return isinstance(spec.feed_forward, Mixture) and spec.feed_forward.shared_width > 0
+
+
 def is_dense(spec: LayerSpec) -> bool:
     """Whether the feed-forward of a layer is one SwiGLU."""
     return isinstance(spec.feed_forward, Dense)
 
 
 FEED_FORWARD_NORM = Tensor("ffn_norm.weight", ("feed_forward_norm",), ("hidden",), ("post_attention_layernorm",))
+POST_ATTENTION_NORM = dataclasses.replace(FEED_FORWARD_NORM, name="post_attention_norm.weight")  # by its other name
 
 
 def dense(*, may_be_biased: bool = False) -> tuple[Tensor, ...]:
@@ -98,6 +105,17 @@ def _rows_of_both(index: int, spec: LayerSpec) -> np.ndarray:
     return np.arange(experts * 2 * width).reshape(experts, 2, width)[:, index].reshape(-1)
 
 
+def shared_expert(module: str) -> tuple[Tensor, ...]:
+    """The matrices of the SwiGLU that every token of a mixture goes through, in `module` of a layer."""
+    axes = {name: ("shared_width", "hidden") for name in ("gate", "up")} | {"down": ("hidden", "shared_width")}
+    return tuple(
+        Tensor(
+            f"ffn_{name}_shexp.weight", ("feed_forward", f"shared_{name}"), axes[name], (f"{module}.{name}_proj",), has_shared
+        )
+        for name in axes
+    )
+
+
 def sizes(config: ModelConfig, spec: LayerSpec | None) -> dict[str, int | tuple[int, int]]:
     """The sizes of the axes above; heads and kv_heads are the rows of all heads together."""
     found: dict[str, int | tuple[int, int]] = {"vocab": config.vocab_size, "hidden": config.hidden_size}
@@ -109,7 +127,8 @@ def sizes(config: ModelConfig, spec: LayerSpec | None) -> dict[str, int | tuple[
         found |= {"heads": (mixer.num_heads, head), "kv_heads": (mixer.num_kv_heads, head), "head": head}
     if isinstance(feed_forward, Mixture):
         experts = feed_forward.num_experts
-        return found | {"expert": experts, "routed": experts, "expert_width": feed_forward.width}
+        found |= {"expert": experts, "routed": experts}
+        return found | {"expert_width": feed_forward.width, "shared_width": feed_forward.shared_width}
     return found | {"width": feed_forward.width}
 
 

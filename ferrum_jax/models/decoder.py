@@ -19,7 +19,7 @@ import numpy as np
 from ferrum_jax.adapters import COLUMNS, without_adapters
 from ferrum_jax.config import Attention, GatedDeltaNet, Mixture, ModelConfig, Rope
 from ferrum_jax.models.delta_net import sequences_of
-from ferrum_jax.models.layers import ROUTING, Block, Paged, clamp_of
+from ferrum_jax.models.layers import ROUTING, Block, Paged, clamp_of, router_of
 from ferrum_jax.models.recurrence import Recurrence, recurrence
 from ferrum_jax.models.rope import rope_angles
 from ferrum_jax.models.scan import scan_layers
@@ -175,14 +175,11 @@ def _shape(config: ModelConfig) -> LayerShape:
     first, mixers = config.attentions[0], [spec.mixer for spec in config.layers]
     alike = (dataclasses.replace(mixer, num_heads=0, num_kv_heads=0, rope=first.rope, window=0) for mixer in config.attentions)
     mixtures = [spec.feed_forward for spec in config.layers if isinstance(spec.feed_forward, Mixture)]
-    choices = {dataclasses.replace(mixture, num_experts=0, width=0) for mixture in mixtures}
+    choices = {(router_of(mixture), clamp_of(mixture)) for mixture in mixtures}
     delta_dims = {dim for m in mixers if isinstance(m, GatedDeltaNet) for dim in (m.key_dim, m.value_dim)}
     kinds = max(len(set(alike)), len(choices))
     shape = LayerShape(first.head_dim, config.rms_norm_eps, kinds=kinds, gated=first.gated, delta_dims=tuple(delta_dims))
-    if not mixtures:
-        return shape
-    top_k, normalize, scale = mixtures[0].experts_per_token, mixtures[0].normalize, mixtures[0].scale
-    return shape._replace(top_k=top_k, normalize=normalize, expert_scale=scale, clamp=clamp_of(mixtures[0]))
+    return shape._replace(router=router_of(mixtures[0]), clamp=clamp_of(mixtures[0])) if mixtures else shape
 
 
 def _mixers(config: ModelConfig) -> list[Attending | Recurring]:

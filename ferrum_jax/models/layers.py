@@ -21,7 +21,7 @@ from pallas_kernels.append import Norm, append
 from pallas_kernels.grouped_matmul import Clamp
 from pallas_kernels.paged_attention import paged_attention
 from pallas_kernels.reductions import rms_norm, row_sum
-from pallas_kernels.routing import route
+from pallas_kernels.routing import Router, route
 
 Index = jax.Array | int  # of a layer in its part of the state
 ROUTING = "routing"  # the Flax collection in which a mixture records its choice, if that is mutable
@@ -134,27 +134,23 @@ class FeedForward(LayerModule):
         return self.project(hidden, layer, prefix + "down", adapter_mask=adapter_mask)[0]
 
     def shared(self, x: jax.Array, layer: Layer, adapter_mask: jax.Array | None) -> jax.Array:
-        """What every token gets in addition to its experts: a SwiGLU times the sigmoid of x's product with a vector."""
+        """What every token gets in addition to its experts: a SwiGLU, times the sigmoid of x's product with a vector if there
+        is one."""
         with jax.named_scope("shared_expert"):
-            weight = jax.nn.sigmoid(row_sum(x * self.stack("shared_router").vector(layer)))
-            return weight * self.dense(x, layer, adapter_mask, "shared_")
+            y = self.dense(x, layer, adapter_mask, "shared_")
+            vector = self.stack("shared_router")
+            return y if vector is None else jax.nn.sigmoid(row_sum(x * vector.vector(layer))) * y
 
     def mixture(self, x: jax.Array, layer: Layer, live: jax.Array, spec: Mixture) -> jax.Array:
-        """The experts of each token with the largest router probabilities, each a SwiGLU, summed with their weights in the
-        order of probabilities."""
+        """The experts that the router chooses for each token, each a SwiGLU, summed with their weights in the order chosen."""
         config = self.config
         with jax.named_scope("router"):
             logits = linear(x, self.stack("router"), layer, implementation=config.implementation)
             if (bias := self.stack("router_bias")) is not None:
                 logits = logits + bias.vector(layer)
-            expert_ids, expert_weights = route(
-                logits,
-                live,
-                spec.experts_per_token,
-                normalize=spec.normalize,
-                scale=spec.scale,
-                implementation=config.implementation,
-            )
+            bias = self.stack("selection_bias")
+            vector, implementation = None if bias is None else bias.vector(layer), config.implementation
+            expert_ids, expert_weights = route(logits, live, router_of(spec), vector, implementation=implementation)
             self.sow(ROUTING, "experts", (expert_ids, expert_weights))
         with jax.named_scope("experts"):
             gate, up, down = (self.stack(f"expert_{name}") for name in ("gate", "up", "down"))
@@ -173,6 +169,20 @@ class FeedForward(LayerModule):
                 biases=[bias for bias in biases if bias is not None],
                 clamp=clamp_of(spec),
             )
+
+
+def router_of(spec: Mixture) -> Router:
+    """How a mixture chooses its experts."""
+    return Router(
+        spec.experts_per_token,
+        spec.normalize,
+        spec.scale,
+        spec.scoring,
+        spec.eps,
+        spec.groups,
+        spec.groups_used,
+        spec.group_best,
+    )
 
 
 def clamp_of(spec: Mixture) -> Clamp | None:

@@ -222,7 +222,7 @@ class _Layout:
         """Fills `directory.tensors`. A tensor of the files that is neither used nor known to be unneeded is an error."""
         modules: dict[str, dict[str, TensorInfo]] = {}
         for name, info in self.raw.items():
-            if re.fullmatch(self.table.passed_over, name):
+            if re.fullmatch(self.table.passed_over, name) or self._predicts(name):
                 self.directory.passed_over[name] = info
                 continue
             module, _, suffix = name.rpartition(".")
@@ -243,7 +243,13 @@ class _Layout:
             path = self.directory.path / "config.json"
             self.directory.tensors["rope_freqs.weight"] = Laid("rope_freqs", "F32", (size,), path, 0, 4 * size)
         self._check_biases()
+        self._check_optional()
         self._tie()
+
+    def _predicts(self, name: str) -> bool:
+        """Whether a tensor belongs to a block after the layers."""
+        layer, layers = self.table.layer_of(name), self.config.config.num_layers
+        return layer is not None and layers <= layer < layers + self.config.predicting
 
     def _tie(self) -> None:
         """If config.json ties output and embedding, a single matrix serves as both; if both are there, `tied.py` compares
@@ -352,5 +358,16 @@ class _Layout:
                     raise self._error(self.directory.own_name(name), "is missing, but config.json requires it")
                 if name in tensors and kind in self.config.biases and not expected:
                     raise self._error(self.directory.own_name(f"blk.{number}.{kind}.weight"), "is missing")
+                if name in tensors and not expected:
+                    raise self._error(tensors[name].name, "is not expected according to config.json")
+
+    def _check_optional(self) -> None:
+        """Raises an error unless tensors that not every model has are present exactly where config.json says so."""
+        tensors, rows = self.directory.tensors, [row for row in self.table.layer if row.name in self.config.optional]
+        for number, spec in enumerate(self.config.config.layers):
+            for row in (row for row in rows if row.layers(spec)):
+                name, expected = f"blk.{number}.{row.name}", self.config.optional[row.name]
+                if expected and name not in tensors:
+                    raise self._error(self.directory.own_name(name), "is missing, but config.json requires it")
                 if name in tensors and not expected:
                     raise self._error(tensors[name].name, "is not expected according to config.json")

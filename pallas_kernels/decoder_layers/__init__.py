@@ -11,7 +11,8 @@ record)`:
 * `stacks`: the parameters, each `Stack` with one role and one format, for all layers that have it in that format.
 * `layers`: for each layer a mapping from `ROLES` to the `Part` that the layer has: which stack, and the place in it. A layer
   with a router is a mixture of experts, with shared_gate also of one that every token goes through, times the sigmoid of the
-  product with shared_router; any other has gate, up and down. `mixers`: what each layer attends to, or its state.
+  product with shared_router if it has that; any other has gate, up and down. `mixers`: what each layer attends to, or its
+  state.
 * a gated delta net has the matrices delta_qkv, delta_gate and delta_output, and delta_beta and delta_alpha, or both in
   delta_beta_alpha: for each key head the rows of beta, then of alpha, of its value heads. log_decay is delta_decay times the
   softplus of alpha + delta_time_bias, beta is a sigmoid. A head's result is normalized by delta_norm and multiplied by the silu

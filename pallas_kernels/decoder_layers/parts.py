@@ -8,6 +8,7 @@ from typing import NamedTuple
 import jax
 
 from pallas_kernels.grouped_matmul.parts import Clamp
+from pallas_kernels.routing.parts import Router
 
 
 class Stack(NamedTuple):
@@ -45,15 +46,13 @@ class Recurring(NamedTuple):
 
 
 class LayerShape(NamedTuple):
-    """What all layers share. expert_scale and normalize: as in routing; clamp: as in grouped_matmul; gated: each head has, next
-    to its query, a gate whose sigmoid multiplies its result. delta_dims: the widths of keys and values of delta nets. kinds:
+    """What all layers share. router: of the layers that have one; clamp: as in grouped_matmul; gated: each head has, next to
+    its query, a gate whose sigmoid multiplies its result. delta_dims: the widths of keys and values of delta nets. kinds:
     how many different values of this there are in the model; if there are several, the other fields describe the first."""
 
     head_dim: int
     eps: float
-    top_k: int = 0
-    normalize: bool = True
-    expert_scale: float = 1.0
+    router: Router | None = None
     kinds: int = 1
     clamp: Clamp | None = None
     gated: bool = False

@@ -19,6 +19,7 @@ from pallas_kernels.blocks.matrix import Matrix
 from pallas_kernels.native import build
 from pallas_kernels.native.build import isa, prepare, refusal
 from pallas_kernels.native.tables import FORMATS, MATRICES, ROLES
+from pallas_kernels.routing.parts import Router
 
 if TYPE_CHECKING:
     from pallas_kernels.decoder_layers.parts import Attending, LayerShape, Part, Recurring, Stack
@@ -126,7 +127,8 @@ def decoder_layers(
     places_of_states = (sequences.begins, sequences.reads, sequences.writes) if sequences else ()
     step = x, tables[0].positions, tables[0].query_starts, tables[0].kv_lengths
     operands = (*step, *angles, *pools, *places_of_states, *arrays)
-    routed = sum("router" in layer for layer in layers), x.shape[0], shape.top_k
+    router = shape.router or Router(0)
+    routed = sum("router" in layer for layer in layers), x.shape[0], router.top_k
     recorded = [jax.ShapeDtypeStruct(routed, dtype) for dtype in (jnp.int32, jnp.float32)] if record else []
     y, *results = jax.ffi.ffi_call(
         "ferrum_layers",
@@ -142,11 +144,16 @@ def decoder_layers(
         states=np.int64(len(states)),
         ropes=np.int64(len(ropes)),
         kv_dtype=caches[0].dtype,
-        top_k=np.int64(shape.top_k),
+        top_k=np.int64(router.top_k),
+        groups=np.int64(router.groups),
+        groups_used=np.int64(router.groups_used),
+        group_best=np.int64(router.group_best),
         eps=np.float32(shape.eps),
         scale=np.float32(shape.head_dim**-0.5),
-        expert_scale=np.float32(shape.expert_scale),
-        normalize=shape.normalize,
+        expert_scale=np.float32(router.scale),
+        expert_eps=np.float32(router.eps),
+        normalize=router.normalize,
+        sigmoid=router.scoring == "sigmoid",
         gated=shape.gated,
         **_of(shape.clamp),
     )

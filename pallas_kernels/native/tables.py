@@ -24,8 +24,8 @@ MATRICES = (
 )  # fmt: skip
 VECTORS = (
     "attention_norm", "query_bias", "key_bias", "value_bias", "query_norm", "key_norm", "sinks", "output_bias",
-    "feed_forward_norm", "down_bias", "router_bias", "expert_gate_bias", "expert_up_bias", "expert_down_bias", "shared_router",
-    "delta_taps", "delta_decay", "delta_time_bias", "delta_norm",
+    "feed_forward_norm", "down_bias", "router_bias", "selection_bias", "expert_gate_bias", "expert_up_bias",
+    "expert_down_bias", "shared_router", "delta_taps", "delta_decay", "delta_time_bias", "delta_norm",
 )  # fmt: skip
 ROLES = (*MATRICES, *VECTORS)  # of the parameters of a layer; only matrices are in blocks
 FLOAT_ROLES = ("router", "delta_beta", "delta_alpha", "delta_beta_alpha")  # small matrices, which files have unpacked

@@ -8,7 +8,7 @@ from pallas_kernels import aot, dispatch
 from pallas_kernels.append import append
 from pallas_kernels.grouped_matmul import triton_grouping
 from pallas_kernels.paged_attention import KVCache
-from pallas_kernels.routing import route
+from pallas_kernels.routing import Router, route
 
 GPUS = ("a100-40g", "l4", "h200")
 
@@ -28,7 +28,9 @@ def launches(compiled) -> int:
 
 @pytest.mark.parametrize("target", GPUS)
 def test_routing_and_grouping(target):
-    compiled = aot.compile_for(target, lambda x, live: route(x, live, 8), f32(32, 128), jax.ShapeDtypeStruct((32,), bool))
+    compiled = aot.compile_for(
+        target, lambda x, live: route(x, live, Router(8)), f32(32, 128), jax.ShapeDtypeStruct((32,), bool)
+    )
     assert launches(compiled) <= 2  # bools become integers
     compiled = aot.compile_for(target, lambda ids: triton_grouping.group(ids, 128, 8), i32(256))
     assert launches(compiled) == 1

@@ -4,13 +4,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import dispatch
+from pallas_kernels import dispatch, routing
 from pallas_kernels.append import triton as append_triton
 from pallas_kernels.append import xla as append_xla
 from pallas_kernels.append.operands import Operands
 from pallas_kernels.grouped_matmul import grouping, triton_grouping
 from pallas_kernels.paged_attention import KVCache
+from pallas_kernels.routing import Router
 from pallas_kernels.routing import triton as route_triton
+from support.routing import chosen
 
 HOPPER = dispatch.Target("gpu", "9.0")
 
@@ -21,15 +23,21 @@ def test_routing(tokens, experts, top_k, normalize):
     """Against NumPy in float64; rounded logits make ties, which go to the smaller id."""
     rng = np.random.default_rng(tokens * experts)
     logits = (rng.standard_normal((tokens, experts)) * 2).round(1).astype(np.float32)
+    bias = (rng.standard_normal(experts) / 4).astype(np.float32)
     live = np.arange(tokens) != 2
-    ids, weights = route_triton.route(jnp.asarray(logits), jnp.asarray(live), top_k, normalize, 1.5, interpret=True)
-    odds = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
-    odds /= odds.sum(axis=1, keepdims=True)
-    expected = np.argsort(-logits, axis=1, kind="stable")[:, :top_k]
-    chosen = np.take_along_axis(odds, expected, axis=1)
-    chosen = 1.5 * (chosen / chosen.sum(axis=1, keepdims=True) if normalize else chosen)
-    assert np.array_equal(ids, np.where(live[:, None], expected, experts))
-    assert np.abs(np.asarray(weights) - chosen).max() <= 1e-6
+    softmax, sigmoid = Router(top_k, normalize, 1.5), Router(top_k, normalize, 1.5, "sigmoid", 1e-20)
+    for router, biases in ((softmax, None), (sigmoid, None), (sigmoid, bias)):
+        ids, weights = route_triton.route(*map(jnp.asarray, (logits, live)), biases, router, interpret=True)
+        expected, wanted = chosen(logits, biases, router)
+        assert np.array_equal(ids, np.where(live[:, None], expected, experts))
+        assert np.abs(np.asarray(weights) - wanted).max() <= 1e-6
+
+
+def test_routing_by_groups_has_no_kernel():
+    case = dispatch.Case("route", HOPPER, "F32", "float32", shape=(4, 16, 2), features=("groups of experts",))
+    with dispatch.record() as choices:
+        assert dispatch.choose(case, routing.BACKENDS) is routing.xla
+    assert choices[0].reason == "triton: has no groups of experts"
 
 
 @pytest.mark.slow

@@ -15,7 +15,8 @@ struct Model {
   int64_t kv_heads, head_dim;
 
   Model(int64_t heads, int64_t kv, int64_t width, int64_t experts, int64_t window, bool hybrid)
-      : shape{96, 2, 1e-6f, 1 / std::sqrt(float(width)), 1.5f, true, hybrid}, kv_heads(kv), head_dim(width) {
+      : shape{96, 1e-6f, 1 / std::sqrt(float(width)), hybrid, {2, 1, 1, 1, 1.5f, 0, true, false}}, kv_heads(kv), head_dim(width) {
+    if (experts == 6) shape.router = {2, 3, 2, 2, 1.5f, 1e-20f, true, true};  // sigmoids, the best two of three groups
     stored.reserve(40);
     floats.reserve(40);
     const auto matrix = [&](const char* name, int64_t n, int64_t k, int64_t copies = 1) {
@@ -60,7 +61,7 @@ struct Model {
         layer.shared_router = {find_format("F32", 3), reinterpret_cast<const uint8_t*>(floats.back().data()), 1, 96};
         layer.shared_gate = matrix("Q8_0", 32, 96), layer.shared_up = matrix("Q4_1", 32, 96), layer.shared_down = matrix("Q8_0", 96, 32);
       } else if (experts && l == 1) {
-        layer.sinks = vector(heads), layer.router_bias = vector(experts);
+        layer.sinks = vector(heads), layer.router_bias = vector(experts), layer.selection_bias = vector(experts);
         layer.more = {vector(experts * 64), vector(experts * 64), vector(experts * 96), 0.75f, 1.702f};
       }
       layers.push_back(layer);
@@ -249,7 +250,7 @@ void test_layers() {
   check_layers(KvType::float16, 4, 4, 80, 5, 0, 75);
   check_layers(KvType::float16, 4, 1, 16, 0, 37, 90);
   check_layers(KvType::float16, 2, 1, 16, 0, 0, 1040);  // five ranges of positions
-  check_layers(KvType::float16, 2, 1, 16, 3, 7, 300);
+  check_layers(KvType::float16, 2, 1, 16, 6, 7, 300);
   check_layers(KvType::float16, 4, 2, 32, 0, 0, 90, true);
   check_layers(KvType::float32, 2, 1, 48, 5, 0, 300, true);
 }

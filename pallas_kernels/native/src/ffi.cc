@@ -314,14 +314,14 @@ void read_feed_forward(Checker& check, Parameters& own, int64_t hidden, ferrum::
   layer.up = own.matrix(Role::expert_up, hidden, layer.gate.n, experts);
   layer.down = own.matrix(Role::expert_down, layer.gate.n, hidden, experts);
   layer.router_bias = own.vector(Role::router_bias, experts);
+  layer.selection_bias = own.vector(Role::selection_bias, experts);
   layer.more.gate = own.vector(Role::expert_gate_bias, layer.gate.n, experts);
   layer.more.up = own.vector(Role::expert_up_bias, layer.gate.n, experts);
   layer.more.down = own.vector(Role::expert_down_bias, hidden, experts);
   check.require(!layer.more.gate == !layer.more.up, "gate and up have a bias both or neither");
   if (!own.has(Role::shared_gate)) return;
-  const float* row = own.vector(Role::shared_router, hidden);
-  check.require(row != nullptr, "a shared expert has no router");
-  layer.shared_router = {&ferrum::kFormats[int(Type::F32)], reinterpret_cast<const uint8_t*>(row), 1, hidden};
+  if (const float* row = own.vector(Role::shared_router, hidden))
+    layer.shared_router = {&ferrum::kFormats[int(Type::F32)], reinterpret_cast<const uint8_t*>(row), 1, hidden};
   layer.shared_gate = own.matrix(Role::shared_gate, hidden, 0);
   layer.shared_up = own.matrix(Role::shared_up, hidden, layer.shared_gate.n);
   layer.shared_down = own.matrix(Role::shared_down, layer.shared_gate.n, hidden);
@@ -341,11 +341,13 @@ XLA_FFI_Error* layers(const Call& call) {
   const auto [places, size] = check.attribute<std::pair<const int64_t*, size_t>>("places");
   const auto formats = check.attribute<std::string_view>("formats");
   const auto ropes = check.attribute<int64_t>("ropes"), pools = check.attribute<int64_t>("pools"), states = check.attribute<int64_t>("states");
-  const auto top_k = check.attribute<int64_t>("top_k");
+  const ferrum::Router router{check.attribute<int64_t>("top_k"), check.attribute<int64_t>("groups"), check.attribute<int64_t>("groups_used"),
+                              check.attribute<int64_t>("group_best"), check.attribute<float>("expert_scale"), check.attribute<float>("expert_eps"),
+                              check.attribute<bool>("normalize"), check.attribute<bool>("sigmoid")};
+  const int64_t top_k = router.top_k;
   const auto eps = check.attribute<float>("eps"), scale = check.attribute<float>("scale");
-  const auto expert_scale = check.attribute<float>("expert_scale");
   const auto limit = check.attribute<float>("limit"), alpha = check.attribute<float>("alpha");
-  const auto normalize = check.attribute<bool>("normalize"), gated = check.attribute<bool>("gated");
+  const auto gated = check.attribute<bool>("gated");
   const auto type = check.named<ferrum::KvType>("kv_dtype", ferrum::kKvTypeNames);
   const int64_t count = int64_t(size) / (2 * kRoles);
   check.require(size % (2 * kRoles) == 0 && int64_t(mixers_size) == 4 * count && pools > 0, "operands do not fit");
@@ -440,7 +442,10 @@ XLA_FFI_Error* layers(const Call& call) {
     layer.more.limit = limit, layer.more.alpha = alpha;
     read_feed_forward(check, own, hidden, layer);
     if (layer.experts) {
-      check.require(layer.experts >= top_k && top_k > 0, "there are fewer experts than a token takes");
+      const int64_t groups = router.groups, size = groups > 0 ? layer.experts / groups : 0;
+      check.require(groups > 0 && size * groups == layer.experts && router.groups_used <= groups && router.group_best <= size,
+                    "the groups of experts do not fit");
+      check.require(top_k > 0 && top_k <= size * router.groups_used, "there are fewer experts than a token takes");
       if (ids && check.require(routers < wanted, "there are more routers than are recorded")) {
         layer.ids = ids + routers * tokens * top_k;
         layer.weights = weights + routers++ * tokens * top_k;
@@ -451,7 +456,7 @@ XLA_FFI_Error* layers(const Call& call) {
   }
   check.require(routers == wanted, "there are fewer routers than are recorded");
   if (check.failed()) return check.error();
-  const ferrum::LayerShape shape{hidden, top_k, eps, scale, expert_scale, normalize, gated};
+  const ferrum::LayerShape shape{hidden, eps, scale, gated, router};
   std::memcpy(y.floats(), x.floats(), size_t(tokens * hidden) * sizeof(float));
   return with_pool(call, [&](ferrum::Pool& pool) { ferrum::decoder_layers(pool, shape, batch, all.data(), count, y.floats()); });
 }

@@ -126,7 +126,7 @@ bool has_amx();  // also requests the tile registers from the operating system
 #endif
 
 // Memory of the calling thread, one block per slot, at least `bytes` long; it is kept and grows. New memory is zero.
-enum Slot { kActivations, kInner, kHidden, kLists, kParts, kDecoded, kKeys, kLayer, kNormed, kRest, kRouting, kDelta, kMemory, kSlots };
+enum Slot { kActivations, kInner, kHidden, kLists, kParts, kDecoded, kKeys, kLayer, kNormed, kRest, kRouting, kGroups, kDelta, kMemory, kSlots };
 void* scratch(Slot slot, size_t bytes);
 
 }  // namespace ferrum

@@ -118,12 +118,20 @@ struct DeltaRows {
 void delta_net(Pool& pool, const DeltaNet& net, const float* qkv, const float* log_decay, const float* beta, const float* taps,
                const DeltaRows& rows, float* tails, float* memories, float* out);
 
+// How experts are chosen, as in pallas_kernels.routing.
+struct Router {
+  int64_t top_k, groups, groups_used, group_best;
+  float scale, eps;
+  bool normalize, sigmoid;
+};
+
 // What all layers of a decoder have in common. gated: after each head's query the matrix `query` has its gate, as many values,
 // whose sigmoid multiplies the result of the head.
 struct LayerShape {
-  int64_t hidden, top_k;
-  float eps, scale, expert_scale;
-  bool normalize, gated;
+  int64_t hidden;
+  float eps, scale;
+  bool gated;
+  Router router;
 };
 
 // What a layer that recurs has instead of attention: the net and its state, the matrices `qkv` and `gate`, and `beta` and
@@ -139,15 +147,15 @@ struct Recurrence {
 
 // One layer: its cache, the positions that a query sees (window 0: all) and its weights; those that it does not have are nullptr
 // or a matrix without blocks. It recurs if it has recurrence.qkv. With a router the feed-forward is a mixture of `experts`, and
-// gate, up and down are those of the first expert; with shared_router every token goes through the shared ones as well, times
-// the sigmoid of that product.
+// gate, up and down are those of the first expert; with shared_gate every token goes through the shared ones as well, times
+// the sigmoid of the product with shared_router if that is there.
 struct Layer {
   KvCache cache;
   Rope rope;
   int64_t window;
   Recurrence recurrence;
   const float *attention_norm, *feed_forward_norm, *query_norm, *key_norm;
-  const float *query_bias, *key_bias, *value_bias, *output_bias, *down_bias, *router_bias;
+  const float *query_bias, *key_bias, *value_bias, *output_bias, *down_bias, *router_bias, *selection_bias;
   const float* sinks;  // [heads]: one more score of each, as in paged_attention
   Additions more;      // of the experts
   Matrix query, key, value, output, gate, up, down, router, shared_router, shared_gate, shared_up, shared_down;

@@ -13,6 +13,7 @@ namespace {
 
 constexpr int64_t kRange = 256;     // positions of a range
 constexpr int64_t kQueryRows = 64;  // rows of queries that share the tiles of a head
+constexpr float kGone = -__builtin_inff();
 
 void add(const float* __restrict x, int64_t count, float* __restrict sum) {
   for (int64_t i = 0; i < count; ++i) sum[i] += x[i];
@@ -321,11 +322,12 @@ class FeedForward : Part {
 
   void mixture() {
     const Layer& layer = layer_;
-    const int64_t hidden = shape_.hidden, experts = layer.experts, padded = ceil_div(experts, kPanel) * kPanel, top_k = shape_.top_k;
+    const int64_t hidden = shape_.hidden, experts = layer.experts, padded = ceil_div(experts, kPanel) * kPanel, top_k = shape_.router.top_k;
     float *rows = room(kLayer, 2 * m_ * hidden), *sum = rows + m_ * hidden;
-    float *logits = room(kRouting, m_ * (padded + 2 * top_k + 1)), *shared = logits + m_ * (padded + 2 * top_k);
-    float* weights = layer.weights ? layer.weights : logits + m_ * padded;
-    int32_t* ids = layer.ids ? layer.ids : reinterpret_cast<int32_t*>(logits + m_ * (padded + top_k));
+    float *logits = room(kRouting, m_ * (2 * padded + 2 * top_k + 1)), *choices = logits + m_ * padded;
+    float* shared = choices + m_ * (padded + 2 * top_k);
+    float* weights = layer.weights ? layer.weights : choices + m_ * padded;
+    int32_t* ids = layer.ids ? layer.ids : reinterpret_cast<int32_t*>(choices + m_ * (padded + top_k));
     const auto row = [&](int64_t t) { return rows + t * hidden; };
     for_rows([&](int64_t t) { isa_.rms_norm(x_ + t * hidden, layer.feed_forward_norm, hidden, shape_.eps, row(t)); });
     const Matrix both[] = {layer.router, layer.shared_router};
@@ -338,33 +340,63 @@ class FeedForward : Part {
         if (!i && layer.router_bias) add(layer.router_bias + first, width, logits + t * padded + first);
       }
     });
-    for_rows([&](int64_t t) { route(logits + t * padded, experts, padded, batch_.slots[t] >= 0, ids + t * top_k, weights + t * top_k); });
+    for_rows([&](int64_t t) { route(logits + t * padded, choices + t * padded, padded, batch_.slots[t] >= 0, ids + t * top_k, weights + t * top_k); });
     ferrum::experts(pool_, Arithmetic::int8, rows, m_, hidden, ids, weights, top_k, experts, layer.gate, layer.up, layer.down, layer.more, sum);
     for_rows([&](int64_t t) { add(sum + t * hidden, hidden, x_ + t * hidden); });
-    if (count == 1) return;
-    isa_.sigmoid(shared, m_, shared);
-    swiglu(layer.shared_gate, layer.shared_up, layer.shared_down, nullptr, shared, row);
+    if (!layer.shared_gate.blocks) return;
+    if (count == 2) isa_.sigmoid(shared, m_, shared);
+    swiglu(layer.shared_gate, layer.shared_up, layer.shared_down, nullptr, count == 2 ? shared : nullptr, row);
   }
 
-  // The top_k of the softmax, ties to the smaller id; no expert if the row is padding.
-  void route(float* odds, int64_t experts, int64_t padded, bool live, int32_t* ids, float* weights) const {
-    for (int64_t e = experts; e < padded; ++e) odds[e] = -1e30f;
-    isa_.softmax(odds, padded);
+  // The choice of pallas_kernels.routing, where ties go to the smaller id; no expert if the row is padding.
+  void route(float* scores, float* choice, int64_t padded, bool live, int32_t* ids, float* weights) const {
+    const Router& router = shape_.router;
+    const int64_t experts = layer_.experts;
+    for (int64_t e = experts; e < padded; ++e) scores[e] = -1e30f;
+    if (router.sigmoid)
+      isa_.sigmoid(scores, padded, scores);
+    else
+      isa_.softmax(scores, padded);
+    std::memcpy(choice, scores, size_t(experts) * sizeof(float));
+    if (layer_.selection_bias) add(layer_.selection_bias, experts, choice);
+    if (router.groups > 1) leave_groups(choice);
     float total = 0;
-    for (int64_t i = 0; i < shape_.top_k; ++i) {
-      int64_t best = 0;
-      while (odds[best] < 0) ++best;
-      for (int64_t e = best + 1; e < experts; ++e)
-        if (odds[e] > odds[best]) best = e;
+    for (int64_t i = 0; i < router.top_k; ++i) {
+      const int64_t best = take_best(choice, experts);
       ids[i] = live ? int32_t(best) : int32_t(experts);
-      weights[i] = odds[best];
-      total += odds[best];
-      odds[best] = -1;
+      weights[i] = scores[best];
+      total += scores[best];
     }
-    for (int64_t i = 0; i < shape_.top_k; ++i) {
-      if (shape_.normalize) weights[i] = total > 0 || total != total ? weights[i] / total : 1.0f / float(shape_.top_k);
-      weights[i] *= shape_.expert_scale;
+    total += router.eps;
+    for (int64_t i = 0; i < router.top_k; ++i) {
+      if (router.normalize) weights[i] = total > 0 || total != total ? weights[i] / total : 1.0f / float(router.top_k);
+      weights[i] *= router.scale;
     }
+  }
+
+  // The place of the largest number, which then is gone: -inf.
+  static int64_t take_best(float* x, int64_t n) {
+    int64_t best = 0;
+    while (best + 1 < n && x[best] == kGone) ++best;
+    for (int64_t i = best + 1; i < n; ++i)
+      if (x[i] > x[best]) best = i;
+    x[best] = kGone;
+    return best;
+  }
+
+  // Takes the experts of all but the best groups out of the choice.
+  void leave_groups(float* choice) const {
+    const Router& router = shape_.router;
+    const int64_t size = layer_.experts / router.groups;
+    float *totals = room(kGroups, router.groups + size), *group = totals + router.groups;
+    for (int64_t g = 0; g < router.groups; ++g) {
+      std::memcpy(group, choice + g * size, size_t(size) * sizeof(float));
+      totals[g] = 0;
+      for (int64_t i = 0; i < router.group_best; ++i) totals[g] += choice[g * size + take_best(group, size)];
+    }
+    for (int64_t i = 0; i < router.groups_used; ++i) take_best(totals, router.groups);
+    for (int64_t e = 0; e < layer_.experts; ++e)
+      if (totals[e / size] != kGone) choice[e] = kGone;
   }
 };
 

@@ -25,7 +25,7 @@ import ferrum_jax as fj
 from ferrum_jax.engine import EngineConfig, snapshot
 from ferrum_jax.quantized import LayerStack, QuantizedTensor
 from support.engine_stand_in import ADAPTERS, VOCAB, Injected, Model, check, expected, step, use
-from support.goldens import golden_cases, tiny_hybrids, tiny_models
+from support.goldens import golden_cases, tiny_hybrids, tiny_mixtures, tiny_models
 from support.recurrent_toy import Toy
 from support.tiny_gguf import write_tiny_llama
 
@@ -373,6 +373,7 @@ DRAFTED = dataclasses.replace(PLAIN, speculation=2)
 PLANS = {"plain": (0, PLAIN), "window and drafts": (7, DRAFTED), "experts in int8": ("int8", DRAFTED)}
 PLANS |= {"sinks": ("oss float32", PLAIN), "sinks in int8": ("oss int8", DRAFTED)}
 PLANS |= {"two windows": ("windows", PLAIN), "recurrent": ("recurrent", PLAIN), "all kinds and drafts": ("all", DRAFTED)}
+PLANS |= {"sigmoids, groups and drafts": ("glm4moe-q8_0", DRAFTED)}
 PLANS |= {"delta net and drafts": ("qwen35moe", DRAFTED), "delta net in int8": ("qwen3next-q8_0", PLAIN)}
 
 
@@ -393,11 +394,11 @@ def models(tmp_path_factory):
     oss = next(case.spec for case in golden_cases.CASES if case.name == "gpt-oss-mxfp4")
     tiny_models.write(dataclasses.replace(oss, window=7, layers=2), path)
     made |= {f"oss {dtype}": fj.load(path, dtype=dtype, max_seq_len=25) for dtype in ("float32", "int8")}
-    for spec in tiny_hybrids.CASES:
-        if spec.name in ("qwen35moe", "qwen3next-q8_0"):
+    for tiny, spec in [(kind, spec) for kind in (tiny_hybrids, tiny_mixtures) for spec in kind.CASES]:
+        if spec.name in ("qwen35moe", "qwen3next-q8_0", "glm4moe-q8_0"):
             path = tmp_path_factory.mktemp("model") / f"{spec.name}.gguf"
-            tiny_hybrids.write_gguf(spec, path)
-            made[spec.name] = fj.load(path, dtype="int8" if spec.format == "Q8_0" else "float32", max_seq_len=25)
+            tiny.write_gguf(spec, path)
+            made[spec.name] = fj.load(path, dtype="int8" if "q8_0" in spec.name else "float32", max_seq_len=25)
     path = tmp_path_factory.mktemp("model") / "layers.gguf"
     deep = fj.load(write_tiny_llama(path, layers=4), dtype="float32", max_seq_len=25)
     kinds = {"windows": (7, 0, 7, 0), "recurrent": (0, None, 0, None), "all": (7, None, 0, 3)}

@@ -52,6 +52,15 @@ VARIANTS = {
     "qwen3next": hybrid(
         "qwen3next", GatedDeltaNet(2, 4, 48, 16, 4), *[Mixture(6, 6, 32, True, shared_width=32)] * 2, Dense(64)
     ),
+    "moe, sigmoids and groups": dataclasses.replace(
+        MOE,
+        router_scoring="sigmoid",
+        router_eps=1e-20,
+        expert_groups=4,
+        expert_groups_used=2,
+        expert_group_best=2,
+        expert_weights_scale=1.5,
+    ),
     "moe, sums kept": dataclasses.replace(MOE, norm_topk_prob=False, expert_weights_scale=2.5, num_experts=9),
 }
 
@@ -81,6 +90,8 @@ def model(name):
             attention[f"{matrix}_bias"] = vectors(rng, config, size)
         params["layers"]["feed_forward"]["down_bias"] = vectors(rng, config, 128)
         del attention["query_norm"], attention["key_norm"]
+    if config.router_scoring == "sigmoid":
+        params["layers"]["feed_forward"]["selection_bias"] = vectors(np.random.default_rng(5), config, 16)
     if config.attention_sinks is True:
         rng, parts = np.random.default_rng(4), params["layers"]["feed_forward"]
         params["layers"]["attention"]["sinks"] = vectors(rng, config, config.num_heads)

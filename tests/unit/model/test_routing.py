@@ -15,10 +15,11 @@ from ferrum_jax import functional as F
 from ferrum_jax.models import layers
 from ferrum_jax.quantized import QuantizedTensor, linear
 from pallas_kernels import dispatch
-from pallas_kernels.routing import route, xla
+from pallas_kernels.routing import Router, route, xla
 from support.compiler import needs_compiler
 from support.goldens import directory_cases, tiny_directories, tiny_models
 from support.random_models import DENSE, MOE, tiny_params
+from support.routing import chosen
 from support.tiny_gguf import write_tiny_llama
 
 CASES = {spec.name: spec for spec in directory_cases.CASES}
@@ -114,9 +115,9 @@ def test_what_is_recorded_is_what_is_computed_with(monkeypatch):
     batch, params = batch_of(TOKENS), params_of(MOE)
     before, _ = F.forward(params, cache_of(MOE), batch, config=MOE)
 
-    def by_position(logits, live, top_k, *, normalize, scale, implementation):
-        _, weights = xla.route(logits, live, top_k, normalize, scale)
-        return jnp.broadcast_to(jnp.arange(top_k), weights.shape), weights[:, ::-1]
+    def by_position(logits, live, router, bias, *, implementation):
+        _, weights = xla.route(logits, live, bias, router)
+        return jnp.broadcast_to(jnp.arange(router.top_k), weights.shape), weights[:, ::-1]
 
     monkeypatch.setattr(layers, "route", by_position)
     (ids, weights), _ = F.routing(params, cache_of(MOE), batch, config=MOE)
@@ -224,22 +225,63 @@ def test_other_numbers_of_experts_per_token(model):
 
 # ---- The router itself
 
+ROUTERS = {
+    "softmax": Router(4),
+    "sums kept": Router(3, False, 2.5),
+    "sigmoid": Router(4, True, 2.5, "sigmoid", 1e-20),
+    "sum of two, V3": Router(4, True, 1.5, "sigmoid", 1e-20, groups=4, groups_used=2, group_best=2),
+    "maximum, V2": Router(4, False, 16.0, groups=4, groups_used=2),
+}
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+@pytest.mark.parametrize("biased", [False, True])
+def test_a_choice_is_that_of_its_definition(name, biased):
+    """Against NumPy in float64. The bias moves the choice and is no part of the weights, whose derivative is the scores'."""
+    rng, router = np.random.default_rng(len(name)), ROUTERS[name]
+    logits = rng.standard_normal((33, 16)).astype(np.float32)
+    bias = (rng.standard_normal(16) / 4).astype(np.float32) if biased else None
+    live = np.arange(33) != 5
+    ids, weights = route(logits, live, router, bias)
+    expected, wanted = chosen(logits, bias, router)
+    assert np.array_equal(ids, np.where(live[:, None], expected, 16))
+    assert not np.abs(np.asarray(weights) - wanted).max() > 1e-6 * router.scale
+    way = rng.standard_normal(logits.shape)
+    after, before = (chosen(logits + step * way, bias, router)[1] for step in (1e-6, -1e-6))
+    slope = jax.grad(lambda logits: (route(logits, live, router, bias)[1] * wanted).sum())(jnp.asarray(logits))
+    assert abs((slope * way).sum() - ((after - before) * wanted).sum() / 2e-6) <= 1e-3 * router.scale**2
+
+
+def test_what_is_not_a_choice_is_refused():
+    logits, live = np.zeros((2, 16), np.float32), np.ones(2, bool)
+    for router in (Router(0), Router(17), Router(2, groups=3), Router(5, groups=4), Router(2, groups=8, group_best=3)):
+        with pytest.raises(ValueError, match=r"top_k \d+ does not fit 16 experts"):
+            route(logits, live, router)
+    with pytest.raises(ValueError, match="and a bias do not fit"):
+        route(logits, live, Router(2), np.zeros(8, np.float32))
+
 
 @pytest.mark.parametrize(
-    ("experts", "top_k"), [(16, 4), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((20, 3), (128, 8)))]
+    ("experts", "router"),
+    [
+        (16, Router(4)),
+        (16, ROUTERS["sum of two, V3"]),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((20, Router(3)), (128, Router(8)))),
+    ],
 )
-def test_a_row_has_the_same_bits_in_any_number_of_rows(experts, top_k):
+def test_a_row_has_the_same_bits_in_any_number_of_rows(experts, router):
     """XLA gives a reduction over 4096 numbers or more to a library, with the exponential that follows."""
     rng = np.random.default_rng(experts)
     x = rng.standard_normal((512, 64)).astype(np.float32)
-    router = QuantizedTensor.of(rng.standard_normal((experts, 64)).astype(np.float32) / 4, "F32")
+    matrix = QuantizedTensor.of(rng.standard_normal((experts, 64)).astype(np.float32) / 4, "F32")
+    bias = rng.standard_normal(experts).astype(np.float32) / 4
 
     @jax.jit
     def routed(x):
-        return route(linear(x, router), np.ones(x.shape[0], bool), top_k)
+        return route(linear(x, matrix), np.ones(x.shape[0], bool), router, bias)
 
     ids, weights = map(np.asarray, routed(x))
-    np.testing.assert_allclose(weights.sum(-1), 1, rtol=1e-6)
+    np.testing.assert_allclose(weights.sum(-1), router.scale, rtol=1e-6)
     for rows in (2, 31, 32, 204, 205, 255, 256):
         some_ids, some_weights = map(np.asarray, routed(x[:rows]))
         assert np.array_equal(some_ids, ids[:rows])

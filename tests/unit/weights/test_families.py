@@ -19,6 +19,7 @@ from ferrum_jax.convert import convert
 from ferrum_jax.families import FAMILIES, Family
 from ferrum_jax.families.family import ConfigFile
 from ferrum_jax.families.fields import FIELDS
+from ferrum_jax.families.glm4moe import GLM4_MOE
 from ferrum_jax.families.gpt_oss import GPT_OSS
 from ferrum_jax.families.keys import Keys
 from ferrum_jax.families.table import Part
@@ -111,7 +112,7 @@ def test_names_of_tensors_are_those_of_the_converter(family: Family) -> None:
             for module in (getattr(module, "tensor", module) for module in row.modules if not isinstance(module, Part)):
                 if family.model_type in ("qwen3_moe", "qwen3_next") and row.layers is is_dense:
                     continue  # llama.cpp's Qwen3-MoE and Qwen3-Next have no dense layers
-                if module.endswith(("in_proj_qkvz.weight", "dt_bias")):
+                if module.endswith(("in_proj_qkvz.weight", "_bias")):
                     continue  # which the converter cuts or calls otherwise before it looks
                 name = f"{prefix}{module}".replace(".*", "").replace("language_model.", "").removesuffix(".weight")
                 assert known.get_name(name) == f"{block}{row.name.rpartition('.')[0] or row.name}"
@@ -125,6 +126,10 @@ def test_keys_come_back(family: Family) -> None:
     delta nets see model/test_hybrids.py.)"""
     experts = {"num_experts": 8, "experts_per_token": 2, "expert_intermediate_size": 32, "norm_topk_prob": True}
     of_feed_forward = experts if re.search("mix|moe|oss", family.model_type) else {"intermediate_size": 96}
+    if family is GLM4_MOE:
+        groups = {"expert_groups": 4, "expert_groups_used": 2, "expert_group_best": 2}
+        router = {"router_scoring": "sigmoid", "router_eps": 1e-20, "expert_weights_scale": 2.5}
+        of_feed_forward |= groups | router | {"shared_expert_size": 64, "dense_layers": [0], "intermediate_size": 96}
     config = fj.ModelConfig(
         architecture=family.architecture, num_layers=3, hidden_size=64, num_heads=4, num_kv_heads=2, head_dim=16,
         vocab_size=320, context_length=512, rms_norm_eps=2.0**-17, rope_theta=5e5, rope_dim=16, sliding_window=32,
