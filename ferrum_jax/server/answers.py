@@ -64,6 +64,7 @@ class Answers:
       bridge: to the loop in which this is used.
       abort: ends a request without waiting for the engine.
       ended: is called for each completion that has ended.
+      paused: is called with the seconds between tokens of a completion that arrive one after the other.
       ping: seconds after which `batches` gives an empty batch.
       timeout: seconds until the requests are aborted; None: never.
     """
@@ -76,11 +77,13 @@ class Answers:
         *,
         abort: Callable[[Request], object],
         ended: Callable[[Request], object],
+        paused: Callable[[float], object],
         ping: float,
         timeout: float | None,
     ):
         self.requests = requests
-        self._loop, self._abort, self._ended, self._ping = bridge.loop, abort, ended, ping
+        self._loop, self._abort, self._ended, self._paused, self._ping = bridge.loop, abort, ended, paused, ping
+        self._newest = [0.0] * len(requests)  # when tokens arrived
         self._ready: dict[int, None] = {}  # the indices of requests with something new
         self._sent = [0] * len(requests)  # tokens
         self._open = set(range(len(requests)))  # those whose end has not been seen
@@ -154,9 +157,13 @@ class Answers:
 
     def _arrived(self, index: int) -> None:
         self._ready[index] = None
-        if index in self._open and self.requests[index].state == "finished":
+        request, before = self.requests[index], self._newest[index]
+        self._newest[index] = now = request.times.last_token
+        if now > before > 0:
+            self._paused(now - before)
+        if index in self._open and request.state == "finished":
             self._open.discard(index)
-            self._ended(self.requests[index])
+            self._ended(request)
         self._wake()
 
     async def _watch(self, receive: Receive) -> None:

@@ -19,14 +19,13 @@ from ferrum_jax.server.apis import chat, completions, embeddings, messages, own,
 from ferrum_jax.server.bodies import IGNORED
 from ferrum_jax.server.errors import ApiError
 from ferrum_jax.server.gate import Gate
-from ferrum_jax.server.metrics import Metrics, metrics_page
 from ferrum_jax.server.replies import error_reply
 from ferrum_jax.server.service import Service
 from ferrum_jax.server.settings import Settings
 
 _ROUTES = (
     ("GET", "/health", own.health),
-    ("GET", "/metrics", metrics_page),
+    ("GET", "/metrics", own.metrics),
     ("GET", "/props", own.props),
     ("GET", "/v1/models", own.models),
     ("GET", "/v1/models/{name:path}", own.model),
@@ -56,8 +55,6 @@ def create_app(engine: Engine, settings: Settings = Settings(), embedder: Embedd
       embedder: for /v1/embeddings.
     """
     service = Service(engine, settings, embedder)
-    metrics = Metrics(engine, settings.name)
-    service.finished.append(metrics.ended)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
@@ -76,7 +73,7 @@ def create_app(engine: Engine, settings: Settings = Settings(), embedder: Embedd
         exception_handlers={ApiError: _failed, HTTPException: _no_route},  # type: ignore[dict-item]
         lifespan=lifespan,
     )
-    app.state.service, app.state.metrics = service, metrics
+    app.state.service = service
     return app
 
 

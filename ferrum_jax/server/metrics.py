@@ -9,11 +9,8 @@ from collections.abc import Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-from starlette.requests import Request as HttpRequest
-from starlette.responses import Response
 
 from ferrum_jax.engine import Engine, Request
-from ferrum_jax.server.service import service_of
 
 _LONG = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 500)
 _SHORT = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
@@ -40,7 +37,8 @@ class Metrics:
             return kept.labels(model)
 
         self._first = histogram("time_to_first_token_seconds", "from the arrival of a request to its first token", _LONG)
-        self._between = histogram("time_per_output_token_seconds", "mean time between tokens of a completion", _SHORT)
+        self._between = histogram("inter_token_latency_seconds", "between tokens that arrive one after the other", _SHORT)
+        self._mean = histogram("request_time_per_output_token_seconds", "mean time between tokens of a completion", _SHORT)
         self._whole = histogram("e2e_request_latency_seconds", "from the arrival of a request to its last token", _LONG)
         self._queued = histogram("request_queue_time_seconds", "from the arrival of a request to its admission", _LONG)
         self._prefill = histogram("request_prefill_time_seconds", "from the admission of a request to its first token", _LONG)
@@ -53,6 +51,14 @@ class Metrics:
         self._ends = Counter(
             "ferrum_request_success", "completions by their end", ["model_name", "finished_reason"], registry=self.registry
         )
+
+    def text(self) -> bytes:
+        """All metrics in Prometheus's format."""
+        return generate_latest(self.registry)
+
+    def paused(self, seconds: float) -> None:
+        """Counts the time between tokens of a completion that arrived one after the other."""
+        self._between.observe(seconds)
 
     def ended(self, request: Request) -> None:
         """Counts a completion that has ended."""
@@ -70,7 +76,7 @@ class Metrics:
         self._decode.observe(times.last_token - times.first_token)
         self._whole.observe(times.last_token - times.arrived)
         if made > 1:
-            self._between.observe((times.last_token - times.first_token) / (made - 1))
+            self._mean.observe((times.last_token - times.first_token) / (made - 1))
 
 
 class _OfEngine:
@@ -98,9 +104,3 @@ class _OfEngine:
             counter = CounterMetricFamily(f"ferrum_{name}", what, labels=["model_name"])
             counter.add_metric([self._model], found[first] + (found[second] if second else 0))
             yield counter
-
-
-async def metrics_page(request: HttpRequest) -> Response:
-    service = service_of(request)
-    text = await service.run(lambda: generate_latest(request.app.state.metrics.registry))
-    return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")

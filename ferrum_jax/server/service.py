@@ -20,6 +20,7 @@ from ferrum_jax.errors import FerrumError
 from ferrum_jax.server.answers import Answers, Bridge
 from ferrum_jax.server.bodies import Body
 from ferrum_jax.server.errors import ApiError, invalid, refused
+from ferrum_jax.server.metrics import Metrics
 from ferrum_jax.server.settings import Settings
 from ferrum_jax.server.store import Store
 
@@ -41,7 +42,7 @@ class Service:
         self.fingerprint = f"fj_{engine.identity.split()[2][:12]}"
         self.draining = False
         self.unfinished = 0
-        self.finished: list[Callable[[Request], object]] = []  # called for each completion that has ended
+        self.metrics = Metrics(engine, settings.name)
         self.store = Store()
         self.pool = ThreadPoolExecutor(max(4, min(32, engine.config.max_seqs)), "ferrum_jax server")
         self._embedding = ThreadPoolExecutor(1, "ferrum_jax embedding")
@@ -142,8 +143,8 @@ class Service:
         settings = self.settings
         request.scope["ferrum"]["requests"] = requests  # for the log
         answers = Answers(
-            requests, request.receive, self._bridge, abort=self.abort, ended=self._ended, ping=settings.ping_seconds,
-            timeout=settings.request_timeout,
+            requests, request.receive, self._bridge, abort=self.abort, ended=self._ended, paused=self.metrics.paused,
+            ping=settings.ping_seconds, timeout=settings.request_timeout,
         )  # fmt: skip
         self._answers.add(answers)
         return answers
@@ -187,8 +188,7 @@ class Service:
     def _ended(self, request: Request) -> None:
         self.unfinished -= 1
         self._seconds += 0.1 * (time.perf_counter() - request.times.arrived - self._seconds)
-        for callback in self.finished:
-            callback(request)
+        self.metrics.ended(request)
 
     def _abort_all(self, work: asyncio.Future[list[Request]]) -> None:
         if not work.cancelled() and work.exception() is None:

@@ -45,6 +45,11 @@ async def health(request: HttpRequest) -> Response:
     return Reply({"status": "ok"})
 
 
+async def metrics(request: HttpRequest) -> Response:
+    service = service_of(request)
+    return Response(await service.run(service.metrics.text), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
 async def models(request: HttpRequest) -> Response:
     service = service_of(request)
     found = [_model(request, name) for name in service.names]

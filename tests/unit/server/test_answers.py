@@ -21,6 +21,7 @@ class StandIn:
     def __init__(self) -> None:
         self.state, self.finish_reason, self.logprobs, self.error = "running", None, None, ""
         self.outputs: list[Output] = []
+        self.times = SimpleNamespace(last_token=0.0)
         self.callback: Any = None
 
     def listen(self, callback: Any) -> None:
@@ -32,6 +33,7 @@ class StandIn:
 
     def give(self, text: str, reason: str | None = None) -> None:
         self.outputs.append(Output(text, [1]))
+        self.times.last_token += 0.5
         if reason is not None:
             self.state, self.finish_reason = "finished", reason
         self.callback()
@@ -49,10 +51,11 @@ class Wire:
 
 
 def answers_of(*requests: StandIn, ping: float = 60.0) -> tuple[Answers, Wire, SimpleNamespace]:
-    wire, seen = Wire(), SimpleNamespace(aborted=[], ended=[])
+    wire, seen = Wire(), SimpleNamespace(aborted=[], ended=[], paused=[])
     bridge = Bridge(asyncio.get_running_loop())
     answers = Answers(
-        requests, wire.receive, bridge, abort=seen.aborted.append, ended=seen.ended.append, ping=ping, timeout=None
+        requests, wire.receive, bridge, abort=seen.aborted.append, ended=seen.ended.append, paused=seen.paused.append,
+        ping=ping, timeout=None,
     )  # fmt: skip
     return answers, wire, seen
 
@@ -88,7 +91,7 @@ def test_what_arrives_together_comes_together_and_ends_once() -> None:
         with pytest.raises(StopAsyncIteration):
             await anext(batches)
         answers.close()
-        assert seen.ended == [first, second] and seen.aborted == []
+        assert (seen.ended, seen.aborted, seen.paused) == ([first, second], [], [0.5])
 
     asyncio.run(work())
 

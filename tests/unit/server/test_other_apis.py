@@ -182,6 +182,8 @@ def test_metrics_add_up(engine):
     found = {s.name: s.value for family in text_string_to_metric_families(text) for s in family.samples if "le" not in s.labels}
     assert found["ferrum_generation_tokens_total"] == found["ferrum_request_generation_tokens_sum"] == 8
     assert found["ferrum_request_success_total"] == found["ferrum_time_to_first_token_seconds_count"] == 2
+    assert 0 < found["ferrum_inter_token_latency_seconds_count"] <= 6  # a dispatch has up to two tokens
+    assert found["ferrum_request_time_per_output_token_seconds_count"] == 2
     assert found["ferrum_num_requests_running"] == found["ferrum_kv_cache_usage_perc"] == 0
     after = engine.metrics()
     computed = after["prompt_tokens"] - before["prompt_tokens"]
