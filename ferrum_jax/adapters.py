@@ -18,13 +18,14 @@ from ferrum_jax.quantized import LayerStack, QuantizedTensor
 A, B = "_lora_a", "_lora_b"  # suffixes of the matrix's name
 COLUMNS = "adapter_columns"
 Factors = Mapping[tuple[int, tuple[str, ...]], tuple[np.ndarray, np.ndarray]]
-"""By layer and parameter path: A float32 [rank, in] and B float32 [out, rank], which add x A^T B^T to a projection of x."""
+"""By layer and parameter path: A float32 [rank, in] and B float32 [out, rank], which add x A^T B^T to a projection of x; or for
+each of several matrices that make up a parameter, [matrices, rank, in] and [matrices, out, rank]."""
 
 
 def with_adapters(params: Mapping[str, Any], adapters: Sequence[Factors], num_layers: int, placement: Placement) -> dict:
     """Adds adapters to the parameters. Their indices are those in the list. `params[COLUMNS]`, int32 [adapters * rank], has the
     index of the adapter that each column belongs to."""
-    rank = max(len(a) for factors in adapters for a, _ in factors.values())
+    rank = max(a.shape[-2] for factors in adapters for a, _ in factors.values())
     width = len(adapters) * rank
     layers: dict[str, Any] = dict(params["layers"])
     for path in sorted({path for factors in adapters for _, path in factors}):
@@ -33,12 +34,12 @@ def with_adapters(params: Mapping[str, Any], adapters: Sequence[Factors], num_la
         }
         formats = tuple("F32" if found[number] else "" for number in range(num_layers))
         a, b = next(pair for pairs in found.values() for pair in pairs.values())
-        stacked_a = np.zeros((num_layers - formats.count(""), width, a.shape[1]), np.float32)
-        stacked_b = np.zeros((len(stacked_a), b.shape[0], width), np.float32)
+        stacked_a = np.zeros((num_layers - formats.count(""), *a.shape[:-2], width, a.shape[-1]), np.float32)
+        stacked_b = np.zeros((len(stacked_a), *b.shape[:-1], width), np.float32)
         for layer, pairs in enumerate(filter(None, found.values())):
             for i, (a, b) in pairs.items():
-                columns = slice(i * rank, i * rank + len(a))
-                stacked_a[layer, columns], stacked_b[layer, :, columns] = a, b
+                columns = slice(i * rank, i * rank + a.shape[-2])
+                stacked_a[layer, ..., columns, :], stacked_b[layer, ..., columns] = a, b
         group, name = path
         layers[group] = dict(layers[group]) | {
             name + suffix: LayerStack({"F32": QuantizedTensor.of(placement.put(stacked), "F32")}, formats)
@@ -49,8 +50,8 @@ def with_adapters(params: Mapping[str, Any], adapters: Sequence[Factors], num_la
 
 def nbytes(adapters: Sequence[Factors]) -> int:
     """The bytes that `with_adapters` adds to the parameters."""
-    rank = max((len(a) for factors in adapters for a, _ in factors.values()), default=0)
-    sizes = {key: a.shape[1] + b.shape[0] for factors in adapters for key, (a, b) in factors.items()}
+    rank = max((a.shape[-2] for factors in adapters for a, _ in factors.values()), default=0)
+    sizes = {key: (a.size + b.size) // a.shape[-2] for factors in adapters for key, (a, b) in factors.items()}
     return 4 * len(adapters) * rank * (sum(sizes.values()) + 1)
 
 

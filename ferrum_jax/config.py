@@ -39,10 +39,27 @@ class Rope:
 
 
 @dataclasses.dataclass(frozen=True)
+class Latent:
+    """Of attention whose keys and values are products of one vector of a token, which alone is cached (arXiv 2405.04434).
+
+    width: of that vector; next to it the token has one rotated key for all heads, `rope.dim` wide. nope, values: the widths of
+    a head's query and key without rotation, and of its value. query_width: of the vector that queries are products of (0: of
+    the hidden state). score_log: YaRN's mscale_all_dim, c in the factor (0.1 c ln(factor) + 1)^2 of the scores.
+    """
+
+    width: int
+    nope: int
+    values: int
+    query_width: int = 0
+    score_log: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
 class Attention:
     """A mixer: grouped-query attention. `window` is the number of positions that a query sees, including its own (0: all).
     `sinks`: each head has one more score, of a position without a value. gated: with each head's query a gate is projected,
-    and its sigmoid multiplies the result of the head."""
+    and its sigmoid multiplies the result of the head. With a `latent`, num_kv_heads is 1 and head_dim the width of what is
+    cached of a token: the latent vector and the rotated key."""
 
     num_heads: int
     num_kv_heads: int
@@ -51,6 +68,22 @@ class Attention:
     window: int = 0
     sinks: bool = False
     gated: bool = False
+    latent: Latent | None = None
+
+    @property
+    def cached(self) -> int:
+        """The numbers of one token that the cache holds."""
+        return (1 if self.latent else 2) * self.num_kv_heads * self.head_dim
+
+    @property
+    def score_scale(self) -> float:
+        """The factor of the scores."""
+        if self.latent is None:
+            return self.head_dim**-0.5
+        scale, scaling = (self.latent.nope + self.rope.dim) ** -0.5, self.rope.scaling
+        if scaling is None or scaling.factor <= 1:
+            return scale
+        return scale * (0.1 * self.latent.score_log * math.log(scaling.factor) + 1) ** 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -315,7 +348,7 @@ class ModelConfig:
 
     def kv_bytes_per_token(self, itemsize: int) -> int:
         """Bytes of keys and values of one token in all layers, with elements of `itemsize` bytes."""
-        return sum(2 * mixer.num_kv_heads * mixer.head_dim * itemsize for mixer in self.attentions)
+        return sum(mixer.cached * itemsize for mixer in self.attentions)
 
 
 def parts(value: Any) -> Iterator[Any]:
@@ -387,7 +420,13 @@ def _revised(part: Any, changes: Mapping[tuple[type, str], Any]) -> Any:
     })  # fmt: skip
 
 
-_KINDS = {"mixer": (Attention, GatedDeltaNet), "feed_forward": (Dense, Mixture), "rope": (Rope,), "scaling": (RopeScaling,)}
+_KINDS = {
+    "mixer": (Attention, GatedDeltaNet),
+    "feed_forward": (Dense, Mixture),
+    "rope": (Rope,),
+    "scaling": (RopeScaling,),
+    "latent": (Latent,),
+}
 
 
 def _decoded(kinds: tuple[type, ...], fields: Mapping[str, Any]) -> Any:

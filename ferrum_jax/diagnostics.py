@@ -24,6 +24,7 @@ from pallas_kernels.routing import Router, route
 
 _SIZE = 256  # rows and columns: a multiple of every format's block and of every kernel's tile
 _TOKENS, _HEADS, _KV_HEADS, _HEAD_DIM = 4, 4, 2, 128
+_LATENT = 576, 512  # cached numbers of a token in DeepSeek's attention, and those of its value; only the choice is made
 
 
 def trial(dtype: str = "float32") -> list[dispatch.Choice]:
@@ -68,6 +69,8 @@ def trial(dtype: str = "float32") -> list[dispatch.Choice]:
         for name in KV_DTYPES:
             cache = jax.eval_shape(functools.partial(KVCache.empty, 1, 2, 16, _KV_HEADS, _HEAD_DIM, name))
             _compile(attend, q, kv, kv, cache, index, ids, (angles, angles), tables)
+            latent = jax.eval_shape(functools.partial(KVCache.empty, 1, 2, 16, 1, _LATENT[0], name, latent=True))
+            jax.eval_shape(lambda cache, tables: make_metadata(tables, cache, _HEADS, value_dim=_LATENT[1]), latent, tables)
     return choices
 
 

@@ -18,7 +18,7 @@ from pallas_kernels.blocks import format_of
 from pallas_kernels.blocks.layouts import LAYOUTS, gather_rows, unpack_rows
 from pallas_kernels.blocks.matrix import Matrix
 from pallas_kernels.dispatch import Implementation
-from pallas_kernels.grouped_matmul import Biases, Clamp, expert_ffn, grouped_matmul
+from pallas_kernels.grouped_matmul import Biases, Clamp, expert_ffn, grouped_matmul, matmul_by_head
 from pallas_kernels.quantized_matmul import quantized_matmul, quantized_matmuls, swiglu
 
 
@@ -176,6 +176,27 @@ def grouped_linear(
       ValueError: as `linear`.
     """
     return grouped_matmul(x, group_sizes, operand(stack, layer), implementation=implementation)
+
+
+def linear_by_head(
+    x: jax.Array, stack: Stack, layer: Layer | None = None, arithmetic: str = "", implementation: Implementation = None
+) -> jax.Array:
+    """Each head's row times the transposed matrix of that head. Differentiable with respect to x.
+
+    Args:
+      x: [tokens, heads, columns].
+      stack: [heads, rows, columns], or those of all layers.
+      layer: which one, for a stack of layers.
+      arithmetic: "int8x2", as for `matmul_by_head`.
+      implementation: the backend to take, as for `matmul_by_head`.
+
+    Returns:
+      float32 [tokens, heads, rows].
+
+    Raises:
+      ValueError: as `linear`.
+    """
+    return matmul_by_head(x, operand(stack, layer), arithmetic, implementation)
 
 
 def mixture(

@@ -15,6 +15,7 @@ OPERATIONS: dict[str, tuple[Backend, ...]] = {
     "quantized_matmul": quantized_matmul.BACKENDS,
     "swiglu": quantized_matmul.SWIGLU_BACKENDS,
     "grouped_matmul": grouped_matmul.BACKENDS,
+    "matmul_by_head": grouped_matmul.HEAD_BACKENDS,
     "expert_ffn": grouped_matmul.EXPERT_BACKENDS,
     "route": routing.BACKENDS,
     "append": append.BACKENDS,

@@ -65,6 +65,7 @@ def describe(source: ModelSource, context: int | None = None) -> dict[str, Any]:
     """The facts that `info` prints about an open file. `context`: the number of tokens to estimate memory for; default 4,096,
     or the model's context if that is shorter. Raises ModelFileError or UnsupportedModelError as loading would."""
     from ferrum_jax.models.segments import segments
+    from ferrum_jax.weights.changed import Held
     from ferrum_jax.weights.names import parameters
 
     if (encoder := source.encoder()) is not None:
@@ -75,6 +76,7 @@ def describe(source: ModelSource, context: int | None = None) -> dict[str, Any]:
     kv = {name: config.kv_bytes_per_token(size) for name, size in KV_ITEM_BYTES.items()}
     working = _working_bytes(source, config)
     kinds = dict.fromkeys(mixer.rope.scaling.kind for mixer in config.attentions if mixer.rope.scaling)
+    latents = dict.fromkeys(mixer.latent for mixer in config.attentions if mixer.latent)
     return {
         **_of_the_file(source),
         "architecture": config.architecture,
@@ -83,6 +85,7 @@ def describe(source: ModelSource, context: int | None = None) -> dict[str, Any]:
         "layer_bodies": sum(len(segment.runs) for segment in segments(bodies)),
         "hidden_size": config.hidden_size,
         **{name: config.by_layer(name) for name in ("intermediate_size", "num_heads", "num_kv_heads", "head_dim")},
+        "latent": [dataclasses.asdict(latent) for latent in latents],
         "vocab_size": config.vocab_size,
         "context_length": config.context_length,
         **{name: config.by_layer(name) for name in ("sliding_window", "num_experts", "experts_per_token")},
@@ -92,6 +95,7 @@ def describe(source: ModelSource, context: int | None = None) -> dict[str, Any]:
         "tokenizer": {key: _stated(source, f"tokenizer.ggml.{key}") for key in ("model", "pre")},
         "chat_template": "tokenizer.chat_template" in source.metadata,
         "formats": _formats(source),
+        "expanded": sorted(info.name for info in source.tensors.values() if isinstance(info, Held) and info.is_expanded),
         "passed_over": sorted(name for name in source.passed_over),
         "kv_bytes_per_token": kv,
         "state_bytes": config.bytes_per_state,
@@ -183,9 +187,15 @@ def _print_info(facts: dict[str, Any], everything: bool) -> None:
         layers += f", feed-forward {_each(facts['intermediate_size'])}" if facts["intermediate_size"] else ""
         layers += f", {facts['recurrent_layers']} of them recur" if facts["recurrent_layers"] else ""
         heads, head_dim, kv_heads = (_each(facts[key]) for key in ("num_heads", "head_dim", "num_kv_heads"))
+        heads = f"{heads} of {head_dim}, {kv_heads} for keys and values"
+        for latent in facts["latent"]:
+            heads = (
+                f"{_each(facts['num_heads'])} of {latent['nope']} and {facts['head_dim'] - latent['width']} rotated, values "
+            )
+            heads += f"of {latent['values']}; all read one vector of {latent['width']} and one rotated key of a token"
         rows += [
             ("layers", layers),
-            ("heads", f"{heads} of {head_dim}, {kv_heads} for keys and values"),
+            ("heads", heads),
             ("vocabulary", f"{facts['vocab_size']:,}"),
             ("rope", f"theta {_each(facts['rope_theta'])}, scaling {facts['rope_scaling'] or 'none'}"),
             ("KV cache", f"{both(kv)} a token"),
@@ -200,6 +210,10 @@ def _print_info(facts: dict[str, Any], everything: bool) -> None:
             f"working space {readable_bytes(memory['working_bytes'])}; the runtime comes on top",
         ),
     ]
+    if names := facts["expanded"]:
+        rows.append(
+            ("expanded", f"{len(names)} tensors of an older file become F32 while they are read: {plain(names[0])}, ...")
+        )
     if names := facts["passed_over"]:
         kinds = ", ".join(dict.fromkeys(map(_part_of, names)))
         rows.append(("not run", f"{len(names)} tensors that predict further tokens or see pictures: {plain(kinds)}"))

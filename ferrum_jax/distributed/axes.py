@@ -26,6 +26,13 @@ RULES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "type": (),
         "gated_heads": ("tensor",),  # queries, each with its gate
         "shared_width": ("tensor",),
+        # of attention over latent vectors
+        "query_rows": ("tensor",),
+        "query_width": (),
+        "latent": (),
+        "latent_rows": (),
+        "nope": (),
+        "value": (),
         # of gated delta nets, which every device has whole
         "channels": (),
         "taps": (),

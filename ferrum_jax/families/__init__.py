@@ -12,6 +12,7 @@ from typing import Any
 
 from ferrum_jax.errors import ModelFileError, UnsupportedModelError
 from ferrum_jax.families.bert import BERT
+from ferrum_jax.families.deepseek2 import DEEPSEEK2, DEEPSEEK3, GLM4_FLASH, KIMI_K2
 from ferrum_jax.families.family import Family
 from ferrum_jax.families.glm4moe import GLM4_MOE
 from ferrum_jax.families.gpt_oss import GPT_OSS
@@ -29,7 +30,7 @@ __all__ = ["FAMILIES", "Family", "of_architecture", "of_content", "of_metadata",
 FAMILIES: tuple[Family, ...] = (
     *(LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN3, QWEN3_MOE, GPT_OSS, BERT),
     *(QWEN35, QWEN35_VISION, QWEN35_MOE, QWEN35_MOE_VISION, QWEN3_NEXT),
-    GLM4_MOE,
+    *(GLM4_MOE, DEEPSEEK3, DEEPSEEK2, KIMI_K2, GLM4_FLASH),
 )
 """Where several share a GGUF architecture, the first one reads its files."""
 
@@ -63,10 +64,11 @@ def of_content(content: Mapping[str, Any], path: Path) -> Family:
         names = [family.model_class for family in FAMILIES if family.model_type == kind] or [kind]
     if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str):
         raise ModelFileError(f"{path}: key architectures: must name one model class, not {names!r}")
-    for family in FAMILIES:
-        if family.model_class == names[0]:
-            if kind is not None and kind != family.model_type:
-                raise ModelFileError(f"{path}: key model_type: {kind!r} is not that of {names[0]}, {family.model_type!r}")
-            return family
+    if found := [family for family in FAMILIES if family.model_class == names[0]]:
+        kinds = {family.model_type: family for family in found}
+        if kind is not None and kind not in kinds:
+            known = " or ".join(map(repr, kinds))
+            raise ModelFileError(f"{path}: key model_type: {kind!r} is not that of {names[0]}, {known}")
+        return found[0] if kind is None else kinds[kind]
     known = ", ".join(family.model_class for family in FAMILIES)
     raise UnsupportedModelError(f"{path}: key architectures: {names[0]} is not supported; supported: {known}")

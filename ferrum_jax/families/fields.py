@@ -16,10 +16,27 @@ FIELDS = {
         "layer_norm_eps", "max_position_embeddings", "num_attention_heads", "num_hidden_layers", "tie_word_embeddings",
         "type_vocab_size", "vocab_size",
     },
+    "deepseek_v2": _DECODERS | {
+        "attention_bias", "first_k_dense_replace", "intermediate_size", "kv_lora_rank", "mlp_bias", "moe_intermediate_size",
+        "n_group", "n_routed_experts", "n_shared_experts", "norm_topk_prob", "num_experts", "num_experts_per_tok",
+        "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "routed_scaling_factor", "topk_group", "topk_method",
+        "v_head_dim",
+    },
+    "deepseek_v3": _DECODERS | {
+        "attention_bias", "first_k_dense_replace", "intermediate_size", "kv_lora_rank", "moe_intermediate_size", "n_group",
+        "n_routed_experts", "n_shared_experts", "norm_topk_prob", "num_experts_per_tok", "num_local_experts",
+        "num_mtp_layers", "num_nextn_predict_layers", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim",
+        "rope_interleave", "routed_scaling_factor", "topk_group", "v_head_dim",
+    },
     "glm4_moe": _DECODERS | {
         "attention_bias", "first_k_dense_replace", "intermediate_size", "moe_intermediate_size", "n_group",
         "n_routed_experts", "n_shared_experts", "norm_topk_prob", "num_experts_per_tok", "num_local_experts",
         "num_mtp_layers", "num_nextn_predict_layers", "routed_scaling_factor", "topk_group", "use_qk_norm",
+    },
+    "glm4_moe_lite": _DECODERS | {
+        "attention_bias", "intermediate_size", "kv_lora_rank", "mlp_layer_types", "moe_intermediate_size", "n_group",
+        "n_routed_experts", "n_shared_experts", "norm_topk_prob", "num_experts_per_tok", "num_local_experts", "q_lora_rank",
+        "qk_nope_head_dim", "qk_rope_head_dim", "rope_interleave", "routed_scaling_factor", "topk_group", "v_head_dim",
     },
     "gpt_oss": _DECODERS | {
         "attention_bias", "intermediate_size", "num_experts", "num_experts_per_tok", "num_local_experts", "swiglu_alpha",

@@ -51,7 +51,7 @@ def scaling_from_gguf(keys: Keys) -> RopeScaling | None:
         "yarn",
         factor,
         original_context=keys.integer("rope.scaling.original_context_length"),
-        attention_factor=attention * _magnitude(factor),
+        attention_factor=attention * magnitude(factor),
         beta_fast=fast,
         beta_slow=slow,
     )
@@ -65,7 +65,7 @@ def scaling_to_gguf(scaling: RopeScaling | None) -> dict[str, Typed]:
     attention = scaling.attention_factor
     if scaling.kind == "yarn":
         keys["rope.scaling.original_context_length"] = Typed(scaling.original_context, "uint32")
-        attention /= _magnitude(scaling.factor)
+        attention /= magnitude(scaling.factor)
         keys["rope.scaling.yarn_beta_fast"] = Typed(scaling.beta_fast, "float32")
         keys["rope.scaling.yarn_beta_slow"] = Typed(scaling.beta_slow, "float32")
     if abs(attention - 1.0) > 1e-6:
@@ -128,17 +128,17 @@ def from_json(
 
 def _yarn(rope: Keys, factor: float, original: int) -> RopeScaling:
     """YaRN, with the constants of section 3.2 of its paper where the file states none."""
-    attention = _magnitude(factor)
+    attention = magnitude(factor)
     each = [rope.number(key, SCALE) if rope.has(key) else 0.0 for key in ("mscale", "mscale_all_dim")]
     if rope.has("attention_factor"):
         attention = rope.number("attention_factor", ATTENTION_FACTOR)
     elif all(each):
-        attention = _magnitude(factor, each[0]) / _magnitude(factor, each[1])
+        attention = magnitude(factor, each[0]) / magnitude(factor, each[1])
     fast, slow = _turns(rope, "beta_fast", "beta_slow")
     return RopeScaling("yarn", factor, original, attention, fast, slow, rope.boolean("truncate", True))
 
 
-def _magnitude(factor: float, scale: float = 1.0) -> float:
+def magnitude(factor: float, scale: float = 1.0) -> float:
     """The factor that YaRN multiplies cos and sin by."""
     return 0.1 * scale * math.log(factor) + 1.0 if factor > 1.0 else 1.0
 

@@ -46,14 +46,17 @@ class Change:
     is read.
 
     rows, columns: by the `LayerSpec`, int arrays of which row or column of the tensor each one is, where they are others
-    (None: the same); rows of several experts count through. values: of each number the one that GGUF files have, which then is
-    in F32, be it the same.
+    (None: the same); rows of several experts count through. matrices: by the `LayerSpec`, the number of matrices that these
+    rows are of, one after the other, where there is an axis for them; turned: each of them is transposed. values: of each
+    number the one that GGUF files have, which then is in F32, be it the same.
     """
 
     tensor: str
     rows: Callable[[Any], np.ndarray] | None = None
     columns: Callable[[Any], np.ndarray] | None = None
     values: Callable[[np.ndarray], np.ndarray] | None = None
+    matrices: Callable[[Any], int] | None = None
+    turned: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

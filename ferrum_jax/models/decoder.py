@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import ferrum_jax.models.latent  # noqa: F401 - a kind of mixer, which it adds to MIXERS
 from ferrum_jax.adapters import COLUMNS, without_adapters
 from ferrum_jax.config import Attention, GatedDeltaNet, Mixture, ModelConfig, Rope
 from ferrum_jax.models.delta_net import sequences_of
@@ -232,10 +233,11 @@ def _composed(
         if not isinstance(mixer, Attention):
             told[mixer] = access.recurrence
             continue
-        if (key := (part, mixer.num_heads, mixer.sinks)) not in metadata:
+        value_dim = mixer.latent.width if mixer.latent else None
+        if (key := (part, mixer.num_heads, mixer.sinks, value_dim)) not in metadata:
             tables, cache = access.tables[part], access.pools[part]
             arguments = tables, cache, mixer.num_heads, mixer.window, config.implementation
-            metadata[key] = make_metadata(*arguments, sinks=mixer.sinks)
+            metadata[key] = make_metadata(*arguments, sinks=mixer.sinks, value_dim=value_dim)
         told[mixer] = Paged(access.kv_slots[part], metadata[key], ropes[mixer.rope])
     live = access.kv_slots[0] >= 0
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from ferrum_jax import adapters
 from ferrum_jax.config import Attention as AttentionSpec
-from ferrum_jax.config import Dense, LayerSpec, Mixture, ModelConfig
+from ferrum_jax.config import Dense, Latent, LayerSpec, Mixture, ModelConfig
 from ferrum_jax.quantized import Layer, LayerStack, gated_linear, linear, linears, mixture
 from ferrum_jax.state import KVCache
 from pallas_kernels.append import Norm, append
@@ -103,7 +103,7 @@ class Attention(LayerModule):
             )
         with jax.named_scope("paged_attention"):
             sinks = self.stack("sinks").vector(layer) if self.spec.sinks else None
-            y = paged_attention(q, cache, index, told.metadata, self.spec.head_dim**-0.5, sinks)
+            y = paged_attention(q, cache, index, told.metadata, self.spec.score_scale, sinks)
             if self.spec.gated:
                 y = y * jax.nn.sigmoid(gate)
         with jax.named_scope("attention_output"):
@@ -190,10 +190,15 @@ def clamp_of(spec: Mixture) -> Clamp | None:
     return Clamp(spec.limit, spec.alpha) if spec.limit else None
 
 
-# The module of each kind of mixer, and the name of its parameters. A module is called with x float32 [tokens, hidden_size], its
-# part of the state, the layer, the layer's index in that part, its inputs of the step (`Paged`, or `Recurrence` for a mixer
-# that recurs) and the adapter_mask; it returns the term to add to x, and its part of the state.
+# The module of each kind of mixer (`kind_of`), and the name of its parameters. A module is called with x float32 [tokens,
+# hidden_size], its part of the state, the layer, the layer's index in that part, its inputs of the step (`Paged`, or
+# `Recurrence` for a mixer that recurs) and the adapter_mask; it returns the term to add to x, and its part of the state.
 MIXERS: dict[type, tuple[str, Any]] = {AttentionSpec: ("attention", Attention)}
+
+
+def kind_of(mixer: Any) -> type:
+    """The key of a mixer in `MIXERS`."""
+    return Latent if isinstance(mixer, AttentionSpec) and mixer.latent else type(mixer)
 
 
 class Block(LayerModule):
@@ -202,7 +207,7 @@ class Block(LayerModule):
     spec: LayerSpec
 
     def setup(self) -> None:
-        name, module = MIXERS[type(self.spec.mixer)]
+        name, module = MIXERS[kind_of(self.spec.mixer)]
         setattr(self, name, module(self.config, self.spec.mixer))
         self.feed_forward = FeedForward(self.config, self.spec.feed_forward)
 
@@ -222,7 +227,7 @@ class Block(LayerModule):
         def norm(name: str) -> jax.Array:
             return rms_norm(x, self.stack(name).vector(layer), self.config.rms_norm_eps)
 
-        name, _ = MIXERS[type(self.spec.mixer)]
+        name, _ = MIXERS[kind_of(self.spec.mixer)]
         with jax.named_scope(name):
             y, part = getattr(self, name)(norm("attention_norm"), part, layer, index, told, adapter_mask)
         x = x + y

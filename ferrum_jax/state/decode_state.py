@@ -115,7 +115,7 @@ def new_state(
     if min(counts) < 1 or page_size < 1:
         raise ValueError(f"a cache needs at least one page and one token a page, not {min(counts)} and {page_size}")
     pools = (
-        KVCache.empty(len(kind.layers), count, page_size, kind.kv_heads, kind.head_dim, dtype)
+        KVCache.empty(len(kind.layers), count, page_size, kind.kv_heads, kind.head_dim, dtype, kind.latent)
         for kind, count in zip(kinds, counts, strict=True)
     )
     recurrent = (
@@ -131,8 +131,9 @@ def state_axes(config: ModelConfig, state: DecodeState) -> DecodeState:
     layer, rows = Axis("layer"), Axis("row")
 
     def of_pool(pool: KVCache) -> KVCache:
-        pages: Any = (layer, Axis("page"), rows, Axis("kv_heads", 2), Axis("head"))
-        scales: Any = (layer, Axis("page"), Axis("kv_heads", 2 * pool.page_size))
+        head = pool.rows // pool.kv_heads
+        pages: Any = (layer, Axis("page"), rows, Axis("kv_heads", head), Axis("head"))
+        scales: Any = (layer, Axis("page"), Axis("kv_heads", head * pool.page_size))
         return KVCache(pages, None if pool.scales is None else scales, pool.dtype)
 
     def of_array(kind: RecurrentKind, name: str, shape: tuple[int, ...]) -> Any:

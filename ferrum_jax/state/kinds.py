@@ -11,16 +11,18 @@ from pallas_kernels import paged_attention
 
 
 class PageKind(NamedTuple):
-    """Layers that share a pool of pages, in order; `window` is the number of positions that their queries see (0: all)."""
+    """Layers that share a pool of pages, in order; `window` is the number of positions that their queries see (0: all).
+    latent: the pages hold keys whose beginnings are the values."""
 
     layers: tuple[int, ...]
     kv_heads: int
     head_dim: int
     window: int
+    latent: bool = False
 
     def bytes_per_token(self, dtype: str) -> int:
         """Bytes of one token's keys and values, scales included."""
-        return len(self.layers) * paged_attention.bytes_per_token(dtype, self.kv_heads, self.head_dim)
+        return len(self.layers) * paged_attention.bytes_per_token(dtype, self.kv_heads, self.head_dim, self.latent)
 
 
 class RecurrentKind(NamedTuple):
@@ -35,10 +37,11 @@ class RecurrentKind(NamedTuple):
 def page_kinds(config: ModelConfig) -> tuple[PageKind, ...]:
     """The kinds of pages of a model, in the order of its layers. If no layer attends, there is one kind without layers, whose
     pages only count positions."""
-    groups: dict[tuple[int, int, int], list[int]] = {}
+    groups: dict[tuple[int, int, int, bool], list[int]] = {}
     for number, layer in enumerate(config.layers):
         if isinstance(mixer := layer.mixer, Attention):
-            groups.setdefault((mixer.num_kv_heads, mixer.head_dim, mixer.window), []).append(number)
+            kind = mixer.num_kv_heads, mixer.head_dim, mixer.window, mixer.latent is not None
+            groups.setdefault(kind, []).append(number)
     return tuple(PageKind(tuple(numbers), *kind) for kind, numbers in groups.items()) or (PageKind((), 1, 1, 0),)
 
 

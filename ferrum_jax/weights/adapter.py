@@ -12,7 +12,7 @@ import hashlib
 import io
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import numpy as np
 
 from ferrum_jax import families
 from ferrum_jax.adapters import Factors
-from ferrum_jax.config import ModelConfig
+from ferrum_jax.config import LayerSpec, ModelConfig
 from ferrum_jax.errors import ModelFileError, ModelNotFoundError, UnsupportedModelError
 from ferrum_jax.families.keys import Keys
 from ferrum_jax.families.table import Change, Tensor
@@ -92,10 +92,30 @@ def read_adapter(path: str | Path, config: ModelConfig, base: ModelSource | None
             b = b * np.float32(alpha / (math.sqrt(rank) if settings["use_rslora"] else rank))
         if not np.isfinite(b).all():
             raise ModelFileError(f"{path / _TENSORS}: module {module}: lora_B times alpha {alpha} / rank is beyond float32")
-        factors[layer, parameter] = a, b
+        tensor = families.of_architecture(config.architecture, str(path)).tensors.at(parameter)
+        factors[layer, parameter] = _by_matrix(tensor, config.layers[layer], a, b)
     if not factors:
         raise ModelFileError(f"{path / _TENSORS}: has no tensor")
     return Adapter(path, digest, factors)
+
+
+def _by_matrix(tensor: Tensor | None, spec: LayerSpec, a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The factors of a matrix, or of each of the matrices that the rows of one became: [matrices, ...]."""
+    change = next((part for part in tensor.modules if isinstance(part, Change)), None) if tensor else None
+    if change is None or change.matrices is None:
+        return a, b
+    count = change.matrices(spec)
+    b = b.reshape(count, -1, b.shape[1])
+    a = np.broadcast_to(a, (count, *a.shape))
+    return (b.swapaxes(1, 2), a.swapaxes(1, 2)) if change.turned else (a, b)
+
+
+def _size(shape: Sequence[int], change: Change | None) -> tuple[int, int]:
+    """Rows and columns of the matrix, or of the part of one, that becomes a tensor of this shape."""
+    if change is None or change.matrices is None:
+        return shape[0], shape[1]
+    count, rows, columns = shape
+    return (count * columns, rows) if change.turned else (count * rows, columns)
 
 
 def _settings(path: Path) -> dict[str, Any]:
@@ -178,8 +198,8 @@ def _read(
             layer, targets, module, factor = _place(file, name, config)
             if info.format not in PLAIN:
                 raise UnsupportedModelError(f"{file}: tensor {name}: dtype {info.format} is not supported")
-            shapes = [family.shape(tensor, config, layer) for tensor, _ in targets]
-            rows, columns = sum(shape[0] for shape in shapes), shapes[0][1]
+            sizes = [_size(family.shape(tensor, config, layer), change) for tensor, change in targets]
+            rows, columns = sum(rows for rows, _ in sizes), sizes[0][1]
             fits = info.shape[1:] == (columns,) if factor == "A" else info.shape[:1] == (rows,)
             if len(info.shape) != 2 or 0 in info.shape or not fits:
                 expected = f"[rank, {columns}]" if factor == "A" else f"[{rows}, rank]"
@@ -241,7 +261,7 @@ def _place(file: Path, name: str, config: ModelConfig) -> tuple[int, list[tuple[
             targets = [(tensor, change) for _, tensor, change in changes]
         if targets:
             break
-    if layer is None or not targets or not all(tensor.is_projection for tensor, _ in targets):
+    if layer is None or not targets or not all(tensor.is_projection or (way and way.matrices) for tensor, way in targets):
         raise UnsupportedModelError(
             f"{file}: tensor {name}: is not supported; LoRA is applied to the projections of attention, of gated delta nets "
             "and of dense feed-forward layers"

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from ferrum_jax.errors import UnsupportedModelError
-from ferrum_jax.families.table import Table
+from ferrum_jax.errors import ModelFileError, UnsupportedModelError
+from ferrum_jax.families.table import Change, Table
 from ferrum_jax.files.tensor_info import TensorInfo
 from ferrum_jax.weights.fused import Error, Read
 from ferrum_jax.weights.quantize import PLAIN, plain_numbers
@@ -24,7 +24,8 @@ from ferrum_jax.weights.quantize import PLAIN, plain_numbers
 @dataclasses.dataclass(frozen=True, eq=False)
 class Changed:
     """A tensor made from one in a file. rows, columns: int, for each one its number in the file (columns None: the same);
-    values: as for `Change`; count: rows in the file. Without columns and values it may be in any format."""
+    values, turned: as for `Change`; count: rows in the file. Without columns and values it may be in any format; blocks that
+    are turned become F32."""
 
     info: TensorInfo
     shape: tuple[int, ...]
@@ -32,6 +33,7 @@ class Changed:
     columns: np.ndarray | None
     values: Callable[[np.ndarray], np.ndarray] | None
     count: int
+    turned: bool = False
 
     @property
     def name(self) -> str:
@@ -39,18 +41,21 @@ class Changed:
 
     @property
     def format(self) -> str:
-        return "F32" if self.values else self.info.format
+        return "F32" if self.values or (self.turned and self.info.format not in PLAIN) else self.info.format
 
     @property
     def nbytes(self) -> int:
-        return 4 * math.prod(self.shape) if self.values else self.info.nbytes // self.count * len(self.rows)
+        if self.format in PLAIN:
+            return math.prod(self.shape) * PLAIN[self.format].itemsize
+        return self.info.nbytes // self.count * len(self.rows)
 
     def read_range(self, read: Read, out: np.ndarray, start: int) -> None:
         """Fills `out` with the bytes from `start` on."""
-        width, size = self.nbytes // len(self.rows), self.info.nbytes // self.count
+        together = self.shape[-1] if self.turned else 1  # the rows of a matrix, if it is transposed
+        width, size = self.nbytes // len(self.rows) * together, self.info.nbytes // self.count
         first, last = start // width, -(-(start + out.nbytes) // width)
-        rows = self.rows[first:last]
-        stored = np.empty((len(rows), size), np.uint8)
+        rows = self.rows[first * together : last * together]
+        stored: np.ndarray = np.empty((len(rows), size), np.uint8)
         cuts = [0, *(np.flatnonzero(np.diff(rows) != 1) + 1), len(rows)]
         for begin, end in itertools.pairwise(cuts):
             part = stored[begin:end]
@@ -60,8 +65,30 @@ class Changed:
         if self.values is not None:
             numbers = stored.view(PLAIN[self.info.format])
             stored = self.values(plain_numbers(numbers, self.info.format)).astype("<f4")
+        if self.turned:
+            numbers = stored.view(PLAIN[self.format]) if self.format == self.info.format else _unpacked(stored, self.info)
+            stored = numbers.reshape(last - first, together, -1).swapaxes(1, 2)
         flat = np.ascontiguousarray(stored).reshape(-1).view(np.uint8)
         out.reshape(-1)[...] = flat[start - first * width :][: out.nbytes]
+
+
+def _unpacked(stored: np.ndarray, info: TensorInfo) -> np.ndarray:
+    """float32 [rows, columns] of blocks uint8 [rows, bytes]. ModelFileError for numbers that are not finite."""
+    from pallas_kernels.blocks import unpack  # imports JAX, which is not needed to read a header
+
+    numbers = np.asarray(unpack(stored, info.format))
+    if not np.isfinite(numbers).all():
+        text = f"holds blocks ({info.format}) that are not finite; the file is damaged: download it again"
+        raise ModelFileError(f"{info.path}: tensor {info.name!r}: {text}")
+    return numbers
+
+
+def _by_matrix(rows: np.ndarray, columns: int, change: Change, spec: Any) -> tuple[int, ...]:
+    """The shape of rows that are of several matrices."""
+    assert change.matrices is not None
+    count = change.matrices(spec)
+    each = len(rows) // count, columns
+    return (count, *(each[::-1] if change.turned else each))
 
 
 def changed(info: TensorInfo, table: Table, layers: Sequence[Any], error: Error) -> Iterator[tuple[str, Changed]]:
@@ -86,7 +113,8 @@ def changed(info: TensorInfo, table: Table, layers: Sequence[Any], error: Error)
             raise error(info.name, f"shape {list(info.shape)}; expected {len(columns)} columns")
         if len(used) == len(changes) and not np.array_equal(np.sort(np.concatenate(used)), np.arange(shape[0])):
             raise error(info.name, f"shape {list(info.shape)}; expected {sum(map(len, used))} rows")
-        yield name, Changed(info, (len(rows), *shape[1:]), rows, columns, change.values, shape[0])
+        new = (len(rows), *shape[1:]) if change.matrices is None else _by_matrix(rows, shape[1], change, spec)
+        yield name, Changed(info, new, rows, columns, change.values, shape[0], change.turned)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +122,11 @@ class Held(TensorInfo):
     """A tensor whose rows are in one with another name."""
 
     part: Changed | None = None
+
+    @property
+    def is_expanded(self) -> bool:
+        """Whether it has another format than in the file."""
+        return self.part is not None and self.part.format != self.part.info.format
 
 
 def unjoined(
@@ -115,12 +148,14 @@ def unjoined(
         count, experts = math.prod(info.shape[:-1]), math.prod(info.shape[:-2])
         if count != sum(map(len, rows)) or len(rows[0]) % experts:
             raise error(name, f"shape {list(info.shape)}; expected {sum(map(len, rows))} rows in all")
-        for (own, _, _), numbers in zip(held, rows, strict=True):
+        for (own, _, change), numbers in zip(held, rows, strict=True):
             if own in tensors:
                 raise error(own, f"is there twice: also in {name}")
-            shape = (*info.shape[:-2], len(numbers) // experts, info.shape[-1])
-            part = Changed(info, shape, numbers, None, None, count)
-            found[own] = Held(name, info.format, shape, info.path, info.offset, part.nbytes, part=part)
+            shape: tuple[int, ...] = (*info.shape[:-2], len(numbers) // experts, info.shape[-1])
+            if change.matrices is not None:
+                shape = _by_matrix(numbers, info.shape[-1], change, specs[layer])
+            part = Changed(info, shape, numbers, None, None, count, change.turned)
+            found[own] = Held(name, part.format, shape, info.path, info.offset, part.nbytes, part=part)
     return found
 
 

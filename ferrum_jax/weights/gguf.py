@@ -67,8 +67,13 @@ class GGUFFile(Opened):
         return families.of_metadata(self.metadata, str(self.path))
 
     def typed_metadata(self) -> dict[str, Typed]:
-        """The metadata with their types, without the keys of a split file."""
-        return {key: Typed(value, self.types[key]) for key, value in self.metadata.items() if not key.startswith("split.")}
+        """The metadata with their types, without the keys of a split file. If tensors of an older file are other ones now, the
+        keys that describe them are those of newer files."""
+        typed = {key: Typed(value, self.types[key]) for key, value in self.metadata.items() if not key.startswith("split.")}
+        parts = (info.part for info in self.tensors.values() if isinstance(info, Held))
+        if self.family.to_gguf is not None and any(part is not None and part.turned for part in parts):
+            typed |= self.family.to_gguf(self.config(), str(self.path))
+        return typed
 
     def read_config(self) -> ModelConfig | EncoderConfig:
         """The configuration, read anew from metadata and shapes."""

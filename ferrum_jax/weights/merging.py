@@ -57,10 +57,19 @@ class Merged(Wrapped):
         for first in range(0, len(rows), count):
             part = stored[first : first + count]
             with np.errstate(over="ignore", invalid="ignore"):
-                values = plain_numbers(part.view(PLAIN[info.format]), info.format) + b[rows[first : first + count]] @ a
+                values = plain_numbers(part.view(PLAIN[info.format]), info.format) + _product(b, a, rows[first : first + count])
             try:
                 if not np.isfinite(values).all():
                     raise ValueError("holds values that are not finite")
                 part[:] = stored_numbers(values, info.format)
             except ValueError as error:
                 raise ModelFileError(f"{info.path}: tensor {info.name}: with the adapter it {error}") from None
+
+
+def _product(b: np.ndarray, a: np.ndarray, rows: range) -> np.ndarray:
+    """Some rows of B A, float32 [rows, columns]; those of several matrices, [matrices, ...], are counted through."""
+    if b.ndim == 2:
+        return b[rows] @ a
+    size = b.shape[1]
+    parts = range(rows.start // size, -(-rows.stop // size))
+    return np.concatenate([b[i, max(0, rows.start - i * size) : min(size, rows.stop - i * size)] @ a[i] for i in parts])

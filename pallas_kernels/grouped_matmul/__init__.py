@@ -9,6 +9,13 @@ Contract of `grouped_matmul(x, group_sizes, experts)`:
   and time and temporaries do not grow with the number of experts. Row i depends on row i of x and its expert alone.
 * derivative: with respect to x.
 
+Contract of `matmul_by_head(x, heads)`, in which every row has one product with each matrix:
+
+* `x` [tokens, heads, k]; `heads`: a `Matrix` [n, k] with one stack axis, left without an index. arithmetic: as in
+  quantized_matmul, "int8x2" included.
+* result [tokens, heads, n] float32. Row i depends on row i of x alone.
+* derivative: with respect to x.
+
 Contract of `expert_ffn(x, expert_ids, expert_weights, gate, up, down, biases, clamp)`, a whole mixture-of-experts
 feed-forward:
 
@@ -44,6 +51,7 @@ BACKENDS = (
     dispatch.Backend("xla", lambda case: None, lambda: xla),
 )
 EXPERT_BACKENDS = (*BACKENDS[:-1], dispatch.composed("grouped_matmul"))
+HEAD_BACKENDS = (dispatch.Backend("native", native.refuses, lambda: native), dispatch.composed("grouped_matmul"))
 
 
 def grouped_matmul(
@@ -71,6 +79,28 @@ def grouped_matmul(
     _check("grouped_matmul", x, experts, group_sizes.shape[0])
     x, experts = natural_rows(x, group_sizes, experts)
     return _grouped(x, group_sizes, experts, dispatch.target("grouped_matmul", implementation), arithmetic or x.dtype.name)
+
+
+def matmul_by_head(
+    x: jax.Array, heads: Matrix, arithmetic: str = "", implementation: dispatch.Implementation = None
+) -> jax.Array:
+    """Each head's rows of x times the transposed matrix of that head. See the module's contract.
+
+    Args:
+      x: [tokens, heads, k].
+      heads: [n, k] for each head, compressed.
+      arithmetic: "int8x2"; "": the dtype of x.
+      implementation: the backend to take; may be "composed".
+
+    Returns:
+      float32 [tokens, heads, n].
+
+    Raises:
+      ValueError: if shapes do not fit, or the forced backend cannot serve the case.
+    """
+    if x.ndim != 3 or x.shape[2] != heads.columns or open_axes(heads) != (x.shape[1],) or is_ordered(heads):
+        raise ValueError(f"matmul_by_head: x {x.shape} and {open_axes(heads)} {heads} do not fit")
+    return _by_head(x, heads, dispatch.target("matmul_by_head", implementation), arithmetic or x.dtype.name)
 
 
 def expert_ffn(
@@ -135,6 +165,26 @@ def _transposed(dy: jax.Array, group_sizes: jax.Array, experts: Matrix, target: 
 def _grouped(x: jax.Array, group_sizes: jax.Array, experts: Matrix, target: dispatch.Target, arithmetic: str) -> jax.Array:
     backend = backend_for("grouped_matmul", x, (experts,), target, arithmetic, BACKENDS)
     return backend.grouped(x, group_sizes, experts, target)
+
+
+def _head_rows(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The rows of x [tokens, heads, k] by head, and how many each has."""
+    tokens, heads, k = x.shape
+    return x.swapaxes(0, 1).reshape(heads * tokens, k), jnp.full(heads, tokens, jnp.int32)
+
+
+def _by_head_transposed(dy: jax.Array, heads: Matrix, target: dispatch.Target, arithmetic: str) -> jax.Array:
+    dx = xla.grouped(*_head_rows(dy), heads, target, transposed=True)
+    return dx.reshape(dy.shape[1], dy.shape[0], -1).swapaxes(0, 1)
+
+
+@linear(_by_head_transposed, static=("target", "arithmetic"))
+def _by_head(x: jax.Array, heads: Matrix, target: dispatch.Target, arithmetic: str) -> jax.Array:
+    backend = backend_for("matmul_by_head", x, (heads,), target, arithmetic, HEAD_BACKENDS)
+    if backend is not None:
+        return backend.matmul_by_head(x, heads, target)
+    y = _grouped(*_head_rows(x), heads, target, arithmetic)
+    return y.reshape(x.shape[1], x.shape[0], -1).swapaxes(0, 1)
 
 
 def _composed_ffn(

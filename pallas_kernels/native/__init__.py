@@ -34,6 +34,7 @@ __all__ = [
     "delta_net",
     "expert_ffn",
     "isa",
+    "matmul_by_head",
     "matmuls",
     "matmuls_twice",
     "prepare",
@@ -56,7 +57,7 @@ def refuses(case: dispatch.Case) -> str | None:
         return f"has no kernel for {case.format}"
     if case.memory_layout != "ggml":
         return f"reads blocks as files have them, not memory layout {case.memory_layout}"
-    if case.dtype == "int8x2" and case.operation != "quantized_matmul":
+    if case.dtype == "int8x2" and case.operation not in ("quantized_matmul", "matmul_by_head"):
         return "has int8x2 for single products alone"
     if case.operation == "grouped_matmul":
         return "serves whole mixtures of experts"
@@ -77,6 +78,12 @@ def matmuls(x: jax.Array, matrices: Sequence[Matrix], target: dispatch.Target) -
 def matmuls_twice(x: jax.Array, matrices: Sequence[Matrix], target: dispatch.Target) -> list[jax.Array]:
     """`matmuls` in which the error of quantizing x is quantized and multiplied, too: "int8x2"."""
     return _call("ferrum_matmuls", [matrix.rows for matrix in matrices], matrices, "int8x2", x)
+
+
+def matmul_by_head(x: jax.Array, heads: Matrix, target: dispatch.Target) -> jax.Array:
+    """x float32 [tokens, heads, k] times each head's transposed matrix, as `matmuls_twice`: float32 [tokens, heads, n]."""
+    inputs = x.swapaxes(0, 1), jnp.arange(x.shape[1], dtype=jnp.int32)
+    return jax.lax.map(lambda each: matmuls_twice(each[0], (heads.at(each[1]),), target)[0], inputs).swapaxes(0, 1)
 
 
 def swiglu(x: jax.Array, gate: Matrix, up: Matrix, target: dispatch.Target) -> jax.Array:

@@ -8,7 +8,9 @@ Contract of `paged_attention(q, cache, layer, metadata, scale, sinks)`:
 * Query t of sequence s sees positions max(0, p - window + 1) .. p of its sequence, p = positions[t]; window 0 sees all.
 * `sinks` [q_heads] float32, or None: one more score for each head, not scaled, of a position whose value is zero
   (arXiv 2508.10925).
-* result [tokens, q_heads, head_dim] float32; rows of no sequence, or of one with kv_length 0, are zero.
+* With a latent cache the value of a position is the first `value_dim` (of `make_metadata`) numbers of its key; else value_dim
+  is head_dim.
+* result [tokens, q_heads, value_dim] float32; rows of no sequence, or of one with kv_length 0, are zero.
 * derivatives: with respect to q and sinks, and to the cache if it holds floats.
 
 Sums run over fixed ranges of positions in order, so a row depends on that row, its sequence and its length alone; on CPU bit
@@ -41,10 +43,11 @@ __all__ = [
     "storage_dtype",
 ]
 
+LATENT = "values inside the keys"
 BACKENDS = (
     dispatch.kernels("triton", __name__, "gpu", features=("sinks",)),
     dispatch.kernels("mosaic_tpu", __name__, "tpu"),
-    dispatch.Backend("xla", lambda case: None, lambda: xla, features=("sinks",)),
+    dispatch.Backend("xla", lambda case: None, lambda: xla, features=("sinks", LATENT)),
 )
 
 
@@ -77,6 +80,7 @@ class AttentionMetadata:
     work: Any
     window: int = dataclasses.field(metadata={"static": True})
     sinks: bool = dataclasses.field(metadata={"static": True})
+    value_dim: int = dataclasses.field(metadata={"static": True})
     target: dispatch.Target = dataclasses.field(metadata={"static": True})
     backend: Any = dataclasses.field(metadata={"static": True})
 
@@ -89,6 +93,7 @@ def make_metadata(
     implementation: dispatch.Implementation = None,
     *,
     sinks: bool = False,
+    value_dim: int | None = None,
 ) -> AttentionMetadata:
     """Chooses the backend for batches of these shapes and lets it prepare the tables, once per step for all its layers.
 
@@ -99,16 +104,20 @@ def make_metadata(
       window: positions a query sees, including its own; 0 for all.
       implementation: the backend to take instead of the first that can.
       sinks: whether `paged_attention` will be given some.
+      value_dim: of a latent cache, how many numbers of a key are its value.
 
     Raises:
-      ValueError: if the forced backend cannot serve the case.
+      ValueError: if the cache and value_dim do not fit, or the forced backend cannot serve the case.
     """
+    if cache.is_latent != (value_dim is not None) or not 0 < (value_dim or 1) <= cache.head_dim:
+        raise ValueError(f"paged_attention: value_dim {value_dim} and a cache {cache.pages.shape} do not fit")
     target = dispatch.target("paged_attention", implementation)
     shape = (*tables.positions.shape, *tables.page_table.shape, q_heads, cache.kv_heads, cache.head_dim, cache.page_size)
-    features = ("sinks",) if sinks else ()
+    features = (*(("sinks",) if sinks else ()), *((LATENT,) if cache.is_latent else ()))
     case = dispatch.Case("paged_attention", target, cache.dtype, "float32", shape=shape, features=features)
     backend = dispatch.choose(case, BACKENDS)
-    return AttentionMetadata(tables, backend.prepare(tables, cache, q_heads, window), window, sinks, target, backend)
+    work = backend.prepare(tables, cache, q_heads, window)
+    return AttentionMetadata(tables, work, window, sinks, value_dim or cache.head_dim, target, backend)
 
 
 def paged_attention(
@@ -130,7 +139,7 @@ def paged_attention(
       sinks: float32 [q_heads].
 
     Returns:
-      float32 [tokens, q_heads, head_dim].
+      float32 [tokens, q_heads, value_dim].
 
     Raises:
       ValueError: if the heads of q, of the cache and the sinks do not fit.

@@ -80,8 +80,9 @@ def attention(
     *,
     differentiable: bool = False,
 ) -> jax.Array:
-    """float32 [tokens, q_heads, head_dim]. `differentiable`: loops of static length over every KV tile of the table."""
+    """float32 [tokens, q_heads, value_dim]. `differentiable`: loops of static length over every KV tile of the table."""
     _, q_heads, head_dim = q.shape
+    value_dim = metadata.value_dim
     page_size, kv_heads = cache.page_size, cache.kv_heads
     group = q_heads // kv_heads
     work: Work = metadata.work
@@ -108,17 +109,17 @@ def attention(
             best, total, out = carry
             ids = lax.dynamic_slice_in_dim(pages_of, i * pages_a_tile, pages_a_tile, axis=1)
             position = i * span + jnp.arange(span)
-            kv = cache.read(layer, ids).reshape(-1, span, kv_heads, 2, head_dim)
+            kv = cache.read(layer, ids).reshape(-1, span, kv_heads, cache.rows // kv_heads, head_dim)
             kv = jnp.where(((position >= nearest) & (position < longest))[..., None, None, None], kv, 0.0)
-            k, v = kv[..., 0, :], kv[..., 1, :]  # [w, span, kv_heads, head_dim]
+            k, v = kv[..., 0, :], kv[..., -1, :value_dim]  # [w, span, kv_heads, head_dim], and value_dim
             visible = (position >= low) & (position < high)
-            scores = jnp.einsum("whrd,wphd->whrp", query, k, precision=lax.Precision.HIGHEST)
+            # What is summed over is last in both operands: the bits of this form do not depend on the number of rows.
+            k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 3, 1)
+            scores = jnp.einsum("whrd,whpd->whrp", query, k, precision=lax.Precision.HIGHEST)
             scores = jnp.where(visible, scores, _MASKED)
             new_best = jnp.maximum(best, scores.max(axis=-1, keepdims=True))
             weights = jnp.where(visible, jnp.exp(scores - new_best), 0.0)
             keep = jnp.exp(best - new_best)
-            # Positions are last in both operands: the bits of this form do not depend on the number of rows.
-            v = v.transpose(0, 2, 3, 1)
             update = jnp.einsum("whrp,whdp->whrd", weights, v, precision=lax.Precision.HIGHEST)
             return new_best, total * keep + row_sum(weights), out * keep + update
 
@@ -126,13 +127,14 @@ def attention(
         first = 0 if differentiable else jnp.minimum(low.min(), high.max()) // span
         last = kv_tiles if differentiable else jnp.minimum(-(-high.max() // span), kv_tiles)
         nothing = (column + _MASKED, column) if sinks is None else (column + sinks, column + 1)
-        _, total, out = lax.fori_loop(first, last, step, (*nothing, jnp.zeros_like(query)))
+        zeros = jnp.zeros((*query.shape[:3], value_dim), jnp.float32)
+        _, total, out = lax.fori_loop(first, last, step, (*nothing, zeros))
         return out / jnp.where(total == 0.0, 1.0, total)
 
     inputs = (queries, work.pages, work.seen_from, work.seen_until)
     out = lax.map(walk, tuple(a.reshape(-1, _together(size, tiles), *a.shape[1:]) for a in inputs))
-    out = out.reshape(tiles, kv_heads, -1, head_dim)[:, :, : size * group]
-    out = out.reshape(tiles, kv_heads, size, group, head_dim).transpose(0, 2, 1, 3, 4).reshape(-1, q_heads, head_dim)
+    out = out.reshape(tiles, kv_heads, -1, value_dim)[:, :, : size * group]
+    out = out.reshape(tiles, kv_heads, size, group, value_dim).transpose(0, 2, 1, 3, 4).reshape(-1, q_heads, value_dim)
     return jnp.where((work.place >= 0)[:, None, None], out[jnp.maximum(work.place, 0)], 0.0)
 
 

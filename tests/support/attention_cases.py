@@ -39,12 +39,24 @@ def poisoned(cache: KVCache) -> KVCache:
     return dataclasses.replace(cache, pages=jnp.full_like(cache.pages, nan))
 
 
-def case(queries, contexts, *, heads=(4, 2), head_dim=48, page_size=16, dtype="float32", target=None, padding=0, seed=3):
+def case(
+    queries,
+    contexts,
+    *,
+    heads=(4, 2),
+    head_dim=48,
+    page_size=16,
+    dtype="float32",
+    target=None,
+    padding=0,
+    seed=3,
+    value_dim=None,
+):
     """(q, cache, tables, keys, values): `queries[s]` new tokens at the end of a sequence of `contexts[s]`.
 
     Pages are in random order, pages that no sequence has hold NaN, and entries of the table beyond a sequence are not numbers
     of pages. keys and values float64 [all positions, kv_heads, head_dim] are what the cache should hold. `padding`: tokens
-    after the last sequence, NaN. `target`: decides how the cache is stored.
+    after the last sequence, NaN. `target`: decides how the cache is stored. `value_dim`: of a latent cache.
     """
     rng = np.random.default_rng(seed)
     q_heads, kv_heads = heads
@@ -57,8 +69,9 @@ def case(queries, contexts, *, heads=(4, 2), head_dim=48, page_size=16, dtype="f
     k, v = rng.standard_normal((2, sum(contexts), kv_heads, head_dim)).astype(np.float32)
     places = [table[s][np.arange(c) // page_size] * page_size + np.arange(c) % page_size for s, c in enumerate(contexts)]
     with dispatch.on(target or dispatch.Target("cpu")):
-        cache = poisoned(KVCache.empty(2, pool, page_size, kv_heads, head_dim, dtype))
-    cache = cache.write(LAYER, jnp.asarray(np.concatenate(places), jnp.int32), jnp.asarray(k), jnp.asarray(v))
+        cache = poisoned(KVCache.empty(2, pool, page_size, kv_heads, head_dim, dtype, value_dim is not None))
+    written = jnp.asarray(k), None if value_dim is not None else jnp.asarray(v)
+    cache = cache.write(LAYER, jnp.asarray(np.concatenate(places), jnp.int32), *written)
     tokens = sum(queries) + padding
     q = rng.standard_normal((tokens, q_heads, head_dim)).astype(np.float32)
     q[sum(queries) :] = np.nan
@@ -66,18 +79,19 @@ def case(queries, contexts, *, heads=(4, 2), head_dim=48, page_size=16, dtype="f
     positions[: sum(queries)] = np.concatenate([np.arange(c - n, c) for n, c in zip(queries, contexts, strict=True)])
     starts = np.concatenate([[0], np.cumsum(queries)]).astype(np.int32)
     tables = Tables(*map(jnp.asarray, (positions, starts, np.asarray(contexts, np.int32), table)))
-    return jnp.asarray(q), cache, tables, rounded(k, dtype), rounded(v, dtype)
+    held = rounded(k, dtype)
+    return jnp.asarray(q), cache, tables, held, held[..., :value_dim] if value_dim else rounded(v, dtype)
 
 
 def expected(q, queries, contexts, keys, values, window=0, half_ulps=(0.0, 0.0), sinks=None) -> tuple[np.ndarray, np.ndarray]:
-    """The definition, in float64, [tokens, q_heads, head_dim]; rows after the last sequence are zero. And how far a kernel may
+    """The definition, in float64, [tokens, q_heads, value_dim]; rows after the last sequence are zero. And how far a kernel may
     be from it with queries and weights rounded by `half_ulps`, relative, and all sums in float32. sinks [q_heads]: scores of
     one more position for each head, whose value is zero.
 
     A weight exp(score) is off by its score's error: half an ulp of q times sum |q k| / sqrt(head_dim), and the sum's own;
     and by its rounding. A result moves by the mean of |value - result| times that. float32: 2^-24 times sqrt(terms).
     """
-    y, bound = np.zeros(q.shape), np.zeros(q.shape)
+    y, bound = np.zeros((2, *q.shape[:2], values.shape[-1]))
     token, start, group, eps = 0, 0, q.shape[1] // keys.shape[1], 2.0**-24
     q, scale = np.asarray(q, np.float64), q.shape[-1] ** -0.5
     of_query, of_weight = half_ulps

@@ -20,7 +20,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from ferrum_jax.families import FAMILIES
 
 OUT = Path(__file__).resolve().parents[3] / "ferrum_jax" / "families" / "fields.py"
-MODEL_TYPES = sorted(family.model_type for family in FAMILIES)
+MODEL_TYPES = sorted(family.model_type for family in FAMILIES if family.model_type in CONFIG_MAPPING)
 # Read with getattr, whatever the class: masks, kinds of caches, rotary parameters, and the width of a head.
 COMMON = {
     masking_utils: ("is_causal", "sliding_window", "attention_chunk_size"),

@@ -25,7 +25,7 @@ import ferrum_jax as fj
 from ferrum_jax.engine import EngineConfig, snapshot
 from ferrum_jax.quantized import LayerStack, QuantizedTensor
 from support.engine_stand_in import ADAPTERS, VOCAB, Injected, Model, check, expected, step, use
-from support.goldens import golden_cases, tiny_hybrids, tiny_mixtures, tiny_models
+from support.goldens import golden_cases, tiny_hybrids, tiny_latent, tiny_mixtures, tiny_models
 from support.recurrent_toy import Toy
 from support.tiny_gguf import write_tiny_llama
 
@@ -374,6 +374,7 @@ PLANS = {"plain": (0, PLAIN), "window and drafts": (7, DRAFTED), "experts in int
 PLANS |= {"sinks": ("oss float32", PLAIN), "sinks in int8": ("oss int8", DRAFTED)}
 PLANS |= {"two windows": ("windows", PLAIN), "recurrent": ("recurrent", PLAIN), "all kinds and drafts": ("all", DRAFTED)}
 PLANS |= {"sigmoids, groups and drafts": ("glm4moe-q8_0", DRAFTED)}
+PLANS |= {"latent and drafts": ("glm4-lite", DRAFTED), "latent in int8": ("deepseek2-lite-q8_0", PLAIN)}
 PLANS |= {"delta net and drafts": ("qwen35moe", DRAFTED), "delta net in int8": ("qwen3next-q8_0", PLAIN)}
 
 
@@ -394,8 +395,8 @@ def models(tmp_path_factory):
     oss = next(case.spec for case in golden_cases.CASES if case.name == "gpt-oss-mxfp4")
     tiny_models.write(dataclasses.replace(oss, window=7, layers=2), path)
     made |= {f"oss {dtype}": fj.load(path, dtype=dtype, max_seq_len=25) for dtype in ("float32", "int8")}
-    for tiny, spec in [(kind, spec) for kind in (tiny_hybrids, tiny_mixtures) for spec in kind.CASES]:
-        if spec.name in ("qwen35moe", "qwen3next-q8_0", "glm4moe-q8_0"):
+    for tiny, spec in [(kind, spec) for kind in (tiny_hybrids, tiny_mixtures, tiny_latent) for spec in kind.CASES]:
+        if spec.name in [which for which, _ in PLANS.values()]:
             path = tmp_path_factory.mktemp("model") / f"{spec.name}.gguf"
             tiny.write_gguf(spec, path)
             made[spec.name] = fj.load(path, dtype="int8" if "q8_0" in spec.name else "float32", max_seq_len=25)

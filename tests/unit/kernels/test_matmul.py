@@ -8,7 +8,7 @@ import pytest
 from pallas_kernels import dispatch
 from pallas_kernels.blocks import FORMATS
 from pallas_kernels.blocks.matrix import Matrix
-from pallas_kernels.grouped_matmul import grouped_matmul
+from pallas_kernels.grouped_matmul import grouped_matmul, matmul_by_head
 from pallas_kernels.quantized_matmul import quantized_matmul, xla
 from pallas_kernels.reductions import row_sum
 from support.random_models import stored
@@ -158,3 +158,20 @@ def test_the_record_says_what_was_chosen():
         quantized_matmul(rows(2, 64), Matrix.of(weights, "Q4_0"))
         quantized_matmul(rows(3, 64), Matrix.of(weights, "Q4_0"))
     assert [(c.operation, c.format, c.backend) for c in choices] == [("quantized_matmul", "Q4_0", "xla")]
+
+
+@pytest.mark.parametrize(("format", "arithmetic"), [("F32", ""), ("Q5_0", ""), ("Q8_0", "int8x2")])
+def test_a_matrix_for_each_head(format, arithmetic):
+    """Numbers, bits of a row alone and the derivative; "int8x2" is what the C++ kernels have for single products."""
+    weights, exact = matrices(format, 2, 3, 40, 64)
+    heads = Matrix.of(weights, format, (1,))
+    x, dy = rows(9 * 3, 64).reshape(9, 3, 64), rows(9 * 3, 40).reshape(9, 3, 40)
+    product = jax.jit(lambda x: matmul_by_head(x, heads, arithmetic))
+    y, right = np.asarray(product(x)), np.einsum("thk,hnk->thn", np.asarray(x, np.float64), exact[1])
+    assert y.shape == (9, 3, 40)
+    assert np.abs(y - right).max() <= (2e-3 if arithmetic else bound(64, "float32"))
+    assert np.array_equal(product(x[4:5])[0], y[4])
+    dx = jax.grad(lambda x: (matmul_by_head(x, heads, arithmetic) * dy).sum())(x)
+    assert np.abs(dx - np.einsum("thn,hnk->thk", np.asarray(dy, np.float64), exact[1])).max() <= bound(64, "float32")
+    with pytest.raises(ValueError, match="do not fit"):
+        matmul_by_head(x[:, :2], heads)

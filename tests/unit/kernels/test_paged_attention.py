@@ -13,17 +13,17 @@ from pallas_kernels.paged_attention import KV_DTYPES, KVCache, Tables, bytes_per
 from support.attention_cases import LAYER, case, expected, rounded
 
 
-@functools.partial(jax.jit, static_argnames="window")
-def attend(q, cache, tables, sinks=None, window=0):
-    metadata = make_metadata(tables, cache, q.shape[1], window, sinks=sinks is not None)
+@functools.partial(jax.jit, static_argnames=("window", "value_dim"))
+def attend(q, cache, tables, sinks=None, window=0, value_dim=None):
+    metadata = make_metadata(tables, cache, q.shape[1], window, sinks=sinks is not None, value_dim=value_dim)
     return paged_attention(q, cache, LAYER, metadata, q.shape[-1] ** -0.5, sinks)
 
 
 def check(queries, contexts, window=0, sinks=None, **options):
     q, cache, tables, k, v = case(queries, contexts, **options)
     y, bound = expected(q, queries, contexts, k, v, window, sinks=sinks)
-    sinks = None if sinks is None else jnp.asarray(sinks, jnp.float32)
-    assert (np.abs(np.asarray(attend(q, cache, tables, sinks, window=window)) - y) <= bound).all()
+    sinks, value_dim = None if sinks is None else jnp.asarray(sinks, jnp.float32), options.get("value_dim")
+    assert (np.abs(np.asarray(attend(q, cache, tables, sinks, window=window, value_dim=value_dim)) - y) <= bound).all()
 
 
 SINKS = np.asarray([30.0, 0.5, -2.0, -90.0])
@@ -77,6 +77,37 @@ def test_heads_and_page_sizes(heads, page_size):
 def test_every_dtype_is_read_exactly(dtype):
     """Only the contents of the cache are rounded, not the arithmetic."""
     check([1, 9], [200, 9], dtype=dtype)
+    check([1, 9], [200, 9], dtype=dtype, heads=(4, 1), value_dim=32)
+
+
+@pytest.mark.parametrize("window", [0, 21])
+@pytest.mark.parametrize(("queries", "contexts"), [([1], [1]), ([1, 70, 0, 3, 1], [129, 70, 33, 128, 17])], ids=str)
+def test_values_that_are_the_beginnings_of_keys(queries, contexts, window):
+    check(queries, contexts, window, heads=(4, 1), value_dim=40)
+    check(queries, contexts, window, heads=(1, 1), value_dim=40, sinks=SINKS[1:2])
+
+
+def test_a_row_of_a_latent_cache_has_the_same_bits_in_any_batch():
+    """As wide as DeepSeek's."""
+    of = {"heads": (16, 1), "head_dim": 576, "value_dim": 512}
+    q, cache, tables, _, _ = case([70, 1, 3], [200, 130, 3], **of)
+    together = np.asarray(attend(q, cache, tables, value_dim=512))
+    for sequence, rows in enumerate((slice(0, 70), slice(70, 71), slice(71, 74))):
+        for row in range(rows.start, rows.stop, 23):
+            length = tables.positions[row : row + 1] + 1
+            single = Tables(length - 1, jnp.asarray([0, 1]), length, tables.page_table[sequence : sequence + 1])
+            assert np.array_equal(attend(q[row : row + 1], cache, single, value_dim=512)[0], together[row])
+
+
+def test_a_latent_cache_has_a_derivative():
+    q, cache, tables, k, _ = case([3], [40], heads=(4, 1), value_dim=32)
+
+    def dense(q, k):
+        scores = jnp.einsum("hd,pd->hp", q[2], k) * q.shape[-1] ** -0.5
+        return (jax.nn.softmax(scores, axis=1) @ k[:, :32]).sum()
+
+    found = jax.grad(lambda q: attend(q, cache, tables, value_dim=32)[2].sum())(q)
+    assert np.allclose(found, jax.grad(dense)(q, jnp.asarray(k[:, 0], jnp.float32)), atol=1e-5) and np.abs(found).max() > 1e-3
 
 
 def test_rows_of_no_sequence_are_zero():
@@ -162,6 +193,9 @@ def test_the_backend_is_chosen_for_the_target():
             with dispatch.on(target), dispatch.record() as choices:
                 make_metadata(tables, KVCache.empty(1, 4, 16, 2, 128, dtype), 4)
                 make_metadata(tables, KVCache.empty(1, 4, 16, 2, 128, dtype), 4, sinks=True)
+            with dispatch.on(target), dispatch.record() as of_latent:
+                make_metadata(tables, KVCache.empty(1, 4, 16, 1, 576, dtype, latent=True), 16, value_dim=512)
+            assert of_latent[0].backend == "xla"
             chosen[str(target), dtype] = choices[0].backend
             assert choices[-1].backend == ("xla" if target.platform == "tpu" else choices[0].backend)
     assert {chosen["cpu", dtype] for dtype in KV_DTYPES} == {chosen["gpu 7.5", dtype] for dtype in KV_DTYPES} == {"xla"}
@@ -176,6 +210,11 @@ def test_shapes_that_do_not_fit_are_refused():
     metadata = make_metadata(tables, cache, 4)
     with pytest.raises(ValueError, match=r"sinks: \(4,\) with q .* and make_metadata\(sinks=False\)"):
         paged_attention(q, cache, LAYER, metadata, 1.0, jnp.zeros(4))
+    for value_dim in (0, 8, 49):
+        with pytest.raises(ValueError, match=f"value_dim {value_dim} and a cache .* do not fit"):
+            attend(q, cache, tables, value_dim=value_dim)
+    with pytest.raises(ValueError, match="a latent cache has a single head, not 2"):
+        KVCache.empty(1, 1, 1, 2, 8, "float32", latent=True)
     with pytest.raises(ValueError, match="sinks: none"):
         paged_attention(q, cache, LAYER, make_metadata(tables, cache, 4, sinks=True), 1.0)
 

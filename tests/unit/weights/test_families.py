@@ -112,18 +112,24 @@ def test_names_of_tensors_are_those_of_the_converter(family: Family) -> None:
             for module in (getattr(module, "tensor", module) for module in row.modules if not isinstance(module, Part)):
                 if family.model_type in ("qwen3_moe", "qwen3_next") and row.layers is is_dense:
                     continue  # llama.cpp's Qwen3-MoE and Qwen3-Next have no dense layers
-                if module.endswith(("in_proj_qkvz.weight", "_bias")):
+                if module.endswith(("in_proj_qkvz.weight", "kv_b_proj.weight", "_bias")):
                     continue  # which the converter cuts or calls otherwise before it looks
                 name = f"{prefix}{module}".replace(".*", "").replace("language_model.", "").removesuffix(".weight")
                 assert known.get_name(name) == f"{block}{row.name.rpartition('.')[0] or row.name}"
 
 
+def has(family: Family, name: str) -> bool:
+    return family.tensors.find(f"blk.0.{name}")[0] is not None
+
+
 @pytest.mark.parametrize(
-    "family", [f for f in FAMILIES if f.to_gguf and not f.tensors.find("blk.0.ssm_a")[0]], ids=lambda family: family.model_type
+    "family",
+    [f for f in FAMILIES if f.to_gguf and not has(f, "ssm_a") and not has(f, "attn_k_b.weight")],
+    ids=lambda family: family.model_type,
 )
 def test_keys_come_back(family: Family) -> None:
     """What is written as GGUF is read as the same configuration, and every key is one of llama.cpp's. (For models with gated
-    delta nets see model/test_hybrids.py.)"""
+    delta nets see model/test_hybrids.py, for those with latent vectors model/test_latent.py.)"""
     experts = {"num_experts": 8, "experts_per_token": 2, "expert_intermediate_size": 32, "norm_topk_prob": True}
     of_feed_forward = experts if re.search("mix|moe|oss", family.model_type) else {"intermediate_size": 96}
     if family is GLM4_MOE:
