@@ -49,11 +49,15 @@ class Executor:
         self._guard = threading.Lock()
         self.reset()
 
-    def reset(self) -> None:
-        """Empties the state and all slots; compiled programs stay. OutOfMemoryError if the state does not fit."""
+    def release(self) -> None:
+        """Gives up what is on the device, for an engine that is not used any more or that is reset."""
         self._placed_key: Any = None
         self.state: Any = None
         self.slots: Any = None
+
+    def reset(self) -> None:
+        """Empties the state and all slots; compiled programs stay. OutOfMemoryError if the state does not fit."""
+        self.release()
         with self._room(self.pages):
             self.state = self.model.placement.zeros(self.abstract_state(self.pages))
             sampling = self._sampling([], self.config.max_seqs)

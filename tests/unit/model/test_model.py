@@ -1,6 +1,7 @@
 """A loaded model as users see it: prompts in, completions out, and the same tokens from every method."""
 
 import dataclasses
+import gc
 
 import jax
 import numpy as np
@@ -30,6 +31,20 @@ def model(path):
 
 def tokens_of(completions):
     return [completion.token_ids for completion in completions]
+
+
+def test_nothing_stays_on_the_device_after_a_call(model):
+    """Before Python collects cycles: the next call needs the same memory again."""
+    gc.collect()
+    gc.disable()
+    try:
+        before = jax.live_arrays()
+        model.generate(["abc"], GREEDY)
+        list(model.stream("abc", GREEDY))
+        known = set(map(id, before))
+        assert not [array.shape for array in jax.live_arrays() if id(array) not in known and array.nbytes > 4096]
+    finally:
+        gc.enable()
 
 
 @pytest.mark.slow
