@@ -124,6 +124,18 @@ class GatedDeltaNet(Recurrent):
 
 
 @dataclasses.dataclass(frozen=True)
+class ShortConv(Recurrent):
+    """A mixer: a convolution over time of `taps` inputs for each of `width` channels, gated before and after."""
+
+    width: int
+    taps: int
+
+    @property
+    def kept(self) -> dict[str, tuple[int, ...]]:
+        return {"tail": (self.taps - 1, self.width)}
+
+
+@dataclasses.dataclass(frozen=True)
 class Dense:
     """A feed-forward: one SwiGLU of this width."""
 
@@ -421,7 +433,7 @@ def _revised(part: Any, changes: Mapping[tuple[type, str], Any]) -> Any:
 
 
 _KINDS = {
-    "mixer": (Attention, GatedDeltaNet),
+    "mixer": (Attention, GatedDeltaNet, ShortConv),
     "feed_forward": (Dense, Mixture),
     "rope": (Rope,),
     "scaling": (RopeScaling,),

@@ -129,9 +129,9 @@ def routing(
       config: the model's configuration; static.
 
     Returns:
-      (expert_ids int32, expert_weights float32), both [layers, T, top_k], of the layers `config.expert_layers`, most probable
-      expert first, and the new cache. Padding tokens have the id `num_experts`. The weights are those of the sum over experts:
-      normalized and scaled if the model does so.
+      (expert_ids int32, expert_weights float32), both [layers, T, top_k], of the layers `config.expert_layers`, the expert
+      with the best score first, and the new cache. Padding tokens have the id `num_experts`. The weights are those of the sum
+      over experts: normalized and scaled if the model does so.
 
     Raises:
       UnsupportedModelError: if the model has no experts.

@@ -46,7 +46,7 @@ class Routing(NamedTuple):
     Attributes:
       tokens: int32 [tokens], the token ids of the text.
       layers: int32 [layers], the numbers of the layers that have experts.
-      expert_ids: int32 [layers, tokens, top_k], the experts chosen for each token, most probable first.
+      expert_ids: int32 [layers, tokens, top_k], the experts chosen for each token, the one with the best score first.
       expert_weights: float32 [layers, tokens, top_k], their weights, as the model uses them.
       num_experts: experts in each of these layers.
     """

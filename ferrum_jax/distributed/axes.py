@@ -33,8 +33,9 @@ RULES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "latent_rows": (),
         "nope": (),
         "value": (),
-        # of gated delta nets, which every device has whole
+        # of gated delta nets and short convolutions, which every device has whole
         "channels": (),
+        "gated_channels": (),
         "taps": (),
         "values": (),
         "value_heads": (),

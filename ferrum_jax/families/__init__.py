@@ -16,6 +16,7 @@ from ferrum_jax.families.deepseek2 import DEEPSEEK2, DEEPSEEK3, GLM4_FLASH, KIMI
 from ferrum_jax.families.family import Family
 from ferrum_jax.families.glm4moe import GLM4_MOE
 from ferrum_jax.families.gpt_oss import GPT_OSS
+from ferrum_jax.families.lfm2 import LFM2, LFM2_MOE
 from ferrum_jax.families.llama import LLAMA
 from ferrum_jax.families.mistral import MISTRAL
 from ferrum_jax.families.mixtral import MIXTRAL
@@ -30,7 +31,8 @@ __all__ = ["FAMILIES", "Family", "of_architecture", "of_content", "of_metadata",
 FAMILIES: tuple[Family, ...] = (
     *(LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN3, QWEN3_MOE, GPT_OSS, BERT),
     *(QWEN35, QWEN35_VISION, QWEN35_MOE, QWEN35_MOE_VISION, QWEN3_NEXT),
-    *(GLM4_MOE, DEEPSEEK3, DEEPSEEK2, KIMI_K2, GLM4_FLASH),
+    *(GLM4_MOE, LFM2, LFM2_MOE),
+    *(DEEPSEEK3, DEEPSEEK2, KIMI_K2, GLM4_FLASH),
 )
 """Where several share a GGUF architecture, the first one reads its files."""
 

@@ -215,13 +215,15 @@ def from_json(
     theta: float = 10_000.0,
     head_dim: int | None = None,
     rotated: float | None = None,
+    eps_key: str = "rms_norm_eps",
     window: Callable[[Keys, int], tuple[int, ...]] | None = None,
     feed_forward: Callable[[Keys, int], Fields] | None = None,
 ) -> ConfigFile:
     """Implements `Family.from_json`. theta, head_dim: for files written before the key existed (head_dim None: hidden_size /
-    heads). rotated: the part of a head that is rotated if no key says it (None: always the whole head). window: reads the
-    sliding window of each layer, 0 for none (None: the class has no windows). feed_forward: reads the keywords of `ModelConfig`
-    about the feed-forward (None: it is dense). Both are called with the number of layers."""
+    heads). rotated: the part of a head that is rotated if no key says it (None: always the whole head). eps_key: for the number
+    inside the root of norms. window: reads the sliding window of each layer, 0 for none (None: the class has no windows).
+    feed_forward: reads the keywords of `ModelConfig` about the feed-forward (None: it is dense). Both are called with the
+    number of layers."""
     if keys.has("hidden_act") and (act := keys.get("hidden_act")) != "silu":
         raise keys.unsupported("hidden_act", f"{shown(act)} is not supported; supported: 'silu'")
     if not keys.boolean("is_causal", True):
@@ -253,7 +255,7 @@ def from_json(
         head_dim=head_dim,
         vocab_size=keys.integer("vocab_size"),
         context_length=context,
-        rms_norm_eps=keys.number("rms_norm_eps", EPS),
+        rms_norm_eps=keys.number(eps_key, EPS),
         rope_theta=theta,
         rope_dim=rope_dim,
         rope_scaling=scaling,

@@ -5,10 +5,10 @@ Written by tests/goldens/scripts/make_config_fields.py.
 
 # fmt: off
 _DECODERS = {
-    "attention_chunk_size", "head_dim", "hidden_act", "hidden_size", "is_causal", "is_encoder_decoder", "kv_sharing_modes",
-    "layer_types", "max_position_embeddings", "num_attention_heads", "num_hidden_layers", "num_key_value_heads",
-    "original_max_position_embeddings", "partial_rotary_factor", "per_layer_config", "rms_norm_eps", "rope_parameters",
-    "rope_scaling", "rope_theta", "sliding_window", "tie_word_embeddings", "vocab_size",
+    "attention_chunk_size", "head_dim", "hidden_size", "is_causal", "is_encoder_decoder", "kv_sharing_modes", "layer_types",
+    "max_position_embeddings", "num_attention_heads", "num_hidden_layers", "num_key_value_heads",
+    "original_max_position_embeddings", "partial_rotary_factor", "per_layer_config", "rope_parameters", "rope_scaling",
+    "rope_theta", "sliding_window", "tie_word_embeddings", "vocab_size",
 }
 FIELDS = {
     "bert": {
@@ -17,45 +17,54 @@ FIELDS = {
         "type_vocab_size", "vocab_size",
     },
     "deepseek_v2": _DECODERS | {
-        "attention_bias", "first_k_dense_replace", "intermediate_size", "kv_lora_rank", "mlp_bias", "moe_intermediate_size",
-        "n_group", "n_routed_experts", "n_shared_experts", "norm_topk_prob", "num_experts", "num_experts_per_tok",
-        "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "routed_scaling_factor", "topk_group", "topk_method",
-        "v_head_dim",
+        "attention_bias", "first_k_dense_replace", "hidden_act", "intermediate_size", "kv_lora_rank", "mlp_bias",
+        "moe_intermediate_size", "n_group", "n_routed_experts", "n_shared_experts", "norm_topk_prob", "num_experts",
+        "num_experts_per_tok", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "rms_norm_eps", "routed_scaling_factor",
+        "topk_group", "topk_method", "v_head_dim",
     },
     "deepseek_v3": _DECODERS | {
-        "attention_bias", "first_k_dense_replace", "intermediate_size", "kv_lora_rank", "moe_intermediate_size", "n_group",
-        "n_routed_experts", "n_shared_experts", "norm_topk_prob", "num_experts_per_tok", "num_local_experts",
-        "num_mtp_layers", "num_nextn_predict_layers", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim",
+        "attention_bias", "first_k_dense_replace", "hidden_act", "intermediate_size", "kv_lora_rank", "moe_intermediate_size",
+        "n_group", "n_routed_experts", "n_shared_experts", "norm_topk_prob", "num_experts_per_tok", "num_local_experts",
+        "num_mtp_layers", "num_nextn_predict_layers", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "rms_norm_eps",
         "rope_interleave", "routed_scaling_factor", "topk_group", "v_head_dim",
     },
     "glm4_moe": _DECODERS | {
-        "attention_bias", "first_k_dense_replace", "intermediate_size", "moe_intermediate_size", "n_group",
+        "attention_bias", "first_k_dense_replace", "hidden_act", "intermediate_size", "moe_intermediate_size", "n_group",
         "n_routed_experts", "n_shared_experts", "norm_topk_prob", "num_experts_per_tok", "num_local_experts",
-        "num_mtp_layers", "num_nextn_predict_layers", "routed_scaling_factor", "topk_group", "use_qk_norm",
+        "num_mtp_layers", "num_nextn_predict_layers", "rms_norm_eps", "routed_scaling_factor", "topk_group", "use_qk_norm",
     },
     "glm4_moe_lite": _DECODERS | {
-        "attention_bias", "intermediate_size", "kv_lora_rank", "mlp_layer_types", "moe_intermediate_size", "n_group",
-        "n_routed_experts", "n_shared_experts", "norm_topk_prob", "num_experts_per_tok", "num_local_experts", "q_lora_rank",
-        "qk_nope_head_dim", "qk_rope_head_dim", "rope_interleave", "routed_scaling_factor", "topk_group", "v_head_dim",
+        "attention_bias", "hidden_act", "intermediate_size", "kv_lora_rank", "mlp_layer_types", "moe_intermediate_size",
+        "n_group", "n_routed_experts", "n_shared_experts", "norm_topk_prob", "num_experts_per_tok", "num_local_experts",
+        "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "rms_norm_eps", "rope_interleave", "routed_scaling_factor",
+        "topk_group", "v_head_dim",
     },
     "gpt_oss": _DECODERS | {
-        "attention_bias", "intermediate_size", "num_experts", "num_experts_per_tok", "num_local_experts", "swiglu_alpha",
-        "swiglu_limit",
+        "attention_bias", "hidden_act", "intermediate_size", "num_experts", "num_experts_per_tok", "num_local_experts",
+        "rms_norm_eps", "swiglu_alpha", "swiglu_limit",
+    },
+    "lfm2": _DECODERS | {
+        "block_auto_adjust_ff_dim", "block_ff_dim", "block_ffn_dim_multiplier", "block_multiple_of", "conv_L_cache",
+        "conv_bias", "full_attn_idxs", "intermediate_size", "norm_eps", "tie_embedding",
+    },
+    "lfm2_moe": _DECODERS | {
+        "conv_L_cache", "conv_bias", "intermediate_size", "moe_intermediate_size", "norm_eps", "norm_topk_prob",
+        "num_dense_layers", "num_experts", "num_experts_per_tok", "routed_scaling_factor", "tie_embedding", "use_expert_bias",
     },
     "llama": _DECODERS | {
-        "attention_bias", "intermediate_size", "mlp_bias",
+        "attention_bias", "hidden_act", "intermediate_size", "mlp_bias", "rms_norm_eps",
     },
     "mistral": _DECODERS | {
-        "intermediate_size",
+        "hidden_act", "intermediate_size", "rms_norm_eps",
     },
     "mixtral": _DECODERS | {
-        "intermediate_size", "num_experts", "num_experts_per_tok", "num_local_experts",
+        "hidden_act", "intermediate_size", "num_experts", "num_experts_per_tok", "num_local_experts", "rms_norm_eps",
     },
     "qwen2": _DECODERS | {
-        "intermediate_size", "max_window_layers", "use_sliding_window",
+        "hidden_act", "intermediate_size", "max_window_layers", "rms_norm_eps", "use_sliding_window",
     },
     "qwen3": _DECODERS | {
-        "attention_bias", "intermediate_size", "max_window_layers", "use_sliding_window",
+        "attention_bias", "hidden_act", "intermediate_size", "max_window_layers", "rms_norm_eps", "use_sliding_window",
     },
     "qwen3_5": {
         "image_token_id", "is_encoder_decoder", "text_config", "tie_word_embeddings", "video_token_id", "vision_config",
@@ -66,22 +75,24 @@ FIELDS = {
         "vision_end_token_id", "vision_start_token_id",
     },
     "qwen3_5_moe_text": _DECODERS | {
-        "attention_bias", "full_attention_interval", "linear_conv_kernel_dim", "linear_key_head_dim", "linear_num_key_heads",
-        "linear_num_value_heads", "linear_value_head_dim", "moe_intermediate_size", "num_experts", "num_experts_per_tok",
-        "shared_expert_intermediate_size",
+        "attention_bias", "full_attention_interval", "hidden_act", "linear_conv_kernel_dim", "linear_key_head_dim",
+        "linear_num_key_heads", "linear_num_value_heads", "linear_value_head_dim", "moe_intermediate_size", "num_experts",
+        "num_experts_per_tok", "rms_norm_eps", "shared_expert_intermediate_size",
     },
     "qwen3_5_text": _DECODERS | {
-        "attention_bias", "full_attention_interval", "intermediate_size", "linear_conv_kernel_dim", "linear_key_head_dim",
-        "linear_num_key_heads", "linear_num_value_heads", "linear_value_head_dim",
+        "attention_bias", "full_attention_interval", "hidden_act", "intermediate_size", "linear_conv_kernel_dim",
+        "linear_key_head_dim", "linear_num_key_heads", "linear_num_value_heads", "linear_value_head_dim", "rms_norm_eps",
     },
     "qwen3_moe": _DECODERS | {
-        "attention_bias", "decoder_sparse_step", "intermediate_size", "mlp_only_layers", "moe_intermediate_size",
-        "norm_topk_prob", "num_experts", "num_experts_per_tok", "num_local_experts", "use_sliding_window",
+        "attention_bias", "decoder_sparse_step", "hidden_act", "intermediate_size", "mlp_only_layers",
+        "moe_intermediate_size", "norm_topk_prob", "num_experts", "num_experts_per_tok", "num_local_experts", "rms_norm_eps",
+        "use_sliding_window",
     },
     "qwen3_next": _DECODERS | {
-        "attention_bias", "decoder_sparse_step", "full_attention_interval", "intermediate_size", "linear_conv_kernel_dim",
-        "linear_key_head_dim", "linear_num_key_heads", "linear_num_value_heads", "linear_value_head_dim", "mlp_only_layers",
-        "moe_intermediate_size", "norm_topk_prob", "num_experts", "num_experts_per_tok", "shared_expert_intermediate_size",
+        "attention_bias", "decoder_sparse_step", "full_attention_interval", "hidden_act", "intermediate_size",
+        "linear_conv_kernel_dim", "linear_key_head_dim", "linear_num_key_heads", "linear_num_value_heads",
+        "linear_value_head_dim", "mlp_only_layers", "moe_intermediate_size", "norm_topk_prob", "num_experts",
+        "num_experts_per_tok", "rms_norm_eps", "shared_expert_intermediate_size",
     },
 }
 # Keys inside the object rope_scaling or rope_parameters.

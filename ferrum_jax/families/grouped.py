@@ -70,11 +70,8 @@ def from_json(keys: Keys, layers: int, *, scoring: str = "sigmoid", defaults: Ma
         return keys.integer(key, low=low, high=high) if keys.has(key) or key not in defaults else int(defaults[key])
 
     count = decoder.num_experts(keys, low=1, names=("num_local_experts", "n_routed_experts"))
-    width, dense, scale = (
-        integer("moe_intermediate_size", low=1),
-        integer("first_k_dense_replace", layers - 1),
-        "routed_scaling_factor",
-    )
+    width, dense = integer("moe_intermediate_size", low=1), integer("first_k_dense_replace", layers - 1)
+    scale = "routed_scaling_factor"
     keys.ignore("intermediate_size")
     groups = "n_group", "topk_group"
     fields = {

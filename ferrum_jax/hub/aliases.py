@@ -139,6 +139,10 @@ def _aliases() -> list[Alias]:
         )
     )
     found.append(_hub("gpt-oss:20b", "ggml-org/gpt-oss-20b-GGUF", "gpt-oss-20b-mxfp4.gguf", note="12 GB"))
+    found.append(_hub("glm4.5:air", "unsloth/GLM-4.5-Air-GGUF", "Q4_K_M", "MIT", note="73 GB"))
+    for size in ("1.2B", "8B-A1B"):
+        stem = f"LFM2-{size}"
+        found.append(_hub(stem.replace("-", ":", 1).lower(), f"LiquidAI/{stem}-GGUF", f"{stem}-Q4_K_M.gguf", "LFM Open"))
     found.append(_hub("tinyllama:1.1b", "TheBloke/TinyLlama-1.1B-Chat-v1.0-GGUF", "tinyllama-1.1b-chat-v1.0.Q4_K_M.gguf"))
     return found
 
@@ -160,6 +164,8 @@ SAME_AS = {  # a family's name alone means the same as in ollama
     "mistral": "mistral:7b",
     "mixtral": "mixtral:8x7b",
     "gpt-oss": "gpt-oss:20b",
+    "glm4.5": "glm4.5:air",
+    "lfm2": "lfm2:1.2b",
     "tinyllama": "tinyllama:1.1b",
 }
 

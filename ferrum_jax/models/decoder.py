@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import ferrum_jax.models.latent  # noqa: F401 - a kind of mixer, which it adds to MIXERS
+import ferrum_jax.models.latent
+import ferrum_jax.models.short_conv  # noqa: F401 - as latent a kind of mixer, which it adds to MIXERS
 from ferrum_jax.adapters import COLUMNS, without_adapters
 from ferrum_jax.config import Attention, GatedDeltaNet, Mixture, ModelConfig, Rope
 from ferrum_jax.models.delta_net import sequences_of

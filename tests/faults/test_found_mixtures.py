@@ -1,4 +1,5 @@
-"""Mistakes that an implementation of routers with sigmoids can make, each put into our own source: the goldens must fail."""
+"""Mistakes that an implementation of routers with sigmoids or of short convolutions can make, each put into our own source: the
+goldens must fail."""
 
 from __future__ import annotations
 
@@ -13,10 +14,12 @@ import pytest
 import ferrum_jax as fj
 from ferrum_jax.families import grouped
 from ferrum_jax.models import layers
+from ferrum_jax.models.short_conv import ShortConv
 from pallas_kernels.routing import xla
 from support.golden_checks import check_logits
 from support.goldens import tiny_mixtures, tiny_models
 from support.patching import Fault, applied
+from unit.model import test_mixtures as mixtures
 
 
 def logits(name: str) -> None:
@@ -29,7 +32,14 @@ def logits(name: str) -> None:
         check_logits(model, dict(file), tiny_models.prompts(spec.vocab, lengths=tiny_mixtures.LENGTHS)[:2])
 
 
-plain, by_group = (functools.partial(logits, name) for name in ("glm4moe", "glm4moe-q8_0"))
+def cut() -> None:
+    """The bits of a text that is cut into steps."""
+    jax.clear_caches()
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        mixtures.test_a_text_has_the_same_bits_however_it_is_cut("lfm2moe", Path(folder), patch)
+
+
+plain, by_group, lfm2 = (functools.partial(logits, name) for name in ("glm4moe", "glm4moe-q8_0", "lfm2moe"))
 FAULTS = [
     Fault("the bias is in the weights", xla.route, "take_along_axis(scores,", "take_along_axis(choice,", plain),
     Fault("scores are a softmax", xla.route, 'if router.scoring == "sigmoid":', "if False:", plain),
@@ -39,6 +49,9 @@ FAULTS = [
     Fault("there is no shared expert", layers.FeedForward.__call__, "y + self.shared(x, layer, adapter_mask)", "y", plain),
     Fault("a group is as good as its best", grouped._grouped, "groups == 1 or", "True or", by_group),
     Fault("all groups are used", xla.route, "if router.groups > 1:", "if False:", by_group),
+    Fault("nothing gates the convolution", ShortConv.__call__, "after * y", "y", lfm2),
+    Fault("taps are in the other order", ShortConv.__call__, "taps[:, i]", "taps[:, -1 - i]", lfm2),
+    Fault("the tail is not of the convolution's inputs", ShortConv.__call__, "window[1:]", "window[:-1]", cut),
 ]
 
 

@@ -373,7 +373,7 @@ DRAFTED = dataclasses.replace(PLAIN, speculation=2)
 PLANS = {"plain": (0, PLAIN), "window and drafts": (7, DRAFTED), "experts in int8": ("int8", DRAFTED)}
 PLANS |= {"sinks": ("oss float32", PLAIN), "sinks in int8": ("oss int8", DRAFTED)}
 PLANS |= {"two windows": ("windows", PLAIN), "recurrent": ("recurrent", PLAIN), "all kinds and drafts": ("all", DRAFTED)}
-PLANS |= {"sigmoids, groups and drafts": ("glm4moe-q8_0", DRAFTED)}
+PLANS |= {"sigmoids, groups and drafts": ("glm4moe-q8_0", DRAFTED), "convolutions and drafts": ("lfm2moe", DRAFTED)}
 PLANS |= {"latent and drafts": ("glm4-lite", DRAFTED), "latent in int8": ("deepseek2-lite-q8_0", PLAIN)}
 PLANS |= {"delta net and drafts": ("qwen35moe", DRAFTED), "delta net in int8": ("qwen3next-q8_0", PLAIN)}
 

@@ -1,23 +1,30 @@
-"""Tiny models whose routers have sigmoids and a bias of the choice against transformers in float32, from GGUF files and from
-directories. The numbers in tests/goldens/mixtures were made by transformers' own loading of the same directories.
+"""Tiny models whose routers have sigmoids and a bias of the choice, and kin of theirs with short convolutions, against
+transformers in float32, from GGUF files and from directories.
+
+The numbers in tests/goldens/mixtures were made by transformers' own loading of the same directories.
 """
 
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import gguf
 import numpy as np
 import pytest
 
 import ferrum_jax as fj
+from ferrum_jax import families
+from ferrum_jax import functional as F
 from ferrum_jax.cli import main
+from ferrum_jax.config import ShortConv
 from ferrum_jax.convert import convert
 from ferrum_jax.weights.opening import open_model
 from support.directories import edit_tensors
 from support.golden_checks import check_greedy, check_logits
 from support.goldens import tiny_directories, tiny_mixtures, tiny_models
 
+PATH = Path("somewhere/config.json")
 BY_NAME = {spec.name: spec for spec in tiny_mixtures.CASES}
 
 
@@ -28,7 +35,7 @@ def written(spec, folder, kind, **more):
     return path
 
 
-KINDS = [(spec.name, "gguf") for spec in tiny_mixtures.CASES] + [("glm4moe", "directory")]
+KINDS = [(spec.name, "gguf") for spec in tiny_mixtures.CASES] + [("glm4moe", "directory"), ("lfm2moe", "directory")]
 
 
 @pytest.fixture(scope="module", params=KINDS, ids="-".join)
@@ -54,13 +61,15 @@ def test_greedy_tokens(loaded) -> None:
     check_greedy(*loaded)
 
 
-@pytest.mark.parametrize("name", ["glm4moe", "glm4moe-q8_0"])
+@pytest.mark.parametrize("name", BY_NAME)
 def test_both_say_the_same(name, tmp_path):
     spec = BY_NAME[name]
     with open_model(written(spec, tmp_path, "gguf")) as file, open_model(written(spec, tmp_path, "directory")) as directory:
         assert file.tensors.keys() == directory.tensors.keys()
         one, other = file.config(), directory.config()
-        assert one.layers == other.layers and one.dense_layers == tuple(range(spec.dense))
+        assert one.layers == other.layers and one.dense_layers == (tuple(range(spec.dense)) if spec.experts else ())
+        for name in file.tensors if not spec.formats else ():
+            assert np.array_equal(*(source.read(source.tensors[name]) for source in (file, directory)))
 
 
 @pytest.mark.parametrize(("kind", "block"), [("gguf", "blk.4"), ("directory", "model.layers.4")])
@@ -74,7 +83,7 @@ def test_blocks_that_predict_further_tokens_are_passed_over(kind, block, tmp_pat
     assert f"tensors that predict further tokens or see pictures: {block}" in said
 
 
-@pytest.mark.parametrize("name", ["glm4moe", "glm4moe-q8_0"])
+@pytest.mark.parametrize("name", ["glm4moe", "glm4moe-q8_0", "lfm2moe", "lfm2"])
 def test_a_directory_becomes_the_gguf_file_of_llama_cpp(name, tmp_path):
     spec = BY_NAME[name]
     convert(written(spec, tmp_path, "directory"), tmp_path / "made.gguf", to="gguf")
@@ -83,15 +92,27 @@ def test_a_directory_becomes_the_gguf_file_of_llama_cpp(name, tmp_path):
     values = {tensor.name: gguf.quants.dequantize(tensor.data, tensor.tensor_type) for tensor in right.tensors}
     assert {tensor.name for tensor in made.tensors} == values.keys()
     assert all(np.array_equal(tensor.data, values[tensor.name]) for tensor in made.tensors)
-    known = {key: field.contents() for key, field in right.fields.items() if key.startswith("glm4moe.")}
+    known = {key: field.contents() for key, field in right.fields.items() if key.startswith(f"{spec.arch}.")}
     found = {key: made.fields[key].contents() for key in known if key in made.fields}
     assert {key for key in known if not known[key]} >= known.keys() - found.keys()
     assert all(found[key] == pytest.approx(known[key]) for key in found)
 
 
+@pytest.mark.parametrize("name", ["glm4moe", "lfm2moe"])
+def test_a_text_has_the_same_bits_however_it_is_cut(name, tmp_path, monkeypatch):
+    spec = BY_NAME[name]
+    model = fj.load(written(spec, tmp_path, "gguf"), dtype="float32")
+    prompts = tiny_models.prompts(spec.vocab, lengths=(17, 11))
+    whole = model.logits(prompts)
+    for chunk in (1, 7):
+        monkeypatch.setattr(F, "CHUNK", chunk)
+        assert all(map(np.array_equal, whole, model.logits(prompts)))
+
+
 @pytest.mark.slow
-def test_orbax_gives_the_same_bits(tmp_path):
-    spec = BY_NAME["glm4moe-q8_0"]
+@pytest.mark.parametrize("name", ["glm4moe-q8_0", "lfm2moe-q8_0"])
+def test_orbax_gives_the_same_bits(name, tmp_path):
+    spec = BY_NAME[name]
     path = written(spec, tmp_path, "gguf")
     saved = convert(path, tmp_path / "made", to="orbax")
     again = convert(saved, tmp_path / "again.gguf", to="gguf")
@@ -112,13 +133,15 @@ def test_a_routing_is_recorded_in_layers_with_experts(tmp_path):
 
 
 @pytest.mark.slow
-def test_an_adapter_of_every_projection_is_as_if_merged_by_hand(tmp_path):
+@pytest.mark.parametrize(("name", "count"), [("glm4moe", 4 * 4 + 3 + 3 * 3), ("lfm2moe", 4 + 3 * 2 + 3)])
+def test_an_adapter_of_every_projection_is_as_if_merged_by_hand(name, count, tmp_path):
     """The matrices W of the directory become W + B A alpha / rank, which is what an adapter means."""
-    spec, rng, rank = BY_NAME["glm4moe"], np.random.default_rng(3), 4
+    spec, rng, rank = BY_NAME[name], np.random.default_rng(3), 4
+    ending = ("_proj.weight", ".w1.weight", ".w2.weight", ".w3.weight")
     entries, factors = [], []
     for made in tiny_mixtures.tensors(spec):
         values = made.values
-        if made.module.endswith("_proj.weight") and ".experts." not in made.module:
+        if made.module.endswith(ending) and ".experts." not in made.module:
             rows, columns = values.shape
             a, b = (rng.normal(0, 0.2, shape).astype(np.float32) for shape in ((rank, columns), (rows, rank)))
             stem = f"base_model.model.{made.module.removesuffix('.weight')}.lora_"
@@ -131,7 +154,7 @@ def test_an_adapter_of_every_projection_is_as_if_merged_by_hand(tmp_path):
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank}))
     (adapter / "adapter_model.safetensors").write_bytes(tiny_directories.safetensors(factors))
-    assert len([name for name, *_ in factors if "shared_experts" in name]) == 3 * 6  # in three layers
+    assert len(factors) == 2 * count
     prompts = tiny_models.prompts(spec.vocab, lengths=(1, 17))
     right = fj.load(merged, dtype="float32").logits(prompts)
     path = written(spec, tmp_path, "gguf")
@@ -206,3 +229,50 @@ def test_keys_that_are_not_there(tmp_path):
         config = source.config()
     assert (config.norm_topk_prob, config.expert_weights_scale, config.shared_expert_size) == (True, 1.0, 64)
     assert config.rope_dim == 32
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"conv_bias": True}, "key conv_bias: true is not supported"),
+        ({"layer_types": ["conv"] * 3}, "key layer_types: must be a list of 4 kinds"),
+        (
+            {"layer_types": ["conv"] * 3 + ["sliding_attention"]},
+            r"key layer_types: \['sliding_attention'\] in this model class",
+        ),
+        ({"use_expert_bias": False}, r"model\.layers\.1\.feed_forward\.expert_bias: is not expected according to config"),
+        ({"num_dense_layers": 4}, "key num_dense_layers: is 4; it must be from 0 to 3"),
+        ({"conv_L_cache": 1}, "key conv_L_cache: is 1; it must be from 2 to 64"),
+    ],
+)
+def test_what_does_not_fit_lfm2_is_named(changes, text, tmp_path):
+    path = written(BY_NAME["lfm2moe"], tmp_path, "directory")
+    content = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(content | changes))
+    with pytest.raises((fj.ModelFileError, fj.UnsupportedModelError), match=text):
+        fj.load(path)
+
+
+def test_keys_of_lfm2(tmp_path):
+    """The width of a dense layer is derived as transformers' class does it, and older files list the layers that attend."""
+    content = tiny_mixtures.config_json(BY_NAME["lfm2"])
+
+    def read(**changes):
+        changed = {key: value for key, value in (content | changes).items() if value is not ...}
+        return families.of_content(changed, PATH).read_json(changed, PATH)
+
+    file = read()
+    assert file.tied and file.config.intermediate_size == 192 and file.config.rope_theta == 1e4
+    wide = read(block_auto_adjust_ff_dim=..., block_ff_dim=4608, block_ffn_dim_multiplier=1.3)
+    assert wide.config.intermediate_size == 4096  # 3072 * 1.3 = 3993, up to a multiple of 256
+    assert not read(tie_embedding=False).tied
+    older = read(layer_types=..., full_attn_idxs=[2]).config
+    assert [isinstance(spec.mixer, ShortConv) for spec in older.layers] == [True, True, False]
+    with pytest.raises(fj.UnsupportedModelError, match=r"cannot be written as GGUF: llama\.cpp normalizes always in"):
+        moe = written(BY_NAME["lfm2moe"], tmp_path, "directory")
+        (moe / "config.json").write_text(json.dumps(json.loads((moe / "config.json").read_text()) | {"norm_topk_prob": False}))
+        convert(moe, tmp_path / "made.gguf", to="gguf")
+    with open_model(written(BY_NAME["lfm2"], tmp_path, "gguf")) as source:
+        source.metadata["lfm2.attention.head_count_kv"] = 2
+        with pytest.raises(fj.ModelFileError, match=r"key lfm2\.attention\.head_count_kv: must be a list, with 0"):
+            source.config()
