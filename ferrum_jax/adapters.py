@@ -32,19 +32,26 @@ def with_adapters(params: Mapping[str, Any], adapters: Sequence[Factors], num_la
         found = {
             number: {i: f[number, path] for i, f in enumerate(adapters) if (number, path) in f} for number in range(num_layers)
         }
-        formats = tuple("F32" if found[number] else "" for number in range(num_layers))
-        a, b = next(pair for pairs in found.values() for pair in pairs.values())
-        stacked_a = np.zeros((num_layers - formats.count(""), *a.shape[:-2], width, a.shape[-1]), np.float32)
-        stacked_b = np.zeros((len(stacked_a), *b.shape[:-1], width), np.float32)
-        for layer, pairs in enumerate(filter(None, found.values())):
-            for i, (a, b) in pairs.items():
-                columns = slice(i * rank, i * rank + a.shape[-2])
-                stacked_a[layer, ..., columns, :], stacked_b[layer, ..., columns] = a, b
-        group, name = path
-        layers[group] = dict(layers[group]) | {
-            name + suffix: LayerStack({"F32": QuantizedTensor.of(placement.put(stacked), "F32")}, formats)
-            for suffix, stacked in ((A, stacked_a), (B, stacked_b))
-        }
+        shapes = [next(((*b.shape[:-1], a.shape[-1]) for a, b in pairs.values()), None) for pairs in found.values()]
+        kinds = tuple(f"F32 {list(shape)}" if shape else "" for shape in shapes)  # layers of one shape share a stack
+        stacks: dict[str, dict[str, QuantizedTensor]] = {A: {}, B: {}}
+        for kind, shape in dict(zip(kinds, shapes, strict=True)).items():
+            if shape is None:
+                continue
+            members = [pairs for pairs, own in zip(found.values(), kinds, strict=True) if own == kind]
+            stacked_a = np.zeros((len(members), *shape[:-2], width, shape[-1]), np.float32)
+            stacked_b = np.zeros((len(members), *shape[:-1], width), np.float32)
+            for layer, pairs in enumerate(members):
+                for i, (a, b) in pairs.items():
+                    columns = slice(i * rank, i * rank + a.shape[-2])
+                    stacked_a[layer, ..., columns, :], stacked_b[layer, ..., columns] = a, b
+            for suffix, stacked in ((A, stacked_a), (B, stacked_b)):
+                stacks[suffix][kind] = QuantizedTensor.of(placement.put(stacked), "F32")
+        node = layers
+        for group in path[:-1]:
+            node[group] = dict(node[group])
+            node = node[group]
+        node |= {path[-1] + suffix: LayerStack(stacks[suffix], kinds) for suffix in (A, B)}
     return dict(params) | {"layers": layers, COLUMNS: placement.put(np.arange(width, dtype=np.int32) // rank)}
 
 

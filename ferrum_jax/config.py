@@ -31,11 +31,13 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
-    """The rotation of positions: the first `dim` of a head's values are rotated, in the half-split layout."""
+    """The rotation of positions: the first `dim` of a head's values are rotated, in the half-split layout. factored: its
+    frequencies are divided by the model's `rope_factors`, if it has some."""
 
     theta: float
     dim: int
     scaling: RopeScaling | None = None
+    factored: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,8 +60,10 @@ class Latent:
 class Attention:
     """A mixer: grouped-query attention. `window` is the number of positions that a query sees, including its own (0: all).
     `sinks`: each head has one more score, of a position without a value. gated: with each head's query a gate is projected,
-    and its sigmoid multiplies the result of the head. With a `latent`, num_kv_heads is 1 and head_dim the width of what is
-    cached of a token: the latent vector and the rotated key."""
+    and its sigmoid multiplies the result of the head. scale: of the scores (0: 1 / sqrt(head_dim)). value_norm: values are
+    divided by their root mean square in each head. key_is_value: values are the keys as projected. shared_kv: the layer reads
+    the keys and values of an earlier one (`state.kv_layers`). With a `latent`, num_kv_heads is 1 and head_dim the width of what
+    is cached of a token: the latent vector and the rotated key."""
 
     num_heads: int
     num_kv_heads: int
@@ -69,17 +73,21 @@ class Attention:
     sinks: bool = False
     gated: bool = False
     latent: Latent | None = None
+    scale: float = 0.0
+    value_norm: bool = False
+    key_is_value: bool = False
+    shared_kv: bool = False
 
     @property
     def cached(self) -> int:
         """The numbers of one token that the cache holds."""
-        return (1 if self.latent else 2) * self.num_kv_heads * self.head_dim
+        return 0 if self.shared_kv else (1 if self.latent else 2) * self.num_kv_heads * self.head_dim
 
     @property
     def score_scale(self) -> float:
         """The factor of the scores."""
         if self.latent is None:
-            return self.head_dim**-0.5
+            return self.scale or self.head_dim**-0.5
         scale, scaling = (self.latent.nope + self.rope.dim) ** -0.5, self.rope.scaling
         if scaling is None or scaling.factor <= 1:
             return scale
@@ -137,9 +145,11 @@ class ShortConv(Recurrent):
 
 @dataclasses.dataclass(frozen=True)
 class Dense:
-    """A feed-forward: one SwiGLU of this width."""
+    """A feed-forward: one SwiGLU of this width; or with GELU (arXiv 1606.08415) in its tanh form, if `activation` is
+    "gelu_tanh"."""
 
     width: int
+    activation: str = "silu"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,10 +177,12 @@ class Mixture:
 
 @dataclasses.dataclass(frozen=True)
 class LayerSpec:
-    """The description of one layer. Layers with equal specs and formats share a compiled body."""
+    """The description of one layer. Layers with equal specs and formats share a compiled body. input_width: of the embedding
+    of each token that the layer alone gets (0: none)."""
 
     mixer: Attention | Recurrent
     feed_forward: Dense | Mixture
+    input_width: int = 0
 
 
 # Numbers of layers by their names as keywords and properties of a ModelConfig: the part of a layer that has the number, its
@@ -223,7 +235,8 @@ class ModelConfig:
     `architecture` is its name in GGUF files, `context_length` the most tokens that its positions are made for, `rms_norm_eps`
     the number inside the root of every RMSNorm (arXiv 1910.07467). `dtype` is the arithmetic of matrix products: "float32",
     "bfloat16", "float16" or "int8" (float32 that a product may quantize in blocks); norms, softmax, router, residual stream and
-    logits are always float32. `implementation`: (operation, backend) pairs, the forced backends of pallas_kernels.
+    logits are always float32. `embedding_scale` multiplies the embeddings; with a `logit_softcap` c logits become c tanh(logit
+    / c). `implementation`: (operation, backend) pairs, the forced backends of pallas_kernels.
 
     A model whose layers are alike can be made from keywords instead of `layers`: num_layers, num_heads, num_kv_heads, head_dim,
     rope_theta, rope_dim, rope_scaling, sliding_window, attention_sinks, intermediate_size (of a dense feed-forward),
@@ -240,6 +253,8 @@ class ModelConfig:
     context_length: int
     rms_norm_eps: float
     layers: tuple[LayerSpec, ...]
+    embedding_scale: float
+    logit_softcap: float
     dtype: str
     implementation: tuple[tuple[str, str], ...]
 
@@ -252,6 +267,8 @@ class ModelConfig:
         context_length: int,
         rms_norm_eps: float,
         layers: Iterable[LayerSpec] | None = None,
+        embedding_scale: float = 1.0,
+        logit_softcap: float = 0.0,
         dtype: str = "float32",
         implementation: Iterable[tuple[str, str]] = (),
         **of_layers: Any,
@@ -263,6 +280,8 @@ class ModelConfig:
             "context_length": context_length,
             "rms_norm_eps": rms_norm_eps,
             "layers": _alike(**of_layers) if layers is None else tuple(layers),
+            "embedding_scale": embedding_scale,
+            "logit_softcap": logit_softcap,
             "dtype": dtype,
             "implementation": tuple(implementation),
         }

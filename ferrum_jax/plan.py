@@ -340,7 +340,7 @@ def weights_read(params: dict, config: ModelConfig, batch: int, experts: float) 
         part = 1.0
         if any(str(name).startswith("expert_") for name in names):
             part = experts
-        elif names[0] == "embedding" and "unembedding" in params:
+        elif names[0] == "inputs_embedding" or (names[0] == "embedding" and "unembedding" in params):
             part = min(1.0, batch / config.vocab_size)
         total += part * memory.nbytes(leaf)
     return int(total)

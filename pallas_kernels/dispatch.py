@@ -108,7 +108,8 @@ class Case:
 @dataclasses.dataclass(frozen=True)
 class Backend:
     """One implementation: its name, why it cannot serve a case (None: it can), and the function that returns its functions.
-    `parts`: the operations that it is composed of. `features`: those of cases that it has."""
+    `parts`: the operations that it is composed of; it has the features that they have. `features`: those of cases that it
+    has."""
 
     name: str
     refuses: Callable[[Case], str | None]
@@ -118,7 +119,7 @@ class Backend:
 
     def refusal(self, case: Case) -> str | None:
         """Why it cannot serve the case; None: it can."""
-        missing = [feature for feature in case.features if feature not in self.features]
+        missing = [feature for feature in case.features if feature not in self.features and not self.parts]
         return self.refuses(case) or (f"has no {' and no '.join(missing)}" if missing else None)
 
 

@@ -44,6 +44,12 @@ def _fold(x: jax.Array, combine: Callable[[jax.Array, jax.Array], jax.Array], ne
     return x
 
 
+def product(x: jax.Array, y: jax.Array | float) -> jax.Array:
+    """x * y, rounded. Without the barrier XLA may compute it inside the sum that it is a term of, as a fused multiply-add;
+    whether it does depends on the shape of the whole array."""
+    return lax.optimization_barrier(x * y)
+
+
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     """x / sqrt(mean(x^2) + eps) * weight over the last axis, in float32 (arXiv 1910.07467)."""
     return x * lax.rsqrt(row_sum(x * x) / x.shape[-1] + eps) * weight

@@ -33,6 +33,11 @@ RULES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "latent_rows": (),
         "nope": (),
         "value": (),
+        # of what layers get of their own of each token
+        "input": (),
+        "inputs": (),
+        "input_vocab": (),
+        "one": (),
         # of gated delta nets and short convolutions, which every device has whole
         "channels": (),
         "gated_channels": (),

@@ -14,6 +14,8 @@ from ferrum_jax.errors import ModelFileError, UnsupportedModelError
 from ferrum_jax.families.bert import BERT
 from ferrum_jax.families.deepseek2 import DEEPSEEK2, DEEPSEEK3, GLM4_FLASH, KIMI_K2
 from ferrum_jax.families.family import Family
+from ferrum_jax.families.gemma3 import GEMMA3, GEMMA3_VISION
+from ferrum_jax.families.gemma4 import GEMMA4, GEMMA4_VISION
 from ferrum_jax.families.glm4moe import GLM4_MOE
 from ferrum_jax.families.gpt_oss import GPT_OSS
 from ferrum_jax.families.lfm2 import LFM2, LFM2_MOE
@@ -31,6 +33,7 @@ __all__ = ["FAMILIES", "Family", "of_architecture", "of_content", "of_metadata",
 FAMILIES: tuple[Family, ...] = (
     *(LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN3, QWEN3_MOE, GPT_OSS, BERT),
     *(QWEN35, QWEN35_VISION, QWEN35_MOE, QWEN35_MOE_VISION, QWEN3_NEXT),
+    *(GEMMA3, GEMMA3_VISION, GEMMA4, GEMMA4_VISION),
     *(GLM4_MOE, LFM2, LFM2_MOE),
     *(DEEPSEEK3, DEEPSEEK2, KIMI_K2, GLM4_FLASH),
 )

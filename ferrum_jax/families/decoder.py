@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,9 @@ from ferrum_jax.config import MOST_LAYERS, ModelConfig
 from ferrum_jax.errors import ModelFileError, UnsupportedModelError
 from ferrum_jax.families import rope
 from ferrum_jax.families.family import ConfigFile, Family, embedding_rows
+from ferrum_jax.families.fields import FIELDS
 from ferrum_jax.families.keys import EPS, SCALE, THETA, Keys, is_neutral, shown
+from ferrum_jax.families.table import Table
 from ferrum_jax.files.metadata import Typed
 
 if TYPE_CHECKING:
@@ -262,6 +265,24 @@ def from_json(
         **(feed_forward or dense_from_json)(keys, layers),
     ).with_by_layer(sliding_window=(window or no_window)(keys, layers))
     return ConfigFile(family, config, keys.boolean("tie_word_embeddings", False), frozenset(biases), factors)
+
+
+def text_part(text: Family, model_class: str, model_type: str, table: Table) -> Family:
+    """The family of texts and pictures whose text part `text` is: that has its keys under `text_config`; the rest is of
+    pictures."""
+
+    def from_json(family: Family, keys: Keys, path: Path) -> ConfigFile:
+        content = keys.get("text_config")
+        if not isinstance(content, dict):
+            raise keys.fail("text_config", "is missing or not an object")
+        keys.ignore(*FIELDS[family.model_type])
+        part = "text_config."
+        inner = Keys({f"{part}{key}": value for key, value in content.items()}, part, keys.source, FIELDS[text.model_type])
+        file = text.from_json(family, inner, path)
+        inner.judge(f"{{}} is not supported in a {family.model_class}")
+        return dataclasses.replace(file, tied=keys.boolean("tie_word_embeddings", file.tied))
+
+    return dataclasses.replace(text, model_class=model_class, model_type=model_type, tensors=table, from_json=from_json)
 
 
 def _head_dim_of_json(keys: Keys, default: int | None, hidden: int, heads: int) -> int:

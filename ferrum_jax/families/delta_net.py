@@ -50,22 +50,17 @@ def recurs(spec: LayerSpec) -> bool:
 def table(layer: tuple[Tensor, ...], root: str = "model.") -> Table:
     """The table of such a family: the tensors of its `layer`s and those that all have. root: the beginning of the names of
     modules."""
+    norm = tensors.shifted_norm
     whole = (
         Tensor("token_embd.weight", ("embedding",), ("vocab", "hidden"), (f"{root}embed_tokens",)),
-        _norm("output_norm", ("final_norm",), "hidden", f"{root}norm"),
+        norm("output_norm", ("final_norm",), "hidden", f"{root}norm"),
         tensors.EMBEDDINGS[-1],
     )
     block = (
-        _norm("attn_norm", ("attention_norm",), "hidden", "input_layernorm"),
-        _norm("post_attention_norm", ("feed_forward_norm",), "hidden", "post_attention_layernorm"),
+        norm("attn_norm", ("attention_norm",), "hidden", "input_layernorm"),
+        norm("post_attention_norm", ("feed_forward_norm",), "hidden", "post_attention_layernorm"),
     )
     return Table(whole, (*block, *_attention(), *layer), f"{root}layers.", tensors.IGNORED, r"(mtp|model\.visual)\..*")
-
-
-def _norm(stem: str, path: tuple[str, ...], axis: str, module: str, layers: Callable[[Any], bool] | None = None) -> Tensor:
-    change = Change(f"{module}.weight", values=lambda weights: 1 + weights)
-    row = Tensor(f"{stem}.weight", path, (axis,), (change,))
-    return row if layers is None else dataclasses.replace(row, layers=layers)
 
 
 def _attention() -> tuple[Tensor, ...]:
@@ -73,8 +68,10 @@ def _attention() -> tuple[Tensor, ...]:
     for row in tensors.attention()[1:5]:
         axes = ("gated_heads", "hidden") if row.stem == "attn_q" else row.axes
         matrices.append(dataclasses.replace(row, axes=axes, layers=attends))
-    norms = (_norm(f"attn_{x}_norm", ("attention", f"{name}_norm"), "head", f"self_attn.{x}_norm", attends)
-             for x, name in (("q", "query"), ("k", "key")))  # fmt: skip
+    norms = (
+        tensors.shifted_norm(f"attn_{x}_norm", ("attention", f"{name}_norm"), "head", f"self_attn.{x}_norm", layers=attends)
+        for x, name in (("q", "query"), ("k", "key"))
+    )
     return (*matrices, *norms)
 
 

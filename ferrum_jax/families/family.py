@@ -84,7 +84,8 @@ class Family:
     def tensors_of(self, config: Any) -> Iterator[tuple[str, Tensor, int | None]]:
         """Every tensor that such a model has or may have: its name in GGUF files, its row, and its layer or None."""
         for row in self.tensors.whole:
-            yield row.name, row, None
+            if any(map(row.layers, config.layers)):
+                yield row.name, row, None
         for layer, spec in enumerate(config.layers):
             for row in self.tensors.layer:
                 if row.layers(spec):

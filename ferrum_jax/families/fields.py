@@ -28,6 +28,25 @@ FIELDS = {
         "num_mtp_layers", "num_nextn_predict_layers", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "rms_norm_eps",
         "rope_interleave", "routed_scaling_factor", "topk_group", "v_head_dim",
     },
+    "gemma3": {
+        "boi_token_id", "boi_token_index", "eoi_token_id", "eoi_token_index", "image_token_id", "image_token_index",
+        "is_encoder_decoder", "mm_tokens_per_image", "text_config", "tie_word_embeddings", "vision_config",
+    },
+    "gemma3_text": _DECODERS | {
+        "attention_bias", "attn_logit_softcapping", "final_logit_softcapping", "hidden_activation", "intermediate_size",
+        "query_pre_attn_scalar", "rms_norm_eps", "rope_local_base_freq", "sliding_window_pattern",
+        "use_bidirectional_attention",
+    },
+    "gemma4": {
+        "audio_config", "audio_token_id", "boa_token_id", "boi_token_id", "eoa_token_index", "eoi_token_id", "image_token_id",
+        "is_encoder_decoder", "text_config", "tie_word_embeddings", "video_token_id", "vision_config",
+    },
+    "gemma4_text": _DECODERS | {
+        "attention_bias", "attention_k_eq_v", "enable_moe_block", "final_logit_softcapping", "global_head_dim",
+        "hidden_activation", "hidden_size_per_layer_input", "intermediate_size", "moe_intermediate_size", "num_experts",
+        "num_global_key_value_heads", "num_kv_shared_layers", "rms_norm_eps", "top_k_experts", "use_bidirectional_attention",
+        "use_double_wide_mlp", "vocab_size_per_layer_input",
+    },
     "glm4_moe": _DECODERS | {
         "attention_bias", "first_k_dense_replace", "hidden_act", "intermediate_size", "moe_intermediate_size", "n_group",
         "n_routed_experts", "n_shared_experts", "norm_topk_prob", "num_experts_per_tok", "num_local_experts",

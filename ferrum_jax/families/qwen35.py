@@ -6,17 +6,14 @@ h % key_heads.
 
 from __future__ import annotations
 
-import dataclasses
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 
 from ferrum_jax.config import LayerSpec, ModelConfig
 from ferrum_jax.families import decoder, delta_net, tensors
 from ferrum_jax.families.delta_net import recurrent, tiled_heads
-from ferrum_jax.families.family import ConfigFile, Family
-from ferrum_jax.families.fields import FIELDS
+from ferrum_jax.families.family import Family
 from ferrum_jax.families.keys import Keys
 from ferrum_jax.families.qwen3moe import experts_of_gguf
 from ferrum_jax.families.table import Change, Tensor
@@ -88,26 +85,8 @@ def _family(
         predicts=True,
     )
 
-    def from_json(family: Family, keys: Keys, path: Path) -> ConfigFile:
-        """Of the text part, under `text_config`; the rest is of pictures."""
-        content = keys.get("text_config")
-        if not isinstance(content, dict):
-            raise keys.fail("text_config", "is missing or not an object")
-        keys.ignore(*FIELDS[family.model_type])
-        part = "text_config."
-        inner = Keys({f"{part}{key}": value for key, value in content.items()}, part, keys.source, FIELDS[text.model_type])
-        file = text.from_json(family, inner, path)
-        inner.judge(f"{{}} is not supported in a {family.model_class}")
-        return dataclasses.replace(file, tied=keys.boolean("tie_word_embeddings", file.tied))
-
-    whole = dataclasses.replace(
-        text,
-        model_class=f"{model_class}ForConditionalGeneration",
-        model_type=model_type,
-        tensors=delta_net.table(layer, "model.language_model."),
-        from_json=from_json,
-    )
-    return text, whole
+    table = delta_net.table(layer, "model.language_model.")
+    return text, decoder.text_part(text, f"{model_class}ForConditionalGeneration", model_type, table)
 
 
 QWEN35, QWEN35_VISION = _family("qwen35", "Qwen3_5", "qwen3_5", tensors.dense(), experts=False)

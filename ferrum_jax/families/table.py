@@ -68,8 +68,9 @@ class Tensor:
     tensor the part after the layer's number, with `*` for the number of an expert. Errors show the first one.
     A `Part` or a `Change` names a tensor with its suffix.
 
-    layers(spec): whether a layer has it, given its item of the configuration's `layers`. optional: whether it may be missing,
-    in all of these layers together.
+    layers(spec): whether a layer has it, given its item of the configuration's `layers`; a tensor outside the layers is there
+    if this is so of any. optional: whether it may be missing, in all of these layers together. ignored(spec): whether a layer
+    that does not have it may still have it in files; it is not read.
 
     gguf_rows: if GGUF files keep the rows in another order, `gguf_rows(spec, rows)` int [rows] gives for each row of the
     parameter its row in the file. quantize: whether `quantize=` changes it and GGUF files may hold it in a format other than
@@ -83,6 +84,7 @@ class Tensor:
     modules: tuple[str | Part | Change, ...] = ()
     layers: Callable[[Any], bool] = every_layer
     optional: bool = False
+    ignored: Callable[[Any], bool] | None = None
     gguf_rows: GgufRows | None = None
     quantize: bool = True
     not_in_gguf: str = ""
@@ -101,14 +103,15 @@ class Tensor:
 @dataclasses.dataclass(frozen=True)
 class Table:
     """All tensors of a family: those that a model has once, and those of its layers. prefix: the beginning of the names of a
-    layer's modules in directories. ignored: a regular expression for tensors in directories that are not needed; passed_over:
-    for those of parts of the model that are not run."""
+    layer's modules in directories; other_prefix: the same in some of them. ignored: a regular expression for tensors in
+    directories that are not needed; passed_over: for those of parts of the model that are not run."""
 
     whole: tuple[Tensor, ...]
     layer: tuple[Tensor, ...]
     prefix: str
     ignored: str
     passed_over: str = ""
+    other_prefix: str = ""
 
     def find(self, name: str) -> tuple[Tensor | None, int | None]:
         """The row of the table for the tensor that GGUF files call `name`, and the number of its layer."""
@@ -174,8 +177,10 @@ class Table:
         return None if layer is None else int(layer)
 
     def _inside(self, module: str) -> tuple[str | None, str]:
-        match = re.fullmatch(re.escape(self.prefix) + _NUMBER + r"\.(.+)", module)
-        return (match[1], match[2]) if match else (None, module)
+        for prefix in filter(None, (self.prefix, self.other_prefix)):
+            if match := re.fullmatch(re.escape(prefix) + _NUMBER + r"\.(.+)", module):
+                return match[1], match[2]
+        return None, module
 
     @functools.cached_property
     def _of_whole(self) -> dict[str, Tensor]:

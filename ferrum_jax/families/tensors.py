@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import numpy as np
 
 from ferrum_jax.config import Attention, Dense, LayerSpec, Mixture, ModelConfig
-from ferrum_jax.families.table import Change, GgufRows, Part, Table, Tensor
+from ferrum_jax.families.table import Change, GgufRows, Part, Path, Table, Tensor, every_layer
 
 IGNORED = r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
 EMBEDDINGS = (
@@ -47,6 +48,12 @@ def attention(*, rotated_rows: GgufRows | None = None, biased: bool = False, not
         bias = Tensor(f"{stem}.bias", path, axes[:1], modules, optional=optional, gguf_rows=rows, not_in_gguf=not_in_gguf)
         biases.append(bias)
     return (norm, *matrices, *biases)
+
+
+def shifted_norm(stem: str, path: Path, axis: str, *modules: str, layers: Callable[[LayerSpec], bool] = every_layer) -> Tensor:
+    """A norm whose weights have the 1 added in GGUF files that transformers adds to them."""
+    changes = (Change(f"{module}.weight", values=lambda weights: 1 + weights) for module in modules)
+    return Tensor(f"{stem}.weight", path, (axis,), tuple(changes), layers)
 
 
 def is_mixture(spec: LayerSpec) -> bool:
@@ -120,7 +127,7 @@ def sizes(config: ModelConfig, spec: LayerSpec | None) -> dict[str, int | tuple[
     """The sizes of the axes above; heads and kv_heads are the rows of all heads together."""
     found: dict[str, int | tuple[int, int]] = {"vocab": config.vocab_size, "hidden": config.hidden_size}
     if spec is None:
-        return found | {"rotated": max(mixer.rope.dim for mixer in config.attentions) // 2}
+        return found | {"rotated": max((mixer.rope.dim for mixer in config.attentions if mixer.rope.factored), default=0) // 2}
     mixer, feed_forward = spec.mixer, spec.feed_forward
     if isinstance(mixer, Attention):
         head = mixer.head_dim

@@ -138,6 +138,9 @@ def _aliases() -> list[Alias]:
             note="28 GB",
         )
     )
+    for size in ("1b", "4b", "12b", "27b"):
+        stem = f"gemma-3-{size}-it"
+        found.append(_hub(f"gemma3:{size}", f"ggml-org/{stem}-GGUF", f"{stem}-Q4_K_M.gguf", "Gemma"))
     found.append(_hub("gpt-oss:20b", "ggml-org/gpt-oss-20b-GGUF", "gpt-oss-20b-mxfp4.gguf", note="12 GB"))
     found.append(_hub("glm4.5:air", "unsloth/GLM-4.5-Air-GGUF", "Q4_K_M", "MIT", note="73 GB"))
     for size in ("1.2B", "8B-A1B"):
@@ -163,6 +166,7 @@ SAME_AS = {  # a family's name alone means the same as in ollama
     "llama3": "llama3:8b",
     "mistral": "mistral:7b",
     "mixtral": "mixtral:8x7b",
+    "gemma3": "gemma3:4b",
     "gpt-oss": "gpt-oss:20b",
     "glm4.5": "glm4.5:air",
     "lfm2": "lfm2:1.2b",

@@ -1,7 +1,8 @@
 """One decoder for all families that generate text, over the flat ragged token axis.
 
 Differences between the families are in the configuration and in the parameters that a file has: biases (Qwen2), norms of
-queries and keys (Qwen3), experts. Layers are scanned by index: the stacks are never sliced, only a counter changes.
+queries and keys (Qwen3), norms after the parts of a layer (Gemma), experts. Layers are scanned by index: the stacks are never
+sliced, only a counter changes.
 """
 
 from __future__ import annotations
@@ -19,19 +20,19 @@ import numpy as np
 import ferrum_jax.models.latent
 import ferrum_jax.models.short_conv  # noqa: F401 - as latent a kind of mixer, which it adds to MIXERS
 from ferrum_jax.adapters import COLUMNS, without_adapters
-from ferrum_jax.config import Attention, GatedDeltaNet, Mixture, ModelConfig, Rope
+from ferrum_jax.config import Attention, Dense, GatedDeltaNet, Mixture, ModelConfig, Rope
 from ferrum_jax.models.delta_net import sequences_of
 from ferrum_jax.models.layers import ROUTING, Block, Paged, clamp_of, router_of
 from ferrum_jax.models.recurrence import Recurrence, recurrence
 from ferrum_jax.models.rope import rope_angles
 from ferrum_jax.models.scan import scan_layers
 from ferrum_jax.quantized import Layer, LayerStack, QuantizedTensor, linear
-from ferrum_jax.state import DecodeState, KVCache, page_kinds, recurrent_kinds
+from ferrum_jax.state import DecodeState, KVCache, kv_layers, page_kinds, recurrent_kinds
 from pallas_kernels.decoder_layers import Attending, LayerShape, Part, Recurring, Stack, backend_for
 from pallas_kernels.delta_net import DeltaState
 from pallas_kernels.derivatives import derivative_of
 from pallas_kernels.paged_attention import Tables, make_metadata
-from pallas_kernels.reductions import rms_norm
+from pallas_kernels.reductions import product, rms_norm
 
 Cache = KVCache | DecodeState  # for layers of one kind, or of several
 Params = Mapping[str, Any]
@@ -72,7 +73,9 @@ class RaggedBatch(NamedTuple):
 
 class Decoder(nn.Module):
     """Parameters: `embedding` [vocab, hidden], `unembedding` (absent if tied to the embedding), `final_norm` [hidden],
-    `rope_factors` (optional) and `layers`, a tree of `LayerStack`s; with adapters those of `adapters`.
+    `rope_factors` (optional) and `layers`, a tree of `LayerStack`s; with adapters those of `adapters`. For layers that get
+    inputs of their own: `inputs_embedding` [vocab, layers * width], `inputs_projection` [layers * width, hidden] and
+    `inputs_norm` [width].
 
     If the collection `ROUTING` is mutable, "experts" in it has the experts of every token, int32, and their weights, float32,
     both [layers with experts, T, top_k]; otherwise nothing is recorded and the program is the same."""
@@ -84,29 +87,48 @@ class Decoder(nn.Module):
         access = _access(self.config, state, batch)
         with jax.named_scope("embedding"):
             x: jax.Array = self.get_variable("params", "embedding").gather(batch.tokens)
+            if self.config.embedding_scale != 1.0:
+                x = product(x, self.config.embedding_scale)
+        inputs = self.inputs(x, batch.tokens)
         factors: jax.Array | None = self.get_variable("params", "rope_factors")
         angles = tuple(rope_angles(rope, batch.positions, factors) for rope in _ropes(self.config))
         layers = self.variables["params"]["layers"]
         record = self.is_mutable_collection(ROUTING)
         if batch.adapters is None:
-            x, parts, routing = run_layers(self.config, without_adapters(layers), x, access, angles, record)
+            x, parts, routing = run_layers(self.config, without_adapters(layers), x, access, angles, record, inputs)
         else:
             columns: jax.Array | None = self.get_variable("params", COLUMNS)
             if columns is None:
                 raise ValueError("RaggedBatch.adapters: the parameters have no adapters; load the model with some")
             mask = batch.adapters[:, None] == columns
-            x, parts, routing = _composed(self.config, layers, x, access, angles, mask, record)
+            x, parts, routing = _composed(self.config, layers, x, access, angles, mask, record, inputs)
         self.sow(ROUTING, "experts", routing)
         pools = len(access.pools)
         state = DecodeState(parts[:pools], parts[pools:]) if isinstance(state, DecodeState) else parts[0]
         return rms_norm(x, self.get_variable("params", "final_norm"), self.config.rms_norm_eps), state
+
+    def inputs(self, x: jax.Array, tokens: jax.Array) -> jax.Array | None:
+        """What each layer alone gets of each token, from its id and its embedding x float32 [T, hidden_size]: float32 [T,
+        layers, input_width], or None."""
+        config, params = self.config, self.variables["params"]
+        embedding: QuantizedTensor | None = params.get("inputs_embedding")
+        if embedding is None:
+            return None
+        with jax.named_scope("layer_inputs"):
+            x = x.astype(config.activations)
+            made = linear(x, params["inputs_projection"], None, config.dtype, config.implementation) * x.shape[1] ** -0.5
+            made = rms_norm(made.reshape(x.shape[0], config.num_layers, -1), params["inputs_norm"], config.rms_norm_eps)
+            known = product(embedding.gather(tokens).reshape(made.shape), made.shape[-1] ** 0.5)
+            return product(made + known, 0.5**0.5)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """hidden [R, hidden_size] -> float32 [R, vocab_size]."""
         matrix: QuantizedTensor = self.get_variable("params", "unembedding") or self.get_variable("params", "embedding")
         with jax.named_scope("unembedding"):
             config, hidden = self.config, hidden.astype(self.config.activations)
-            return linear(hidden, matrix, arithmetic=config.dtype, implementation=config.implementation)
+            logits = linear(hidden, matrix, arithmetic=config.dtype, implementation=config.implementation)
+            cap = config.logit_softcap
+            return cap * jnp.tanh(logits / cap) if cap else logits
 
     def __call__(self, state: Cache, batch: RaggedBatch) -> tuple[jax.Array, Cache]:
         hidden, state = self.hidden(state, batch)
@@ -148,16 +170,22 @@ def _access(config: ModelConfig, state: Cache, batch: RaggedBatch) -> Access:
 
 
 def run_layers(
-    config: ModelConfig, layers: Params, x: jax.Array, access: Access, angles: Angles, record: bool = False
+    config: ModelConfig,
+    layers: Params,
+    x: jax.Array,
+    access: Access,
+    angles: Angles,
+    record: bool = False,
+    inputs: jax.Array | None = None,
 ) -> Carry:
     """The residual stream x float32 [T, hidden_size] after all layers, the parts of the state and, with `record`, the routers'
-    choices: in one call if a backend has one."""
+    choices: in one call if a backend has one. inputs: as of `Block`."""
     backend = None
     if config.attentions and {type(spec.mixer) for spec in config.layers} <= {Attention, GatedDeltaNet}:
         shape, parts = _shape(config), _parts(layers, config.num_layers)
-        backend = backend_for(*parts, config.hidden_size, shape, config.dtype, config.implementation)
+        backend = backend_for(*parts, config.hidden_size, shape, config.dtype, config.implementation, _features(config))
     if backend is None:
-        return _composed(config, layers, x, access, angles, record=record)
+        return _composed(config, layers, x, access, angles, None, record, inputs)
 
     @derivative_of(functools.partial(_composed, config, record=record))
     def together(layers: Params, x: jax.Array, access: Access, angles: Angles) -> Carry:
@@ -182,6 +210,18 @@ def _shape(config: ModelConfig) -> LayerShape:
     kinds = max(len(set(alike)), len(choices))
     shape = LayerShape(first.head_dim, config.rms_norm_eps, kinds=kinds, gated=first.gated, delta_dims=tuple(delta_dims))
     return shape._replace(router=router_of(mixtures[0]), clamp=clamp_of(mixtures[0])) if mixtures else shape
+
+
+def _features(config: ModelConfig) -> tuple[str, ...]:
+    """What the layers have that not every call of all layers knows."""
+    attentions, found = config.attentions, []
+    if any(isinstance(spec.feed_forward, Dense) and spec.feed_forward.activation != "silu" for spec in config.layers):
+        found.append("GELU")
+    if any(mixer.scale for mixer in attentions):
+        found.append("scale of the scores")
+    if any(mixer.value_norm or mixer.key_is_value or mixer.shared_kv for mixer in attentions):
+        found.append("other values than those projected for a layer")
+    return tuple(found)
 
 
 def _mixers(config: ModelConfig) -> list[Attending | Recurring]:
@@ -220,13 +260,17 @@ def _composed(
     angles: Angles,
     adapter_mask: jax.Array | None = None,
     record: bool = False,
+    inputs: jax.Array | None = None,
 ) -> Carry:
-    """The layers one after the other; `Block` is traced once per distinct body. adapter_mask: as in `LayerModule`."""
-    part_of = [0] * config.num_layers
+    """The layers one after the other; `Block` is traced once per distinct body. adapter_mask: as in `LayerModule`; inputs: as
+    of `Block`."""
+    owned = [-1] * config.num_layers  # the part that a layer has an item of
     of_parts = [kind.layers for kind in page_kinds(config)] + [kind.layers for kind in recurrent_kinds(config)]
     for part, numbers in enumerate(of_parts):
         for number in numbers:
-            part_of[number] = part
+            owned[number] = part
+    read = kv_layers(config)
+    part_of = [owned[layer] for layer in read]
     ropes = dict(zip(_ropes(config), angles, strict=True))
     told: dict[Any, Any] = {}
     metadata = {}
@@ -244,8 +288,9 @@ def _composed(
 
     def step(carry: Carry, layer: Layer) -> Carry:
         x, parts, routing = carry
-        spec, part = config.layers[layer.first], part_of[layer.first]
-        arguments = x, parts[part], layer, layer.index(part_of), told[spec.mixer], live, adapter_mask
+        spec, part, own = config.layers[layer.first], part_of[layer.first], read[layer.first]
+        index = layer.index(owned) if own == layer.first else Layer(own).index(owned)
+        arguments = x, parts[part], layer, index, told[spec.mixer], live, adapter_mask, inputs
         (x, new), sown = Block(config, spec, parent=None).apply({"params": layers}, *arguments, mutable=[ROUTING])
         if routing and sown:
             (experts,) = sown[ROUTING]["feed_forward"]["experts"]
@@ -257,5 +302,6 @@ def _composed(
         of_layers = config.num_layers, x.shape[0], config.experts_per_token
         routing = jnp.zeros(of_layers, jnp.int32), jnp.zeros(of_layers, jnp.float32)
     parts = (*access.pools, *access.recurrent)
-    x, parts, routing = scan_layers(layers, step, (x, parts, routing), config.layers)
+    bodies = [(spec, own if own != number else -1) for number, (spec, own) in enumerate(zip(config.layers, read, strict=True))]
+    x, parts, routing = scan_layers(layers, step, (x, parts, routing), bodies)
     return x, parts, tuple(known[np.asarray(config.expert_layers)] for known in routing)

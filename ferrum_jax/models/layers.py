@@ -1,4 +1,4 @@
-"""The parts of a decoder layer: norm, attention, dense feed-forward, mixture of experts.
+"""The parts of a decoder layer: norm, attention, dense feed-forward, mixture of experts, the layer's own input.
 
 Flax modules used purely. Each reads its own parameters, stacked over layers, and gets the `Layer` to compute and its part of
 that layer's spec; the residual stream is float32, matrix products run in `config.dtype`.
@@ -11,16 +11,17 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from ferrum_jax import adapters
 from ferrum_jax.config import Attention as AttentionSpec
 from ferrum_jax.config import Dense, Latent, LayerSpec, Mixture, ModelConfig
 from ferrum_jax.quantized import Layer, LayerStack, gated_linear, linear, linears, mixture
 from ferrum_jax.state import KVCache
-from pallas_kernels.append import Norm, append
+from pallas_kernels.append import Norm, append, rotate
 from pallas_kernels.grouped_matmul import Clamp
 from pallas_kernels.paged_attention import paged_attention
-from pallas_kernels.reductions import rms_norm, row_sum
+from pallas_kernels.reductions import product, rms_norm, row_sum
 from pallas_kernels.routing import Router, route
 
 Index = jax.Array | int  # of a layer in its part of the state
@@ -83,35 +84,43 @@ class Attention(LayerModule):
         self, x: jax.Array, cache: KVCache, layer: Layer, index: Index, told: Paged, adapter_mask: jax.Array | None = None
     ) -> tuple[jax.Array, KVCache]:
         """As in `MIXERS`."""
-        config, tokens = self.config, x.shape[0]
+        config, spec, tokens = self.config, self.spec, x.shape[0]
 
         def norm(name: str) -> Norm:
             stack = self.stack(name)
             return None if stack is None else stack.located(layer)
 
+        names = ["query"] if spec.shared_kv else ["query", "key"] if spec.key_is_value else ["query", "key", "value"]
         with jax.named_scope("qkv"):
             # int8 would lose most here, because the scores are exponents; and these matrices are small.
             arithmetic = "int8x2" if config.dtype == "int8" else config.dtype
-            ys = self.project(x, layer, "query", "key", "value", adapter_mask=adapter_mask, arithmetic=arithmetic)
-            q, k, v = (y.reshape(tokens, -1, self.spec.head_dim) for y in ys)
-            if self.spec.gated:  # head by head the query, then its gate
+            ys = self.project(x, layer, *names, adapter_mask=adapter_mask, arithmetic=arithmetic)
+            q, *kv = (y.reshape(tokens, -1, spec.head_dim) for y in ys)
+            if spec.gated:  # head by head the query, then its gate
                 q, gate = q[:, 0::2], q[:, 1::2]
         with jax.named_scope("append"):
-            norms = norm("query_norm"), norm("key_norm")
-            q, cache = append(
-                q, k, v, cache, index, told.kv_slots, told.rope, *norms, config.rms_norm_eps, config.implementation
-            )
+            if spec.shared_kv:
+                q_norm = norm("query_norm")
+                q = rotate(q if q_norm is None else rms_norm(q, q_norm[0][q_norm[1]], config.rms_norm_eps), *told.rope)
+            else:
+                k, v = kv[0], kv[-1]
+                if spec.value_norm:
+                    v = rms_norm(v, jnp.ones(spec.head_dim), config.rms_norm_eps)
+                norms = norm("query_norm"), norm("key_norm")
+                q, cache = append(
+                    q, k, v, cache, index, told.kv_slots, told.rope, *norms, config.rms_norm_eps, config.implementation
+                )
         with jax.named_scope("paged_attention"):
-            sinks = self.stack("sinks").vector(layer) if self.spec.sinks else None
-            y = paged_attention(q, cache, index, told.metadata, self.spec.score_scale, sinks)
-            if self.spec.gated:
+            sinks = self.stack("sinks").vector(layer) if spec.sinks else None
+            y = paged_attention(q, cache, index, told.metadata, spec.score_scale, sinks)
+            if spec.gated:
                 y = y * jax.nn.sigmoid(gate)
         with jax.named_scope("attention_output"):
             return self.project(y.reshape(tokens, -1), layer, "output", adapter_mask=adapter_mask)[0], cache
 
 
 class FeedForward(LayerModule):
-    """SwiGLU, down(silu(gate x) * up x) (arXiv 2002.05202), or a mixture of them."""
+    """SwiGLU, down(silu(gate x) * up x) (arXiv 2002.05202), the same with GELU, or a mixture of SwiGLUs."""
 
     spec: Dense | Mixture
 
@@ -120,17 +129,21 @@ class FeedForward(LayerModule):
         if isinstance(self.spec, Mixture):
             y = self.mixture(x, layer, live, self.spec)
             return y + self.shared(x, layer, adapter_mask) if self.spec.shared_width else y
-        return self.dense(x, layer, adapter_mask)
+        return self.dense(x, layer, adapter_mask, activation=self.spec.activation)
 
-    def dense(self, x: jax.Array, layer: Layer, adapter_mask: jax.Array | None, prefix: str = "") -> jax.Array:
-        """The SwiGLU whose matrices are called `prefix` and gate, up and down."""
+    def dense(
+        self, x: jax.Array, layer: Layer, adapter_mask: jax.Array | None, prefix: str = "", activation: str = "silu"
+    ) -> jax.Array:
+        """The SwiGLU whose matrices are called `prefix` and gate, up and down; activation: as of `Dense`."""
         names = prefix + "gate", prefix + "up"
-        if not any(self.stack(f"{name}_bias") is not None or self.adapts(layer, name, adapter_mask) for name in names):
+        if activation == "silu" and not any(
+            self.stack(f"{name}_bias") is not None or self.adapts(layer, name, adapter_mask) for name in names
+        ):
             x, (first, second) = x.astype(self.config.activations), (self.stack(name) for name in names)
             hidden = gated_linear(x, first, second, layer, self.config.dtype, self.config.implementation)
         else:
             gate, up = self.project(x, layer, *names, adapter_mask=adapter_mask)
-            hidden = jax.nn.silu(gate) * up
+            hidden = (gelu(gate) if activation == "gelu_tanh" else jax.nn.silu(gate)) * up
         return self.project(hidden, layer, prefix + "down", adapter_mask=adapter_mask)[0]
 
     def shared(self, x: jax.Array, layer: Layer, adapter_mask: jax.Array | None) -> jax.Array:
@@ -171,6 +184,11 @@ class FeedForward(LayerModule):
             )
 
 
+def gelu(x: jax.Array) -> jax.Array:
+    """GELU in its tanh form (arXiv 1606.08415), float32."""
+    return jax.nn.gelu(x, approximate=True)
+
+
 def router_of(spec: Mixture) -> Router:
     """How a mixture chooses its experts."""
     return Router(
@@ -202,7 +220,7 @@ def kind_of(mixer: Any) -> type:
 
 
 class Block(LayerModule):
-    """One pre-norm transformer layer."""
+    """One pre-norm transformer layer; what its two parts add may be normalized, too, if the file has such norms."""
 
     spec: LayerSpec
 
@@ -220,16 +238,28 @@ class Block(LayerModule):
         told: Any,
         live: jax.Array,
         adapter_mask: jax.Array | None = None,
+        inputs: jax.Array | None = None,
     ) -> tuple[jax.Array, Any]:
-        """x float32 [tokens, hidden_size] after the layer, and its part of the state. live bool [tokens]: no padding; the
-        rest as in `MIXERS`."""
-
-        def norm(name: str) -> jax.Array:
-            return rms_norm(x, self.stack(name).vector(layer), self.config.rms_norm_eps)
-
+        """x float32 [tokens, hidden_size] after the layer, and its part of the state. live bool [tokens]: no padding; inputs
+        float32 [tokens, layers, input_width]: what each layer alone gets; the rest as in `MIXERS`."""
         name, _ = MIXERS[kind_of(self.spec.mixer)]
         with jax.named_scope(name):
-            y, part = getattr(self, name)(norm("attention_norm"), part, layer, index, told, adapter_mask)
-        x = x + y
+            y, part = getattr(self, name)(self.norm(x, "attention_norm", layer), part, layer, index, told, adapter_mask)
+            x = x + self.norm(y, "attention_output_norm", layer)
         with jax.named_scope("feed_forward"):
-            return x + self.feed_forward(norm("feed_forward_norm"), layer, live, adapter_mask), part
+            y = self.feed_forward(self.norm(x, "feed_forward_norm", layer), layer, live, adapter_mask)
+            x = x + self.norm(y, "feed_forward_output_norm", layer)
+        if inputs is not None and self.spec.input_width:
+            with jax.named_scope("layer_input"):
+                (y,) = self.project(x, layer, "input_gate", adapter_mask=adapter_mask)
+                y = gelu(y) * lax.dynamic_index_in_dim(inputs, layer.number, 1, keepdims=False)
+                (y,) = self.project(y, layer, "input_projection", adapter_mask=adapter_mask)
+                x = x + self.norm(y, "input_norm", layer)
+        if (scale := self.stack("output_scale")) is not None:
+            x = product(x, scale.vector(layer))
+        return x, part
+
+    def norm(self, x: jax.Array, name: str, layer: Layer) -> jax.Array:
+        """x, normalized if there is such a norm."""
+        stack = self.stack(name)
+        return x if stack is None else rms_norm(x, stack.vector(layer), self.config.rms_norm_eps)

@@ -43,10 +43,10 @@ def rope_frequencies(rope: Rope) -> np.ndarray:
 
 
 def rope_angles(rope: Rope, positions: jax.Array, factors: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-    """cos and sin of the angles: float32 [tokens, 1, dim / 2]. `factors` [dim / 2] divide the frequencies
-    (LLaMA-3.1's long-context correction, stored in the file as `rope_freqs`)."""
+    """cos and sin of the angles: float32 [tokens, 1, dim / 2]. `factors` [dim / 2] divide the frequencies of a rotation that is
+    `factored` (LLaMA-3.1's long-context correction, stored in the file as `rope_freqs`)."""
     frequencies = jnp.asarray(rope_frequencies(rope))
-    if factors is not None:
+    if factors is not None and rope.factored:
         frequencies = frequencies / factors
     angles = positions.astype(jnp.float32)[:, None, None] * frequencies
     scale = rope.scaling.attention_factor if rope.scaling else 1.0

@@ -13,7 +13,7 @@ from ferrum_jax.state.decode_state import (
     state_axes,
     write_places,
 )
-from ferrum_jax.state.kinds import PageKind, RecurrentKind, kind_names, page_kinds, recurrent_kinds
+from ferrum_jax.state.kinds import PageKind, RecurrentKind, kind_names, kv_layers, page_kinds, recurrent_kinds
 from pallas_kernels.paged_attention import KV_DTYPES, KVCache
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "grow",
     "kind_names",
     "kv_dtype",
+    "kv_layers",
     "new_cache",
     "new_state",
     "page_kinds",

@@ -1,5 +1,5 @@
 """The kinds of state of a model's layers: layers with the same window and shape of keys and values share a pool of pages,
-layers with the same recurrent state share arrays."""
+layers with the same recurrent state share arrays. A layer that reads another layer's keys and values has no pages."""
 
 from __future__ import annotations
 
@@ -39,10 +39,29 @@ def page_kinds(config: ModelConfig) -> tuple[PageKind, ...]:
     pages only count positions."""
     groups: dict[tuple[int, int, int, bool], list[int]] = {}
     for number, layer in enumerate(config.layers):
-        if isinstance(mixer := layer.mixer, Attention):
-            kind = mixer.num_kv_heads, mixer.head_dim, mixer.window, mixer.latent is not None
-            groups.setdefault(kind, []).append(number)
+        if isinstance(mixer := layer.mixer, Attention) and not mixer.shared_kv:
+            groups.setdefault(_shape(mixer), []).append(number)
     return tuple(PageKind(tuple(numbers), *kind) for kind, numbers in groups.items()) or (PageKind((), 1, 1, 0),)
+
+
+def kv_layers(config: ModelConfig) -> tuple[int, ...]:
+    """For each layer, the layer whose keys and values it reads: itself, or for `shared_kv` the last one before it that has
+    some of the same shape and window. ValueError if there is none."""
+    last: dict[tuple[int, int, int, bool], int] = {}
+    found = list(range(config.num_layers))
+    for number, layer in enumerate(config.layers):
+        if isinstance(mixer := layer.mixer, Attention):
+            if not mixer.shared_kv:
+                last[_shape(mixer)] = number
+            elif _shape(mixer) in last:
+                found[number] = last[_shape(mixer)]
+            else:
+                raise ValueError(f"layer {number} shares keys and values, but no layer before it has some of its kind")
+    return tuple(found)
+
+
+def _shape(mixer: Attention) -> tuple[int, int, int, bool]:
+    return mixer.num_kv_heads, mixer.head_dim, mixer.window, mixer.latent is not None
 
 
 def recurrent_kinds(config: ModelConfig) -> tuple[RecurrentKind, ...]:

@@ -1,4 +1,5 @@
-"""Byte-level BPE ("gpt2"): text -> words -> bytes written as letters -> merges in the file's order.
+"""BPE by merges in the file's order: byte-level ("gpt2"), text -> words -> bytes written as letters -> merges; and of whole
+lines of characters ("gemma4").
 
 The `tokenizers` library merges; this module adds the file's pre-tokenizer before it and handles the cases in which the library
 differs from llama.cpp: letters are those of Unicode 15.1, and bytes without a token (some vocabularies lack bytes that did not
@@ -10,6 +11,7 @@ from functools import cache
 from typing import Any
 
 from ferrum_jax.tokenizer.pretokenizers import PreTokenizer
+from ferrum_jax.tokenizer.spm import SPACE
 from ferrum_jax.tokenizer.vocabulary import Vocabulary
 
 
@@ -72,3 +74,21 @@ class ByteLevelBPE:
         if self._first_missing is not None:
             ids = [i for i in ids if i < self._first_missing]
         return ids
+
+
+class CharacterBPE:
+    """Encodes text without special tokens by merging characters. Spaces are U+2581 in the vocabulary, characters without a
+    token are written as byte tokens, and a run of line ends that is a token is not merged."""
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        from tokenizers import Tokenizer, models
+
+        self._ids = vocabulary.ids
+        self._tokenizer = Tokenizer(models.BPE(vocabulary.ids, vocabulary.merges, byte_fallback=True))
+
+    def encode(self, text: str) -> list[int]:
+        out: list[int] = []
+        for part in re.findall(r"\n+|[^\n]+", text.replace(" ", SPACE)):
+            known = self._ids.get(part) if part[0] == "\n" else None
+            out += self._tokenizer.encode(part, add_special_tokens=False).ids if known is None else [known]
+        return out

@@ -6,10 +6,11 @@ the file. Nothing is normalized.
 
 import functools
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from ferrum_jax import checks
 from ferrum_jax.errors import ModelFileError
-from ferrum_jax.tokenizer.bpe import ByteLevelBPE, byte_values
+from ferrum_jax.tokenizer.bpe import ByteLevelBPE, CharacterBPE, byte_values
 from ferrum_jax.tokenizer.spm import SPACE, SentencePieceBPE
 from ferrum_jax.tokenizer.vocabulary import SPECIAL_TYPES, TokenType, Vocabulary, read_vocabulary
 
@@ -57,7 +58,8 @@ class Tokenizer:
 
     def __init__(self, vocabulary: Vocabulary, chat_templates: Mapping[str, str] = {}) -> None:
         self._vocabulary = vocabulary
-        self._bpe = SentencePieceBPE(vocabulary) if vocabulary.pre is None else ByteLevelBPE(vocabulary)
+        kinds: dict[str, Any] = {"gpt2": ByteLevelBPE, "llama": SentencePieceBPE, "gemma4": CharacterBPE}
+        self._bpe = kinds[vocabulary.model](vocabulary)
         self._is_spm = vocabulary.pre is None
         special = [i for i, kind in enumerate(vocabulary.types) if kind in SPECIAL_TYPES]
         special.sort(key=lambda i: -len(vocabulary.tokens[i].encode()))

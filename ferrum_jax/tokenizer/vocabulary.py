@@ -77,7 +77,7 @@ _CHANNEL_TEXTS = ("<|start|>", "<|channel|>", "<|message|>", "<|constrain|>")
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Tokens and their properties; `pre` is None for the SentencePiece model, `merges` and `scores` depend on the model.
+    """Tokens and their properties; `pre` is for byte-level BPE alone, `merges` and `scores` depend on the model.
 
     `strip_left` and `strip_right` are the special tokens that absorb the whitespace before or after them.
     """
@@ -250,16 +250,16 @@ def read_vocabulary(metadata: Mapping[str, object], source: str = "") -> Vocabul
 
     Raises:
         ModelFileError: a key is missing or inconsistent; the message names it.
-        UnsupportedModelError: a tokenizer model other than "gpt2" and "llama", or an unknown pre-tokenizer.
+        UnsupportedModelError: a tokenizer model other than "gpt2", "llama" and "gemma4", or an unknown pre-tokenizer.
     """
     keys = _Keys(metadata, source)
     model = keys.text("model")
-    if model not in ("gpt2", "llama"):
+    if model not in ("gpt2", "llama", "gemma4"):
         raise UnsupportedModelError(
             f"{keys.source}: tokenizer.ggml.model = {model!r} is not supported; supported: 'gpt2' (byte-level BPE), "
-            "'llama' (SentencePiece BPE), 'bert' (WordPiece)"
+            "'llama' (SentencePiece BPE), 'gemma4' (BPE of characters), 'bert' (WordPiece)"
         )
-    byte_level = model == "gpt2"
+    byte_level, by_score = model == "gpt2", model == "llama"
     pre_name = keys.text("pre", "default") if byte_level else ""
     pre = pre_tokenizer(pre_name, keys.source) if byte_level else None
     tokens, ids = _read_tokens(keys)
@@ -269,7 +269,7 @@ def read_vocabulary(metadata: Mapping[str, object], source: str = "") -> Vocabul
         types = keys.numbers("token_type", count, "iu").tolist()
     if types and not (min(types) >= 0 and max(types) <= max(TokenType)):
         raise keys.error("token_type", f"holds values outside 0 to {max(TokenType)}")
-    scores = [0.0] * (0 if byte_level else count)
+    scores = [0.0] * (count if by_score else 0)
     if scores and PREFIX + "scores" in metadata:
         array = keys.numbers("scores", count, "f")
         if np.isnan(array).any():
@@ -278,8 +278,10 @@ def read_vocabulary(metadata: Mapping[str, object], source: str = "") -> Vocabul
     for i, kind in enumerate(types):
         if kind == TokenType.BYTE and not byte_level and not BYTE.fullmatch(tokens[i]):
             raise keys.error("tokens", f"token {i}, {tokens[i]!r}, is a byte by its type; <0x00> to <0xFF> are")
-    bos = keys.token("bos", count, default=11 if byte_level else 1)
-    eos = keys.token("eos", count, default=11 if byte_level else 2)
+    defaults = {"gpt2": (11, 11, None), "llama": (1, 2, 0), "gemma4": (None, None, None)}[model]
+    bos, eos, unknown = (
+        keys.token(key, count, default) for key, default in zip(("bos", "eos", "unknown"), defaults, strict=True)
+    )
     end_ids = _correct_types(keys, ids, types, eos)
     name = metadata.get("general.name", "")
     left, right = _stripping(name.lower() if isinstance(name, str) else "", pre_name, ids, types)
@@ -290,16 +292,16 @@ def read_vocabulary(metadata: Mapping[str, object], source: str = "") -> Vocabul
         types=types,
         ids=ids,
         pre=pre,
-        merges=_read_merges(keys, ids) if byte_level else [],
+        merges=[] if by_score else _read_merges(keys, ids),
         scores=scores,
         bos_id=bos,
         eos_id=eos,
-        unk_id=keys.token("unknown", count, None if byte_level else 0),
+        unk_id=unknown,
         pad_id=keys.token("padding", count),
         end_ids=end_ids,
-        add_bos=keys.flag("add_bos_token", pre.add_bos if pre else True),
+        add_bos=model == "gemma4" or keys.flag("add_bos_token", pre.add_bos if pre else True),
         add_eos=keys.flag("add_eos_token", False),
-        add_space_prefix=not byte_level and keys.flag("add_space_prefix", True),
+        add_space_prefix=by_score and keys.flag("add_space_prefix", True),
         strip_left=left,
         strip_right=right,
     )

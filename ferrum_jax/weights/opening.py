@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ferrum_jax import families
 from ferrum_jax.errors import ModelFileError
-from ferrum_jax.files.tensor_info import TensorInfo
-from ferrum_jax.weights.gguf import open_gguf
-from ferrum_jax.weights.huggingface import open_directory
+from ferrum_jax.weights.gguf import GGUFFile, open_gguf
+from ferrum_jax.weights.huggingface import HuggingFaceDirectory, open_directory
 from ferrum_jax.weights.quantize import Quantized, checked_format
 from ferrum_jax.weights.source import MARKER, ModelSource
 from ferrum_jax.weights.tied import tie
@@ -28,7 +28,7 @@ def open_model(
     format = checked_format(quantize)
     path = Path(path)
     source: ModelSource
-    untied: dict[str, TensorInfo] | None = None  # two of which may be one matrix
+    opened: GGUFFile | HuggingFaceDirectory | None = None
     if path.is_dir() and (path / MARKER).is_file():
         from ferrum_jax.weights.orbax import open_checkpoint  # imports JAX, which is not needed to read a header
 
@@ -37,10 +37,12 @@ def open_model(
         raise ModelFileError(f"{path}: is what an interrupted conversion left; convert the model again")
     else:
         opened = open_directory(path, header_only=header_only) if path.is_dir() else open_gguf(path, header_only=header_only)
-        source, untied = opened, None if header_only else opened.tensors
+        source = opened
     try:
-        if untied is not None:
-            tie(source, untied)
+        if opened is not None:
+            _leave_out(opened)
+            if not header_only:
+                tie(opened, opened.tensors)
         if merge_adapter is not None:
             from ferrum_jax.weights.merging import Merged
 
@@ -49,3 +51,15 @@ def open_model(
     except BaseException:
         source.close()
         raise
+
+
+def _leave_out(opened: GGUFFile | HuggingFaceDirectory) -> None:
+    """Drops tensors that the family ignores in the layers that have them."""
+    table = next((family.tensors for family in families.sharing(opened.metadata.get("general.architecture"))), None)
+    if table is None or not any(row.ignored for row in table.layer):
+        return
+    layers = opened.read_config().layers
+    for name in list(opened.tensors):
+        row, layer = table.find(name)
+        if row and row.ignored and layer is not None and layer < len(layers) and row.ignored(layers[layer]):
+            del opened.tensors[name]

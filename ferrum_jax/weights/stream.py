@@ -94,7 +94,7 @@ class _Shapes:
 
     def __init__(self, parameters: Parameters, placement: Placement) -> None:
         self.placement, self.axes = placement, parameters.axes
-        self.looked_up = [("embedding",)] if ("unembedding",) in parameters.whole else []
+        self.looked_up = [("inputs_embedding",), *([("embedding",)] if ("unembedding",) in parameters.whole else [])]
         stacks = [(path, [tensor]) for path, tensor in parameters.whole.items()]
         stacks += [(path, members) for path, ts in parameters.stacked.items() for members in _kinds(ts).values()]
         self.pieces: dict[Any, int] = {}  # by rule and number of runs

@@ -52,14 +52,16 @@ def backend_for(
     shape: LayerShape,
     dtype: str,
     implementation: dispatch.Implementation = None,
+    features: Sequence[str] = (),
 ) -> Any:
-    """The functions of the backend that computes all these layers in one call, or None."""
+    """The functions of the backend that computes all these layers in one call, or None. features: what the layers need that
+    this contract does not have, in addition to parameters of other roles."""
     unknown = {role for layer in layers for role in layer} - set(ROLES)
     matrices = {(role, part.stack) for layer in layers for role, part in layer.items() if role in MATRICES}
     named = ((role, stacks[number]) for role, number in matrices)
     kinds = {(s.format, s.memory_layout) for role, s in named if role not in FLOAT_ROLES or s.format != FLOAT_FORMAT}
-    sizes = (hidden, math.gcd(shape.head_dim, *shape.delta_dims), len(unknown), shape.kinds)
+    sizes, features = (hidden, math.gcd(shape.head_dim, *shape.delta_dims), shape.kinds), (*features, *sorted(unknown))
     target = dispatch.target("decoder_layers", implementation)
-    cases = [dispatch.Case("decoder_layers", target, *kind[:1], dtype, kind[1], sizes) for kind in sorted(kinds)]
+    cases = [dispatch.Case("decoder_layers", target, *kind[:1], dtype, kind[1], sizes, features) for kind in sorted(kinds)]
     found = [dispatch.choose(case, BACKENDS) for case in cases]
     return found[0] if found and all(one is found[0] for one in found) else None

@@ -62,11 +62,11 @@ def refuses(case: dispatch.Case) -> str | None:
     if case.operation == "grouped_matmul":
         return "serves whole mixtures of experts"
     if case.operation == "decoder_layers":
-        hidden, head_dim, unknown, kinds = case.shape
+        hidden, head_dim, kinds = case.shape
         if kinds > 1:
             return f"has whole layers of one head width and one choice of experts; these are of {kinds} kinds"
-        if hidden % 32 or head_dim % 16 or unknown:
-            return "has whole layers of 32n values with heads of 16n, and no bias of gate and up"
+        if hidden % 32 or head_dim % 16:
+            return "has whole layers of 32n values with heads of 16n"
     return build.refusal()
 
 

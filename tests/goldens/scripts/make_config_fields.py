@@ -33,6 +33,7 @@ COMMON = {
         "head_dim",
     ),
 }
+READERS = ("__post_init__", "convert_rope_params_to_dict")  # methods of a class that read keys which are not its fields
 NO_CONSEQUENCE = {
     "architectures", "attention_dropout", "attention_probs_dropout_prob", "bos_token_id", "chunk_size_feed_forward",
     "classifier_dropout", "dtype", "eos_token_id", "hidden_dropout_prob", "id2label", "initializer_range", "label2id",
@@ -45,8 +46,8 @@ def fields(model_type: str) -> set[str]:
     """The keys that count for one model_type alone."""
     kind = CONFIG_MAPPING[model_type]
     names = {field.name for field in dataclasses.fields(kind)}
-    own = inspect.getsource(kind.__post_init__) if "__post_init__" in vars(kind) else ""
-    more = re.findall(r'kwargs\.(?:pop|setdefault)\("(\w+)"', own)
+    own = "".join(inspect.getsource(vars(kind)[name]) for name in READERS if name in vars(kind))
+    more = re.findall(r'kwargs\.(?:get|pop|setdefault)\("(\w+)"', own)
     return (names | {*kind.attribute_map, *kind.attribute_map.values(), *more}) - NO_CONSEQUENCE
 
 

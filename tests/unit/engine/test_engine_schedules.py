@@ -25,7 +25,7 @@ import ferrum_jax as fj
 from ferrum_jax.engine import EngineConfig, snapshot
 from ferrum_jax.quantized import LayerStack, QuantizedTensor
 from support.engine_stand_in import ADAPTERS, VOCAB, Injected, Model, check, expected, step, use
-from support.goldens import golden_cases, tiny_hybrids, tiny_latent, tiny_mixtures, tiny_models
+from support.goldens import golden_cases, tiny_gemma, tiny_hybrids, tiny_latent, tiny_mixtures, tiny_models
 from support.recurrent_toy import Toy
 from support.tiny_gguf import write_tiny_llama
 
@@ -376,6 +376,7 @@ PLANS |= {"two windows": ("windows", PLAIN), "recurrent": ("recurrent", PLAIN), 
 PLANS |= {"sigmoids, groups and drafts": ("glm4moe-q8_0", DRAFTED), "convolutions and drafts": ("lfm2moe", DRAFTED)}
 PLANS |= {"latent and drafts": ("glm4-lite", DRAFTED), "latent in int8": ("deepseek2-lite-q8_0", PLAIN)}
 PLANS |= {"delta net and drafts": ("qwen35moe", DRAFTED), "delta net in int8": ("qwen3next-q8_0", PLAIN)}
+PLANS |= {"shared keys and drafts": ("gemma4", DRAFTED), "two rotations in int8": ("gemma3-q8_0", PLAIN)}
 
 
 @pytest.fixture(scope="module")
@@ -400,6 +401,11 @@ def models(tmp_path_factory):
             path = tmp_path_factory.mktemp("model") / f"{spec.name}.gguf"
             tiny.write_gguf(spec, path)
             made[spec.name] = fj.load(path, dtype="int8" if "q8_0" in spec.name else "float32", max_seq_len=25)
+    for spec in tiny_gemma.CASES:
+        if spec.name in ("gemma4", "gemma3-q8_0"):
+            path = tmp_path_factory.mktemp("model") / f"{spec.name}.gguf"
+            tiny_gemma.write_gguf(dataclasses.replace(spec, window=7), path)
+            made[spec.name] = fj.load(path, dtype="int8" if spec.formats else "float32", max_seq_len=25)
     path = tmp_path_factory.mktemp("model") / "layers.gguf"
     deep = fj.load(write_tiny_llama(path, layers=4), dtype="float32", max_seq_len=25)
     kinds = {"windows": (7, 0, 7, 0), "recurrent": (0, None, 0, None), "all": (7, None, 0, 3)}
