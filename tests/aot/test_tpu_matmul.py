@@ -90,7 +90,8 @@ def room(case):
 def test_temporaries_are_activations(target, report):
     assert {case for case, _ in CEILINGS} < set(report)
     for case, found in report.items():
-        assert found["temp_bytes"] <= room(case), case
+        if not case.startswith("delta net"):  # see test_delta_net.py
+            assert found["temp_bytes"] <= room(case), case
 
 
 @pytest.mark.parametrize("target", TARGETS)
