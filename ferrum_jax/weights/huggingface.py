@@ -291,6 +291,11 @@ class _Layout:
             yield f"{stem}.{suffix}", number, Slice(info, info.shape, 0, info.nbytes)
         if packed:
             first = next(iter(packed.values()))
+            if self.table.changes(f"{module}.weight")[0]:
+                raise UnsupportedModelError(
+                    f"{first.path}: tensor {first.name}: is packed, but this matrix is supported in F32, F16 and BF16 alone, "
+                    "because its rows or columns get another order"
+                )
             if self.scheme is None or mxfp4:
                 raise self._error(first.name, "is packed, but neither config.json nor quantize_config.json says how")
             if not stem:

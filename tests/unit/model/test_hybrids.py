@@ -19,6 +19,7 @@ from ferrum_jax.cli import main
 from ferrum_jax.config import Attention, GatedDeltaNet, Rope
 from ferrum_jax.convert import convert
 from ferrum_jax.weights.opening import open_model
+from support.directories import edit_tensors
 from support.golden_checks import check_greedy, check_logits
 from support.goldens import tiny_directories, tiny_hybrids, tiny_models
 
@@ -206,6 +207,17 @@ def refused(path, changes, key, kind=fj.UnsupportedModelError):
 )
 def test_what_does_not_fit_is_named(changes, text, tmp_path):
     refused(written(BY_NAME["qwen35"], tmp_path, "directory"), changes, text, (fj.ModelFileError, fj.UnsupportedModelError))
+
+
+def test_packed_matrices_of_a_delta_net_are_refused(tmp_path):
+    path, name = written(BY_NAME["qwen35"], tmp_path, "directory"), "model.layers.0.linear_attn.out_proj."
+    edit_tensors(
+        path / "model.safetensors", lambda t: t.update({f"{name}qweight": ("I32", (1, 1), t.pop(f"{name}weight")[2][:4])})
+    )
+    with pytest.raises(
+        fj.UnsupportedModelError, match=r"out_proj\.qweight: is packed, but this matrix is supported in F32, F16"
+    ):
+        open_model(path)
 
 
 @pytest.mark.parametrize(
