@@ -171,6 +171,10 @@ def test_families_of_readme() -> None:
         "Qwen3.5": ["qwen35-gguf", "qwen35-directory", "", "", "", "qwen35-gguf"],
         "Qwen3-Next": ["qwen3next-gguf", "qwen3next-directory", "", "", "", "qwen3next-directory"],
         "gpt-oss": ["gpt-oss-mxfp4", "gpt-oss-bf16", "", "", "", "gpt-oss-attention"],
+        "GLM-4.5": ["glm4moe-q4_k_m-gguf", "glm4moe-directory", "", "", "", ""],
+        "DeepSeek": ["deepseek3", "deepseek3", "", "", "", ""],
+        "Gemma": ["gemma3-q4_k_m-gguf", "gemma3-bf16-directory", "", "", "", ""],
+        "LFM2": ["lfm2moe-q8_0-gguf", "lfm2moe-directory", "", "", "", ""],
         "BERT": ["mean-f32-gguf", "mean-f32-directory", "", "", "", ""],
     }
     readme, models = (ROOT / "README.md").read_text(encoding="utf-8"), _page("models.md")
