@@ -49,8 +49,8 @@ def of_architecture(architecture: str, where: str) -> Family:
 
 
 def sharing(architecture: object) -> tuple[Family, ...]:
-    """The families of a GGUF architecture: the first reads its files."""
-    return tuple(family for family in FAMILIES if family.architecture == architecture)
+    """The families of a GGUF architecture, none if it is not text: the first reads its files."""
+    return tuple(family for family in FAMILIES if isinstance(architecture, str) and family.architecture == architecture)
 
 
 def of_metadata(metadata: Mapping[str, object], where: str) -> Family:

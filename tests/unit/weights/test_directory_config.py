@@ -78,7 +78,7 @@ def test_a_missing_key_is_named(kind: str, key: str) -> None:
     ("keys", "said"),
     [
         ({"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}, "architectures: GPT2LMHeadModel is not supported"),
-        ({"architectures": ..., "model_type": "gemma3"}, "architectures: gemma3 is not supported"),
+        ({"architectures": ..., "model_type": "phi3"}, "architectures: phi3 is not supported"),
         ({"hidden_act": "gelu"}, "hidden_act: 'gelu'"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"attention_chunk_size": 8192}, "attention_chunk_size: 8192 is not supported"),
