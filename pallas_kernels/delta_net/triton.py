@@ -7,8 +7,8 @@ which nothing can avoid. 32 columns of 128 x 4 bytes are 16 KB, 32 registers of 
 
 Where a whole chunk begins (chunks.py), a step of the walk is a chunk. What its rows need of each other was computed for all
 chunks at once by a kernel before, which leaves five products on tensor cores. Chunks of 32 and 16 columns are what fits into
-registers: compiled for an H200, 64 tokens, 32 columns or products in TF32 spill. Steps of less than a chunk use a kernel that does
-not have this branch.
+registers: compiled for an H200, 64 tokens, 32 columns or products in TF32 spill. Steps of less than a chunk use a kernel
+that does not have this branch.
 """
 
 from __future__ import annotations
