@@ -221,7 +221,7 @@ FAULTS = {
     "12-factors": Fault(
         "rope_freqs are ignored",
         rope_angles,
-        "if factors is not None:",
+        "if factors is not None and rope.factored:",
         "if False:",
         guards.frequencies_are_those_of_the_file,
     ),

@@ -55,9 +55,7 @@ FAULTS = {
     "router": Fault(
         "the router's bias is left out", layers.FeedForward.mixture, "logits + bias.vector(layer)", "logits", of_gguf
     ),
-    "softmax": Fault(
-        "the softmax is over all experts", layers.FeedForward.mixture, "normalize=spec.normalize", "normalize=False", of_gguf
-    ),
+    "softmax": Fault("the softmax is over all experts", layers.router_of, "spec.normalize", "False", of_gguf),
     "gain": Fault("the sigmoid has no gain", grouped_matmul.gated, "clamp.alpha * gate", "gate", of_gguf),
     "one": Fault("up is without its one", grouped_matmul.gated, "(up + 1)", "up", of_gguf),
     "limit": Fault("up is not clamped", grouped_matmul.gated, "jnp.clip(up, -clamp.limit, clamp.limit)", "up", of_gguf),

@@ -61,8 +61,8 @@ FAULTS = {
     ),
     "tail": Fault("the tail is one token old", xla._step, "window[1:]", "window[:-1]", grouped),
     "taps": Fault("the first tap is of the newest token", xla._step, "taps[:, i]", "taps[:, -1 - i]", grouped),
-    "tiled": Fault("value heads are grouped by key head in every file", xla._step, "if tiled", "if False", tiled),
-    "grouped": Fault("value heads are tiled in every file", xla._step, "if tiled", "if True", grouped),
+    "tiled": Fault("value heads are grouped by key head in every file", xla.heads_of, "if tiled", "if False", tiled),
+    "grouped": Fault("value heads are tiled in every file", xla.heads_of, "if tiled", "if True", grouped),
     "decayed": Fault(
         "the correction is of the memory before its decay", xla._step, "_read(memory, k)", "_read(kept[1], k)", grouped
     ),
