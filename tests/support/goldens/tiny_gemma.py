@@ -25,7 +25,6 @@ from support.goldens.tiny_models import SPECIALS, add_tokenizer, between
 
 HERE = GOLDENS / "gemma"
 LENGTHS = (1, 17, 130, 1000)
-NEW_TOKENS = 24
 CLASSES = {"gemma3": ("Gemma3ForCausalLM", "gemma3_text"), "gemma4": ("Gemma4ForCausalLM", "gemma4_text")}
 _UNUSED = 1e30  # divides the frequency of a pair that does not turn
 

@@ -25,7 +25,6 @@ from support.goldens.tiny_models import RANDOM_BLOCKS, SPECIALS, add_tokenizer, 
 
 HERE = GOLDENS / "hybrids"
 LENGTHS = (1, 17, 130, 1000)
-NEW_TOKENS = 24
 CLASSES = {
     "qwen35": ("Qwen3_5ForCausalLM", "qwen3_5_text"),
     "qwen35moe": ("Qwen3_5MoeForCausalLM", "qwen3_5_moe_text"),

@@ -25,7 +25,6 @@ from support.goldens.tiny_models import SPECIALS, add_tokenizer, between, matrix
 
 HERE = GOLDENS / "mixtures"
 LENGTHS = (1, 17, 130, 1000)
-NEW_TOKENS = 24
 CLASSES = {
     "glm4moe": ("Glm4MoeForCausalLM", "glm4_moe"),
     "lfm2": ("Lfm2ForCausalLM", "lfm2"),
