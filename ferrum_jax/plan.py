@@ -71,7 +71,7 @@ class Plan:
     and at the given batch; temporaries beyond the compiled cases are assumed to grow in proportion. compile_s: of each step, on
     this machine. tokens_per_s: the rows of a decode step divided by the time to read read_bytes once, an upper limit.
     read_bytes: the weights, with the experts that independent routing uses, and the keys, values and states of full rows.
-    backends: the dispatcher's choices, see `pallas_kernels.dispatch.Choice`. error: why there is no answer.
+    backends: the dispatcher's choices, see `pallas_kernels.dispatch.Choice`. error: why the plan failed.
     """
 
     target: str

@@ -120,7 +120,7 @@ class _Client:
 
 
 def _send(ask: Callable[[Sample], None], samples: list[Sample], concurrency: int, rate: float | None) -> None:
-    """Sends all requests: so many at once, or with a rate a second, at random moments."""
+    """Sends all requests: up to a number at once, or at random moments with a rate per second."""
     if rate is not None:
         moments, threads = random.Random(0), []
         for sample in samples:

@@ -33,7 +33,7 @@ RULES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "latent_rows": (),
         "nope": (),
         "value": (),
-        # of what layers get of their own of each token
+        # of the embedding of each token that a layer alone gets
         "input": (),
         "inputs": (),
         "input_vocab": (),

@@ -198,7 +198,7 @@ class Ledger:
             return []
         parent = held.digests[number - 1] if number else self.root(adapter)
         known = entry(parent, tokens[number * self.page_size : written])
-        if held.checkpoint >= 0:  # of its prompt: the end is used more recently, and has its place if there is no other
+        if held.checkpoint >= 0:  # of its prompt; the end is newer, and takes its place if no other is free
             self.checkpoints.give_back(held.checkpoint)
             held.checkpoint, held.checkpointed = -1, 0
         if not self.checkpoints.available or self.checkpoints.find(known) is not None:

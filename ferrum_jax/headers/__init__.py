@@ -34,7 +34,7 @@ BUNDLED = {
     "qwen3.6:35b-a3b": "qwen3.6-35b-a3b-q4_k_m.json",
     "gpt-oss:20b": "gpt-oss-20b-mxfp4.json",
 }
-"""By alias; made by tests/goldens/scripts/make_plan_header.py. Files of repositories that use mixes of their own differ in the
+"""By alias; made by tests/goldens/scripts/make_plan_header.py. Files of repositories that use other mixes differ in the
 types of some tensors."""
 
 

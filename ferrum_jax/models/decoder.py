@@ -73,8 +73,8 @@ class RaggedBatch(NamedTuple):
 
 class Decoder(nn.Module):
     """Parameters: `embedding` [vocab, hidden], `unembedding` (absent if tied to the embedding), `final_norm` [hidden],
-    `rope_factors` (optional) and `layers`, a tree of `LayerStack`s; with adapters those of `adapters`. For layers that get
-    inputs of their own: `inputs_embedding` [vocab, layers * width], `inputs_projection` [layers * width, hidden] and
+    `rope_factors` (optional) and `layers`, a tree of `LayerStack`s; with adapters those of `adapters`. For layers with
+    separate inputs: `inputs_embedding` [vocab, layers * width], `inputs_projection` [layers * width, hidden] and
     `inputs_norm` [width].
 
     If the collection `ROUTING` is mutable, "experts" in it has the experts of every token, int32, and their weights, float32,

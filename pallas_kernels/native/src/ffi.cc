@@ -116,7 +116,7 @@ class Checker {
     return {keys, heads, key_dim, value_dim, tails.dim(2) + 1, channels, tiled};
   }
 
-  // Where the sequences of a step read and write a state with so many places.
+  // Where the sequences of a step read and write a state with `places` places.
   ferrum::DeltaRows delta_rows(int64_t tokens, int64_t places, Array starts, Array begins, Array reads, Array writes) {
     const int64_t sequences = reads.dim(0);
     if (!require(starts.dim(0) == sequences + 1 && begins.dim(0) == sequences && writes.dim(0) == tokens,

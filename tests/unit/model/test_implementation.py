@@ -14,16 +14,16 @@ from ferrum_jax import loading, program_store
 from ferrum_jax.cli import main
 from ferrum_jax.distributed.placement import Placement
 from ferrum_jax.implementation import require_implementation
-from pallas_kernels import dispatch, native
+from pallas_kernels import dispatch
 from pallas_kernels.blocks.matrix import Matrix
 from pallas_kernels.operations import OPERATIONS
 from pallas_kernels.quantized_matmul import quantized_matmul, swiglu
+from support.compiler import needs_compiler
 from support.random_models import DENSE, MOE, stored, tiny_params
 from support.tiny_gguf import write_tiny_llama
 
 GREEDY = fj.SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True)
 CPU = dispatch.Target("cpu")
-needs_kernels = pytest.mark.skipif(native.refusal() is not None, reason="there are no C++ kernels here")
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def rows(dtype="float32"):
     return jnp.asarray(np.random.default_rng(1).normal(size=(3, 96)), dtype)
 
 
-@needs_kernels
+@needs_compiler
 def test_a_forced_backend_serves_and_shares_no_trace_with_the_first_choice():
     function = jax.jit(quantized_matmul, static_argnames=("arithmetic", "implementation"))
     with dispatch.record() as choices:
@@ -81,7 +81,7 @@ def test_a_backend_that_cannot_serve_is_an_error_that_says_why(implementation, w
         quantized_matmul(rows(), matrix(), implementation=implementation)
 
 
-@needs_kernels
+@needs_compiler
 def test_a_forced_part_of_a_model_is_what_runs():
     """In int8 one C++ call does all layers; an operation inside of it is forced by composing them."""
     for forced, expected in [
