@@ -78,6 +78,7 @@ def _template(file: Path | None) -> str:
     help="Jinja template for conversations, instead of the model's.",
 )  # fmt: skip
 @click.option("--log-prompts", is_flag=True, help="Put prompts and answers into the log.")
+@click.option("--no-web", is_flag=True, help="Without the chat page at /.")
 @click.option("--adapter", multiple=True, metavar="NAME=DIR", help="LoRA adapter, served as the model NAME; several times.")
 @click.option("--embedding-model", metavar="MODEL", help="Model for /v1/embeddings (BERT family), under this name.")
 @common.dtype_option
@@ -118,6 +119,7 @@ def serve_command(model: str, host: str, port: int, uds: Path | None, **options:
         max_body_bytes=options["max_body_bytes"],
         request_timeout=options["request_timeout"] or None,
         log_prompts=options["log_prompts"],
+        web=not options["no_web"],
     )
     adapters = _adapters(options["adapter"])
     if settings.name in adapters:

@@ -15,6 +15,7 @@ from starlette.routing import Route
 
 from ferrum_jax.embedding import EmbeddingModel
 from ferrum_jax.engine import Engine
+from ferrum_jax.server import page
 from ferrum_jax.server.apis import chat, completions, embeddings, messages, own, responses
 from ferrum_jax.server.bodies import IGNORED
 from ferrum_jax.server.errors import ApiError
@@ -32,6 +33,7 @@ _ROUTES = (
     ("POST", "/tokenize", own.tokenize),
     ("POST", "/detokenize", own.detokenize),
     ("POST", "/apply-template", own.apply_template),
+    ("POST", "/routing", own.routing),
     ("POST", "/v1/completions", completions.completions),
     ("POST", "/v1/chat/completions", chat.chat_completions),
     ("POST", "/v1/responses", responses.responses),
@@ -41,6 +43,7 @@ _ROUTES = (
     ("POST", "/v1/messages/count_tokens", messages.count_tokens),
     ("POST", "/v1/embeddings", embeddings.embeddings),
 )
+_PAGE = (("GET", "/", page.file), ("GET", "/web/{name:path}", page.file))
 
 
 def create_app(engine: Engine, settings: Settings = Settings(), embedder: EmbeddingModel | None = None) -> Starlette:
@@ -51,7 +54,7 @@ def create_app(engine: Engine, settings: Settings = Settings(), embedder: Embedd
 
     Args:
       engine: the engine.
-      settings: the name of the model, keys and limits.
+      settings: the name of the model, keys, limits, and whether there is a chat page.
       embedder: for /v1/embeddings.
     """
     service = Service(engine, settings, embedder)
@@ -67,8 +70,9 @@ def create_app(engine: Engine, settings: Settings = Settings(), embedder: Embedd
         exposed = ["x-request-id", IGNORED, "retry-after"]
         origins = {"allow_origins": settings.cors_origins, "allow_methods": ["*"], "allow_headers": ["*"]}
         middleware.insert(0, Middleware(CORSMiddleware, expose_headers=exposed, **origins))  # type: ignore[arg-type]
+    routes = _ROUTES + _PAGE if settings.web else _ROUTES
     app = Starlette(
-        routes=[Route(path, endpoint, methods=[method]) for method, path, endpoint in _ROUTES],
+        routes=[Route(path, endpoint, methods=[method]) for method, path, endpoint in routes],
         middleware=middleware,
         exception_handlers={ApiError: _failed, HTTPException: _no_route},  # type: ignore[dict-item]
         lifespan=lifespan,

@@ -118,3 +118,11 @@ class SamplingBody(Body):
             except ValueError:
                 raise ApiError(400, "logit_bias: its keys must be token ids", param="logit_bias") from None
         return SamplingParams(**values | given)
+
+
+class OpenAiBody(SamplingBody):
+    """Completions and chats. vLLM's fields for clients that think in tokens: `return_token_ids` adds them to the answer,
+    `return_tokens_as_token_ids` names tokens as `token_id:17` in log-probabilities."""
+
+    return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None

@@ -6,6 +6,7 @@ from typing import Any
 
 from ferrum_jax.server.errors import ApiError
 from ferrum_jax.server.service import Service
+from ferrum_jax.tokenizer import TextStream
 
 
 def with_roles(service: Service, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -57,3 +58,21 @@ def encode(
 def room(service: Service, ids: list[int]) -> int:
     """The tokens that an answer may have: as many as are left of the context."""
     return max(1, service.engine.context - len(ids))
+
+
+def begun(service: Service, ids: list[int]) -> list[int]:
+    """Tokens that an answer begins with, checked. Raises ValueError for one that the model could not go on after."""
+    tokenizer = service.engine.model.tokenizer
+    for id in ids:
+        if not 0 <= id < tokenizer.vocab_size:
+            raise ValueError(f"answer_token_ids: {id} is not the id of a token; there are {tokenizer.vocab_size}")
+        if id in tokenizer.eos_ids:
+            raise ValueError(f"answer_token_ids: the token {id} ends an answer, so that it cannot go on")
+    return ids
+
+
+def text_of_last(service: Service, ids: list[int], count: int) -> str:
+    """The text of the last `count` tokens of a prompt, as if the model had made them; without an unfinished character."""
+    first = len(ids) - count
+    stream = TextStream(service.engine.model.tokenizer, before=ids[:first])
+    return "".join(map(stream.push, ids[first:]))

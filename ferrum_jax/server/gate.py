@@ -14,12 +14,13 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from ferrum_jax.server import page
 from ferrum_jax.server.errors import ApiError
 from ferrum_jax.server.replies import error_reply
 from ferrum_jax.server.service import Service
 
 _LOG = logging.getLogger("ferrum_jax.server")
-_OPEN = {"/health"}  # needs no key
+_OPEN = {"/health"} | page.paths()  # need no key
 _ALWAYS = {"/health", "/metrics"}  # answers while the server is stopping
 
 

@@ -8,6 +8,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
@@ -17,6 +18,7 @@ from ferrum_jax import chat
 from ferrum_jax.embedding import EmbeddingModel
 from ferrum_jax.engine import Engine, Request
 from ferrum_jax.errors import FerrumError
+from ferrum_jax.model import Model
 from ferrum_jax.server.answers import Answers, Bridge
 from ferrum_jax.server.bodies import Body
 from ferrum_jax.server.errors import ApiError, invalid, refused
@@ -45,7 +47,7 @@ class Service:
         self.metrics = Metrics(engine, settings.name)
         self.store = Store()
         self.pool = ThreadPoolExecutor(max(4, min(32, engine.config.max_seqs)), "ferrum_jax server")
-        self._embedding = ThreadPoolExecutor(1, "ferrum_jax embedding")
+        self._apart = ThreadPoolExecutor(1, "ferrum_jax apart")
         self._answers: weakref.WeakSet[Answers] = weakref.WeakSet()
         self._bridge: Bridge | None = None
         self._owns_loop = False
@@ -64,7 +66,7 @@ class Service:
         if self._owns_loop:
             self.engine.__exit__()
         self.pool.shutdown(wait=False)
-        self._embedding.shutdown(wait=False)
+        self._apart.shutdown(wait=False)
 
     def health(self) -> str:
         """Why no request can be served, or ""."""
@@ -115,9 +117,24 @@ class Service:
         """The result of work that is not done in the event loop."""
         return await asyncio.get_running_loop().run_in_executor(self.pool, work)
 
-    async def embed(self, work: Callable[[], Any]) -> Any:
-        """The result of work with the embedding model, one request after the other."""
-        return await asyncio.get_running_loop().run_in_executor(self._embedding, work)
+    async def alone(self, work: Callable[[], Any]) -> Any:
+        """The result of work on the device that is not the engine's, one piece after the other."""
+        return await asyncio.get_running_loop().run_in_executor(self._apart, work)
+
+    @cached_property
+    def tracer(self) -> Model:
+        """The model outside the engine, with the same parameters."""
+        model = self.engine.model
+        facts = (
+            model.config,
+            model.params,
+            model.tokenizer,
+            model.placement,
+            model.kv_dtype,
+            model.max_seq_len,
+            model.adapters,
+        )
+        return Model(*facts)
 
     async def submit(self, request: HttpRequest, make: Callable[[], list[Request]], count: int, param: str) -> Answers:
         """The answers to the requests that `make` submits, as many as `count`. It runs in the pool.

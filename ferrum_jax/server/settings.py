@@ -23,6 +23,7 @@ class Settings:
       request_timeout: seconds after which a request is ended; None: never.
       ping_seconds: a stream that has nothing to send for this long sends a comment, so that nothing on the way closes it.
       log_prompts: whether the log has texts of requests.
+      web: whether there is a chat page at /
     """
 
     name: str = "model"
@@ -35,3 +36,4 @@ class Settings:
     request_timeout: float | None = 600.0
     ping_seconds: float = 10.0
     log_prompts: bool = False
+    web: bool = True

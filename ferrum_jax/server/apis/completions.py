@@ -12,7 +12,7 @@ from starlette.responses import Response
 from ferrum_jax.engine import Request
 from ferrum_jax.server.answers import Answers, Piece
 from ferrum_jax.server.apis.forms import OpenAiAnswer, TextLogprobs, prompt_logprobs
-from ferrum_jax.server.bodies import SamplingBody, ignored_header
+from ferrum_jax.server.bodies import OpenAiBody, SamplingBody, ignored_header
 from ferrum_jax.server.errors import ApiError
 from ferrum_jax.server.events import PING, event, respond
 from ferrum_jax.server.service import Service, service_of
@@ -20,7 +20,7 @@ from ferrum_jax.server.service import Service, service_of
 Prompt = str | list[int]
 
 
-class CompletionBody(SamplingBody):
+class CompletionBody(OpenAiBody):
     NEUTRAL: ClassVar[dict[str, list[Any]]] = SamplingBody.NEUTRAL | {
         "suffix": [""],
         "response_format": [{"type": "text"}],
@@ -89,12 +89,14 @@ class _TextAnswer(OpenAiAnswer):
         ids, text, scored, reason = list(piece.token_ids), piece.text, list(piece.logprobs or ()), piece.finish_reason
         if self.body.max_tokens == 0:  # only the prompt
             ids, text, scored, reason = [], "", [], reason and "length"
+        made = ids
         first = piece.choice not in self.begun
-        marks = self.begun.setdefault(piece.choice, TextLogprobs(self.tokenizer))
+        marks = self.begun.setdefault(piece.choice, TextLogprobs(self.tokenizer, self.as_ids))
         if first and self.echoed:
             text = self.echoed[piece.choice // self.count] + text
             ids, scored = request.prompt_token_ids + ids, [*(request.prompt_logprobs or ()), *scored]
         choice = {"index": piece.choice, "text": text, "logprobs": None, "finish_reason": reason}
+        choice |= self.ids(token_ids=made) | (self.ids(prompt_token_ids=request.prompt_token_ids) if first else {})
         if self.body.logprobs is not None:
             choice["logprobs"] = marks.add(ids, scored)
         if reason and request.prompt_logprobs is not None and not self.body.echo:

@@ -44,7 +44,7 @@ async def embeddings(request: HttpRequest) -> Response:
     if len(body.texts) > _MOST:
         raise ApiError(400, f"input: {len(body.texts)} texts; at most {_MOST} in a request", param="input")
     with refusals("input"):
-        vectors, tokens = await service.embed(lambda: _embed(model, body.texts))
+        vectors, tokens = await service.alone(lambda: _embed(model, body.texts))
     data = [{"object": "embedding", "index": i, "embedding": _written(row, body)} for i, row in enumerate(vectors)]
     counts = {"prompt_tokens": tokens, "total_tokens": tokens}
     answer = {"object": "list", "model": name, "data": data, "usage": counts}

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ferrum_jax.engine import Request
-from ferrum_jax.server.bodies import SamplingBody
+from ferrum_jax.server.bodies import OpenAiBody
 from ferrum_jax.server.errors import ApiError
 from ferrum_jax.server.events import event
 from ferrum_jax.server.service import Service
@@ -21,7 +21,7 @@ _LEAST = -9999.0  # stands for minus infinity, which JSON does not have
 class OpenAiAnswer:
     """The base of answers. `prompts`: one request for each prompt."""
 
-    def __init__(self, service: Service, body: SamplingBody, prompts: Sequence[Request], kind: str, prefix: str):
+    def __init__(self, service: Service, body: OpenAiBody, prompts: Sequence[Request], kind: str, prefix: str):
         self.prompts, self.tokenizer = prompts, service.engine.model.tokenizer
         self.head: dict[str, Any] = {
             "id": f"{prefix}-{uuid.uuid4().hex}",
@@ -30,12 +30,17 @@ class OpenAiAnswer:
             "model": body.model or service.settings.name,
             "system_fingerprint": service.fingerprint,
         }
-        self.wants_usage = body.wants_usage
+        self.wants_usage, self.wants_ids = body.wants_usage, bool(body.return_token_ids)
+        self.as_ids = bool(body.return_tokens_as_token_ids)
         if self.wants_usage:
             self.head["usage"] = None
 
     def counts(self, requests: Sequence[Request]) -> dict[str, Any]:
         return {"usage": usage(self.prompts, requests), "timings": timings(requests[0])}
+
+    def ids(self, **lists: Sequence[int]) -> dict[str, Any]:
+        """Lists of token ids, if the client asks for them."""
+        return lists if self.wants_ids else {}
 
     def end(self, requests: Sequence[Request]) -> bytes:
         """The end of a stream."""
@@ -77,17 +82,17 @@ def timings(request: Request) -> dict[str, Any]:
     }
 
 
-def token_text(tokenizer: Tokenizer, token: int) -> tuple[str, list[int]]:
-    """The text of a token as far as it is one, and its bytes."""
+def token_text(tokenizer: Tokenizer, token: int, as_id: bool = False) -> tuple[str, list[int]]:
+    """The text of a token as far as it is one, or instead its id, and its bytes."""
     piece = tokenizer.token_bytes(token) if token < tokenizer.vocab_size else b""
-    return piece.decode("utf-8", "replace"), list(piece)
+    return f"token_id:{token}" if as_id else piece.decode("utf-8", "replace"), list(piece)
 
 
-def chat_logprobs(tokenizer: Tokenizer, scored: Sequence[Scored], best: int) -> dict[str, Any]:
+def chat_logprobs(tokenizer: Tokenizer, scored: Sequence[Scored], best: int, as_ids: bool = False) -> dict[str, Any]:
     """The log-probabilities of some tokens, as in a chat completion, with those of the `best` alternatives."""
 
     def entry(token: int, logprob: float) -> dict[str, Any]:
-        text, piece = token_text(tokenizer, token)
+        text, piece = token_text(tokenizer, token, as_ids)
         return {"token": text, "logprob": max(logprob, _LEAST), "bytes": piece}
 
     content = [entry(*found[0]) | {"top_logprobs": [entry(*pair) for pair in found[1 : best + 1]]} for found in scored]
@@ -107,18 +112,21 @@ def prompt_logprobs(tokenizer: Tokenizer, scored: Sequence[Scored | None]) -> li
 class TextLogprobs:
     """Log-probabilities as in a text completion, whose tokens have offsets in the text. `add` gives those of further tokens."""
 
-    def __init__(self, tokenizer: Tokenizer):
-        self._tokenizer, self._offset = tokenizer, 0
+    def __init__(self, tokenizer: Tokenizer, as_ids: bool = False):
+        self._tokenizer, self._offset, self._as_ids = tokenizer, 0, as_ids
 
     def add(self, token_ids: Sequence[int], scored: Sequence[Scored | None]) -> dict[str, Any]:
         """scored: None for a token without, the first one of a prompt."""
         tokens, offsets, chosen, best = [], [], [], []
         for token, found in zip(token_ids, scored, strict=True):
             text = token_text(self._tokenizer, token)[0]
-            tokens.append(text)
+            tokens.append(self._name(token))
             offsets.append(self._offset)
             self._offset += 0 if self._tokenizer.is_control(token) else len(text)
             chosen.append(None if found is None else max(found[0][1], _LEAST))
-            top = {} if found is None else {token_text(self._tokenizer, id)[0]: max(value, _LEAST) for id, value in found[1:]}
+            top = {} if found is None else {self._name(id): max(value, _LEAST) for id, value in found[1:]}
             best.append(None if found is None else top)
         return {"tokens": tokens, "token_logprobs": chosen, "top_logprobs": best, "text_offset": offsets}
+
+    def _name(self, token: int) -> str:
+        return token_text(self._tokenizer, token, self._as_ids)[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from pydantic import Field
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
@@ -35,6 +36,12 @@ class TokenizeBody(TemplateBody):
 class DetokenizeBody(Body):
     model: str | None = None
     tokens: list[int]
+
+
+class RoutingBody(Body):
+    model: str | None = None
+    tokens: list[int] = Field(min_length=1)
+    start: int = Field(0, ge=0)
 
 
 async def health(request: HttpRequest) -> Response:
@@ -86,6 +93,8 @@ async def props(request: HttpRequest) -> Response:
             "page_size": engine.config.page_size,
             "chat_template": engine.model.tokenizer.chat_template,
             "adapters": list(engine.model.adapters),
+            "num_experts": engine.model.config.num_experts if engine.model.config.expert_layers else 0,
+            "end_token_ids": sorted(engine.model.tokenizer.eos_ids),
             "version": __version__,
         }
     )
@@ -143,3 +152,24 @@ def _rendered(request: HttpRequest, body: TemplateBody) -> str:
     if body.add_generation_prompt is not None:
         variables["add_generation_prompt"] = body.add_generation_prompt
     return service.engine.model.render_chat(with_roles(service, body.messages or []), body.tools or None, **variables)
+
+
+async def routing(request: HttpRequest) -> Response:
+    """The experts of each token of a text from `start` on. The text is computed once more, next to the engine and without its
+    cache: the engine's steps do not have the experts among their results, so they stay as small and as fast as they are."""
+    service = service_of(request)
+    body = await service.read(request, RoutingBody)
+    adapter = service.adapter(body.model)
+    with refusals("tokens"):
+        found = await service.alone(lambda: service.tracer.trace_routing(body.tokens, adapter))
+    ids, weights = found.expert_ids[:, body.start :], found.expert_weights[:, body.start :]
+    answer = {
+        "object": "routing",
+        "start": body.start,
+        "layers": found.layers.tolist(),
+        "num_experts": found.num_experts,
+        "experts_per_token": ids.shape[2],
+        "expert_ids": ids.tolist(),
+        "expert_weights": weights.round(4).tolist(),
+    }
+    return Reply(answer, headers=ignored_header(body.ignored()))
