@@ -18,7 +18,7 @@ from pallas_kernels.blocks import format_of
 from pallas_kernels.blocks.layouts import LAYOUTS, gather_rows, unpack_rows
 from pallas_kernels.blocks.matrix import Matrix
 from pallas_kernels.dispatch import Implementation
-from pallas_kernels.grouped_matmul import Biases, Clamp, expert_ffn, grouped_matmul, matmul_by_head
+from pallas_kernels.grouped_matmul import Biases, Clamp, ExpertAdapters, expert_ffn, grouped_matmul, matmul_by_head
 from pallas_kernels.quantized_matmul import quantized_matmul, quantized_matmuls, swiglu
 
 
@@ -212,16 +212,18 @@ def mixture(
     *,
     biases: Sequence[Stack] = (),
     clamp: Clamp | None = None,
+    adapters: ExpertAdapters | None = None,
 ) -> jax.Array:
     """The weighted sum of each token's experts, each down(silu(gate x) * up x): float32 [tokens, columns].
 
     x [tokens, columns]; expert_ids int32 and expert_weights float32 [tokens, top_k]; the id `num_experts` means no expert.
-    biases: of gate, up and down [experts, rows], or none; clamp: as of `expert_ffn`.
+    biases: of gate, up and down [experts, rows], or none; clamp, adapters: as of `expert_ffn`.
     """
     gates, ups, downs = (operand(stack, layer) for stack in (gate, up, down))
     added = [operand(stack, layer) for stack in biases]
     known = Biases(*(unpack_rows(bias, 0, bias.rows) for bias in added)) if added else None
-    return expert_ffn(x, expert_ids, expert_weights, gates, ups, downs, arithmetic, implementation, biases=known, clamp=clamp)
+    arguments = x, expert_ids, expert_weights, gates, ups, downs, arithmetic, implementation
+    return expert_ffn(*arguments, biases=known, clamp=clamp, adapters=adapters)
 
 
 def operand(stack: Stack, layer: Layer | None) -> Matrix:

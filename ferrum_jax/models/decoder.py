@@ -36,7 +36,7 @@ from pallas_kernels.reductions import product, rms_norm
 
 Cache = KVCache | DecodeState  # for layers of one kind, or of several
 Params = Mapping[str, Any]
-Angles = tuple[tuple[jax.Array, jax.Array], ...]  # cos and sin, for each of `_ropes`
+Angles = tuple[tuple[jax.Array, jax.Array], ...]  # cos and sin, for each of `ropes`
 Routing = tuple[jax.Array, ...]  # expert_ids and expert_weights, or nothing
 Carry = tuple[jax.Array, tuple[Any, ...], Routing]
 
@@ -85,13 +85,7 @@ class Decoder(nn.Module):
     def hidden(self, state: Cache, batch: RaggedBatch) -> tuple[jax.Array, Cache]:
         """The normalized output of the last layer: float32 [T, hidden_size], and the state with this batch written."""
         access = _access(self.config, state, batch)
-        with jax.named_scope("embedding"):
-            x: jax.Array = self.get_variable("params", "embedding").gather(batch.tokens)
-            if self.config.embedding_scale != 1.0:
-                x = product(x, self.config.embedding_scale)
-        inputs = self.inputs(x, batch.tokens)
-        factors: jax.Array | None = self.get_variable("params", "rope_factors")
-        angles = tuple(rope_angles(rope, batch.positions, factors) for rope in _ropes(self.config))
+        x, inputs, angles = self.embedded(batch.tokens, batch.positions)
         layers = self.variables["params"]["layers"]
         record = self.is_mutable_collection(ROUTING)
         if batch.adapters is None:
@@ -106,6 +100,16 @@ class Decoder(nn.Module):
         pools = len(access.pools)
         state = DecodeState(parts[:pools], parts[pools:]) if isinstance(state, DecodeState) else parts[0]
         return rms_norm(x, self.get_variable("params", "final_norm"), self.config.rms_norm_eps), state
+
+    def embedded(self, tokens: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array | None, Angles]:
+        """The residual stream before the first layer, float32 [T, hidden_size]; `inputs`; the angles of `ropes`."""
+        with jax.named_scope("embedding"):
+            x: jax.Array = self.get_variable("params", "embedding").gather(tokens)
+            if self.config.embedding_scale != 1.0:
+                x = product(x, self.config.embedding_scale)
+        factors: jax.Array | None = self.get_variable("params", "rope_factors")
+        angles = tuple(rope_angles(rope, positions, factors) for rope in ropes(self.config))
+        return x, self.inputs(x, tokens), angles
 
     def inputs(self, x: jax.Array, tokens: jax.Array) -> jax.Array | None:
         """What each layer alone gets of each token, from its id and its embedding x float32 [T, hidden_size]: float32 [T,
@@ -123,9 +127,9 @@ class Decoder(nn.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """hidden [R, hidden_size] -> float32 [R, vocab_size]."""
-        matrix: QuantizedTensor = self.get_variable("params", "unembedding") or self.get_variable("params", "embedding")
         with jax.named_scope("unembedding"):
             config, hidden = self.config, hidden.astype(self.config.activations)
+            matrix = unembedding(self.variables["params"])
             logits = linear(hidden, matrix, arithmetic=config.dtype, implementation=config.implementation)
             cap = config.logit_softcap
             return cap * jnp.tanh(logits / cap) if cap else logits
@@ -135,7 +139,12 @@ class Decoder(nn.Module):
         return self.logits(hidden[batch.logits_rows]), state
 
 
-def _ropes(config: ModelConfig) -> tuple[Rope, ...]:
+def unembedding(params: Params) -> QuantizedTensor:
+    """The output matrix [vocab, hidden]."""
+    return params.get("unembedding") or params["embedding"]
+
+
+def ropes(config: ModelConfig) -> tuple[Rope, ...]:
     """The distinct rotations of the layers."""
     return tuple(dict.fromkeys(mixer.rope for mixer in config.attentions))
 
@@ -228,12 +237,12 @@ def _mixers(config: ModelConfig) -> list[Attending | Recurring]:
     """What each layer attends to, or its state."""
     kinds: list[tuple[int, Any]] = [*enumerate(page_kinds(config)), *enumerate(recurrent_kinds(config))]
     places = {layer: (number, item) for number, kind in kinds for item, layer in enumerate(kind.layers)}
-    ropes = _ropes(config)
+    rotations = ropes(config)
 
     def of(layer: int, mixer: Any) -> Attending | Recurring:
         if isinstance(mixer, GatedDeltaNet):
             return Recurring(*places[layer], mixer.tiled)
-        return Attending(*places[layer], ropes.index(mixer.rope), mixer.window)
+        return Attending(*places[layer], rotations.index(mixer.rope), mixer.window)
 
     return [of(layer, spec.mixer) for layer, spec in enumerate(config.layers)]
 
@@ -271,7 +280,7 @@ def _composed(
             owned[number] = part
     read = kv_layers(config)
     part_of = [owned[layer] for layer in read]
-    ropes = dict(zip(_ropes(config), angles, strict=True))
+    of_rope = dict(zip(ropes(config), angles, strict=True))
     told: dict[Any, Any] = {}
     metadata = {}
     for part, mixer in dict.fromkeys((part, spec.mixer) for part, spec in zip(part_of, config.layers, strict=True)):
@@ -283,7 +292,7 @@ def _composed(
             tables, cache = access.tables[part], access.pools[part]
             arguments = tables, cache, mixer.num_heads, mixer.window, config.implementation
             metadata[key] = make_metadata(*arguments, sinks=mixer.sinks, value_dim=value_dim)
-        told[mixer] = Paged(access.kv_slots[part], metadata[key], ropes[mixer.rope])
+        told[mixer] = Paged(access.kv_slots[part], metadata[key], of_rope[mixer.rope])
     live = access.kv_slots[0] >= 0
 
     def step(carry: Carry, layer: Layer) -> Carry:

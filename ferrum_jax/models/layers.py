@@ -17,21 +17,23 @@ from ferrum_jax import adapters
 from ferrum_jax.config import Attention as AttentionSpec
 from ferrum_jax.config import Dense, Latent, LayerSpec, Mixture, ModelConfig
 from ferrum_jax.quantized import Layer, LayerStack, gated_linear, linear, linears, mixture
-from ferrum_jax.state import KVCache
-from pallas_kernels.append import Norm, append, rotate
-from pallas_kernels.grouped_matmul import Clamp
+from pallas_kernels.append import Norm, append, turned
+from pallas_kernels.grouped_matmul import Clamp, ExpertAdapters, Pair
 from pallas_kernels.paged_attention import paged_attention
 from pallas_kernels.reductions import product, rms_norm, row_sum
 from pallas_kernels.routing import Router, route
+from pallas_kernels.segment_attention import segment_attention
 
 Index = jax.Array | int  # of a layer in its part of the state
 ROUTING = "routing"  # the Flax collection in which a mixture records its choice, if that is mutable
+TRAINED = "trained"  # the Flax collection with the layer's part of an adapter that is being trained: a `Pair` for each matrix
 
 
 class LayerModule(nn.Module):
     """A module whose parameters are `LayerStack`s.
 
     With `adapter_mask` bool [tokens, columns], which selects the columns of A x of each token's adapter, adapters are applied.
+    One that is in the collection `TRAINED` is applied to all tokens instead, and results have derivatives with respect to it.
     """
 
     config: ModelConfig
@@ -49,20 +51,27 @@ class LayerModule(nn.Module):
         ys = linears(x.astype(self.config.activations), stacks, layer, dtype, implementation)
         biases = [self.stack(name + "_bias") for name in names]
         ys = [y if bias is None else y + bias.vector(layer) for y, bias in zip(ys, biases, strict=True)]
-        if adapter_mask is None:
-            return ys
         return [
             y + self.adapted(x, layer, name, adapter_mask) if self.adapts(layer, name, adapter_mask) else y
             for y, name in zip(ys, names, strict=True)
         ]
 
+    def trained(self, name: str) -> Pair | None:
+        """The pair of a matrix that is being trained, in float32."""
+        pair: Pair | None = self.get_variable(TRAINED, name)
+        return pair and Pair(pair.a.astype(jnp.float32), pair.b.astype(jnp.float32), pair.scale)
+
     def adapts(self, layer: Layer, name: str, adapter_mask: jax.Array | None) -> bool:
         stack = self.stack(name + adapters.A)
-        return adapter_mask is not None and stack is not None and stack.has(layer)
+        return self.trained(name) is not None or (adapter_mask is not None and stack is not None and stack.has(layer))
 
-    def adapted(self, x: jax.Array, layer: Layer, name: str, adapter_mask: jax.Array) -> jax.Array:
+    def adapted(self, x: jax.Array, layer: Layer, name: str, adapter_mask: jax.Array | None) -> jax.Array:
         """The term that the adapters add to a projection of x: float32 [tokens, out]."""
         with jax.named_scope("adapters"):
+            if (pair := self.trained(name)) is not None:
+                inner = jnp.dot(x.astype(jnp.float32), pair.a.T, precision=lax.Precision.HIGHEST)
+                return jnp.dot(pair.scale * inner, pair.b.T, precision=lax.Precision.HIGHEST)
+            assert adapter_mask is not None
             inner = linear(x.astype(jnp.float32), self.stack(name + adapters.A), layer)
             return linear(jnp.where(adapter_mask, inner, 0.0), self.stack(name + adapters.B), layer)
 
@@ -75,16 +84,24 @@ class Paged(NamedTuple):
     rope: tuple[jax.Array, jax.Array]
 
 
+class Packed(NamedTuple):
+    """The same of a batch of whole sequences, without a cache. first int32 [tokens]: the first token of each one's sequence."""
+
+    first: jax.Array
+    rope: tuple[jax.Array, jax.Array]
+
+
 class Attention(LayerModule):
-    """Grouped-query attention over the paged cache; with RMSNorm of queries and keys per head, if the file has it."""
+    """Grouped-query attention over the paged cache, or inside packed sequences; with RMSNorm of queries and keys per head, if
+    the file has it."""
 
     spec: AttentionSpec
 
     def __call__(
-        self, x: jax.Array, cache: KVCache, layer: Layer, index: Index, told: Paged, adapter_mask: jax.Array | None = None
-    ) -> tuple[jax.Array, KVCache]:
+        self, x: jax.Array, cache: Any, layer: Layer, index: Index, told: Paged | Packed, adapter_mask: jax.Array | None = None
+    ) -> tuple[jax.Array, Any]:
         """As in `MIXERS`."""
-        config, spec, tokens = self.config, self.spec, x.shape[0]
+        config, spec, tokens, eps = self.config, self.spec, x.shape[0], self.config.rms_norm_eps
 
         def norm(name: str) -> Norm:
             stack = self.stack(name)
@@ -100,19 +117,22 @@ class Attention(LayerModule):
                 q, gate = q[:, 0::2], q[:, 1::2]
         with jax.named_scope("append"):
             if spec.shared_kv:
-                q_norm = norm("query_norm")
-                q = rotate(q if q_norm is None else rms_norm(q, q_norm[0][q_norm[1]], config.rms_norm_eps), *told.rope)
+                q = turned(q, norm("query_norm"), told.rope, eps)
             else:
                 k, v = kv[0], kv[-1]
                 if spec.value_norm:
-                    v = rms_norm(v, jnp.ones(spec.head_dim), config.rms_norm_eps)
+                    v = rms_norm(v, jnp.ones(spec.head_dim), eps)
                 norms = norm("query_norm"), norm("key_norm")
-                q, cache = append(
-                    q, k, v, cache, index, told.kv_slots, told.rope, *norms, config.rms_norm_eps, config.implementation
-                )
-        with jax.named_scope("paged_attention"):
-            sinks = self.stack("sinks").vector(layer) if spec.sinks else None
-            y = paged_attention(q, cache, index, told.metadata, spec.score_scale, sinks)
+                if isinstance(told, Packed):
+                    q, k = (turned(heads, own, told.rope, eps) for heads, own in zip((q, k), norms, strict=True))
+                else:
+                    q, cache = append(q, k, v, cache, index, told.kv_slots, told.rope, *norms, eps, config.implementation)
+        sinks = self.stack("sinks").vector(layer) if spec.sinks else None
+        with jax.named_scope("segment_attention" if isinstance(told, Packed) else "paged_attention"):
+            if isinstance(told, Packed):
+                y = segment_attention(q, k, v, told.first, spec.score_scale, spec.window, sinks, config.activations)
+            else:
+                y = paged_attention(q, cache, index, told.metadata, spec.score_scale, sinks)
             if spec.gated:
                 y = y * jax.nn.sigmoid(gate)
         with jax.named_scope("attention_output"):
@@ -168,6 +188,7 @@ class FeedForward(LayerModule):
         with jax.named_scope("experts"):
             gate, up, down = (self.stack(f"expert_{name}") for name in ("gate", "up", "down"))
             biases = [self.stack(f"expert_{name}_bias") for name in ("gate", "up", "down")]
+            added = self.expert_adapters()
             x, dtype = x.astype(config.activations), config.dtype
             return mixture(
                 x,
@@ -181,7 +202,14 @@ class FeedForward(LayerModule):
                 config.implementation,
                 biases=[bias for bias in biases if bias is not None],
                 clamp=clamp_of(spec),
+                adapters=added,
             )
+
+    def expert_adapters(self) -> ExpertAdapters | None:
+        """The pairs of the experts that are being trained: gate and up share an A, and the rows of B are gate's, then up's."""
+        both, down = self.trained("expert_gate_up"), self.trained("expert_down")
+        gate, up = (both._replace(b=b) for b in jnp.split(both.b, 2, axis=1)) if both else (None, None)
+        return ExpertAdapters(gate, up, down) if both or down else None
 
 
 def gelu(x: jax.Array) -> jax.Array:

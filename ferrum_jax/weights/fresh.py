@@ -40,3 +40,13 @@ def fresh(out: Path, needed: int) -> Iterator[Path]:
         for remove in (partial.unlink, *(folder.rmdir for folder in missing)):
             with contextlib.suppress(OSError):  # it was not made, or another process uses it
                 remove()
+
+
+def flush(directory: Path) -> None:
+    """Returns when everything in a directory is on the disk."""
+    for path in (*directory.rglob("*"), directory):
+        fd = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)

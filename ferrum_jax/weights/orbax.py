@@ -38,7 +38,7 @@ from ferrum_jax.quantized import LayerStack, QuantizedTensor
 from ferrum_jax.tokenizer import Tokenizer
 from ferrum_jax.tokenizer.huggingface import EXTRA_TEMPLATES
 from ferrum_jax.tokenizer.opening import tokenizer_of_directory, tokenizer_of_gguf
-from ferrum_jax.weights.fresh import fresh
+from ferrum_jax.weights.fresh import flush, fresh
 from ferrum_jax.weights.opened import Opened, checked_range
 from ferrum_jax.weights.source import MARKER, ModelSource
 from pallas_kernels.blocks import FORMATS, GROUPS, format_of
@@ -126,21 +126,12 @@ def save(
             to.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, to)
         (partial / MARKER).write_text(json.dumps(header))
-        _flush(partial)  # the name must not reach the disk before the contents
+        flush(partial)  # the name must not reach the disk before the contents
         replaced = path.with_name(f"{partial.name}-replaced")
         if path.exists():
             path.rename(replaced)
         partial.rename(path)
         shutil.rmtree(replaced, ignore_errors=True)
-
-
-def _flush(directory: Path) -> None:
-    for path in (*directory.rglob("*"), directory):
-        fd = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
 
 
 @contextlib.contextmanager

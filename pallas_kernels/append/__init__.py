@@ -19,11 +19,11 @@ import jax
 from pallas_kernels import dispatch
 from pallas_kernels.append import xla
 from pallas_kernels.append.operands import Norm, Operands
-from pallas_kernels.append.xla import rotate
+from pallas_kernels.append.xla import rotate, turned
 from pallas_kernels.derivatives import derivative_of
 from pallas_kernels.paged_attention import KVCache
 
-__all__ = ["BACKENDS", "Norm", "append", "rotate"]
+__all__ = ["BACKENDS", "Norm", "append", "rotate", "turned"]
 
 BACKENDS = (dispatch.kernels("triton", __name__, "gpu"), dispatch.Backend("xla", lambda case: None, lambda: xla))
 

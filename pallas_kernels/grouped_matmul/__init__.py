@@ -23,8 +23,9 @@ feed-forward:
 * gate, up: experts [n, k]; down: experts [k, n]. `biases`: of the three products of each expert, or None.
 * result float32 [tokens, k]: for each token the sum over its ranks, in their order, of weight * down(silu(gate x) * up x);
   with a `clamp`, of weight * down((u + 1) * g * sigmoid(alpha * g)), g = min(gate x, limit) and u = clip(up x, -limit,
-  limit) (arXiv 2508.10925). Rows are sorted by expert on the device, stably.
-* derivative: with respect to x and expert_weights.
+  limit) (arXiv 2508.10925). Rows are sorted by expert on the device, stably. `adapters`: pairs that are added to the three
+  products of each expert.
+* derivative: with respect to x, expert_weights and the adapters.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from pallas_kernels.blocks.matrix import Matrix
 from pallas_kernels.blocks.ordered import is_ordered, natural_rows
 from pallas_kernels.derivatives import derivative_of, linear
 from pallas_kernels.grouped_matmul import xla
+from pallas_kernels.grouped_matmul.factors import ExpertAdapters, Pair, grouped_term
 from pallas_kernels.grouped_matmul.grouping import group
 from pallas_kernels.grouped_matmul.parts import Biases, Clamp, gated
 from pallas_kernels.quantized_matmul import backend_for
@@ -115,6 +117,7 @@ def expert_ffn(
     *,
     biases: Biases | None = None,
     clamp: Clamp | None = None,
+    adapters: ExpertAdapters | None = None,
 ) -> jax.Array:
     """A whole mixture-of-experts feed-forward. See the module's contract.
 
@@ -129,6 +132,7 @@ def expert_ffn(
       implementation: the backend to take; may be "composed".
       biases: of the products; None: there are none.
       clamp: of the SwiGLU; None: it has none.
+      adapters: of the products; None: there are none.
 
     Returns:
       float32 [tokens, k].
@@ -148,8 +152,10 @@ def expert_ffn(
         raise ValueError(f"expert_ffn: biases {[bias.shape for bias in biases]} of {count} experts {gate}, {up} and {down}")
     biases = biases and Biases(*map(jnp.asarray, biases))
     target = dispatch.target("expert_ffn", implementation)
-    function = _composed_ffn if any(map(is_ordered, (gate, up, down))) else _expert_ffn
-    return function(x, expert_ids, expert_weights, gate, up, down, biases, clamp, target, arithmetic or x.dtype.name)
+    arguments = x, expert_ids, expert_weights, gate, up, down, biases, clamp, target, arithmetic or x.dtype.name
+    if adapters is not None or any(map(is_ordered, (gate, up, down))):
+        return _composed_ffn(*arguments, adapters)
+    return _expert_ffn(*arguments)
 
 
 def _check(operation: str, x: jax.Array, matrix: Matrix, experts: int) -> None:
@@ -198,21 +204,23 @@ def _composed_ffn(
     clamp: Clamp | None,
     target: dispatch.Target,
     arithmetic: str,
+    adapters: ExpertAdapters | None = None,
 ) -> jax.Array:
     """One grouped product after the other, each by a backend that serves it."""
     tokens, top_k = expert_ids.shape
     groups = group(expert_ids.reshape(-1), open_axes(gate)[0], tile_rows=16)
     chosen = expert_ids.reshape(-1)[groups.order]
 
-    def product(rows: jax.Array, matrix: Matrix, bias: jax.Array | None) -> jax.Array:
-        rows, matrix = natural_rows(rows, groups.sizes, matrix)
-        y = _grouped(rows, groups.sizes, matrix, target, arithmetic)
-        return y if bias is None else y + bias.at[chosen].get(mode="fill", fill_value=0)
+    def product(rows: jax.Array, matrix: Matrix, bias: jax.Array | None, pair: Pair | None) -> jax.Array:
+        stored, natural = natural_rows(rows, groups.sizes, matrix)
+        y = _grouped(stored, groups.sizes, natural, target, arithmetic)
+        y = y if bias is None else y + bias.at[chosen].get(mode="fill", fill_value=0)
+        return y if pair is None else y + grouped_term(rows, groups.sizes, pair)
 
     rows = x[groups.order // top_k]
-    of_gate, of_up, of_down = biases or (None, None, None)
-    hidden = gated([product(rows, gate, of_gate), product(rows, up, of_up)], clamp).astype(x.dtype)
-    y = product(hidden, down, of_down)[groups.place].reshape(tokens, top_k, -1)
+    of_gate, of_up, of_down = zip(biases or (None,) * 3, adapters or (None,) * 3, strict=True)
+    hidden = gated([product(rows, gate, *of_gate), product(rows, up, *of_up)], clamp).astype(x.dtype)
+    y = product(hidden, down, *of_down)[groups.place].reshape(tokens, top_k, -1)
     return functools.reduce(jnp.add, (y[:, rank] * expert_weights[:, rank, None] for rank in range(top_k)))
 
 

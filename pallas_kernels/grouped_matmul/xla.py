@@ -22,7 +22,7 @@ def grouped(x: jax.Array, group_sizes: jax.Array, matrices: Matrix, target: Targ
     multiply = dense.matmul_transposed if transposed else dense.matmul
     width_out = matrices.columns if transposed else matrices.rows
 
-    rows = _tile_rows(m, experts)
+    rows = tile_rows(m, experts)
     ends = jnp.cumsum(group_sizes)
     tiles = -(-group_sizes // rows)
     tile_ends = jnp.cumsum(tiles)
@@ -39,7 +39,7 @@ def grouped(x: jax.Array, group_sizes: jax.Array, matrices: Matrix, target: Targ
     return jnp.where(jnp.arange(m)[:, None] < ends[-1], y, 0.0)
 
 
-def _tile_rows(m: int, experts: int) -> int:
+def tile_rows(m: int, experts: int) -> int:
     """About twice the average number of rows per expert, from 16 to 256, but not more than there are.
 
     Unpacking costs as much as about sixty rows of the product, so most experts should need only one tile.

@@ -323,7 +323,7 @@ def test_a_failed_save_leaves_what_was_there(original: Path, saved: Path, tmp_pa
     def full(directory: Path) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr("ferrum_jax.weights.orbax._flush", full)
+    monkeypatch.setattr("ferrum_jax.weights.orbax.flush", full)
     with pytest.raises(OSError, match="disk full"):
         convert(original, out, to="orbax", force=True)
     assert contents(out) == before
