@@ -156,7 +156,7 @@ find("open-settings").addEventListener("click", () => openSettings());
 dialog.addEventListener("click", (event) => event.target === dialog && dialog.close());
 
 function openSettings(field) {
-  dialog.showModal();
+  if (!dialog.open) dialog.showModal();
   if (field) dialog.querySelector(`[name=${field}]`).focus();
 }
 

@@ -27,6 +27,17 @@ export function iconButton(name, label, onclick, properties = {}) {
   return h("button", { type: "button", class: "quiet", "aria-label": label, title: label, onclick, ...properties }, icon(name));
 }
 
+/** A button that copies a text, or nothing where the browser does not let a page do that. */
+export function copyButton(label, text) {
+  if (!navigator.clipboard) return null;
+  const button = iconButton("copy", label, async () => {
+    await navigator.clipboard.writeText(text());
+    button.replaceChildren(icon("check"));
+    setTimeout(() => button.replaceChildren(icon("copy")), 1500);
+  });
+  return button;
+}
+
 /** A probability in words. */
 export function percent(p) {
   if (p < 1e-4) return "< 0.01 %";

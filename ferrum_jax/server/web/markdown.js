@@ -1,7 +1,7 @@
 // Markdown of a model, made safe: HTML in it is shown as text, pictures become links, and what is left goes through DOMPurify.
 // A text that grows is rendered block by block, and blocks that have not changed keep their elements.
 
-import { h, iconButton } from "./dom.js";
+import { copyButton, h } from "./dom.js";
 import { Marked } from "./vendor/marked.js";
 import DOMPurify from "./vendor/purify.js";
 
@@ -62,6 +62,6 @@ export class Markdown {
 /** Gives a block of code a line with its language and a button that copies it. */
 function frame(code) {
   const language = /^language-([\w+#.-]{1,30})$/.exec(code.className)?.[1] ?? "";
-  const copy = iconButton("copy", "Copy the code", () => navigator.clipboard.writeText(code.textContent));
+  const copy = copyButton("Copy the code", () => code.textContent);
   code.parentElement.before(h("div", { class: "code-head" }, h("span", {}, language), copy));
 }

@@ -46,7 +46,7 @@ export function connect(form, changed) {
     if (!(field.name in settings)) continue;
     const property = field.type === "checkbox" ? "checked" : "value";
     field[property] = settings[field.name];
-    field.addEventListener("input", () => {
+    field.addEventListener(field.type === "password" ? "change" : "input", () => {
       field.setCustomValidity(field.name === "tools" ? wrong(field.value) : "");
       if (!field.reportValidity()) return;
       settings[field.name] = field[property];

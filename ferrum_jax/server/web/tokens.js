@@ -32,8 +32,9 @@ export class Source {
   mark(element) {
     const walker = document.createTreeWalker(element, NodeFilter.SHOW_TEXT);
     const nodes = [];
-    while (walker.nextNode()) if (!walker.currentNode.parentElement.closest(".code-head, .t")) nodes.push(walker.currentNode);
+    while (walker.nextNode()) nodes.push(walker.currentNode);
     for (const node of nodes) {
+      if (/^\s*\n\s*$/.test(node.data) || node.parentElement.closest(".code-head")) continue; // between elements, or ours
       const pieces = [...node.data.matchAll(/\s+|\S+/g)].flatMap(([word]) => this.#find(word));
       if (pieces.some((piece) => piece.index !== null)) node.replaceWith(...joined(pieces).map((piece) => this.#element(piece)));
     }

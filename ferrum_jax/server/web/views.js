@@ -1,6 +1,6 @@
 // How the nodes of a conversation are shown. A view belongs to one node, and `update` brings it up to date.
 
-import { h, icon, iconButton } from "./dom.js";
+import { copyButton, h, icon, iconButton } from "./dom.js";
 import { Experts } from "./experts.js";
 import { Markdown } from "./markdown.js";
 import { Source, tokenElement } from "./tokens.js";
@@ -83,15 +83,9 @@ export class AnswerView {
     const running = node.state === "running";
     this.element.setAttribute("aria-busy", running);
     this.element.classList.toggle("waiting", running && !node.content && !node.reasoning && !node.calls.length);
-    this.thought.hidden = !node.reasoning;
-    this.thought.firstChild.textContent = running && !node.content ? "Thinking …" : "Thoughts";
-    this.thinking.show(node.reasoning, !running);
-    this.body.show(node.content, !running);
-    if (!running) {
-      const source = new Source(node.tokens);
-      source.mark(this.thinking.element);
-      source.mark(this.body.element);
-    }
+    const drawn = [node.state, node.reasoning.length, node.content.length].join();
+    if (drawn !== this.drawn) this.#draw(running);
+    this.drawn = drawn;
     this.rendered.hidden = this.raw;
     this.tokens.hidden = !this.raw;
     if (this.raw) this.#showTokens();
@@ -103,6 +97,18 @@ export class AnswerView {
   /** Called with the index of the token that is looked at, or -1. */
   look(index) {
     this.experts?.show(index);
+  }
+
+  #draw(running) {
+    const { reasoning, content, tokens } = this.node;
+    this.thought.hidden = !reasoning;
+    this.thought.firstChild.textContent = running && !content ? "Thinking …" : "Thoughts";
+    this.thinking.show(reasoning, !running);
+    this.body.show(content, !running);
+    if (running) return;
+    const source = new Source(tokens);
+    source.mark(this.thinking.element);
+    source.mark(this.body.element);
   }
 
   #showTokens() {
@@ -138,7 +144,7 @@ export class AnswerView {
     if (node.error) found.push(h("p", { class: "error", role: "alert" }, node.error));
     const buttons = [...branches(node, actions), iconButton("again", "Answer again", () => actions.again(node))];
     const toggle = (name, label, on, click) => iconButton(name, label, click, { "aria-pressed": on ? "true" : "false" });
-    if (node.content) buttons.push(iconButton("copy", "Copy the answer", () => navigator.clipboard.writeText(node.content)));
+    if (node.content) buttons.push(copyButton("Copy the answer", () => node.content));
     if (node.tokens.length) {
       buttons.push(
         toggle("tokens", "Tokens", this.raw, () => this.#toggle("raw")),

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import ferrum_jax as fj
-from support.live_server import Live, idle, until
+from support.live_server import Live, idle, live, until
 
 driver = pytest.importorskip("playwright.sync_api", reason="playwright, of the extra `test`, is not installed")
 expect = driver.expect
@@ -87,8 +87,13 @@ def answered(page: driver.Page) -> str:
 
 
 def scripted(*deltas: dict) -> Callable[[driver.Route], None]:
-    """Answers with these pieces of a message."""
-    chunks = [{"choices": [{"index": 0, "delta": delta, "finish_reason": None}]} for delta in deltas]
+    """Answers with these pieces of a message, each a token if it has content."""
+    chunks = []
+    for id, delta in enumerate(({"role": "assistant", "content": ""}, *deltas)):
+        text = delta.get("content")
+        entry = {"token": f"token_id:{id}", "bytes": list((text or "").encode()), "logprob": -0.5, "top_logprobs": []}
+        scored = {"content": [entry]} if text else None
+        chunks.append({"choices": [{"index": 0, "delta": delta, "finish_reason": None, "logprobs": scored}]})
     lines = [f"data: {json.dumps(chunk)}\n\n" for chunk in chunks] + ["data: [DONE]\n\n"]
     return lambda route: route.fulfill(content_type="text/event-stream", body="".join(lines))
 
@@ -199,7 +204,8 @@ def test_an_answer_is_stopped_and_goes_on(page: driver.Page, engine, monkeypatch
 def test_what_a_model_writes_is_harmless(page: driver.Page):
     outside: list[str] = []
     page.on("request", lambda request: outside.append(request.url) if "example.com" in request.url else None)
-    page.route("**/v1/chat/completions", scripted({"role": "assistant", "content": ""}, {"content": UNSAFE}))
+    pieces = re.findall(r"\s?\S{1,3}|\s", UNSAFE)
+    page.route("**/v1/chat/completions", scripted(*({"content": piece} for piece in pieces)))
     ask(page, "<b>bold</b>")
     text = answered(page)
     assert '<script>window.harmed = 1</script> <img src=x onerror="window.harmed = 1">' in text and 'print("<b>")' in text
@@ -214,6 +220,10 @@ def test_what_a_model_writes_is_harmless(page: driver.Page):
     expect(answer.locator("td strong")).to_have_text("c")
     expect(answer.locator(".code-head")).to_have_text("python")
     assert page.evaluate("window.harmed") is None and not outside
+    marks = answer.locator(".t").evaluate_all("all => all.map(one => [Number(one.dataset.index), one.textContent])")
+    assert all(text.strip() in pieces[index] for index, text in marks)
+    assert len({index for index, _ in marks}) > 60
+    assert [index for index, _ in marks] == sorted(index for index, _ in marks)
     picture(page, "markdown")
 
 
@@ -222,7 +232,6 @@ def test_thinking_and_tool_calls(page: driver.Page):
     page.route(
         "**/v1/chat/completions",
         scripted(
-            {"role": "assistant", "content": ""},
             {"reasoning_content": "The weather **service**"},
             {"reasoning_content": " knows."},
             {"tool_calls": [call]},
@@ -253,14 +262,23 @@ def test_thinking_and_tool_calls(page: driver.Page):
 def test_errors_of_the_server_are_shown(page: driver.Page):
     ask(page, "word " * 400)
     expect(page.get_by_role("alert")).to_contain_text("do not fit into a context of 256")
-    page.route("**/v1/chat/completions", lambda route: route.fulfill(status=401, json={"error": {"message": "no key"}}))
-    page.get_by_role("button", name="Answer again").click()
-    expect(page.get_by_label("API key")).to_be_focused()
-    expect(page.get_by_role("alert")).to_have_text("no key")
+
+
+def test_a_key_is_asked_for(page: driver.Page, engine):
+    with live(engine, api_keys=("first",)) as server:
+        page.goto(server.url)
+        field = page.get_by_label("API key")
+        expect(field).to_be_focused()
+        expect(page.locator("#model")).to_have_text("the API key is missing or wrong")
+        field.fill("first")
+        page.keyboard.press("Enter")
+        expect(page.locator("#model")).to_have_text("tiny")
+        ask(page)
+        assert answered(page)
 
 
 def test_light_dark_and_narrow(page: driver.Page):
-    page.route("**/v1/chat/completions", scripted({"role": "assistant", "content": ""}, {"content": UNSAFE}))
+    page.route("**/v1/chat/completions", scripted({"content": UNSAFE}))
     ask(page, "Show me what you can do.")
     answered(page)
     background = "getComputedStyle(document.body).backgroundColor"
