@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
-from ferrum_jax.server import answers, bodies, gate
+from ferrum_jax.server import answers, bodies, conversation, gate, page
 from support.patching import Fault, applied
 from unit.server import test_answers as guards
 
@@ -18,6 +20,16 @@ def what_is_not_supported_is_refused() -> None:
     body = bodies.SamplingBody.model_validate_json('{"best_of": 3}')
     with pytest.raises(bodies.ApiError):
         body.require_supported()
+
+
+def an_answer_does_not_go_on_after_its_end() -> None:
+    model = SimpleNamespace(tokenizer=SimpleNamespace(vocab_size=9, eos_ids=frozenset({7})))
+    with pytest.raises(ValueError, match="the token 7 ends an answer"):
+        conversation.begun(SimpleNamespace(engine=SimpleNamespace(model=model)), [3, 7])
+
+
+def a_browser_gets_the_page_without_a_key() -> None:
+    assert {"/", "/web/app.js", "/web/vendor/purify.js"} <= page.paths.__wrapped__()
 
 
 FAULTS = {
@@ -62,6 +74,20 @@ FAULTS = {
         "return any(found)",
         "return found[-1]",
         guards.test_only_a_key_is_a_key,
+    ),
+    "beginning": Fault(
+        "an answer goes on after a token that ends it",
+        conversation.begun,
+        "if id in tokenizer.eos_ids:",
+        "if False:",
+        an_answer_does_not_go_on_after_its_end,
+    ),
+    "page": Fault(
+        "the files of the page need a key that the page cannot send",
+        page.paths,
+        '{"/", *(f"/web/{name}" for name in _files())}',
+        '{"/"}',
+        a_browser_gets_the_page_without_a_key,
     ),
     "unsupported": Fault(
         "a field that is not supported is ignored",
