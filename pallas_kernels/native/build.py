@@ -41,8 +41,8 @@ _INSTEAD = "; XLA's own code serves instead, more slowly"
 # list.
 _AVX512 = {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "avx2", "fma", "f16c", "bmi2"}
 _UNITS = {
-    "amx": (("avx512_vnni", "avx512_few", "amx"), _AVX512 | {"amx_tile", "amx_int8"}),
-    "avx512_vnni": (("avx512_vnni", "avx512_few"), _AVX512),
+    "amx": (("avx512_vnni", "avx512_dots", "amx"), _AVX512 | {"amx_tile", "amx_int8"}),
+    "avx512_vnni": (("avx512_vnni", "avx512_dots"), _AVX512),
     "avx2": (("avx2",), {"avx2", "fma", "f16c", "bmi2"}),
     "portable": (("portable",), set()),
 }

@@ -58,7 +58,6 @@ FERRUM_INLINE void tile_product(const void* a, int64_t a_stride, const void* b, 
 // tile unit computes the integers of the next group.
 template <Type T>
 struct Tiles {
-  static constexpr bool is_signed = true;
   static constexpr int parts = has_parts(T) ? 2 : 1;
   using Dots = int32_t[parts][kPanel][kPanel];
 
@@ -74,7 +73,7 @@ struct Tiles {
     for (int i = 0; i < kPanel; ++i) {
       V dot[parts];
       for (int part = 0; part < parts; ++part) dot[part] = _mm512_load_si512(dots[part][i]);
-      add_block<T, 0>(w, x, i, b, dot, sum[i]);
+      add_block<T>(w, x, i, b, dot, sum[i]);
     }
   }
 
@@ -115,7 +114,7 @@ struct Tiles {
 
 template <Type T>
 void tile_panels(const Rows& w, const PanelGroup* x, int64_t m, Output y) {
-  panels_of_type<T, Tiles>(w, x, m, y);
+  panels_by(decode_rows<T>, Tiles<once_decoded(T)>::run, w, x, m, y);
 }
 
 void panels(const Rows& w, const PanelGroup* x, int64_t m, Output y) {

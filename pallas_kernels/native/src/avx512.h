@@ -206,16 +206,6 @@ FERRUM_INLINE V half_sums(V a, V b, V c, V d) {
 FERRUM_INLINE V block_sums(V p, V q) {
   return _mm512_add_epi32(_mm512_shuffle_i32x4(p, q, 0x88), _mm512_shuffle_i32x4(p, q, 0xdd));
 }
-FERRUM_INLINE F block_sums(F p, F q) {
-  return _mm512_add_ps(_mm512_shuffle_f32x4(p, q, 0x88), _mm512_shuffle_f32x4(p, q, 0xdd));
-}
-
-// Eight lanes folded in halves.
-FERRUM_INLINE float fold8(__m256 v) {
-  __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
-  return _mm_cvtss_f32(_mm_add_ss(s, _mm_shuffle_ps(s, s, 1)));
-}
 
 }  // namespace
 }  // namespace ferrum

@@ -1,4 +1,4 @@
-// Many rows of x: 16 rows of the matrix are decoded once, then multiplied by panels of 16 rows of x.
+// Many rows of x for tiles: 16 rows of the matrix are decoded once, then multiplied by panels of 16 rows of x.
 //
 // Lanes are the rows of x here, so the eight float lanes of the arithmetic (see kernels.h) are eight registers, and an integer
 // dot product needs no sum across lanes. Formats differ only in the decoding.
@@ -23,8 +23,8 @@ FERRUM_INLINE void put(V q, int j, int64_t row, Decoded& out) {
   _mm256_store_si256(reinterpret_cast<__m256i*>(out.q[j + 4][row]), _mm512_extracti64x4_epi64(q, 1));
 }
 
-// Without their bias where Signed.
-template <Type T, bool Signed>
+// Without their bias.
+template <Type T>
 inline void decode_rows(const Rows& w, int64_t groups, Decoded* out) {
   alignas(64) uint8_t room[2][kWidest];
   const uint8_t* end = w.blocks + w.count * w.stride;
@@ -43,7 +43,7 @@ inline void decode_rows(const Rows& w, int64_t groups, Decoded* out) {
       scales<T>(a, b, scale, offset);
       mask_absent<T>(w.k - g * kGroup, scale, offset);
       Decoded& o = out[g];
-      const V bias = bytes(Signed && bias_shift(T) ? 1 << bias_shift(T) : 0);
+      const V bias = bytes(bias_shift(T) ? 1 << bias_shift(T) : 0);
       for (int j = 0; j < 4; ++j) {
         put(_mm512_sub_epi8(u[j], bias), j, i, o);
         put(_mm512_sub_epi8(v[j], bias), j, i + 1, o);
@@ -58,19 +58,16 @@ inline void decode_rows(const Rows& w, int64_t groups, Decoded* out) {
   }
 }
 
-// One block's integers (two where the format has parts) into its lane; `shift` belongs to the bias that they still contain.
-template <Type T, int shift>
+// One block's integers (two where the format has parts) into its lane.
+template <Type T>
 FERRUM_INLINE void add_block(const Decoded& w, const PanelGroup& x, int row, int block, const V* dots, F& lane) {
-  const auto unbiased = [](V dot, const int32_t* sum) {
-    return shift ? _mm512_sub_epi32(dot, _mm512_slli_epi32(_mm512_load_si512(sum), shift)) : dot;
-  };
   F dot;
   if constexpr (has_parts(T)) {
     const int low = 8 * (block / 4) + block % 4, high = low + 4;
-    dot = _mm512_mul_ps(_mm512_cvtepi32_ps(unbiased(dots[0], x.half_sum[low])), _mm512_set1_ps(w.part[row][low]));
-    dot = _mm512_fmadd_ps(_mm512_cvtepi32_ps(unbiased(dots[1], x.half_sum[high])), _mm512_set1_ps(w.part[row][high]), dot);  // exact
+    dot = _mm512_mul_ps(_mm512_cvtepi32_ps(dots[0]), _mm512_set1_ps(w.part[row][low]));
+    dot = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dots[1]), _mm512_set1_ps(w.part[row][high]), dot);  // exact
   } else {
-    dot = _mm512_cvtepi32_ps(unbiased(dots[0], x.sum[block]));
+    dot = _mm512_cvtepi32_ps(dots[0]);
   }
   lane = _mm512_fmadd_ps(_mm512_mul_ps(dot, _mm512_load_ps(x.scale[block])), _mm512_set1_ps(w.scale[row][block]), lane);
   if constexpr (has_offset(T))
@@ -79,7 +76,7 @@ FERRUM_INLINE void add_block(const Decoded& w, const PanelGroup& x, int row, int
 
 // The representative of a type for decoded rows: the first type with the same properties.
 constexpr Type once_decoded(Type t) {
-  return has_parts(t) ? t : has_offset(t) ? Type::Q4_1 : bias_shift(t) == 3 ? Type::Q4_0 : bias_shift(t) == 4 ? Type::Q5_0 : Type::Q8_0;
+  return has_parts(t) ? t : has_offset(t) ? Type::Q4_1 : Type::Q8_0;
 }
 
 using Decode = void(const Rows& w, int64_t groups, Decoded* out);
@@ -105,14 +102,6 @@ using Multiply = void(const Decoded* w, int count, int64_t groups, const PanelGr
       }
     }
   }
-}
-
-// By<T>::run computes a tile of 16 x 16 results from decoded weights, which are signed or include their bias, as
-// By<T>::is_signed says.
-template <Type T, template <Type> class By>
-inline void panels_of_type(const Rows& w, const PanelGroup* x, int64_t m, Output y) {
-  constexpr Type like = once_decoded(T);
-  panels_by(decode_rows<T, By<T>::is_signed>, By<like>::run, w, x, m, y);
 }
 
 }  // namespace

@@ -118,7 +118,7 @@ extern const Isa portable;
 extern const Isa avx2;
 extern const Isa avx512_vnni;
 const Isa& amx();
-void avx512_quantize(const float* x, int64_t k, Group* out);  // the part of avx512_vnni in avx512_few.cc
+void avx512_quantize(const float* x, int64_t k, Group* out);  // the part of avx512_vnni in avx512_dots.cc
 void avx512_dots(const Rows& w, const Group* const* x, int64_t m, Output y);
 bool has_avx2();
 bool has_avx512_vnni();

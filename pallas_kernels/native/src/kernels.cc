@@ -236,7 +236,7 @@ void experts(Pool& pool, Arithmetic arithmetic, const float* x, int64_t tokens, 
     to.groups[i] = inner.as_groups(row);
     to.floats[i] = inner.as_floats(row);
   }
-  maybe_parallel(many, pool, routing.active, [&](int64_t e) { pack_expert(isa, outer, routing, from, e); });
+  if (isa.panels) maybe_parallel(many, pool, routing.active, [&](int64_t e) { pack_expert(isa, outer, routing, from, e); });
 
   // silu(gate) * up of each expert's rows, in chunks of the expert's rows of weights.
   const int64_t rows = chunk_rows(gate, 1), chunks = ceil_div(n, rows);
