@@ -69,6 +69,14 @@ def abstract_state(
     num_states: int = 1,
 ) -> DecodeState:
     """The state as `jax.ShapeDtypeStruct`s with shardings."""
+    pages = tuple(pages) if isinstance(pages, Sequence) else pages
+    return _abstract_state(config, pages, page_size, dtype, placement, num_states)
+
+
+@functools.lru_cache(64)  # tracing takes a millisecond, and each call of `generate` asks several times
+def _abstract_state(
+    config: ModelConfig, pages: int | tuple[int, ...], page_size: int, dtype: str, placement: Placement, num_states: int
+) -> DecodeState:
     make = functools.partial(new_state, config, pages=pages, page_size=page_size, dtype=dtype, num_states=num_states)
     with placement.as_default():
         state = jax.eval_shape(make)
@@ -123,9 +131,9 @@ def host_limit(root: Path = Path("/")) -> Limit | None:
     total, available = machine["MemTotal"] * 1024 + swap, machine["MemAvailable"] * 1024 + swap_free
     limits = [Limit(total, total - available, "memory and swap of this machine")]
     for group in _control_groups(root):
-        used = _numbers(group / "memory.stat")
         most = next((n for n in (_number(group / name) for name in ("memory.max", "memory.limit_in_bytes")) if n), None)
         if most is not None and most < machine["MemTotal"] * 1024:
+            used = _numbers(group / "memory.stat")
             held = used.get("anon", used.get("total_rss", 0)) + used.get("shmem", used.get("total_shmem", 0))
             limits.append(Limit(most + swap, held + swap - swap_free, "the control group's limit, and swap"))
     return min(limits, key=lambda limit: limit.free)

@@ -40,12 +40,18 @@ class Programs:
         self.placement = placement
         self.compile_s = 0.0
         self._compiled: dict[Any, Program] = {}
+        self._tables: dict[Any, dict[Any, Callable]] = {}
         self._newest: Program | None = None
 
     @property
     def compiled(self) -> int:
         """The number of programs."""
         return len(self._compiled)
+
+    def table(self, key: Any) -> dict[Any, Callable]:
+        """A table of programs by names of its owner: the same one each time, so that the next owner with an equal key does not
+        have to describe their arguments again."""
+        return self._tables.setdefault(key, {})
 
     def run(self, function: Callable, *args: Any, donate: tuple[int, ...] = (), **static: Any) -> Any:
         """function(*args, **static) as one program; `donate` has the positions of donated arguments."""

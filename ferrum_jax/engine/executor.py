@@ -45,7 +45,7 @@ class Executor:
         self.pages_a_sequence = -(-context // config.page_size)
         self.compiles = 0
         self._locks: dict[Any, threading.Lock] = {}
-        self._programs: dict[Any, Callable] = {}
+        self._programs = model.programs.table((config, self.num_pages, context, self.kv_dtype))
         self._guard = threading.Lock()
         self.reset()
 
