@@ -22,6 +22,7 @@ from jax import lax
 
 from ferrum_jax.sampling_params import MAX_LOGPROBS, SamplingParams
 from pallas_kernels import dispatch
+from pallas_kernels.reductions import exp, log
 
 __all__ = ["MAX_LOGPROBS", "Sampling", "SamplingParams", "filtered_logits", "is_end", "occurred", "sample", "token_logprobs"]
 
@@ -194,7 +195,7 @@ def token_logprobs(logits: jax.Array, sampled: jax.Array, k: int) -> tuple[jax.A
         x = jnp.where(x == 0, 0.0, x)  # -0 and +0 are equal, but not to top_k
         top = jnp.maximum(jnp.max(x, axis=1, keepdims=True), -_MAX)
         padded = _pad(x, -jnp.inf)
-        log_total = jnp.log(_sum(jnp.exp(padded - top)))[:, None]
+        log_total = log(_sum(exp(padded - top)))[:, None]
         ids = sampled.astype(jnp.int32)[:, None]
         values = jnp.take_along_axis(x, ids, axis=1, mode="clip")
         if k:
@@ -333,7 +334,7 @@ class _Rows(NamedTuple):
             def weigh(logits: jax.Array) -> jax.Array:
                 shape = (-1,) + (1,) * (logits.ndim - 1)
                 scaled = (logits - top.reshape(shape)) / temperature.reshape(shape)
-                return jnp.where(stage == 0, 1.0, jnp.exp(scaled))
+                return jnp.where(stage == 0, 1.0, exp(scaled))
 
             def mass() -> jax.Array:
                 total = _sum(jnp.where(within.keeps(everything), weigh(x), 0.0))

@@ -1,21 +1,24 @@
-"""Reductions of rows that leave a row the same bits in any batch, on CPU.
+"""Reductions of rows, and functions of elements, that leave a row the same bits in any batch, on CPU.
 
 XLA chooses how to reduce by the shape of the whole array: a sum gets another order, and a reduction over 4096 elements or more
 becomes a library call together with the operations around it, such as an exponential, whose bits differ there from XLA's own
 code. Reductions written as elementwise operations do not leave it that choice. On other devices they would cost a kernel each;
 there rows are equal within rounding.
+
+Where the code of a fused function differs within a loop (`compat.CPU_FUSION_VARIES`), the functions here stand alone in a loop.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import dispatch
+from pallas_kernels import compat, dispatch
 
 _FAN_IN = 16
 
@@ -52,4 +55,50 @@ def product(x: jax.Array, y: jax.Array | float) -> jax.Array:
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     """x / sqrt(mean(x^2) + eps) * weight over the last axis, in float32 (arXiv 1910.07467)."""
-    return x * lax.rsqrt(row_sum(x * x) / x.shape[-1] + eps) * weight
+    return x * lax.rsqrt(row_sum(term(x, x)) / x.shape[-1] + eps) * weight
+
+
+def term(x: jax.Array, y: jax.Array) -> jax.Array:
+    """x * y, one of several products that are summed."""
+    return product(x, y) if _varies() else x * y
+
+
+def exp(x: jax.Array) -> jax.Array:
+    """e to the power of each element."""
+    return _alone(jnp.exp, x)
+
+
+def log(x: jax.Array) -> jax.Array:
+    """The natural logarithm of each element."""
+    return _alone(jnp.log, x)
+
+
+def sigmoid(x: jax.Array) -> jax.Array:
+    """1 / (1 + exp(-x))."""
+    return 1 / (1 + exp(-x)) if _varies() else jax.nn.sigmoid(x)
+
+
+def silu(x: jax.Array) -> jax.Array:
+    """x * sigmoid(x)."""
+    return x * sigmoid(x)
+
+
+def softplus(x: jax.Array) -> jax.Array:
+    """log(1 + exp(x)), without overflow."""
+    return jnp.maximum(x, 0) + _alone(jnp.log1p, exp(-jnp.abs(x))) if _varies() else jax.nn.softplus(x)
+
+
+def gelu(x: jax.Array) -> jax.Array:
+    """GELU in its tanh form (arXiv 1606.08415)."""
+    if not _varies():
+        return jax.nn.gelu(x, approximate=True)
+    cube = product(product(x, x), x)
+    return 0.5 * x * (1 + _alone(jnp.tanh, (2 / math.pi) ** 0.5 * (x + product(cube, 0.044715))))
+
+
+def _alone(function: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
+    return lax.optimization_barrier(function(lax.optimization_barrier(x))) if _varies() else function(x)
+
+
+def _varies() -> bool:
+    return compat.CPU_FUSION_VARIES and dispatch.target().platform == "cpu"

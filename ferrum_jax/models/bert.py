@@ -16,6 +16,7 @@ from jax import lax
 from ferrum_jax.config import EncoderConfig
 from ferrum_jax.models.scan import scan_layers
 from ferrum_jax.quantized import Layer, linears
+from pallas_kernels.reductions import exp
 
 Params = Mapping[str, Any]
 
@@ -67,7 +68,7 @@ def _layer(layers: Params, x: jax.Array, hidden_keys: jax.Array, layer: Layer, c
             y.reshape(rows, length, config.num_heads, -1).swapaxes(1, 2) for y in project(x, attention, "query", "key", "value")
         )
         scores = jnp.einsum("bhqd,bhkd->bhqk", q * q.shape[-1] ** -0.5, k, precision=lax.Precision.HIGHEST) + hidden_keys
-        weights = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
+        weights = exp(scores - scores.max(axis=-1, keepdims=True))
         y = jnp.einsum("bhqk,bhkd->bhqd", weights, v, precision=lax.Precision.HIGHEST)
         y = (y / weights.sum(axis=-1, keepdims=True)).swapaxes(1, 2)
         x = norm(x + project(y.reshape(x.shape), attention, "output")[0], "attention_norm")

@@ -10,7 +10,7 @@ from ferrum_jax.models.recurrence import Recurrence
 from ferrum_jax.quantized import Layer
 from pallas_kernels.blocks import format_of
 from pallas_kernels.delta_net import DeltaState, Sequences, delta_net
-from pallas_kernels.reductions import rms_norm
+from pallas_kernels.reductions import rms_norm, sigmoid, silu, softplus
 
 
 class GatedDeltaNet(LayerModule):
@@ -35,14 +35,14 @@ class GatedDeltaNet(LayerModule):
             qkv, gate = self.project(x, layer, "qkv", "gate", adapter_mask=adapter_mask)
         with jax.named_scope("gates"):
             beta, alpha = self.gates(x, layer, adapter_mask)
-            time = jax.nn.softplus(alpha + self.stack("time_bias").vector(layer))
+            time = softplus(alpha + self.stack("time_bias").vector(layer))
             log_decay = self.stack("decay").vector(layer) * time
         with jax.named_scope("recurrence"):
             taps, at = self.stack("taps").select(layer)
             y, kept = delta_net(
                 qkv,
                 log_decay,
-                jax.nn.sigmoid(beta),
+                sigmoid(beta),
                 format_of(taps.format).decode(taps.planes[0][at]),
                 DeltaState(part["tail"], part["memory"]),
                 index,
@@ -52,7 +52,7 @@ class GatedDeltaNet(LayerModule):
             )
         with jax.named_scope("output"):
             y = rms_norm(y, self.stack("norm").vector(layer), self.config.rms_norm_eps)
-            y = y * jax.nn.silu(gate.reshape(y.shape))
+            y = y * silu(gate.reshape(y.shape))
             return self.project(y.reshape(tokens, -1), layer, "output", adapter_mask=adapter_mask)[0], kept._asdict()
 
     def gates(self, x: jax.Array, layer: Layer, adapter_mask: jax.Array | None) -> list[jax.Array]:

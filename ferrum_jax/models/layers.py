@@ -20,7 +20,7 @@ from ferrum_jax.quantized import Layer, LayerStack, gated_linear, linear, linear
 from pallas_kernels.append import Norm, append, turned
 from pallas_kernels.grouped_matmul import Clamp, ExpertAdapters, Pair
 from pallas_kernels.paged_attention import paged_attention
-from pallas_kernels.reductions import product, rms_norm, row_sum
+from pallas_kernels.reductions import gelu, product, rms_norm, row_sum, sigmoid, silu
 from pallas_kernels.routing import Router, route
 from pallas_kernels.segment_attention import segment_attention
 
@@ -134,7 +134,7 @@ class Attention(LayerModule):
             else:
                 y = paged_attention(q, cache, index, told.metadata, spec.score_scale, sinks)
             if spec.gated:
-                y = y * jax.nn.sigmoid(gate)
+                y = y * sigmoid(gate)
         with jax.named_scope("attention_output"):
             return self.project(y.reshape(tokens, -1), layer, "output", adapter_mask=adapter_mask)[0], cache
 
@@ -163,7 +163,7 @@ class FeedForward(LayerModule):
             hidden = gated_linear(x, first, second, layer, self.config.dtype, self.config.implementation)
         else:
             gate, up = self.project(x, layer, *names, adapter_mask=adapter_mask)
-            hidden = (gelu(gate) if activation == "gelu_tanh" else jax.nn.silu(gate)) * up
+            hidden = (gelu(gate) if activation == "gelu_tanh" else silu(gate)) * up
         return self.project(hidden, layer, prefix + "down", adapter_mask=adapter_mask)[0]
 
     def shared(self, x: jax.Array, layer: Layer, adapter_mask: jax.Array | None) -> jax.Array:
@@ -172,7 +172,7 @@ class FeedForward(LayerModule):
         with jax.named_scope("shared_expert"):
             y = self.dense(x, layer, adapter_mask, "shared_")
             vector = self.stack("shared_router")
-            return y if vector is None else jax.nn.sigmoid(row_sum(x * vector.vector(layer))) * y
+            return y if vector is None else sigmoid(row_sum(x * vector.vector(layer))) * y
 
     def mixture(self, x: jax.Array, layer: Layer, live: jax.Array, spec: Mixture) -> jax.Array:
         """The experts that the router chooses for each token, each a SwiGLU, summed with their weights in the order chosen."""
@@ -210,11 +210,6 @@ class FeedForward(LayerModule):
         both, down = self.trained("expert_gate_up"), self.trained("expert_down")
         gate, up = (both._replace(b=b) for b in jnp.split(both.b, 2, axis=1)) if both else (None, None)
         return ExpertAdapters(gate, up, down) if both or down else None
-
-
-def gelu(x: jax.Array) -> jax.Array:
-    """GELU in its tanh form (arXiv 1606.08415), float32."""
-    return jax.nn.gelu(x, approximate=True)
 
 
 def router_of(spec: Mixture) -> Router:

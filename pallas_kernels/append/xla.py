@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.append.operands import Norm, Operands
 from pallas_kernels.paged_attention import KVCache
-from pallas_kernels.reductions import rms_norm
+from pallas_kernels.reductions import rms_norm, term
 
 
 def append(operands: Operands, eps: float) -> tuple[jax.Array, KVCache]:
@@ -26,4 +26,4 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     """x float32 [tokens, heads, head_dim] with its first rope_dim values rotated."""
     half = cos.shape[-1]
     first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
+    return jnp.concatenate([term(first, cos) - term(second, sin), term(second, cos) + term(first, sin), rest], axis=-1)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.delta_net.parts import DeltaState, Operands
-from pallas_kernels.reductions import row_sum
+from pallas_kernels.reductions import exp, row_sum, silu, term
 
 Kept = tuple[jax.Array, ...]  # the tail [K - 1, channels] and the memory [H, dk, dv] of one sequence
 _EPS = 1e-6
@@ -76,11 +76,11 @@ def _step(
     """One token: what is kept after it, and its result [H, dv]."""
     tail, memory = kept
     window = jnp.concatenate([tail, qkv[None]])
-    mixed = jax.nn.silu(functools.reduce(jnp.add, (window[i] * taps[:, i] for i in range(taps.shape[1]))))
+    mixed = silu(functools.reduce(jnp.add, (term(window[i], taps[:, i]) for i in range(taps.shape[1]))))
     q, k, v = heads_of(mixed, memory.shape, tiled)
-    memory = memory * jnp.exp(log_decay)[:, None, None]
+    memory = term(memory, exp(log_decay)[:, None, None])
     wrong = beta[:, None] * (v - _read(memory, k))
-    memory = memory + k[:, :, None] * wrong[:, None, :]
+    memory = memory + term(k[:, :, None], wrong[:, None, :])
     return (window[1:], memory), _read(memory, q)
 
 
@@ -96,7 +96,7 @@ def heads_of(mixed: jax.Array, memory: tuple[int, ...], tiled: bool) -> tuple[ja
 
 
 def _normed(x: jax.Array) -> jax.Array:
-    return x * lax.rsqrt(row_sum(x * x) + _EPS)
+    return x * lax.rsqrt(row_sum(term(x, x)) + _EPS)
 
 
 def _read(memory: jax.Array, key: jax.Array) -> jax.Array:

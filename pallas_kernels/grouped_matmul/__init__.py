@@ -45,6 +45,7 @@ from pallas_kernels.grouped_matmul.factors import ExpertAdapters, Pair, grouped_
 from pallas_kernels.grouped_matmul.grouping import group
 from pallas_kernels.grouped_matmul.parts import Biases, Clamp, gated
 from pallas_kernels.quantized_matmul import backend_for
+from pallas_kernels.reductions import sigmoid, term
 
 BACKENDS = (
     dispatch.Backend("native", native.refuses, lambda: native),
@@ -219,9 +220,9 @@ def _composed_ffn(
 
     rows = x[groups.order // top_k]
     of_gate, of_up, of_down = zip(biases or (None,) * 3, adapters or (None,) * 3, strict=True)
-    hidden = gated([product(rows, gate, *of_gate), product(rows, up, *of_up)], clamp).astype(x.dtype)
+    hidden = gated([product(rows, gate, *of_gate), product(rows, up, *of_up)], clamp, sigmoid).astype(x.dtype)
     y = product(hidden, down, *of_down)[groups.place].reshape(tokens, top_k, -1)
-    return functools.reduce(jnp.add, (y[:, rank] * expert_weights[:, rank, None] for rank in range(top_k)))
+    return functools.reduce(jnp.add, (term(y[:, rank], expert_weights[:, rank, None]) for rank in range(top_k)))
 
 
 @derivative_of(_composed_ffn, of=("x", "expert_weights"), static=("clamp", "target", "arithmetic"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -24,12 +24,14 @@ class Clamp(NamedTuple):
     alpha: float
 
 
-def gated(products: Sequence[jax.Array], clamp: Clamp | None) -> jax.Array:
+def gated(
+    products: Sequence[jax.Array], clamp: Clamp | None, sigmoid: Callable[[jax.Array], jax.Array] = jax.nn.sigmoid
+) -> jax.Array:
     """The SwiGLU of two products; a single one as it is."""
     if len(products) == 1:
         return products[0]
     gate, up = products
     if clamp is None:
-        return jax.nn.silu(gate) * up
+        return gate * sigmoid(gate) * up
     gate, up = jnp.minimum(gate, clamp.limit), jnp.clip(up, -clamp.limit, clamp.limit)
-    return (up + 1) * (gate * jax.nn.sigmoid(clamp.alpha * gate))
+    return (up + 1) * (gate * sigmoid(clamp.alpha * gate))

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.paged_attention.cache import KVCache
-from pallas_kernels.reductions import row_sum
+from pallas_kernels.reductions import exp, row_sum, term
 
 if TYPE_CHECKING:
     from pallas_kernels.paged_attention import AttentionMetadata, Sinks, Tables
@@ -118,10 +118,10 @@ def attention(
             scores = jnp.einsum("whrd,whpd->whrp", query, k, precision=lax.Precision.HIGHEST)
             scores = jnp.where(visible, scores, _MASKED)
             new_best = jnp.maximum(best, scores.max(axis=-1, keepdims=True))
-            weights = jnp.where(visible, jnp.exp(scores - new_best), 0.0)
-            keep = jnp.exp(best - new_best)
+            weights = jnp.where(visible, exp(scores - new_best), 0.0)
+            keep = exp(best - new_best)
             update = jnp.einsum("whrp,whdp->whrd", weights, v, precision=lax.Precision.HIGHEST)
-            return new_best, total * keep + row_sum(weights), out * keep + update
+            return new_best, term(total, keep) + row_sum(weights), term(out, keep) + update
 
         column = jnp.zeros((*query.shape[:3], 1), jnp.float32)
         first = 0 if differentiable else jnp.minimum(low.min(), high.max()) // span

@@ -28,6 +28,7 @@ from pallas_kernels.blocks.matrix import Matrix
 from pallas_kernels.blocks.ordered import is_ordered, natural
 from pallas_kernels.derivatives import derivative_of, linear
 from pallas_kernels.quantized_matmul import xla
+from pallas_kernels.reductions import silu
 
 BACKENDS = (
     dispatch.Backend("native", native.refuses, lambda: native),
@@ -106,7 +107,7 @@ def swiglu(
     target = dispatch.target("swiglu", implementation)
     if is_ordered(gate) or is_ordered(up):
         gated, plain = quantized_matmuls(x, (gate, up), arithmetic, target.forced)
-        return (jax.nn.silu(gated) * plain).astype(x.dtype)
+        return (silu(gated) * plain).astype(x.dtype)
     return _swiglu(x, gate, up, target, arithmetic or x.dtype.name)
 
 
@@ -153,7 +154,7 @@ def _matmuls(x: jax.Array, matrices: Sequence[Matrix], target: dispatch.Target, 
 
 def _composed_swiglu(x: jax.Array, gate: Matrix, up: Matrix, target: dispatch.Target, arithmetic: str) -> jax.Array:
     gated, plain = _matmuls(x, (gate, up), target, arithmetic)
-    return (jax.nn.silu(gated) * plain).astype(x.dtype)
+    return (silu(gated) * plain).astype(x.dtype)
 
 
 @derivative_of(_composed_swiglu, of=("x",), static=("target", "arithmetic"))

@@ -20,6 +20,7 @@ from jax import lax
 from pallas_kernels.blocks.layouts import unpack_rows
 from pallas_kernels.blocks.matrix import Matrix
 from pallas_kernels.dispatch import Target
+from pallas_kernels.reductions import silu
 
 TILE_BYTES = 8 << 20
 _LIBRARY_ROWS = 2
@@ -32,7 +33,7 @@ def matmuls(x: jax.Array, matrices: Sequence[Matrix], target: Target) -> list[ja
 
 def swiglu(x: jax.Array, gate: Matrix, up: Matrix, target: Target) -> jax.Array:
     """silu(x · gateᵀ) * (x · upᵀ): [m, n] in the dtype of x."""
-    return (jax.nn.silu(matmul(x, gate, target)) * matmul(x, up, target)).astype(x.dtype)
+    return (silu(matmul(x, gate, target)) * matmul(x, up, target)).astype(x.dtype)
 
 
 @functools.partial(jax.jit, static_argnames="target", inline=True)

@@ -8,16 +8,16 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.reductions import row_max, row_sum
+from pallas_kernels.reductions import exp, row_max, row_sum, sigmoid
 from pallas_kernels.routing.parts import Router
 
 
 def route(logits: jax.Array, live: jax.Array, bias: jax.Array | None, router: Router) -> tuple[jax.Array, jax.Array]:
     """expert_ids int32 and expert_weights float32 [tokens, top_k]."""
     if router.scoring == "sigmoid":
-        scores = jax.nn.sigmoid(logits)
+        scores = sigmoid(logits)
     else:
-        odds = jnp.exp(logits - row_max(logits))
+        odds = exp(logits - row_max(logits))
         scores = odds / row_sum(odds)
     choice = scores if bias is None else scores + bias
     if router.groups > 1:
