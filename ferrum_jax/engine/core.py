@@ -101,6 +101,13 @@ class Core:
         for sequence in self._scheduler.running:
             sequence.held.digests, sequence.held.settles_at = [], 0
 
+    def _count_anew(self) -> None:
+        """Empties the prefix cache and sets all counts to 0."""
+        self._forget()
+        self._counts = dict.fromkeys(("steps", "prompt_tokens", "generated_tokens"), 0)
+        self._seconds = dict.fromkeys(("host_seconds", "device_seconds"), 0.0)
+        self._scheduler.forget_counts()
+
     def _start_over(self) -> None:
         """Drops the results in flight and the state on the device; running requests are computed again."""
         self._flight, self._stale, self._kept = None, True, []
@@ -310,6 +317,8 @@ class Core:
             self.model.count("prefill", read, 0.0 if dispatch.steps else taken)
             self.model.count("decode", made, taken if dispatch.steps else 0.0)
             self._counts["steps"] += max(1, dispatch.steps)
+            if not dispatch.steps or any(row[dispatch.steps - 1] >= 0 for row in tokens):  # none of its steps was left out
+                self._scheduler.pace.took(dispatch, taken)
             if dispatch.steps and taken > 0:
                 self.model.step_seconds = taken / dispatch.steps
                 self._choose_steps()

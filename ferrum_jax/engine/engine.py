@@ -33,6 +33,8 @@ from ferrum_jax.prompts import Prompt, Prompts
 from ferrum_jax.sampling_params import MAX_BIAS, SamplingParams
 from ferrum_jax.state import page_kinds, recurrent_kinds
 
+_REHEARSED = 128  # tokens of the longest prompt of a rehearsal
+
 
 class Loaded(Protocol):
     """The part of a model (`ferrum_jax.Model`) that an engine uses."""
@@ -78,8 +80,6 @@ class Engine(Core):
         self._numbers = itertools.count()
         self._flight, self._looping, self._kept = None, False, []
         self._busy_until = 0.0
-        self._counts = dict.fromkeys(("steps", "prompt_tokens", "generated_tokens"), 0)
-        self._seconds = dict.fromkeys(("host_seconds", "device_seconds"), 0.0)
 
         def set_up() -> None:
             config = self.config
@@ -91,6 +91,7 @@ class Engine(Core):
             self.identity = f"{self.model.fingerprint()} kv {self._executor.kv_dtype}, pages of {config.page_size}"
             self._scheduler = Scheduler(config, self._new_ledger(num_pages))
             self.num_pages = sum(self._executor.num_pages)
+            self._count_anew()
             self._choose_steps()
 
         self._driver.call(set_up)
@@ -229,6 +230,24 @@ class Engine(Core):
         self.warmed_up = len(programs), len(programs)
         if progress is not None:
             progress(len(programs), len(programs), "ready")
+
+    def rehearse(self) -> None:
+        """Runs a few short requests and forgets them. Afterwards every kind of step has run once and its time is known, so the
+        first requests are as fast as later ones. For an engine that has no requests yet.
+
+        Raises:
+          RuntimeError: if a request fails.
+        """
+        params = SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True)
+        rows = sorted(bucket.rows for bucket in self.config.buckets if not bucket.tokens)
+        longest = min(_REHEARSED, self.config.token_budget, self.context - params.max_tokens)
+        for prompts in (*([[0]] * count for count in rows), [[0] * max(1, longest)]):
+            requests = [self.submit(prompt, params) for prompt in prompts]
+            self.run()
+            for request in requests:
+                if request.error:
+                    raise RuntimeError(f"the first request failed: {request.error}")
+        self._do(self._count_anew)
 
     def __enter__(self) -> Engine:
         self._do(self._open, undo=self._halt)

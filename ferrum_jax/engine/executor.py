@@ -148,8 +148,7 @@ class Executor:
     # Inside
 
     def _bucket(self, dispatch: Dispatch) -> Bucket:
-        tokens = 0 if dispatch.steps else sum(row.length for row in dispatch.rows)
-        return self.config.bucket(tokens, len(dispatch.rows))
+        return self.config.bucket(dispatch.tokens, len(dispatch.rows))
 
     def _pages(self, dispatch: Dispatch) -> int:
         """The number of pages that a dispatch needs, or 0 if the state cannot grow any more."""

@@ -1,9 +1,9 @@
 """Which sequences take part in the next dispatch, and which pages they write to: pure host logic without device arrays.
 
-Decodes come first, oldest sequence first, then prompts in order of arrival, cut to the rest of the token budget. Pages are
-taken as sequences grow. When none is left, the youngest sequence is preempted: it gives everything back, waits in its old
-position and is computed again, from its cached pages if they are still there. So the oldest sequence always makes progress, and
-every sequence becomes the oldest at some time: none starves.
+Decodes come first, oldest sequence first, then prompts in order of arrival, cut to the rest of the token budget, or to a part
+that does not hold up those that decode (pace.py). Pages are taken as sequences grow. When none is left, the youngest sequence
+is preempted: it gives everything back, waits in its old position and is computed again, from its cached pages if they are still
+there. So the oldest sequence always makes progress, and every sequence becomes the oldest at some time: none starves.
 
 The device may lag behind: work that was sent to it counts as done here (`prefilled`, `pending`). Because the device runs
 dispatches in order, a page can be given to another sequence while an earlier dispatch still uses it.
@@ -16,22 +16,29 @@ from collections.abc import Iterator
 
 from ferrum_jax.engine.config import EngineConfig
 from ferrum_jax.engine.ledger import Found, Held, Ledger
+from ferrum_jax.engine.pace import Pace
 from ferrum_jax.engine.sequence import Dispatch, Row, Sequence
 
 
 class Scheduler:
-    """`ledger`: which sequence holds which part of the state.
+    """`ledger`: which sequence holds which part of the state. `pace`: how long steps take.
 
     Counts: `preemptions`, `lookups` (of prefixes), `hit_pages`, `saved_tokens` (prompt tokens not computed).
     """
 
     def __init__(self, config: EngineConfig, ledger: Ledger):
-        self.config, self.ledger = config, ledger
+        self.config, self.ledger, self.pace = config, ledger, Pace(config)
         self.waiting: list[Sequence] = []  # both in order of arrival
         self.running: list[Sequence] = []
-        self.preemptions = self.lookups = self.hit_pages = self.saved_tokens = 0
+        self.forget_counts()
         self.current: Sequence | None = None  # the one that `next` is handling, to blame for an error
         self._slots = list(range(config.max_seqs - 1, -1, -1))
+
+    def forget_counts(self) -> None:
+        """Sets all counts to 0."""
+        self.preemptions = self.lookups = self.hit_pages = self.saved_tokens = 0
+        for pool in filter(None, (*self.ledger.pools, self.ledger.checkpoints)):
+            pool.evictions = 0
 
     def add(self, sequence: Sequence) -> None:
         """Puts a sequence into the queue, by order of arrival."""
@@ -84,7 +91,7 @@ class Scheduler:
             and _growing(sequence)
             and self._grow(sequence, _decoded(sequence, steps * width))
         ]
-        prompts = list(self._prompts(max(1, self.config.token_budget - len(rows)), admitted, copies, before))
+        prompts = list(self._prompts(max(1, self._most(len(rows)) - len(rows)), admitted, copies, before))
         mixed = bool(prompts)
         rows += prompts
         if self.preemptions > before:
@@ -124,6 +131,13 @@ class Scheduler:
             if sequence.state == "running":
                 self.current = sequence
                 yield sequence
+
+    def _most(self, decoding: int) -> int:
+        """Limit of the tokens in a step. As long as most sequences wait for their first token, it is the whole budget; later
+        those that decode must not wait long."""
+        reading = sum(sequence.prefilled != sequence.target for sequence in self.running)
+        first = reading + min(len(self.waiting), len(self._slots))
+        return self.pace.most(decoding) if 0 < first <= decoding else self.config.token_budget
 
     def _prompts(self, budget: int, admitted: list[tuple[Sequence, int]], copies: list, preemptions: int) -> Iterator[Row]:
         """Rows with prompt tokens: of running sequences, then of those that are admitted."""

@@ -89,6 +89,11 @@ class Dispatch(NamedTuple):
     width: int = 1
 
     @property
+    def tokens(self) -> int:
+        """The tokens of a step with prompts; 0 for decode steps."""
+        return 0 if self.steps else sum(row.length for row in self.rows)
+
+    @property
     def least(self) -> int:
         """The number of tokens that a sampling row generates unless it ends."""
         return max(self.steps, 1)

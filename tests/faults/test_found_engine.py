@@ -5,12 +5,14 @@ import pytest
 from ferrum_jax import checks
 from ferrum_jax.engine.engine import Engine
 from ferrum_jax.engine.ledger import Ledger
+from ferrum_jax.engine.pace import Pace
 from ferrum_jax.engine.request import Request
 from ferrum_jax.engine.scheduler import Scheduler
 from ferrum_jax.engine.worker import Worker
 from support.patching import Fault, applied
 from unit.engine import test_engine_interrupts as interrupts
 from unit.engine import test_engine_paging as paging
+from unit.engine import test_pace as pace
 
 
 def all_are_aborted():
@@ -94,6 +96,20 @@ FAULTS = {
         "if request._engine is not self:",
         "if False:",
         paging.test_a_request_of_another_engine_is_refused,
+    ),
+    "held up": Fault(
+        "one prompt holds up all sequences that decode",
+        Scheduler._most,
+        "if 0 < first <= decoding",
+        "if False",
+        pace.test_prompts_are_cut_once_most_sequences_decode,
+    ),
+    "disturbed": Fault(
+        "one disturbed measurement decides how prompts are cut",
+        Pace.took,
+        "_shorter(self._token, max(seconds - min(self._steps.values()), 0.0) / bucket.tokens)",
+        "seconds",
+        pace.test_a_disturbance_is_forgotten_and_a_change_is_learned,
     ),
     "booleans": Fault(
         "True is a token id",

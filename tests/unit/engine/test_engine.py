@@ -424,6 +424,16 @@ def test_nothing_compiles_while_serving(model, engine):
     assert model._runtime.programs.compiled == before and engine.metrics()["compiles"] <= len(engine.buckets()) + 2
 
 
+def test_a_rehearsal_measures_and_leaves_nothing(model):
+    """Not even with pages for fewer sequences than slots."""
+    engine = limited(model, 3)
+    before = engine.metrics()
+    engine.rehearse()
+    assert engine.metrics() == before | {"compiles": engine.metrics()["compiles"]} and before["pages_free"] == 3
+    assert engine._scheduler.pace._steps.keys() == {1, 4} and engine._scheduler.pace._token > 0
+    assert parts(engine.submit(PROMPTS[2], GREEDY).result()) == parts(model.generate([PROMPTS[2]], GREEDY)[0])
+
+
 def test_every_step_aliases_the_whole_cache(model, engine):
     engine.warm_up()
     cache = sum(leaf.nbytes for leaf in jax.tree.leaves(engine._executor.state))
