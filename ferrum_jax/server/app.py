@@ -16,7 +16,7 @@ from starlette.routing import Route
 from ferrum_jax.embedding import EmbeddingModel
 from ferrum_jax.engine import Engine
 from ferrum_jax.server import page
-from ferrum_jax.server.apis import chat, completions, embeddings, messages, own, responses
+from ferrum_jax.server.apis import chat, completions, embeddings, kept, messages, own, responses
 from ferrum_jax.server.bodies import IGNORED
 from ferrum_jax.server.errors import ApiError
 from ferrum_jax.server.gate import Gate
@@ -37,8 +37,9 @@ _ROUTES = (
     ("POST", "/v1/completions", completions.completions),
     ("POST", "/v1/chat/completions", chat.chat_completions),
     ("POST", "/v1/responses", responses.responses),
-    ("GET", "/v1/responses/{id}", responses.response),
-    ("DELETE", "/v1/responses/{id}", responses.response),
+    ("GET", "/v1/responses/{id}", kept.response),
+    ("DELETE", "/v1/responses/{id}", kept.response),
+    ("GET", "/v1/responses/{id}/input_items", kept.input_items),
     ("POST", "/v1/messages", messages.messages),
     ("POST", "/v1/messages/count_tokens", messages.count_tokens),
     ("POST", "/v1/embeddings", embeddings.embeddings),

@@ -45,7 +45,7 @@ class Service:
         self.draining = False
         self.unfinished = 0
         self.metrics = Metrics(engine, settings.name)
-        self.store = Store()
+        self.store = Store(settings.store)
         self.pool = ThreadPoolExecutor(max(4, min(32, engine.config.max_seqs)), "ferrum_jax server")
         self._apart = ThreadPoolExecutor(1, "ferrum_jax apart")
         self._answers: weakref.WeakSet[Answers] = weakref.WeakSet()
@@ -65,6 +65,7 @@ class Service:
         """Ends the background loop, if `start` has started it."""
         if self._owns_loop:
             self.engine.__exit__()
+        self.store.close()
         self.pool.shutdown(wait=False)
         self._apart.shutdown(wait=False)
 

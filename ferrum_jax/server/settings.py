@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 # For a model without a chat template: it goes on after the texts of the messages.
 PLAIN_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{{ '' if loop.last else '\n' }}{% endfor %}"
@@ -24,6 +25,7 @@ class Settings:
       ping_seconds: a stream that has nothing to send for this long sends a comment, so that nothing on the way closes it.
       log_prompts: whether the log has texts of requests.
       web: whether there is a chat page at /
+      store: the file in which the Responses API keeps answers; None: in memory.
     """
 
     name: str = "model"
@@ -37,3 +39,4 @@ class Settings:
     ping_seconds: float = 10.0
     log_prompts: bool = False
     web: bool = True
+    store: Path | None = None

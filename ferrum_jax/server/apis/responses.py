@@ -1,4 +1,4 @@
-"""OpenAI's Responses API: POST /v1/responses, and GET and DELETE of those that are kept."""
+"""OpenAI's Responses API: POST /v1/responses."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from ferrum_jax.engine import Request
 from ferrum_jax.sampling_params import MAX_LOGPROBS
 from ferrum_jax.server.answers import Answers
 from ferrum_jax.server.apis.forms import chat_logprobs
+from ferrum_jax.server.apis.kept import items_of
 from ferrum_jax.server.bodies import Body, SamplingBody, ignored_header
 from ferrum_jax.server.conversation import encode, room, text_of
 from ferrum_jax.server.errors import ApiError
 from ferrum_jax.server.events import PING, event, respond
-from ferrum_jax.server.replies import Reply
 from ferrum_jax.server.service import Service, service_of
 from ferrum_jax.server.store import Kept
 
@@ -76,11 +76,11 @@ class ResponseBody(SamplingBody):
         return (self.top_logprobs or 0) if self.top_logprobs is not None or self.include else None
 
 
-def _messages(service: Service, body: ResponseBody) -> list[dict[str, Any]]:
+async def _messages(service: Service, body: ResponseBody) -> list[dict[str, Any]]:
     """The conversation without the instructions: what was kept of the earlier one, and the input."""
     earlier: list[dict[str, Any]] = []
     if body.previous_response_id is not None:
-        kept = service.store.get(body.previous_response_id)
+        kept = await service.store.get(body.previous_response_id)
         if kept is None:
             message = f"the response {body.previous_response_id!r:.80} is not kept here"
             raise ApiError(400, message, param="previous_response_id", code="previous_response_not_found")
@@ -103,7 +103,7 @@ async def responses(request: HttpRequest) -> Response:
     body = await service.read(request, ResponseBody)
     adapter = service.adapter(body.model)
     template, unread = service.template_variables(body.chat_template_kwargs or {})
-    messages = _messages(service, body)
+    messages = await _messages(service, body)
     system = [{"role": "system", "content": body.instructions}] if body.instructions else []
 
     def make() -> list[Request]:
@@ -113,19 +113,10 @@ async def responses(request: HttpRequest) -> Response:
 
     answers = await service.submit(request, make, 1, "input")
     headers = ignored_header(body.ignored() + [f"chat_template_kwargs.{name}" for name in unread])
-    return await respond(_ResponseAnswer(service, body, messages, answers), answers, headers, stream=bool(body.stream))
-
-
-async def response(request: HttpRequest) -> Response:
-    """GET or DELETE of one that is kept."""
-    store, id = service_of(request).store, request.path_params["id"]
-    kept = store.get(id)
-    if kept is None:
-        raise ApiError(404, f"the response {id!r:.80} is not kept here", param="response_id")
-    if request.method == "DELETE":
-        store.remove(id)
-        return Reply({"id": id, "object": "response", "deleted": True})
-    return Reply(kept.response)
+    answer = _ResponseAnswer(service, body, messages, answers)
+    reply = await respond(answer, answers, headers, stream=bool(body.stream))
+    await answer.keep()
+    return reply
 
 
 class _ResponseAnswer:
@@ -134,6 +125,7 @@ class _ResponseAnswer:
         self.tokenizer = service.engine.model.tokenizer
         self.item = f"msg_{uuid.uuid4().hex}"
         self.number = 0
+        self.found: dict[str, Any] | None = None  # the whole answer
         params = self.request.params
         self.head: dict[str, Any] = {
             "id": f"resp_{uuid.uuid4().hex}",
@@ -163,7 +155,7 @@ class _ResponseAnswer:
     def whole(self, requests: Sequence[Request]) -> dict[str, Any]:
         request, cut = self.request, self.request.finish_reason == "length"
         prompt, made = len(request.prompt_token_ids), len(request.token_ids)
-        found = self.head | {
+        self.found = found = self.head | {
             "status": "incomplete" if cut else "completed",
             "incomplete_details": {"reason": "max_output_tokens"} if cut else None,
             "output": [self.message("incomplete" if cut else "completed", [self.part(request.text, request.logprobs)])],
@@ -175,9 +167,13 @@ class _ResponseAnswer:
                 "total_tokens": prompt + made,
             },
         }
-        if self.body.store:
-            self.service.store.put(Kept(found, [*self.messages, {"role": "assistant", "content": request.text}]))
         return found
+
+    async def keep(self) -> None:
+        """Keeps the whole answer, if there is one."""
+        if self.found is not None and self.body.store:
+            talk = [*self.messages, {"role": "assistant", "content": self.request.text}]
+            await self.service.store.put(Kept(self.found, items_of(self.body.input), talk))
 
     async def stream(self, answers: Answers) -> AsyncIterator[bytes]:
         begun = False
@@ -197,6 +193,7 @@ class _ResponseAnswer:
                     sent += self.event("response.output_text.delta", **where, delta=piece.text, logprobs=scored)
             yield sent or PING
         found = self.whole(answers.requests)
+        await self.keep()
         item = found["output"][0]
         part = item["content"][0]
         sent = self.event("response.output_text.done", **where, text=part["text"], logprobs=part["logprobs"])
