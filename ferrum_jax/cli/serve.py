@@ -77,6 +77,10 @@ def _template(file: Path | None) -> str:
     "--chat-template", type=click.Path(exists=True, dir_okay=False, path_type=Path), metavar="FILE",
     help="Jinja template for conversations, instead of the model's.",
 )  # fmt: skip
+@click.option(
+    "--store", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
+    help="SQLite file that keeps conversations of the Responses API. Default: the newest ones in memory.",
+)  # fmt: skip
 @click.option("--log-prompts", is_flag=True, help="Put prompts and answers into the log.")
 @click.option("--no-web", is_flag=True, help="Without the chat page at /.")
 @click.option("--adapter", multiple=True, metavar="NAME=DIR", help="LoRA adapter, served as the model NAME; several times.")
@@ -98,6 +102,10 @@ def _template(file: Path | None) -> str:
 @click.option("--prefix-cache/--no-prefix-cache", default=True, show_default=True, help="Share equal beginnings.")
 @click.option("--checkpoints", type=_ADDITIONAL, help="States kept of a model that recurs. Default: --max-seqs.")
 @click.option("--speculation", type=_ADDITIONAL, default=0, show_default=True, help="Tokens to draft from the text itself.")
+@click.option(
+    "--warm-up/--no-warm-up", default=True, show_default=True,
+    help="Compile all programs and try them before requests are taken; else while the first ones wait.",
+)  # fmt: skip
 def serve_command(model: str, host: str, port: int, uds: Path | None, **options: Any) -> None:
     """Serve MODEL (default: tiny, which is part of the package) to OpenAI's clients, until SIGTERM or Ctrl-C.
 
@@ -106,6 +114,7 @@ def serve_command(model: str, host: str, port: int, uds: Path | None, **options:
     """
     try:
         from ferrum_jax.server import Settings, create_app, running
+        from ferrum_jax.server.store import Store
     except ModuleNotFoundError as error:
         raise click.UsageError(f"serve needs {error.name}: {install('serve')}") from None
     from ferrum_jax.engine import Engine, EngineConfig
@@ -120,10 +129,14 @@ def serve_command(model: str, host: str, port: int, uds: Path | None, **options:
         request_timeout=options["request_timeout"] or None,
         log_prompts=options["log_prompts"],
         web=not options["no_web"],
+        store=options["store"],
     )
     adapters = _adapters(options["adapter"])
     if settings.name in adapters:
         raise click.UsageError(f"--adapter {settings.name}: the model has this name; --served-model-name gives it another one")
+    if settings.store is not None:
+        with common.users_mistake("--store "):
+            Store(settings.store).close()  # before the model is loaded
     with common.users_mistake():
         config = EngineConfig(**{name: options[name] for name in _ENGINE})
     try:
@@ -144,6 +157,9 @@ def serve_command(model: str, host: str, port: int, uds: Path | None, **options:
             tokenizer.chat_template = _template(options["chat_template"])
         with common.users_mistake():
             engine = Engine(loaded, config)
+        if options["warm_up"]:
+            engine.warm_up()
+            engine.rehearse()
         where = running.address(bound)
 
         def ready() -> None:

@@ -21,6 +21,8 @@ def text_of(content: str | list[dict[str, Any]], field: str) -> str:
     if isinstance(content, str):
         return content
     for i, part in enumerate(content):
+        if not isinstance(part, dict):
+            raise ApiError(400, f'{field}.{i}: a part is an object, such as {{"type": "text", ...}}', param=f"{field}.{i}")
         if part.get("type") not in ("text", "input_text", "output_text") or not isinstance(part.get("text"), str):
             raise ApiError(
                 400, f"{field}.{i}: {part.get('type')!r:.40} is not supported here; only text is", param=f"{field}.{i}"

@@ -7,6 +7,7 @@ finished or the time for that is over. SIGINT, or a second SIGTERM, ends it at o
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import os
@@ -66,6 +67,13 @@ def serve(app: Starlette, bound: socket.socket, *, drain_timeout: float, ready: 
             Path(path).unlink(missing_ok=True)
 
 
+def tell_systemd(state: str) -> None:
+    """Tells systemd, if it has started this process (Type=notify)."""
+    if path := os.environ.get("NOTIFY_SOCKET"):
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+            systemd.sendto(state.encode(), "\0" + path[1:] if path.startswith("@") else path)
+
+
 class _Server(uvicorn.Server):
     """uvicorn's server, which drains."""
 
@@ -77,6 +85,7 @@ class _Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         self._ready()
+        tell_systemd("READY=1")
 
     async def on_tick(self, counter: int) -> bool:
         if self._service.draining and self._draining is None:

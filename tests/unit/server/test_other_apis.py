@@ -138,6 +138,7 @@ def test_a_response_goes_on_from_one_that_is_kept(openai_client, engine):
         ({"reasoning": {"effort": "low"}}, "reasoning"),
         ({"input": [{"type": "function_call_output"}]}, "input.0"),
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input.0.content.0"),
+        ({"input": [{"role": "user", "content": [None]}]}, "input.0.content.0"),
         ({"max_output_tokens": 0}, "max_output_tokens"),
     ],
 )

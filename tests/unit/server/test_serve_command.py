@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -15,6 +18,7 @@ import httpx
 import pytest
 
 from ferrum_jax.cli import main
+from ferrum_jax.server.store import Store
 from support import ROOT
 from support.live_server import Live, until
 
@@ -22,10 +26,10 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "F
 SMALL = ("--max-seqs", "2", "--token-budget", "16", "--num-pages", "40", "--max-seq-len", "256", "--dtype", "float32")
 
 
-@pytest.fixture
-def process(tmp_path: Path):
+@contextlib.contextmanager
+def serving(tmp_path: Path, *flags: str):
     path = tmp_path / "socket"
-    command = [sys.executable, "-m", "ferrum_jax", "serve", "--uds", str(path), *SMALL]
+    command = [sys.executable, "-m", "ferrum_jax", "serve", "--uds", str(path), *SMALL, *flags]
     with open(tmp_path / "log", "w") as log:
         process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=log, text=True)
     try:
@@ -35,29 +39,55 @@ def process(tmp_path: Path):
         process.wait()
 
 
+def client_of(path: Path) -> httpx.Client:
+    return httpx.Client(transport=httpx.HTTPTransport(uds=str(path)), base_url="http://server", timeout=120)
+
+
 @pytest.mark.slow
-def test_a_process_finishes_what_runs_and_ends_with_0(process):
-    """Over a Unix socket. Its first line says that it is ready; SIGTERM refuses what is new."""
-    server, path, log = process
-    assert server.stdout.readline() == f"tiny is served at unix:{path}\n"
-    client = httpx.Client(transport=httpx.HTTPTransport(uds=str(path)), base_url="http://server", timeout=120)
-    body = {"messages": [{"role": "user", "content": "Once"}], "max_tokens": 200, "stream": True, "ignore_eos": True}
-    with client.stream("POST", "/v1/chat/completions", json=body) as reply:
-        lines = reply.iter_lines()
-        assert next(line for line in lines if line.startswith("data: "))
-        server.send_signal(signal.SIGTERM)
-        until(lambda: client.get("/health").status_code == 503)
-        assert client.post("/v1/chat/completions", json=body).status_code == 503
-        assert list(lines)[-2] == "data: [DONE]"
-    client.close()
-    assert server.wait(60) == 0 and not path.exists()
-    lines = log.read_text().splitlines()
+def test_a_process_finishes_what_runs_and_ends_with_0(tmp_path):
+    """Over a Unix socket. Its first line says that it is ready, so nothing compiles later; SIGTERM refuses what is new."""
+    with serving(tmp_path) as (server, path, log), client_of(path) as client:
+        assert server.stdout.readline() == f"tiny is served at unix:{path}\n"
+        compiled = re.findall(r"compiled_programs_total{.*} (.*)", client.get("/metrics").text)
+        body = {"messages": [{"role": "user", "content": "Once"}], "max_tokens": 200, "stream": True, "ignore_eos": True}
+        with client.stream("POST", "/v1/chat/completions", json=body) as reply:
+            lines = reply.iter_lines()
+            assert next(line for line in lines if line.startswith("data: "))
+            assert re.findall(r"compiled_programs_total{.*} (.*)", client.get("/metrics").text) == compiled != ["0.0"]
+            server.send_signal(signal.SIGTERM)
+            until(lambda: client.get("/health").status_code == 503)
+            assert client.post("/v1/chat/completions", json=body).status_code == 503
+            assert list(lines)[-2] == "data: [DONE]"
+        assert server.wait(60) == 0 and not path.exists()
+        lines = log.read_text().splitlines()
     assert "does not have a chat template" in lines[0]
     facts = [json.loads(line) for line in lines[1:]]
     assert [each["status"] for each in facts if each.get("path") == "/v1/chat/completions"] == [503, 200]
 
 
+@pytest.mark.slow
+def test_a_killed_server_loses_no_conversation(tmp_path):
+    with serving(tmp_path, "--store", str(tmp_path / "store"), "--no-warm-up") as (server, path, _), client_of(path) as client:
+        assert server.stdout.readline()
+        body = {"input": "Once upon a time", "max_output_tokens": 4, "stream": True}
+        ids = [client.post("/v1/responses", json=body | {"stream": False}).json()["id"]]
+        with client.stream("POST", "/v1/responses", json=body) as reply:
+            for line in reply.iter_lines():
+                if line.startswith("data: "):
+                    last = json.loads(line.removeprefix("data: "))
+            server.kill()
+        ids.append(last["response"]["id"])
+
+    async def work():
+        found = Store(tmp_path / "store")
+        assert [(await found.get(id)).response["status"] for id in ids] == ["incomplete"] * 2
+        found.close()
+
+    asyncio.run(work())
+
+
 def test_mistakes_are_told_before_the_model_is_loaded(capsys, tmp_path):
+    (tmp_path / "text").write_text("a")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         for arguments, message in [
@@ -66,6 +96,7 @@ def test_mistakes_are_told_before_the_model_is_loaded(capsys, tmp_path):
             (("--api-key", "a", "--api-key-file", __file__), "--api-key and --api-key-file are both given"),
             (("--api-key", " "), "--api-key is empty"),
             (("--adapter", "poems"), "'poems' is not NAME=DIR"),
+            (("--port", "0", "--store", str(tmp_path / "text")), f"--store {tmp_path / 'text'}: cannot be used as a store"),
             (("--adapter", f"tiny={tmp_path}"), "--adapter tiny: the model has this name"),
         ]:
             assert main(["serve", *arguments]) == 2
