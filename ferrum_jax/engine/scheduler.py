@@ -19,6 +19,8 @@ from ferrum_jax.engine.ledger import Found, Held, Ledger
 from ferrum_jax.engine.pace import Pace
 from ferrum_jax.engine.sequence import Dispatch, Row, Sequence
 
+_BURST = 2  # sequences that wait for their first token, for each that decodes, before those that decode must wait
+
 
 class Scheduler:
     """`ledger`: which sequence holds which part of the state. `pace`: how long steps take.
@@ -133,11 +135,11 @@ class Scheduler:
                 yield sequence
 
     def _most(self, decoding: int) -> int:
-        """Limit of the tokens in a step. As long as most sequences wait for their first token, it is the whole budget; later
-        those that decode must not wait long."""
+        """Limit of the tokens in a step: the whole budget while far more sequences wait for their first token than decode;
+        later those that decode must not wait long."""
         reading = sum(sequence.prefilled != sequence.target for sequence in self.running)
         first = reading + min(len(self.waiting), len(self._slots))
-        return self.pace.most(decoding) if 0 < first <= decoding else self.config.token_budget
+        return self.pace.most(decoding) if 0 < first <= _BURST * decoding else self.config.token_budget
 
     def _prompts(self, budget: int, admitted: list[tuple[Sequence, int]], copies: list, preemptions: int) -> Iterator[Row]:
         """Rows with prompt tokens: of running sequences, then of those that are admitted."""

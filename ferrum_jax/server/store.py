@@ -95,7 +95,7 @@ class Store:
 def _open(path: Path | None) -> sqlite3.Connection:
     if path is not None:
         with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "rb") as file:  # conversations are private
-            if file.read(16) not in (b"", b"SQLite format 3\0"):  # SQLite would overwrite a small one
+            if file.read(16) not in (b"", b"SQLite format 3\0"):  # SQLite would overwrite a file of one byte
                 raise sqlite3.DatabaseError("it is not a database")
     table = sqlite3.connect(path or ":memory:", timeout=10)
     try:

@@ -100,7 +100,7 @@ FAULTS = {
     "held up": Fault(
         "one prompt holds up all sequences that decode",
         Scheduler._most,
-        "if 0 < first <= decoding",
+        "if 0 < first <= _BURST * decoding",
         "if False",
         pace.test_prompts_are_cut_once_most_sequences_decode,
     ),

@@ -6,9 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from ferrum_jax.server import answers, bodies, conversation, gate, page
-from support.patching import Fault, applied
+from ferrum_jax.server import answers, bodies, conversation, gate, page, service, store
+from support.patching import Fault, applied, in_folder
 from unit.server import test_answers as guards
+from unit.server import test_store as stores
 
 
 def nothing_is_ignored_silently() -> None:
@@ -32,7 +33,33 @@ def a_browser_gets_the_page_without_a_key() -> None:
     assert {"/", "/web/app.js", "/web/vendor/purify.js"} <= page.paths.__wrapped__()
 
 
+def a_loop_that_has_failed_is_not_healthy() -> None:
+    engine = SimpleNamespace(failure="no room", serving=True)
+    assert service.Service.health(SimpleNamespace(draining=False, engine=engine)) == "no room"  # type: ignore[arg-type]
+
+
 FAULTS = {
+    "health": Fault(
+        "a server whose loop has failed says that it is well",
+        service.Service.health,
+        "return self.engine.failure or",
+        "return",
+        a_loop_that_has_failed_is_not_healthy,
+    ),
+    "kept": Fault(
+        "an answer that is kept is not in the file yet",
+        store.Store._put,
+        "with self._table:",
+        "if True:",
+        in_folder(stores.test_what_is_kept_is_in_the_file),
+    ),
+    "overwritten": Fault(
+        "a file that is something else becomes a store",
+        store._open,
+        'if file.read(16) not in (b"", b"SQLite format 3\\0"):',
+        "if False:",
+        in_folder(stores.test_other_files_are_refused_and_left_alone),
+    ),
     "wakings": Fault(
         "every output of every request wakes the event loop",
         answers.Bridge.call,
