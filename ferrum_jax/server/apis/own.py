@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from pydantic import Field
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
@@ -170,6 +171,6 @@ async def routing(request: HttpRequest) -> Response:
         "num_experts": found.num_experts,
         "experts_per_token": ids.shape[2],
         "expert_ids": ids.tolist(),
-        "expert_weights": weights.round(4).tolist(),
+        "expert_weights": weights.astype(np.float64).round(4).tolist(),
     }
     return Reply(answer, headers=ignored_header(body.ignored()))

@@ -2,7 +2,7 @@
 
 import { ask } from "./api.js";
 import { Conversation, answer, question, result } from "./conversation.js";
-import { h } from "./dom.js";
+import { decoded, h } from "./dom.js";
 import { generate } from "./generate.js";
 import { Lens } from "./lens.js";
 import { connect, keep, settings } from "./settings.js";
@@ -12,35 +12,30 @@ const find = (id) => document.getElementById(id);
 const [log, form, input, send, dialog, theme] = ["log", "composer", "input", "send", "settings", "theme"].map(find);
 
 let conversation = new Conversation();
-let views = new WeakMap(); // by node
+const views = new WeakMap(); // by node
 let running = null; // {node, abort} of the answer that is being made
-let facts = { ends: new Set(), mixture: false };
+// Of the server: the ids of tokens that end an answer, whether the model has experts, and how long a text can be.
+const facts = { ends: new Set(), mixture: false, context: Infinity };
 
-const lens = new Lens(find("lens"), branch, (view, index) => view.look(index));
+const lens = new Lens(find("lens"), branch, (view, index) => view.experts?.show(index));
 
 // What the reader asks
 
 const actions = {
-  again: (node) => start(conversation.add(node.parent, answer())),
+  again: (node) => begin(() => node.parent),
   color() {
     settings.colors = !settings.colors;
     keep();
     show();
   },
   colored: () => settings.colors,
-  edit(node, content) {
-    if (running) return;
-    start(conversation.add(conversation.add(node.parent, question(content)), answer()));
-  },
+  edit: (node, content) => begin(() => conversation.add(node.parent, question(content))),
   goOn(node) {
     viewOf(node).experts = null;
     start(node);
   },
-  results(node) {
-    let last = node;
-    for (const call of node.calls) last = conversation.add(last, result(call, call.result ?? ""));
-    start(conversation.add(last, answer()));
-  },
+  results: (node) =>
+    begin(() => node.calls.reduce((last, call) => conversation.add(last, result(call, call.result ?? "")), node)),
   show(node) {
     if (running) return;
     node.parent.shown = node.parent.children.indexOf(node);
@@ -48,15 +43,27 @@ const actions = {
   },
 };
 
+/** A new answer after the node that `parent` finds or makes, unless one is being made. */
+function begin(parent) {
+  if (!running) start(conversation.add(parent(), answer()));
+}
+
 /** A sibling of an answer that has another token at `index`, and goes on from there. */
-function branch(view, index, token) {
+function branch({ node }, index, token) {
   if (running) return;
-  const { node } = view;
+  const kept = node.tokens.slice(0, index);
+  if (facts.ends.has(token.id)) return endAt(node, kept);
   const old = node.tokens[index];
-  const added = conversation.add(node.parent, answer([...node.tokens.slice(0, index), { ...token, best: old.best }]));
-  if (!facts.ends.has(token.id)) return start(added);
-  added.tokens.pop(); // the answer ends before it
-  Object.assign(added, { state: "done", reason: "stop", promptIds: node.promptIds, content: added.tokens.map((one) => one.text).join("") });
+  const best = [old, ...old.best.filter((other) => other.id !== old.id)];
+  start(conversation.add(node.parent, answer([...kept, { ...token, text: decoded(token), best }])));
+}
+
+/** A sibling of an answer that ends after the tokens that are kept. */
+function endAt(node, kept) {
+  const cut = node.tokens.slice(kept.length).filter((token) => !facts.ends.has(token.id));
+  const content = node.content.slice(0, -cut.reduce((length, token) => length + token.text.length, 0) || undefined);
+  const { reasoning, promptIds } = node;
+  conversation.add(node.parent, { ...answer(kept), state: "done", content, reasoning, promptIds });
   show();
 }
 
@@ -65,7 +72,7 @@ async function start(node) {
   const abort = new AbortController();
   running = { node, abort };
   show();
-  log.lastElementChild?.scrollIntoView({ block: "end" });
+  scrollTo(0, document.documentElement.scrollHeight);
   let planned = 0;
   const draw = () => {
     planned = 0;
@@ -127,7 +134,7 @@ form.addEventListener("submit", (event) => {
   const content = input.value.trim();
   if (!content) return;
   input.value = "";
-  start(conversation.add(conversation.add(conversation.last, question(content)), answer()));
+  begin(() => conversation.add(conversation.last, question(content)));
 });
 
 input.addEventListener("input", fit);
@@ -181,9 +188,9 @@ function paint() {
 
 async function learn() {
   try {
-    const [props, models] = await Promise.all(["props", "v1/models"].map(async (path) => (await ask(path, { key: settings.key })).json()));
-    facts.ends = new Set(props.end_token_ids);
-    facts.mixture = props.num_experts > 0;
+    const json = async (path) => (await ask(path, { key: settings.key })).json();
+    const [props, models] = await Promise.all(["props", "v1/models"].map(json));
+    Object.assign(facts, { ends: new Set(props.end_token_ids), mixture: props.num_experts > 0, context: props.n_ctx });
     find("thinking").hidden = !props.chat_template?.includes("enable_thinking");
     const names = models.data.map((model) => model.id);
     const select = dialog.querySelector("[name=model]");

@@ -30,8 +30,8 @@ export const question = (content) => ({ role: "user", content });
 export const result = (call, content) => ({ role: "tool", content, call });
 
 /**
- * An answer. `tokens`: what the model has chosen, each {id, bytes, text, logprob, best}; `best` has the likeliest ones, as
- * {id, bytes, text, logprob}. `promptIds`: the tokens before it. `state`: "running", "done", "stopped" or "failed".
+ * An answer. `tokens`: what the model has chosen, each {id, bytes, logprob, text, best}; `best` has the likeliest ones, as
+ * {id, bytes, logprob}. `promptIds`: the tokens before it. `state`: "running", "done", "stopped" or "failed".
  */
 export const answer = (tokens = []) => ({
   role: "assistant", content: "", reasoning: "", calls: [], tokens, promptIds: [], state: "running", reason: null, error: "",
@@ -42,9 +42,10 @@ export const answer = (tokens = []) => ({
 export function messagesBefore(node, system) {
   const found = [];
   for (let at = node.parent; at?.role; at = at.parent) {
-    if (at.role === "user") found.unshift({ role: "user", content: at.content });
-    else if (at.role === "tool") found.unshift({ role: "tool", tool_call_id: at.call.id, name: at.call.name, content: at.content });
-    else if (at.content || at.calls.length) found.unshift(written(at));
+    const { role, content, call } = at;
+    if (role === "user") found.unshift({ role, content });
+    else if (role === "tool") found.unshift({ role, tool_call_id: call.id, name: call.name, content });
+    else if (content || at.calls.length) found.unshift(written(at));
   }
   return system ? [{ role: "system", content: system }, ...found] : found;
 }

@@ -38,6 +38,9 @@ export function copyButton(label, text) {
   return button;
 }
 
+/** The text of a token alone. */
+export const decoded = (token) => new TextDecoder().decode(Uint8Array.from(token.bytes));
+
 /** A probability in words. */
 export function percent(p) {
   if (p < 1e-4) return "< 0.01 %";

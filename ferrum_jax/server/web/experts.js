@@ -8,8 +8,9 @@ import { h, percent } from "./dom.js";
 import { settings } from "./settings.js";
 
 export class Experts {
-  constructor(node) {
-    this.node = node;
+  /** `longest`: how many tokens the server can compute; an answer that fills the context is one longer. */
+  constructor(node, longest) {
+    Object.assign(this, { node, longest });
     this.canvas = h("canvas", { role: "img", tabindex: 0 });
     this.caption = h("figcaption", { "aria-live": "polite" }, "Looking up the experts …");
     this.element = h("figure", { class: "experts" }, this.canvas, this.caption);
@@ -21,11 +22,13 @@ export class Experts {
 
   async load() {
     const { promptIds, tokens } = this.node;
-    const body = { tokens: [...promptIds, ...tokens.map((token) => token.id)], start: promptIds.length };
+    const ids = [...promptIds, ...tokens.map((token) => token.id)].slice(0, this.longest);
+    const body = { tokens: ids, start: promptIds.length };
     if (settings.model) body.model = settings.model;
     try {
       this.routing = await (await ask("routing", { body, key: settings.key })).json();
-      this.shares = this.#shares([...tokens.keys()]);
+      this.count = this.routing.expert_ids[0].length;
+      this.shares = this.#shares([...Array(this.count).keys()]);
       this.#draw();
       this.#describe();
     } catch (error) {
@@ -35,7 +38,7 @@ export class Experts {
 
   /** Shows the experts of one token; -1: those of all. */
   show(index) {
-    this.index = index;
+    this.index = index < this.count ? index : -1;
     this.#draw();
     this.#describe();
   }
@@ -87,8 +90,9 @@ export class Experts {
   #describe() {
     if (!this.routing) return;
     const { layers, num_experts: count, experts_per_token: used } = this.routing;
-    const what = this.index < 0 ? `${this.node.tokens.length} tokens` : `token ${this.index + 1}`;
-    this.caption.textContent = `${what}: ${used} of ${count} experts in each of ${layers.length} layers. Rows are layers, columns experts.`;
+    const what = this.index < 0 ? `${this.count} tokens` : `token ${this.index + 1}`;
+    const how = `${used} of ${count} experts in each of ${layers.length} layers`;
+    this.caption.textContent = `${what}: ${how}. Rows are layers, columns experts.`;
     this.canvas.setAttribute("aria-label", `${this.caption.textContent} ${this.#most()}`);
   }
 

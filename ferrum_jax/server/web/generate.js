@@ -58,9 +58,7 @@ class TokenReader {
   }
 
   read(entry) {
-    const best = entry.top_logprobs.map((other) => ({ ...known(other), text: new TextDecoder().decode(Uint8Array.from(other.bytes)) }));
-    const token = known(entry);
-    return { ...token, text: this.#decode(token.bytes), best };
+    return { ...known(entry), text: this.#decode(entry.bytes), best: entry.top_logprobs.map(known) };
   }
 
   #decode(bytes) {

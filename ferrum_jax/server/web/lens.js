@@ -1,6 +1,6 @@
 // The card of a token: how probable it was and what else the model considered. A click on another token branches there.
 
-import { h, percent } from "./dom.js";
+import { decoded, h, percent } from "./dom.js";
 import { visible } from "./tokens.js";
 
 const LEAVING = 250; // milliseconds in which the pointer may move from a token to its card
@@ -92,8 +92,8 @@ export class Lens {
       const p = Math.exp(one.logprob);
       const bar = h("span", { class: "bar" });
       bar.style.setProperty("--share", p);
-      const text = token === one ? decoded(one) : one.text;
-      const parts = [h("code", {}, view.ends.has(one.id) ? "end of the answer" : visible(text)), bar, h("span", {}, percent(p))];
+      const text = view.facts.ends.has(one.id) ? "end of the answer" : visible(decoded(one));
+      const parts = [h("code", {}, text), bar, h("span", {}, percent(p))];
       if (one === token) return h("div", { class: "choice chosen", "aria-current": "true" }, ...parts);
       const take = () => {
         this.hide();
@@ -101,7 +101,8 @@ export class Lens {
       };
       return h("button", { class: "choice", type: "button", onclick: take, title: "Go on from here instead" }, ...parts);
     });
-    if (rest > 1e-4) rows.push(h("div", { class: "choice note" }, h("span", {}, "all others"), h("span"), h("span", {}, percent(rest))));
+    const remainder = [h("span", {}, "all others"), h("span"), h("span", {}, percent(rest))];
+    if (rest > 1e-4) rows.push(h("div", { class: "choice note" }, ...remainder));
     return [...rows, h("p", { class: "note" }, "Choose one to go on from there")];
   }
 
@@ -127,8 +128,6 @@ export class Lens {
     event.preventDefault();
   }
 }
-
-const decoded = (token) => new TextDecoder().decode(Uint8Array.from(token.bytes));
 
 /** Puts a card under a token, or above it if there is more room. */
 function place(card, { left, top, bottom }) {

@@ -1,7 +1,7 @@
 // Which token a piece of shown text comes from.
 //
-// In the view of tokens every token is an element. Rendered Markdown has lost the marks of the source, so its words are looked up
-// in the source one after the other; a word that is not found there (such as an entity) stays without a token.
+// In the view of tokens every token is an element. Rendered Markdown has lost the marks of the source, so its words are looked
+// up in the source one after the other; a word that is not found there (such as an entity) stays without a token.
 
 import { h, percent } from "./dom.js";
 
@@ -36,7 +36,7 @@ export class Source {
     for (const node of nodes) {
       if (/^\s*\n\s*$/.test(node.data) || node.parentElement.closest(".code-head")) continue; // between elements, or ours
       const pieces = [...node.data.matchAll(/\s+|\S+/g)].flatMap(([word]) => this.#find(word));
-      if (pieces.some((piece) => piece.index !== null)) node.replaceWith(...joined(pieces).map((piece) => this.#element(piece)));
+      node.replaceWith(...joined(pieces).map((piece) => this.#element(piece)));
     }
   }
 

@@ -14,7 +14,8 @@ function branches(node, actions) {
     iconButton(name, label, () => actions.show(children[to]), { disabled: !children[to] });
   return [
     h("span", { class: "branches", role: "group", "aria-label": "Branches" },
-      step("left", "Earlier branch", at - 1), h("span", {}, `${at + 1}/${children.length}`), step("right", "Later branch", at + 1)),
+      step("left", "Earlier branch", at - 1), h("span", {}, `${at + 1}/${children.length}`),
+      step("right", "Later branch", at + 1)),
   ];
 }
 
@@ -59,14 +60,15 @@ export class ResultView {
   }
 
   update() {
-    this.element.replaceChildren(h("span", { class: "label" }, `Result of ${this.node.call.name}`), h("pre", {}, this.node.content));
+    const { call, content } = this.node;
+    this.element.replaceChildren(h("span", { class: "label" }, `Result of ${call.name}`), h("pre", {}, content));
   }
 }
 
 export class AnswerView {
-  /** `ends`: the ids of tokens that end an answer. `mixture`: whether the model has experts. */
-  constructor(node, actions, lens, { ends, mixture }) {
-    Object.assign(this, { node, actions, ends, mixture, raw: false, experts: null });
+  /** `facts`: see app.js. */
+  constructor(node, actions, lens, facts) {
+    Object.assign(this, { node, actions, facts, raw: false, experts: null });
     this.thinking = new Markdown(h("div", { class: "markdown" }));
     this.thought = h("details", { class: "thinking", hidden: true }, h("summary", {}, "Thinking"), this.thinking.element);
     this.body = new Markdown(h("div", { class: "markdown" }));
@@ -74,7 +76,8 @@ export class AnswerView {
     this.tokens = h("div", { class: "tokens", role: "group", "aria-label": "Tokens; arrow keys move", hidden: true });
     this.calls = h("div", { class: "calls" });
     this.footer = h("div", {});
-    this.element = h("article", { class: "answer", "aria-label": "Answer" }, this.rendered, this.tokens, this.calls, this.footer);
+    const parts = [this.rendered, this.tokens, this.calls, this.footer];
+    this.element = h("article", { class: "answer", "aria-label": "Answer" }, ...parts);
     for (const element of [this.rendered, this.tokens]) lens.watch(this, element);
   }
 
@@ -89,14 +92,9 @@ export class AnswerView {
     this.rendered.hidden = this.raw;
     this.tokens.hidden = !this.raw;
     if (this.raw) this.#showTokens();
-    this.calls.replaceChildren(...(running && !node.calls.length ? [] : node.calls.map((call) => this.#call(call))));
+    this.calls.replaceChildren(...node.calls.map((call) => this.#call(call)));
     this.footer.replaceChildren(...(running ? [] : this.#footer()));
     this.experts?.show(-1);
-  }
-
-  /** Called with the index of the token that is looked at, or -1. */
-  look(index) {
-    this.experts?.show(index);
   }
 
   #draw(running) {
@@ -113,7 +111,6 @@ export class AnswerView {
 
   #showTokens() {
     const { tokens } = this.node;
-    while (this.tokens.childElementCount > tokens.length) this.tokens.lastChild.remove();
     for (let i = this.tokens.childElementCount; i < tokens.length; i++) this.tokens.append(tokenElement(tokens[i], i));
   }
 
@@ -132,8 +129,8 @@ export class AnswerView {
     field.addEventListener("input", () => (call.result = field.value));
     element.append(field);
     if (call === this.node.calls.at(-1)) {
-      const send = () => this.actions.results(this.node);
-      element.append(h("div", { class: "buttons" }, h("button", { type: "button", class: "primary", onclick: send }, "Send results")));
+      const properties = { type: "button", class: "primary", onclick: () => this.actions.results(this.node) };
+      element.append(h("div", { class: "buttons" }, h("button", properties, "Send results")));
     }
     return element;
   }
@@ -150,7 +147,7 @@ export class AnswerView {
         toggle("tokens", "Tokens", this.raw, () => this.#toggle("raw")),
         toggle("colors", "Color by probability", actions.colored(), actions.color),
       );
-      if (this.mixture) buttons.push(toggle("experts", "Experts", this.experts, () => this.#toggleExperts()));
+      if (this.facts.mixture) buttons.push(toggle("experts", "Experts", this.experts, () => this.#toggleExperts()));
       const cut = node.state === "stopped" || node.state === "failed" || node.reason === "length";
       if (cut) buttons.push(h("button", { type: "button", class: "small", onclick: () => actions.goOn(node) }, "Go on"));
     }
@@ -179,7 +176,7 @@ export class AnswerView {
   }
 
   #toggleExperts() {
-    this.experts = this.experts ? null : new Experts(this.node);
+    this.experts = this.experts ? null : new Experts(this.node, this.facts.context - 1);
     this.update();
     this.footer.querySelector(`[aria-label=Experts]`)?.focus();
     this.experts?.load();
