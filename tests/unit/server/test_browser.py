@@ -86,13 +86,13 @@ def answered(page: driver.Page) -> str:
     return page.locator(".answer .markdown").last.inner_text()
 
 
-def scripted(*deltas: dict) -> Callable[[driver.Route], None]:
-    """Answers with these pieces of a message, each a token if it has content."""
+def scripted(*deltas: dict, other: int = 0) -> Callable[[driver.Route], None]:
+    """Answers with these pieces of a message, each a token if it has content. `other`: the token that was nearly chosen."""
     chunks = []
     for id, delta in enumerate(({"role": "assistant", "content": ""}, *deltas)):
-        text = delta.get("content")
-        entry = {"token": f"token_id:{id}", "bytes": list((text or "").encode()), "logprob": -0.5, "top_logprobs": []}
-        scored = {"content": [entry]} if text else None
+        best = [{"token": f"token_id:{other}", "bytes": [33], "logprob": -1.5}]
+        entry = {"token": f"token_id:{id}", "bytes": list(delta.get("content", "").encode()), "logprob": -0.5}
+        scored = {"content": [entry | {"top_logprobs": best}]} if entry["bytes"] else None
         chunks.append({"choices": [{"index": 0, "delta": delta, "finish_reason": None, "logprobs": scored}]})
     lines = [f"data: {json.dumps(chunk)}\n\n" for chunk in chunks] + ["data: [DONE]\n\n"]
     return lambda route: route.fulfill(content_type="text/event-stream", body="".join(lines))
@@ -106,6 +106,7 @@ def test_a_chat_and_what_the_model_considered(page: driver.Page, engine):
     assert first == expected.text.strip()
     expect(page.locator(".answer .note")).to_contain_text("24 tokens")
     token = page.locator(".answer .markdown .t").nth(3)
+    chosen = token.inner_text().strip()
     token.hover()
     card = page.get_by_role("dialog", name="Probabilities of a token")
     expect(card.locator(".choice")).to_have_count(9)  # with "all others"
@@ -123,6 +124,8 @@ def test_a_chat_and_what_the_model_considered(page: driver.Page, engine):
     ids = [*expected.prompt_token_ids, *expected.token_ids[:index], other]
     begun = engine.model.tokenizer.decode([*expected.token_ids[:index], other])
     assert second == (begun + engine.submit(ids, GREEDY).result().text).strip()
+    page.locator(".answer .markdown .t").nth(3).hover()
+    expect(card.get_by_role("button").first).to_contain_text(chosen)
     page.get_by_role("button", name="Earlier branch").click()
     assert answered(page) == first
     ask(page, "And then")
@@ -225,6 +228,17 @@ def test_what_a_model_writes_is_harmless(page: driver.Page):
     assert len({index for index, _ in marks}) > 60
     assert [index for index, _ in marks] == sorted(index for index, _ in marks)
     picture(page, "markdown")
+
+
+def test_an_answer_can_end_where_the_model_nearly_ended_it(page: driver.Page, model):
+    words = scripted(*({"content": text} for text in ("One", " two", " three")), other=min(model.tokenizer.eos_ids))
+    page.route("**/v1/chat/completions", words)
+    ask(page)
+    assert answered(page) == "One two three"
+    page.get_by_text("three").hover()
+    page.get_by_role("button", name="end of the answer").click()
+    expect(page.locator(".branches").last).to_contain_text("2/2")
+    assert answered(page) == "One two"
 
 
 def test_thinking_and_tool_calls(page: driver.Page):
