@@ -235,11 +235,21 @@ FERRUM_INLINE void each_block(const uint8_t* p, int64_t stride, int count, Use&&
   }
 }
 
-// Prefetches what the next 16 rows need: hardware prefetchers do not follow so many rows at once.
+// 16 rows of a matrix, and what follows them: the place after the rows that follow without a gap, and what is read then.
+struct Tile {
+  const uint8_t* blocks;
+  int64_t stride, k;
+  const uint8_t *end, *next;
+};
+
+// Prefetches, during a group of the tile, as much of what is 16 rows and 4 KiB ahead: hardware prefetchers do not follow so many rows
+// at once.
 template <Type T>
-FERRUM_INLINE void ask_for_next(const uint8_t* tile, int64_t stride, int64_t group) {
-  const uint8_t* p = tile + kTileRows * (stride + group * group_bytes(T)) + 4096;
-  for (int at = 0; at < kTileRows * group_bytes(T); at += 64) _mm_prefetch(reinterpret_cast<const char*>(p) + at, _MM_HINT_T0);
+FERRUM_INLINE void ask_for_next(const Tile& tile, int64_t group) {
+  constexpr int64_t size = kTileRows * group_bytes(T);
+  const uint8_t* p = tile.blocks + kTileRows * tile.stride + group * size + 4096;
+  if (p + size / 2 > tile.end) p = tile.next + (p - tile.end);
+  for (int64_t at = 0; at < size; at += 64) _mm_prefetch(reinterpret_cast<const char*>(p) + at, _MM_HINT_T0);
 }
 
 // The sums of R rows of x, which are float lanes, and what their integer sums start from: less what the bias adds.
@@ -287,22 +297,22 @@ FERRUM_INLINE F fold_lanes(const F lanes[kBlocks]) {
   return _mm512_add_ps(even, odd);
 }
 
-// m rows of x times 16 rows of the matrix: row r of x in y[r]. M is m, or 0: any number.
+// m rows of x times a tile: row r of x in y[r]. M is m, or 0: any number.
 template <Type T, int M>
-void tile(const uint8_t* p, int64_t stride, int64_t k, const Group* const* x, int64_t m, F* y) {
+void multiply(const Tile& tile, const Group* const* x, int64_t m, F* y) {
   Sums sums[M ? M : kSome];
   if (M) m = M;
   for (int64_t r = 0; r < m; ++r)
     for (int b = 0; b < kBlocks; ++b) sums[r].lanes[b] = _mm512_setzero_ps();
-  for (int64_t g = 0; g * kGroup < k; ++g) {
-    ask_for_next<T>(p, stride, g);
+  for (int64_t g = 0; g * kGroup < tile.k; ++g) {
+    ask_for_next<T>(tile, g);
     if constexpr (bias_shift(T) != 0)
       for (int64_t r = 0; r < m; ++r) {
         const V sum = has_parts(T) ? _mm512_loadu_si512(x[r][g].half_sum) : _mm512_castsi256_si512(load256(reinterpret_cast<const uint8_t*>(x[r][g].sum)));
         _mm512_store_si512(sums[r].start, _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_slli_epi32(sum, bias_shift(T))));
       }
-    const int64_t left = (k - g * kGroup) / 32;
-    each_block<T>(p + g * group_bytes(T), stride, int(left < kBlocks ? left : kBlocks), [&](int b, const Block& w) __attribute__((always_inline)) {
+    const int64_t left = (tile.k - g * kGroup) / 32;
+    each_block<T>(tile.blocks + g * group_bytes(T), tile.stride, int(left < kBlocks ? left : kBlocks), [&](int b, const Block& w) __attribute__((always_inline)) {
       if constexpr (M != 0) return add_block<T, M>(w, b, x, g, sums);
       int64_t r = 0;
       for (; r + 4 <= m; r += 4) add_block<T, 4>(w, b, x + r, g, sums + r);
@@ -313,35 +323,35 @@ void tile(const uint8_t* p, int64_t stride, int64_t k, const Group* const* x, in
   for (int64_t r = 0; r < m; ++r) y[r] = fold_lanes(sums[r].lanes);
 }
 
-using Tile = void(const uint8_t* p, int64_t stride, int64_t k, const Group* const* x, int64_t m, F* y);
+using Multiply = void(const Tile& tile, const Group* const* x, int64_t m, F* y);
 
-void tiles(Tile* any, Tile* one, const Rows& w, const Group* const* x, int64_t m, Output y) {
+void multiply_tiles(Multiply* any, Multiply* one, const Rows& w, const Group* const* x, int64_t m, Output y) {
   alignas(64) F sums[kSome];
   for (int64_t first = 0; first < m; first += kSome) {
     const int64_t some = m - first < kSome ? m - first : kSome;
     for (int64_t i = 0; i < w.count; i += kTileRows) {
       const int64_t rows = w.count - i < kTileRows ? w.count - i : kTileRows;
-      const uint8_t* p = w.blocks + i * w.stride;
+      Tile tile = {w.blocks + i * w.stride, w.stride, w.k, w.blocks + w.count * w.stride, w.next};
       if (rows < kTileRows) {  // a copy, followed by rows that do not matter
         auto* copy = static_cast<uint8_t*>(scratch(kDecoded, size_t(kTileRows * w.stride)));
-        p = static_cast<uint8_t*>(std::memcpy(copy, p, size_t(rows * w.stride)));
+        tile.blocks = static_cast<uint8_t*>(std::memcpy(copy, tile.blocks, size_t(rows * w.stride)));
       }
-      (some == 1 ? one : any)(p, w.stride, w.k, x + first, some, sums);
+      (some == 1 ? one : any)(tile, x + first, some, sums);
       for (int64_t r = 0; r < some; ++r) _mm512_mask_storeu_ps(y.at(first + r) + i, __mmask16((1u << rows) - 1), sums[r]);
     }
   }
 }
 
 template <Type T>
-void tiles_of_type(const Rows& w, const Group* const* x, int64_t m, Output y) {
-  tiles(tile<T, 0>, tile<T, 1>, w, x, m, y);
+void dots_of_type(const Rows& w, const Group* const* x, int64_t m, Output y) {
+  multiply_tiles(multiply<T, 0>, multiply<T, 1>, w, x, m, y);
 }
 
 }  // namespace
 
 void avx512_dots(const Rows& w, const Group* const* x, int64_t m, Output y) {
   switch (w.format->type) {
-    FERRUM_QUANTIZED(tiles_of_type, w, x, m, y)
+    FERRUM_QUANTIZED(dots_of_type, w, x, m, y)
     default: break;
   }
 }

@@ -42,15 +42,17 @@ struct Output {
   float* at(int64_t r) const { return y + r * stride; }
 };
 
-// A few consecutive rows of a matrix.
+// A few consecutive rows of a matrix. next: the rows that are read after them, so that those can be prefetched.
 struct Rows {
   const Format* format;
   const uint8_t* blocks;
   int64_t stride, count, k;
+  const uint8_t* next;
 };
 
-inline Rows rows_of(const Matrix& matrix, int64_t first, int64_t count) {
-  return {matrix.format, matrix.row(first), matrix.format->row_bytes(matrix.k), count, matrix.k};
+// Followed by the next rows of the same matrix, unless `next` says otherwise.
+inline Rows rows_of(const Matrix& matrix, int64_t first, int64_t count, const uint8_t* next = nullptr) {
+  return {matrix.format, matrix.row(first), matrix.format->row_bytes(matrix.k), count, matrix.k, next ? next : matrix.row(first + count)};
 }
 
 // A query row of attention: the positions that it sees, low .. high - 1, and its sums so far. out [head_dim] is not divided

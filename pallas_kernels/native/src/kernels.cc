@@ -239,6 +239,7 @@ void experts(Pool& pool, Arithmetic arithmetic, const float* x, int64_t tokens, 
   if (isa.panels) maybe_parallel(many, pool, routing.active, [&](int64_t e) { pack_expert(isa, outer, routing, from, e); });
 
   // silu(gate) * up of each expert's rows, in chunks of the expert's rows of weights.
+  const auto after = [&](int64_t e) { return routing.expert[e + 1 < routing.active ? e + 1 : 0]; };
   const int64_t rows = chunk_rows(gate, 1), chunks = ceil_div(n, rows);
   maybe_parallel(!alone, pool, routing.active * chunks, [&](int64_t task) {
     const int64_t e = task / chunks, first = task % chunks * rows;
@@ -246,7 +247,7 @@ void experts(Pool& pool, Arithmetic arithmetic, const float* x, int64_t tokens, 
     if (more.gate) own.gate += routing.expert[e] * n, own.up += routing.expert[e] * n;
     gated_rows(isa, arithmetic, expert_matrix(gate, routing.expert[e]), expert_matrix(up, routing.expert[e]), first,
                n - first < rows ? n - first : rows, operand_of(isa, outer, routing, from, e),
-               {hidden + routing.first[e] * n, n}, own);
+               {hidden + routing.first[e] * n, n}, own, first + rows < n ? nullptr : expert_matrix(gate, after(e)).blocks);
   });
   maybe_parallel(!alone, pool, routing.active, [&](int64_t e) {
     for (int64_t i = routing.first[e]; i < routing.first[e + 1]; ++i)
@@ -260,7 +261,8 @@ void experts(Pool& pool, Arithmetic arithmetic, const float* x, int64_t tokens, 
     const int64_t first = task * columns, width = k - first < columns ? k - first : columns;
     auto* part = static_cast<float*>(scratch(kParts, size_t(routing.assignments * width) * sizeof(float)));
     for (int64_t e = 0; e < routing.active; ++e) {
-      multiply(isa, wants_floats(arithmetic, down), rows_of(expert_matrix(down, routing.expert[e]), first, width),
+      const int64_t later = e + 1 < routing.active ? first : first + width;
+      multiply(isa, wants_floats(arithmetic, down), rows_of(expert_matrix(down, routing.expert[e]), first, width, expert_matrix(down, after(e)).row(later)),
                operand_of(isa, inner, routing, to, e), {part + routing.first[e] * width, width});
       const float* bias = more.down ? more.down + routing.expert[e] * k + first : nullptr;
       for (int64_t r = routing.first[e]; bias && r < routing.first[e + 1]; ++r)

@@ -173,13 +173,14 @@ inline bool serial(const Matrix* matrices, int count, int64_t m) {
   return serial(bytes, m);
 }
 
-// Rows first .. first + count - 1 of silu(x gateT) * (x upT), or what `more`, of this expert, makes of the two products.
+// Rows first .. first + count - 1 of silu(x gateT) * (x upT), or what `more`, of this expert, makes of the two products. next: the
+// rows of a gate that are read after them.
 inline void gated_rows(const Isa& isa, Arithmetic arithmetic, const Matrix& gate, const Matrix& up, int64_t first, int64_t count,
-                const Operand& x, Output y, const Additions& more = {}) {
+                const Operand& x, Output y, const Additions& more = {}, const uint8_t* next = nullptr) {
   auto* part = static_cast<float*>(scratch(kParts, size_t(2 * x.m * count) * sizeof(float)));
   float* other = part + x.m * count;
-  multiply(isa, wants_floats(arithmetic, gate), rows_of(gate, first, count), x, {part, count});
-  multiply(isa, wants_floats(arithmetic, up), rows_of(up, first, count), x, {other, count});
+  multiply(isa, wants_floats(arithmetic, gate), rows_of(gate, first, count, up.row(first)), x, {part, count});
+  multiply(isa, wants_floats(arithmetic, up), rows_of(up, first, count, next ? next : gate.row(first + count)), x, {other, count});
   for (int64_t r = 0; r < x.m; ++r) {
     float *g = part + r * count, *u = other + r * count;
     for (int64_t i = 0; more.gate && i < count; ++i) g[i] += more.gate[first + i], u[i] += more.up[first + i];
