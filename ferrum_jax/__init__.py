@@ -28,6 +28,7 @@ __all__ = [
     "Request",
     "Routing",
     "SamplingParams",
+    "Structured",
     "Tokenizer",
     "UnsupportedModelError",
     "functional",
@@ -47,6 +48,7 @@ _HOMES = {  # of all other names: the module that defines them
     "Request": "engine",
     "Routing": "model",
     "SamplingParams": "sampling",
+    "Structured": "structured",
     "Tokenizer": "tokenizer",
     "load": "loading",
 }
@@ -69,6 +71,7 @@ if TYPE_CHECKING:
     from ferrum_jax.loading import load
     from ferrum_jax.model import Model, Routing
     from ferrum_jax.sampling import SamplingParams
+    from ferrum_jax.structured import Structured
     from ferrum_jax.tokenizer import Tokenizer
 
 

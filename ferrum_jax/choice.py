@@ -27,6 +27,8 @@ class Adjustments(NamedTuple):
     bias: jax.Array  # float32 [S, V]: added to the logits
     banned: jax.Array  # int32 [S, words, tokens]: right-aligned and padded with -1; the last token of a word is banned
     min_tokens: jax.Array  # int32 [S]: end tokens are banned before the output has this many
+    constrained: jax.Array  # bool [S]: whether the row has a grammar
+    mask: jax.Array  # int32 [S, ceil(V / 32)]: the ids that it admits next, a bit each, the lowest bit first
 
 
 class Choice(NamedTuple):
@@ -82,11 +84,16 @@ def choose(
 
     with jax.named_scope("sampling"):
         own = sampling if rows is None else sampling.take(rows)
-        finite = (logits < jnp.inf).all(axis=1) & (logits > -jnp.inf).any(axis=1)
-        adjusted = logits
+        admitted = adjusted = logits
         if choice.adjustments is not None:
+            constrained = choice.adjustments.constrained[every]
+            masked = (alive & constrained).any()
+            admitted = lax.cond(masked, _admit, lambda x, *_: x, logits, choice.adjustments, every)
             some = (alive & choice.adjustments.adjusted[every]).any()
-            adjusted = lax.cond(some, _adjust, lambda x, *_: x, logits, choice, own, every)
+            adjusted = lax.cond(some, _adjust, lambda x, *_: x, admitted, choice, own, every)
+            stuck = constrained & ~(adjusted > -jnp.inf).any(axis=1)  # what the grammar needs was banned
+            adjusted = lax.cond(masked & some, lambda: jnp.where(stuck[:, None], admitted, adjusted), lambda: adjusted)
+        finite = (logits < jnp.inf).all(axis=1) & (admitted > -jnp.inf).any(axis=1)
         token = sample(adjusted, own, of(choice.seen), of(choice.length), key)
         ids, scores = _scores(logits, token, logprobs, requested)
         generated = of(choice.generated) + finite
@@ -114,6 +121,13 @@ def _scores(
     if requested is None:
         return token_logprobs(logits, token, logprobs)
     return if_requested(requested, lambda: token_logprobs(logits, token, logprobs))
+
+
+def _admit(logits: jax.Array, what: Adjustments, rows: jax.Array) -> jax.Array:
+    """The logits of what grammars admit, -inf for all other tokens of their rows."""
+    bits = (what.mask[rows][:, :, None] >> jnp.arange(32)) & 1  # [R, words, 32]
+    admitted = bits.reshape(logits.shape[0], -1)[:, : logits.shape[1]] == 1
+    return jnp.where(admitted | ~what.constrained[rows][:, None], logits, -jnp.inf)
 
 
 def _adjust(logits: jax.Array, choice: Choice, sampling: Sampling, rows: jax.Array) -> jax.Array:

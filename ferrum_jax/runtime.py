@@ -17,6 +17,7 @@ from ferrum_jax.config import ModelConfig
 from ferrum_jax.distributed import Placement
 from ferrum_jax.programs import Programs
 from ferrum_jax.state import DecodeState, KVCache, bytes_per_token, new_cache
+from ferrum_jax.structured.grammar import Grammars
 from ferrum_jax.tokenizer import Tokenizer
 from ferrum_jax.units import readable_bytes, shown_dtype
 
@@ -44,6 +45,7 @@ class Runtime:
         self.load_s = 0.0
         self.step_seconds = 0.0
         self._fingerprint = ""
+        self._grammars: Grammars | None = None
         self._counters: dict[str, float] = {f"{kind}_{unit}": 0 for kind in ("prefill", "decode") for unit in ("tokens", "s")}
 
     def __repr__(self) -> str:
@@ -78,6 +80,13 @@ class Runtime:
             known = ", ".join(self.adapters) or "none"
             raise ValueError(f"adapter {adapter!r} is not loaded; loaded: {known}")
         return list(self.adapters).index(adapter)
+
+    @property
+    def grammars(self) -> Grammars:
+        """The grammars for the tokenizer. Raises ImportError if their library is not installed."""
+        if self._grammars is None or self._grammars.tokenizer is not self.tokenizer:
+            self._grammars = Grammars(self.tokenizer)
+        return self._grammars
 
     def fingerprint(self) -> str:
         """A short text that identifies the model: architecture, dtype, and a digest of its shapes and of some weights."""

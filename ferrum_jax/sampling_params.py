@@ -11,11 +11,16 @@ from typing import Any
 
 import numpy as np
 
+from ferrum_jax.structured import Structured
+
 MAX_LOGPROBS = 64
 MAX_CHOICES = 128  # completions of one prompt, as in OpenAI's API
 _LARGEST = 1e30  # limit of a bias, within float32
 MAX_BIAS = 1024  # limit of the ids that one request can bias or ban
-_OF_AN_ENGINE: dict[str, Any] = {"logit_bias": None, "min_tokens": 0, "bad_words": (), "n": 1, "prompt_logprobs": None}
+_OF_AN_ENGINE: dict[str, Any] = {
+    "logit_bias": None, "min_tokens": 0, "bad_words": (), "n": 1, "prompt_logprobs": None,
+    "structured": None,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,8 @@ class SamplingParams:
       bad_words: a text or a sequence of texts that the output never completes, stored as a tuple.
       n: the number of completions of the prompt, at most 128; each has a different seed (seed, seed + 1, ...).
       prompt_logprobs: like logprobs, for the tokens of the prompt.
+      structured: what the output has to be (`Structured`, or a dict of its fields). Tokens that cannot lead to it are not
+        sampled, and end tokens only where it is complete; this is stronger than min_tokens, logit_bias and bad_words.
 
     Raises:
       ValueError: for a wrong type or value, naming the field and what would be right.
@@ -64,6 +71,7 @@ class SamplingParams:
     bad_words: str | Sequence[str] = ()
     n: int = 1
     prompt_logprobs: int | None = None
+    structured: Structured | Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         self._integer("max_tokens", lambda v: v >= 1, "an integer >= 1")
@@ -89,6 +97,13 @@ class SamplingParams:
         self._texts("stop")
         self._texts("bad_words")
         object.__setattr__(self, "logit_bias", self._pairs())
+        if isinstance(self.structured, Mapping):
+            try:
+                object.__setattr__(self, "structured", Structured(**self.structured))
+            except TypeError:
+                raise self._error("structured", "a Structured or a dict of its fields") from None
+        elif not isinstance(self.structured, Structured | None):
+            raise self._error("structured", "None, a Structured or a dict of its fields")
 
     @property
     def of_an_engine(self) -> list[str]:

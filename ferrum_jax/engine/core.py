@@ -31,6 +31,9 @@ from ferrum_jax.state import DecodeState, PageKind, kind_names, read_places
 _LOG = logging.getLogger("ferrum_jax.engine.engine")
 
 
+_LOSS = 0.05  # of a decode step, that the others may wait for grammars
+
+
 class _Flight(NamedTuple):
     """A started dispatch."""
 
@@ -62,6 +65,7 @@ class Core:
     _kept: list[tuple[int, int, int]]
     _steps_at_once: int
     _busy_until: float
+    _waited: float
     _counts: dict[str, int]
     _seconds: dict[str, float]
 
@@ -234,35 +238,57 @@ class Core:
         begin = time.thread_time()  # of this thread only: waiting for the device or for a core is not the host's work
         with self._lock:
             try:
-                dispatch = self._scheduler.next(self._steps_at_once)
+                dispatch = self._scheduler.next(self._steps_at_once, self._turns())
             except Exception as error:  # it ends only the request that caused it
                 if self._scheduler.current is None:
                     raise
                 return self._fail({self._scheduler.current.owner: error})
         before, self._flight = self._flight, None
-        if before is not None and dispatch is not None and not self._executor.ready(dispatch):
-            if not self._land(before):  # finished tokens do not wait for the compiler
+        results = None
+        if before is not None and dispatch is not None:
+            if not self._executor.ready(dispatch):
+                if not self._land(before):  # finished tokens do not wait for the compiler
+                    return
+                before = None
+            elif dispatch.waits and (results := self._collect(before)) is None:
                 return
-            before = None
+        arrived = time.perf_counter()
         if dispatch is not None:  # even if its rows were aborted meanwhile, because the pages it writes are registered
             try:
                 self._flight = self._launch(dispatch)
             except Exception as error:  # whatever it is, the engine must survive it
                 return self._fail_dispatch(error, dispatch)
-        if (before is not None and not self._land(before)) or not self._keep():
+        if results is not None:
+            self._waited += 0.2 * (time.perf_counter() - arrived - self._waited)
+        if (before is not None and not self._land(before, results)) or not self._keep():
             return
         with self._lock:
             self._seconds["host_seconds"] += time.thread_time() - begin
 
-    def _land(self, flight: _Flight) -> bool:
-        """Waits for the results of a dispatch and processes them. Returns whether that succeeded."""
+    def _turns(self) -> int:
+        """The steps that others make while grammars have to know the newest tokens; 0: all wait for that, because it takes
+        little of a step."""
+        step = self.model.step_seconds
+        return 0 if not step or self._waited <= _LOSS * step else math.ceil(self._waited / step)
+
+    def _collect(self, flight: _Flight) -> steps.Results | None:
+        """Waits for the results of a dispatch and shows them to the grammars; None if the dispatch failed."""
         try:
             results = self._executor.fetch(flight.results, flight.scored, flight.scored_prompt)
+            for i, row in enumerate(flight.dispatch.rows):
+                if row.sequence.follower is not None and row.valid:
+                    row.sequence.follower.follow(row.sequence.tokens, _made(results.tokens[i].tolist()))
         except Exception as error:
             self._fail_dispatch(error, flight.dispatch)
-            return False
-        self._take_in(flight, results)
-        return True
+            return None
+        return results
+
+    def _land(self, flight: _Flight, results: steps.Results | None = None) -> bool:
+        """Processes the results of a dispatch, for which it waits if they are not given. Returns whether that succeeded."""
+        results = self._collect(flight) if results is None else results
+        if results is not None:
+            self._take_in(flight, results)
+        return results is not None
 
     def _keep(self) -> bool:
         """Makes the copies of the states of requests that have ended; whether that went well. Not before a dispatch that was
@@ -285,11 +311,21 @@ class Core:
             request.times.admitted = request.times.admitted or now
             self._executor.admit(sequence, slot, request.params, request._seed, request._extras)
         self._executor.prepare(dispatch)  # compiling does not count as the device's time
+        self._mask(dispatch)
         begin = time.perf_counter()
         results = self._executor.launch(dispatch)
         scored = any(row.sequence.owner.logprobs is not None for row in dispatch.rows)
         prompts = any(row.start >= 0 and row.sequence.owner.prompt_logprobs is not None for row in dispatch.rows)
         return _Flight(dispatch, results, scored, prompts, begin)
+
+    def _mask(self, dispatch: Dispatch) -> None:
+        """Sends what the grammars admit next. A row without it stays as it is."""
+        rows = [(row, row.sequence.follower) for row in dispatch.rows if row.samples and row.valid]
+        found = [(row.slot, follower) for row, follower in rows if follower is not None]
+        if found:
+            masks = self.model.grammars.masks([follower for _, follower in found], self.model.config.vocab_size)
+            sent = [i for i, (_, follower) in enumerate(found) if not follower.error]
+            self._executor.mask([found[i][0] for i in sent], masks[sent])
 
     def _take_in(self, flight: _Flight, results: steps.Results) -> None:
         """Gives every row its results."""
@@ -333,7 +369,7 @@ class Core:
     def _take_row(self, row: Row, i: int, tokens: list[int], results: steps.Results, dispatch: Dispatch) -> int:
         """Processes the tokens of one row and returns their number."""
         request: Request = row.sequence.owner
-        made = [token for token in tokens if token >= 0]
+        made = _made(tokens)
         self._scheduler.received(row, made, dispatch)
         if made:
             logprobs = []
@@ -349,6 +385,8 @@ class Core:
         full = len(sequence.tokens) >= sequence.limit
         if steps.NOT_FINITE in tokens or request._has_nan:
             self._end(request, "error", "the model's logits are not finite")
+        elif sequence.follower is not None and sequence.follower.error and watcher.finish_reason is None:
+            self._end(request, "error", sequence.follower.error)
         elif full or watcher.finish_reason is not None:
             if full or watcher.at_end_token:  # else the device goes on
                 self._kept += self._scheduler.keep(sequence)
@@ -391,6 +429,7 @@ class Core:
                 "seed": request._seed,
                 "adapter": request.adapter,
                 "prompt": request.prompt_token_ids,
+                "begun": request._begun,
                 "output": list(request.token_ids),
                 "logprobs": request.logprobs and list(request.logprobs),
                 "prompt_logprobs": request.prompt_logprobs and list(request.prompt_logprobs),
@@ -424,6 +463,11 @@ class Core:
             raise
         with self._lock:
             ledger.publish(reserved)
+
+
+def _made(tokens: list[int]) -> list[int]:
+    """The tokens of a row's results."""
+    return [token for token in tokens if token >= 0]
 
 
 def _said(error: BaseException) -> str:

@@ -17,7 +17,7 @@ _MOST_MISSES = 5  # a pause lasts at most 2 ** 5 - 1 steps
 
 def draft(slots: Slots, rows: jax.Array, alive: jax.Array, ends: jax.Array, most: int) -> tuple[Slots, jax.Array]:
     """Writes up to `most` guesses after the texts of rows int32 [R]; returns the slots and the number of guesses int32 [R].
-    Only rows that are alive guess, and their text stays shorter than `ends` int32 [R]."""
+    Only rows that are alive and have no grammar guess, and their text stays shorter than `ends` int32 [R]."""
     text, length = slots.history[rows], slots.length[rows]
     capacity = text.shape[1]
     # The latest position after the most tokens that are the same as the newest ones: _LEAST of them, then one more, ...
@@ -32,7 +32,7 @@ def draft(slots: Slots, rows: jax.Array, alive: jax.Array, ends: jax.Array, most
     needed = 1 + jnp.minimum(slots.misses[rows], _MOST - _LEAST)
     found = jnp.where(best // capacity >= needed, best % capacity, 0)
     resting = slots.pause[rows] > 0
-    count = jnp.where(alive & (found > 0) & ~resting, jnp.clip(ends - length - 1, 0, most), 0)
+    count = jnp.where(alive & ~slots.constrained[rows] & (found > 0) & ~resting, jnp.clip(ends - length - 1, 0, most), 0)
 
     slot = jnp.where(alive, rows, slots.length.shape[0])
     offset = jnp.arange(most)

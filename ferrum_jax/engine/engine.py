@@ -32,6 +32,8 @@ from ferrum_jax.progress import task
 from ferrum_jax.prompts import Prompt, Prompts
 from ferrum_jax.sampling_params import MAX_BIAS, SamplingParams
 from ferrum_jax.state import page_kinds, recurrent_kinds
+from ferrum_jax.structured import Structured
+from ferrum_jax.structured.grammar import Follower
 
 _REHEARSED = 128  # tokens of the longest prompt of a rehearsal
 
@@ -79,7 +81,7 @@ class Engine(Core):
         self._lock = threading.Lock()
         self._numbers = itertools.count()
         self._flight, self._looping, self._kept = None, False, []
-        self._busy_until = 0.0
+        self._busy_until = self._waited = 0.0
 
         def set_up() -> None:
             config = self.config
@@ -187,13 +189,14 @@ class Engine(Core):
         text = [*saved.prompt, *saved.output]
         try:
             index, extras = self.model.adapter_index(saved.adapter), self._extras(saved.params)
+            follower = self._follower(saved.params, text, len(saved.prompt) - saved.begun)
         except ValueError as error:
             raise ModelFileError(f"{path}: is a damaged snapshot: {error}") from error
         limit = self._check(len(saved.prompt), saved.params)
         if saved.finish_reason is None and len(text) >= limit:
             raise ValueError(f"the request's {len(text)} tokens leave no room in a context of {self.model.max_seq_len}")
-        sequence = Sequence(next(self._numbers), text, len(saved.prompt), limit, adapter=index)
-        request = Request(self, sequence, saved.params, saved.seed, extras, saved.adapter)
+        sequence = Sequence(next(self._numbers), text, len(saved.prompt), limit, adapter=index, follower=follower)
+        request = Request(self, sequence, saved.params, saved.seed, extras, saved.adapter, saved.begun)
         sequence.owner, sequence.cacheable = request, saved.params.prompt_logprobs is None
         request._resume(saved, path)
         if self.config.prefix_cache and saved.content is not None:
@@ -316,8 +319,9 @@ class Engine(Core):
             raise ValueError(f"request {request.id} is of another engine")
 
     def _submit(
-        self, tokens: list[int], params: SamplingParams, adapter: str | None, origin: Sequence | None = None
+        self, tokens: list[int], params: SamplingParams, adapter: str | None, origin: Sequence | None = None, begun: int = 0
     ) -> Request:
+        """begun: the last tokens of the prompt that belong to the grammar already."""
         if not isinstance(params, SamplingParams):
             raise ValueError(f"params must be SamplingParams, not {type(params).__name__}")
         index = self.model.adapter_index(adapter)
@@ -325,9 +329,11 @@ class Engine(Core):
         extras = self._extras(params)
         seed = secrets.randbits(32) if params.seed is None else params.seed
         choices: list[Request] = []
-        for i in range(params.n):
-            sequence = Sequence(next(self._numbers), list(tokens), len(tokens), limit, origin=origin, adapter=index)
-            sequence.owner = request = Request(self, sequence, params, (seed + i) % 2**32, extras, adapter)
+        followers = [self._follower(params, tokens, len(tokens) - begun) for _ in range(params.n)]
+        for i, follower in enumerate(followers):
+            number = next(self._numbers)
+            sequence = Sequence(number, list(tokens), len(tokens), limit, origin=origin, adapter=index, follower=follower)
+            sequence.owner = request = Request(self, sequence, params, (seed + i) % 2**32, extras, adapter, begun)
             sequence.cacheable = params.prompt_logprobs is None or i > 0
             if i > 0:
                 request.prompt_logprobs = choices[0].prompt_logprobs  # computed once
@@ -339,7 +345,20 @@ class Engine(Core):
 
     def _fork(self, request: Request, params: SamplingParams) -> Request:
         tokens = [*request.prompt_token_ids, *request.token_ids]
-        return self._submit(tokens, params, request.adapter, request._sequence)
+        goes_on = params.structured == request.params.structured and not request._watcher.at_end_token
+        begun = request._begun + len(tokens) - len(request.prompt_token_ids) if goes_on else 0
+        return self._submit(tokens, params, request.adapter, request._sequence, begun)
+
+    def _follower(self, params: SamplingParams, text: list[int], begin: int) -> Follower | None:
+        """Where a text is in the grammar of its output, which begins at token `begin`."""
+        if params.structured is None:
+            return None
+        assert isinstance(params.structured, Structured)
+        follower = self.model.grammars.follower(params.structured, begin)
+        follower.follow(text)
+        if follower.error:
+            raise ValueError(follower.error)
+        return follower
 
     def _check(self, length: int, params: SamplingParams) -> int:
         """The limit of the request's tokens, or a ValueError that says why it is impossible."""

@@ -29,6 +29,7 @@ from ferrum_jax.state import DecodeState, copy_places, grow, page_kinds, read_pl
 from ferrum_jax.units import readable_bytes
 
 _COPIES = 8  # places per part and copy
+_MASKS = 16  # rows of grammars that are sent together
 _HOST_CACHE_BYTES = 1 << 30  # default limit of the KV cache on a CPU
 _FREE_FRACTION = 0.9  # of an accelerator's free memory
 
@@ -76,13 +77,13 @@ class Executor:
             sizes.append(min(4 * sizes[-1], self.most))
         names: list[Bucket | str] = ["copy", *self.buckets()]
         growth = [("grow", pages) for pages in sizes[:-1]]
-        return [("admit", self.pages), *((name, pages) for pages in sizes for name in names), *growth]
+        return [("admit", self.pages), ("mask", self.pages), *((name, pages) for pages in sizes for name in names), *growth]
 
     def compile(self, bucket: Bucket | str, pages: int | None = None) -> Callable:
-        """The program of a bucket, or "admit", "copy" or "grow", for `pages` pages (None: the current number), compiled if
-        necessary. Any thread may call it."""
+        """The program of a bucket, or "admit", "mask", "copy" or "grow", for `pages` pages (None: the current number), compiled
+        if necessary. Any thread may call it."""
         pages = pages or self.pages
-        key = bucket, 0 if bucket == "admit" else pages
+        key = bucket, 0 if bucket in ("admit", "mask") else pages
         with self._guard:
             lock = self._locks.setdefault(key, threading.Lock())
         with lock:
@@ -96,6 +97,17 @@ class Executor:
         """Fills a slot for a sequence."""
         admission = self._admission(sequence, slot, params, seed, extras)
         self.slots = self.compile("admit")(self.slots, admission)
+
+    def mask(self, rows: list[int], masks: np.ndarray) -> None:
+        """Sets what grammars admit next in some slots: int32 [rows, words]."""
+        most = min(_MASKS, self.config.max_seqs)
+        for first in range(0, len(rows), most):
+            some = rows[first : first + most]
+            chosen = np.full(most, self.config.max_seqs, np.int32)
+            chosen[: len(some)] = some
+            bits = np.zeros((most, masks.shape[1]), np.int32)
+            bits[: len(some)] = masks[first : first + most]
+            self.slots = self.compile("mask")(self.slots, chosen, bits)
 
     def ready(self, dispatch: Dispatch) -> bool:
         """Whether a dispatch can be started at once: its program is compiled and its pages exist."""
@@ -206,6 +218,10 @@ class Executor:
         slots = self.model.placement.placed(slots, slots.axes)
         if bucket == "admit":
             return programs.get(steps.admit, slots, jax.eval_shape(self._example), donate=(0,))
+        if bucket == "mask":
+            most = min(_MASKS, self.config.max_seqs)
+            masks = np.zeros((most, slots.mask.shape[1]), np.int32)
+            return programs.get(steps.mask, slots, np.zeros(most, np.int32), masks, donate=(0,))
         if bucket == "copy":
             places = np.zeros((len(state.parts), _COPIES), np.int32)
             return programs.get(copy_places, state, places, places, donate=(0,))
@@ -272,6 +288,7 @@ class Executor:
             bias=bias,
             banned=banned,
             min_tokens=np.int32(params.min_tokens),
+            constrained=np.bool_(params.structured is not None),
             scored=np.bool_(params.logprobs is not None),
             scored_prompt=np.bool_(params.prompt_logprobs is not None),
             adapter=np.int32(sequence.adapter),

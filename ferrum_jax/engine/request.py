@@ -88,14 +88,16 @@ class Request:
         seed: int,
         extras: Extras,
         adapter: str | None = None,
+        begun: int = 0,
     ):
+        """begun: the last tokens of the prompt that belong to the output's grammar."""
         self.id, self.adapter = sequence.number, adapter
         self.params, self.choices, self.error = params, [self], ""
         self.prompt_token_ids = sequence.tokens[: sequence.prompt_length]
         self.prompt_logprobs: list[list[tuple[int, float]] | None] | None = None
         if params.prompt_logprobs is not None:
             self.prompt_logprobs = [None]
-        self._engine, self._sequence, self._seed, self._extras = engine, sequence, seed, extras
+        self._engine, self._sequence, self._seed, self._extras, self._begun = engine, sequence, seed, extras, begun
         self._watcher = Watcher(engine.model.tokenizer, params, self.prompt_token_ids)
         self.times = Times()
         self._outputs: deque[Output] = deque()

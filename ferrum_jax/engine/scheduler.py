@@ -7,6 +7,9 @@ there. So the oldest sequence always makes progress, and every sequence becomes 
 
 The device may lag behind: work that was sent to it counts as done here (`prefilled`, `pending`). Because the device runs
 dispatches in order, a page can be given to another sequence while an earlier dispatch still uses it.
+
+A sequence with a grammar decodes one token in a dispatch, and only from a token that the host knows. Such a dispatch waits for
+the results of the one before, or the sequence is left out of it (`turns`).
 """
 
 from __future__ import annotations
@@ -71,17 +74,23 @@ class Scheduler:
         self.ledger.clear()
         self._slots = list(range(self.config.max_seqs - 1, -1, -1))
 
-    def next(self, steps: int) -> Dispatch | None:
+    def next(self, steps: int, turns: int = 0) -> Dispatch | None:
         """The next dispatch, or None if there is nothing to do until results arrive. `steps`: decode steps in a dispatch while
-        no sequence waits or reads a prompt."""
+        no sequence waits or reads a prompt. `turns`: steps of the other sequences while those with a grammar have tokens in
+        flight; 0: all decode together, and the dispatch waits for these tokens."""
         before, self.current = self.preemptions, None
         copies: list[tuple[int, int, int]] = []
         admitted: list[tuple[Sequence, int]] = []
         width = 1 + self.config.speculation
+        away = self._away(turns)
+        if any(sequence.follower is not None and sequence.decoding and sequence not in away for sequence in self.running):
+            steps = 1
+        elif away:
+            steps = min(steps, turns)
         if self.waiting or any(sequence.prefilled != sequence.target for sequence in self.running):
             steps = 1
         elif steps > 1:
-            growing = [sequence for sequence in self.running if _growing(sequence)]
+            growing = [sequence for sequence in self.running if _growing(sequence) and sequence not in away]
             steps = min(steps, max((s.limit - len(s.tokens) - s.due for s in growing), default=0))
             missing = sum(self._missing(sequence, _decoded(sequence, steps * width)) for sequence in growing)
             if missing > self.ledger.available:
@@ -91,8 +100,10 @@ class Scheduler:
             for sequence in self._running()
             if sequence.prefilled == sequence.target
             and _growing(sequence)
+            and sequence not in away
             and self._grow(sequence, _decoded(sequence, steps * width))
         ]
+        waits = any(row.sequence.follower is not None and row.sequence.pending for row in rows)
         prompts = list(self._prompts(max(1, self._most(len(rows)) - len(rows)), admitted, copies, before))
         mixed = bool(prompts)
         rows += prompts
@@ -101,11 +112,11 @@ class Scheduler:
             mixed = any(row.start >= 0 for row in rows)
         if not rows:
             return None
-        dispatch = Dispatch(rows, 0 if mixed else steps, admitted, copies, 1 if mixed else width)
+        dispatch = Dispatch(rows, 0 if mixed else steps, admitted, copies, 1 if mixed else width, waits)
         for row in rows:
             if row.samples:
-                row.sequence.pending += dispatch.most
-                row.sequence.due += dispatch.least
+                row.sequence.pending += dispatch.most(row)
+                row.sequence.due += dispatch.least(row)
             if row.start >= 0:
                 self.current = row.sequence
                 row.sequence.prefilled += row.length
@@ -115,8 +126,8 @@ class Scheduler:
     def received(self, row: Row, tokens: list[int], dispatch: Dispatch) -> None:
         """Records the result of a row of a dispatch: its tokens are known now."""
         if row.samples:
-            row.sequence.pending -= dispatch.most
-            row.sequence.due -= dispatch.least
+            row.sequence.pending -= dispatch.most(row)
+            row.sequence.due -= dispatch.least(row)
         row.sequence.tokens.extend(tokens)
         self._settle(row.sequence)
 
@@ -140,6 +151,13 @@ class Scheduler:
         reading = sum(sequence.prefilled != sequence.target for sequence in self.running)
         first = reading + min(len(self.waiting), len(self._slots))
         return self.pace.most(decoding) if 0 < first <= _BURST * decoding else self.config.token_budget
+
+    def _away(self, turns: int) -> list[Sequence]:
+        """The sequences that are left out of the next dispatch: those whose grammar has to know their tokens in flight, if
+        others can decode meanwhile."""
+        flying = [sequence for sequence in self.running if sequence.follower is not None and sequence.pending]
+        others = flying and any(sequence.follower is None and sequence.decoding for sequence in self.running)
+        return flying if turns and others else []
 
     def _prompts(self, budget: int, admitted: list[tuple[Sequence, int]], copies: list, preemptions: int) -> Iterator[Row]:
         """Rows with prompt tokens: of running sequences, then of those that are admitted."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from ferrum_jax.engine.ledger import Held
+from ferrum_jax.structured.grammar import Follower
 
 
 class Sequence:
@@ -12,7 +13,8 @@ class Sequence:
 
     tokens: prompt and known output. limit: of its tokens. number: order of arrival. cacheable: whether it may use cached pages.
     origin: the sequence that this one is a branch of. adapter: its index among the model's, -1 for none. owner: the request
-    that it belongs to. cached: the tokens of the prompt that were there when it was first admitted, -1 before.
+    that it belongs to. cached: the tokens of the prompt that were there when it was first admitted, -1 before. follower: where
+    its output is in its grammar, if it has one; always after the known tokens.
 
     While it runs it has a `slot`, and `held` is what it holds of the state. `target`: tokens known when it was admitted;
     `prefilled`: how many of these were sent to the device. `pending`: the largest number of tokens that were requested from the
@@ -31,9 +33,11 @@ class Sequence:
         cacheable: bool = True,
         adapter: int = -1,
         owner: Any = None,
+        follower: Follower | None = None,
     ):
         self.number, self.tokens, self.prompt_length, self.limit = number, tokens, prompt_length, limit
         self.origin, self.cacheable, self.adapter, self.owner = origin, cacheable, adapter, owner
+        self.follower = follower
         self.state = "waiting"
         self.slot = self.cached = -1
         self.held = Held()
@@ -80,25 +84,24 @@ class Row(NamedTuple):
 class Dispatch(NamedTuple):
     """The next work of the device: fill the slots of `admitted` (sequence, slot), make `copies` in the state (part, source,
     target), then one step over `rows`, or `steps` decode steps if that is not 0. `width`: the largest number of tokens per row
-    and step."""
+    and step. `waits`: it goes on from tokens in flight that a grammar has to know first."""
 
     rows: list[Row]
     steps: int
     admitted: list[tuple[Sequence, int]]
     copies: list[tuple[int, int, int]]
     width: int = 1
+    waits: bool = False
 
     @property
     def tokens(self) -> int:
         """The tokens of a step with prompts; 0 for decode steps."""
         return 0 if self.steps else sum(row.length for row in self.rows)
 
-    @property
-    def least(self) -> int:
+    def least(self, row: Row) -> int:
         """The number of tokens that a sampling row generates unless it ends."""
-        return max(self.steps, 1)
+        return max(self.steps, 1) if row.sequence.follower is None else 1
 
-    @property
-    def most(self) -> int:
+    def most(self, row: Row) -> int:
         """The largest number of tokens that a sampling row can generate."""
-        return self.least * self.width
+        return self.least(row) * (self.width if row.sequence.follower is None else 1)

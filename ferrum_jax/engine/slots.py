@@ -31,6 +31,9 @@ class Slots(NamedTuple):
     banned: jax.Array  # int32 [S, BAD_WORDS, BAD_WORD_TOKENS]: words, left-padded with -1; the last token is banned
     min_tokens: jax.Array  # int32 [S]
     adjusted: jax.Array  # bool [S]: whether bias, banned or min_tokens have an effect
+    constrained: jax.Array  # bool [S]: whether a grammar says which tokens may come next
+    masked: jax.Array  # bool [S]: whether `mask` is that of the next token
+    mask: jax.Array  # int32 [S, ceil(V / 32)]: the ids that the grammar admits, a bit each
     scored: jax.Array  # bool [S]: whether logprobs are requested
     scored_prompt: jax.Array  # bool [S]: whether those of the prompt are requested
     prompt_length: jax.Array  # int32 [S]
@@ -50,6 +53,10 @@ class Slots(NamedTuple):
 
         fields = {name: of(name, array) for name, array in self._asdict().items() if name != "sampling"}
         return Slots(**fields, sampling=Sampling(**{name: of(name, array) for name, array in self.sampling._asdict().items()}))
+
+    def choosing(self, rows: jax.Array) -> jax.Array:
+        """bool [R]: which of the rows int32 [R] can choose a token: a grammar's mask serves for one token."""
+        return ~self.constrained[rows] | self.masked[rows]
 
     @property
     def choice(self) -> Choice:
@@ -73,6 +80,7 @@ class Admission(NamedTuple):
     bias: Any  # float32 [MAX_BIAS]
     banned: Any
     min_tokens: Any
+    constrained: Any
     scored: Any
     scored_prompt: Any
     adapter: Any
@@ -96,6 +104,9 @@ def new_slots(sampling: Sampling, *, slots: int, capacity: int, vocab: int) -> S
         banned=zeros(BAD_WORDS, BAD_WORD_TOKENS) - 1,
         min_tokens=zeros(),
         adjusted=flag,
+        constrained=flag,
+        masked=flag,
+        mask=zeros(-(-vocab // 32)),
         scored=flag,
         scored_prompt=flag,
         prompt_length=zeros(),
@@ -126,6 +137,9 @@ def admit(slots: Slots, admission: Admission) -> Slots:
         "banned": admission.banned,
         "min_tokens": admission.min_tokens,
         "adjusted": adjusted,
+        "constrained": admission.constrained,
+        "masked": False,
+        "mask": 0,
         "scored": admission.scored,
         "scored_prompt": admission.scored_prompt,
         "prompt_length": admission.prompt_length,
@@ -141,3 +155,9 @@ def admit(slots: Slots, admission: Admission) -> Slots:
         **{name: put(getattr(slots.sampling, name), getattr(admission.sampling, name)[0]) for name in PER_ROW}
     )
     return Slots(**{name: put(getattr(slots, name), value) for name, value in values.items()}, sampling=sampling)
+
+
+def mask(slots: Slots, rows: jax.Array, masks: jax.Array) -> Slots:
+    """Sets what the grammars of some slots, int32 [M], admit next: int32 [M, ceil(V / 32)]. A slot out of range changes
+    nothing."""
+    return slots._replace(mask=slots.mask.at[rows].set(masks, mode="drop"), masked=slots.masked.at[rows].set(True, mode="drop"))

@@ -17,7 +17,7 @@ from ferrum_jax.errors import ModelFileError
 from ferrum_jax.sampling_params import SamplingParams
 from ferrum_jax.state import DecodeState, KVCache
 
-_VERSION = 3
+_VERSION = 4
 _MAX_FACTS = 1 << 28  # bytes
 _REASONS = (None, "stop", "length", "abort", "error")
 
@@ -30,6 +30,7 @@ class Saved(NamedTuple):
     seed: int
     adapter: str | None
     prompt: list[int]
+    begun: int  # the last tokens of the prompt that belong to the output's grammar
     output: list[int]
     logprobs: list | None
     prompt_logprobs: list | None
@@ -100,6 +101,8 @@ def _checked(facts: dict[str, Any], vocab: int) -> Saved:
     prompt, output = facts["prompt"], facts["output"]
     if not prompt:
         raise ValueError("prompt is empty")
+    if type(facts["begun"]) is not int or not 0 <= facts["begun"] <= len(prompt):
+        raise ValueError(f"begun must be a number of the prompt's tokens, not {facts['begun']!r}")
     params = dataclasses.replace(SamplingParams(**facts["params"]), n=1)  # a snapshot has one of its choices
     if type(facts["seed"]) is not int or not 0 <= facts["seed"] < 2**32:
         raise ValueError(f"seed must be an integer below 2**32, not {facts['seed']!r}")
@@ -117,7 +120,7 @@ def _checked(facts: dict[str, Any], vocab: int) -> Saved:
     prompt_logprobs = _pairs("prompt_logprobs", rows, params.prompt_logprobs, range(len(prompt)), vocab)
     if prompt_logprobs is not None:
         prompt_logprobs = [None, *prompt_logprobs]
-    known = prompt, output, logprobs, prompt_logprobs, reason, facts["full_pages"]
+    known = prompt, facts["begun"], output, logprobs, prompt_logprobs, reason, facts["full_pages"]
     return Saved(params, facts["seed"], facts["adapter"], *known, None)
 
 

@@ -19,7 +19,7 @@ from ferrum_jax.adapters import COLUMNS
 from ferrum_jax.choice import NOT_FINITE, Chosen, choose, if_requested
 from ferrum_jax.config import ModelConfig
 from ferrum_jax.engine.draft import draft, learn, worth_it
-from ferrum_jax.engine.slots import BAD_WORD_TOKENS, BAD_WORDS, Admission, Slots, admit, new_slots
+from ferrum_jax.engine.slots import BAD_WORD_TOKENS, BAD_WORDS, Admission, Slots, admit, mask, new_slots
 from ferrum_jax.models.decoder import RaggedBatch
 from ferrum_jax.sampling import MAX_LOGPROBS, token_logprobs
 from ferrum_jax.state import DecodeState
@@ -33,6 +33,7 @@ __all__ = [
     "Slots",
     "admit",
     "decode",
+    "mask",
     "mixed",
     "new_slots",
 ]
@@ -70,7 +71,7 @@ def mixed(
     choose their next token; keeps int32 [2, R]: after which token of a row, except the last one, the state of layers that recur
     is kept as well, and its place (-1, -1: nowhere).
     """
-    live = (rows >= 0) & ((starts >= 0) | ~slots.done[rows])
+    live = (rows >= 0) & ((starts >= 0) | (~slots.done[rows] & slots.choosing(rows)))
     first = jnp.where(starts >= 0, starts, slots.length[rows] - 1)
 
     def after(row: jax.Array, token: jax.Array) -> jax.Array:
@@ -81,7 +82,7 @@ def mixed(
     last = jnp.clip(query_starts[1:] - 1, 0, tokens - 1)
     logits = functional.unembed(params, hidden[last], config=config)
     scores = _prompt_scores(params, hidden, slots, rows, first, query_starts, config)
-    slots, chosen = _choose(logits, slots, rows, live & samples)
+    slots, chosen = _choose(logits, slots, rows, live & samples & slots.choosing(rows))
     return state, slots, Results(*(array[:, None] for array in chosen), *scores)
 
 
@@ -98,7 +99,8 @@ def decode(
     steps: int,
     speculation: int,
 ) -> tuple[DecodeState, Slots, Results]:
-    """Up to min(limit, steps) steps of rows that each continue from their newest token.
+    """Up to min(limit, steps) steps of rows that each continue from their newest token. A row with a grammar takes part in the
+    first one.
 
     rows, table: as in `mixed`; ends int32 [R]: the limit of each row's tokens (drafts stay below). Results have room for steps
     * (speculation + 1) tokens per row; the generated ones come first.
@@ -164,7 +166,7 @@ def decode(
 
     def step(carry: Any) -> Any:
         i, state, slots, results = carry
-        alive = (rows >= 0) & ~slots.done[rows]
+        alive = goes_on(slots)
         if not speculation:
             return i + 1, *single(state, slots, results, alive)
         slots, drafted = draft(slots, rows, alive, ends, speculation)
@@ -173,9 +175,12 @@ def decode(
         after = lax.fori_loop(0, guessed, lambda _, s: verify(*s, alive, drafted), (state, slots, results))  # type: ignore
         return i + 1, *lax.fori_loop(0, 1 - guessed, lambda _, s: single(*s, alive), after)  # type: ignore
 
+    def goes_on(slots: Slots) -> jax.Array:
+        return (rows >= 0) & ~slots.done[rows] & slots.choosing(rows)
+
     def going(carry: Any) -> jax.Array:
         i, _, slots, _ = carry
-        return (i < jnp.minimum(limit, steps)) & ((rows >= 0) & ~slots.done[rows]).any()
+        return (i < jnp.minimum(limit, steps)) & goes_on(slots).any()
 
     with jax.named_scope("decode"):
         carry = (jnp.zeros((), jnp.int32), state, slots, results)
@@ -226,7 +231,8 @@ def _choose(logits: jax.Array, slots: Slots, rows: jax.Array, alive: jax.Array) 
     choice, chosen = choose(logits, slots.choice, slots.sampling, key, alive, rows, logprobs=best, requested=wanted)
     slot = jnp.where(alive, rows, slots.length.shape[0])  # out of range: nothing is written
     history = slots.history.at[slot, slots.length[rows]].set(chosen.token, mode="drop")
-    return slots.with_choice(choice)._replace(history=history), chosen
+    masked = slots.masked.at[slot].set(False, mode="drop")
+    return slots.with_choice(choice)._replace(history=history, masked=masked), chosen
 
 
 def _prompt_scores(

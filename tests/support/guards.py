@@ -57,6 +57,7 @@ def admitted(slots: steps.Slots, slot: int, prompt: list[int], output: list[int]
         bias=np.array([*bias.values(), 0], np.float32),
         banned=np.full((steps.BAD_WORDS, steps.BAD_WORD_TOKENS), -1, np.int32),
         min_tokens=np.int32(params.min_tokens),
+        constrained=np.bool_(False),
         scored=np.bool_(params.logprobs is not None),
         scored_prompt=np.bool_(False),
         adapter=np.int32(-1),
@@ -203,11 +204,34 @@ def masked_ids_are_not_chosen():
     assert slots.history[0, 1] == np.where(np.arange(VOCAB) == best, -np.inf, TABLE[3]).argmax()
 
 
+def with_grammar(slots: steps.Slots, slot: int, admitted: list[int]) -> steps.Slots:
+    """The slots where one has a grammar that admits some ids next."""
+    bits = np.array([[sum(1 << id for id in admitted)]], np.int32)
+    slots = slots._replace(constrained=slots.constrained.at[slot].set(True))
+    return steps.mask(slots, jnp.asarray([slot, 9]), jnp.asarray(np.concatenate([bits, bits])))
+
+
+def a_grammar_is_stronger_than_bans():
+    slots = with_grammar(admitted(slots_of(1), 0, [3], [], greedy(logit_bias={4: -jnp.inf, 5: -1e30}, min_tokens=3)), 0, [4])
+    assert chosen(slots, np.zeros(1, int), np.ones(1, bool)).history[0, 1] == 4
+    slots = with_grammar(admitted(slots_of(1), 0, [3], [], greedy(logit_bias={4: -jnp.inf})), 0, [4, 5])
+    assert chosen(slots, np.zeros(1, int), np.ones(1, bool)).history[0, 1] == 5
+
+
+def a_mask_serves_for_one_token():
+    """In a dispatch of several steps, with and without drafts, and not at all without a mask."""
+    prompt = [3, 4, 5, 6, 3, 4, 5, 6, 3, 4, 5]
+    for drafts in (0, 2):
+        assert decoded(drafts, greedy(max_tokens=MADE), prompt, [7, 8]) == [7 if TABLE[5, 7] > TABLE[5, 8] else 8]
+        assert decoded(drafts, greedy(max_tokens=MADE), prompt, []) == []
+
+
 # ---- decoding, with drafts
 
 
-def decoded(drafts: int, params: SamplingParams, prompt: list[int]) -> list[int]:
-    """Tokens of one row, from `steps.decode` over a model whose logits are a table."""
+def decoded(drafts: int, params: SamplingParams, prompt: list[int], grammar: list[int] | None = None) -> list[int]:
+    """Tokens of one row, from `steps.decode` over a model whose logits are a table. grammar: the ids that it admits next; none:
+    its mask is not known."""
 
     def hidden(params, state, slots, rows, table, first, query_starts, live, tokens, config, after=None):
         place = jnp.arange(tokens)
@@ -219,6 +243,8 @@ def decoded(drafts: int, params: SamplingParams, prompt: list[int]) -> list[int]
         patch.setattr(steps, "_hidden", hidden)
         patch.setattr(steps.functional, "unembed", lambda params, hidden, config: hidden)
         slots = admitted(slots_of(1), 0, prompt, [], params)
+        if grammar is not None:
+            slots = with_grammar(slots, 0, grammar)._replace(masked=jnp.asarray([bool(grammar)]))
         rows, table, ends = jnp.zeros(1, jnp.int32), jnp.zeros((1, 1), jnp.int32), jnp.asarray([len(prompt) + MADE], jnp.int32)
         static = {"config": dataclasses.replace(DENSE, vocab_size=VOCAB), "steps": MADE, "speculation": drafts}
         found = np.asarray(steps.decode(None, DecodeState(()), slots, rows, table, ends, MADE, **static)[2].tokens)[0]

@@ -400,7 +400,7 @@ def test_the_log_says_which_shapes_are_compiled(model, caplog):
     with caplog.at_level("INFO", "ferrum_jax.engine"), fj.Engine(model, SMALL) as engine:
         engine.submit([5], GREEDY).result()
     assert "40 pages of 8 tokens; shapes: decoding 1 rows, decoding 4 rows, 16 tokens" in caplog.text
-    assert "0 of 5 programs, now: admit" in caplog.text
+    assert "0 of 6 programs, now: admit" in caplog.text
 
 
 def test_tasks_drive_an_engine_without_a_loop(model, engine):

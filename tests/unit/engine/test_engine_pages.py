@@ -148,7 +148,7 @@ def run(scheduler, steps=1):
     """One dispatch and its results: every chosen token is 7."""
     dispatch = scheduler.next(steps)
     for row in dispatch.rows:
-        scheduler.received(row, [7] * dispatch.most if row.samples else [], dispatch)
+        scheduler.received(row, [7] * dispatch.most(row) if row.samples else [], dispatch)
     return dispatch
 
 
