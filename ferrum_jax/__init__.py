@@ -31,13 +31,14 @@ __all__ = [
     "Structured",
     "Tokenizer",
     "UnsupportedModelError",
+    "finetune",
     "functional",
     "load",
     "plotting",
     "progress",
 ]
 
-_MODULES = ("functional", "plotting", "progress")
+_MODULES = ("finetune", "functional", "plotting", "progress")
 _HOMES = {  # of all other names: the module that defines them
     "Completion": "completion",
     "EmbeddingModel": "embedding",
@@ -54,7 +55,7 @@ _HOMES = {  # of all other names: the module that defines them
 }
 
 if TYPE_CHECKING:
-    from ferrum_jax import functional, plotting, progress
+    from ferrum_jax import finetune, functional, plotting, progress
     from ferrum_jax.completion import Completion
     from ferrum_jax.config import ModelConfig
     from ferrum_jax.embedding import EmbeddingModel

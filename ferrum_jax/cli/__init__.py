@@ -26,6 +26,7 @@ from ferrum_jax.cli.bench_serve import bench_serve_command
 from ferrum_jax.cli.convert import convert_command
 from ferrum_jax.cli.doctor import doctor_command
 from ferrum_jax.cli.embed import embed_command
+from ferrum_jax.cli.finetune import finetune_command
 from ferrum_jax.cli.inspect import info_command, list_command, pull_command
 from ferrum_jax.cli.output import harmless
 from ferrum_jax.cli.perplexity import perplexity_command
@@ -76,7 +77,7 @@ def verbs(context: click.Context) -> None:
 
 for _verb in (
     run_command, bench_command, info_command, plan_command, pull_command, list_command, convert_command, doctor_command,
-    perplexity_command, embed_command, serve_command, bench_serve_command, rm_command, version_command,
+    perplexity_command, embed_command, finetune_command, serve_command, bench_serve_command, rm_command, version_command,
 ):  # fmt: skip
     verbs.add_command(_verb)
     _verb.params.append(_DEBUG)

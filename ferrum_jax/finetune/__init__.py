@@ -11,5 +11,20 @@
 from ferrum_jax.finetune.lora import LoraAdapter, LoraConfig, init
 from ferrum_jax.finetune.objective import PackedBatch, loss
 from ferrum_jax.finetune.packing import Example, pack
+from ferrum_jax.finetune.peft import save_peft
+from ferrum_jax.finetune.reading import read_examples
+from ferrum_jax.finetune.training import Report, train
 
-__all__ = ["Example", "LoraAdapter", "LoraConfig", "PackedBatch", "init", "loss", "pack"]
+__all__ = [
+    "Example",
+    "LoraAdapter",
+    "LoraConfig",
+    "PackedBatch",
+    "Report",
+    "init",
+    "loss",
+    "pack",
+    "read_examples",
+    "save_peft",
+    "train",
+]
