@@ -16,7 +16,7 @@ from jax import lax
 from ferrum_jax import adapters
 from ferrum_jax.config import Attention as AttentionSpec
 from ferrum_jax.config import Dense, Latent, LayerSpec, Mixture, ModelConfig
-from ferrum_jax.quantized import Layer, LayerStack, gated_linear, linear, linears, mixture
+from ferrum_jax.quantized import Layer, LayerStack, gated_linear, linear, linears, mixture, operand
 from pallas_kernels.append import Norm, append, turned
 from pallas_kernels.grouped_matmul import Clamp, ExpertAdapters, Pair
 from pallas_kernels.paged_attention import paged_attention
@@ -24,6 +24,7 @@ from pallas_kernels.reductions import gelu, product, rms_norm, row_sum, sigmoid,
 from pallas_kernels.routing import Router, route
 from pallas_kernels.segment_attention import segment_attention
 
+_PROJECTIONS = "gate", "up", "down"  # of an expert
 Index = jax.Array | int  # of a layer in its part of the state
 ROUTING = "routing"  # the Flax collection in which a mixture records its choice, if that is mutable
 TRAINED = "trained"  # the Flax collection with the layer's part of an adapter that is being trained: a `Pair` for each matrix
@@ -147,7 +148,7 @@ class FeedForward(LayerModule):
     def __call__(self, x: jax.Array, layer: Layer, live: jax.Array, adapter_mask: jax.Array | None = None) -> jax.Array:
         """x float32, live bool [tokens] -> float32, x and the result [tokens, hidden_size]."""
         if isinstance(self.spec, Mixture):
-            y = self.mixture(x, layer, live, self.spec)
+            y = self.mixture(x, layer, live, self.spec, adapter_mask)
             return y + self.shared(x, layer, adapter_mask) if self.spec.shared_width else y
         return self.dense(x, layer, adapter_mask, activation=self.spec.activation)
 
@@ -174,7 +175,7 @@ class FeedForward(LayerModule):
             vector = self.stack("shared_router")
             return y if vector is None else sigmoid(row_sum(x * vector.vector(layer))) * y
 
-    def mixture(self, x: jax.Array, layer: Layer, live: jax.Array, spec: Mixture) -> jax.Array:
+    def mixture(self, x: jax.Array, layer: Layer, live: jax.Array, spec: Mixture, adapter_mask: jax.Array | None) -> jax.Array:
         """The experts that the router chooses for each token, each a SwiGLU, summed with their weights in the order chosen."""
         config = self.config
         with jax.named_scope("router"):
@@ -186,9 +187,9 @@ class FeedForward(LayerModule):
             expert_ids, expert_weights = route(logits, live, router_of(spec), vector, implementation=implementation)
             self.sow(ROUTING, "experts", (expert_ids, expert_weights))
         with jax.named_scope("experts"):
-            gate, up, down = (self.stack(f"expert_{name}") for name in ("gate", "up", "down"))
-            biases = [self.stack(f"expert_{name}_bias") for name in ("gate", "up", "down")]
-            added = self.expert_adapters()
+            gate, up, down = (self.stack(f"expert_{name}") for name in _PROJECTIONS)
+            biases = [self.stack(f"expert_{name}_bias") for name in _PROJECTIONS]
+            added = self.expert_adapters(layer, adapter_mask)
             x, dtype = x.astype(config.activations), config.dtype
             return mixture(
                 x,
@@ -205,8 +206,19 @@ class FeedForward(LayerModule):
                 adapters=added,
             )
 
-    def expert_adapters(self) -> ExpertAdapters | None:
-        """The pairs of the experts that are being trained: gate and up share an A, and the rows of B are gate's, then up's."""
+    def expert_adapters(self, layer: Layer, adapter_mask: jax.Array | None) -> ExpertAdapters | None:
+        """The pairs of the experts. Of those that are being trained gate and up share an A, and the rows of B are gate's, then
+        up's."""
+
+        def stacked(name: str) -> Pair | None:
+            if not self.adapts(layer, name, adapter_mask):
+                return None
+            a, b = (operand(self.stack(name + factor), layer) for factor in (adapters.A, adapters.B))
+            return Pair(a, b, 1.0, adapter_mask)
+
+        if adapter_mask is not None:
+            pairs = ExpertAdapters(*(stacked(f"expert_{name}") for name in _PROJECTIONS))
+            return pairs if any(pairs) else None
         both, down = self.trained("expert_gate_up"), self.trained("expert_down")
         gate, up = (both._replace(b=b) for b in jnp.split(both.b, 2, axis=1)) if both else (None, None)
         return ExpertAdapters(gate, up, down) if both or down else None

@@ -3,6 +3,10 @@
 The one idea: an adapter is a table of pairs (A, B) by parameter path, checked against the model's configuration before anything
 is computed. At run time (x A^T) B^T is added to x W^T; a merge adds B A to W. As in families/keys.py, an unknown key that might
 change the result is refused by name.
+
+Experts are what PEFT calls target_parameters, and their tensors do not name them: of two parameters of a module,
+`base_layer.lora_*` is gate_up_proj and `lora_*` down_proj; of one it is `lora_*`. lora_A is [experts * rank, in] with the
+expert outermost, lora_B [out, rank * experts] with the rank outermost.
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ import math
 import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -36,7 +40,7 @@ from ferrum_jax.weights.wrapped import innermost
 
 _CONFIG, _TENSORS, _PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 _READ = {"peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "bias", "init_lora_weights",
-          "modules_to_save"}  # fmt: skip
+          "modules_to_save", "target_parameters"}  # fmt: skip
 # Keys about training, the adapter's origin or initialization alone, or that repeat what the tensors themselves show.
 _HARMLESS = {
     "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config", "exclude_modules",
@@ -49,6 +53,7 @@ _LARGEST = 2.0**64
 _FACTOR = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 # Tensors that an adapter may hold copies of, and what stands for them if the model lacks them: a tied output is the embedding.
 _COPIED = {"token_embd.weight": "token_embd.weight", "output.weight": "token_embd.weight"}
+_BOTH = {"gate_up_proj", "down_proj"}  # the parameters of experts
 _PLAIN_PATTERN = re.compile(r"\^?[\w.]+")
 
 
@@ -79,13 +84,13 @@ def read_adapter(path: str | Path, config: ModelConfig, base: ModelSource | None
         if missing := {"A", "B"} - pair.keys():
             raise ModelFileError(f"{path / _TENSORS}: module {module} has no lora_{missing.pop()}")
         a, b = pair["A"], pair["B"]
-        if a.shape[0] != b.shape[1]:
-            raise ModelFileError(f"{path / _TENSORS}: module {module}: lora_A has rank {a.shape[0]}, lora_B {b.shape[1]}")
+        if a.shape[-2] != b.shape[-1]:
+            raise ModelFileError(f"{path / _TENSORS}: module {module}: lora_A has rank {a.shape[-2]}, lora_B {b.shape[-1]}")
         rank = _of_module(settings["rank_pattern"], module, settings["r"])
-        if a.shape[0] != rank:
+        if a.shape[-2] != rank:
             raise ModelFileError(
                 f"{path / _CONFIG}: module {module} has rank {rank} by the keys r and rank_pattern; its tensors have rank "
-                f"{a.shape[0]}"
+                f"{a.shape[-2]}"
             )
         alpha = _of_module(settings["alpha_pattern"], module, settings["lora_alpha"])
         with np.errstate(over="ignore"):
@@ -156,7 +161,10 @@ def _settings(path: Path) -> dict[str, Any]:
         raise ModelFileError(f"{file}: key use_rslora: must be true or false")
     used = {"r": rank, "lora_alpha": alpha, "use_rslora": content.get("use_rslora", False), **patterns}
     saved = content.get("modules_to_save")
-    return used | ({"modules_to_save": saved} if saved else {})
+    parameters = content.get("target_parameters") or []
+    if not isinstance(parameters, list) or not all(isinstance(name, str) for name in parameters):
+        raise ModelFileError(f"{file}: key target_parameters: must be a list of names, not {parameters!r:.200}")
+    return used | ({"modules_to_save": saved} if saved else {}) | ({"target_parameters": parameters} if parameters else {})
 
 
 def _of_module(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
@@ -195,14 +203,17 @@ def _read(
                 assert base is not None
                 _compare(opened, info, own_names[name], base)
                 continue
-            layer, targets, module, factor = _place(file, name, config)
+            experts = _experts(file, name, config, settings, tensors.keys())
+            layer, targets, module, factor = experts[:4] if experts else _place(file, name, config)
             if info.format not in PLAIN:
                 raise UnsupportedModelError(f"{file}: tensor {name}: dtype {info.format} is not supported")
-            sizes = [_size(family.shape(tensor, config, layer), change) for tensor, change in targets]
+            count = family.shape(targets[0][0], config, layer)[0] if experts else 1
+            sizes = [_size(family.shape(tensor, config, layer)[bool(experts) :], change) for tensor, change in targets]
             rows, columns = sum(rows for rows, _ in sizes), sizes[0][1]
             fits = info.shape[1:] == (columns,) if factor == "A" else info.shape[:1] == (rows,)
-            if len(info.shape) != 2 or 0 in info.shape or not fits:
-                expected = f"[rank, {columns}]" if factor == "A" else f"[{rows}, rank]"
+            if len(info.shape) != 2 or 0 in info.shape or not fits or info.shape[factor == "B"] % count:
+                rank = f"{count} * rank" if experts else "rank"
+                expected = f"[{rank}, {columns}]" if factor == "A" else f"[{rows}, {rank}]"
                 raise ModelFileError(f"{file}: tensor {name}: shape {list(info.shape)} does not fit this model: {expected}")
             stored = np.empty(info.shape, PLAIN[info.format])
             read_range(opened, info, stored.reshape(-1).view(np.uint8), 0)
@@ -211,12 +222,59 @@ def _read(
                 raise ModelFileError(f"{file}: tensor {name}: holds values that are not finite")
             digest.update(name.encode() + values.tobytes())
             spec = config.layers[layer]
-            for tensor, change in targets:
+            for number, (tensor, change) in enumerate(targets):
                 own = values
+                if experts:
+                    own = experts.own(values, count, number)
                 if change and (order := change.columns if factor == "A" else change.rows):
                     own = values[:, order(spec)] if factor == "A" else values[order(spec)]
                 found.setdefault((layer, tensor.path, module), {})[factor] = own
     return found, digest.hexdigest()
+
+
+class _Experts(NamedTuple):
+    """A tensor with a factor of all experts of a layer: the layer, the tensors that its parameter becomes, its name, "A" or
+    "B", and whether the rows of those tensors lie in turn."""
+
+    layer: int
+    targets: list[tuple[Tensor, Change | None]]
+    parameter: str
+    factor: str
+    interleaved: bool
+
+    def own(self, values: np.ndarray, count: int, number: int) -> np.ndarray:
+        """The factor of target `number` for each of `count` experts: [experts, rank, in] or [experts, out, rank]."""
+        if self.factor == "A":
+            return values.reshape(count, -1, values.shape[1])
+        every = values.reshape(len(values), -1, count).transpose(2, 0, 1)
+        parts = len(self.targets)
+        return every[:, number::parts] if self.interleaved else np.split(every, parts, axis=1)[number]
+
+
+def _experts(
+    file: Path, name: str, config: ModelConfig, settings: Mapping[str, Any], present: Collection[str]
+) -> _Experts | None:
+    """What a name in the file means if it is of experts; None if it is not."""
+    match = _FACTOR.fullmatch(name)
+    module, factor = match.groups() if match else ("", "")
+    outer = module.removesuffix(".base_layer")
+    for family in families.sharing(config.architecture):
+        parts = family.tensors.parts(outer)
+        layer = family.tensors.layer_of(outer)
+        if not parts or layer is None or layer not in config.expert_layers:
+            continue
+        named = {parameter.rpartition(".")[2] for parameter in settings.get("target_parameters", [])} & parts.keys()
+        inner = f"base_model.model.{outer}.base_layer.lora_{factor}.weight" in present
+        if named != (_BOTH if inner else named & _BOTH) or len(named) != 1 + inner:
+            raise ModelFileError(
+                f"{file.parent / _CONFIG}: key target_parameters: {settings.get('target_parameters', [])!r:.200} does not say "
+                f"which parameters the tensors of {outer} are of"
+            )
+        parameter = next(iter(named)) if not inner else "down_proj" if module == outer else "gate_up_proj"
+        found = [(family.tensors.find(known)[0], part) for known, part in parts[parameter]]
+        targets: list[tuple[Tensor, Change | None]] = [(tensor, None) for tensor, _ in found if tensor]
+        return _Experts(layer, targets, f"{outer}.{parameter}", factor, found[0][1].interleaved)
+    return None
 
 
 def _require_copies(file: Path, saved: Any, copies: Collection[str]) -> None:

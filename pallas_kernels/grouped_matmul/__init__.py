@@ -41,7 +41,7 @@ from pallas_kernels.blocks.matrix import Matrix
 from pallas_kernels.blocks.ordered import is_ordered, natural_rows
 from pallas_kernels.derivatives import derivative_of, linear
 from pallas_kernels.grouped_matmul import xla
-from pallas_kernels.grouped_matmul.factors import ExpertAdapters, Pair, grouped_term
+from pallas_kernels.grouped_matmul.factors import ExpertAdapters, Pair, grouped_factor
 from pallas_kernels.grouped_matmul.grouping import group
 from pallas_kernels.grouped_matmul.parts import Biases, Clamp, gated
 from pallas_kernels.quantized_matmul import backend_for
@@ -216,13 +216,26 @@ def _composed_ffn(
         stored, natural = natural_rows(rows, groups.sizes, matrix)
         y = _grouped(stored, groups.sizes, natural, target, arithmetic)
         y = y if bias is None else y + bias.at[chosen].get(mode="fill", fill_value=0)
-        return y if pair is None else y + grouped_term(rows, groups.sizes, pair)
+        return y if pair is None else y + grouped_term(rows, groups.sizes, pair, token, target)
 
-    rows = x[groups.order // top_k]
+    token = groups.order // top_k
+    rows = x[token]
     of_gate, of_up, of_down = zip(biases or (None,) * 3, adapters or (None,) * 3, strict=True)
     hidden = gated([product(rows, gate, *of_gate), product(rows, up, *of_up)], clamp, sigmoid).astype(x.dtype)
     y = product(hidden, down, *of_down)[groups.place].reshape(tokens, top_k, -1)
     return functools.reduce(jnp.add, (term(y[:, rank], expert_weights[:, rank, None]) for rank in range(top_k)))
+
+
+def grouped_term(x: jax.Array, group_sizes: jax.Array, pair: Pair, token: jax.Array, target: dispatch.Target) -> jax.Array:
+    """What the pairs of the experts add to a grouped product of x [m, k], whose rows are of these tokens: float32 [m, n]."""
+
+    def times(rows: jax.Array, factor: jax.Array | Matrix) -> jax.Array:
+        if isinstance(factor, Matrix):
+            return _grouped(rows, group_sizes, factor, target, "float32")
+        return grouped_factor(rows, group_sizes, factor)
+
+    inner = pair.scale * times(x.astype(jnp.float32), pair.a)
+    return times(inner if pair.mask is None else jnp.where(pair.mask[token], inner, 0.0), pair.b)
 
 
 @derivative_of(_composed_ffn, of=("x", "expert_weights"), static=("clamp", "target", "arithmetic"))

@@ -19,11 +19,13 @@ from pallas_kernels.grouped_matmul import xla
 
 class Pair(NamedTuple):
     """What an adapter adds to a product x W^T: scale x A^T B^T. a float32 [rank, in] and b [out, rank]; or of E experts, [E,
-    rank, in] and [E, out, rank]."""
+    rank, in] and [E, out, rank], also as matrices, which have no derivative. mask: bool [tokens, rank], which numbers of x A^T
+    count, if not all of them do."""
 
-    a: jax.Array
-    b: jax.Array
+    a: Any
+    b: Any
     scale: float
+    mask: jax.Array | None = None
 
 
 @jax.custom_vjp
@@ -71,9 +73,3 @@ class ExpertAdapters(NamedTuple):
     gate: Pair | None
     up: Pair | None
     down: Pair | None
-
-
-def grouped_term(x: jax.Array, group_sizes: jax.Array, pair: Pair) -> jax.Array:
-    """What the pairs of the experts add to a grouped product of x: float32 [m, n]."""
-    inner = grouped_factor(x.astype(jnp.float32), group_sizes, pair.a)
-    return grouped_factor(pair.scale * inner, group_sizes, pair.b)

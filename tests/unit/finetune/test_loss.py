@@ -14,8 +14,9 @@ import ferrum_jax as fj
 from ferrum_jax import finetune
 from ferrum_jax.finetune.lora import LoraAdapter
 from pallas_kernels import cross_entropy as losses
+from pallas_kernels import dispatch
 from pallas_kernels.blocks.matrix import Matrix
-from pallas_kernels.grouped_matmul.factors import Pair, grouped_term
+from pallas_kernels.grouped_matmul import Pair, grouped_term
 from pallas_kernels.segment_attention import segment_attention
 from support.directories import MOE, write
 
@@ -97,7 +98,7 @@ def test_pairs_of_experts() -> None:
         return (jnp.pad(y, ((0, 3), (0, 0))) * weight).sum()
 
     def grouped(x, a, b):
-        return (grouped_term(x, sizes, Pair(a, b, 2.0)) * weight).sum()
+        return (grouped_term(x, sizes, Pair(a, b, 2.0), jnp.arange(64), dispatch.target()) * weight).sum()
 
     close(*(jax.jit(jax.value_and_grad(f, argnums=(0, 1, 2)))(x, a, b) for f in (grouped, plain)))
 
