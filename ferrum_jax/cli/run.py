@@ -9,6 +9,7 @@ import dataclasses
 import json
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 import click
@@ -50,6 +51,28 @@ def _sampling(values: dict[str, Any]) -> Any:
         raise click.UsageError("--stop must not be empty")
     with common.users_mistake():
         return fj.SamplingParams(**values)
+
+
+def _structured(json_schema: str | None, regex: str | None, choice: tuple[str, ...]) -> fj.Structured | None:
+    """What the answer has to be. json_schema: a JSON text or the path of one."""
+    if json_schema is None and regex is None and not choice:
+        return None
+    with common.users_mistake():
+        if json_schema is not None and not json_schema.lstrip().startswith("{"):
+            try:
+                json_schema = Path(json_schema).read_text(encoding="utf-8")
+            except OSError as error:
+                raise ValueError(f"--json-schema {json_schema}: {error.strerror}") from None
+        return fj.Structured(json_schema=json_schema, regex=regex, choice=choice or None)
+
+
+def _require_grammar(model: Any, structured: fj.Structured) -> None:
+    """Refuses what cannot be done, before the prompt is read."""
+    try:
+        with common.users_mistake():
+            model._runtime.grammars.follower(structured, 0)
+    except ImportError as error:
+        raise click.UsageError(str(error)) from None
 
 
 def _template_arguments(model: Any, source: str, *, system: str | None, think: bool | None, raw: bool) -> dict | None:
@@ -118,6 +141,9 @@ def _print_json_lines(model: Any, ids: list[int], params: Any) -> Answer:
 )  # fmt: skip
 @click.option("--seed", type=int, help="The same seed gives the same text. Default, or -1: a new one each time.")
 @click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; can be repeated.")
+@click.option("--json-schema", metavar="FILE|TEXT", help="The answer is JSON that is valid under this schema.")
+@click.option("--regex", metavar="TEXT", help="The answer is a text that this regular expression matches.")
+@click.option("--choice", multiple=True, metavar="TEXT", help="The answer is this text, or another one of them.")
 @common.adapter_option
 @common.dtype_option
 @common.implementation_option
@@ -144,6 +170,9 @@ def run_command(
     output_format: str,
     history: bool,
     stats: bool,
+    json_schema: str | None,
+    regex: str | None,
+    choice: tuple[str, ...],
     **sampling: Any,
 ) -> None:
     """Answer a prompt with MODEL: PROMPT, --prompt, a piped text, or the lines typed in a chat.
@@ -157,6 +186,7 @@ def run_command(
         flag = "--system" if system is not None else "--think/--no-think"
         raise click.UsageError(f"{flag} needs the chat template, which --raw leaves out")
     limited = sampling["max_tokens"] is not None
+    structured = _structured(json_schema, regex, choice)
     params = _sampling(sampling if limited else {**sampling, "max_tokens": 1})
     talk = prompt is None and output_format == "text" and bool(sys.stdin) and sys.stdin.isatty() and sys.stdout.isatty()
     text = ""
@@ -177,6 +207,9 @@ def run_command(
     )
     if not limited:
         params = dataclasses.replace(params, max_tokens=loaded._runtime.room())
+    if structured is not None:
+        _require_grammar(loaded, structured)
+        params = dataclasses.replace(params, structured=structured)
     template = _template_arguments(loaded, model, system=system, think=think, raw=raw)
     if talk:
         from ferrum_jax.cli.chat import Chat

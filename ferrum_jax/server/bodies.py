@@ -6,7 +6,7 @@ what the server does anyway (`NEUTRAL`); an unknown one is ignored, and a header
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -55,6 +55,44 @@ class StreamOptions(Body):
     include_obfuscation: bool | None = None
 
 
+Schema = dict[str, Any] | bool
+
+
+class JsonSchema(Body):
+    name: str | None = None
+    description: str | None = None
+    strict: bool | None = None
+    schema_: Schema | None = Field(None, alias="schema")
+
+
+class ResponseFormat(Body):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+
+class TextFormat(JsonSchema):
+    """The same in one object, as in newer APIs."""
+
+    type: Literal["text", "json_object", "json_schema"]
+
+
+class StructuredOutputs(Body):
+    """vLLM's."""
+
+    NEUTRAL: ClassVar[dict[str, list[Any]]] = {
+        "json_object": [False],
+        "structural_tag": [],
+        "whitespace_pattern": [],
+        "disable_any_whitespace": [False],
+        "disable_additional_properties": [False],
+    }
+
+    json_: Schema | str | None = Field(None, alias="json")
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+
+
 # The engine searches for each of them in each piece of text.
 StopText = Annotated[str, Field(min_length=1, max_length=1024)]
 StopTexts = Annotated[list[StopText], Field(max_length=64)]
@@ -74,9 +112,7 @@ class SamplingBody(Body):
         "truncate_prompt_tokens": [],
         "logits_processors": [[]],
         "allowed_token_ids": [],
-        "structured_outputs": [],
-        "guided_json": [], "guided_regex": [], "guided_choice": [], "guided_grammar": [],
-    }  # fmt: skip
+    }
 
     model: str | None = None
     stream: bool | None = None
@@ -97,11 +133,22 @@ class SamplingBody(Body):
     bad_words: list[str] | None = Field(None, max_length=1024)
     ignore_eos: bool | None = None
     prompt_logprobs: int | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: Schema | str | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
 
     def require_supported(self, within: str = "") -> None:
         super().require_supported(within)
         if self.stream_options is not None and not self.stream:
             raise ApiError(400, "stream_options: only with stream: true", param="stream_options")
+
+    @property
+    def formats(self) -> dict[str, Any]:
+        """The fields that may say what the output has to be."""
+        names = ("structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar")
+        return {name: getattr(self, name) for name in names}
 
     @property
     def wants_usage(self) -> bool:
@@ -124,5 +171,10 @@ class OpenAiBody(SamplingBody):
     """Completions and chats. vLLM's fields for clients that think in tokens: `return_token_ids` adds them to the answer,
     `return_tokens_as_token_ids` names tokens as `token_id:17` in log-probabilities."""
 
+    response_format: ResponseFormat | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
+
+    @property
+    def formats(self) -> dict[str, Any]:
+        return super().formats | {"response_format": self.response_format}

@@ -17,7 +17,7 @@ _MAX_NODES = 20_000  # schemas within a schema
 _MAX_NAMES = 1000  # of one object
 _MAX_COUNT = 100_000  # of a length or a number of items
 _EXACT = 2**53  # the library computes with doubles
-_SPACE = r"[ \n\r\t]{1,64}"  # between tokens of JSON: without a limit, a model may write nothing else
+_SPACE = r"[ \n\r\t]{1,32}"  # between tokens of JSON: without a limit, a model may write nothing else
 
 _TYPES = ("null", "boolean", "integer", "number", "string", "array", "object")
 _FORMATS = ("date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri")  # those it knows
@@ -103,6 +103,8 @@ class _Walk:
             elif name in _DONE and not (name == "format" and part not in _FORMATS):
                 kept[name] = self.keyword(name, part, at, depth)
         self.require_countable(value, path)
+        others = sorted(value.keys() & {"allOf", "anyOf", "oneOf", "$ref"})  # the library would mix up whose items are left
+        _require("additionalItems" not in value or not others, f"{path}/additionalItems", f"is not supported next to {others}")
         if "pattern" in kept:
             self.patterns[f"{path}/pattern"] = {key: kept[key] for key in kept if key in _OF_PATTERNS}
         named = kept.keys() & {"properties", "patternProperties", "required"}

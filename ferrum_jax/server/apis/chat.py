@@ -17,6 +17,7 @@ from ferrum_jax.server.bodies import OpenAiBody, SamplingBody, ignored_header
 from ferrum_jax.server.conversation import begun, encode, room, text_of_last
 from ferrum_jax.server.errors import ApiError
 from ferrum_jax.server.events import PING, event, respond
+from ferrum_jax.server.formats import structured
 from ferrum_jax.server.service import Service, service_of
 
 
@@ -27,7 +28,6 @@ class ChatBody(OpenAiBody):
         "parallel_tool_calls": [True, False],
         "functions": [[]],
         "function_call": ["none"],
-        "response_format": [{"type": "text"}],
         "reasoning_effort": [],
         "verbosity": [],
         "modalities": [["text"]],
@@ -77,7 +77,8 @@ async def chat_completions(request: HttpRequest) -> Response:
     def make() -> list[Request]:
         ids = encode(service, body.messages, template, goes_on=bool(body.continue_final_message))
         ids += begun(service, body.answer_token_ids or [])
-        given = {"max_tokens": room(service, ids) if limit is None else limit, "logprobs": body.best}
+        given: dict[str, Any] = {"max_tokens": room(service, ids) if limit is None else limit, "logprobs": body.best}
+        given |= structured(service, body.formats)
         return service.engine.submit(ids, body.sampling(**given), adapter).choices
 
     answers = await service.submit(request, make, max(1, 1 if body.n is None else body.n), "messages")

@@ -15,16 +15,14 @@ from ferrum_jax.server.apis.forms import OpenAiAnswer, TextLogprobs, prompt_logp
 from ferrum_jax.server.bodies import OpenAiBody, SamplingBody, ignored_header
 from ferrum_jax.server.errors import ApiError
 from ferrum_jax.server.events import PING, event, respond
+from ferrum_jax.server.formats import structured
 from ferrum_jax.server.service import Service, service_of
 
 Prompt = str | list[int]
 
 
 class CompletionBody(OpenAiBody):
-    NEUTRAL: ClassVar[dict[str, list[Any]]] = SamplingBody.NEUTRAL | {
-        "suffix": [""],
-        "response_format": [{"type": "text"}],
-    }
+    NEUTRAL: ClassVar[dict[str, list[Any]]] = SamplingBody.NEUTRAL | {"suffix": [""]}
 
     prompt: str | list[int] | list[str] | list[list[int]]
     logprobs: int | None = None
@@ -50,7 +48,7 @@ async def completions(request: HttpRequest) -> Response:
     echoed: list[str] = []  # the texts of the prompts
 
     def make() -> list[Request]:
-        given: dict[str, Any] = {"logprobs": body.logprobs}
+        given: dict[str, Any] = {"logprobs": body.logprobs} | structured(service, body.formats)
         if body.echo:
             given |= {"prompt_logprobs": body.logprobs, "max_tokens": body.max_tokens or (16 if body.max_tokens is None else 1)}
             decode = partial(service.engine.model.tokenizer.decode, skip_special=False)

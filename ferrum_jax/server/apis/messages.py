@@ -12,10 +12,11 @@ from starlette.responses import Response
 
 from ferrum_jax.engine import Request
 from ferrum_jax.server.answers import Answers
-from ferrum_jax.server.bodies import Body, SamplingBody, StopTexts, ignored_header
+from ferrum_jax.server.bodies import Body, SamplingBody, StopTexts, TextFormat, ignored_header
 from ferrum_jax.server.conversation import encode, text_of
 from ferrum_jax.server.errors import ApiError
 from ferrum_jax.server.events import PING, event, respond
+from ferrum_jax.server.formats import structured
 from ferrum_jax.server.replies import Reply, anthropic_error
 from ferrum_jax.server.service import Service, refusals, service_of
 
@@ -25,8 +26,6 @@ _NEUTRAL: dict[str, list[Any]] = {
     "thinking": [{"type": "disabled"}],
     "mcp_servers": [[]],
     "container": [],
-    "output_format": [],
-    "output_config": [],
     "context_management": [],
 }
 
@@ -44,6 +43,12 @@ class CountBody(Body):
     system: str | list[dict[str, Any]] | None = None
 
 
+class OutputConfig(Body):
+    NEUTRAL: ClassVar[dict[str, list[Any]]] = {"effort": []}
+
+    format: TextFormat | None = None
+
+
 class MessagesBody(SamplingBody):
     NEUTRAL: ClassVar[dict[str, list[Any]]] = SamplingBody.NEUTRAL | _NEUTRAL
 
@@ -52,6 +57,13 @@ class MessagesBody(SamplingBody):
     max_tokens: int
     n: Literal[1] | None = None
     stop_sequences: StopTexts | None = None
+    output_config: OutputConfig | None = None
+    output_format: TextFormat | None = None  # its older name
+
+    @property
+    def formats(self) -> dict[str, Any]:
+        config = self.output_config and self.output_config.format
+        return super().formats | {"output_config.format": config, "output_format": self.output_format}
 
 
 async def messages(request: HttpRequest) -> Response:
@@ -63,7 +75,7 @@ async def messages(request: HttpRequest) -> Response:
 
     def make() -> list[Request]:
         ids = encode(service, talk, {}, goes_on=body.messages[-1].role == "assistant")
-        return service.engine.submit(ids, body.sampling(**stops), adapter).choices
+        return service.engine.submit(ids, body.sampling(**stops, **structured(service, body.formats)), adapter).choices
 
     answers = await service.submit(request, make, 1, "messages")
     answer = _MessageAnswer(service, body, answers.requests[0])

@@ -16,10 +16,11 @@ from ferrum_jax.sampling_params import MAX_LOGPROBS
 from ferrum_jax.server.answers import Answers
 from ferrum_jax.server.apis.forms import chat_logprobs
 from ferrum_jax.server.apis.kept import items_of
-from ferrum_jax.server.bodies import Body, SamplingBody, ignored_header
+from ferrum_jax.server.bodies import Body, SamplingBody, TextFormat, ignored_header
 from ferrum_jax.server.conversation import encode, room, text_of
 from ferrum_jax.server.errors import ApiError
 from ferrum_jax.server.events import PING, event, respond
+from ferrum_jax.server.formats import structured
 from ferrum_jax.server.service import Service, service_of
 from ferrum_jax.server.store import Kept
 
@@ -27,14 +28,10 @@ _LOGPROBS = "message.output_text.logprobs"
 _ROLES = ("user", "assistant", "system", "developer")
 
 
-class Format(Body):
-    type: str
-
-
 class Text(Body):
     NEUTRAL: ClassVar[dict[str, list[Any]]] = {"verbosity": ["medium"]}
 
-    format: Format | None = None
+    format: TextFormat | None = None
 
 
 class ResponseBody(SamplingBody):
@@ -65,10 +62,12 @@ class ResponseBody(SamplingBody):
 
     def require_supported(self, within: str = "") -> None:
         super().require_supported(within)
-        if self.text is not None and self.text.format is not None and self.text.format.type != "text":
-            raise ApiError(400, f"text.format: {self.text.format.type!r:.40} is not supported here", param="text.format")
         if other := [name for name in self.include or [] if name != _LOGPROBS]:
             raise ApiError(400, f"include: {other[0]!r:.80} is not supported here", param="include")
+
+    @property
+    def formats(self) -> dict[str, Any]:
+        return super().formats | {"text.format": self.text and self.text.format}
 
     @property
     def best(self) -> int | None:
@@ -109,7 +108,8 @@ async def responses(request: HttpRequest) -> Response:
     def make() -> list[Request]:
         ids = encode(service, system + messages, template)
         limit = room(service, ids) if body.max_output_tokens is None else body.max_output_tokens
-        return service.engine.submit(ids, body.sampling(max_tokens=limit, logprobs=body.best), adapter).choices
+        given: dict[str, Any] = {"max_tokens": limit, "logprobs": body.best} | structured(service, body.formats)
+        return service.engine.submit(ids, body.sampling(**given), adapter).choices
 
     answers = await service.submit(request, make, 1, "input")
     headers = ignored_header(body.ignored() + [f"chat_template_kwargs.{name}" for name in unread])
@@ -126,7 +126,7 @@ class _ResponseAnswer:
         self.item = f"msg_{uuid.uuid4().hex}"
         self.number = 0
         self.found: dict[str, Any] | None = None  # the whole answer
-        params = self.request.params
+        params, text = self.request.params, body.text and body.text.format
         self.head: dict[str, Any] = {
             "id": f"resp_{uuid.uuid4().hex}",
             "object": "response",
@@ -143,7 +143,7 @@ class _ResponseAnswer:
             "previous_response_id": body.previous_response_id,
             "store": body.store,
             "temperature": params.temperature,
-            "text": {"format": {"type": "text"}},
+            "text": {"format": {"type": "text"} if text is None else text.model_dump(by_alias=True, exclude_none=True)},
             "tool_choice": "auto",
             "tools": [],
             "top_logprobs": body.top_logprobs or 0,

@@ -79,6 +79,8 @@ MISTAKES = [
     (["run", "m", "--prompt", "a", "--dtype", "float7"], "--dtype"),
     (["run", "m", "--prompt", "a", "--kv-dtype", "float7"], "--kv-dtype"),
     (["run", "m", "--prompt", "a", "--output-format", "xml"], "--output-format"),
+    (["run", "m", "--prompt", "a", "--regex", "a", "--choice", "b"], "got regex and choice"),
+    (["run", "m", "--prompt", "a", "--json-schema", "no-such-file"], "--json-schema no-such-file"),
     (["run", "m", "--prompt", ""], "empty"),
     (["run", "m", "--prompt", "\udcff"], "--prompt"),
     (["run", "m", "--prompt", "a", "--raw", "--system", "s"], "--system"),

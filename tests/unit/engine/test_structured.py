@@ -226,3 +226,20 @@ def test_a_grammar_that_cannot_go_on_is_an_error(model, engine, monkeypatch):
     found = request.result()
     assert found.finish_reason == "error" and "the grammar cannot go on" in found.error and len(found.token_ids) < 8
     assert parts(other.result()) == parts(alone(model, [8], FREE)[0]) and is_whole(engine)
+
+
+def test_the_command_line_takes_it(tmp_path, capsys):
+    from ferrum_jax.cli import main
+
+    path, schema = byte_model(tmp_path / "bytes.gguf"), tmp_path / "schema.json"
+    schema.write_text('{"enum": ["red", "green"]}')
+    for flags, right in [
+        (["--json-schema", str(schema)], '"(red|green)"'),
+        (["--json-schema", '{"const": 5}'], "5"),
+        (["--regex", "[ab]{3}"], "[ab]{3}"),
+        (["--choice", "yes", "--choice", "no"], "yes|no"),
+    ]:
+        assert main(["run", str(path), "--prompt", "a", "--dtype", "float32", "--max-tokens", "20", "--raw", *flags]) == 0
+        assert re.fullmatch(right, capsys.readouterr().out.strip())
+    assert main(["run", str(path), "--prompt", "a", "--raw", "--json-schema", '{"not": {}}']) == 2
+    assert "/not is not supported" in capsys.readouterr().err

@@ -143,6 +143,10 @@ def test_models(client):
     assert (caught.value.code, caught.value.param) == ("model_not_found", "model")
 
 
+def schema_of(schema: dict) -> dict:
+    return {"type": "json_schema", "json_schema": {"name": "made", "schema": schema, "strict": True}}
+
+
 BAD = [
     ({"top_p": 2}, "top_p"),
     ({"temperature": "hot"}, "temperature"),
@@ -162,7 +166,15 @@ BAD = [
     ({"prompt": STORY * 100}, "prompt"),
     ({"stream_options": {"include_usage": True}}, "stream_options"),
     ({"suffix": "end"}, "suffix"),
-    ({"guided_json": {}}, "guided_json"),
+    ({"guided_json": {"not": {}}}, "guided_json"),
+    ({"guided_regex": "(?=a)"}, "guided_regex"),
+    ({"guided_choice": []}, "guided_choice"),
+    ({"structured_outputs": {}}, "structured_outputs"),
+    ({"structured_outputs": {"json": {}, "regex": "a"}}, "structured_outputs"),
+    ({"structured_outputs": {"grammar": "start: name"}}, "structured_outputs"),
+    ({"structured_outputs": {"structural_tag": "{}"}}, "structured_outputs.structural_tag"),
+    ({"structured_outputs": {"choice": "a"}}, "structured_outputs.choice"),
+    ({"structured_outputs": {"regex": "a"}, "guided_choice": ["a"]}, "guided_choice"),
 ]
 BAD_CHATS = [
     ({"messages": []}, "messages"),
@@ -171,7 +183,10 @@ BAD_CHATS = [
     ({"messages": "Hello"}, "messages"),
     ({"tools": [{"type": "function"}]}, "tools"),
     ({"tool_choice": "required"}, "tool_choice"),
-    ({"response_format": {"type": "json_object"}}, "response_format"),
+    ({"response_format": {"type": "xml"}}, "response_format.type"),
+    ({"response_format": {"type": "json_schema"}}, "response_format.json_schema.schema"),
+    ({"response_format": schema_of({"type": "string", "pattern": "a(?!b)"})}, "response_format.json_schema.schema"),
+    ({"response_format": {"type": "json_object"}, "structured_outputs": {"regex": "a"}}, "response_format.type"),
     ({"reasoning_effort": "high"}, "reasoning_effort"),
     ({"top_logprobs": 2}, "top_logprobs"),
     ({"logprobs": True, "top_logprobs": 65}, "top_logprobs"),

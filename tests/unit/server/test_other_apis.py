@@ -133,7 +133,8 @@ def test_a_response_goes_on_from_one_that_is_kept(openai_client, engine):
     ("body", "field"),
     [
         ({"tools": [{"type": "web_search"}]}, "tools"),
-        ({"text": {"format": {"type": "json_object"}}}, "text.format"),
+        ({"text": {"format": {"type": "json_schema", "name": "a"}}}, "text.format.schema"),
+        ({"text": {"format": {"type": "json_schema", "name": "a", "schema": {"not": {}}}}}, "text.format.schema"),
         ({"text": {"verbosity": "low"}}, "text.verbosity"),
         ({"reasoning": {"effort": "low"}}, "reasoning"),
         ({"input": [{"type": "function_call_output"}]}, "input.0"),

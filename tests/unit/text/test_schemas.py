@@ -90,6 +90,7 @@ def test_what_cannot_be_done_is_refused_by_name(name):
         ({"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}}, "/$ref leads back to itself"),
         ({"$defs": {"a": {"$id": "b"}}, "$ref": "#/$defs/a"}, "/$defs/a/$id is not supported"),
         ({"$schema": "http://json-schema.org/draft-07/schema#", "prefixItems": [{}]}, "/prefixItems is not a keyword of the"),
+        ({"allOf": [{}], "items": [{}], "additionalItems": {}}, "/additionalItems is not supported next to ['allOf']"),
         ({"type": "any"}, "/type must be among null, boolean"),
         ({"type": "string", "minLength": -1}, "/minLength must be an integer of 0 to"),
         ({"properties": {"a": 3}}, "/properties/a a schema must be an object, true or false"),
