@@ -30,7 +30,7 @@ class EngineConfig:
         `num_pages`, and steps are compiled for the new size. None: all pages from the beginning.
       max_seqs: sequences that run together; 1 to 65,536.
       token_budget: limit of the tokens in a step, 1 to 1,048,576. Decoding rows come first; there is always room for at least
-        one prompt token. While sequences decode, a step has as many as take a few decode steps.
+        one prompt token. While others decode, a step has fewer (pace.py).
       steps_per_dispatch: decode steps of one dispatch while no request waits, 1 to 4,096; None: as many as take
         `dispatch_seconds`.
       dispatch_seconds: duration of a dispatch with several decode steps, greater than 0. Shorter is smoother, longer is faster.

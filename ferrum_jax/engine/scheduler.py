@@ -87,6 +87,7 @@ class Scheduler:
             steps = 1
         elif away:
             steps = min(steps, turns)
+        at_once = steps
         if self.waiting or any(sequence.prefilled != sequence.target for sequence in self.running):
             steps = 1
         elif steps > 1:
@@ -104,7 +105,7 @@ class Scheduler:
             and self._grow(sequence, _decoded(sequence, steps * width))
         ]
         waits = any(row.sequence.follower is not None and row.sequence.pending for row in rows)
-        prompts = list(self._prompts(max(1, self._most(len(rows)) - len(rows)), admitted, copies, before))
+        prompts = list(self._prompts(max(1, self._most(len(rows), at_once) - len(rows)), admitted, copies, before))
         mixed = bool(prompts)
         rows += prompts
         if self.preemptions > before:
@@ -145,12 +146,13 @@ class Scheduler:
                 self.current = sequence
                 yield sequence
 
-    def _most(self, decoding: int) -> int:
+    def _most(self, decoding: int, steps: int) -> int:
         """Limit of the tokens in a step: the whole budget while far more sequences wait for their first token than decode;
         later those that decode must not wait long."""
         reading = sum(sequence.prefilled != sequence.target for sequence in self.running)
         first = reading + min(len(self.waiting), len(self._slots))
-        return self.pace.most(decoding) if 0 < first <= _BURST * decoding else self.config.token_budget
+        steps = 1 if len(self.waiting) > len(self._slots) else steps  # then no dispatch has more
+        return self.pace.most(decoding, steps) if 0 < first <= _BURST * decoding else self.config.token_budget
 
     def _away(self, turns: int) -> list[Sequence]:
         """The sequences that are left out of the next dispatch: those whose grammar has to know their tokens in flight, if

@@ -107,7 +107,7 @@ FAULTS = {
     "disturbed": Fault(
         "one disturbed measurement decides how prompts are cut",
         Pace.took,
-        "_shorter(self._token, max(seconds - min(self._steps.values()), 0.0) / bucket.tokens)",
+        "_follow(self._token, max(seconds - self._step(decoding), 0.0) / shape.tokens)",
         "seconds",
         pace.test_a_disturbance_is_forgotten_and_a_change_is_learned,
     ),
