@@ -34,6 +34,7 @@ BODIES: dict[str, dict[str, Any]] = {
     "/v1/embeddings": {"input": ["a"], "encoding_format": "float"},
     "/tokenize": {"prompt": "a", "with_pieces": True},
     "/detokenize": {"tokens": [1, 2]},
+    "/routing": {"tokens": [5, 6], "start": 0},
     "/apply-template": {"messages": TALK, "add_generation_prompt": True},
 }  # fmt: skip
 VALUES = [
