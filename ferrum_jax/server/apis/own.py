@@ -42,7 +42,7 @@ class DetokenizeBody(Body):
 class RoutingBody(Body):
     model: str | None = None
     tokens: list[int] = Field(min_length=1)
-    start: int = Field(0, ge=0)
+    start: int = Field(0, ge=0, lt=2**31)
 
 
 async def health(request: HttpRequest) -> Response:
