@@ -28,7 +28,10 @@ if "ferrum-jax" not in versions:
         raise NoSource(
             "Put a checkout of ferrum_jax here, or set FERRUM_JAX_GIT to git+https://..."
         )
-    wanted = [f"{checkouts[0]}[plot]" if checkouts else f"ferrum-jax[plot] @ {address}"]
+    extras = "[plot,serve]"
+    wanted = [
+        f"{checkouts[0]}{extras}" if checkouts else f"ferrum-jax{extras} @ {address}"
+    ]
     if "jax" not in versions or versions["jax"] not in SpecifierSet(JAX):
         if shutil.which("nvidia-smi"):
             wanted += ["jax[cuda12]"]  # for every driver from 525 on
