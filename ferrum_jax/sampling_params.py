@@ -45,6 +45,8 @@ class SamplingParams:
         None.
       min_tokens: end tokens are not sampled before the output has this many tokens; in [0, max_tokens].
       bad_words: a text or a sequence of texts that the output never completes, stored as a tuple.
+      special_tokens: the ids of control tokens whose names are part of the text, stored as a tuple, or True for all of them;
+        others have no text, and the token that ends the output has none in any case.
       n: the number of completions of the prompt, at most 128; each has a different seed (seed, seed + 1, ...).
       prompt_logprobs: like logprobs, for the tokens of the prompt.
       structured: what the output has to be (`Structured`, or a dict of its fields). Tokens that cannot lead to it are not
@@ -70,6 +72,7 @@ class SamplingParams:
     min_tokens: int = 0
     bad_words: str | Sequence[str] = ()
     n: int = 1
+    special_tokens: bool | Sequence[int] = ()
     prompt_logprobs: int | None = None
     structured: Structured | Mapping[str, Any] | None = None
 
@@ -94,6 +97,7 @@ class SamplingParams:
         if not isinstance(self.ignore_eos, bool | np.bool_):
             raise self._error("ignore_eos", "True or False")
         object.__setattr__(self, "ignore_eos", bool(self.ignore_eos))
+        self._ids("special_tokens")
         self._texts("stop")
         self._texts("bad_words")
         object.__setattr__(self, "logit_bias", self._pairs())
@@ -123,6 +127,16 @@ class SamplingParams:
         if not isinstance(texts, Sequence) or not all(isinstance(text, str) and text for text in texts):
             raise self._error(field, "a non-empty text or a sequence of non-empty texts")
         object.__setattr__(self, field, tuple(texts))
+
+    def _ids(self, field: str) -> None:
+        ids = getattr(self, field)
+        if ids is True:
+            return
+        ids = () if ids is False else ids
+        whole = isinstance(ids, Sequence) and all(isinstance(id, Integral) and not isinstance(id, bool) for id in ids)
+        if not whole or any(id < 0 for id in ids):
+            raise self._error(field, "True, or a sequence of token ids")
+        object.__setattr__(self, field, tuple(map(int, ids)))
 
     def _pairs(self) -> tuple[tuple[int, float], ...] | None:
         """`logit_bias` as pairs, sorted by id. Stored pairs are accepted too, so that copies of the parameters work."""

@@ -81,6 +81,10 @@ def _template(file: Path | None) -> str:
     "--store", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
     help="SQLite file that keeps conversations of the Responses API. Default: the newest ones in memory.",
 )  # fmt: skip
+@click.option(
+    "--tool-parser", metavar="NAME", help="How the model writes calls of functions. Default: as its chat template says."
+)
+@click.option("--reasoning-parser", metavar="NAME", help="How the model writes reasoning. Default: as its chat template says.")
 @click.option("--log-prompts", is_flag=True, help="Put prompts and answers into the log.")
 @click.option("--no-web", is_flag=True, help="Without the chat page at /.")
 @click.option("--adapter", multiple=True, metavar="NAME=DIR", help="LoRA adapter, served as the model NAME; several times.")
@@ -119,18 +123,21 @@ def serve_command(model: str, host: str, port: int, uds: Path | None, **options:
         raise click.UsageError(f"serve needs {error.name}: {install('serve')}") from None
     from ferrum_jax.engine import Engine, EngineConfig
 
-    settings = Settings(
-        name=options["served_model_name"] or model,
-        embedding_name=options["embedding_model"] or "",
-        api_keys=_keys(options["api_key"], options["api_key_file"]),
-        cors_origins=options["cors_origin"],
-        max_queue=options["max_queue"],
-        max_body_bytes=options["max_body_bytes"],
-        request_timeout=options["request_timeout"] or None,
-        log_prompts=options["log_prompts"],
-        web=not options["no_web"],
-        store=options["store"],
-    )
+    with common.users_mistake():
+        settings = Settings(
+            name=options["served_model_name"] or model,
+            embedding_name=options["embedding_model"] or "",
+            api_keys=_keys(options["api_key"], options["api_key_file"]),
+            cors_origins=options["cors_origin"],
+            max_queue=options["max_queue"],
+            max_body_bytes=options["max_body_bytes"],
+            request_timeout=options["request_timeout"] or None,
+            log_prompts=options["log_prompts"],
+            web=not options["no_web"],
+            store=options["store"],
+            tool_parser=options["tool_parser"],
+            reasoning_parser=options["reasoning_parser"],
+        )
     adapters = _adapters(options["adapter"])
     if settings.name in adapters:
         raise click.UsageError(f"--adapter {settings.name}: the model has this name; --served-model-name gives it another one")

@@ -18,7 +18,10 @@ class Watcher:
         self.text = ""
         self.finish_reason: str | None = None
         self._ends: frozenset[int] = frozenset() if params.ignore_eos else tokenizer.eos_ids
-        self._decoder, self._stops = TextStream(tokenizer, before=prompt), StopMatcher(params.stop)
+        special = params.special_tokens
+        shown = frozenset(() if isinstance(special, bool) else special)
+        self._decoder = TextStream(tokenizer, special is not True, prompt, shown)
+        self._stops = StopMatcher(params.stop)
         self._has_stops, self._min_tokens = bool(params.stop), params.min_tokens
 
     @property

@@ -107,7 +107,6 @@ class SamplingBody(Body):
         "length_penalty": [1, 1.0],
         "stop_token_ids": [[]],
         "include_stop_str_in_output": [False],
-        "skip_special_tokens": [True],
         "spaces_between_special_tokens": [True, False],
         "truncate_prompt_tokens": [],
         "logits_processors": [[]],
@@ -138,6 +137,7 @@ class SamplingBody(Body):
     guided_regex: str | None = None
     guided_choice: list[str] | None = None
     guided_grammar: str | None = None
+    skip_special_tokens: bool | None = None
 
     def require_supported(self, within: str = "") -> None:
         super().require_supported(within)
@@ -159,6 +159,8 @@ class SamplingBody(Body):
         """The parameters of this request; `given` instead of its own."""
         names = SamplingParams.__dataclass_fields__.keys() & type(self).model_fields.keys() - {"logprobs", "logit_bias"}
         values = {name: value for name in names if (value := getattr(self, name)) is not None}
+        if self.skip_special_tokens is False:
+            values["special_tokens"] = True
         if self.logit_bias:
             try:
                 values["logit_bias"] = {int(token): bias for token, bias in self.logit_bias.items()}

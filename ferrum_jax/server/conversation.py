@@ -1,25 +1,27 @@
-"""From the messages of a request to the tokens of a prompt."""
+"""From the messages of a request to the tokens of a prompt, and from its answers to reasoning, content and calls."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Sequence
 from typing import Any
 
+from ferrum_jax.engine import Request
+from ferrum_jax.errors import ChatTemplateError
+from ferrum_jax.parsing import Parser, Tools
+from ferrum_jax.server.bodies import SamplingBody
+from ferrum_jax.server.calling import NO_TOOLS, Calling, prepare, with_objects
 from ferrum_jax.server.errors import ApiError
 from ferrum_jax.server.service import Service
 from ferrum_jax.tokenizer import TextStream
 
 
-def with_roles(service: Service, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The messages as the model's template takes them: a developer is a system, unless the template has that role."""
-    if "developer" in (service.engine.model.tokenizer.chat_template or ""):
-        return messages
-    return [message | {"role": "system"} if message.get("role") == "developer" else message for message in messages]
-
-
-def text_of(content: str | list[dict[str, Any]], field: str) -> str:
+def text_of(content: Any, field: str) -> str:
     """The text of a message's content. ApiError for a part that is not text."""
     if isinstance(content, str):
         return content
+    if not isinstance(content, list):
+        raise ApiError(400, f"{field}: must be a text or a list of parts", param=field)
     for i, part in enumerate(content):
         if not isinstance(part, dict):
             raise ApiError(400, f'{field}.{i}: a part is an object, such as {{"type": "text", ...}}', param=f"{field}.{i}")
@@ -30,39 +32,83 @@ def text_of(content: str | list[dict[str, Any]], field: str) -> str:
     return "".join(part["text"] for part in content)
 
 
-def encode(
-    service: Service, messages: list[dict[str, Any]], template: dict[str, Any], *, goes_on: bool = False, tools: Any = None
-) -> list[int]:
-    """The tokens of a conversation, ready for an answer.
+class Turn:
+    """The prompt for one turn of a conversation, and how the answers to it are read.
 
     Args:
-      messages: as `Model.render_chat` takes them.
+      messages: as `Model.render_chat` takes them; the arguments of calls may be JSON texts.
       template: variables of the chat template.
+      calling: the functions that may be called.
       goes_on: the last message is not complete; the answer goes on after its text.
-      tools: JSON schemas of functions.
+      beginning: the ids of tokens that the answer begins with.
 
-    Raises:
-      ValueError: for messages that the template does not take.
+    Attributes:
+      prompt: the text of the prompt.
+      begun: the text of the last message, if the answer goes on from it.
+      beginning: the text of the tokens that the answer begins with.
     """
-    model, messages = service.engine.model, with_roles(service, messages)
-    if not goes_on:
-        return model.encode_chat(messages, tools, **template)
-    begun = messages[-1].get("content") if messages else None
-    if not isinstance(begun, str) or not (begun := begun.rstrip()):
-        raise ValueError("messages: the last one has no text to go on from")
-    text = model.render_chat(messages, tools, **template | {"add_generation_prompt": False})
-    at = text.rfind(begun)
-    if at < 0:
-        raise ValueError("messages: the chat template changes the last one, so that the answer cannot go on from it")
-    return model.encode_rendered(text[: at + len(begun)])
+
+    def __init__(
+        self,
+        service: Service,
+        messages: list[dict[str, Any]],
+        template: dict[str, Any],
+        calling: Calling = NO_TOOLS,
+        *,
+        goes_on: bool = False,
+        beginning: Sequence[int] = (),
+    ):
+        self.service, self.messages, self.template, self.calling, self.goes_on = service, messages, template, calling, goes_on
+        self.dialect = service.dialect(bool(calling.tools))
+        if calling.tools and self.dialect.calls == "none":
+            message = "tools: the model's chat template does not show how it calls functions; --tool-parser can say so"
+            raise ApiError(400, message, param="tools", code="unsupported_parameter")
+        if calling.forced:
+            message = "tool_choice: a call cannot be forced yet; auto and none are supported"
+            raise ApiError(400, message, param="tool_choice", code="unsupported_parameter")
+        self.prompt = self.begun = self.beginning = ""
+        self._beginning = beginning
+
+    def encode(self) -> list[int]:
+        """The tokens of the prompt. Raises ValueError for messages that the template does not take."""
+        template = dict(self.template)
+        if self.goes_on:
+            content = self.messages[-1].get("content") if self.messages else None
+            self.begun = content.rstrip() if isinstance(content, str) else ""
+            if not self.begun:
+                raise ValueError("messages: the last one has no text to go on from")
+            template["add_generation_prompt"] = False
+        self.prompt = render(self.service, self.messages, list(self.calling.tools) or None, template)
+        if self.goes_on:
+            at = self.prompt.rfind(self.begun)
+            if at < 0:
+                raise ValueError("messages: the chat template changes the last one, so that the answer cannot go on from it")
+            self.prompt = self.prompt[: at + len(self.begun)]
+        ids = self.service.engine.model.encode_rendered(self.prompt)
+        return ids + self._begin(ids) if self._beginning else ids
+
+    def submit(self, body: SamplingBody, limit: int | None, **given: Any) -> list[Request]:
+        """Submits the prompt. `limit`: of the answer's tokens; None: as many as are left of the context."""
+        ids = self.encode()
+        given["max_tokens"] = max(1, self.service.engine.context - len(ids)) if limit is None else limit
+        if body.skip_special_tokens is not False:
+            given["special_tokens"] = self.service.shown(self.dialect)
+        return self.service.engine.submit(ids, body.sampling(**given), self.service.adapter(body.model)).choices
+
+    def parser(self) -> Parser:
+        """For one answer, with its beginning as the first text."""
+        tools = Tools.of(self.calling.callable, self.dialect.new_id) if self.calling.tools else None
+        return Parser(self.dialect, tools, prompt=self.prompt, begun=self.begun, parallel=self.calling.parallel)
+
+    def _begin(self, prompt: list[int]) -> list[int]:
+        """The tokens that the answer begins with."""
+        ids, tokenizer = begun(self.service, self._beginning), self.service.engine.model.tokenizer
+        stream = TextStream(tokenizer, before=prompt, shown=self.service.shown(self.dialect))
+        self.beginning = "".join(map(stream.push, ids))  # without an unfinished character, which comes with the answer
+        return ids
 
 
-def room(service: Service, ids: list[int]) -> int:
-    """The tokens that an answer may have: as many as are left of the context."""
-    return max(1, service.engine.context - len(ids))
-
-
-def begun(service: Service, ids: list[int]) -> list[int]:
+def begun(service: Service, ids: Sequence[int]) -> list[int]:
     """Tokens that an answer begins with, checked. Raises ValueError for one that the model could not go on after."""
     tokenizer = service.engine.model.tokenizer
     for id in ids:
@@ -70,11 +116,19 @@ def begun(service: Service, ids: list[int]) -> list[int]:
             raise ValueError(f"answer_token_ids: {id} is not the id of a token; there are {tokenizer.vocab_size}")
         if id in tokenizer.eos_ids:
             raise ValueError(f"answer_token_ids: the token {id} ends an answer, so that it cannot go on")
-    return ids
+    return list(ids)
 
 
-def text_of_last(service: Service, ids: list[int], count: int) -> str:
-    """The text of the last `count` tokens of a prompt, as if the model had made them; without an unfinished character."""
-    first = len(ids) - count
-    stream = TextStream(service.engine.model.tokenizer, before=ids[:first])
-    return "".join(map(stream.push, ids[first:]))
+def render(service: Service, messages: list[dict[str, Any]], tools: Any, template: dict[str, Any]) -> str:
+    """The text of a conversation. Most templates take the arguments of calls as objects, some as texts."""
+    model, prepared = service.engine.model, prepare(messages)
+    if "developer" not in (model.tokenizer.chat_template or ""):
+        prepared = [message | {"role": "system"} if message.get("role") == "developer" else message for message in prepared]
+    try:
+        return model.render_chat(with_objects(prepared), tools, **template)
+    except ChatTemplateError:
+        if not any("tool_calls" in message for message in prepared):
+            raise
+        with contextlib.suppress(ChatTemplateError):
+            return model.render_chat(prepared, tools, **template)
+        raise

@@ -19,6 +19,7 @@ from ferrum_jax.embedding import EmbeddingModel
 from ferrum_jax.engine import Engine, Request
 from ferrum_jax.errors import FerrumError
 from ferrum_jax.model import Model
+from ferrum_jax.parsing import Dialect
 from ferrum_jax.server.answers import Answers, Bridge
 from ferrum_jax.server.bodies import Body
 from ferrum_jax.server.errors import ApiError, invalid, refused
@@ -48,6 +49,7 @@ class Service:
         self.store = Store(settings.store)
         self.pool = ThreadPoolExecutor(max(4, min(32, engine.config.max_seqs)), "ferrum_jax server")
         self._apart = ThreadPoolExecutor(1, "ferrum_jax apart")
+        self._shown: dict[Dialect, tuple[int, ...]] = {}
         self._answers: weakref.WeakSet[Answers] = weakref.WeakSet()
         self._bridge: Bridge | None = None
         self._owns_loop = False
@@ -111,8 +113,34 @@ class Service:
         """Those variables that a chat template of the model reads, and the names of the others."""
         if reserved := given.keys() & {"messages", "tools", "limits", "add_generation_prompt"}:
             raise ApiError(400, f"chat_template_kwargs: {min(reserved)} cannot be set here", param="chat_template_kwargs")
-        known = {"chat_template"}.union(*map(chat.variables, self.engine.model.tokenizer.chat_templates.values()))
+        known = self._reads() | {"chat_template"}
         return {name: given[name] for name in given if name in known}, [name for name in given if name not in known]
+
+    def thinking(self, thinks: bool, field: str, effort: str | None = None) -> dict[str, Any]:
+        """The variables of a chat template that switch reasoning on or off, or set its effort. `field`: what asks for it."""
+        reads = self._reads()
+        if effort is not None and "reasoning_effort" in reads:
+            return {"reasoning_effort": effort}
+        switch = next((name for name in ("enable_thinking", "thinking") if name in reads), None)
+        if switch is None and thinks and (effort is not None or self.dialect().reasoning == "none"):
+            message = f"{field}: the model's chat template does not have a switch for it; leave it out"
+            raise ApiError(400, message, param=field, code="unsupported_parameter")
+        return {} if switch is None else {switch: thinks}
+
+    def dialect(self, tools: bool = False) -> Dialect:
+        """How the model writes reasoning and calls. `tools`: whether a request has tools, for which there may be a template."""
+        template = chat.choose(self.engine.model.tokenizer.chat_templates, tools=tools)
+        return Dialect.of(template, self.settings.tool_parser, self.settings.reasoning_parser)
+
+    def shown(self, dialect: Dialect) -> tuple[int, ...]:
+        """The control tokens that a parser has to see in the text."""
+        if dialect not in self._shown:
+            tokenizer = self.engine.model.tokenizer
+            tokens = {
+                token for mark in dialect.marks for token in tokenizer.encode(mark, add_special=False, parse_special=True)
+            }
+            self._shown[dialect] = tuple(sorted(token for token in tokens - tokenizer.eos_ids if tokenizer.is_control(token)))
+        return self._shown[dialect]
 
     async def run(self, work: Callable[[], Any]) -> Any:
         """The result of work that is not done in the event loop."""
@@ -191,6 +219,10 @@ class Service:
         return requests
 
     # Inside
+
+    def _reads(self) -> frozenset[str]:
+        """The variables that the model's chat templates read."""
+        return frozenset[str]().union(*map(chat.variables, self.engine.model.tokenizer.chat_templates.values()))
 
     def _require_room(self, count: int) -> None:
         if self.draining:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+from ferrum_jax.parsing import Dialect
+
 # For a model without a chat template: it goes on after the texts of the messages.
 PLAIN_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{{ '' if loop.last else '\n' }}{% endfor %}"
 
@@ -26,6 +28,8 @@ class Settings:
       log_prompts: whether the log has texts of requests.
       web: whether there is a chat page at /
       store: the file in which the Responses API keeps answers; None: in memory.
+      tool_parser: how the model writes calls of functions, of `ferrum_jax.parsing.CALL_NAMES`; None: as its chat template says.
+      reasoning_parser: the same for reasoning, of `ferrum_jax.parsing.REASONING_NAMES`.
     """
 
     name: str = "model"
@@ -40,3 +44,8 @@ class Settings:
     log_prompts: bool = False
     web: bool = True
     store: Path | None = None
+    tool_parser: str | None = None
+    reasoning_parser: str | None = None
+
+    def __post_init__(self) -> None:
+        Dialect.of(None, self.tool_parser, self.reasoning_parser)

@@ -4,7 +4,7 @@ Both hold back what could still change its meaning: an unfinished character, or 
 """
 
 import codecs
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from typing import Protocol
 
 
@@ -24,16 +24,19 @@ class TextStream:
 
     A character spread over several tokens is returned with its last byte; invalid bytes are returned as U+FFFD with the token
     that shows that they are invalid. Control tokens add nothing (their names if `skip_special` is False). The space that a
-    SentencePiece vocabulary puts before a text is dropped from the first token with text.
+    SentencePiece vocabulary puts before a text is dropped from the first token with text. `shown`: control tokens that add
+    their names in any case.
 
     `before`: the ids that the text continues, such as a prompt. Their text and the new pieces together are the decoding of all
     ids: a first space is kept if there was text before, and a character that begins in them is completed here. Ids outside the
     vocabulary have no text.
     """
 
-    def __init__(self, tokenizer: Pieces, skip_special: bool = True, before: Iterable[int] = ()) -> None:
+    def __init__(
+        self, tokenizer: Pieces, skip_special: bool = True, before: Iterable[int] = (), shown: Container[int] = ()
+    ) -> None:
         self._tokenizer = tokenizer
-        self._skip_special = skip_special
+        self._skip_special, self._shown = skip_special, shown
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._drop_space = tokenizer.adds_space_prefix
         tail = b""
@@ -53,7 +56,8 @@ class TextStream:
     def push(self, token: int) -> str:
         """The characters that this token completes. Raises ValueError for an id outside the vocabulary."""
         if self._tokenizer.is_control(token):
-            return "" if self._skip_special else self._decoder.decode(self._tokenizer.token_bytes(token))
+            silent = self._skip_special and token not in self._shown
+            return "" if silent else self._decoder.decode(self._tokenizer.token_bytes(token))
         piece = self._tokenizer.token_bytes(token)
         if self._drop_space:
             self._drop_space = False

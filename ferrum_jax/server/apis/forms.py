@@ -36,7 +36,14 @@ class OpenAiAnswer:
             self.head["usage"] = None
 
     def counts(self, requests: Sequence[Request]) -> dict[str, Any]:
-        return {"usage": usage(self.prompts, requests), "timings": timings(requests[0])}
+        found = usage(self.prompts, requests)
+        if reasoning := count_tokens(self.tokenizer, self.reasoning()):
+            found["completion_tokens_details"] = {"reasoning_tokens": reasoning}
+        return {"usage": found, "timings": timings(requests[0])}
+
+    def reasoning(self) -> str:
+        """The reasoning in the answers."""
+        return ""
 
     def ids(self, **lists: Sequence[int]) -> dict[str, Any]:
         """Lists of token ids, if the client asks for them."""
@@ -50,6 +57,11 @@ class OpenAiAnswer:
     def failed(self, error: ApiError) -> bytes:
         """OpenAI's client raises an error only from a data line."""
         return event(error.body())
+
+
+def count_tokens(tokenizer: Tokenizer, text: str) -> int:
+    """The tokens of a part of an answer, as many as it would have alone."""
+    return len(tokenizer.encode(text, add_special=False)) if text else 0
 
 
 def usage(prompts: Sequence[Request], requests: Sequence[Request]) -> dict[str, Any]:

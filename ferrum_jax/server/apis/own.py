@@ -11,7 +11,7 @@ from starlette.responses import Response
 
 from ferrum_jax import __version__
 from ferrum_jax.server.bodies import Body, ignored_header
-from ferrum_jax.server.conversation import with_roles
+from ferrum_jax.server.conversation import render
 from ferrum_jax.server.errors import ApiError
 from ferrum_jax.server.replies import Reply
 from ferrum_jax.server.service import refusals, service_of
@@ -152,7 +152,7 @@ def _rendered(request: HttpRequest, body: TemplateBody) -> str:
     variables, _ = service.template_variables(body.chat_template_kwargs or {})
     if body.add_generation_prompt is not None:
         variables["add_generation_prompt"] = body.add_generation_prompt
-    return service.engine.model.render_chat(with_roles(service, body.messages or []), body.tools or None, **variables)
+    return render(service, body.messages or [], body.tools or None, variables)
 
 
 async def routing(request: HttpRequest) -> Response:

@@ -12,12 +12,15 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from ferrum_jax.engine import Request
+from ferrum_jax.parsing import Answer
 from ferrum_jax.sampling_params import MAX_LOGPROBS
 from ferrum_jax.server.answers import Answers
-from ferrum_jax.server.apis.forms import chat_logprobs
+from ferrum_jax.server.apis.forms import chat_logprobs, count_tokens
+from ferrum_jax.server.apis.items import Items, messages_of
 from ferrum_jax.server.apis.kept import items_of
 from ferrum_jax.server.bodies import Body, SamplingBody, TextFormat, ignored_header
-from ferrum_jax.server.conversation import encode, room, text_of
+from ferrum_jax.server.calling import openai_calling
+from ferrum_jax.server.conversation import Turn
 from ferrum_jax.server.errors import ApiError
 from ferrum_jax.server.events import PING, event, respond
 from ferrum_jax.server.formats import structured
@@ -25,7 +28,7 @@ from ferrum_jax.server.service import Service, service_of
 from ferrum_jax.server.store import Kept
 
 _LOGPROBS = "message.output_text.logprobs"
-_ROLES = ("user", "assistant", "system", "developer")
+_ENCRYPTED = "reasoning.encrypted_content"  # clients ask for it with store: false; reasoning is sent as it is
 
 
 class Text(Body):
@@ -34,16 +37,18 @@ class Text(Body):
     format: TextFormat | None = None
 
 
+class Effort(Body):
+    NEUTRAL: ClassVar[dict[str, list[Any]]] = {key: ["auto", "concise", "detailed"] for key in ("summary", "generate_summary")}
+
+    effort: str | None = None
+
+
 class ResponseBody(SamplingBody):
     NEUTRAL: ClassVar[dict[str, list[Any]]] = SamplingBody.NEUTRAL | {
-        "tools": [[]],
-        "tool_choice": ["none", "auto"],
-        "parallel_tool_calls": [True, False],
         "background": [False],
         "conversation": [],
         "max_tool_calls": [],
         "prompt": [],
-        "reasoning": [{}],
         "truncation": ["disabled"],
         "context_management": [],
     }
@@ -55,6 +60,10 @@ class ResponseBody(SamplingBody):
     previous_response_id: str | None = None
     store: bool = True
     text: Text | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    reasoning: Effort | None = None
     include: list[str] | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     metadata: dict[str, str] | None = None
@@ -62,7 +71,7 @@ class ResponseBody(SamplingBody):
 
     def require_supported(self, within: str = "") -> None:
         super().require_supported(within)
-        if other := [name for name in self.include or [] if name != _LOGPROBS]:
+        if other := [name for name in self.include or [] if name not in (_LOGPROBS, _ENCRYPTED)]:
             raise ApiError(400, f"include: {other[0]!r:.80} is not supported here", param="include")
 
     @property
@@ -72,7 +81,7 @@ class ResponseBody(SamplingBody):
     @property
     def best(self) -> int | None:
         """The alternatives of each token that are reported; None: no log-probabilities."""
-        return (self.top_logprobs or 0) if self.top_logprobs is not None or self.include else None
+        return (self.top_logprobs or 0) if self.top_logprobs is not None or _LOGPROBS in (self.include or ()) else None
 
 
 async def _messages(service: Service, body: ResponseBody) -> list[dict[str, Any]]:
@@ -86,45 +95,38 @@ async def _messages(service: Service, body: ResponseBody) -> list[dict[str, Any]
         earlier = kept.messages
     if isinstance(body.input, str):
         return [*earlier, {"role": "user", "content": body.input}]
-    found = []
-    for i, item in enumerate(body.input):
-        if item.get("type", "message") != "message":
-            raise ApiError(400, f"input.{i}: {item['type']!r:.40} is not supported here", param=f"input.{i}")
-        role, content = item.get("role"), item.get("content")
-        if role not in _ROLES or not isinstance(content, str | list):
-            raise ApiError(400, f"input.{i}: a message has a role ({', '.join(_ROLES)}) and content", param=f"input.{i}")
-        found.append({"role": role, "content": text_of(content, f"input.{i}.content")})
-    return earlier + found
+    return earlier + messages_of(body.input)
 
 
 async def responses(request: HttpRequest) -> Response:
     service = service_of(request)
     body = await service.read(request, ResponseBody)
-    adapter = service.adapter(body.model)
+    service.adapter(body.model)
     template, unread = service.template_variables(body.chat_template_kwargs or {})
+    if body.reasoning is not None and (effort := body.reasoning.effort) is not None:
+        template |= service.thinking(effort != "none", "reasoning.effort", effort)
+    calling = openai_calling(body.tools, body.tool_choice, body.parallel_tool_calls)
     messages = await _messages(service, body)
     system = [{"role": "system", "content": body.instructions}] if body.instructions else []
+    turn = Turn(service, system + messages, template, calling)
 
     def make() -> list[Request]:
-        ids = encode(service, system + messages, template)
-        limit = room(service, ids) if body.max_output_tokens is None else body.max_output_tokens
-        given: dict[str, Any] = {"max_tokens": limit, "logprobs": body.best} | structured(service, body.formats)
-        return service.engine.submit(ids, body.sampling(**given), adapter).choices
+        return turn.submit(body, body.max_output_tokens, logprobs=body.best, **structured(service, body.formats))
 
     answers = await service.submit(request, make, 1, "input")
     headers = ignored_header(body.ignored() + [f"chat_template_kwargs.{name}" for name in unread])
-    answer = _ResponseAnswer(service, body, messages, answers)
+    answer = _ResponseAnswer(service, body, messages, turn, answers)
     reply = await respond(answer, answers, headers, stream=bool(body.stream))
     await answer.keep()
     return reply
 
 
 class _ResponseAnswer:
-    def __init__(self, service: Service, body: ResponseBody, messages: list[dict[str, Any]], answers: Answers):
+    def __init__(self, service: Service, body: ResponseBody, messages: list[dict[str, Any]], turn: Turn, answers: Answers):
         self.service, self.body, self.messages, self.request = service, body, messages, answers.requests[0]
         self.tokenizer = service.engine.model.tokenizer
-        self.item = f"msg_{uuid.uuid4().hex}"
-        self.number = 0
+        self.parser, self.answer, self.number = turn.parser(), Answer(), 0
+        self.items = Items(self.event, self.logprobs)
         self.found: dict[str, Any] | None = None  # the whole answer
         params, text = self.request.params, body.text and body.text.format
         self.head: dict[str, Any] = {
@@ -139,13 +141,13 @@ class _ResponseAnswer:
             "metadata": body.metadata or {},
             "model": body.model or service.settings.name,
             "output": [],
-            "parallel_tool_calls": True,
+            "parallel_tool_calls": body.parallel_tool_calls is not False,
             "previous_response_id": body.previous_response_id,
             "store": body.store,
             "temperature": params.temperature,
             "text": {"format": {"type": "text"} if text is None else text.model_dump(by_alias=True, exclude_none=True)},
-            "tool_choice": "auto",
-            "tools": [],
+            "tool_choice": body.tool_choice or "auto",
+            "tools": body.tools or [],
             "top_logprobs": body.top_logprobs or 0,
             "top_p": params.top_p,
             "truncation": "disabled",
@@ -153,17 +155,33 @@ class _ResponseAnswer:
         }
 
     def whole(self, requests: Sequence[Request]) -> dict[str, Any]:
-        request, cut = self.request, self.request.finish_reason == "length"
+        self.take(self.request.text, self.request.logprobs, last=True)
+        self.items.end(self.status)
+        return self.finished()
+
+    @property
+    def status(self) -> str:
+        return "incomplete" if self.request.finish_reason == "length" else "completed"
+
+    def take(self, text: str, scored: Any, *, last: bool) -> bytes:
+        """Takes a piece of the answer, and returns the events about it."""
+        events = self.parser.push(text) + (self.parser.end() if last else [])
+        self.answer.add(events)
+        return self.items.take(events, scored)
+
+    def finished(self) -> dict[str, Any]:
+        """The response after the end of the answer."""
+        request = self.request
         prompt, made = len(request.prompt_token_ids), len(request.token_ids)
         self.found = found = self.head | {
-            "status": "incomplete" if cut else "completed",
-            "incomplete_details": {"reason": "max_output_tokens"} if cut else None,
-            "output": [self.message("incomplete" if cut else "completed", [self.part(request.text, request.logprobs)])],
+            "status": self.status,
+            "incomplete_details": {"reason": "max_output_tokens"} if self.status == "incomplete" else None,
+            "output": self.items.items,
             "usage": {
                 "input_tokens": prompt,
                 "input_tokens_details": {"cached_tokens": request.cached_tokens},
                 "output_tokens": made,
-                "output_tokens_details": {"reasoning_tokens": 0},
+                "output_tokens_details": {"reasoning_tokens": count_tokens(self.tokenizer, self.answer.reasoning)},
                 "total_tokens": prompt + made,
             },
         }
@@ -172,12 +190,11 @@ class _ResponseAnswer:
     async def keep(self) -> None:
         """Keeps the whole answer, if there is one."""
         if self.found is not None and self.body.store:
-            talk = [*self.messages, {"role": "assistant", "content": self.request.text}]
+            talk = [*self.messages, *messages_of(self.items.items)]
             await self.service.store.put(Kept(self.found, items_of(self.body.input), talk))
 
     async def stream(self, answers: Answers) -> AsyncIterator[bytes]:
         begun = False
-        where = {"item_id": self.item, "output_index": 0, "content_index": 0}
         async for pieces in answers.batches():
             sent = b""
             if pieces and not begun:
@@ -185,21 +202,12 @@ class _ResponseAnswer:
                 sent = self.event("response.created", response=self.head) + self.event(
                     "response.in_progress", response=self.head
                 )
-                sent += self.event("response.output_item.added", output_index=0, item=self.message("in_progress", []))
-                sent += self.event("response.content_part.added", **where, part=self.part("", []))
             for piece in pieces:
-                if piece.text or piece.logprobs:
-                    scored = self.logprobs(piece.logprobs)
-                    sent += self.event("response.output_text.delta", **where, delta=piece.text, logprobs=scored)
+                sent += self.take(piece.text, piece.logprobs, last=piece.finish_reason is not None)
             yield sent or PING
-        found = self.whole(answers.requests)
+        sent, found = self.items.end(self.status), self.finished()
         await self.keep()
-        item = found["output"][0]
-        part = item["content"][0]
-        sent = self.event("response.output_text.done", **where, text=part["text"], logprobs=part["logprobs"])
-        sent += self.event("response.content_part.done", **where, part=part)
-        sent += self.event("response.output_item.done", output_index=0, item=item)
-        yield sent + self.event(f"response.{found['status']}", response=found)
+        yield sent + self.event(f"response.{self.status}", response=found)
 
     def failed(self, error: ApiError) -> bytes:
         reason = {"code": "server_error", "message": error.message}
@@ -208,12 +216,6 @@ class _ResponseAnswer:
     def event(self, kind: str, **content: Any) -> bytes:
         self.number += 1
         return event({"type": kind, "sequence_number": self.number - 1} | content, kind)
-
-    def message(self, status: str, content: list[dict[str, Any]]) -> dict[str, Any]:
-        return {"id": self.item, "type": "message", "status": status, "role": "assistant", "content": content}
-
-    def part(self, text: str, scored: Any) -> dict[str, Any]:
-        return {"type": "output_text", "text": text, "annotations": [], "logprobs": self.logprobs(scored)}
 
     def logprobs(self, scored: Any) -> list[dict[str, Any]]:
         return [] if self.body.best is None else chat_logprobs(self.tokenizer, scored or [], self.body.best)["content"]

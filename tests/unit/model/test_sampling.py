@@ -98,6 +98,7 @@ def test_parameters_are_normalized():
         "max_tokens": 16, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0,
         "seed": None, "stop": (), "ignore_eos": False, "logprobs": None, "presence_penalty": 0.0, "frequency_penalty": 0.0,
         "logit_bias": None, "min_tokens": 0, "bad_words": (), "n": 1, "prompt_logprobs": None,
+        "special_tokens": (), "structured": None,
     }  # fmt: skip
 
 
@@ -105,7 +106,9 @@ def test_parameters_are_normalized():
     ("field", "value"),
     [
         ("presence_penalty", 2.5), ("frequency_penalty", -3), ("frequency_penalty", float("nan")), ("min_tokens", -1),
-        ("min_tokens", 17), ("n", 0), ("n", True), ("n", 129), ("bad_words", [""]), ("bad_words", 3), ("logit_bias", {-1: 1.0}),
+        ("min_tokens", 17), ("n", 0), ("n", True), ("n", 129), ("bad_words", [""]), ("bad_words", 3),
+        ("special_tokens", [-1]), ("special_tokens", ["a"]),
+        ("logit_bias", {-1: 1.0}),
         ("logit_bias", {5: float("inf")}), ("logit_bias", {5: float("nan")}), ("logit_bias", {1.5: 1.0}),
         ("logit_bias", dict.fromkeys(range(1025), 1.0)), ("prompt_logprobs", 65),
     ],

@@ -13,7 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ferrum_jax.engine.watcher import Watcher
 from ferrum_jax.errors import ModelFileError, UnsupportedModelError
+from ferrum_jax.sampling_params import SamplingParams
 from ferrum_jax.tokenizer import StopMatcher, TextStream, Tokenizer
 from support import GOLDENS, environment
 
@@ -175,6 +177,15 @@ def test_stream_holds_back_characters() -> None:
     assert stream.push(byte + 0xFF) == "\ufffd"
     assert stream.push(byte + 0xF0) == ""
     assert stream.flush() == "\ufffd"
+
+
+def test_control_tokens_have_text_where_it_is_asked_for() -> None:
+    tokenizer = Tokenizer.from_gguf(SPM["metadata"])
+    tokens = [1, *tokenizer.encode("ab", add_special=False), 1, 0, 2]
+    for special, text in [((), "ab"), (False, "ab"), ([1], "<s>ab<s>"), (True, "<s>ab<s><unk>")]:
+        watcher = Watcher(tokenizer, SamplingParams(special_tokens=special), [1])
+        assert watcher.take(tokens, [])[0] + watcher.flush() == text and watcher.finish_reason == "stop"
+    assert SamplingParams(special_tokens=[np.int64(1)]).special_tokens == (1,)
 
 
 def test_first_space_is_dropped_once() -> None:
