@@ -235,7 +235,7 @@ FAULTS = {
     "13-finite": Fault(
         "NaN is looked for in a maximum, which loses it",
         choice.choose,
-        "finite = (logits < jnp.inf).all(axis=1) & (logits > -jnp.inf).any(axis=1)",
+        "finite = (logits < jnp.inf).all(axis=1) & (admitted > -jnp.inf).any(axis=1)",
         "finite = ~jnp.isnan(logits.max(axis=1))",
         nan_in_a_large_vocabulary,
     ),

@@ -172,9 +172,9 @@ class Executor:
         called once between a decision and its launch, where another thread may come in."""
         self.pools, choose = scheduler.ledger.pools, scheduler.next
 
-        def next(steps: int) -> Dispatch | None:
+        def next(steps: int, turns: int = 0) -> Dispatch | None:
             self.registered = [dict(pool._entries) for pool in self.pools]
-            self.coming = choose(steps)
+            self.coming = choose(steps, turns)
             between, self.between = self.between, lambda: None
             between()
             return self.coming
