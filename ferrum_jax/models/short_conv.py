@@ -6,10 +6,9 @@ keeps. Which of the two it was makes no difference to the sum.
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from ferrum_jax.config import ShortConv as ShortConvSpec
 from ferrum_jax.models.layers import MIXERS, Index, LayerModule
@@ -49,7 +48,9 @@ class ShortConv(LayerModule):
             window = [*(earlier(steps) for steps in range(self.spec.taps - 1, 0, -1)), inputs]
             stack, at = self.stack("taps").select(layer)
             taps = format_of(stack.format).decode(stack.planes[0][at])
-            y = functools.reduce(jnp.add, (one * taps[:, i] for i, one in enumerate(window)))
+            # A loop, because XLA writes the sum of two products with either of them fused, by the shapes around it.
+            stacked = jnp.stack(window)
+            y = lax.fori_loop(0, len(window), lambda i, y: y + stacked[i] * taps[:, i], jnp.zeros_like(inputs))
             kept = told.write(part["tail"], index, jnp.stack(window[1:], axis=1))
         with jax.named_scope("output"):
             return self.project(after * y, layer, "output", adapter_mask=adapter_mask)[0], {"tail": kept}

@@ -83,7 +83,7 @@ def test_the_engine_the_programs_and_many_prompts_say_what_they_do(lines, monkey
     engine = fj.Engine(model, fj.EngineConfig(max_seqs=1, num_pages=4, token_budget=16))
     told.clear()
     engine.warm_up()
-    assert told[0] == ("warming up, program", 2 + len(engine.buckets()))
+    assert told[0] == ("warming up, program", 3 + len(engine.buckets()))
 
 
 SLOW = """

@@ -417,11 +417,11 @@ def test_nothing_compiles_while_serving(model, engine):
     said = []
     engine.warm_up(lambda *state: said.append(state))
     before = model._runtime.programs.compiled
-    assert said[-1][:2] == (len(engine.buckets()) + 2,) * 2 and said[-1][2] == "ready"
+    assert said[-1][:2] == (len(engine.buckets()) + 3,) * 2 and said[-1][2] == "ready"
     requests = [engine.submit(prompt, dataclasses.replace(NOISY, n=2)) for prompt in PROMPTS]
     engine.run()
     assert all(len(r.token_ids) == 12 for request in requests for r in request.results())
-    assert model._runtime.programs.compiled == before and engine.metrics()["compiles"] <= len(engine.buckets()) + 2
+    assert model._runtime.programs.compiled == before and engine.metrics()["compiles"] <= len(engine.buckets()) + 3
 
 
 def test_a_rehearsal_measures_and_leaves_nothing(model):
@@ -430,7 +430,7 @@ def test_a_rehearsal_measures_and_leaves_nothing(model):
     before = engine.metrics()
     engine.rehearse()
     assert engine.metrics() == before | {"compiles": engine.metrics()["compiles"]} and before["pages_free"] == 3
-    assert engine._scheduler.pace._steps.keys() == {1, 4} and engine._scheduler.pace._token > 0
+    assert engine._scheduler.pace._steps.keys() > {1} and engine._scheduler.pace._token > 0
     assert parts(engine.submit(PROMPTS[2], GREEDY).result()) == parts(model.generate([PROMPTS[2]], GREEDY)[0])
 
 
@@ -473,7 +473,7 @@ def test_snapshots_that_cannot_be(model, engine, tmp_path):
     other = fj.Engine(model, dataclasses.replace(SMALL, page_size=4))
     with pytest.raises(ValueError, match="of another model or engine"):
         other.restore(tmp_path / "one")
-    assert snapshot._VERSION == 3 and MAX_LOGPROBS == 64
+    assert snapshot._VERSION == 4 and MAX_LOGPROBS == 64
 
 
 def test_a_reset_forgets_texts_and_keeps_requests(model, engine):
