@@ -40,7 +40,7 @@ print("<b>")
 """
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # while it lives, its event loop runs in this thread, where other tests run theirs
 def browser() -> Iterator[driver.Browser]:
     program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if program is None:
