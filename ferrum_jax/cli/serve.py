@@ -11,7 +11,7 @@ from ferrum_jax.cli import common
 from pallas_kernels.extras import install
 
 _ENGINE = ("page_size", "num_pages", "max_seqs", "token_budget", "steps_per_dispatch", "prefix_cache", "speculation",
-           "checkpoints", "dispatch_seconds")  # fmt: skip
+           "checkpoints", "checkpoint_bytes", "dispatch_seconds")  # fmt: skip
 _ADDITIONAL = click.IntRange(min=0)
 _POSITIVE = click.IntRange(min=1)
 
@@ -105,6 +105,7 @@ def _template(file: Path | None) -> str:
 )  # fmt: skip
 @click.option("--prefix-cache/--no-prefix-cache", default=True, show_default=True, help="Share equal beginnings.")
 @click.option("--checkpoints", type=_ADDITIONAL, help="States kept of a model that recurs. Default: --max-seqs.")
+@click.option("--checkpoint-bytes", type=_ADDITIONAL, help="The bytes of these states, in place of their number.")
 @click.option("--speculation", type=_ADDITIONAL, default=0, show_default=True, help="Tokens to draft from the text itself.")
 @click.option(
     "--warm-up/--no-warm-up", default=True, show_default=True,

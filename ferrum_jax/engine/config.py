@@ -7,6 +7,7 @@ import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from ferrum_jax.config import ModelConfig
 from ferrum_jax.state import kv_dtype
 
 MAX_SEQS = 1 << 16  # limit of sequences that run at once
@@ -15,6 +16,7 @@ _DRAFTING_STEPS = 16  # the same with drafts, whose results need more room
 _MOST = {
     "page_size": 1 << 16, "max_seqs": MAX_SEQS, "token_budget": 1 << 20, "speculation": 1 << 10, "num_pages": 2**31 - 1,
     "steps_per_dispatch": 1 << 12, "initial_pages": 2**31 - 1, "checkpoints": 1 << 20,
+    "checkpoint_bytes": 1 << 50,
 }  # fmt: skip
 
 
@@ -37,7 +39,9 @@ class EngineConfig:
       prefix_cache: whether requests share the pages of equal beginnings.
       kv_dtype: dtype of the KV cache; None: the model's.
       checkpoints: for a model with layers that recur, the number of states kept at beginnings of texts, from which another
-        request may continue, 0 to 1,048,576; None: `max_seqs`.
+        request may continue, 0 to 1,048,576; None: `max_seqs`. With more than `max_seqs`, long prompts leave states on their
+        way, as many tokens apart as lets `max_seqs` texts of the model's full context fit.
+      checkpoint_bytes: the bytes that these states may take, instead of their number; 0 to 2**50.
       speculation: number of tokens to draft from the sequence's own text and verify in one step, 0 to 1,024; 0: off.
 
     Raises:
@@ -54,18 +58,21 @@ class EngineConfig:
     speculation: int = 0
     initial_pages: int | None = None
     checkpoints: int | None = None
+    checkpoint_bytes: int | None = None
     dispatch_seconds: float = 0.05
 
     def __post_init__(self) -> None:
-        optional = ("num_pages", "steps_per_dispatch", "initial_pages", "checkpoints")
+        optional = ("num_pages", "steps_per_dispatch", "initial_pages", "checkpoints", "checkpoint_bytes")
         for field, most in _MOST.items():
-            value, least = getattr(self, field), 0 if field in ("speculation", "checkpoints") else 1
+            value, least = getattr(self, field), 0 if field in ("speculation", "checkpoints", "checkpoint_bytes") else 1
             if value is None and field in optional:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
                 raise ValueError(
                     f"EngineConfig.{field} must be an integer of at least {least} and at most {most}, not {value!r:.40}"
                 )
+        if self.checkpoints is not None and self.checkpoint_bytes is not None:
+            raise ValueError("EngineConfig.checkpoint_bytes is given in place of checkpoints, not in addition to it")
         seconds = self.dispatch_seconds
         if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 < seconds < float("inf"):
             raise ValueError(f"EngineConfig.dispatch_seconds must be a number above 0, not {self.dispatch_seconds!r}")
@@ -73,6 +80,20 @@ class EngineConfig:
             raise ValueError(f"EngineConfig.prefix_cache must be True or False, not {self.prefix_cache!r}")
         if self.kv_dtype is not None:
             object.__setattr__(self, "kv_dtype", kv_dtype(self.kv_dtype))
+
+    def of_model(self, model: ModelConfig) -> EngineConfig:
+        """This configuration with the number of a model's states that fit `checkpoint_bytes`."""
+        if self.checkpoint_bytes is None:
+            return self
+        count = min(self.checkpoint_bytes // max(1, model.bytes_per_state), _MOST["checkpoints"])
+        return dataclasses.replace(self, checkpoints=count, checkpoint_bytes=None)
+
+    def stride(self, context: int) -> int:
+        """How many pages apart a prompt leaves states on its way, for texts of up to `context` tokens; 0: it leaves none. Not
+        less than a step reads, which passes one such place."""
+        if (rest := self.num_checkpoints - self.max_seqs) <= 0:
+            return 0
+        return -(-max(-(-context * self.max_seqs // rest), self.token_budget) // self.page_size)
 
     @property
     def steps(self) -> int:

@@ -145,11 +145,11 @@ class Core:
 
     def _measure_pools(self) -> dict[str, float]:
         """The metrics of each pool, if there are several, and of checkpoints, if there are any."""
-        pools, checkpoints = self._scheduler.ledger.pools, self._scheduler.ledger.checkpoints
-        found: dict[str, float] = {}
+        ledger, found = self._scheduler.ledger, dict[str, float]()
+        pools, checkpoints = ledger.pools, ledger.checkpoints
         if checkpoints is not None:
             found = {"checkpoints_free": checkpoints.free, "checkpoints_cached": checkpoints.cached}
-            found["checkpoint_evictions"] = checkpoints.evictions
+            found |= {"state_checkpoints": ledger.made, "state_hits": ledger.hits, "state_evictions": checkpoints.evictions}
         for name, pool in zip(kind_names(self._kinds), pools, strict=True) if len(pools) > 1 else ():
             found |= {f"pages_free_{name}": pool.free, f"pages_cached_{name}": pool.cached}
         return found

@@ -84,7 +84,7 @@ class Engine(Core):
         self._busy_until = self._waited = 0.0
 
         def set_up() -> None:
-            config = self.config
+            config = self.config = self.config.of_model(self.model.config)
             num_pages, self.context = config.num_pages or choose_num_pages(self.model, config), self.model.max_seq_len
             self._kinds = page_kinds(self.model.config)
             if not all(kind.window for kind in self._kinds):
@@ -273,7 +273,8 @@ class Engine(Core):
         compiles; steps of the model (a dispatch of N steps counts N); prompt_tokens that were computed; generated_tokens;
         prefix_lookups, prefix_hit_pages, prefix_saved_tokens, prefix_evictions; preemptions; pages_free, pages_cached (all
         others are held) of all pools together, and of each pool if there are several, such as pages_free_full and
-        pages_free_window_4096; for a model with layers that recur checkpoints_free, checkpoints_cached, checkpoint_evictions;
+        pages_free_window_4096; for a model with layers that recur checkpoints_free, checkpoints_cached, state_checkpoints (made
+        so far), state_hits (requests that began from one), state_evictions;
         requests_waiting, requests_running; host_seconds: processor time of the driving threads for deciding, launching and
         processing results; device_seconds: wall time from a launch, or from the previous results, to its results.
         """

@@ -8,9 +8,11 @@ what its layers will look at.
 Layers that recur have one state of a text, at its end. A running sequence has it in the place of its slot. A checkpoint is a
 copy of it, or is written in addition to it by the step that passes it: it is found, shared and evicted like pages, and the
 beginning of a text is found only up to a checkpoint. A state is as large as the pages of thousands of tokens, so a sequence
-makes few: before the last page of its prompt, where its text diverges from a known one, and at its end, so that a conversation
-continues from there. The first two are at the end of a page, and each sequence holds the newest of them. At its end the last
-page is registered for the tokens that it has, and a text that continues from there begins with a copy of it.
+makes few: before the last page of its prompt, where its text diverges from a known one, at its end, so that a conversation
+continues from there, and if the configuration has room for more, at the multiples of a stride in its prompt. All but that at
+the end of the text are at the end of a page, and each sequence holds the newest of them. At its end the last page is registered
+for the tokens that it has, and a text that continues from there begins with a copy of it. A checkpoint whose last page is
+evicted goes with it, because it is not found any more.
 """
 
 from __future__ import annotations
@@ -107,10 +109,12 @@ class Ledger:
         recurs: bool = False,
     ):
         self.config, self.page_size, self.windows = config, config.page_size, list(windows)
-        self.pools = [PagePool(count) for count in num_pages]
         self.checkpoints = PagePool(config.num_checkpoints, config.max_seqs) if recurs else None
+        self.pools = [PagePool(count, evicted=self.checkpoints and self.checkpoints.drop) for count in num_pages]
+        self.stride = config.stride(context)
         self.pages_a_sequence = self.count(context)
         self.windowed = [pool for pool, window in enumerate(windows) if window]
+        self.made = self.hits = 0  # checkpoints, and sequences that began from one
         self._salt = salt
 
     # How much there is
@@ -163,7 +167,10 @@ class Ledger:
             held.append([pool.take() for pool in self.pools])
             copies = [(number, page, held.pages[number][-1]) for number, page in enumerate(found.rest)]
         if self.checkpoints is not None:
-            held.stops = sorted({found.known, (tokens - 1) // self.page_size} - set(range(found.full + 1)))
+            last, stride = (tokens - 1) // self.page_size, self.stride
+            on_the_way = range(stride, last, stride) if stride else ()
+            held.stops = sorted({*on_the_way, found.known, last} - set(range(found.full + 1)))
+            self.hits += found.checkpoint >= 0
             if found.checkpoint >= 0:
                 copies.append((len(self.pools), found.checkpoint, slot))
             if found.more:  # inside a page no branch of this sequence goes on, and a conversation goes on from its newest end
@@ -206,7 +213,7 @@ class Ledger:
         for pool, pages in zip(self.pools, held.pages, strict=True):
             if pages[number] >= 0:
                 pool.register(pages[number], known)  # a full one is already
-        place = self.checkpoints.take()
+        place, self.made = self.checkpoints.take(), self.made + 1
         self.checkpoints.register(place, known)
         self.checkpoints.give_back(place)
         return [(len(self.pools), slot, place)]
@@ -385,6 +392,7 @@ class Ledger:
         if self.checkpoints.available:
             held.checkpoint, held.checkpointed, held.fresh = self.checkpoints.take(), full, True
             held.settles_at = 0
+            self.made += 1
         return held.checkpoint >= 0
 
     def _register_checkpoint(self, held: Held, tokens: Sequence[int], adapter: int) -> None:

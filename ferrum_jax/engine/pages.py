@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -45,10 +45,11 @@ def root(salt: bytes, adapter: int = -1) -> bytes:
 
 
 class PagePool:
-    """Pages first .. first + num_pages - 1. Counts `evictions`: cached pages given to another text."""
+    """Pages first .. first + num_pages - 1. Counts `evictions`: cached pages that were forgotten. evicted: is called with what
+    a page has held that is given to another text."""
 
-    def __init__(self, num_pages: int, first: int = 0):
-        self.num_pages, self._first = num_pages, first
+    def __init__(self, num_pages: int, first: int = 0, evicted: Callable[[Entry], object] | None = None):
+        self.num_pages, self._first, self._evicted = num_pages, first, evicted
         self.evictions = 0
         self._entries: dict[int, Entry] = {}
         self._pages: dict[bytes, int] = {}
@@ -79,8 +80,9 @@ class PagePool:
             page = self._free.pop()
         else:
             page, _ = self._cached.popitem(last=False)
-            self._forget(page)
-            self.evictions += 1
+            known = self._forget(page)
+            if self._evicted is not None:
+                self._evicted(known)
         self._holders[page] = 1
         return page
 
@@ -119,6 +121,18 @@ class PagePool:
         found = ((page, known) for page, known in self._entries.items() if known.length < below)
         return sorted(found, key=lambda each: each[1].length)
 
+    def drop(self, entry: Entry) -> None:
+        """Forgets a text: its page becomes free, once it is not held."""
+        page = self.find(entry)
+        if page is None:
+            return
+        if self._holders[page]:
+            del self._pages[self._entries.pop(page).digest]
+        else:
+            del self._cached[page]
+            self._forget(page)
+            self._free.append(page)
+
     def reset(self) -> None:
         """Forgets all registered text; held pages stay held."""
         self._free.extend(self._cached)
@@ -134,5 +148,9 @@ class PagePool:
         self._free = list(range(self._first + self.num_pages - 1, self._first - 1, -1))
         self._holders = [0] * (self._first + self.num_pages)
 
-    def _forget(self, page: int) -> None:
-        del self._pages[self._entries.pop(page).digest]
+    def _forget(self, page: int) -> Entry:
+        """What a cached page that is evicted has held."""
+        self.evictions += 1
+        known = self._entries.pop(page)
+        del self._pages[known.digest]
+        return known

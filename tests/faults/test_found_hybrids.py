@@ -12,6 +12,7 @@ import pytest
 import ferrum_jax as fj
 from ferrum_jax.engine.core import Core
 from ferrum_jax.engine.ledger import Ledger
+from ferrum_jax.engine.pages import PagePool
 from ferrum_jax.families import qwen3next, tensors
 from ferrum_jax.models import delta_net, layers, recurrence
 from pallas_kernels.delta_net import xla
@@ -114,6 +115,20 @@ FAULTS = {
         "if held.checkpoint >= 0:",
         "if False:",
         paging.test_a_checkpoint_without_a_place_is_none,
+    ),
+    "stride": Fault(
+        "a long prompt leaves no states on its way",
+        Ledger.admit,
+        "range(stride, last, stride) if stride else ()",
+        "()",
+        paging.test_a_long_prompt_leaves_states_on_its_way_as_the_budget_allows,
+    ),
+    "evicted": Fault(
+        "a state stays without the pages before it",
+        PagePool.take,
+        "if self._evicted is not None:",
+        "if False:",
+        paging.test_a_checkpoint_is_evicted_together_with_its_page,
     ),
     "end": Fault(
         "the state at the end of an answer is found for a text that is one token shorter",

@@ -134,7 +134,35 @@ def test_layers_that_recur_go_on_from_a_checkpoint():
         saved.append(engine.metrics()["prefix_saved_tokens"] - sum(saved))
     assert saved == [0, 8, 0, 4, 8]  # of the first page alone there was no state before the third prompt
     metrics = engine.metrics()
-    assert metrics["checkpoints_cached"] == 7 and metrics["checkpoints_free"] == 25 and not metrics["checkpoint_evictions"]
+    assert metrics["checkpoints_cached"] == 7 and metrics["checkpoints_free"] == 25 and not metrics["state_evictions"]
+    assert metrics["state_checkpoints"] == 7 and metrics["state_hits"] == 3
+
+
+def test_a_long_prompt_leaves_states_on_its_way_as_the_budget_allows():
+    """Eight states more than the two of ends let two texts of 64 tokens have one every 16 tokens."""
+    sizes = {"max_seqs": 2, "token_budget": 8, "num_pages": 40}
+    for checkpoints, saved in ((2, 0), (10, 32), (18, 40)):
+        engine = engine_of(64, recurs=True, checkpoints=checkpoints, **sizes)
+        text = [1 + i * i % 5 for i in range(50)]
+        answers(engine, engine.submit(text, GREEDY))
+        answers(engine, engine.submit([*text[:43], *([1] * 7)], GREEDY))
+        metrics = engine.metrics()
+        assert metrics["prefix_saved_tokens"] == saved and metrics["state_hits"] == bool(saved)
+    model = SimpleNamespace(bytes_per_state=100)
+    config = fj.EngineConfig(checkpoint_bytes=1099, max_seqs=2, token_budget=8, page_size=4).of_model(model)
+    assert config.checkpoints == 10 and config.stride(64) == 4 and config.stride(30) == 2
+    with pytest.raises(ValueError, match="checkpoint_bytes is given in place of checkpoints"):
+        fj.EngineConfig(checkpoints=3, checkpoint_bytes=100)
+
+
+def test_a_checkpoint_is_evicted_together_with_its_page():
+    """A state without the pages before it is of no use, and takes no place."""
+    engine = engine_of(recurs=True, num_pages=5)
+    answers(engine, engine.submit([1, 2, 3, 4, 5], GREEDY))
+    assert engine.metrics()["checkpoints_cached"] == 2
+    answers(engine, engine.submit([5, 4, 3, 2, 1] * 3, GREEDY))
+    metrics = engine.metrics()
+    assert metrics["checkpoints_cached"] == 2 and metrics["state_evictions"] == 2 and metrics["state_checkpoints"] == 4
 
 
 @pytest.mark.parametrize(("budget", "launches"), [(20, 6), (9, 7), (8, 7), (4, 9)])

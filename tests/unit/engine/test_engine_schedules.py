@@ -46,7 +46,7 @@ configs = st.builds(
     steps_per_dispatch=st.sampled_from(STEPS),
     prefix_cache=st.booleans(),
     speculation=st.sampled_from(DRAFTS),
-    checkpoints=st.sampled_from([None, 0, 1, 3]),
+    checkpoints=st.sampled_from([None, 0, 1, 3, 9, 40]),
 )
 params = st.builds(
     fj.SamplingParams,
@@ -262,7 +262,7 @@ def busy(seed: int) -> Schedule:
         steps_per_dispatch=dice.choice(STEPS),
         prefix_cache=dice.random() < 0.7,
         speculation=dice.choice(DRAFTS),
-        checkpoints=dice.choice([None, 0, 1, 3]),
+        checkpoints=dice.choice([None, 0, 1, 3, 9, 40]),
     )
     schedule.start(config=config, context=dice.randint(12, 60), windows=dice.choice(WINDOWS), recurs=dice.random() < 0.4)
     for _ in range(RULES):
@@ -375,7 +375,10 @@ PLANS |= {"sinks": ("oss float32", PLAIN), "sinks in int8": ("oss int8", DRAFTED
 PLANS |= {"two windows": ("windows", PLAIN), "recurrent": ("recurrent", PLAIN), "all kinds and drafts": ("all", DRAFTED)}
 PLANS |= {"sigmoids, groups and drafts": ("glm4moe-q8_0", DRAFTED), "convolutions and drafts": ("lfm2moe", DRAFTED)}
 PLANS |= {"latent and drafts": ("glm4-lite", DRAFTED), "latent in int8": ("deepseek2-lite-q8_0", PLAIN)}
-PLANS |= {"delta net and drafts": ("qwen35moe", DRAFTED), "delta net in int8": ("qwen3next-q8_0", PLAIN)}
+PLANS |= {
+    "delta net and drafts": ("qwen35moe", dataclasses.replace(DRAFTED, checkpoints=12)),
+    "delta net in int8": ("qwen3next-q8_0", PLAIN),
+}
 PLANS |= {"shared keys and drafts": ("gemma4", DRAFTED), "two rotations in int8": ("gemma3-q8_0", PLAIN)}
 
 
