@@ -157,8 +157,9 @@ class Mixture:
     """A feed-forward: each token goes through `experts_per_token` of `num_experts` SwiGLUs of this width. Their weights are
     normalized to a sum of 1 if `normalize`, then multiplied by `scale`. With a `limit` the SwiGLUs are clamped, and `alpha`
     is the gain of their sigmoid (pallas_kernels.grouped_matmul). `shared_width`: of a SwiGLU that every token goes through as
-    well (0: there is none), in some families multiplied by the sigmoid of a number that is projected for it. The rest is as of
-    pallas_kernels.routing.Router; a bias of the choice is there if the file has one."""
+    well (0: there is none), in some families multiplied by the sigmoid of a number that is projected for it. `activation`: of
+    all of them, as of `Dense`. The rest is as of pallas_kernels.routing.Router; a bias of the choice is there if the file has
+    one."""
 
     num_experts: int
     experts_per_token: int
@@ -173,6 +174,7 @@ class Mixture:
     groups: int = 1
     groups_used: int = 1
     group_best: int = 1
+    activation: str = "silu"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -213,17 +213,18 @@ def mixture(
     biases: Sequence[Stack] = (),
     clamp: Clamp | None = None,
     adapters: ExpertAdapters | None = None,
+    activation: str = "silu",
 ) -> jax.Array:
     """The weighted sum of each token's experts, each down(silu(gate x) * up x): float32 [tokens, columns].
 
     x [tokens, columns]; expert_ids int32 and expert_weights float32 [tokens, top_k]; the id `num_experts` means no expert.
-    biases: of gate, up and down [experts, rows], or none; clamp, adapters: as of `expert_ffn`.
+    biases: of gate, up and down [experts, rows], or none; clamp, adapters, activation: as of `expert_ffn`.
     """
     gates, ups, downs = (operand(stack, layer) for stack in (gate, up, down))
     added = [operand(stack, layer) for stack in biases]
     known = Biases(*(unpack_rows(bias, 0, bias.rows) for bias in added)) if added else None
     arguments = x, expert_ids, expert_weights, gates, ups, downs, arithmetic, implementation
-    return expert_ffn(*arguments, biases=known, clamp=clamp, adapters=adapters)
+    return expert_ffn(*arguments, biases=known, clamp=clamp, adapters=adapters, activation=activation)
 
 
 def operand(stack: Stack, layer: Layer | None) -> Matrix:

@@ -8,7 +8,7 @@ and 1 / sqrt(key_length), except in the model of 62 layers.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -170,9 +170,14 @@ def _to_gguf(config: ModelConfig, where: str) -> dict[str, Typed]:
     return windows_to_gguf(config, where, _PERIOD)
 
 
-def windows_to_gguf(config: ModelConfig, where: str, period: int = 0) -> dict[str, Typed]:
+def windows_to_gguf(
+    config: ModelConfig,
+    where: str,
+    period: int = 0,
+    feed_forward: Callable[[ModelConfig, str], decoder.Fields] | None = None,
+) -> dict[str, Typed]:
     """As `Family.to_gguf`, with the keys of layers with and without a window. period: the pattern that llama.cpp assumes (0:
-    the file must state it)."""
+    the file must state it); feed_forward: as of `decoder.to_gguf`."""
     windows = tuple(mixer.window for mixer in config.attentions)
     local = next((mixer for mixer in config.attentions if mixer.window), None)
     full = next((mixer for mixer in config.attentions if not mixer.window), config.attentions[0])
@@ -185,7 +190,7 @@ def windows_to_gguf(config: ModelConfig, where: str, period: int = 0) -> dict[st
         "rope_dim": full.rope.dim,
         "rope_scaling": full.rope.scaling,
     }
-    typed = decoder.to_gguf(dataclasses.replace(config, **same), where)
+    typed = decoder.to_gguf(dataclasses.replace(config, **same), where, feed_forward=feed_forward)
     own = {}
     if local is not None:
         own["rope.freq_base_swa"] = Typed(local.rope.theta, "float32")

@@ -1,8 +1,9 @@
-"""Gemma 4: texts, and the text part of the models of texts, pictures and sounds. (Its mixture of experts is not supported.)
+"""Gemma 4: texts, and the text part of the models of texts, pictures and sounds.
 
 Layers without a window have wider heads, and only the first pairs of these turn: the frequencies of the others are divided by
 a number so large that they stand still. The last layers may read the keys and values of earlier ones, and each layer may get
-an embedding of its own of each token.
+an embedding of its own of each token. In the model with experts each layer has them next to its dense feed-forward: they and
+their router read the residual stream through norms of their own, and both results are normalized and added.
 """
 
 from __future__ import annotations
@@ -14,18 +15,19 @@ from typing import Any
 
 import numpy as np
 
-from ferrum_jax.config import Attention, Dense, LayerSpec, ModelConfig, Rope
+from ferrum_jax.config import Attention, LayerSpec, Mixture, ModelConfig, Rope
 from ferrum_jax.errors import UnsupportedModelError
 from ferrum_jax.families import decoder, rope, tensors
 from ferrum_jax.families.family import ConfigFile, Family
 from ferrum_jax.families.fields import ROPE_FIELDS
 from ferrum_jax.families.gemma3 import PATTERN_KEY, complete, default_windows, ropes_of_json, softcap, windows_to_gguf
 from ferrum_jax.families.keys import FACTOR, THETA, Keys, Range, shown
-from ferrum_jax.families.table import Change, Table, Tensor
+from ferrum_jax.families.table import Change, Table, Tensor, every_layer
 from ferrum_jax.files.metadata import Typed
 from ferrum_jax.files.tensor_info import TensorInfo
 
 _STILL = 1e30  # divides the frequency of a pair that does not turn
+_WIDTH_KEY = "expert_feed_forward_length"
 _INPUT_KEY = "embedding_length_per_layer_input"
 _SHARED_KEY = "attention.shared_kv_layers"
 _NOTHING_TO_SHARE = "a layer reads the keys and values of one before it, but none is of its kind"
@@ -79,7 +81,30 @@ _LAYER = (
     *(_QUERY, _QUERY_NORM, _OUTPUT),
     *(dataclasses.replace(row, layers=_has_keys, ignored=_shares_keys) for row in (_KEY, _KEY_NORM)),
     dataclasses.replace(_VALUE, layers=_has_values, ignored=_shares_keys),
-    *tensors.dense(),
+    *(dataclasses.replace(row, layers=every_layer) for row in tensors.dense()),
+    *tensors.mixture("router.proj", "experts"),
+    Tensor("ffn_gate_inp.scale", ("feed_forward", "router_scale"), ("hidden",), (Change("router.scale"),), tensors.is_mixture),
+    Tensor(
+        "ffn_down_exps.scale",
+        ("feed_forward", "expert_scale"),
+        ("routed",),
+        (Change("router.per_expert_scale"),),
+        tensors.is_mixture,
+    ),
+    *(
+        Tensor(
+            f"{name}.weight",
+            ("feed_forward", path),
+            ("hidden",),
+            (f"{module}_feedforward_layernorm_{name[-1]}",),
+            tensors.is_mixture,
+        )
+        for name, path, module in (
+            ("post_ffw_norm_1", "shared_output_norm", "post"),
+            ("pre_ffw_norm_2", "expert_norm", "pre"),
+            ("post_ffw_norm_2", "expert_output_norm", "post"),
+        )
+    ),
     Tensor("inp_gate.weight", ("input_gate",), ("input", "hidden"), ("per_layer_input_gate",), _has_inputs),
     Tensor("proj.weight", ("input_projection",), ("hidden", "input"), ("per_layer_projection",), _has_inputs),
     Tensor("post_norm.weight", ("input_norm",), ("hidden",), ("post_per_layer_input_norm",), _has_inputs),
@@ -114,17 +139,18 @@ def _table(root: str, passed_over: str = "") -> Table:
 
 def _sizes(config: ModelConfig, spec: LayerSpec | None) -> Mapping[str, int | tuple[int, int]]:
     width = config.layers[0].input_width
-    of_inputs = {"input": width, "inputs": width * config.num_layers, "input_vocab": config.vocab_size, "one": 1}
-    return tensors.sizes(config, spec) | of_inputs
+    own: dict[str, int | tuple[int, int]] = {"input": width, "inputs": width * config.num_layers, "one": 1}
+    own["input_vocab"] = config.vocab_size
+    if spec is not None and isinstance(spec.feed_forward, Mixture):
+        own["width"] = spec.feed_forward.shared_width
+    return tensors.sizes(config, spec) | own
 
 
 # ---- keys
 
 
 def _from_gguf(family: Family, keys: Keys, found: Mapping[str, TensorInfo]) -> ModelConfig:
-    if keys.has("expert_count") and keys.integer("expert_count", low=0):
-        raise keys.unsupported("expert_count", "mixtures of experts are not supported in this architecture")
-    config = decoder.from_gguf(family, keys, found)
+    config = decoder.from_gguf(family, keys, found, feed_forward=_experts_of_gguf)
     if not isinstance(keys.get(PATTERN_KEY), np.ndarray):
         raise keys.fail(PATTERN_KEY, f"must say true or false for each of the {config.num_layers} layers")
     width = keys.integer("attention.key_length_swa", high=2**14)
@@ -145,6 +171,25 @@ def _from_gguf(family: Family, keys: Keys, found: Mapping[str, TensorInfo]) -> M
     return _config(config, mixers, shared, inputs, cap, keys.fail(_SHARED_KEY, _NOTHING_TO_SHARE))
 
 
+def _experts_of_gguf(keys: Keys, layers: int) -> decoder.Fields:
+    fields = decoder.mixture_from_gguf(keys, layers, _WIDTH_KEY)
+    return fields | ({"shared_expert_size": keys.integers("feed_forward_length", layers)} if "num_experts" in fields else {})
+
+
+def _experts_of_json(keys: Keys, layers: int) -> decoder.Fields:
+    if not keys.boolean("enable_moe_block", False):
+        keys.ignore("num_experts", "top_k_experts", "moe_intermediate_size")
+        return decoder.dense_from_json(keys, layers)
+    count = keys.integer("num_experts", high=2**16)
+    return {
+        "num_experts": count,
+        "experts_per_token": keys.integer("top_k_experts", high=count),
+        "expert_intermediate_size": keys.integer("moe_intermediate_size"),
+        "norm_topk_prob": True,
+        "shared_expert_size": keys.integer("intermediate_size"),
+    }
+
+
 def _config(
     config: ModelConfig, mixers: Sequence[Attention], shared: int, inputs: int, cap: float, error: Exception
 ) -> ModelConfig:
@@ -159,16 +204,13 @@ def _config(
             raise error
         alike = mixer.key_is_value and not shares
         mixer = dataclasses.replace(mixer, scale=1.0, value_norm=not shares, key_is_value=alike, shared_kv=shares)
-        assert isinstance(spec.feed_forward, Dense)
-        layers.append(LayerSpec(mixer, Dense(spec.feed_forward.width, "gelu_tanh"), inputs))
+        layers.append(LayerSpec(mixer, dataclasses.replace(spec.feed_forward, activation="gelu_tanh"), inputs))
     return dataclasses.replace(config, layers=tuple(layers), embedding_scale=config.hidden_size**0.5, logit_softcap=cap)
 
 
 def _from_json(family: Family, keys: Keys, path: Path) -> ConfigFile:
     complete(keys, _DEFAULTS)
-    if keys.boolean("enable_moe_block", False):
-        raise keys.unsupported("enable_moe_block", "true: mixtures of experts are not supported in this model class")
-    keys.ignore("num_experts", "top_k_experts", "moe_intermediate_size", "use_bidirectional_attention")
+    keys.ignore("use_bidirectional_attention")
     if keys.get("use_bidirectional_attention") not in (None, "vision"):
         raise keys.unsupported("use_bidirectional_attention", "only 'vision' is supported")
     inputs = keys.integer("hidden_size_per_layer_input", low=0)
@@ -178,7 +220,7 @@ def _from_json(family: Family, keys: Keys, path: Path) -> ConfigFile:
     full, sliding = ropes_of_json(keys)
     theta, part, factor = _proportional(keys, full)
     keys.values |= {"rope_parameters": None, "rope_scaling": None}
-    file = decoder.from_json(family, keys, path, theta=theta, window=_windows_of_json)
+    file = decoder.from_json(family, keys, path, theta=theta, window=_windows_of_json, feed_forward=_experts_of_json)
     config = file.config
     assert isinstance(config, ModelConfig)
     local = rope.from_json(Keys({"rope_parameters": sliding}, "", keys.source), 1e4, config.head_dim, config.context_length)
@@ -191,9 +233,9 @@ def _from_json(family: Family, keys: Keys, path: Path) -> ConfigFile:
             dataclasses.replace(mixer, num_kv_heads=count, head_dim=head, rope=turned, key_is_value=alike and not mixer.window)
         )
     if keys.boolean("use_double_wide_mlp", False):
-        once = config.num_layers - shared
-        widths = (config.intermediate_size,) * once + (2 * config.intermediate_size,) * shared
-        config = config.with_by_layer(intermediate_size=widths)
+        name = "shared_expert_size" if config.num_experts else "intermediate_size"
+        width, once = getattr(config, name), config.num_layers - shared
+        config = config.with_by_layer(**{name: (width,) * once + (2 * width,) * shared})
     cap = softcap(keys)
     config = _config(config, mixers, shared, inputs, cap, keys.fail("num_kv_shared_layers", _NOTHING_TO_SHARE))
     factors = np.where(np.arange(wide // 2) < int(part * wide // 2), factor, _STILL).astype(np.float32)
@@ -256,8 +298,17 @@ def _shapes_of_json(keys: Keys, config: ModelConfig, alike: bool) -> list[tuple[
     return found
 
 
+def _experts_to_gguf(config: ModelConfig, where: str) -> decoder.Fields:
+    return {
+        "expert_count": config.num_experts,
+        "expert_used_count": config.experts_per_token,
+        _WIDTH_KEY: config.expert_intermediate_size,
+        "feed_forward_length": config.by_layer("shared_expert_size" if config.num_experts else "intermediate_size"),
+    }
+
+
 def _to_gguf(config: ModelConfig, where: str) -> dict[str, Typed]:
-    typed = windows_to_gguf(config, where)
+    typed = windows_to_gguf(config, where, feed_forward=_experts_to_gguf)
     sliding = next((mixer for mixer in config.attentions if mixer.window), config.attentions[0])
     shared = [mixer.shared_kv for mixer in config.attentions]
     integers = {

@@ -88,18 +88,19 @@ def dense(*, may_be_biased: bool = False) -> tuple[Tensor, ...]:
     return (*matrices, *(biases if may_be_biased else ()))
 
 
-def mixture() -> tuple[Tensor, ...]:
-    """The router and the experts (SwiGLUs), with the names of Qwen and of Mixtral, one tensor per expert or one for all."""
+def mixture(router: str = "mlp.gate", experts: str = "mlp.experts") -> tuple[Tensor, ...]:
+    """The router and the experts (SwiGLUs), with these names of modules and with those of Mixtral, one tensor per expert or one
+    for all."""
     wide, narrow = ("expert", "expert_width", "hidden"), ("expert", "hidden", "expert_width")
-    modules: tuple[str | Part, ...] = ("mlp.gate", "block_sparse_moe.gate")
+    modules: tuple[str | Part, ...] = (router, "block_sparse_moe.gate")
     path = "feed_forward"
     found = [Tensor("ffn_gate_inp.weight", (path, "router"), ("routed", "hidden"), modules, is_mixture, quantize=False)]
     for name, letters, axes, part in (
-        ("gate", "w1", wide, Part("mlp.experts.gate_up_proj", 0)),
-        ("up", "w3", wide, Part("mlp.experts.gate_up_proj", 1)),
-        ("down", "w2", narrow, Part("mlp.experts.down_proj")),
+        ("gate", "w1", wide, Part(f"{experts}.gate_up_proj", 0)),
+        ("up", "w3", wide, Part(f"{experts}.gate_up_proj", 1)),
+        ("down", "w2", narrow, Part(f"{experts}.down_proj")),
     ):
-        modules = (f"mlp.experts.*.{name}_proj", f"block_sparse_moe.experts.*.{letters}", part)
+        modules = (f"{experts}.*.{name}_proj", f"block_sparse_moe.experts.*.{letters}", part)
         both = None if name == "down" else Change("ffn_gate_up_exps.weight", functools.partial(_rows_of_both, part.index))
         found.append(Tensor(f"ffn_{name}_exps.weight", (path, f"expert_{name}"), axes, modules, is_mixture, elsewhere=both))
     return tuple(found)

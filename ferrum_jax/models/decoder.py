@@ -20,7 +20,7 @@ import numpy as np
 import ferrum_jax.models.latent
 import ferrum_jax.models.short_conv  # noqa: F401 - as latent a kind of mixer, which it adds to MIXERS
 from ferrum_jax.adapters import COLUMNS, without_adapters
-from ferrum_jax.config import Attention, Dense, GatedDeltaNet, Mixture, ModelConfig, Rope
+from ferrum_jax.config import Attention, GatedDeltaNet, Mixture, ModelConfig, Rope
 from ferrum_jax.models.delta_net import sequences_of
 from ferrum_jax.models.layers import ROUTING, Block, Paged, clamp_of, router_of
 from ferrum_jax.models.recurrence import Recurrence, recurrence
@@ -189,10 +189,8 @@ def run_layers(
 ) -> Carry:
     """The residual stream x float32 [T, hidden_size] after all layers, the parts of the state and, with `record`, the routers'
     choices: in one call if a backend has one. inputs: as of `Block`."""
-    backend = None
-    if config.attentions and {type(spec.mixer) for spec in config.layers} <= {Attention, GatedDeltaNet}:
-        shape, parts = _shape(config), _parts(layers, config.num_layers)
-        backend = backend_for(*parts, config.hidden_size, shape, config.dtype, config.implementation, _features(config))
+    shape, parts = _shape(config), _parts(layers, config.num_layers)
+    backend = backend_for(*parts, config.hidden_size, shape, config.dtype, config.implementation, _features(config))
     if backend is None:
         return _composed(config, layers, x, access, angles, None, record, inputs)
 
@@ -211,7 +209,8 @@ def run_layers(
 def _shape(config: ModelConfig) -> LayerShape:
     """The numbers of the first layer and the first mixture, and how many kinds of either there are in what layers must
     share."""
-    first, mixers = config.attentions[0], [spec.mixer for spec in config.layers]
+    mixers = [spec.mixer for spec in config.layers]
+    first = next(iter(config.attentions), Attention(0, 0, 0, Rope(0.0, 0)))
     alike = (dataclasses.replace(mixer, num_heads=0, num_kv_heads=0, rope=first.rope, window=0) for mixer in config.attentions)
     mixtures = [spec.feed_forward for spec in config.layers if isinstance(spec.feed_forward, Mixture)]
     choices = {(router_of(mixture), clamp_of(mixture)) for mixture in mixtures}
@@ -223,8 +222,11 @@ def _shape(config: ModelConfig) -> LayerShape:
 
 def _features(config: ModelConfig) -> tuple[str, ...]:
     """What the layers have that not every call of all layers knows."""
-    attentions, found = config.attentions, []
-    if any(isinstance(spec.feed_forward, Dense) and spec.feed_forward.activation != "silu" for spec in config.layers):
+    attentions, others = config.attentions, {type(spec.mixer) for spec in config.layers} - {Attention, GatedDeltaNet}
+    found = sorted(f"{kind.__name__} layers" for kind in others)
+    if not attentions:
+        found.append("models without attention")
+    if any(spec.feed_forward.activation != "silu" for spec in config.layers):
         found.append("GELU")
     if any(mixer.scale for mixer in attentions):
         found.append("scale of the scores")

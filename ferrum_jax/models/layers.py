@@ -19,6 +19,7 @@ from ferrum_jax.config import Dense, Latent, LayerSpec, Mixture, ModelConfig
 from ferrum_jax.quantized import Layer, LayerStack, gated_linear, linear, linears, mixture, operand
 from pallas_kernels.append import Norm, append, turned
 from pallas_kernels.grouped_matmul import Clamp, ExpertAdapters, Pair
+from pallas_kernels.grouped_matmul.parts import gelu
 from pallas_kernels.paged_attention import paged_attention
 from pallas_kernels.reductions import gelu, product, rms_norm, row_sum, sigmoid, silu
 from pallas_kernels.routing import Router, route
@@ -61,6 +62,11 @@ class LayerModule(nn.Module):
         """The pair of a matrix that is being trained, in float32."""
         pair: Pair | None = self.get_variable(TRAINED, name)
         return pair and Pair(pair.a.astype(jnp.float32), pair.b.astype(jnp.float32), pair.scale)
+
+    def norm(self, x: jax.Array, name: str, layer: Layer) -> jax.Array:
+        """x, normalized if there is such a norm."""
+        stack = self.stack(name)
+        return x if stack is None else rms_norm(x, stack.vector(layer), self.config.rms_norm_eps)
 
     def adapts(self, layer: Layer, name: str, adapter_mask: jax.Array | None) -> bool:
         stack = self.stack(name + adapters.A)
@@ -145,11 +151,14 @@ class FeedForward(LayerModule):
 
     spec: Dense | Mixture
 
-    def __call__(self, x: jax.Array, layer: Layer, live: jax.Array, adapter_mask: jax.Array | None = None) -> jax.Array:
-        """x float32, live bool [tokens] -> float32, x and the result [tokens, hidden_size]."""
+    def __call__(
+        self, x: jax.Array, stream: jax.Array, layer: Layer, live: jax.Array, adapter_mask: jax.Array | None = None
+    ) -> jax.Array:
+        """x, stream float32, live bool [tokens] -> float32, all [tokens, hidden_size]. stream: the residual stream, of which x
+        is the normalized form; experts that have a norm of their own read it through that."""
         if isinstance(self.spec, Mixture):
-            y = self.mixture(x, layer, live, self.spec, adapter_mask)
-            return y + self.shared(x, layer, adapter_mask) if self.spec.shared_width else y
+            y = self.mixture(x, stream, layer, live, self.spec, adapter_mask)
+            return y + self.shared(x, layer, adapter_mask, self.spec.activation) if self.spec.shared_width else y
         return self.dense(x, layer, adapter_mask, activation=self.spec.activation)
 
     def dense(
@@ -167,31 +176,45 @@ class FeedForward(LayerModule):
             hidden = (gelu(gate) if activation == "gelu_tanh" else silu(gate)) * up
         return self.project(hidden, layer, prefix + "down", adapter_mask=adapter_mask)[0]
 
-    def shared(self, x: jax.Array, layer: Layer, adapter_mask: jax.Array | None) -> jax.Array:
-        """What every token gets in addition to its experts: a SwiGLU, times the sigmoid of x's product with a vector if there
-        is one."""
+    def shared(self, x: jax.Array, layer: Layer, adapter_mask: jax.Array | None, activation: str) -> jax.Array:
+        """What every token gets in addition to its experts: a SwiGLU, normalized or times the sigmoid of x's product with a
+        vector if there is one."""
         with jax.named_scope("shared_expert"):
-            y = self.dense(x, layer, adapter_mask, "shared_")
+            prefix = "shared_" if self.stack("shared_gate") is not None else ""  # where all layers have it
+            y = self.norm(self.dense(x, layer, adapter_mask, prefix, activation), "shared_output_norm", layer)
             vector = self.stack("shared_router")
             return y if vector is None else sigmoid(row_sum(x * vector.vector(layer))) * y
 
-    def mixture(self, x: jax.Array, layer: Layer, live: jax.Array, spec: Mixture, adapter_mask: jax.Array | None) -> jax.Array:
+    def mixture(
+        self,
+        x: jax.Array,
+        stream: jax.Array,
+        layer: Layer,
+        live: jax.Array,
+        spec: Mixture,
+        adapter_mask: jax.Array | None,
+    ) -> jax.Array:
         """The experts that the router chooses for each token, each a SwiGLU, summed with their weights in the order chosen."""
-        config = self.config
+        config, routed = self.config, x
+        if self.stack("expert_norm") is not None:
+            x, scale = self.norm(stream, "expert_norm", layer), self.stack("router_scale").vector(layer)
+            routed = rms_norm(stream, scale * config.hidden_size**-0.5, config.rms_norm_eps)
         with jax.named_scope("router"):
-            logits = linear(x, self.stack("router"), layer, implementation=config.implementation)
+            logits = linear(routed, self.stack("router"), layer, implementation=config.implementation)
             if (bias := self.stack("router_bias")) is not None:
                 logits = logits + bias.vector(layer)
             bias = self.stack("selection_bias")
             vector, implementation = None if bias is None else bias.vector(layer), config.implementation
             expert_ids, expert_weights = route(logits, live, router_of(spec), vector, implementation=implementation)
+            if (scales := self.stack("expert_scale")) is not None:
+                expert_weights = expert_weights * scales.vector(layer).at[expert_ids].get(mode="clip")
             self.sow(ROUTING, "experts", (expert_ids, expert_weights))
         with jax.named_scope("experts"):
             gate, up, down = (self.stack(f"expert_{name}") for name in _PROJECTIONS)
             biases = [self.stack(f"expert_{name}_bias") for name in _PROJECTIONS]
             added = self.expert_adapters(layer, adapter_mask)
             x, dtype = x.astype(config.activations), config.dtype
-            return mixture(
+            y = mixture(
                 x,
                 expert_ids,
                 expert_weights,
@@ -204,7 +227,9 @@ class FeedForward(LayerModule):
                 biases=[bias for bias in biases if bias is not None],
                 clamp=clamp_of(spec),
                 adapters=added,
+                activation=spec.activation,
             )
+            return self.norm(y, "expert_output_norm", layer)
 
     def expert_adapters(self, layer: Layer, adapter_mask: jax.Array | None) -> ExpertAdapters | None:
         """The pairs of the experts. Of those that are being trained gate and up share an A, and the rows of B are gate's, then
@@ -282,7 +307,7 @@ class Block(LayerModule):
             y, part = getattr(self, name)(self.norm(x, "attention_norm", layer), part, layer, index, told, adapter_mask)
             x = x + self.norm(y, "attention_output_norm", layer)
         with jax.named_scope("feed_forward"):
-            y = self.feed_forward(self.norm(x, "feed_forward_norm", layer), layer, live, adapter_mask)
+            y = self.feed_forward(self.norm(x, "feed_forward_norm", layer), x, layer, live, adapter_mask)
             x = x + self.norm(y, "feed_forward_output_norm", layer)
         if inputs is not None and self.spec.input_width:
             with jax.named_scope("layer_input"):
@@ -293,8 +318,3 @@ class Block(LayerModule):
         if (scale := self.stack("output_scale")) is not None:
             x = product(x, scale.vector(layer))
         return x, part
-
-    def norm(self, x: jax.Array, name: str, layer: Layer) -> jax.Array:
-        """x, normalized if there is such a norm."""
-        stack = self.stack(name)
-        return x if stack is None else rms_norm(x, stack.vector(layer), self.config.rms_norm_eps)

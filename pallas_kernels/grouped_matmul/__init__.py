@@ -16,15 +16,15 @@ Contract of `matmul_by_head(x, heads)`, in which every row has one product with 
 * result [tokens, heads, n] float32. Row i depends on row i of x alone.
 * derivative: with respect to x.
 
-Contract of `expert_ffn(x, expert_ids, expert_weights, gate, up, down, biases, clamp)`, a whole mixture-of-experts
+Contract of `expert_ffn(x, expert_ids, expert_weights, gate, up, down, biases, clamp, activation)`, a whole mixture-of-experts
 feed-forward:
 
 * `x` [tokens, k]; `expert_ids` int32 [tokens, top_k], E if a token is padding; `expert_weights` float32 [tokens, top_k].
 * gate, up: experts [n, k]; down: experts [k, n]. `biases`: of the three products of each expert, or None.
 * result float32 [tokens, k]: for each token the sum over its ranks, in their order, of weight * down(silu(gate x) * up x);
   with a `clamp`, of weight * down((u + 1) * g * sigmoid(alpha * g)), g = min(gate x, limit) and u = clip(up x, -limit,
-  limit) (arXiv 2508.10925). Rows are sorted by expert on the device, stably. `adapters`: pairs that are added to the three
-  products of each expert.
+  limit) (arXiv 2508.10925); with the activation "gelu_tanh", of weight * down(gelu(gate x) * up x). Rows are sorted by expert
+  on the device, stably. `adapters`: pairs that are added to the three products of each expert.
 * derivative: with respect to x, expert_weights and the adapters.
 """
 
@@ -43,7 +43,7 @@ from pallas_kernels.derivatives import derivative_of, linear
 from pallas_kernels.grouped_matmul import xla
 from pallas_kernels.grouped_matmul.factors import ExpertAdapters, Pair, grouped_factor
 from pallas_kernels.grouped_matmul.grouping import group
-from pallas_kernels.grouped_matmul.parts import Biases, Clamp, gated
+from pallas_kernels.grouped_matmul.parts import Biases, Clamp, gated, gelu
 from pallas_kernels.quantized_matmul import backend_for
 from pallas_kernels.reductions import sigmoid, term
 
@@ -119,6 +119,7 @@ def expert_ffn(
     biases: Biases | None = None,
     clamp: Clamp | None = None,
     adapters: ExpertAdapters | None = None,
+    activation: str = "silu",
 ) -> jax.Array:
     """A whole mixture-of-experts feed-forward. See the module's contract.
 
@@ -134,6 +135,7 @@ def expert_ffn(
       biases: of the products; None: there are none.
       clamp: of the SwiGLU; None: it has none.
       adapters: of the products; None: there are none.
+      activation: "silu" or "gelu_tanh".
 
     Returns:
       float32 [tokens, k].
@@ -153,10 +155,10 @@ def expert_ffn(
         raise ValueError(f"expert_ffn: biases {[bias.shape for bias in biases]} of {count} experts {gate}, {up} and {down}")
     biases = biases and Biases(*map(jnp.asarray, biases))
     target = dispatch.target("expert_ffn", implementation)
-    arguments = x, expert_ids, expert_weights, gate, up, down, biases, clamp, target, arithmetic or x.dtype.name
+    static = clamp, activation, target, arithmetic or x.dtype.name
     if adapters is not None or any(map(is_ordered, (gate, up, down))):
-        return _composed_ffn(*arguments, adapters)
-    return _expert_ffn(*arguments)
+        return _composed_ffn(x, expert_ids, expert_weights, gate, up, down, biases, *static, adapters)
+    return _expert_ffn(x, expert_ids, expert_weights, gate, up, down, biases, *static)
 
 
 def _check(operation: str, x: jax.Array, matrix: Matrix, experts: int) -> None:
@@ -203,6 +205,7 @@ def _composed_ffn(
     down: Matrix,
     biases: Biases | None,
     clamp: Clamp | None,
+    activation: str,
     target: dispatch.Target,
     arithmetic: str,
     adapters: ExpertAdapters | None = None,
@@ -221,8 +224,9 @@ def _composed_ffn(
     token = groups.order // top_k
     rows = x[token]
     of_gate, of_up, of_down = zip(biases or (None,) * 3, adapters or (None,) * 3, strict=True)
-    hidden = gated([product(rows, gate, *of_gate), product(rows, up, *of_up)], clamp, sigmoid).astype(x.dtype)
-    y = product(hidden, down, *of_down)[groups.place].reshape(tokens, top_k, -1)
+    products = product(rows, gate, *of_gate), product(rows, up, *of_up)
+    hidden = gated(products, clamp, sigmoid) if activation == "silu" else gelu(products[0]) * products[1]
+    y = product(hidden.astype(x.dtype), down, *of_down)[groups.place].reshape(tokens, top_k, -1)
     return functools.reduce(jnp.add, (term(y[:, rank], expert_weights[:, rank, None]) for rank in range(top_k)))
 
 
@@ -238,7 +242,7 @@ def grouped_term(x: jax.Array, group_sizes: jax.Array, pair: Pair, token: jax.Ar
     return times(inner if pair.mask is None else jnp.where(pair.mask[token], inner, 0.0), pair.b)
 
 
-@derivative_of(_composed_ffn, of=("x", "expert_weights"), static=("clamp", "target", "arithmetic"))
+@derivative_of(_composed_ffn, of=("x", "expert_weights"), static=("clamp", "activation", "target", "arithmetic"))
 def _expert_ffn(
     x: jax.Array,
     expert_ids: jax.Array,
@@ -248,10 +252,12 @@ def _expert_ffn(
     down: Matrix,
     biases: Biases | None,
     clamp: Clamp | None,
+    activation: str,
     target: dispatch.Target,
     arithmetic: str,
 ) -> jax.Array:
-    backend = backend_for("expert_ffn", x, (gate, up, down), target, arithmetic, EXPERT_BACKENDS)
+    features = () if activation == "silu" else ("GELU",)
+    backend = backend_for("expert_ffn", x, (gate, up, down), target, arithmetic, EXPERT_BACKENDS, features)
     if backend is None:
-        return _composed_ffn(x, expert_ids, expert_weights, gate, up, down, biases, clamp, target, arithmetic)
+        return _composed_ffn(x, expert_ids, expert_weights, gate, up, down, biases, clamp, activation, target, arithmetic)
     return backend.expert_ffn(x, expert_ids, expert_weights, gate, up, down, target, biases, clamp)

@@ -127,12 +127,14 @@ def backend_for(
     target: dispatch.Target,
     arithmetic: str,
     backends: Sequence[dispatch.Backend],
+    features: tuple[str, ...] = (),
 ) -> Any:
-    """The functions of the backend that serves all the matrices in one call, or None if no single backend does."""
+    """The functions of the backend that serves all the matrices in one call, or None if no single backend does. features: as
+    of dispatch.Case."""
 
     def case(m: Matrix) -> dispatch.Case:
         sizes = x.shape[0], m.rows, m.columns
-        return dispatch.Case(operation, target, m.format, arithmetic, m.memory_layout, sizes)
+        return dispatch.Case(operation, target, m.format, arithmetic, m.memory_layout, sizes, features)
 
     found = [dispatch.choose(case(matrix), backends) for matrix in matrices]
     return found[0] if all(one is found[0] for one in found) else None

@@ -32,9 +32,10 @@ def golden(name: str, count: int = 1) -> None:
             check_logits(fj.load(path, dtype="float32"), dict(file), prompts)
 
 
-_OF = {name: functools.partial(golden, name) for name in ("gemma3", "gemma3-bf16", "gemma4", "gemma4-q8_0")}
+_OF = {name: functools.partial(golden, name) for name in ("gemma3", "gemma3-bf16", "gemma4", "gemma4-q8_0", "gemma4-moe")}
 _TURNED = {name: functools.partial(golden, name, 2) for name in _OF}  # a single token is not
 _BLOCK, _HIDDEN, _ATTENTION = layers.Block.__call__, decoder.Decoder.hidden, layers.Attention.__call__
+_MIXTURE = layers.FeedForward.mixture
 FAULTS = {
     "one": Fault(
         "norms are without their one",
@@ -84,6 +85,29 @@ FAULTS = {
     "input": Fault("layers get the first one's input", _BLOCK, "inputs, layer.number, 1", "inputs, 0, 1", _OF["gemma4"]),
     "known input": Fault(
         "what layers get of an id is not scaled", decoder.Decoder.inputs, "made.shape[-1] ** 0.5", "1.0", _OF["gemma4"]
+    ),
+    "router": Fault(
+        "the router reads what the experts read",
+        _MIXTURE,
+        "routed = rms_norm(stream, scale * config.hidden_size**-0.5, config.rms_norm_eps)",
+        "routed = x",
+        _OF["gemma4-moe"],
+    ),
+    "router scale": Fault(
+        "the router's input is not made small", _MIXTURE, "scale * config.hidden_size**-0.5", "scale", _OF["gemma4-moe"]
+    ),
+    "stream": Fault(
+        "experts read what the dense feed-forward reads",
+        _MIXTURE,
+        'self.norm(stream, "expert_norm", layer)',
+        'self.norm(x, "expert_norm", layer)',
+        _OF["gemma4-moe"],
+    ),
+    "expert scale": Fault(
+        "experts are not scaled", _MIXTURE, 'scales.vector(layer).at[expert_ids].get(mode="clip")', "1", _OF["gemma4-moe"]
+    ),
+    "apart": Fault(
+        "the experts' sum is not normalized", _MIXTURE, 'self.norm(y, "expert_output_norm", layer)', "y", _OF["gemma4-moe"]
     ),
 }
 

@@ -8,4 +8,4 @@ from tiny_goldens import build, write
 from support.goldens import tiny_gemma as tiny
 
 if __name__ == "__main__":
-    write(tiny, lambda spec, path: build(path, tiny.CLASSES[spec.arch][0], experts=False))
+    write(tiny, lambda spec, path: build(path, tiny.CLASSES[spec.arch][0], experts=bool(spec.experts)))

@@ -35,7 +35,7 @@ class Spec:
     same names for what `tiny_models.matrix` needs; dtype: of the directory. scalar: `query_pre_attn_scalar`, 0: head_dim.
     rope_factor: of layers without a window, 0: none. Of Gemma 4: full_dim, full_kv_heads: of layers without a window; shared:
     the number of layers that read others' keys and values; inputs: the width of what a layer alone gets; k_is_v: values of
-    layers without a window are their keys."""
+    layers without a window are their keys; experts, top_k, expert_ff: of the mixture next to the feed-forward."""
 
     name: str
     arch: str
@@ -55,6 +55,9 @@ class Spec:
     double: bool = False
     inputs: int = 0
     k_is_v: bool = False
+    experts: int = 0
+    top_k: int = 3
+    expert_ff: int = 64
     vocab: int = 320
     eps: float = 2.0**-17  # which float32 has exactly
     theta: float = 1e5
@@ -100,6 +103,7 @@ SHARING = {
     "inputs": 32,
     "softcap": 3.0,
 }
+MIXED = {"slides": (True, False, True, False), "full_kv_heads": 1, "k_is_v": True, "experts": 8}
 CASES = [
     Spec("gemma3", "gemma3", rope_factor=8.0, seed=81),
     Spec("gemma3-q8_0", "gemma3", kv_heads=1, softcap=10.0, tied=False, formats=Q8_0, seed=82),
@@ -108,6 +112,8 @@ CASES = [
     Spec("gemma4", "gemma4", **SHARING, seed=85),
     Spec("gemma4-q8_0", "gemma4", slides=(True, False, True, False), full_kv_heads=1, k_is_v=True, formats=Q8_0, seed=86),
     Spec("gemma4-q4_k_m", "gemma4", **SHARING | WIDE, full_dim=128, formats=MIX | {"narrow": ("Q5_0",)}, seed=87),
+    Spec("gemma4-moe", "gemma4", **MIXED, softcap=3.0, seed=88),
+    Spec("gemma4-moe-q8_0", "gemma4", **MIXED | {"experts": 5, "top_k": 2}, formats=Q8_0, seed=89),
 ]
 
 
@@ -147,10 +153,12 @@ def config_json(s: Spec) -> dict[str, Any]:
         return made | own | {"use_bidirectional_attention": False}
     return made | {
         "attention_k_eq_v": s.k_is_v,
-        "enable_moe_block": False,
+        "enable_moe_block": bool(s.experts),
         "global_head_dim": s.full_dim,
         "hidden_size_per_layer_input": s.inputs,
-        "num_experts": None,
+        "moe_intermediate_size": s.expert_ff if s.experts else None,
+        "num_experts": s.experts or None,
+        "top_k_experts": s.top_k if s.experts else None,
         "num_global_key_value_heads": s.full_kv_heads or None,
         "num_kv_shared_layers": s.shared,
         "use_bidirectional_attention": "vision",
@@ -169,10 +177,10 @@ def parts(s: Spec) -> Iterator[tuple[str, str, np.ndarray, str]]:
         return f"{name}.weight", f"{known}.weight", between(s.seed, name, (size,), low, high), "F32"
 
     def matrix(
-        name: str, known: str, kind: str, layer: int, shape: tuple[int, ...], std: float
+        name: str, known: str, kind: str, layer: int, shape: tuple[int, ...], std: float, suffix: str = ".weight"
     ) -> tuple[str, str, np.ndarray, str]:
         made = tiny_models.matrix(s, f"{known}.weight", shape, std, s.format_of(kind, layer))  # type: ignore[arg-type]
-        return f"{name}.weight", f"{known}.weight", *made
+        return name + suffix, f"{known}.weight", *made
 
     yield matrix("model.embed_tokens", "token_embd", "embd", 0, (s.vocab, h), 2.8 * root if s.tied else 0.3)
     if not s.tied:
@@ -208,6 +216,17 @@ def parts(s: Spec) -> Iterator[tuple[str, str, np.ndarray, str]]:
         yield matrix(b + "mlp.gate_proj", g + "ffn_gate", "gate", n, (ff, h), 1.3 * root)
         yield matrix(b + "mlp.up_proj", g + "ffn_up", "up", n, (ff, h), 1.3 * root)
         yield matrix(b + "mlp.down_proj", g + "ffn_down", "down", n, (h, ff), 1.5 / math.sqrt(ff))
+        if s.experts:
+            wide, narrow = (s.experts, 2 * s.expert_ff, h), (s.experts, h, s.expert_ff)
+            yield norm(b + "post_feedforward_layernorm_1", g + "post_ffw_norm_1", h)
+            yield norm(b + "pre_feedforward_layernorm_2", g + "pre_ffw_norm_2", h)
+            yield norm(b + "post_feedforward_layernorm_2", g + "post_ffw_norm_2", h)
+            router = between(s.seed, b + "router", (s.experts, h), -3.0, 3.0)
+            yield b + "router.proj.weight", g + "ffn_gate_inp.weight", router, "F32"
+            for name, known, size in (("scale", "ffn_gate_inp", h), ("per_expert_scale", "ffn_down_exps", s.experts)):
+                yield b + f"router.{name}", g + f"{known}.scale", between(s.seed, b + name, (size,), 0.4, 1.6), "F32"
+            yield matrix(b + "experts.gate_up_proj", g + "ffn_gate_up_exps", "gate", n, wide, 1.3 * root, "")
+            yield matrix(b + "experts.down_proj", g + "ffn_down_exps", "down", n, narrow, 1.5 / math.sqrt(s.expert_ff), "")
 
 
 def tensors(s: Spec) -> Iterator[tuple[str, np.ndarray]]:
@@ -215,7 +234,7 @@ def tensors(s: Spec) -> Iterator[tuple[str, np.ndarray]]:
     for name, _, array, format in parts(s):
         values = array
         if array.dtype == np.uint8:
-            values = gguf.quants.dequantize(array, gguf.GGMLQuantizationType[format]).reshape(len(array), -1)
+            values = gguf.quants.dequantize(array, gguf.GGMLQuantizationType[format]).reshape(*array.shape[:-1], -1)
         values = from_bytes(to_bytes(values, s.dtype), s.dtype).reshape(values.shape)
         yield name, values
 
@@ -290,6 +309,10 @@ def write_gguf(s: Spec, path: Path) -> None:
         for key, value in integers.items():
             w.add_uint32(f"{s.arch}.{key}", value)
         w.add_array(f"{s.arch}.attention.sliding_window_pattern", list(s.slides))
+    if s.experts:
+        w.add_expert_count(s.experts)
+        w.add_expert_used_count(s.top_k)
+        w.add_expert_feed_forward_length(s.expert_ff)
     if s.softcap:
         w.add_final_logit_softcapping(s.softcap)
     add_tokenizer(w, s.vocab)

@@ -61,6 +61,20 @@ VARIANTS = {
         expert_group_best=2,
         expert_weights_scale=1.5,
     ),
+    "moe of gpt-oss": dataclasses.replace(
+        MOE.with_by_layer(sliding_window=(9, 0, 9)), attention_sinks=True, swiglu_limit=0.7, swiglu_alpha=1.702
+    ),
+    "moe of glm4moe": dataclasses.replace(
+        DENSE,
+        architecture="glm4moe",
+        layers=[
+            LayerSpec(DENSE.attentions[0], feed_forward)
+            for feed_forward in (
+                Dense(192),
+                *[Mixture(16, 4, 64, True, 2.5, shared_width=64, scoring="sigmoid", eps=1e-20)] * 2,
+            )
+        ],
+    ),
     "moe, sums kept": dataclasses.replace(MOE, norm_topk_prob=False, expert_weights_scale=2.5, num_experts=9),
 }
 
@@ -91,7 +105,8 @@ def model(name):
         params["layers"]["feed_forward"]["down_bias"] = vectors(rng, config, 128)
         del attention["query_norm"], attention["key_norm"]
     if config.router_scoring == "sigmoid":
-        params["layers"]["feed_forward"]["selection_bias"] = vectors(np.random.default_rng(5), config, 16)
+        bias = vectors(np.random.default_rng(5), config, 16)
+        params["layers"]["feed_forward"].setdefault("selection_bias", bias)  # its family has one of its own or none
     if config.attention_sinks is True:
         rng, parts = np.random.default_rng(4), params["layers"]["feed_forward"]
         params["layers"]["attention"]["sinks"] = vectors(rng, config, config.num_heads)

@@ -20,6 +20,8 @@ from ferrum_jax.cli import main
 from ferrum_jax.config import ShortConv
 from ferrum_jax.convert import convert
 from ferrum_jax.weights.opening import open_model
+from pallas_kernels import dispatch
+from support.compiler import needs_compiler
 from support.directories import edit_tensors
 from support.golden_checks import check_greedy, check_logits
 from support.goldens import tiny_directories, tiny_mixtures, tiny_models
@@ -53,6 +55,17 @@ def loaded(request, tmp_path_factory):
 
 def test_logits(loaded) -> None:
     check_logits(*loaded)
+
+
+@needs_compiler
+def test_the_call_of_all_layers_says_why_it_does_not_serve(tmp_path):
+    """It has no short convolutions."""
+    model = fj.load(written(BY_NAME["lfm2moe-q8_0"], tmp_path, "gguf"), dtype="int8")
+    with dispatch.record() as choices:
+        model.logits([[3, 4, 5]])
+    found = [choice for choice in choices if choice.operation == "decoder_layers"]
+    assert found and {choice.backend for choice in found} == {"composed"}
+    assert any("native: has no ShortConv layers" in choice.reason for choice in found), found
 
 
 @pytest.mark.slow
