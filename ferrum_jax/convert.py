@@ -23,6 +23,8 @@ from ferrum_jax.files.metadata import Typed
 from ferrum_jax.files.tensor_info import TensorInfo
 from ferrum_jax.loading import check
 from ferrum_jax.weights import ggml_types, orbax
+from ferrum_jax.weights.adapter import read_adapter
+from ferrum_jax.weights.adapter_gguf import write_adapter_file
 from ferrum_jax.weights.fresh import fresh
 from ferrum_jax.weights.opening import open_model
 from ferrum_jax.weights.quantize import PLAIN, checked_format, plain_numbers
@@ -40,6 +42,7 @@ def convert(
     to: str,
     quantize: str | None = None,
     merge_adapter: str | Path | None = None,
+    adapter: str | Path | None = None,
     force: bool = False,
     device: jax.Device | None = None,
     progress: Progress | None = None,
@@ -52,6 +55,7 @@ def convert(
       to: "orbax", a directory that `load` accepts, with the parameters in the layout of `device`; or "gguf", a file.
       quantize: as for `load`.
       merge_adapter: as for `load`.
+      adapter: a LoRA adapter of the model, which is written in its place, as a GGUF file that llama.cpp takes with --lora.
       force: replace an existing `out`.
       device: None: JAX's first device.
       progress: as for `load`.
@@ -63,12 +67,17 @@ def convert(
     if to not in KINDS:
         raise ValueError(f"to {to!r} is not supported; supported: {', '.join(KINDS)}")
     checked_format(quantize)
+    if adapter is not None and (to != "gguf" or quantize is not None or merge_adapter is not None):
+        raise ValueError("adapter: is written as a GGUF file, alone and in F32; without quantize and merge_adapter")
     out = Path(out)
     if out.exists() and not force:
         raise FileExistsError(f"{out} exists")
     path = hub.resolve(str(source), progress=progress)
     with open_model(path, quantize=quantize, merge_adapter=merge_adapter) as checkpoint:
-        if to == "gguf":
+        if adapter is not None:
+            config = check(checkpoint)[0]
+            write_adapter_file(read_adapter(adapter, config, checkpoint).factors, config, out, str(adapter))
+        elif to == "gguf":
             write_gguf(checkpoint, out, force=force, progress=progress)
         else:
             config, assigned, _ = check(checkpoint)

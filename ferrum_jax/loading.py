@@ -66,10 +66,10 @@ def load(
       max_seq_len: limit of the context in tokens; None: the model's. An embedding model cuts texts there.
       quantize: a block format, such as "q4_k" (weights.quantize.QUANTIZATIONS), to which the matrices of a checkpoint in F32,
         F16 or BF16 are quantized while they are read.
-      adapters: directories of LoRA adapters (PEFT), each under a name that `generate` and other methods accept. They are
-        applied at run time in float32, with compressed weights too.
-      merge_adapter: directory of an adapter to add to the weights of a checkpoint in F32, F16 or BF16 while they are read,
-        before `quantize`.
+      adapters: directories (PEFT) or GGUF files of LoRA adapters, each under a name that `generate` and other methods accept.
+        They are applied at run time in float32, with compressed weights too.
+      merge_adapter: an adapter to add to the weights of a checkpoint in F32, F16 or BF16 while they are read, before
+        `quantize`.
       implementation: backends by operation, as in {"paged_attention": "xla"}, to use instead of the first that can serve
         (`pallas_kernels.operations.OPERATIONS`; `doctor --all` lists them).
       progress: a function that is called with (bytes done, total bytes or None, text).
@@ -104,7 +104,7 @@ def load(
     if adapters is not None and not (
         isinstance(adapters, Mapping) and all(name and isinstance(name, str) for name in adapters)
     ):
-        raise ValueError(f"adapters must be directories by name, as in {{'name': 'path'}}, not {adapters!r:.200}")
+        raise ValueError(f"adapters must be directories or files by name, as in {{'name': 'path'}}, not {adapters!r:.200}")
     forced = checked_implementation(implementation)
     checked_format(quantize)
     path = hub.resolve(str(source), progress=progress)

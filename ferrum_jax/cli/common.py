@@ -38,7 +38,7 @@ implementation_option = click.option(
     help="Backend to serve an operation, such as paged_attention=xla (`doctor --all` lists them); several times for several.",
 )  # fmt: skip
 adapter_option = click.option(
-    "--adapter", type=click.Path(file_okay=False), metavar="DIR", help="LoRA adapter (PEFT directory), applied at run time."
+    "--adapter", type=click.Path(), metavar="PATH", help="LoRA adapter (PEFT directory or GGUF file), applied at run time."
 )
 
 

@@ -18,11 +18,19 @@ KINDS = ("orbax", "gguf")
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--to", type=click.Choice(KINDS), help="orbax: a directory; gguf: a file. Required.")
 @click.option("--quantize", metavar="FORMAT", help="Quantize F32, F16 and BF16 matrices: q4_k, q6_k, q8_0, ...")
-@click.option("--merge-adapter", type=click.Path(file_okay=False), metavar="DIR", help="Merge a LoRA adapter (PEFT) first.")
+@click.option("--merge-adapter", type=click.Path(), metavar="PATH", help="Merge a LoRA adapter (PEFT or GGUF) first.")
+@click.option("--adapter", type=click.Path(), metavar="PATH", help="Write this LoRA adapter of MODEL alone, as a GGUF file.")
 @click.option("--force", is_flag=True, help="Replace OUT if it exists.")
 @common.json_option
 def convert_command(
-    model: str, out: Path, to: str | None, quantize: str | None, merge_adapter: str | None, force: bool, as_json: bool
+    model: str,
+    out: Path,
+    to: str | None,
+    quantize: str | None,
+    merge_adapter: str | None,
+    adapter: str | None,
+    force: bool,
+    as_json: bool,
 ) -> None:
     """Write MODEL to OUT, which appears only when it is complete.
 
@@ -36,7 +44,8 @@ def convert_command(
     begin = time.perf_counter()
     try:
         with common.progress_bar() as progress, common.users_mistake():
-            convert(model, out, to=to, quantize=quantize, merge_adapter=merge_adapter, force=force, progress=progress)
+            options = {"quantize": quantize, "merge_adapter": merge_adapter, "adapter": adapter}
+            convert(model, out, to=to, **options, force=force, progress=progress)
     except OSError as error:
         reason = error.strerror or str(error)
         hint = "; --force replaces it" if not force and isinstance(error, FileExistsError) and not error.filename else ""

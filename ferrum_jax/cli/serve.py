@@ -19,7 +19,7 @@ _POSITIVE = click.IntRange(min=1)
 def _adapters(pairs: tuple[str, ...]) -> dict[str, str]:
     for pair in pairs:
         if not all(pair.partition("=")):
-            raise click.BadParameter(f"{pair!r} is not NAME=DIR, such as poems=path/to/adapter.")
+            raise click.BadParameter(f"{pair!r} is not NAME=PATH, such as poems=path/to/adapter.")
     return dict(pair.split("=", 1) for pair in pairs)
 
 
@@ -87,7 +87,7 @@ def _template(file: Path | None) -> str:
 @click.option("--reasoning-parser", metavar="NAME", help="How the model writes reasoning. Default: as its chat template says.")
 @click.option("--log-prompts", is_flag=True, help="Put prompts and answers into the log.")
 @click.option("--no-web", is_flag=True, help="Without the chat page at /.")
-@click.option("--adapter", multiple=True, metavar="NAME=DIR", help="LoRA adapter, served as the model NAME; several times.")
+@click.option("--adapter", multiple=True, metavar="NAME=PATH", help="LoRA adapter, served as the model NAME; several times.")
 @click.option("--embedding-model", metavar="MODEL", help="Model for /v1/embeddings (BERT family), under this name.")
 @common.dtype_option
 @common.implementation_option

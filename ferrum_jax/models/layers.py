@@ -19,7 +19,6 @@ from ferrum_jax.config import Dense, Latent, LayerSpec, Mixture, ModelConfig
 from ferrum_jax.quantized import Layer, LayerStack, gated_linear, linear, linears, mixture, operand
 from pallas_kernels.append import Norm, append, turned
 from pallas_kernels.grouped_matmul import Clamp, ExpertAdapters, Pair
-from pallas_kernels.grouped_matmul.parts import gelu
 from pallas_kernels.paged_attention import paged_attention
 from pallas_kernels.reductions import gelu, product, rms_norm, row_sum, sigmoid, silu
 from pallas_kernels.routing import Router, route

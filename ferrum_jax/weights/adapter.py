@@ -1,4 +1,5 @@
-"""LoRA adapters as PEFT writes them: adapter_config.json and adapter_model.safetensors in one directory.
+"""LoRA adapters: as PEFT writes them, adapter_config.json and adapter_model.safetensors in one directory; or in a GGUF file
+(adapter_gguf.py).
 
 The one idea: an adapter is a table of pairs (A, B) by parameter path, checked against the model's configuration before anything
 is computed. At run time (x A^T) B^T is added to x W^T; a merge adds B A to W. As in families/keys.py, an unknown key that might
@@ -31,6 +32,7 @@ from ferrum_jax.families.table import Change, Tensor
 from ferrum_jax.families.table import Path as TensorPath
 from ferrum_jax.files.json_file import open_regular, read_object
 from ferrum_jax.files.tensor_info import TensorInfo
+from ferrum_jax.weights.adapter_gguf import read_adapter_file
 from ferrum_jax.weights.opened import read_range
 from ferrum_jax.weights.quantize import PLAIN, plain_numbers
 from ferrum_jax.weights.safetensors import parse_header
@@ -67,16 +69,21 @@ class Adapter:
 
 
 def read_adapter(path: str | Path, config: ModelConfig, base: ModelSource | None = None) -> Adapter:
-    """Reads a PEFT directory whose adapter is for a model of this configuration. base: the open checkpoint; a copy of its
-    embedding or output matrix, which PEFT writes after a resize, is skipped if it is equal.
+    """Reads a PEFT directory or a GGUF file whose adapter is for a model of this configuration. base: the open checkpoint; a
+    copy of its embedding or output matrix, which PEFT writes after a resize, is skipped if it is equal.
 
-    Raises ModelNotFoundError if there is no directory, ModelFileError for anything that is damaged, missing or does not fit the
+    Raises ModelNotFoundError if there is neither, ModelFileError for anything that is damaged, missing or does not fit the
     model, and UnsupportedModelError for adapters other than LoRA, for matrices other than those of attention and dense
     feed-forward, and for pickled files.
     """
     path = Path(path)
+    if path.suffix == ".gguf" and path.exists():
+        of_file, digest = read_adapter_file(path, config)
+        return Adapter(path, digest, of_file)
     if not path.is_dir():
-        raise ModelNotFoundError(f"{path}: an adapter is a directory with {_CONFIG} and {_TENSORS}; there is none")
+        raise ModelNotFoundError(
+            f"{path}: an adapter is a directory with {_CONFIG} and {_TENSORS}, or a .gguf file; there is none"
+        )
     settings = _settings(path)
     raw, digest = _read(path, config, settings, base)
     factors: dict[tuple[int, TensorPath], tuple[np.ndarray, np.ndarray]] = {}

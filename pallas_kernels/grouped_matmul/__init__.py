@@ -43,9 +43,9 @@ from pallas_kernels.derivatives import derivative_of, linear
 from pallas_kernels.grouped_matmul import xla
 from pallas_kernels.grouped_matmul.factors import ExpertAdapters, Pair, grouped_factor
 from pallas_kernels.grouped_matmul.grouping import group
-from pallas_kernels.grouped_matmul.parts import Biases, Clamp, gated, gelu
+from pallas_kernels.grouped_matmul.parts import Biases, Clamp, gated
 from pallas_kernels.quantized_matmul import backend_for
-from pallas_kernels.reductions import sigmoid, term
+from pallas_kernels.reductions import gelu, sigmoid, term
 
 BACKENDS = (
     dispatch.Backend("native", native.refuses, lambda: native),

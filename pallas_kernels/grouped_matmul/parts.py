@@ -24,11 +24,6 @@ class Clamp(NamedTuple):
     alpha: float
 
 
-def gelu(x: jax.Array) -> jax.Array:
-    """GELU in its tanh form (arXiv 1606.08415), float32."""
-    return jax.nn.gelu(x, approximate=True)
-
-
 def gated(
     products: Sequence[jax.Array], clamp: Clamp | None, sigmoid: Callable[[jax.Array], jax.Array] = jax.nn.sigmoid
 ) -> jax.Array:

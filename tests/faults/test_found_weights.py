@@ -8,7 +8,7 @@ import pytest
 
 from ferrum_jax.errors import FerrumError
 from ferrum_jax.families import Family, delta_net, keys, qwen3next
-from ferrum_jax.weights import adapter, changed, huggingface, packed
+from ferrum_jax.weights import adapter, adapter_gguf, changed, huggingface, packed
 from ferrum_jax.weights import block_scales as reading
 from ferrum_jax.weights import names as weights_names
 from ferrum_jax.weights.gguf import open_gguf
@@ -20,6 +20,7 @@ from support.tiny_gguf import write_tiny_llama
 from unit.kernels import test_block_scales as block_scales
 from unit.model import test_hybrids as hybrids
 from unit.weights import test_adapter_files as adapters
+from unit.weights import test_adapter_gguf as of_files
 from unit.weights import test_config as of_gguf
 from unit.weights import test_config_numbers as numbers
 from unit.weights import test_directory_config as directory_config
@@ -54,7 +55,20 @@ def an_array_of_counts(folder: Path) -> None:
         numbers.test_types_of_integers_in_gguf("context_length", header)
 
 
+def the_file_of_llama_cpp(folder: Path) -> None:
+    directories = of_files.Folder(folder)
+    with of_files.open_model(directories(of_files.adapter_cases.LLAMA)) as source:
+        of_files.test_the_file_of_llama_cpp_is_the_directory(directories, source.config())
+
+
 FAULTS = {
+    "adapter rows": Fault(
+        "rows of B are taken as they are in the file of an adapter",
+        adapter_gguf.read_adapter_file,
+        "if factor and tensor.gguf_rows:",
+        "if False:",
+        in_folder(the_file_of_llama_cpp),
+    ),
     "3-tied": Fault(
         "an output of its own is dropped where config.json ties",
         huggingface._Layout._tie,

@@ -31,6 +31,9 @@ CASES = [
     Spec("gpt-oss-attention", OSS, ATTENTION, seed=10),
     Spec("qwen3moe-dense", MOE, ("q_proj", *DENSE), (1,), rank=3, alpha=7, seed=8),
 ]  # fmt: skip
+# llama-file.gguf is what convert_lora_to_gguf.py of llama.cpp (in llama-cpp-python 0.3.36) makes of it:
+#     python convert_lora_to_gguf.py --base BASE --outfile llama-file.gguf ADAPTER
+FILE = Spec("llama-file", LLAMA, ("q_proj", "k_proj", "down_proj"), (1,), rank=2, alpha=3, seed=11)
 EXTRA = {  # without goldens: they are loaded next to those that have some
     base.name: Spec(f"extra-{base.name}", base, ("k_proj", "o_proj"), rank=5, alpha=5, seed=9)
     for base in (HALVED, QWEN2, QWEN3, OSS)

@@ -95,7 +95,7 @@ def test_mistakes_are_told_before_the_model_is_loaded(capsys, tmp_path):
             (("--host", "192.0.2.1"), "cannot listen at 192.0.2.1:8000"),
             (("--api-key", "a", "--api-key-file", __file__), "--api-key and --api-key-file are both given"),
             (("--api-key", " "), "--api-key is empty"),
-            (("--adapter", "poems"), "'poems' is not NAME=DIR"),
+            (("--adapter", "poems"), "'poems' is not NAME=PATH"),
             (("--port", "0", "--store", str(tmp_path / "text")), f"--store {tmp_path / 'text'}: cannot be used as a store"),
             (("--adapter", f"tiny={tmp_path}"), "--adapter tiny: the model has this name"),
         ]:

@@ -370,7 +370,7 @@ def test_what_they_take_is_counted(model: fj.Model, base: fj.Model, folder: Fold
 def test_names_of_adapters(folder: Folder) -> None:
     path = folder(CASES["llama-all"])
     for wrong in ([path], {"": path}, {None: path}, {0: path}):
-        with pytest.raises(ValueError, match="adapters must be directories by name"):
+        with pytest.raises(ValueError, match="adapters must be directories or files by name"):
             fj.load(folder(LLAMA), adapters=wrong)
 
 
