@@ -136,7 +136,7 @@ def _metadata(source: ModelSource, config: ModelConfig) -> dict[str, Typed]:
         metadata = {key: entry for key, entry in metadata.items() if not key.startswith("tokenizer.")}
         from ferrum_jax.tokenizer.to_gguf import tokenizer_metadata
 
-        metadata |= tokenizer_metadata(source.tokenizer_directory, config.vocab_size)
+        metadata |= tokenizer_metadata(source.tokenizer_directory, config.vocab_size, source.family.vocabulary)
     return metadata
 
 

@@ -52,7 +52,8 @@ class Family:
     not read are judged here. fields: the keys of config.json that transformers' class has; None: those that fields.py lists.
     to_gguf(config, where): the keys that `from_gguf` reads; UnsupportedModelError for what a GGUF file cannot tell llama.cpp.
 
-    embeds: the models make vectors (with an `EncoderConfig`), not text. windows_in_gguf: llama.cpp applies the windows of its
+    vocabulary: the model of their tokenizers in GGUF files, where these merge characters ("llama": by score, "gemma4": by the
+    list of merges). embeds: the models make vectors (with an `EncoderConfig`), not text. windows_in_gguf: llama.cpp applies the windows of its
     GGUF files. predicts: GGUF files may have blocks after the layers that predict further tokens; they are passed over.
     """
 
@@ -65,6 +66,7 @@ class Family:
     from_json: Callable[[Family, Keys, Path], ConfigFile]
     to_gguf: Callable[[Any, str], dict[str, Typed]] | None = None
     fields: Collection[str] | None = None
+    vocabulary: str = "llama"
     embeds: bool = False
     windows_in_gguf: bool = False
     predicts: bool = False

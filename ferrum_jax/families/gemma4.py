@@ -337,6 +337,7 @@ GEMMA4 = Family(
     from_gguf=_from_gguf,
     from_json=_from_json,
     to_gguf=_to_gguf,
+    vocabulary="gemma4",
     windows_in_gguf=True,
 )
 GEMMA4_VISION = decoder.text_part(

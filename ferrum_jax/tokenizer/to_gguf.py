@@ -2,8 +2,8 @@
 
 llama.cpp selects pre-tokenizers by name and not by expression, so the name is found by trial: the one that cuts a text with
 many scripts, digits and spaces as tokenizer.json does. A SentencePiece vocabulary is merged by score there and by rank here:
-the negated rank of a token's merge is a score with the same order. At the end both tokenizers encode that text, and a
-difference is an error.
+the negated rank of a token's merge is a score with the same order; that of Gemma 4 has its list of merges there, too. At the
+end both tokenizers encode that text, and a difference is an error.
 """
 
 from __future__ import annotations
@@ -31,12 +31,16 @@ PROBE = (
     "👍🏽 👨‍👩‍👧 ‘quoted’ …—– ！？。、\n"
     "    return [1,22,333,4444]  // done\n     \t \n!!!???... 's 'S 're"
 )
+# Control tokens of Gemma 4 that llama.cpp shows, because it reads calls of tools in the text.
+_SHOWN = frozenset(
+    ("<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>", '<|"|>')
+)
 _FIRST = ("llama-bpe", "qwen2", "gpt-2", "smollm", "tekken", "gpt-4o", "deepseek-v3")
 
 
-def tokenizer_metadata(directory: Path, vocab_size: int) -> dict[str, Typed]:
-    """The `tokenizer.` keys for the files of a directory, padded with unused tokens to `vocab_size`. Raises
-    UnsupportedModelError if llama.cpp has no such tokenizer."""
+def tokenizer_metadata(directory: Path, vocab_size: int, vocabulary: str = "llama") -> dict[str, Typed]:
+    """The `tokenizer.` keys for the files of a directory, padded with unused tokens to `vocab_size`. vocabulary: as of
+    `Family`. Raises UnsupportedModelError if llama.cpp has no such tokenizer."""
     path = directory / "tokenizer.json"
     tokenizer = DirectoryTokenizer(directory)
     content = parse_object(read_text(path) or "", str(path))
@@ -59,10 +63,14 @@ def tokenizer_metadata(directory: Path, vocab_size: int) -> dict[str, Typed]:
     else:
         types = [int(TokenType.BYTE) if BYTE.fullmatch(token) else kind for token, kind in zip(tokens, types, strict=True)]
         keys = {
-            "model": Typed("llama", "string"),
+            "model": Typed(vocabulary, "string"),
             "scores": Typed(_scores(tokens, merges), "array float32"),
             "add_space_prefix": Typed(tokenizer.adds_space_prefix, "bool"),
         }
+        if vocabulary == "gemma4":
+            keys["merges"] = Typed([" ".join(merge) for merge in merges], "array string")
+            shown = int(TokenType.USER_DEFINED)
+            types = [shown if token in _SHOWN else kind for token, kind in zip(tokens, types, strict=True)]
     keys |= {"tokens": Typed(tokens, "array string"), "token_type": Typed(np.array(types, np.int32), "array int32")}
     unknown = types.index(TokenType.UNKNOWN) if TokenType.UNKNOWN in types else None
     ids = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "padding": tokenizer.pad_id, "unknown": unknown}

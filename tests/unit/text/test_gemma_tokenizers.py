@@ -14,7 +14,7 @@ from ferrum_jax.tokenizer import Tokenizer
 from ferrum_jax.tokenizer.opening import tokenizer_of_directory, tokenizer_of_gguf
 from ferrum_jax.tokenizer.to_gguf import tokenizer_metadata
 
-CONTROL = ["<pad>", "<eos>", "<bos>", "<unk>", "<turn|>"]
+CONTROL = ["<pad>", "<eos>", "<bos>", "<unk>", "<turn|>", "<|tool_call>"]
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 PAIRS = "t h|th e|▁ the|i n|▁ a|n d|▁a nd|▁ ▁|▁▁ ▁▁|a t|c at|▁ cat|r o|ro o|roo m|in g|l l|e ll|▁ x|1 2|é e"
 MERGES = [*(tuple(pair.split(" ")) for pair in PAIRS.split("|")), ("\n", "\n"), ("\n\n", "\n")]
@@ -65,13 +65,18 @@ def test_bos_of_gemma4_is_added_whatever_the_file_says() -> None:
     assert made.eos_ids == {1, 4}
 
 
-def test_a_directory_of_gemma_becomes_a_sentencepiece_vocabulary(tmp_path: Path) -> None:
+@pytest.mark.parametrize("model", ["llama", "gemma4"])
+def test_a_directory_of_gemma_becomes_the_vocabulary_that_llama_cpp_reads(model: str, tmp_path: Path) -> None:
+    """The converter of llama.cpp (in llama-cpp-python 0.3.36) writes "llama" for Gemma 3 and "gemma4" for Gemma 4."""
     library().save(str(tmp_path / "tokenizer.json"))
     names = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<unk>"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(names | {"add_bos_token": True}))
     directory = tokenizer_of_directory(tmp_path)
-    keys = {key: entry.value for key, entry in tokenizer_metadata(tmp_path, len(TOKENS)).items()}
-    assert keys["tokenizer.ggml.model"] == "llama" and keys["tokenizer.ggml.add_space_prefix"] is False
+    keys = {key: entry.value for key, entry in tokenizer_metadata(tmp_path, len(TOKENS), model).items()}
+    assert keys["tokenizer.ggml.model"] == model and keys["tokenizer.ggml.add_space_prefix"] is False
+    if model == "gemma4":
+        assert keys["tokenizer.ggml.merges"] == [" ".join(pair) for pair in MERGES]
+        assert keys["tokenizer.ggml.token_type"][5] == 4  # llama.cpp shows it
     made = Tokenizer.from_gguf(keys)
     for text in TEXTS:
         assert made.encode(text) == directory.encode(text) and made.encode(text)[0] == 2
