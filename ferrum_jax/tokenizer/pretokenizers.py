@@ -118,7 +118,8 @@ PRE_TOKENIZERS: dict[str, PreTokenizer] = {
     **_named("roberta-bpe jina-de jina-es jina-v1-en jina-v2-code jina-v2-de jina-v2-es", _GPT2_LIKE),
     **_named("starcoder refact command-r smollm codeshell exaone minerva-7b mellum2", _DIGIT_GPT2),
     **_named("llama3 llama-v3 llama-bpe falcon3 falcon-h1 pixtral lfm2 midm-2.0 jina-v5-nano", _LLAMA3),
-    **_named("dbrx smaug-bpe chatglm-bpe glm4", _LLAMA3_MERGED),
+    **_named("dbrx smaug-bpe chatglm-bpe", _LLAMA3_MERGED),
+    **_named("glm4", PreTokenizer((_words(_DIGITS3),), ignore_merges=True)),  # GLM-4.5's tokenizer.json says so
     **_named("jais-2", PreTokenizer((_words(_DIGITS3, spaces=_LONG_SPACES),))),
     **_named("minicpm5", PreTokenizer((_DIGITS3, _words(_DIGITS3)), ignore_merges=True)),
     **_named("qwen2 deepseek-r1-qwen stablelm2 hunyuan megrez solar-open kormo f2llmv2", _QWEN2),

@@ -49,6 +49,15 @@ def test_byte_level_ids(pre: str) -> None:
     check(bpe(pre), BPE["texts"], BPE["answers"][BPE["pre"][pre]])
 
 
+@pytest.mark.parametrize(("pre", "count"), [("glm4", 1), ("llama-bpe", 1), ("chatglm-bpe", 4), ("qwen2", 4)])
+def test_a_word_that_merges_do_not_reach(pre: str, count: int) -> None:
+    """It is one token where the tokenizer.json of the models has `ignore_merges`; newer llama.cpp (the tree in
+    llama-cpp-python 0.3.36) has it for glm4, too."""
+    tokens = [*BPE["metadata"]["tokenizer.ggml.tokens"], "zqjx"]
+    types = np.append(BPE["metadata"]["tokenizer.ggml.token_type"], 1).astype(np.int32)
+    assert len(bpe(pre, tokens=tokens, token_type=types).encode("zqjx", add_special=False)) == count
+
+
 def test_pre_tokenizers_differ() -> None:
     """The goldens tell at least this many pre-tokenizers apart, so a wrong expression cannot hide."""
     assert len(BPE["answers"]) >= 25
