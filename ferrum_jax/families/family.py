@@ -53,8 +53,9 @@ class Family:
     to_gguf(config, where): the keys that `from_gguf` reads; UnsupportedModelError for what a GGUF file cannot tell llama.cpp.
 
     vocabulary: the model of their tokenizers in GGUF files, where these merge characters ("llama": by score, "gemma4": by the
-    list of merges). embeds: the models make vectors (with an `EncoderConfig`), not text. windows_in_gguf: llama.cpp applies the windows of its
-    GGUF files. predicts: GGUF files may have blocks after the layers that predict further tokens; they are passed over.
+    list of merges). embeds: the models make vectors (with an `EncoderConfig`), not text. windows_in_gguf: llama.cpp applies the
+    windows of its GGUF files. predicts: GGUF files may have blocks after the layers that predict further tokens; they are
+    passed over.
     """
 
     architecture: str
