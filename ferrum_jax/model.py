@@ -203,7 +203,7 @@ class Model:
         engine = self._engine(encoded, each, dispatch_seconds=_UNWATCHED)
         requests = [engine.submit(*each) for each in zip(encoded, each, names, strict=True)]
         completions = [completion for request in track(requests, "generating, prompt") for completion in request.results()]
-        engine._driver.call(engine._release)
+        engine._retire()
         for choice in (choice for request in requests for choice in request.choices):
             _raise_cause(choice)
         return completions
@@ -453,7 +453,7 @@ def _pieces(engine: Engine, request: Request) -> Generator[tuple[str, list[int]]
         if not at_exit():
             engine.abort(request)
             engine.run()
-            engine._driver.call(engine._release)
+            engine._retire()
 
 
 def _raise_cause(request: Request) -> None:

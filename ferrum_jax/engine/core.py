@@ -120,8 +120,6 @@ class Core:
         self._stale = False
 
     def _release(self) -> None:
-        """Gives the state on the device back, for good. Requests refer to each other and to the engine, which therefore stays
-        until Python collects cycles."""
         self._flight, self._kept = None, []
         self._executor.release()
 

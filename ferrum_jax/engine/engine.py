@@ -282,6 +282,13 @@ class Engine(Core):
 
     # Inside
 
+    def _retire(self) -> None:
+        """Gives the state on the device back, for good, and ends the threads. Requests refer to each other and to the engine,
+        which therefore stays until Python collects cycles; meanwhile the C library would keep memory for each thread."""
+        self._driver.call(self._release)
+        for thread in (self._driver, self._desk, self._compiler, self._files):
+            thread.end()
+
     def _pool_sizes(self, num_pages: int) -> list[int]:
         return pool_sizes([kind.window for kind in self._kinds], num_pages, self.config)
 

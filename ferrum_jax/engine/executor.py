@@ -53,6 +53,7 @@ class Executor:
     def release(self) -> None:
         """Gives up what is on the device, for an engine that is not used any more or that is reset."""
         self._placed_key: Any = None
+        self._arrays: Any = None
         self.state: Any = None
         self.slots: Any = None
 

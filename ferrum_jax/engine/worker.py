@@ -74,6 +74,13 @@ class Worker:
             _thread.start_new_thread(thread.start, ())  # `start` waits in Python, where an interrupt could stop it
         self._jobs.put(job)
 
+    def end(self) -> None:
+        """Ends the thread, once the jobs before are done; a later job starts another one."""
+        if self._alive.locked() and not is_inside():
+            self._jobs.put(None)
+            with self._alive:
+                pass
+
     def call(self, work: Callable[[], Any], undo: Callable[[Any], object] | None = None) -> Any:
         """The result of `work` in the thread, or its error. If the caller is interrupted, the work continues to its end, and
         `undo` is then called with the result."""

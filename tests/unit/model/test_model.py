@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+import threading
 
 import jax
 import numpy as np
@@ -38,11 +39,12 @@ def test_nothing_stays_on_the_device_after_a_call(model):
     gc.collect()
     gc.disable()
     try:
-        before = jax.live_arrays()
+        before, threads = jax.live_arrays(), threading.active_count()
         model.generate(["abc"], GREEDY)
         list(model.stream("abc", GREEDY))
         known = set(map(id, before))
-        assert not [array.shape for array in jax.live_arrays() if id(array) not in known and array.nbytes > 4096]
+        assert not [array.shape for array in jax.live_arrays() if id(array) not in known]
+        assert threading.active_count() == threads  # for each thread the C library keeps memory
     finally:
         gc.enable()
 
