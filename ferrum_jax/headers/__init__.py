@@ -33,6 +33,12 @@ BUNDLED = {
     "qwen3.6:27b": "qwen3.6-27b-q4_k_m.json",
     "qwen3.6:35b-a3b": "qwen3.6-35b-a3b-q4_k_m.json",
     "gpt-oss:20b": "gpt-oss-20b-mxfp4.json",
+    "glm4.5:air": "glm-4.5-air-q4_k_m.json",
+    "glm4.7:flash": "glm-4.7-flash-q4_k_m.json",
+    "deepseek-v2:lite": "deepseek-v2-lite-q4_k_m.json",
+    **{f"gemma3:{size}": f"gemma-3-{size}-it-q4_k_m.json" for size in ("4b", "12b", "27b")},
+    **{f"gemma4:{size}": f"gemma-4-{size}-it-q4_k_m.json" for size in ("e2b", "e4b", "26b-a4b", "31b")},
+    **{f"lfm2:{size}": f"lfm2-{size}-q4_k_m.json" for size in ("1.2b", "8b-a1b")},
 }
 """By alias; made by tests/goldens/scripts/make_plan_header.py. Files of repositories that use other mixes differ in the
 types of some tensors."""

@@ -141,8 +141,14 @@ def _aliases() -> list[Alias]:
     for size in ("1b", "4b", "12b", "27b"):
         stem = f"gemma-3-{size}-it"
         found.append(_hub(f"gemma3:{size}", f"ggml-org/{stem}-GGUF", f"{stem}-Q4_K_M.gguf", "Gemma"))
+    for size in ("E2B", "E4B", "26B-A4B", "31B"):
+        note = "the text part" if size.startswith("E") else ""
+        found.append(_hub(f"gemma4:{size.lower()}", f"unsloth/gemma-4-{size}-it-GGUF", "Q4_K_M", note=note))
     found.append(_hub("gpt-oss:20b", "ggml-org/gpt-oss-20b-GGUF", "gpt-oss-20b-mxfp4.gguf", note="12 GB"))
     found.append(_hub("glm4.5:air", "unsloth/GLM-4.5-Air-GGUF", "Q4_K_M", "MIT", note="73 GB"))
+    found.append(_hub("glm4.7:flash", "unsloth/GLM-4.7-Flash-GGUF", "Q4_K_M", "MIT", note="18 GB"))
+    stem = "DeepSeek-V2-Lite-Chat"
+    found.append(_hub("deepseek-v2:lite", f"bartowski/{stem}-GGUF", f"{stem}-Q4_K_M.gguf", "DeepSeek", note="10 GB"))
     for size in ("1.2B", "8B-A1B"):
         stem = f"LFM2-{size}"
         found.append(_hub(stem.replace("-", ":", 1).lower(), f"LiquidAI/{stem}-GGUF", f"{stem}-Q4_K_M.gguf", "LFM Open"))
@@ -167,8 +173,12 @@ SAME_AS = {  # a family's name alone means the same as in ollama
     "mistral": "mistral:7b",
     "mixtral": "mixtral:8x7b",
     "gemma3": "gemma3:4b",
+    "gemma4": "gemma4:e4b",
+    "gemma4:26b": "gemma4:26b-a4b",
     "gpt-oss": "gpt-oss:20b",
     "glm4.5": "glm4.5:air",
+    "glm4.7": "glm4.7:flash",
+    "deepseek-v2": "deepseek-v2:lite",
     "lfm2": "lfm2:1.2b",
     "tinyllama": "tinyllama:1.1b",
 }

@@ -2,9 +2,11 @@
 
     LLAMA_BINS=<directory of libllama> python tests/goldens/scripts/make_plan_header.py [NAME ...]
 
-The sizes are those of each model's config.json. Which tensor gets which type llama.cpp itself says: it quantizes a model of the
-same architecture and layers, but narrow, with few experts and all zeros. Its shared library (the npm package
-@node-llama-cpp/linux-x64 3.22.1 holds one) is called directly. Needs gguf and 1 GB of disk in the temporary directory.
+The sizes are those of each model's config.json; names and shapes follow from them, for newer families by their own tables (the
+numbers of all weights that their publishers state are checked in tests/unit/model/test_plan.py). Which tensor gets which type
+llama.cpp itself says: it quantizes a model of the same architecture and layers, but narrow, with few experts and all zeros. Its
+shared library (the npm package @node-llama-cpp/linux-x64 3.22.1 holds one) is called directly. Needs gguf and 1 GB of disk in
+the temporary directory.
 """
 
 import ctypes as c
@@ -21,10 +23,13 @@ from typing import Any
 import gguf
 import numpy as np
 
+from ferrum_jax import families
+
 OUT = Path(__file__).parents[3] / "ferrum_jax" / "headers"
 FILE_TYPES = {"q4_k_m": 15, "mxfp4": 38}  # llama.cpp's
 NARROW_VOCABULARY = 64
-PLAIN = ("ffn_gate_inp.", "ffn_gate_inp_shexp.", "ssm_conv1d.")  # matrices that converter and quantizer leave in F32
+# Matrices that converter and quantizer leave in F32.
+PLAIN = ("ffn_gate_inp.", "ffn_gate_inp_shexp.", "ssm_conv1d.", "shortconv.conv.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +66,66 @@ class Model:
             small["expert_shared_feed_forward_length"] = 256
         keys = {key: small.get(key, value) for key, value in self.keys.items()}
         return dataclasses.replace(self, vocabulary=NARROW_VOCABULARY, keys=keys)
+
+
+@dataclasses.dataclass(frozen=True)
+class OfConfig:
+    """A published model by its config.json, whose tensors are those of its family's table. license: as the hub states it."""
+
+    file: str
+    name: str
+    license: str
+    content: dict[str, Any]
+
+    @property
+    def read(self) -> Any:
+        """The `ConfigFile` that the family makes of it."""
+        path = Path(f"{self.file}/config.json")
+        return families.of_content(self.content, path).read_json(self.content, path)
+
+    @property
+    def architecture(self) -> str:
+        return str(self.read.config.architecture)
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        family = families.of_architecture(self.architecture, self.file)
+        assert family.to_gguf is not None
+        keys = {key: entry.value for key, entry in family.to_gguf(self.read.config, self.file).items()}
+        general = {
+            "general.architecture": self.architecture,
+            "general.name": self.name,
+            "general.license": self.license,
+            "general.file_type": FILE_TYPES["q4_k_m"],
+            "general.quantization_version": 2,
+        }
+        return general | {key: value.tolist() if isinstance(value, np.ndarray) else value for key, value in keys.items()}
+
+    @property
+    def narrow(self) -> "OfConfig":
+        """Sizes have the same remainders by the largest block, on which the types depend; not 8 experts, for which llama.cpp
+        has rules of its own."""
+        widths = ("hidden_size", "intermediate_size", "moe_intermediate_size", "q_lora_rank", "kv_lora_rank")
+        counts = {"vocab_size": NARROW_VOCABULARY} | dict.fromkeys(("num_experts", "n_routed_experts"), 16)
+        small = {key: 256 + self.content[key] % 256 for key in widths if self.content.get(key)}
+        if self.content.get("query_pre_attn_scalar") not in (None, self.content.get("head_dim")):  # of 62 layers
+            small["query_pre_attn_scalar"] = small["hidden_size"] // self.content["num_attention_heads"]
+        small |= {key: count for key, count in counts.items() if self.content.get(key)}
+        return dataclasses.replace(self, content=self.content | small)
+
+    @property
+    def shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        family, file = families.of_architecture(self.architecture, self.file), self.read
+
+        def there(row: Any) -> bool:
+            if row.name in ("output.weight", "rope_freqs.weight"):
+                return not file.tied if row.name == "output.weight" else file.rope_factors is not None
+            stated = row.name.endswith(".bias") and row.stem in file.biases
+            return not row.optional or stated or file.optional.get(row.name, row.name == "layer_output_scale.weight")
+
+        for name, row, layer in family.tensors_of(file.config):
+            if there(row):
+                yield name, family.shape(row, file.config, layer)
 
 
 def attention(key: Any, q: int, biases: bool = False) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -131,8 +196,11 @@ def layer(model: Model, number: int) -> Iterator[tuple[str, tuple[int, ...]]]:
             yield from swiglu(hidden, key("expert_shared_feed_forward_length"), "_shexp")
 
 
-def shapes(model: Model) -> Iterator[tuple[str, tuple[int, ...]]]:
+def shapes(model: "Model | OfConfig") -> Iterator[tuple[str, tuple[int, ...]]]:
     """Every tensor with its shape, slowest axis first."""
+    if isinstance(model, OfConfig):
+        yield from model.shapes
+        return
     hidden = model.key("embedding_length")
     if not model.tied:
         yield "output.weight", (model.vocabulary, hidden)
@@ -143,11 +211,13 @@ def shapes(model: Model) -> Iterator[tuple[str, tuple[int, ...]]]:
     yield "output_norm.weight", (hidden,)
 
 
-def write_zeros(path: Path, model: Model) -> None:
+def write_zeros(path: Path, model: Model | OfConfig) -> None:
     """A model file of zeros, matrices in float16, norms and routers in float32 as the converter writes them."""
     writer = gguf.GGUFWriter(path, model.architecture)
     for name, value in model.metadata.items():
-        if isinstance(value, float):
+        if isinstance(value, bool):
+            writer.add_bool(name, value)
+        elif isinstance(value, float):
             writer.add_float32(name, value)
         elif isinstance(value, int):
             writer.add_uint32(name, value)
@@ -223,7 +293,7 @@ def qwen35(name: str, layers: int, hidden: int, width: int, heads: int, kv_heads
     return Model(f"{stem}-q4_k_m", "qwen35" if width else "qwen35moe", name, 248320, tied, keys)
 
 
-MODELS = [
+MODELS: list[Model | OfConfig] = [
     Model("qwen3-30b-a3b-q4_k_m", "qwen3moe", "Qwen3 30B A3B", 151936, False, {
         "block_count": 48, "context_length": 40960, "embedding_length": 2048, "feed_forward_length": 6144, **HEADS, **EPS,
         "rope.freq_base": 1e6, "expert_count": 128, "expert_used_count": 8, "expert_feed_forward_length": 768,
@@ -241,6 +311,91 @@ MODELS = [
     qwen35("Qwen3.5 4B", 32, 2560, 9216, 16, 4, 32, True),
     qwen35("Qwen3.5 2B", 24, 2048, 6144, 8, 2, 16, True),
     qwen35("Qwen3.5 0.8B", 24, 1024, 3584, 8, 2, 16, True),
+]  # fmt: skip
+
+
+GEMMA = {"hidden_activation": "gelu_pytorch_tanh", "rms_norm_eps": 1e-6, "tie_word_embeddings": True, "vocab_size": 262144}
+
+
+def gemma3(size: str, layers: int, hidden: int, width: int, heads: int, kv_heads: int, head: int, scalar: int) -> OfConfig:
+    """A model of Gemma 3 (text); GGUF files are without the rows of pictures in its embedding."""
+    content = GEMMA | {
+        "architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text", "num_hidden_layers": layers,
+        "hidden_size": hidden, "intermediate_size": width, "num_attention_heads": heads, "num_key_value_heads": kv_heads,
+        "head_dim": head, "query_pre_attn_scalar": scalar, "max_position_embeddings": 131072, "sliding_window": 1024,
+        "rope_theta": 1e6, "rope_local_base_freq": 1e4, "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+    }  # fmt: skip
+    return OfConfig(f"gemma-3-{size}-it-q4_k_m", f"Gemma 3 {size} It", "gemma", content)
+
+
+def gemma4(size: str, layers: int, period: int, hidden: int, width: int, heads: int, kv_heads: int, **more: Any) -> OfConfig:
+    """A model of Gemma 4 (text), as its publisher's own code has it."""
+    content = GEMMA | {
+        "architectures": ["Gemma4ForCausalLM"], "model_type": "gemma4_text", "num_hidden_layers": layers,
+        "layer_types": ["sliding_attention" if (n + 1) % period else "full_attention" for n in range(layers)],
+        "hidden_size": hidden, "intermediate_size": width, "num_attention_heads": heads, "num_key_value_heads": kv_heads,
+        "head_dim": 256, "global_head_dim": 512, "hidden_size_per_layer_input": 0, "final_logit_softcapping": 30.0,
+        "rope_parameters": {
+            "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1e6},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        },
+    }  # fmt: skip
+    large = {"sliding_window": 1024, "max_position_embeddings": 262144, "attention_k_eq_v": True}
+    small = {"sliding_window": 512, "max_position_embeddings": 131072, "hidden_size_per_layer_input": 256}
+    content |= (small if "num_kv_shared_layers" in more else large) | more
+    return OfConfig(f"gemma-4-{size.lower()}-it-q4_k_m", f"Gemma 4 {size} It", "apache-2.0", content)
+
+
+MIXED = {"hidden_act": "silu", "n_group": 1, "topk_group": 1, "rms_norm_eps": 1e-5, "first_k_dense_replace": 1}
+LFM2 = {"norm_eps": 1e-5, "vocab_size": 65536, "hidden_size": 2048, "num_attention_heads": 32, "num_key_value_heads": 8,
+        "max_position_embeddings": 128000, "rope_theta": 1e6, "conv_L_cache": 3, "conv_bias": False,
+        "tie_word_embeddings": True}  # fmt: skip
+MODELS += [
+    OfConfig("glm-4.5-air-q4_k_m", "GLM 4.5 Air", "mit", MIXED | {
+        "architectures": ["Glm4MoeForCausalLM"], "model_type": "glm4_moe", "num_hidden_layers": 46, "hidden_size": 4096,
+        "intermediate_size": 10944, "num_attention_heads": 96, "num_key_value_heads": 8, "head_dim": 128,
+        "vocab_size": 151552, "max_position_embeddings": 131072, "rope_theta": 1e6, "partial_rotary_factor": 0.5,
+        "attention_bias": True, "use_qk_norm": False, "n_routed_experts": 128, "n_shared_experts": 1,
+        "num_experts_per_tok": 8, "moe_intermediate_size": 1408, "norm_topk_prob": True, "routed_scaling_factor": 1.0,
+        "num_nextn_predict_layers": 1, "tie_word_embeddings": False,
+    }),
+    OfConfig("glm-4.7-flash-q4_k_m", "GLM 4.7 Flash", "mit", MIXED | {
+        "architectures": ["Glm4MoeLiteForCausalLM"], "model_type": "glm4_moe_lite", "num_hidden_layers": 47,
+        "hidden_size": 2048, "intermediate_size": 10240, "num_attention_heads": 20, "num_key_value_heads": 20,
+        "q_lora_rank": 768, "kv_lora_rank": 512, "qk_nope_head_dim": 192, "qk_rope_head_dim": 64, "v_head_dim": 256,
+        "vocab_size": 154880, "max_position_embeddings": 202752, "rope_theta": 1e6, "n_routed_experts": 64,
+        "n_shared_experts": 1, "num_experts_per_tok": 4, "moe_intermediate_size": 1536, "norm_topk_prob": True,
+        "routed_scaling_factor": 1.8, "num_nextn_predict_layers": 1, "tie_word_embeddings": False,
+    }),
+    OfConfig("deepseek-v2-lite-q4_k_m", "DeepSeek V2 Lite Chat", "deepseek", MIXED | {
+        "architectures": ["DeepseekV2ForCausalLM"], "model_type": "deepseek_v2", "num_hidden_layers": 27, "hidden_size": 2048,
+        "intermediate_size": 10944, "num_attention_heads": 16, "num_key_value_heads": 16, "q_lora_rank": None,
+        "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "vocab_size": 102400,
+        "max_position_embeddings": 163840, "rope_theta": 10000, "n_routed_experts": 64, "n_shared_experts": 2,
+        "num_experts_per_tok": 6, "moe_intermediate_size": 1408, "norm_topk_prob": False, "routed_scaling_factor": 1.0,
+        "topk_method": "greedy", "scoring_func": "softmax", "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
+        "rope_scaling": {"type": "yarn", "factor": 40, "original_max_position_embeddings": 4096, "beta_fast": 32,
+                         "beta_slow": 1, "mscale": 0.707, "mscale_all_dim": 0.707},
+    }),
+    gemma3("4b", 34, 2560, 10240, 8, 4, 256, 256),
+    gemma3("12b", 48, 3840, 15360, 16, 8, 256, 256),
+    gemma3("27b", 62, 5376, 21504, 32, 16, 128, 168),
+    gemma4("E2B", 35, 5, 1536, 6144, 8, 1, num_kv_shared_layers=20, use_double_wide_mlp=True),
+    gemma4("E4B", 42, 6, 2560, 10240, 8, 2, num_kv_shared_layers=18),
+    gemma4("26B-A4B", 30, 6, 2816, 2112, 16, 8, num_global_key_value_heads=2, enable_moe_block=True, num_experts=128,
+           top_k_experts=8, moe_intermediate_size=704),
+    gemma4("31B", 60, 6, 5376, 21504, 32, 16, num_global_key_value_heads=4),
+    OfConfig("lfm2-1.2b-q4_k_m", "LFM2 1.2B", "lfm1.0", LFM2 | {
+        "architectures": ["Lfm2ForCausalLM"], "model_type": "lfm2", "num_hidden_layers": 16, "block_ff_dim": 12288,
+        "block_auto_adjust_ff_dim": True, "block_ffn_dim_multiplier": 1.0, "block_multiple_of": 256,
+        "full_attn_idxs": [2, 5, 8, 10, 12, 14],
+    }),
+    OfConfig("lfm2-8b-a1b-q4_k_m", "LFM2 8B A1B", "lfm1.0", LFM2 | {
+        "architectures": ["Lfm2MoeForCausalLM"], "model_type": "lfm2_moe", "num_hidden_layers": 24,
+        "intermediate_size": 7168, "moe_intermediate_size": 1792, "num_experts": 32, "num_experts_per_tok": 4,
+        "num_dense_layers": 2, "use_expert_bias": True, "norm_topk_prob": True, "routed_scaling_factor": 1.0,
+        "layer_types": ["full_attention" if n in (2, 6, 10, 14, 18, 21) else "conv" for n in range(24)],
+    }),
 ]  # fmt: skip
 
 

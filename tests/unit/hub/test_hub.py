@@ -102,7 +102,7 @@ def test_missing_path(name):
 def test_unknown_names():
     assert "qwen3:0.6b" in failure("qwen3:0.7b")
     assert "tinyllama:1.1b" in failure("tinylama:1.1b")
-    assert "aliases begin with gemma3, glm4.5, gpt-oss, lfm2, llama3" in failure("zzzzzzzz")
+    assert "aliases begin with deepseek-v2, gemma3, gemma4, glm4.5, glm4.7, gpt-oss, lfm2, llama3" in failure("zzzzzzzz")
     for name in ("", "nul\0nul", "x" * 5000):
         assert failure(name)
 

@@ -144,6 +144,78 @@ def test_bundled_headers_are_those_of_published_models(alias):
     assert headers.bundled("qwen3.6") is not None and headers.bundled("gpt-oss") is not None
 
 
+def _latent(hidden: int, heads: int, nope: int, values: int, query: int) -> int:
+    """The numbers of a layer's norms and of its attention over vectors of 512 and keys of 64."""
+    queries = query * (hidden + 1) + heads * (nope + 64) * query if query else heads * (nope + 64) * hidden
+    return queries + (512 + 64) * hidden + 512 + heads * (nope + values) * 512 + hidden * heads * values + 2 * hidden
+
+
+def _gemma3(layers: int, hidden: int, width: int, heads: int, kv_heads: int, head: int) -> int:
+    layer = (2 * heads + 2 * kv_heads) * head * hidden + 2 * head + 4 * hidden + 3 * width * hidden
+    return layers * layer + (262144 + 1) * hidden
+
+
+def _gemma4(layers: int, full: int, hidden: int, width: int, heads: int, kv_heads: int, full_kv: int) -> int:
+    """In layers without a window values are keys; and the 256 frequencies of these."""
+    sliding = (2 * heads + 2 * kv_heads) * 256 * hidden + 2 * 256
+    whole = (2 * heads + full_kv) * 512 * hidden + 2 * 512
+    same = 3 * width * hidden + 4 * hidden + 1
+    return layers * same + (layers - full) * sliding + full * whole + (262144 + 1) * hidden + 256
+
+
+def _lfm2(attends: int, recurs: int) -> int:
+    attention = 2 * 2048 * 2048 + 2 * 512 * 2048 + 2 * 64
+    return attends * attention + recurs * (4 * 2048 * 2048 + 3 * 2048) + (attends + recurs) * 2 * 2048 + (65536 + 1) * 2048
+
+
+def _by_hand() -> dict[str, int]:
+    """How many numbers models have, from the sizes that their publishers state; where these count them, they agree (DeepSeek's
+    15.7e9, LFM2's 1.17e9 and 8.34e9, Gemma's 3.88e9, 27.0e9, 25.2e9 and 30.7e9)."""
+    air = 2 * 96 * 128 * 4096 + 2 * 8 * 128 * 4096 + (96 + 8 + 8) * 128 + 2 * 4096
+    air_experts = (128 + 1) * 3 * 1408 * 4096 + 128 * 4096 + 128
+    flash_experts, lite_experts = (64 + 1) * 3 * 1536 * 2048 + 64 * 2048 + 64, (64 + 2) * 3 * 1408 * 2048 + 64 * 2048
+    gemma_experts = 128 * 3 * 704 * 2816 + 129 * 2816 + 128 + 3 * 2816
+    lfm_experts = 32 * 3 * 1792 * 2048 + 32 * 2048 + 32
+    return {
+        "glm4.5:air": 46 * air + 45 * air_experts + 3 * 10944 * 4096 + (2 * 151552 + 1) * 4096,
+        "glm4.7:flash": 47 * _latent(2048, 20, 192, 256, 768) + 46 * flash_experts + 3 * 10240 * 2048 + (2 * 154880 + 1) * 2048,
+        "deepseek-v2:lite": 27 * _latent(2048, 16, 128, 128, 0) + 26 * lite_experts + (3 * 10944 + 2 * 102400 + 1) * 2048,
+        "gemma3:4b": _gemma3(34, 2560, 10240, 8, 4, 256),
+        "gemma3:12b": _gemma3(48, 3840, 15360, 16, 8, 256),
+        "gemma3:27b": _gemma3(62, 5376, 21504, 32, 16, 128),
+        "gemma4:26b-a4b": _gemma4(30, 5, 2816, 2112, 16, 8, 2) + 30 * gemma_experts,
+        "gemma4:31b": _gemma4(60, 10, 5376, 21504, 32, 16, 4),
+        "lfm2:1.2b": _lfm2(6, 10) + 16 * 3 * 8192 * 2048,
+        "lfm2:8b-a1b": _lfm2(6, 18) + 2 * 3 * 7168 * 2048 + 22 * lfm_experts,
+    }
+
+
+@pytest.mark.parametrize(("alias", "count"), _by_hand().items())
+def test_bundled_headers_have_the_numbers_counted_by_hand(alias, count):
+    header = headers.bundled(alias)
+    parameters(header, header.config())
+    assert sum(math.prod(t.shape) for t in header.tensors.values()) == count
+    for tensor in header.tensors.values():  # llama.cpp's rules for rows that its blocks do not fit
+        assert tensor.shape[-1] % 256 == 0 or tensor.format in ("F32", "Q5_0", "Q8_0"), tensor
+
+
+def test_bytes_of_bundled_headers_counted_by_hand():
+    """Of a layer's experts, of the states and of what a token caches."""
+    tensors = headers.bundled("gemma4:26b").tensors
+    found = sum(tensors[f"blk.1.ffn_{name}_exps.weight"].nbytes for name in ("gate", "up", "down"))
+    assert found == 128 * (2 * 704 * 2816 * 144 // 256 + 2816 * 704 * 34 // 32)
+    air = sum(tensor.nbytes for tensor in headers.bundled("glm4.5").tensors.values())
+    assert air == pytest.approx(68e9, rel=0.05)
+    assert headers.bundled("glm4.7").config().kv_bytes_per_token(2) == 47 * (512 + 64) * 2
+    assert headers.bundled("gemma3:27b").config().kv_bytes_per_token(2) == 62 * 2 * 16 * 128 * 2
+    lfm2 = headers.bundled("lfm2:8b-a1b").config()
+    assert lfm2.bytes_per_state == 18 * 2 * 2048 * 4 and lfm2.kv_bytes_per_token(2) == 6 * 2 * 8 * 64 * 2
+    small = headers.bundled("gemma4").config()  # the last 18 of 42 layers read the keys of others
+    assert small.kv_bytes_per_token(2) == 2 * 2 * 2 * (20 * 256 + 4 * 512) and small.layers[0].input_width == 256
+    double = headers.bundled("gemma4:e2b").config().by_layer("intermediate_size")
+    assert double == (6144,) * 15 + (12288,) * 20
+
+
 def test_header_of_a_file_at_hand_or_of_the_package(cut):
     remarks = []
     assert plan.find_header(str(cut)).path == cut
