@@ -110,7 +110,7 @@ class Ledger:
     ):
         self.config, self.page_size, self.windows = config, config.page_size, list(windows)
         self.checkpoints = PagePool(config.num_checkpoints, config.max_seqs) if recurs else None
-        self.pools = [PagePool(count, evicted=self.checkpoints and self.checkpoints.drop) for count in num_pages]
+        self.pools = [PagePool(count, evicted=self.checkpoints.drop if self.checkpoints else None) for count in num_pages]
         self.stride = config.stride(context)
         self.pages_a_sequence = self.count(context)
         self.windowed = [pool for pool, window in enumerate(windows) if window]

@@ -53,9 +53,9 @@ def read_adapter_file(path: Path, config: ModelConfig) -> tuple[Factors, str]:
             found.setdefault((layer, tensor.path), [None, None])[factor] = values
     factors = {}
     for (layer, parameter), (a, b) in found.items():
-        tensor = families.of_architecture(config.architecture, str(path)).tensors.at(parameter)
-        assert tensor is not None
-        name = f"blk.{layer}.{tensor.name}"
+        row = families.of_architecture(config.architecture, str(path)).tensors.at(parameter)
+        assert row is not None
+        name = f"blk.{layer}.{row.name}"
         if a is None or b is None:
             raise ModelFileError(f"{path}: tensor {name}{_SUFFIXES[a is not None]}: is missing")
         if len(a) != b.shape[1]:
