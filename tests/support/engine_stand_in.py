@@ -211,7 +211,7 @@ class Executor:
             require(row.length > 0, "a row of no tokens")
             require(self.slots[row.slot].sequence is row.sequence, "a row without its slot")
         made = self._decode(dispatch) if dispatch.steps else self._mixed(dispatch)
-        tokens = np.full((len(made), max(map(len, made), default=0) + 1), -1, np.int32)
+        tokens = np.full((len(made), max(dispatch.steps, *map(len, made)) + 1), -1, np.int32)
         for i, row in enumerate(made):
             tokens[i, : len(row)] = row
         return _Pending(dispatch, tokens)
