@@ -20,6 +20,7 @@ from ferrum_jax.engine.executor import Bucket, Executor
 from ferrum_jax.engine.ledger import Held
 from ferrum_jax.engine.sequence import Dispatch, Row, Sequence
 from ferrum_jax.models.rope import rope_angles, rope_frequencies
+from ferrum_jax.programs import Programs
 from ferrum_jax.sampling import Sampling, SamplingParams, filtered_logits, is_end, sample
 from ferrum_jax.state import DecodeState
 from ferrum_jax.tokenizer import TextStream
@@ -130,7 +131,7 @@ def rows_of_padding_have_no_slot():
             return program
 
     model = Model()
-    model.params, model.placement = None, Placement.of()
+    model.params, model.placement, model.programs = None, Placement.of(), Programs(Placement.of())
     device = Recorder(model, EngineConfig(num_pages=4, max_seqs=9, token_budget=20), [4], 48)
     sequence = Sequence(0, [1, 2, 3], 3, 9)
     held = Held(1, 3)
