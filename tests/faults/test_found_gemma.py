@@ -34,7 +34,7 @@ def golden(name: str, count: int = 1) -> None:
 
 _OF = {name: functools.partial(golden, name) for name in ("gemma3", "gemma3-bf16", "gemma4", "gemma4-q8_0", "gemma4-moe")}
 _TURNED = {name: functools.partial(golden, name, 2) for name in _OF}  # a single token is not
-_BLOCK, _HIDDEN, _ATTENTION = layers.Block.__call__, decoder.Decoder.hidden, layers.Attention.__call__
+_BLOCK, _EMBEDDED, _ATTENTION = layers.Block.__call__, decoder.Decoder.embedded, layers.Attention.__call__
 _MIXTURE = layers.FeedForward.mixture
 FAULTS = {
     "one": Fault(
@@ -52,15 +52,15 @@ FAULTS = {
         _TURNED["gemma3"],
     ),
     "erf": Fault("GELU is not in its tanh form", layers.gelu, "approximate=True", "approximate=False", _OF["gemma3"]),
-    "embedding": Fault("embeddings are not scaled", _HIDDEN, "product(x, self.config.embedding_scale)", "x", _OF["gemma3"]),
+    "embedding": Fault("embeddings are not scaled", _EMBEDDED, "product(x, self.config.embedding_scale)", "x", _OF["gemma3"]),
     "after attention": Fault(
         "attention's output is not normalized", _BLOCK, 'self.norm(y, "attention_output_norm", layer)', "y", _OF["gemma3"]
     ),
     "scale": Fault(
         "scores are scaled by the width of a head",
         _ATTENTION,
-        "spec.score_scale",
-        "spec.head_dim**-0.5",
+        "told.metadata, spec.score_scale",
+        "told.metadata, spec.head_dim**-0.5",
         _TURNED["gemma3-bf16"],
     ),
     "whose keys": Fault(

@@ -107,7 +107,7 @@ IN_ONE_CALL = {
     "rope": Fault(
         "all layers of one call have the rotation of the first",
         decoder._mixers,
-        "ropes.index(mixer.rope)",
+        "rotations.index(mixer.rope)",
         "0",
         retraced(whole_layers.test_one_call_gives_what_the_composition_gives, "windows and ropes", "float16"),
     ),
