@@ -8,11 +8,12 @@ from typing import Any
 
 from ferrum_jax.engine import Request
 from ferrum_jax.errors import ChatTemplateError
-from ferrum_jax.parsing import Parser, Tools
+from ferrum_jax.parsing import Parser, Tools, grammars
 from ferrum_jax.server.bodies import SamplingBody
 from ferrum_jax.server.calling import NO_TOOLS, Calling, prepare, with_objects
 from ferrum_jax.server.errors import ApiError
 from ferrum_jax.server.service import Service
+from ferrum_jax.structured import Structured
 from ferrum_jax.tokenizer import TextStream
 
 
@@ -63,9 +64,6 @@ class Turn:
         if calling.tools and self.dialect.calls == "none":
             message = "tools: the model's chat template does not show how it calls functions; --tool-parser can say so"
             raise ApiError(400, message, param="tools", code="unsupported_parameter")
-        if calling.forced:
-            message = "tool_choice: a call cannot be forced yet; auto and none are supported"
-            raise ApiError(400, message, param="tool_choice", code="unsupported_parameter")
         self.prompt = self.begun = self.beginning = ""
         self._beginning = beginning
 
@@ -90,6 +88,10 @@ class Turn:
     def submit(self, body: SamplingBody, limit: int | None, **given: Any) -> list[Request]:
         """Submits the prompt. `limit`: of the answer's tokens; None: as many as are left of the context."""
         ids = self.encode()
+        if (self.calling.forced or self.calling.strict) and (grammar := self._grammar()):
+            if "structured" in given:
+                raise ValueError("tool_choice: a call that is forced or strict does not go with another format of the answer")
+            given["structured"] = grammar
         given["max_tokens"] = max(1, self.service.engine.context - len(ids)) if limit is None else limit
         if body.skip_special_tokens is not False:
             given["special_tokens"] = self.service.shown(self.dialect)
@@ -99,6 +101,29 @@ class Turn:
         """For one answer, with its beginning as the first text."""
         tools = Tools.of(self.calling.callable, self.dialect.new_id) if self.calling.tools else None
         return Parser(self.dialect, tools, prompt=self.prompt, begun=self.begun, parallel=self.calling.parallel)
+
+    def _grammar(self) -> Structured | None:
+        """What the answer has to be, so that it calls a function, or calls functions only as their schemas say."""
+        calling, thinking = self.calling, self.dialect.thinking
+        if self._beginning or self.begun:
+            if not calling.forced:
+                return None
+            raise ValueError("tool_choice: a call cannot be forced in an answer that has begun")
+        end = self.prompt.rstrip()
+        tokenizer = self.service.engine.model.tokenizer
+        controls = {tokenizer.token_bytes(token).decode(): token for token in self.service.shown(self.dialect)}
+        lark = grammars.answer(
+            self.dialect,
+            {tool["function"]["name"]: tool["function"]["parameters"] for tool in calling.callable},
+            controls,
+            forced=calling.forced,
+            parallel=calling.parallel and not (calling.forced and calling.named),
+            opened=thinking is not None and end.endswith(thinking.open.rstrip()),
+            thinks=thinking is None or not end.endswith(thinking.close),
+        )
+        if lark is None and calling.forced:
+            raise ValueError(f"tool_choice: there is no grammar for the calls of this model ({self.dialect.calls})")
+        return None if lark is None else Structured(lark=lark)
 
     def _begin(self, prompt: list[int]) -> list[int]:
         """The tokens that the answer begins with."""
