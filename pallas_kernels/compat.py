@@ -14,8 +14,8 @@ import jaxlib
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
-# From jaxlib 0.12 on, XLA's CPU code for an exponential that is fused with the operations around it differs in the last bits
-# between the vectors of a loop and the elements after them, and so does a product that is a term of a sum.
+# In jaxlib 0.12 (0.11 was not tried), XLA's CPU code for an exponential that is fused with the operations around it differs in
+# the last bits between the vectors of a loop and the elements after them, and so does a product that is a term of a sum.
 CPU_FUSION_VARIES = tuple(map(int, jaxlib.__version__.split(".")[:2])) >= (0, 11)
 
 triton_load = pltriton.load

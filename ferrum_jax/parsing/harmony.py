@@ -19,7 +19,7 @@ _RECIPIENT = re.compile(r"\bto=functions\.([\w.:/-]+)")
 def answer(r: Reader, tools: Tools | None) -> Steps[None]:
     """The messages of an answer, from the header of the first one on: <|channel|>analysis<|message|>...<|end|>
 
-    The channel "analysis" is reasoning; "final", and "commentary" to nobody, is content.
+    The channel "analysis" is reasoning; "final", and "commentary" without a recipient, is content.
     """
     given: list[Give] = []
     while True:

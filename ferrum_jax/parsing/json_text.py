@@ -48,35 +48,36 @@ def string(r: Reader, give: Give) -> Steps[bool]:
 def value(r: Reader, give: Give) -> Steps[bool]:
     """Takes a value and gives its text; whether it is complete. What cannot go on is left in the reader."""
     closers: list[str] = []
-    wants = "value"  # "item": a value or the end of a list; "key": a name or the end of an object; "name"; "next": comma or end
+    # "item": a value or the end of a list; "key": a name or the end of an object; "name"; "next": comma or end
+    expected = "value"
     while True:
         space = yield from r.space()
         yield give(space if closers else "")
         head = r.text[r.at : r.at + 1]
-        if closers and head == closers[-1] and wants in ("item", "key", "next"):
+        if closers and head == closers[-1] and expected in ("item", "key", "next"):
             closers.pop()
             yield give(_taken(r))
-        elif wants == "next" and head == ",":
-            wants = "value" if closers[-1] == "]" else "name"
+        elif expected == "next" and head == ",":
+            expected = "value" if closers[-1] == "]" else "name"
             yield give(_taken(r))
             continue
-        elif wants in ("key", "name") and head == '"':
+        elif expected in ("key", "name") and head == '"':
             if not (yield from string(r, give)):
                 return False
             yield give((yield from r.space()))
             if not (yield from r.takes(":")):
                 return False
             yield give(":")
-            wants = "value"
+            expected = "value"
             continue
-        elif wants not in ("value", "item"):
+        elif expected not in ("value", "item"):
             return False
         elif head == '"':
             if not (yield from string(r, give)):
                 return False
         elif head and head in "{[" and len(closers) < _DEEPEST:
             closers.append("}" if head == "{" else "]")
-            wants = "key" if head == "{" else "item"
+            expected = "key" if head == "{" else "item"
             yield give(_taken(r))
             continue
         else:
@@ -88,7 +89,7 @@ def value(r: Reader, give: Give) -> Steps[bool]:
             yield give(word)
         if not closers:
             return True
-        wants = "next"
+        expected = "next"
 
 
 def whole_string(r: Reader) -> Steps[str | None]:

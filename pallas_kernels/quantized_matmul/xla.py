@@ -47,13 +47,13 @@ def matmul(x: jax.Array, matrix: Matrix, target: Target) -> jax.Array:
         return _dot(x, unpack_rows(matrix, start, rows).astype(dtype), contract=1)
 
     if tiles == 1:
-        return _first(m, tile(0))
+        return tile(0)[:m]
 
     def body(i: jax.Array, y: jax.Array) -> jax.Array:
         start = jnp.minimum(i * rows, n - rows)  # the last tile overlaps the one before and writes the same values
         return lax.dynamic_update_slice(y, tile(start), (0, start))
 
-    return _first(m, lax.fori_loop(0, tiles, body, jnp.zeros((x.shape[0], n), jnp.float32)))
+    return lax.fori_loop(0, tiles, body, jnp.zeros((x.shape[0], n), jnp.float32))[:m]
 
 
 @functools.partial(jax.jit, static_argnames="target", inline=True)
@@ -69,7 +69,7 @@ def matmul_transposed(dy: jax.Array, matrix: Matrix, target: Target) -> jax.Arra
         part = jnp.where(fresh, lax.dynamic_slice(dy, (0, start), (dy.shape[0], rows)), 0)
         return dx + _dot(part, unpack_rows(matrix, start, rows).astype(dtype), contract=0)
 
-    return _first(m, lax.fori_loop(0, tiles, body, jnp.zeros((dy.shape[0], k), jnp.float32)))
+    return lax.fori_loop(0, tiles, body, jnp.zeros((dy.shape[0], k), jnp.float32))[:m]
 
 
 def _tiling(n: int, k: int) -> tuple[int, int]:
@@ -87,11 +87,6 @@ def _library_operand(x: jax.Array, target: Target) -> tuple[jax.Array, jnp.dtype
         x = x.astype(jnp.float32)
     missing = max(0, _LIBRARY_ROWS - x.shape[0])
     return jnp.pad(x, ((0, missing), (0, 0))), x.dtype
-
-
-def _first(m: int, y: jax.Array) -> jax.Array:
-    """The first m rows. Without the barrier XLA may take the row of padding out of the product."""
-    return y if m == y.shape[0] else lax.optimization_barrier(y)[:m]
 
 
 def _dot(x: jax.Array, w: jax.Array, contract: int) -> jax.Array:
