@@ -10,13 +10,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jaxlib
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
-
-# In jaxlib 0.12 (0.11 was not tried), XLA's CPU code for an exponential that is fused with the operations around it differs in
-# the last bits between the vectors of a loop and the elements after them, and so does a product that is a term of a sum.
-CPU_FUSION_VARIES = tuple(map(int, jaxlib.__version__.split(".")[:2])) >= (0, 11)
 
 triton_load = pltriton.load
 triton_store = pltriton.store

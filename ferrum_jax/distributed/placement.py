@@ -142,5 +142,7 @@ class Placement:
 
     def zeros(self, tree: Any) -> Any:
         """Zeros for `jax.ShapeDtypeStruct`s with shardings."""
+        if self.platform == "cpu":  # without a program, whose compilation would take more memory than many states
+            return jax.tree.map(lambda leaf: jax.device_put(np.zeros(leaf.shape, leaf.dtype), leaf.sharding), tree)
         with self.as_default():
             return jax.tree.map(lambda leaf: jax.numpy.zeros(leaf.shape, leaf.dtype, device=leaf.sharding), tree)

@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 from pathlib import Path
 
-import gguf
 import numpy as np
 
 from ferrum_jax import families
@@ -88,6 +87,8 @@ def write_adapter_file(factors: Factors, config: ModelConfig, out: Path, where: 
         more = (0, rank - len(a))
         for suffix, values in zip(_SUFFIXES, (np.pad(a, (more, (0, 0))), np.pad(b, ((0, 0), more))), strict=True):
             made[f"blk.{layer}.{tensor.name}{suffix}"] = values
+    import gguf  # late: only files that are written need it
+
     total = sum(values.nbytes for values in made.values())
     with fresh(out, total) as partial, contextlib.closing(gguf.GGUFWriter(partial, config.architecture)) as writer:
         writer.add_type("adapter")

@@ -44,7 +44,7 @@ def test_bits_do_not_depend_on_the_number_of_rows(name):
 @pytest.mark.parametrize("varies", [False, True])
 def test_values(varies, monkeypatch):
     """Of both ways to compute them, against JAX's own functions in float64."""
-    monkeypatch.setattr(r.compat, "CPU_FUSION_VARIES", varies)
+    monkeypatch.setattr(r, "CPU_FUSION_VARIES", varies)
     x = np.concatenate([np.linspace(-80, 80, 4001), [-np.inf, np.inf, 0.0]]).astype(np.float32)
     with jax.enable_x64(True):
         right = {
