@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ferrum_jax.sampling import Sampling, is_end, occurred, sample, token_logprobs
+from pallas_kernels.reductions import row_max
 
 NOT_FINITE = -2  # instead of a token: the row's logits contain NaN or +inf, or are all -inf
 
@@ -84,16 +85,12 @@ def choose(
 
     with jax.named_scope("sampling"):
         own = sampling if rows is None else sampling.take(rows)
-        admitted = adjusted = logits
+        top = row_max(logits)[:, 0]
+        adjusted, most = logits, top
         if choice.adjustments is not None:
-            constrained = choice.adjustments.constrained[every]
-            masked = (alive & constrained).any()
-            admitted = lax.cond(masked, _admit, lambda x, *_: x, logits, choice.adjustments, every)
-            some = (alive & choice.adjustments.adjusted[every]).any()
-            adjusted = lax.cond(some, _adjust, lambda x, *_: x, admitted, choice, own, every)
-            stuck = constrained & ~(adjusted > -jnp.inf).any(axis=1)  # what the grammar needs was banned
-            adjusted = lax.cond(masked & some, lambda: jnp.where(stuck[:, None], admitted, adjusted), lambda: adjusted)
-        finite = (logits < jnp.inf).all(axis=1) & (admitted > -jnp.inf).any(axis=1)
+            used = choice.adjustments.adjusted[every] | choice.adjustments.constrained[every]
+            adjusted, most = lax.cond((alive & used).any(), _restrict, lambda x, *_: (x, top), logits, choice, own, every)
+        finite = (top < jnp.inf) & (most > -jnp.inf)  # the largest is NaN if any is
         token = sample(adjusted, own, of(choice.seen), of(choice.length), key)
         ids, scores = _scores(logits, token, logprobs, requested)
         generated = of(choice.generated) + finite
@@ -121,6 +118,17 @@ def _scores(
     if requested is None:
         return token_logprobs(logits, token, logprobs)
     return if_requested(requested, lambda: token_logprobs(logits, token, logprobs))
+
+
+def _restrict(logits: jax.Array, choice: Choice, sampling: Sampling, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The logits after grammars and adjustments, and the largest [R] of those that a grammar admits."""
+    what = choice.adjustments
+    assert what is not None
+    constrained = what.constrained[rows]
+    admitted = lax.cond(constrained.any(), _admit, lambda x, *_: x, logits, what, rows)
+    adjusted = lax.cond(what.adjusted[rows].any(), _adjust, lambda x, *_: x, admitted, choice, sampling, rows)
+    stuck = constrained & (row_max(adjusted)[:, 0] == -jnp.inf)  # what the grammar needs was banned
+    return jnp.where(stuck[:, None], admitted, adjusted), row_max(admitted)[:, 0]
 
 
 def _admit(logits: jax.Array, what: Adjustments, rows: jax.Array) -> jax.Array:
