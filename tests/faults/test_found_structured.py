@@ -60,7 +60,7 @@ FAULTS = {
     ),
     "bans": Fault(
         "a ban leaves nothing, and the first token is chosen",
-        choice.choose,
+        choice._restrict,
         "jnp.where(stuck[:, None], admitted, adjusted)",
         "adjusted",
         guards.a_grammar_is_stronger_than_bans,
