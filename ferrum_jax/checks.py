@@ -1,7 +1,7 @@
 """Checks arguments. An error says in one sentence what was given and what would be right.
 
-The one idea: each kind of argument (sampling parameters, token ids, a prompt, a batch, a path) has one function here, so
-that all methods raise the same errors for it. All raise ValueError.
+The one idea: each kind of argument (token ids, a prompt, a batch, a path) has one function here, so that all methods raise the
+same errors for it. All raise ValueError.
 """
 
 from __future__ import annotations
@@ -14,8 +14,6 @@ from typing import Any
 
 import numpy as np
 
-from ferrum_jax.sampling_params import SamplingParams
-
 
 def kind(value: object) -> str:
     """Describes a value in an error message."""
@@ -26,27 +24,6 @@ def _is_list(value: object) -> bool:
     """Whether a value has ordered items: a list, an array with at least one axis, an iterator; but not a text."""
     has_items = isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping | Set)
     return has_items and getattr(value, "ndim", 1) > 0
-
-
-def sampling_params(value: object) -> SamplingParams:
-    """One SamplingParams."""
-    if not isinstance(value, SamplingParams):
-        raise ValueError(f"params must be SamplingParams, as in SamplingParams(max_tokens=100), not {kind(value)}")
-    return value
-
-
-def each_sampling_params(value: Any, count: int) -> list[SamplingParams]:
-    """The parameters of each of `count` prompts, from one for all or a list with one for each."""
-    if isinstance(value, SamplingParams):
-        return [value] * count
-    if not isinstance(value, Sequence) or isinstance(value, str) or not all(isinstance(p, SamplingParams) for p in value):
-        raise ValueError(
-            "params must be SamplingParams, one for all prompts or a list with one for each, as in "
-            f"SamplingParams(max_tokens=100), not {kind(value)}"
-        )
-    if len(value) != count:
-        raise ValueError(f"{count} prompts and {len(value)} sampling parameters; give one for all or one for each")
-    return list(value)
 
 
 def text(value: object) -> str:

@@ -24,7 +24,7 @@ from ferrum_jax.errors import NotFiniteError
 from ferrum_jax.progress import track
 from ferrum_jax.prompts import Prompt, Prompts
 from ferrum_jax.runtime import PAGE
-from ferrum_jax.sampling_params import SamplingParams
+from ferrum_jax.sampling_params import SamplingParams, each_sampling_params, one_sampling_params
 from ferrum_jax.shapes import bucket, by_fours, padded, power_of_two
 from ferrum_jax.state import bytes_per_token
 from ferrum_jax.tokenizer import Tokenizer
@@ -194,7 +194,7 @@ class Model:
           OutOfMemoryError: if the KV cache does not fit.
         """
         encoded = [self._runtime.encode(prompt) for prompt in checks.prompts(prompts)]
-        each = checks.each_sampling_params(params, len(encoded))
+        each = each_sampling_params(params, len(encoded))
         names: list[Any] = list(adapter) if isinstance(adapter, list | tuple) else [adapter] * len(encoded)
         if len(names) != len(encoded):
             raise ValueError(f"{len(encoded)} prompts and {len(names)} adapters; give one for all or one for each")
@@ -222,7 +222,7 @@ class Model:
         Raises:
           ValueError: as for `generate`, and for parameters that do not work with a stream (n > 1, prompt_logprobs).
         """
-        checks.sampling_params(params)
+        one_sampling_params(params)
         if params.n > 1 or params.prompt_logprobs is not None:
             raise ValueError("SamplingParams.n and prompt_logprobs: a stream gives the output of one completion; use generate")
         ids = self._runtime.encode(prompt)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from ferrum_jax import checks
 from ferrum_jax.structured import Structured
 
 MAX_LOGPROBS = 64
@@ -163,3 +164,24 @@ class SamplingParams:
         if not number or not valid(float(value)):
             raise self._error(field, right)
         object.__setattr__(self, field, float(value))
+
+
+def one_sampling_params(value: object) -> SamplingParams:
+    """One SamplingParams."""
+    if not isinstance(value, SamplingParams):
+        raise ValueError(f"params must be SamplingParams, as in SamplingParams(max_tokens=100), not {checks.kind(value)}")
+    return value
+
+
+def each_sampling_params(value: Any, count: int) -> list[SamplingParams]:
+    """The parameters of each of `count` prompts, from one for all or a list with one for each."""
+    if isinstance(value, SamplingParams):
+        return [value] * count
+    if not isinstance(value, Sequence) or isinstance(value, str) or not all(isinstance(p, SamplingParams) for p in value):
+        raise ValueError(
+            "params must be SamplingParams, one for all prompts or a list with one for each, as in "
+            f"SamplingParams(max_tokens=100), not {checks.kind(value)}"
+        )
+    if len(value) != count:
+        raise ValueError(f"{count} prompts and {len(value)} sampling parameters; give one for all or one for each")
+    return list(value)
