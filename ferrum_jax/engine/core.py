@@ -27,6 +27,7 @@ from ferrum_jax.engine.watcher import listed
 from ferrum_jax.engine.worker import Job, Worker
 from ferrum_jax.prompts import Prompts
 from ferrum_jax.state import DecodeState, PageKind, kind_names, read_places
+from ferrum_jax.structured.grammar import Follower
 
 _LOG = logging.getLogger("ferrum_jax.engine.engine")
 
@@ -275,7 +276,7 @@ class Core:
             results = self._executor.fetch(flight.results, flight.scored, flight.scored_prompt)
             for i, row in enumerate(flight.dispatch.rows):
                 if row.sequence.follower is not None and row.valid:
-                    row.sequence.follower.follow(row.sequence.tokens, _made(results.tokens[i].tolist()))
+                    row.sequence.follower.follow(row.sequence.tokens, _made(row, results.tokens[i].tolist()))
         except Exception as error:
             self._fail_dispatch(error, flight.dispatch)
             return None
@@ -308,6 +309,7 @@ class Core:
             request = sequence.owner
             request.times.admitted = request.times.admitted or now
             self._executor.admit(sequence, slot, request.params, request._seed, request._extras)
+        dispatch = self._force(dispatch)
         self._executor.prepare(dispatch)  # compiling does not count as the device's time
         self._mask(dispatch)
         begin = time.perf_counter()
@@ -316,14 +318,32 @@ class Core:
         prompts = any(row.start >= 0 and row.sequence.owner.prompt_logprobs is not None for row in dispatch.rows)
         return _Flight(dispatch, results, scored, prompts, begin)
 
+    def _force(self, dispatch: Dispatch) -> Dispatch:
+        """A dispatch that also reads the tokens that grammars force next, if that is faster than choosing one after the other,
+        and no program has to be compiled for it. No text and no log-probability depends on it: rows with log-probabilities
+        choose each token."""
+        rows, forced = dispatch.rows, dict[int, list[int]]()
+        room = self.config.longest - (dispatch.tokens or len(rows))
+        for i, follower in _followers(dispatch):
+            if rows[i].start >= 0:
+                follower.follow(rows[i].sequence.tokens)  # not further, if results were lost
+            most = min(room, steps.MOST_FORCED, rows[i].sequence.limit - 1 - follower.end)
+            scored = rows[i].sequence.owner.params.logprobs is not None
+            if not scored and (tokens := follower.forced(most, self.model.tokenizer.eos_ids)):
+                forced[i], room = tokens, room - len(tokens)
+        if not forced or not self._scheduler.pace.gains(dispatch, sum(map(len, forced.values()))):
+            return dispatch
+        with self._lock:
+            return self._scheduler.force(dispatch, forced, self._executor.ready)
+
     def _mask(self, dispatch: Dispatch) -> None:
-        """Sends what the grammars admit next. A row without it stays as it is."""
-        rows = [(row, row.sequence.follower) for row in dispatch.rows if row.samples and row.valid]
-        found = [(row.slot, follower) for row, follower in rows if follower is not None]
+        """Sends what the grammars force and admit next. A row without it stays as it is."""
+        found = _followers(dispatch)
         if found:
             masks = self.model.grammars.masks([follower for _, follower in found], self.model.config.vocab_size)
             sent = [i for i, (_, follower) in enumerate(found) if not follower.error]
-            self._executor.mask([found[i][0] for i in sent], masks[sent])
+            rows = [dispatch.rows[found[i][0]] for i in sent]
+            self._executor.mask([row.slot for row in rows], [row.forced for row in rows], masks[sent])
 
     def _take_in(self, flight: _Flight, results: steps.Results) -> None:
         """Gives every row its results."""
@@ -345,11 +365,11 @@ class Core:
                     except Exception as error:  # affects only this row
                         errors[row.sequence.owner] = error
                 place += row.length
-                read += row.length if row.start >= 0 else 0
+                read += row.length - len(row.forced) if row.start >= 0 else 0
             self._counts["prompt_tokens"] += read
             self._counts["generated_tokens"] += made
-            self.model.count("prefill", read, 0.0 if dispatch.steps else taken)
-            self.model.count("decode", made, taken if dispatch.steps else 0.0)
+            self.model.count("prefill", read, taken if read else 0.0)
+            self.model.count("decode", made, 0.0 if read else taken)
             self._counts["steps"] += max(1, dispatch.steps)
             if not dispatch.steps or any(row[dispatch.steps - 1] >= 0 for row in tokens):  # none of its steps was left out
                 self._scheduler.pace.took(dispatch, taken)
@@ -367,7 +387,7 @@ class Core:
     def _take_row(self, row: Row, i: int, tokens: list[int], results: steps.Results, dispatch: Dispatch) -> int:
         """Processes the tokens of one row and returns their number."""
         request: Request = row.sequence.owner
-        made = _made(tokens)
+        made = _made(row, tokens)
         self._scheduler.received(row, made, dispatch)
         if made:
             logprobs = []
@@ -463,9 +483,18 @@ class Core:
             ledger.publish(reserved)
 
 
-def _made(tokens: list[int]) -> list[int]:
-    """The tokens of a row's results."""
-    return [token for token in tokens if token >= 0]
+def _followers(dispatch: Dispatch) -> list[tuple[int, Follower]]:
+    """The indices of the rows whose next token a grammar admits, and where these are in their grammars."""
+    return [
+        (i, row.sequence.follower)
+        for i, row in enumerate(dispatch.rows)
+        if row.samples and row.valid and row.sequence.follower is not None
+    ]
+
+
+def _made(row: Row, tokens: list[int]) -> list[int]:
+    """The new tokens of a row, given its results."""
+    return [*row.forced, *(token for token in tokens if token >= 0)]
 
 
 def _said(error: BaseException) -> str:

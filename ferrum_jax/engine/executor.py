@@ -99,16 +99,19 @@ class Executor:
         admission = self._admission(sequence, slot, params, seed, extras)
         self.slots = self.compile("admit")(self.slots, admission)
 
-    def mask(self, rows: list[int], masks: np.ndarray) -> None:
-        """Sets what grammars admit next in some slots: int32 [rows, words]."""
+    def mask(self, rows: list[int], forced: list[tuple[int, ...]], masks: np.ndarray) -> None:
+        """Appends the tokens that grammars force in some slots, and sets what they admit next: int32 [rows, words]."""
         most = min(_MASKS, self.config.max_seqs)
         for first in range(0, len(rows), most):
             some = rows[first : first + most]
             chosen = np.full(most, self.config.max_seqs, np.int32)
             chosen[: len(some)] = some
+            tokens = np.full((most, steps.MOST_FORCED), -1, np.int32)
+            for row, made in zip(tokens, forced[first : first + most], strict=False):
+                row[: len(made)] = made
             bits = np.zeros((most, masks.shape[1]), np.int32)
             bits[: len(some)] = masks[first : first + most]
-            self.slots = self.compile("mask")(self.slots, chosen, bits)
+            self.slots = self.compile("mask")(self.slots, chosen, tokens, bits)
 
     def ready(self, dispatch: Dispatch) -> bool:
         """Whether a dispatch can be started at once: its program is compiled and its pages exist."""
@@ -221,8 +224,8 @@ class Executor:
             return programs.get(steps.admit, slots, jax.eval_shape(self._example), donate=(0,))
         if bucket == "mask":
             most = min(_MASKS, self.config.max_seqs)
-            masks = np.zeros((most, slots.mask.shape[1]), np.int32)
-            return programs.get(steps.mask, slots, np.zeros(most, np.int32), masks, donate=(0,))
+            forced, masks = (np.zeros((most, width), np.int32) for width in (steps.MOST_FORCED, slots.mask.shape[1]))
+            return programs.get(steps.mask, slots, np.zeros(most, np.int32), forced, masks, donate=(0,))
         if bucket == "copy":
             places = np.zeros((len(state.parts), _COPIES), np.int32)
             return programs.get(copy_places, state, places, places, donate=(0,))

@@ -46,6 +46,16 @@ class Pace:
         fitting = [size for size in sizes if size * self._token <= seconds]
         return min(budget, max(fitting or sizes[:1], default=budget))
 
+    def gains(self, dispatch: Dispatch, tokens: int) -> bool:
+        """Whether to read this many known tokens in a dispatch in addition, instead of making each of them with a step of all
+        rows."""
+        rows = len(dispatch.rows)
+        if not self._steps or not self._token:
+            return 2 * tokens >= rows
+        wider = self._config.bucket((dispatch.tokens or rows) + tokens, rows).tokens
+        wider -= self._config.bucket(dispatch.tokens, rows).tokens
+        return tokens * self._step(rows) >= rows * wider * self._token
+
     def _step(self, rows: int) -> float:
         """Seconds of a decode step of this many rows: as measured, or of the next smaller number that was."""
         return self._steps[max((known for known in self._steps if known <= rows), default=min(self._steps))]

@@ -9,13 +9,14 @@ The device may lag behind: work that was sent to it counts as done here (`prefil
 dispatches in order, a page can be given to another sequence while an earlier dispatch still uses it.
 
 A sequence with a grammar decodes one token in a dispatch, and only from a token that the host knows. Such a dispatch waits for
-the results of the one before, or the sequence is left out of it (`turns`).
+the results of the one before, or the sequence is left out of it (`turns`). Tokens that can only be what they are, by a grammar,
+are appended when that is known, just before the launch: the dispatch reads them like a prompt and chooses the one after them.
 """
 
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from ferrum_jax.engine.config import EngineConfig
 from ferrum_jax.engine.ledger import Found, Held, Ledger
@@ -123,6 +124,27 @@ class Scheduler:
                 row.sequence.prefilled += row.length
                 self._settle(row.sequence)
         return dispatch
+
+    def force(self, dispatch: Dispatch, forced: dict[int, list[int]], ready: Callable[[Dispatch], bool]) -> Dispatch:
+        """A dispatch that also reads tokens that grammars force, by the index of their rows, as far as there are pages for
+        them. The dispatch as it is if that one is not `ready`, or if it uses pages that were given back since it was chosen:
+        by a row that has ended, or by a prompt that will not look at them again."""
+        rows = list(dispatch.rows)
+        if not all(row.valid and (row.start < 0 or not self.ledger.windowed) for row in rows):
+            return dispatch
+        longer = {i: _longer(rows[i], tokens) for i, tokens in forced.items()}
+        if not ready(dispatch._replace(rows=[longer.get(i, row) for i, row in enumerate(rows)], steps=0)):
+            return dispatch
+        for i, row in longer.items():
+            sequence, follower = row.sequence, row.sequence.follower
+            assert follower is not None
+            end = follower.end + len(row.forced)
+            if self._missing(sequence, end) <= self.ledger.available and self.ledger.grow(row.held, end):
+                rows[i] = row
+                follower.go_on(row.forced)
+                sequence.pending += len(row.forced)
+                sequence.due += len(row.forced)
+        return dispatch._replace(rows=rows, steps=0) if any(row.forced for row in rows) else dispatch
 
     def received(self, row: Row, tokens: list[int], dispatch: Dispatch) -> None:
         """Records the result of a row of a dispatch: its tokens are known now."""
@@ -254,6 +276,10 @@ class Scheduler:
         self.ledger.give_back(sequence.held)
         self._slots.append(sequence.slot)
         _let_go(sequence)
+
+
+def _longer(row: Row, forced: list[int]) -> Row:
+    return row._replace(length=row.length + len(forced), forced=tuple(forced))
 
 
 def _let_go(sequence: Sequence) -> None:

@@ -14,7 +14,7 @@ class Sequence:
     tokens: prompt and known output. limit: of its tokens. number: order of arrival. cacheable: whether it may use cached pages.
     origin: the sequence that this one is a branch of. adapter: its index among the model's, -1 for none. owner: the request
     that it belongs to. cached: the tokens of the prompt that were there when it was first admitted, -1 before. follower: where
-    its output is in its grammar, if it has one; always after the known tokens.
+    its output is in its grammar, if it has one: after the known tokens and those that it forces in a dispatch in flight.
 
     While it runs it has a `slot`, and `held` is what it holds of the state. `target`: tokens known when it was admitted;
     `prefilled`: how many of these were sent to the device. `pending`: the largest number of tokens that were requested from the
@@ -62,9 +62,10 @@ class Extras(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A sequence's part in a dispatch: `length` known tokens from `start` on; start -1: its newest token, from the device.
+    """A sequence's part in a dispatch: `length` known tokens from `start` on; start -1: its newest ones, from the device.
     `samples`: whether the next token is chosen. `slot`, `held`: where it runs and what it holds, even if that changes before
-    the launch. `keeps`: after which of its tokens the state of layers that recur is kept as well, and the place."""
+    the launch. `keeps`: after which of its tokens the state of layers that recur is kept as well, and the place. `forced`: the
+    last ones of its tokens, which its grammar has appended: a part of the results."""
 
     sequence: Sequence
     epoch: int
@@ -74,6 +75,7 @@ class Row(NamedTuple):
     slot: int
     held: Held
     keeps: tuple[int, int] = (-1, -1)
+    forced: tuple[int, ...] = ()
 
     @property
     def valid(self) -> bool:
@@ -100,7 +102,7 @@ class Dispatch(NamedTuple):
 
     def least(self, row: Row) -> int:
         """The number of tokens that a sampling row generates unless it ends."""
-        return max(self.steps, 1) if row.sequence.follower is None else 1
+        return max(self.steps, 1) if row.sequence.follower is None else 1 + len(row.forced)
 
     def most(self, row: Row) -> int:
         """The largest number of tokens that a sampling row can generate."""

@@ -13,9 +13,10 @@ import jax.numpy as jnp
 
 from ferrum_jax.choice import Adjustments, Choice
 from ferrum_jax.distributed import Axis
-from ferrum_jax.sampling import PER_ROW, Sampling
+from ferrum_jax.sampling import PER_ROW, Sampling, occurred
 
 BAD_WORDS, BAD_WORD_TOKENS = 64, 16  # limits of banned words with several tokens: their number and their length
+MOST_FORCED = 32  # tokens that a grammar appends to a text at once
 
 
 class Slots(NamedTuple):
@@ -157,7 +158,17 @@ def admit(slots: Slots, admission: Admission) -> Slots:
     return Slots(**{name: put(getattr(slots, name), value) for name, value in values.items()}, sampling=sampling)
 
 
-def mask(slots: Slots, rows: jax.Array, masks: jax.Array) -> Slots:
-    """Sets what the grammars of some slots, int32 [M], admit next: int32 [M, ceil(V / 32)]. A slot out of range changes
-    nothing."""
-    return slots._replace(mask=slots.mask.at[rows].set(masks, mode="drop"), masked=slots.masked.at[rows].set(True, mode="drop"))
+def mask(slots: Slots, rows: jax.Array, forced: jax.Array, masks: jax.Array) -> Slots:
+    """Appends what the grammars of some slots, int32 [M], force to their texts, int32 [M, MOST_FORCED], padded with -1; then
+    sets what they admit next: int32 [M, ceil(V / 32)]. A slot out of range changes nothing."""
+    there, begin = forced >= 0, slots.length[rows, None]
+    position = jnp.where(there, begin + jnp.arange(forced.shape[1]), slots.history.shape[1])
+    count = there.sum(axis=1, dtype=jnp.int32)
+    return slots._replace(
+        history=slots.history.at[rows[:, None], position].set(forced, mode="drop"),
+        length=slots.length.at[rows].add(count, mode="drop"),
+        generated=slots.generated.at[rows].add(count, mode="drop"),
+        seen=occurred(slots.seen, rows[:, None], jnp.where(there, forced, slots.seen.shape[1])),
+        mask=slots.mask.at[rows].set(masks, mode="drop"),
+        masked=slots.masked.at[rows].set(True, mode="drop"),
+    )

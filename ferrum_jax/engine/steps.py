@@ -19,7 +19,7 @@ from ferrum_jax.adapters import COLUMNS
 from ferrum_jax.choice import NOT_FINITE, Chosen, choose, if_requested
 from ferrum_jax.config import ModelConfig
 from ferrum_jax.engine.draft import draft, learn, worth_it
-from ferrum_jax.engine.slots import BAD_WORD_TOKENS, BAD_WORDS, Admission, Slots, admit, mask, new_slots
+from ferrum_jax.engine.slots import BAD_WORD_TOKENS, BAD_WORDS, MOST_FORCED, Admission, Slots, admit, mask, new_slots
 from ferrum_jax.models.decoder import RaggedBatch
 from ferrum_jax.sampling import MAX_LOGPROBS, token_logprobs
 from ferrum_jax.state import DecodeState
@@ -27,6 +27,7 @@ from ferrum_jax.state import DecodeState
 __all__ = [
     "BAD_WORDS",
     "BAD_WORD_TOKENS",
+    "MOST_FORCED",
     "NOT_FINITE",
     "Admission",
     "Results",
@@ -67,12 +68,12 @@ def mixed(
     """One step over `tokens` tokens of R rows.
 
     rows int32 [R]: the slot of each, -1 for none; table int32 [pools * R, P]: their pages, pool after pool; starts int32 [R]:
-    the position of a row's first token, -1 for only its newest token; query_starts int32 [R + 1]; samples bool [R]: rows that
+    the position of a row's first token, -1 for its newest ones; query_starts int32 [R + 1]; samples bool [R]: rows that
     choose their next token; keeps int32 [2, R]: after which token of a row, except the last one, the state of layers that recur
     is kept as well, and its place (-1, -1: nowhere).
     """
     live = (rows >= 0) & ((starts >= 0) | (~slots.done[rows] & slots.choosing(rows)))
-    first = jnp.where(starts >= 0, starts, slots.length[rows] - 1)
+    first = jnp.where(starts >= 0, starts, slots.length[rows] - jnp.diff(query_starts))
 
     def after(row: jax.Array, token: jax.Array) -> jax.Array:
         last = jnp.where(token == jnp.diff(query_starts)[row] - 1, rows[row], -1)

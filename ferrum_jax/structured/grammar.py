@@ -12,7 +12,7 @@ import os
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -173,15 +173,37 @@ class Follower:
         self._begin, self._end = begin, begin  # of the tokens that were followed
         self.error = ""
 
+    @property
+    def end(self) -> int:
+        """The number of tokens that were followed."""
+        return self._end
+
     def follow(self, text: Sequence[int], made: Sequence[int] = ()) -> None:
         """Goes on to the end of a text and of the tokens that were made after it. What was followed before may have been
         longer, if its results were lost."""
-        if len(text) < self._end:
+        end = len(text) + len(made)
+        if end < self._end:
             self.matcher, self._end = self._grammar.deep_copy(), self._begin
-        for token in (*text[self._end :], *made):
+        for token in (*text[self._end :], *made[max(0, self._end - len(text)) :]):
             self.matcher.consume_token(token)
-        self._end = len(text) + len(made)
+        self._end = end
         self.check()
+
+    def forced(self, most: int, ends: Collection[int]) -> list[int]:
+        """Up to `most` tokens that come next in any case, before one of `ends`. They are found one after the other, because
+        the library may cut all of them into other tokens than what is left after the first one."""
+        found, ahead = list[int](), self.matcher
+        while len(found) < most and (tokens := ahead.compute_ff_tokens()) and tokens[0] not in ends:
+            ahead = ahead if found else ahead.deep_copy()
+            ahead.consume_token(tokens[0])
+            found.append(tokens[0])
+        return found
+
+    def go_on(self, tokens: Sequence[int]) -> None:
+        """Goes on over tokens after what was followed."""
+        for token in tokens:
+            self.matcher.consume_token(token)
+        self._end += len(tokens)
 
     def check(self) -> None:
         """Sets the error. In the library's own message are parts of the grammar."""

@@ -7,11 +7,13 @@ from functools import partial
 import pytest
 
 from ferrum_jax import choice
-from ferrum_jax.engine.slots import Slots
+from ferrum_jax.engine.scheduler import Scheduler
+from ferrum_jax.engine.slots import Slots, mask
 from ferrum_jax.structured import schemas
 from ferrum_jax.structured.grammar import Follower
 from support import guards
 from support.patching import Fault, applied
+from unit.engine import test_engine_schedules as schedules
 from unit.engine import test_structured as device
 from unit.text import test_schemas as texts
 
@@ -47,7 +49,7 @@ FAULTS = {
     "lost": Fault(
         "tokens that were lost stay in the grammar",
         Follower.follow,
-        "if len(text) < self._end:",
+        "if end < self._end:",
         "if False:",
         texts.test_results_that_are_lost_are_followed_again,
     ),
@@ -64,6 +66,27 @@ FAULTS = {
         "jnp.where(stuck[:, None], admitted, adjusted)",
         "adjusted",
         guards.a_grammar_is_stronger_than_bans,
+    ),
+    "uncounted": Fault(
+        "what a grammar forces is not in the penalties",
+        mask,
+        "jnp.where(there, forced, slots.seen.shape[1])",
+        "slots.seen.shape[1]",
+        guards.what_a_grammar_forces_counts_like_what_is_chosen,
+    ),
+    "cut": Fault(
+        "what a grammar forces is cut into other tokens than one after the other",
+        Follower.forced,
+        "found.append(tokens[0])",
+        "found += tokens",
+        texts.test_forced_tokens_are_those_of_one_after_the_other,
+    ),
+    "taken": Fault(
+        "pages of a row that has ended just now are taken while it writes to them",
+        Scheduler.force,
+        "row.valid and",
+        "",
+        schedules.test_forced_tokens_take_no_page_of_a_row_that_has_just_ended,
     ),
     "stale": Fault(
         "a mask serves for the token after next",

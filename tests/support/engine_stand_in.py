@@ -22,6 +22,8 @@ from ferrum_jax.engine import Engine, EngineConfig, engine, steps
 from ferrum_jax.engine.sequence import Dispatch, Row, Sequence
 from ferrum_jax.sampling_params import SamplingParams
 from ferrum_jax.state import DecodeState, KVCache, page_kinds, recurrent_kinds
+from ferrum_jax.structured import Structured
+from ferrum_jax.structured.grammar import Follower
 from support.recurrent_toy import Toy
 
 VOCAB, END = 6, 0  # ids 1 .. 5 are the letters a .. e
@@ -42,9 +44,11 @@ def require(holds: bool, what: str) -> None:
         raise Violation(what)
 
 
-def next_token(text: list[int], seed: int, adapter: int) -> int:
+def next_token(text: list[int], seed: int, adapter: int, mask: int = -1) -> int:
+    """The next token of a text, among those in the mask of a grammar."""
     value = zlib.crc32(bytes(text), seed + (adapter + 1 << 8)) * 2654435761 % 2**32 >> 8
-    return END if value % 12 == 0 else 1 + value // 12 % (VOCAB - 1)
+    token = END if value % 12 == 0 else 1 + value // 12 % (VOCAB - 1)
+    return token if mask >> token & 1 else next(token for token in range(VOCAB) if mask >> token & 1)
 
 
 def state_of(text: list[int], adapter: int) -> tuple[int, int, int]:
@@ -66,6 +70,46 @@ class Tokenizer:
         return b"" if token == END else bytes([96 + token])
 
 
+class Matcher:
+    """The part of a grammar library that a `Follower` uses: some tokens are forced by their place in the text."""
+
+    def __init__(self, place: int = 0, runs: int = 0):
+        self.place, self.runs = place, runs
+
+    def deep_copy(self) -> Matcher:
+        return Matcher(self.place, self.runs)
+
+    def consume_token(self, token: int) -> None:
+        require(token in admitted(self.place, self.runs), f"token {token} at {self.place}, which the grammar does not admit")
+        self.place += 1
+
+    def compute_ff_tokens(self) -> list[int]:
+        found: list[int] = []
+        while len(some := admitted(self.place + len(found), self.runs)) == 1:
+            found += some
+        return found
+
+    def is_error(self) -> bool:
+        return False
+
+
+def admitted(place: int, runs: int) -> list[int]:
+    """What the grammar of a text that forces `runs` of 8 places admits there. The end comes at some place."""
+    value = zlib.crc32(bytes([place // 3, runs]))
+    return [1 + place % (VOCAB - 1)] if value % 8 < runs and place < 40 else list(range(VOCAB))
+
+
+class Grammars:
+    """Those of regular expressions that are a digit: the places of 8 that are forced."""
+
+    def follower(self, structured: Structured, begin: int) -> Follower:
+        return Follower(Matcher(0, int(str(structured.regex))), begin)
+
+    def masks(self, followers: list[Follower], vocab_size: int) -> np.ndarray:
+        found = [admitted(follower.matcher.place, follower.matcher.runs) for follower in followers]
+        return np.array([[sum(1 << token for token in tokens)] for tokens in found], np.int32)
+
+
 class Config(NamedTuple):
     layers: tuple[LayerSpec, ...]
     vocab_size: int = VOCAB
@@ -82,7 +126,7 @@ class Model:
     step_seconds = 0.0
 
     def __init__(self, max_seq_len: int = 48, *windows: int, recurs: bool = False):
-        self.max_seq_len, self.tokenizer = max_seq_len, Tokenizer()
+        self.max_seq_len, self.tokenizer, self.grammars = max_seq_len, Tokenizer(), Grammars()
         recurrent = (LayerSpec(Toy(1), Dense(1)),) * recurs
         self.config = Config((*map(layer, windows or [0]), *recurrent))
 
@@ -99,11 +143,16 @@ class Model:
         return -1 if adapter is None else ADAPTERS.index(adapter)
 
 
-def expected(prompt: list[int], params: SamplingParams, seed: int, context: int, adapter: int = -1) -> Completion:
-    """The completion that a request gives whatever happens around it."""
+def expected(
+    prompt: list[int], params: SamplingParams, seed: int, context: int, adapter: int = -1, begun: int = 0
+) -> Completion:
+    """The completion that a request gives whatever happens around it. begun: the last tokens of the prompt that belong to the
+    output's grammar."""
     text, shown, reason = list(prompt), "", "length"
     while len(text) < min(len(prompt) + params.max_tokens, context):
-        text.append(next_token(text, seed, adapter))
+        place, runs = len(text) - len(prompt) + begun, params.structured and int(str(params.structured.regex))
+        mask = -1 if runs is None else sum(1 << token for token in admitted(place, runs))
+        text.append(next_token(text, seed, adapter, mask))
         shown += "" if text[-1] == END else chr(96 + text[-1])
         if text[-1] == END and not params.ignore_eos:
             reason = "stop"
@@ -148,7 +197,7 @@ class Executor:
         self.capacity = -(-context // config.page_size) * config.page_size
         self.fault = ""
         self.struck: list[Sequence] = []
-        self.launches = 0
+        self.launches = self.forced = 0
         self.between: Callable[[], object] = lambda: None
         self.pools: list[Any] = []
         # Pages with known text before the scheduler chose the newest dispatch.
@@ -159,6 +208,7 @@ class Executor:
         self.pages = [np.full((count, self.config.page_size, 3), -1, np.int32) for count in self.num_pages]
         self.states = np.full((self.config.num_states, 3), -1, np.int32)
         self.slots: dict[int, _Slot] = {}
+        self.masks: dict[int, int] = {}
         self.broken = False
 
     def buckets(self) -> list[str]:
@@ -186,6 +236,14 @@ class Executor:
         require(0 <= slot < self.config.max_seqs, f"admitted into slot {slot}")
         require(len(sequence.tokens) <= self.capacity, "a text that is longer than a slot")
         self.slots[slot] = _Slot(sequence, list(sequence.tokens), sequence.prompt_length, params, seed)
+        self.masks.pop(slot, None)
+
+    def mask(self, rows: list[int], forced: list[tuple[int, ...]], masks: np.ndarray) -> None:
+        for slot, tokens, (mask,) in zip(rows, forced, masks.tolist(), strict=True):
+            if not self.slots[slot].done:
+                self.slots[slot].text.extend(tokens)
+                self.masks[slot] = mask
+            self.forced += len(tokens)
 
     def ready(self, dispatch: Dispatch) -> bool:
         return self.launches % 3 > 0
@@ -279,8 +337,8 @@ class Executor:
         live = []
         for row in dispatch.rows:
             slot = self.slots[row.slot]
-            first = len(slot.text) - 1 if row.start < 0 else row.start
-            if row.start >= 0 or not slot.done:
+            first = len(slot.text) - row.length if row.start < 0 else row.start
+            if row.start >= 0 or not (slot.done or self._stuck(row)):
                 self._write(row, first, slot.text[first : first + row.length])
                 self._advance(row, first, row.length)
                 live.append((row, first))
@@ -288,7 +346,7 @@ class Executor:
             self._read(row, first, row.length)
         made: list[list[int]] = [[] for _ in dispatch.rows]
         for i, row in enumerate(dispatch.rows):
-            if row.samples and any(row is other for other, _ in live):
+            if row.samples and not self._stuck(row) and any(row is other for other, _ in live):
                 made[i].append(self._choose(row))
         return made
 
@@ -296,7 +354,7 @@ class Executor:
         """Steps of single tokens or, with speculation, of drafts that are partly right; the program drafts in any case."""
         made: list[list[int]] = [[] for _ in dispatch.rows]
         for _ in range(min(dispatch.steps, self.config.steps)):
-            live = [(i, row) for i, row in enumerate(dispatch.rows) if not self.slots[row.slot].done]
+            live = [(i, row) for i, row in enumerate(dispatch.rows) if not (self.slots[row.slot].done or self._stuck(row))]
             counts = {}
             for i, row in live:
                 slot = self.slots[row.slot]
@@ -319,12 +377,16 @@ class Executor:
         return made
 
     def _drafted(self, row: Row, slot: _Slot) -> int:
-        room = max(0, row.sequence.limit - len(slot.text) - 1)
+        room = max(0, row.sequence.limit - len(slot.text) - 1) if slot.params.structured is None else 0
         return zlib.crc32(bytes([len(slot.text), self.launches % 256])) % (min(self.config.speculation, room) + 1)
 
+    def _stuck(self, row: Row) -> bool:
+        """Whether a row has a grammar and no mask: in a step before, or because it was aborted just now."""
+        return self.slots[row.slot].params.structured is not None and row.slot not in self.masks
+
     def _choose(self, row: Row) -> int:
-        slot = self.slots[row.slot]
-        slot.text.append(next_token(slot.text, slot.seed, slot.sequence.adapter))
+        slot, mask = self.slots[row.slot], self.masks.pop(row.slot, -1)
+        slot.text.append(next_token(slot.text, slot.seed, slot.sequence.adapter, mask))
         return slot.text[-1]
 
     def _page(self, row: Row, pool: int, position: int) -> int:

@@ -209,7 +209,20 @@ def with_grammar(slots: steps.Slots, slot: int, admitted: list[int]) -> steps.Sl
     """The slots where one has a grammar that admits some ids next."""
     bits = np.array([[sum(1 << id for id in admitted)]], np.int32)
     slots = slots._replace(constrained=slots.constrained.at[slot].set(True))
-    return steps.mask(slots, jnp.asarray([slot, 9]), jnp.asarray(np.concatenate([bits, bits])))
+    return steps.mask(slots, jnp.asarray([slot, 9]), jnp.full((2, 1), -1), jnp.asarray(np.concatenate([bits, bits])))
+
+
+def what_a_grammar_forces_counts_like_what_is_chosen():
+    """A slot with forced tokens is one that was admitted with them; the other slots do not change."""
+    slots = slots_of()
+    for slot in range(3):
+        slots = admitted(slots, slot, [3, 4], [5], greedy())
+    forced = jnp.asarray([[6, 6, 0, -1], [-1] * 4, [7, 8, 9, 7]])
+    made = steps.mask(slots, jnp.asarray([2, 0, 9]), forced, jnp.ones((3, 1), jnp.int32))
+    right = admitted(slots_of(), 2, [3, 4], [5, 6, 6, 0], greedy())
+    for slot, text in ((0, slots), (1, slots), (2, right)):
+        mask = {"mask": np.asarray([slot != 1]), "masked": np.asarray(slot != 1)}
+        same(of_slot(made, slot), of_slot(text, slot) | mask)
 
 
 def a_grammar_is_stronger_than_bans():

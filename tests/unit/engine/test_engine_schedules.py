@@ -35,6 +35,8 @@ PAGE_SIZES, BUDGETS, DRAFTS = [1, 1, 2, 3, 4, 7, 16], [1, 2, 3, 5, 8, 24], [0, 0
 WINDOWS = [(0,), (0,), (0,), (1,), (3,), (4,), (9,), (0, 3), (4, 0), (2, 9), (0, 1, 7)]  # of the layers of a model
 STEPS, COUNTS, STOPS = [1, None, 4], [1, 1, 1, 2, 3], [(), (), ("ab",), ("a", "cab", "d")]
 NAMES = [None, None, *ADAPTERS]
+GRAMMARS = [None, None, fj.Structured(regex="3"), fj.Structured(regex="6")]  # of the stand-in
+TURNS = [0, 0, 2]  # of rows without a grammar
 NOWHERE = Path("/a directory that is never written")
 
 configs = st.builds(
@@ -55,6 +57,7 @@ params = st.builds(
     n=st.sampled_from(COUNTS),
     ignore_eos=st.booleans(),
     stop=st.sampled_from(STOPS),
+    structured=st.sampled_from(GRAMMARS),
 )
 which = st.integers(0, 1000)
 
@@ -63,9 +66,11 @@ class Schedule(RuleBasedStateMachine):
     """The rules. `requests`: all that were accepted, with their prompts, parameters and seeds; `aborted`: those that may end
     early; `saved`: what snapshots of them hold; `before`: how many tokens those that came of one had then."""
 
-    @initialize(config=configs, context=st.integers(12, 60), windows=st.sampled_from(WINDOWS), recurs=st.booleans())
-    def start(self, config, context, windows, recurs):
+    @initialize(config=configs, context=st.integers(12, 60), windows=st.sampled_from(WINDOWS), recurs=st.booleans(),
+                turns=st.sampled_from(TURNS))  # fmt: skip
+    def start(self, config, context, windows, recurs, turns):
         self.engine = use(Model(context, *windows, recurs=recurs), config)
+        self.engine._turns = lambda: turns
         self.device, self.scheduler = self.engine._executor, self.engine._scheduler
         self.requests, self.aborted, self.saved, self.before = [], set(), [], {}
         self.oldest, self.left = None, 0
@@ -220,7 +225,8 @@ class Schedule(RuleBasedStateMachine):
         struck = {sequence.number for sequence in self.device.struck}
         for request, prompt, params, seed in self.requests:
             model = self.engine.model
-            right = expected(prompt, params, seed, model.max_seq_len, model.adapter_index(request.adapter))
+            adapter = model.adapter_index(request.adapter)
+            right = expected(prompt, params, seed, model.max_seq_len, adapter, request._begun)
             result = request.result()
             outputs, before = list(request), self.before.get(request.id, 0)
             text = "".join(output.text for output in outputs)
@@ -229,7 +235,7 @@ class Schedule(RuleBasedStateMachine):
             if result.finish_reason == "abort":
                 assert request.id in self.aborted
             elif result.finish_reason == "error":
-                assert request.id in struck and Injected.__name__ in request.error
+                assert request.id in struck and Injected.__name__ in request.error, request.error
             else:
                 assert (result.token_ids, result.text) == (right.token_ids, right.text)
                 assert result.finish_reason == right.finish_reason and result.prompt_token_ids == prompt
@@ -264,7 +270,8 @@ def busy(seed: int) -> Schedule:
         speculation=dice.choice(DRAFTS),
         checkpoints=dice.choice([None, 0, 1, 3, 9, 40]),
     )
-    schedule.start(config=config, context=dice.randint(12, 60), windows=dice.choice(WINDOWS), recurs=dice.random() < 0.4)
+    schedule.start(config=config, context=dice.randint(12, 60), windows=dice.choice(WINDOWS), recurs=dice.random() < 0.4,
+                   turns=dice.choice(TURNS))  # fmt: skip
     for _ in range(RULES):
         params = fj.SamplingParams(
             max_tokens=dice.randint(1, 14),
@@ -272,6 +279,7 @@ def busy(seed: int) -> Schedule:
             n=dice.choice(COUNTS),
             ignore_eos=dice.random() < 0.5,
             stop=dice.choice(STOPS),
+            structured=dice.choice(GRAMMARS),
         )
         pages, more = dice.randint(0, 12) // dice.choice([1, 2, 4]), dice.randint(-1, 2)
         submit = {"stem": dice.randint(0, 1), "pages": pages, "more": more, "tail": dice.randint(0, 2), "params": params}
@@ -299,6 +307,7 @@ def busy(seed: int) -> Schedule:
 def test_busy_schedules():
     first = random.SystemRandom().randrange(2**32) if SCHEDULES else 0
     found = {"dispatches": 0, "preemptions": 0, "hits": 0, "evictions": 0, "faults": 0, "restored": 0, "restored pages": 0}
+    found["forced"] = 0
     for seed in range(first, first + (SCHEDULES or 150)):
         try:
             schedule = busy(seed)
@@ -309,11 +318,24 @@ def test_busy_schedules():
         found["preemptions"] += schedule.scheduler.preemptions
         found["hits"] += schedule.scheduler.hit_pages
         found["evictions"] += schedule.scheduler.ledger.evictions
+        found["forced"] += schedule.device.forced
         found["faults"] += len(schedule.device.struck)
         found["restored"] += len(schedule.before)
         found["restored pages"] += sum(content is not None for _, content, _ in schedule.saved)
     print(found)
     assert min(found.values()) > (SCHEDULES or 150) / 2, found  # the schedules cover the events that they are for
+
+
+def test_forced_tokens_take_no_page_of_a_row_that_has_just_ended():
+    """That row is in the same dispatch, and still writes."""
+    engine = use(Model(60), EngineConfig(page_size=1, num_pages=11, max_seqs=2))
+    forced, other = fj.SamplingParams(max_tokens=11, structured=fj.Structured(regex="8")), fj.SamplingParams(max_tokens=8)
+    request, ends = engine.submit([1], forced), engine.submit([2, 3, 4, 5], other)
+    step(engine)
+    engine._executor.between = lambda: engine._end(ends, "abort")
+    while step(engine):
+        pass
+    assert engine._executor.forced > 5 and request.token_ids == expected([1], forced, 0, 60).token_ids
 
 
 @pytest.mark.parametrize("serving", [True, False])

@@ -168,6 +168,30 @@ def test_rows_without_a_grammar_keep_their_steps(model, engine):
     assert (3, 1) in seen and (1, 2) in seen and all(rows == 1 for steps, rows in seen if steps > 1)
 
 
+@pytest.mark.parametrize("speculation", [0, pytest.param(3, marks=pytest.mark.slow)])
+def test_forced_tokens_take_one_step(model, speculation):
+    """Of several rows, with little room, and with the same output as one after the other."""
+    schema = {"type": "object", "properties": {"a_long_name": {"enum": ["nothing at all", "something"]}, "é": {"const": 12345}}}
+    schema |= {"required": ["a_long_name", "é"], "additionalProperties": False}
+    asking = [dict(json_schema=schema), dict(regex="(ab|cd)[.]{40}"), dict(json_schema=schema), dict(choice=["y" * 50, "z"])]
+    each = [dataclasses.replace(asked(**one), seed=i, repetition_penalty=1.2) for i, one in enumerate(asking)]
+    each[2] = dataclasses.replace(each[2], stop=["some"], max_tokens=30)
+    config = dataclasses.replace(SMALL, speculation=speculation)
+
+    def ran(steps):
+        engine = fj.Engine(model, config)
+        engine.num_pages, engine._scheduler.ledger = 20, engine._new_ledger(20)
+        force, engine._force = engine._force, lambda dispatch: force(dispatch) if steps else dispatch
+        requests = [engine.submit(PROMPTS[i % 4], params) for i, params in enumerate((*each, FREE, *each))]
+        found = [parts(request.result()) for request in requests]
+        assert is_whole(engine)
+        return found, engine.metrics()
+
+    (right, slow), (found, fast) = ran(False), ran(True)
+    assert found == right and fast["steps"] < slow["steps"] / 2
+    assert min(one["preemptions"] for one in (fast, slow)) > 0
+
+
 def test_n_preemption_and_cached_prefixes_change_nothing(model):
     params = dataclasses.replace(asked(json_schema=PERSON), n=3, logprobs=1, min_tokens=2, stop=["zz"])
     right = [parts(one) for one in alone(model, PROMPTS[2], params)]

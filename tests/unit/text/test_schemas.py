@@ -213,6 +213,34 @@ def test_a_name_cannot_be_written_in_another_way():
     assert admits('{"\\u0061": "\\u00e9\\ud83d\\ude00"}', json_schema=True)  # without known names JSON may be all ASCII
 
 
+def test_forced_tokens_are_those_of_one_after_the_other():
+    """Also where what is left after a token is cut into other tokens than before."""
+
+    class Pairs(Bytes):
+        pieces = ("bc", "cd", "de")
+        vocab_size = 257 + len(pieces)
+
+        def token_bytes(self, token):
+            return self.pieces[token - 257].encode() if token > 256 else super().token_bytes(token)
+
+        def encode(self, text, add_special=True, parse_special=False):
+            found = [1 + ord(text[0])] if text else []
+            for piece in (text[i : i + 2] for i in range(1, len(text), 2)):
+                found += [257 + self.pieces.index(piece)] if piece in self.pieces else [1 + ord(letter) for letter in piece]
+            return found
+
+    grammars = Grammars(Pairs())
+    follower = grammars.follower(fj.Structured(choice=["abcdefgh"]), 0)
+    at_once, forced = follower.matcher.compute_ff_tokens(), follower.forced(99, {END})
+    assert forced != at_once and follower.end == 0 and follower.forced(3, {END}) == forced[:3]
+    for number, token in enumerate(forced):
+        (mask,) = grammars.masks([follower], Pairs.vocab_size)
+        assert [one for one in range(Pairs.vocab_size) if mask[one >> 5] >> (one & 31) & 1] == [token]
+        assert follower.forced(99, {END}) == forced[number:]
+        follower.go_on([token])
+    assert b"".join(map(Pairs().token_bytes, forced)) == b"abcdefgh" and follower.end == len(forced)
+
+
 def test_objects_are_json_and_nothing_around():
     assert all(admits(text, json_schema=True) for text in ("{}", '{"a": [1, null, {"é\\n": -1.5e3}]}', '{\n "a" : true }'))
     assert not any(admits(text, json_schema=True) for text in ("[]", "1", ' {"a": 1}', '{"a": 1}\n', '{"a": 1,}', "{a: 1}"))
