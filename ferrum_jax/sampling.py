@@ -39,7 +39,6 @@ _TINY = float(np.finfo(np.float32).tiny)
 _INT32_MAX = 2**31 - 1
 _SUBNORMALS = 2**23 - 1
 
-_Search = tuple[jax.Array, jax.Array, jax.Array, jax.Array]  # step, low, high, weight
 _Weigh = Callable[[jax.Array], jax.Array]
 
 
@@ -259,10 +258,6 @@ def _sum(x: jax.Array) -> jax.Array:
     return total[:, 0]
 
 
-def _count(mask: jax.Array) -> jax.Array:
-    return jnp.sum(mask, axis=1, dtype=jnp.int32)
-
-
 def _argmax(x: jax.Array) -> jax.Array:
     """int32 [B], the first index of the greatest, by way of the best block (on CPUs faster than XLA's own argmax)."""
     blocks = x.reshape(x.shape[0], -1, _BLOCK)
@@ -384,14 +379,25 @@ def _draw(x: jax.Array, sampling: Sampling, positions: jax.Array, key: jax.Array
     return lax.cond(jnp.all(enough), lambda: among(best), lambda: among(everything))
 
 
+class _Search(NamedTuple):
+    """The search for the end of a prefix: arrays [B], but for the step."""
+
+    step: jax.Array
+    low: jax.Array  # float32: the logits from here on reach the target
+    high: jax.Array  # float32: those from here on do not
+    weight: jax.Array  # float32, of the prefix that ends at `low` and `last`
+    before: jax.Array  # int32: of equal logits, the ids up to here do not reach the target
+    last: jax.Array  # int32: those up to here do
+    going: jax.Array  # bool
+
+
 def _prefix(
     among: _Candidates, within: _Cut, top: jax.Array, used: jax.Array, target: jax.Array, weigh: _Weigh
 ) -> tuple[_Cut, jax.Array]:
     """The shortest prefix whose weight reaches the target.
 
-    The weight above a lower bound reaches the target, that above an upper bound does not. The interval between them is halved
-    until the excess is less than the lightest member, or until only equal logits lie in it; of those, the ones with the largest
-    ids are then left out.
+    The weight from a lower bound on reaches the target, that from an upper bound on does not. The interval between them is
+    halved until the excess is less than the lightest member. Where only equal logits are left in it, their ids are halved.
 
     Args:
       among: the candidates; logits up to their bound are ignored.
@@ -407,51 +413,34 @@ def _prefix(
     x = jnp.where(within.keeps(among), among.logits, -jnp.inf)
     weights = weigh(x)
 
-    def weight_from(low: jax.Array) -> jax.Array:
-        return _sum(jnp.where(x >= low[:, None], weights, 0.0))
-
-    def is_open(low: jax.Array, high: jax.Array, weight: jax.Array) -> jax.Array:
-        return used & (weight - target >= weigh(low)) & (_order(low) + 1 < _order(high))
-
     def halve(state: _Search) -> _Search:
-        step, low, high, weight = state
+        step, low, high, weight, before, last, going = state
         # From the top downwards in doubling strides while there is no lower bound, then halfway between the two.
         middle = jnp.where(low == -_MAX, top - 2 * (top - high) - 4, 0.5 * low + 0.5 * high)
         low_order, high_order = _order(low), _order(high)
         half_order = (low_order >> 1) + (high_order >> 1) + (low_order & high_order & 1)
         order = jnp.where(step < _VALUE_STEPS, _order(middle), half_order)
-        middle = _value(jnp.clip(order, low_order + 1, high_order - 1))
-        found = weight_from(middle)
-        going = is_open(low, high, weight)
+        by_value = (low_order + 1 < high_order) & (step > 0)  # the first step weighs what there is from `low` on
+        middle = jnp.where(by_value, _value(jnp.clip(order, low_order + 1, high_order - 1)), low)
+        by_id = (low_order + 1 >= high_order) & (step > 0)
+        middle_id = jnp.where(by_id, (before + last) >> 1, last)
+        found = _sum(jnp.where(_Cut(middle, middle_id).keeps(among._replace(logits=x)), weights, 0.0))
         up, down = going & (found >= target), going & (found < target)
-        return step + 1, jnp.where(up, middle, low), jnp.where(down, middle, high), jnp.where(up, found, weight)
+        low, high = jnp.where(up, middle, low), jnp.where(down & by_value, middle, high)
+        last, before = jnp.where(up, middle_id, last), jnp.where(down & by_id, middle_id, before)
+        weight = jnp.where(up | (step == 0), found, weight)
+        divisible = (_order(low) + 1 < _order(high)) | (before + 1 < last)
+        return _Search(step + 1, low, high, weight, before, last, used & divisible & (weight - target >= weigh(low)))
 
-    low = _value(_order(among.bound) + 1)
-    high = _value(_order(top) + 1)
-    state = (jnp.zeros((), jnp.int32), low, high, weight_from(low))
-    _, low, high, weight = lax.while_loop(lambda state: jnp.any(is_open(*state[1:])), halve, state)
+    zeros = jnp.zeros_like(within.last_id)
+    low, high = _value(_order(among.bound) + 1), _value(_order(top) + 1)
+    state = _Search(jnp.int32(0), low, high, jnp.zeros_like(top), zeros - 1, zeros + ((1 << _ID_BITS) - 1), used)
+    found = lax.while_loop(lambda state: jnp.any(state.going), halve, state)
 
-    reached = used & (weight >= target)
-    excess = jnp.where(reached, jnp.floor((weight - target) / jnp.maximum(weigh(low), _TINY)), 0.0).astype(jnp.int32)
-    unlimited = jnp.where(low > within.smallest, _INT32_MAX, within.last_id)
-    last_id = lax.cond(
-        jnp.any(excess > 0),
-        lambda: jnp.where(excess > 0, _last_equal(x == low[:, None], among.ids, excess), unlimited),
-        lambda: unlimited,
-    )
-    cut = _Cut(jnp.maximum(low, within.smallest), last_id)
+    reached = used & (found.weight >= target)
+    last_id = jnp.where(found.low > within.smallest, found.last, jnp.minimum(found.last, within.last_id))
+    cut = _Cut(jnp.maximum(found.low, within.smallest), last_id)
     return _Cut(*(jnp.where(reached, a, b) for a, b in zip(cut, within, strict=True))), reached
-
-
-def _last_equal(equal: jax.Array, ids: jax.Array, excess: jax.Array) -> jax.Array:
-    """int32 [B]: the largest id to keep when the `excess` largest ids of the equal logits are dropped, but one stays."""
-    kept = jnp.maximum(_count(equal) - excess, 1)
-
-    def add_bit(step: jax.Array, last: jax.Array) -> jax.Array:
-        candidate = last + (jnp.int32(1) << (_ID_BITS - 1 - step))
-        return jnp.where(_count(equal & (ids < candidate[:, None])) < kept, candidate, last)
-
-    return lax.fori_loop(0, _ID_BITS, add_bit, jnp.zeros_like(kept))
 
 
 def _order(x: jax.Array) -> jax.Array:
