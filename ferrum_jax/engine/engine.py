@@ -112,6 +112,7 @@ class Engine(Core):
         adapter: str | None = None,
         *,
         tools: list[dict] | None = None,
+        begun: int = 0,
         **template_kwargs: Any,
     ) -> Request:
         """A request for one prompt, which waits until the engine admits it.
@@ -121,6 +122,7 @@ class Engine(Core):
           params: how to continue it.
           adapter: the name of a LoRA adapter that the model was loaded with; None: the model alone.
           tools: for a conversation: JSON schemas of functions that the model may call.
+          begun: the number of tokens at the end of the prompt that belong to the output's grammar (`params.structured`).
           template_kwargs: for a conversation: variables of the chat template, such as `enable_thinking=False`.
 
         Raises:
@@ -135,7 +137,9 @@ class Engine(Core):
             raise ValueError(f"{name}: is for a conversation (a list of messages), not for a prompt that is text or token ids")
         else:
             tokens = self.model.encode(prompt)  # type: ignore[arg-type]
-        return self._submit(tokens, params, adapter)
+        if not 0 <= begun <= len(tokens):
+            raise ValueError(f"begun must be a number of tokens of the prompt, 0 to {len(tokens)}, not {begun}")
+        return self._submit(tokens, params, adapter, begun=begun)
 
     def abort(self, request: Request) -> None:
         """Ends a request and its choices with finish_reason "abort"; finished ones are not changed.

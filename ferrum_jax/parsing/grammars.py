@@ -85,13 +85,7 @@ def answer(
     if how is None or (not forced and (not mark or dialect.calls in _FORCED_ONLY)):
         return None
     rules: list[str] = []
-    reasoning = ""
-    if thinks and dialect.is_harmony:
-        rules.append(_until("reasoning", "<|end|>", literal))
-        reasoning = f"({literal('<|channel|>analysis<|message|>')} reasoning {literal('<|start|>assistant')})? "
-    elif thinks and dialect.thinking:
-        rules += [_until("reasoning", dialect.thinking.close, literal), "space: /[ \\n]{0,4}/"]
-        reasoning = "reasoning space " if opened else f"({literal(dialect.thinking.open)} reasoning space)? "
+    reasoning = _reasoning(dialect, literal, rules, opened) if thinks else ""
     calls = [_call(how, name, schema, literal, rules, i) for i, (name, schema) in enumerate(schemas.items())]
     rules.append("call: " + " | ".join(f"{literal(before)} {rest}" for before, rest in calls))
     first = "call"
@@ -105,6 +99,27 @@ def answer(
     if forced:
         return "\n".join([f"start: {reasoning}{literal(how.begin)} {together}", *rules])
     return "\n".join([f"start: {reasoning}({together}){'*' if parallel else '?'} tail", *rules])
+
+
+def after_reasoning(dialect: Dialect, rule: str, controls: Mapping[str, int], *, thinks: bool, opened: bool) -> str | None:
+    """The grammar of an answer whose content is as a rule says, after reasoning; None if there is none. The arguments are those
+    of `answer`."""
+    literal, rules = _literals(controls), [f"content: {rule}"]
+    if not thinks or not (reasoning := _reasoning(dialect, literal, rules, opened)):
+        return None
+    final = literal("<|channel|>final<|message|>") if dialect.is_harmony else ""
+    return "\n".join([f"start: {reasoning}{final} content", *rules])
+
+
+def _reasoning(dialect: Dialect, literal: Literal, rules: list[str], opened: bool) -> str:
+    """The beginning of an answer, "" without reasoning. `rules`: gets those that it refers to."""
+    if dialect.is_harmony:
+        rules.append(_until("reasoning", "<|end|>", literal))
+        return f"({literal('<|channel|>analysis<|message|>')} reasoning {literal('<|start|>assistant')})? "
+    if not dialect.thinking:
+        return ""
+    rules += [_until("reasoning", dialect.thinking.close, literal), "space: /[ \\n]{0,4}/"]
+    return "reasoning space " if opened else f"({literal(dialect.thinking.open)} reasoning space)? "
 
 
 def _call(

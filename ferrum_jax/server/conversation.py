@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 from ferrum_jax.engine import Request
 from ferrum_jax.errors import ChatTemplateError
-from ferrum_jax.parsing import Parser, Tools, grammars
+from ferrum_jax.parsing import Parser, Tools, grammars, told
 from ferrum_jax.server.bodies import SamplingBody
 from ferrum_jax.server.calling import NO_TOOLS, Calling, prepare, with_objects
 from ferrum_jax.server.errors import ApiError
@@ -61,6 +62,9 @@ class Turn:
     ):
         self.service, self.messages, self.template, self.calling, self.goes_on = service, messages, template, calling, goes_on
         self.dialect = service.dialect(bool(calling.tools))
+        self._told = bool(calling.tools) and service.tells_tools
+        if self._told:
+            self.dialect = dataclasses.replace(self.dialect, calls=told.PARSER)
         if calling.tools and self.dialect.calls == "none":
             message = "tools: the model's chat template does not show how it calls functions; --tool-parser can say so"
             raise ApiError(400, message, param="tools", code="unsupported_parameter")
@@ -76,7 +80,7 @@ class Turn:
             if not self.begun:
                 raise ValueError("messages: the last one has no text to go on from")
             template["add_generation_prompt"] = False
-        self.prompt = render(self.service, self.messages, list(self.calling.tools) or None, template)
+        self.prompt = self._render(template)
         if self.goes_on:
             at = self.prompt.rfind(self.begun)
             if at < 0:
@@ -85,6 +89,16 @@ class Turn:
         ids = self.service.engine.model.encode_rendered(self.prompt)
         return ids + self._begin(ids) if self._beginning else ids
 
+    def _render(self, template: dict[str, Any]) -> str:
+        if not self._told:
+            return render(self.service, self.messages, list(self.calling.tools) or None, template)
+        how, messages = told.instructions(self.calling.tools), told.as_texts(prepare(self.messages), text_of)
+        with contextlib.suppress(ChatTemplateError):  # a template that does not take a message of the system
+            prompt = render(self.service, told.with_instructions(messages, how, system=True), None, template)
+            if how in prompt:
+                return prompt
+        return render(self.service, told.with_instructions(messages, how, system=False), None, template)
+
     def submit(self, body: SamplingBody, limit: int | None, **given: Any) -> list[Request]:
         """Submits the prompt. `limit`: of the answer's tokens; None: as many as are left of the context."""
         ids = self.encode()
@@ -92,10 +106,13 @@ class Turn:
             if "structured" in given:
                 raise ValueError("tool_choice: a call that is forced or strict does not go with another format of the answer")
             given["structured"] = grammar
+        elif "structured" in given:
+            given["structured"] = self._after_reasoning(given["structured"])
         given["max_tokens"] = max(1, self.service.engine.context - len(ids)) if limit is None else limit
         if body.skip_special_tokens is not False:
             given["special_tokens"] = self.service.shown(self.dialect)
-        return self.service.engine.submit(ids, body.sampling(**given), self.service.adapter(body.model)).choices
+        params, adapter = body.sampling(**given), self.service.adapter(body.model)
+        return self.service.engine.submit(ids, params, adapter, begun=len(self._beginning)).choices
 
     def parser(self) -> Parser:
         """For one answer, with its beginning as the first text."""
@@ -104,26 +121,38 @@ class Turn:
 
     def _grammar(self) -> Structured | None:
         """What the answer has to be, so that it calls a function, or calls functions only as their schemas say."""
-        calling, thinking = self.calling, self.dialect.thinking
-        if self._beginning or self.begun:
+        calling = self.calling
+        if self.begun:
             if not calling.forced:
                 return None
             raise ValueError("tool_choice: a call cannot be forced in an answer that has begun")
-        end = self.prompt.rstrip()
-        tokenizer = self.service.engine.model.tokenizer
-        controls = {tokenizer.token_bytes(token).decode(): token for token in self.service.shown(self.dialect)}
         lark = grammars.answer(
             self.dialect,
             {tool["function"]["name"]: tool["function"]["parameters"] for tool in calling.callable},
-            controls,
+            self._controls(),
             forced=calling.forced,
             parallel=calling.parallel and not (calling.forced and calling.named),
-            opened=thinking is not None and end.endswith(thinking.open.rstrip()),
-            thinks=thinking is None or not end.endswith(thinking.close),
+            **self._thinks(),
         )
         if lark is None and calling.forced:
             raise ValueError(f"tool_choice: there is no grammar for the calls of this model ({self.dialect.calls})")
         return None if lark is None else Structured(lark=lark)
+
+    def _after_reasoning(self, given: Structured) -> Structured:
+        """What the answer has to be, if only its content has a format, and the model may think before it."""
+        lark = None if self.begun else grammars.after_reasoning(self.dialect, given.rule, self._controls(), **self._thinks())
+        return given if lark is None else Structured(lark=lark)
+
+    def _controls(self) -> dict[str, int]:
+        """The control tokens among the marks, by their texts."""
+        tokenizer = self.service.engine.model.tokenizer
+        return {tokenizer.token_bytes(token).decode(): token for token in self.service.shown(self.dialect)}
+
+    def _thinks(self) -> dict[str, bool]:
+        """Whether the answer may begin with reasoning, and whether the prompt has opened it."""
+        thinking, end = self.dialect.thinking, self.prompt.rstrip()
+        opened = thinking is not None and end.endswith(thinking.open.rstrip())
+        return {"opened": opened, "thinks": thinking is None or not end.endswith(thinking.close)}
 
     def _begin(self, prompt: list[int]) -> list[int]:
         """The tokens that the answer begins with."""

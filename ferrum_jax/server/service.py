@@ -19,7 +19,7 @@ from ferrum_jax.embedding import EmbeddingModel
 from ferrum_jax.engine import Engine, Request
 from ferrum_jax.errors import FerrumError
 from ferrum_jax.model import Model
-from ferrum_jax.parsing import Dialect
+from ferrum_jax.parsing import Dialect, told
 from ferrum_jax.server.answers import Answers, Bridge
 from ferrum_jax.server.bodies import Body
 from ferrum_jax.server.errors import ApiError, invalid, refused
@@ -131,6 +131,14 @@ class Service:
         """How the model writes reasoning and calls. `tools`: whether a request has tools, for which there may be a template."""
         template = chat.choose(self.engine.model.tokenizer.chat_templates, tools=tools)
         return Dialect.of(template, self.settings.tool_parser, self.settings.reasoning_parser)
+
+    @property
+    def tells_tools(self) -> bool:
+        """Whether a message has to say what functions there are, because the chat template does not have a place for them."""
+        template = chat.choose(self.engine.model.tokenizer.chat_templates, tools=True)
+        if template is None or self.settings.tool_parser not in (None, told.PARSER):
+            return False
+        return Dialect.of(template).calls == "none" and "tools" not in chat.variables(template)
 
     def shown(self, dialect: Dialect) -> tuple[int, ...]:
         """The control tokens that a parser has to see in the text."""

@@ -8,6 +8,7 @@ grammar library (llguidance) does wholly, or refuses it by name; `grammar` compi
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -67,6 +68,18 @@ class Structured:
     def texts(self) -> tuple[str, ...]:
         """What is given: each choice, or one text."""
         return tuple(self.choice or [getattr(self, self.kind)])
+
+    @property
+    def rule(self) -> str:
+        """The right side of a rule in Lark's syntax that says the same."""
+        if self.choice is not None:
+            return " | ".join(json.dumps(text, ensure_ascii=False) for text in self.choice)
+        (text,) = self.texts
+        if self.json_schema is not None:
+            return "%json " + ("{}" if text.strip() == "true" else text)
+        if self.regex is not None:
+            return "/" + re.sub(r"\\.|/", lambda found: r"\/" if found[0] == "/" else found[0], text).replace("\n", r"\n") + "/"
+        return f"%lark {{\n{text}\n}}"
 
     @property
     def length(self) -> int:

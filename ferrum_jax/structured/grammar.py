@@ -118,8 +118,7 @@ class Grammars:
         if structured.regex is not None:
             return make.grammar_from_regex(structured.regex)
         if structured.choice is not None:
-            literals = (json.dumps(text, ensure_ascii=False) for text in structured.choice)
-            return make.grammar_from_lark(f"start: {' | '.join(literals)}")
+            return make.grammar_from_lark(f"start: {structured.rule}")
         return make.grammar_from_lark(_with_prepared_schemas(structured.lark or ""))
 
 

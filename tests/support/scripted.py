@@ -53,7 +53,7 @@ class Script:
         monkeypatch.setattr(engine, "submit", self._submit)
         monkeypatch.setattr(engine, "abort", lambda request: None)
 
-    def _submit(self, prompt: list[int], params: SamplingParams, adapter: str | None = None) -> Scripted:
+    def _submit(self, prompt: list[int], params: SamplingParams, adapter: str | None = None, *, begun: int = 0) -> Scripted:
         self.prompts.append(self._decode(prompt, skip_special=False))
         self.params.append(params)
         pieces = [self.text[i : i + self.size] for i in range(0, len(self.text), self.size)] or [""]

@@ -13,6 +13,7 @@ import pytest
 
 from ferrum_jax import chat
 from ferrum_jax.parsing import Dialect, Parser, Tools, grammars
+from ferrum_jax.structured import Structured
 from support.dialects import CASES
 
 SCHEMA = {
@@ -72,7 +73,7 @@ def test_what_a_grammar_admits_is_read_as_calls(name: str, control: bool) -> Non
 
 def written(matcher: Any, vocabulary: Bytes, rng: random.Random) -> str:
     """A text that a model without a mind writes. It likes to come to ends: in free texts it tries what may end them."""
-    tried = ("</think>", "[/THINK]", "\n</parameter>\n", "</arg_value>\n", "<|end|>")
+    tried = ("</think>", "[/THINK]", "\n</parameter>\n", "</arg_value>\n", "<|end|>", "<channel|>")
     text, marks = b"", [mark.encode() for mark in tried if mark.strip() not in vocabulary.marks]
     while not matcher.is_stopped() and len(text) < 3000:
         mask = matcher.compute_bitmask()
@@ -91,6 +92,31 @@ def written(matcher: Any, vocabulary: Bytes, rng: random.Random) -> str:
             text += vocabulary.tokens[token]
     assert matcher.is_stopped(), text
     return text.decode()
+
+
+@pytest.mark.parametrize("control", [False, True])
+@pytest.mark.parametrize("name", ["qwen3", "gemma", "harmony"])
+def test_a_format_is_that_of_the_content_after_reasoning(name: str, control: bool) -> None:
+    dialect = Dialect(CASES[name].calls, CASES[name].reasoning)
+    vocabulary = Bytes([mark for mark in dialect.marks if control and mark.strip() == mark])
+    tokenizer, rng, reasoned = llguidance.LLTokenizer(vocabulary), random.Random(3), 0
+    for given, right in (
+        (Structured(json_schema={"enum": ["a/b", 5]}), r'"a/b"|5'),
+        (Structured(regex=r"[/ab]{2}\/c"), r"[/ab]{2}/c"),
+        (Structured(choice=["yes/\n", '"no"']), 'yes/\n|"no"'),
+        (Structured(lark='start: one | TWO\none: %json {"const": 1}\nTWO: /[2]/'), "[12]"),
+    ):
+        for opened in {False, dialect.thinking is not None}:
+            lark = grammars.after_reasoning(dialect, given.rule, vocabulary.marks, thinks=True, opened=opened)
+            assert lark is not None
+            prompt = dialect.thinking.open if opened and dialect.thinking else ""
+            for _ in range(4):
+                matcher = llguidance.LLMatcher(tokenizer, llguidance.LLMatcher.grammar_from_lark(lark), log_level=0)
+                answer = Parser(dialect, prompt=prompt).whole(written(matcher, vocabulary, rng))
+                assert re.fullmatch(right.strip(), answer.content), (lark, answer)
+                reasoned += bool(answer.reasoning)
+    assert reasoned > 5
+    assert grammars.after_reasoning(dialect, "TEXT", {}, thinks=False, opened=False) is None
 
 
 def test_some_formats_do_not_have_a_grammar() -> None:
