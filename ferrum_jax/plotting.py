@@ -1,4 +1,4 @@
-"""Plots for notebooks: routing, probabilities, the engine's work over time, the roofline.
+"""Plots for notebooks: routing, probabilities, the engine's work over time, the roofline, the losses of a training.
 
 Each function draws into `ax`, or into a new figure 8 inches wide if that is None, and returns the Axes. It does not show the
 figure or change styles. The first call imports matplotlib, which the extra "plot" installs, and raises ImportError if it is
@@ -16,10 +16,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
     from ferrum_jax.completion import Completion
+    from ferrum_jax.finetune import Report
     from ferrum_jax.model import Routing
     from ferrum_jax.tokenizer import Tokenizer
 
-__all__ = ["Event", "Point", "expert_heatmap", "expert_load", "roofline", "timeline", "token_probabilities"]
+__all__ = ["Event", "Point", "expert_heatmap", "expert_load", "losses", "roofline", "timeline", "token_probabilities"]
 
 _WIDTH = 8.0  # inches
 _LABELS = 16  # at most, on an axis that names each row
@@ -206,6 +207,24 @@ def roofline(points: Sequence[Point], bandwidth: float, flops: float, *, ax: Axe
     ax.set(xscale="log", yscale="log", xlabel="operations per byte (FLOP/B)", ylabel="operations per second (FLOP/s)")
     ax.grid(True, which="major", alpha=0.3)
     ax.legend(loc="lower right")
+    return ax
+
+
+def losses(reports: Sequence[Report], *, ax: Axes | None = None) -> Axes:
+    """The loss of each step of a training, and of the held-out examples where it was measured.
+
+    Args:
+      reports: of the steps, as `finetune.train` reports them.
+      ax: where to draw; None makes a figure.
+    """
+    ax = _axes(ax)
+    ax.plot([one.step for one in reports], [one.loss for one in reports], color="C0", label="training")
+    measured = [(one.step, one.held_out_loss) for one in reports if one.held_out_loss is not None]
+    if measured:
+        ax.plot(*zip(*measured, strict=True), "o-", color="C1", label="held out")
+    ax.locator_params(axis="x", integer=True)
+    ax.set(xlabel="step", ylabel="mean loss of a token (nats)")
+    _legend_above(ax)
     return ax
 
 

@@ -9,10 +9,12 @@ value can take longer than the budget allows.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import json
 import re
+import secrets
 import string
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -122,6 +124,19 @@ def require_bits(bits: int) -> None:
 
 
 _BUDGET: ContextVar[Budget] = ContextVar("budget")  # LookupError while a template is compiled
+_MARKS: ContextVar[tuple[str, str]] = ContextVar("marks", default=("", ""))
+
+
+@contextlib.contextmanager
+def marking() -> Iterator[tuple[str, str]]:
+    """Within it, templates render each `{% generation %}` between two texts that no message can contain; yields these."""
+    secret = secrets.token_hex(16)
+    marks = f"<{secret}>", f"</{secret}>"
+    before = _MARKS.set(marks)
+    try:
+        yield marks
+    finally:
+        _MARKS.reset(before)
 
 
 # ---- the size of a result, before it is made
@@ -255,14 +270,15 @@ class _Namespace(Namespace):
 
 
 class _Generation(Extension):
-    """`{% generation %}` marks the assistant's part for training. Here it only renders its content."""
+    """`{% generation %}` marks the assistant's part for training: it renders its content, between marks if `marking`."""
 
     tags = {"generation"}  # noqa: RUF012
 
     def parse(self, parser: Any) -> Any:
         line = next(parser.stream).lineno
         body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
-        return nodes.Scope(body, lineno=line)
+        begin, end = (nodes.Output([nodes.EnvironmentAttribute(name)], lineno=line) for name in ("begin_mark", "end_mark"))
+        return nodes.Scope([begin, *body, end], lineno=line)
 
 
 class _Generator(CodeGenerator):
@@ -349,6 +365,14 @@ class Environment(ImmutableSandboxedEnvironment):
     @property
     def tick(self) -> bool:
         return _BUDGET.get().tick()
+
+    @property
+    def begin_mark(self) -> str:
+        return _MARKS.get()[0]
+
+    @property
+    def end_mark(self) -> str:
+        return _MARKS.get()[1]
 
     def made(self, value: Any) -> Any:
         return _BUDGET.get().made(value)

@@ -12,7 +12,7 @@ import click
 from ferrum_jax.cli import common
 from ferrum_jax.cli.output import plain_path
 
-_LOSSES = "losses.csv"
+_LOSSES = "losses.csv", "losses.png"
 
 
 @click.command("finetune", short_help="Train a LoRA adapter on a JSONL file.")
@@ -48,7 +48,7 @@ def finetune_command(model: str, data: str, out: Path, dtype: str, as_json: bool
     interruption.
     """
     from ferrum_jax import finetune
-    from ferrum_jax.finetune.training import LENGTH
+    from ferrum_jax.finetune.training import LENGTH, time_left
 
     if out.exists():
         raise click.UsageError(f"{out} exists")
@@ -70,16 +70,14 @@ def finetune_command(model: str, data: str, out: Path, dtype: str, as_json: bool
         history.append(report)
         if not as_json:
             held_out = "" if report.held_out_loss is None else f", held out {report.held_out_loss:.4f}"
-            click.echo(f"step {report.step}: loss {report.loss:.4f}{held_out}, {report.tokens_per_second:,.0f} tokens/s")
+            speed, left = f"{report.tokens_per_second:,.0f} tokens/s", time_left(history, given["steps"])
+            click.echo(f"step {report.step}: loss {report.loss:.4f}{held_out}, {speed}, {left} left")
 
     checkpoints = out.with_name(f"{out.name}.checkpoints")
     with common.users_mistake():
         adapter = finetune.train(loaded, examples, config, length=length, checkpoints=checkpoints, report=told, **given)
     path = finetune.save_peft(adapter, out, base_model=model)
-    with (path / _LOSSES).open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(history[0]._fields)
-        writer.writerows(history)
+    _write_losses(path, history)
     if as_json:
         common.print_json(
             {"path": str(path), "examples": len(examples), "cut": cut, "steps": [one._asdict() for one in history]}
@@ -87,3 +85,24 @@ def finetune_command(model: str, data: str, out: Path, dtype: str, as_json: bool
     else:
         click.echo(f"{plain_path(path)}: rank {config.rank}, loss {history[0].loss:.4f} to {history[-1].loss:.4f}")
     sys.stdout.flush()
+
+
+def _write_losses(folder: Path, history: list[Any]) -> None:
+    """The steps as a table and, with matplotlib, as a picture."""
+    table, picture = (folder / name for name in _LOSSES)
+    with table.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(history[0]._fields)
+        writer.writerows(history)
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        from pallas_kernels import extras
+
+        click.echo(f"note: {picture.name} is not drawn: it needs matplotlib; {extras.install('plot')}", err=True)
+        return
+    from ferrum_jax import plotting
+
+    figure = Figure(figsize=(8, 4), layout="constrained")  # not pyplot's, so nothing is shown
+    plotting.losses(history, ax=figure.subplots())
+    figure.savefig(picture)

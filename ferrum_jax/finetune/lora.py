@@ -47,6 +47,7 @@ class LoraConfig:
         does not have are passed over.
       dtype: of its factors, "float32" or "bfloat16".
       rslora: multiply by alpha / sqrt(rank) instead (arXiv 2312.03732).
+      dora: is refused: the norms of the adapted rows (arXiv 2402.09353) are not computed.
     """
 
     rank: int = 8
@@ -54,6 +55,7 @@ class LoraConfig:
     targets: tuple[str, ...] = ("attention", "dense", "experts")
     dtype: str = "float32"
     rslora: bool = False
+    dora: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "targets", tuple(self.targets))
@@ -64,6 +66,8 @@ class LoraConfig:
         if not self.targets or (unknown := set(self.targets) - MATRICES.keys()):
             what = f"has {min(unknown)!r}" if self.targets else "is empty"
             raise ValueError(f"LoraConfig.targets {what}; the targets are {', '.join(MATRICES)}")
+        if self.dora:
+            raise ValueError("LoraConfig.dora: DoRA is not supported; LoRA and rsLoRA (rslora=True) are")
         if self.dtype not in _DTYPES:
             raise ValueError(f"LoraConfig.dtype {self.dtype!r} is not supported; supported: {', '.join(_DTYPES)}")
 

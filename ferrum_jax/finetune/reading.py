@@ -1,19 +1,23 @@
 """Examples from a JSONL file: plain texts, prompts with completions, and conversations.
 
-A text is tokenized whole, and which bytes are to be learned decides which tokens are. Of a conversation these are the
-assistant's messages: what the chat template adds to the conversation before one, once it is there. Where a template renders a
-message in another way once others follow (without its reasoning, say), it is learned only if it is the last one.
+A text is tokenized whole, and which bytes are to be learned decides which tokens are. Of a conversation it is what the chat
+template marks with `{% generation %}`. A template without such marks is rendered before and after each of the assistant's
+messages, and what it adds for one is learned. Where it renders a message in another way once others follow (without its
+reasoning, say), that is learned only if it is the last one.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ferrum_jax.errors import FerrumError
 from ferrum_jax.finetune.packing import Example
+from ferrum_jax.templates import marking
 
 if TYPE_CHECKING:
     from ferrum_jax.model import Model
@@ -91,7 +95,10 @@ def _conversation(record: Mapping[str, Any], model: Model) -> tuple[str, list[Sp
     if not isinstance(messages, list) or not messages or not all(isinstance(message, dict) for message in messages):
         raise ValueError("messages must be a list of objects with role and content")
     whole = model.render_chat(messages, tools, add_generation_prompt=False)
-    spans = []
+    with marking() as marks:
+        marked = model.render_chat(messages, tools, add_generation_prompt=False)
+    if spans := _between(marked, marks, whole):
+        return whole, spans
     for number, message in enumerate(messages):
         if message.get("role") == "assistant" and number:
             before = model.render_chat(messages[:number], tools, add_generation_prompt=True)
@@ -104,6 +111,14 @@ def _conversation(record: Mapping[str, Any], model: Model) -> tuple[str, list[Sp
             "unchanged"
         )
     return whole, spans
+
+
+def _between(marked: str, marks: tuple[str, str], whole: str) -> list[Span]:
+    """What is between marks, as places in the text without them; nothing if they changed the text."""
+    parts = re.split("|".join(map(re.escape, marks)), marked)
+    ends = list(itertools.accumulate(map(len, parts)))
+    spans = zip(ends[0::2], ends[1::2], strict=False)
+    return [(start, end) for start, end in spans if end > start] if "".join(parts) == whole else []
 
 
 def _spanned(ids: Sequence[int], text: str, spans: Sequence[Span], model: Model) -> Example:

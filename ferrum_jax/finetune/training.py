@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import statistics
 import time
 import zlib
 from collections.abc import Callable, Sequence
@@ -44,6 +45,7 @@ class Report(NamedTuple):
       gradient_norm: the norm of its gradient, before clipping.
       tokens_per_second: of its tokens, targets or not, without padding.
       held_out_loss: the mean over the held-out targets after the step; None where it was not measured.
+      seconds: that the step took, without the measurement.
     """
 
     step: int
@@ -51,6 +53,7 @@ class Report(NamedTuple):
     gradient_norm: float
     tokens_per_second: float
     held_out_loss: float | None = None
+    seconds: float = 0.0
 
 
 def train(
@@ -137,15 +140,17 @@ def train(
                     f"step {step + 1}: the loss is {mean} and the norm of its gradient {norm}; a smaller learning rate or "
                     "dtype float32 may help" + (f"; checkpoints are in {checkpoints}" if checkpoints else "")
                 )
-            speed = float(batch.starts[:, -1].sum()) / (time.perf_counter() - started)
+            seconds = time.perf_counter() - started
+            speed = float(batch.starts[:, -1].sum()) / seconds
             found = None
             if tests is not None and ((step + 1) % evaluate_every == 0 or step + 1 == steps):
                 found = program.measure(state, tests)
                 if found < min((one.held_out_loss for one in history if one.held_out_loss is not None), default=math.inf):
                     state = state._replace(best=jax.tree.map(jnp.copy, state.pairs))
-            history.append(Report(step + 1, mean, norm, speed, found))
+            history.append(Report(step + 1, mean, norm, speed, found, seconds))
             _tell(report, history[-1])
-            update(step + 1, f"fine-tuning, loss {mean:.3f}, {speed:,.0f} tokens/s, step")
+            left = time_left(history, steps)
+            update(step + 1, f"fine-tuning, loss {mean:.3f}, {speed:,.0f} tokens/s, {left} left, step")
             if (step + 1) % checkpoint_every == 0 or step + 1 == steps:
                 kept.save(step + 1, state, history)
     return dataclasses.replace(begin, pairs=state.best if measured else state.pairs)
@@ -229,6 +234,12 @@ def _patient(history: Sequence[Report], patience: int | None) -> bool:
     """Whether the last `patience` measurements were all worse than one before them."""
     losses = [one.held_out_loss for one in history if one.held_out_loss is not None]
     return patience is not None and len(losses) > patience and min(losses[-patience:]) >= min(losses[:-patience])
+
+
+def time_left(history: Sequence[Report], steps: int) -> str:
+    """About how long the steps after these will take, as the last ones did: "41 s", "12 min" or "3.5 h"."""
+    seconds = (steps - len(history)) * statistics.median(one.seconds for one in history[-10:])
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def _tell(report: Callable[[Report], object] | None, one: Report) -> None:

@@ -194,6 +194,7 @@ def test_differences(model: fj.Model, adapter: LoraAdapter, value_and_grad) -> N
         ({"alpha": float("nan")}, r"LoraConfig\.alpha must be a positive number"),
         ({"targets": ("attention", "router")}, r"LoraConfig\.targets has 'router'; the targets are attention, dense, experts"),
         ({"targets": ()}, r"LoraConfig\.targets is empty"),
+        ({"dora": True}, r"LoraConfig\.dora: DoRA is not supported; LoRA and rsLoRA"),
         ({"dtype": "int8"}, r"LoraConfig\.dtype 'int8' is not supported"),
     ],
 )

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -12,7 +15,9 @@ import pytest
 import ferrum_jax as fj
 from ferrum_jax import finetune
 from ferrum_jax.cli import main
-from ferrum_jax.finetune.training import split
+from ferrum_jax.finetune.reading import _conversation, example_of
+from ferrum_jax.finetune.training import split, time_left
+from support import environment
 from support.directories import MOE, write
 
 TEXTS = ["the cat sat on the mat", "the dog sat on the log", "a hen in a pen has ten", "one two three four five", "to be"]
@@ -34,34 +39,51 @@ def examples(model: fj.Model) -> list[finetune.Example]:
     return [finetune.Example(model.tokenizer.encode(text)) for text in TEXTS]
 
 
-class KilledError(Exception):
-    pass
+RUN = {
+    "steps": 7,
+    "length": 32,
+    "accumulation": 2,
+    "learning_rate": 0.05,
+    "evaluate_every": 3,
+    "checkpoint_every": 2,
+    "seed": 3,
+}
+KILLED = """
+import json, os, signal, sys
+import ferrum_jax as fj
+from ferrum_jax import finetune
+
+def report(one):
+    if one.step == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+folder, checkpoints, texts, targets, run = map(json.loads, sys.argv[1:])
+model = fj.load(folder, dtype="float32")
+examples = [finetune.Example(model.tokenizer.encode(text)) for text in texts]
+config = finetune.LoraConfig(rank=2, targets=targets)
+finetune.train(model, examples, config, held_out=examples[:1], checkpoints=checkpoints, report=report, **run)
+"""
 
 
 @pytest.mark.slow
-def test_it_learns_and_goes_on_with_the_same_bits(model: fj.Model, examples, tmp_path: Path) -> None:
-    """A run that ends between two checkpoints, with an unfinished one next to them, and one that was not interrupted."""
+def test_it_learns_and_goes_on_with_the_same_bits(model: fj.Model, folder: Path, examples, tmp_path: Path) -> None:
+    """A process that was killed between two checkpoints, with an unfinished one next to them, and one that was not."""
     told: dict[str, list] = {"whole": [], "parts": []}
 
-    def run(name: str, until: int) -> finetune.LoraAdapter:
-        def report(one) -> None:
-            told[name].append(one)
-            if one.step == until:
-                raise KilledError
+    def run(name: str) -> finetune.LoraAdapter:
+        where = {"checkpoints": tmp_path / name, "report": told[name].append}
+        return finetune.train(model, examples, CONFIG, held_out=examples[:1], **where, **RUN)
 
-        return finetune.train(
-            model, examples, CONFIG, steps=7, length=32, accumulation=2, learning_rate=0.05, held_out=examples[:1],
-            evaluate_every=3, checkpoints=tmp_path / name, checkpoint_every=2, seed=3, report=report,
-        )  # fmt: skip
-
-    whole = run("whole", 0)
-    with pytest.raises(KilledError):
-        run("parts", 5)
+    whole = run("whole")
+    given = map(json.dumps, (str(folder), str(tmp_path / "parts"), TEXTS, CONFIG.targets, RUN))
+    ended = subprocess.run([sys.executable, "-c", KILLED, *given], env=environment(), check=False)
+    assert ended.returncode == -signal.SIGKILL
     (tmp_path / "parts" / "step-00000006.partial-1").mkdir()
-    again = run("parts", 0)
+    again = run("parts")
     assert all(np.array_equal(*pair) for pair in zip(jax.tree.leaves(whole), jax.tree.leaves(again), strict=True))
     losses = [[(one.step, one.loss, one.gradient_norm, one.held_out_loss) for one in told[name]] for name in told]
-    assert losses[1] == losses[0][:5] + losses[0]  # what was told before is told again
+    assert losses[1] == losses[0]  # what was reported before is reported again
+    assert [one.seconds for one in told["parts"]][:4] != [one.seconds for one in told["whole"]][:4]  # by the other process
     assert losses[0][-1][1] < 0.9 * losses[0][0][1]
     assert [one.step for one in told["whole"] if one.held_out_loss is not None] == [3, 6, 7]
     assert sorted(path.name for path in (tmp_path / "whole").iterdir()) == ["step-00000006", "step-00000007"]
@@ -86,6 +108,13 @@ def test_early_stop_keeps_the_best(model: fj.Model, examples) -> None:
     )  # fmt: skip
     losses = [one.held_out_loss for one in told]
     assert len(losses) < 50 and min(losses[-2:]) >= min(losses[:-2])
+
+
+@pytest.mark.parametrize(("done", "left"), [(1, "1.5 h"), (99, "9 s"), (100, "0 s"), (11, "13 min")])
+def test_time_left(done: int, left: str) -> None:
+    """The first step, which compiles, counts only as long as there are few others."""
+    history = [finetune.Report(step + 1, 1.0, 1.0, 1.0, None, 9.0 if step else 54.6) for step in range(done)]
+    assert time_left(history, 100) == left
 
 
 def test_the_split_depends_on_tokens_alone() -> None:
@@ -116,6 +145,33 @@ def test_what_is_learned_of_a_conversation(model: fj.Model, tmp_path: Path) -> N
     assert list(chat.tokens) == model.encode_rendered(model.render_chat(messages, add_generation_prompt=False))
     assert learned_text(chat, model) == "hé<|im_end|>\nso long<|im_end|>\n"
     assert learned_text(completion, model) == "4<|endoftext|>"
+
+
+MARKED = """{%- for message in messages %}
+{%- if message.role == 'assistant' %}
+<|im_start|>assistant
+{% generation %}{{ message.content | trim }}<|im_end|>{% endgeneration %}
+
+{%- else %}
+<|im_start|>{{ message.role }}
+{{ message.content }}<|im_end|>
+{%- endif %}
+{%- endfor %}"""
+
+
+def test_generation_markers(model: fj.Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The text and the spans that transformers 5.24.0 finds with `return_assistant_tokens_mask`; nothing else is learned."""
+    monkeypatch.setattr(model.tokenizer, "chat_templates", {"default": MARKED})
+    turns = [("user", "{% generation %} hi"), ("assistant", " hé "), ("user", "bye"), ("assistant", "so long")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    text, spans = _conversation({"messages": messages}, model)
+    assert text == model.render_chat(messages, add_generation_prompt=False)
+    assert spans == [(68, 80), (132, 149)] and [text[slice(*span)] for span in spans] == ["hé<|im_end|>", "so long<|im_end|>"]
+    file = tmp_path / "data.jsonl"
+    file.write_text(json.dumps({"messages": messages}) + "\n" + json.dumps({"messages": messages[:1]}) + "\n")
+    assert learned_text(example_of({"messages": messages}, model), model) == "hé<|im_end|>so long<|im_end|>"
+    with pytest.raises(ValueError, match=r"line 2: there is no message of the assistant to learn"):
+        finetune.read_examples(file, model, 512)
 
 
 def test_long_texts(model: fj.Model, tmp_path: Path) -> None:
@@ -158,7 +214,9 @@ def test_the_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert main(["finetune", str(folder), str(data), str(out), *flags, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert [one["step"] for one in found["steps"]] == [1, 2] and found["examples"] == len(TEXTS)
-    assert (out / "losses.csv").read_text().startswith("step,loss,gradient_norm,tokens_per_second,held_out_loss\n1,")
+    header = "step,loss,gradient_norm,tokens_per_second,held_out_loss,seconds\n1,"
+    assert (out / "losses.csv").read_text().startswith(header)
+    assert (out / "losses.png").read_bytes().startswith(b"\x89PNG")
     loaded = fj.load(folder, dtype="float32", adapters={"it": out})
     assert np.isfinite(loaded.logits([[1, 2, 3]], "it")[0]).all()
     assert main(["finetune", str(folder), str(data), str(out), *flags]) == 2

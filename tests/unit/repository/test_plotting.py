@@ -15,6 +15,7 @@ from matplotlib.colors import to_rgba
 import ferrum_jax as fj
 from ferrum_jax import plotting
 from ferrum_jax.completion import Completion
+from ferrum_jax.finetune import Report
 from ferrum_jax.plotting import Event, Point
 from support.tiny_gguf import write_tiny_llama
 
@@ -197,3 +198,13 @@ def test_a_point_above_the_roof_is_not_a_share_of_it():
         .get_texts()
     )[1:]
     assert above.startswith("int8: above the roof") and "%" not in above and noisy == "noise: 105 % of the roof"
+
+
+def test_losses_of_a_training():
+    reports = [Report(step, 4.0 / step, 1.0, 100.0, 2.0 if step == 3 else None) for step in (1, 2, 3)]
+    ax = plotting.losses(reports)
+    training, held_out = ax.lines
+    assert training.get_xydata().tolist() == [[1, 4.0], [2, 2.0], [3, 4.0 / 3]]
+    assert held_out.get_xydata().tolist() == [[3, 2.0]]
+    assert names(ax) == ("step", "mean loss of a token (nats)")
+    assert len(plotting.losses(reports[:2]).lines) == 1
