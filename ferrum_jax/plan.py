@@ -1,8 +1,8 @@
 """Computes whether a model fits a device that this machine does not have, and what limits its speed there.
 
-The steps of generation are compiled with the device's real compiler, for the shapes in the model's header. So the temporaries
-are the compiler's own, and the backends are those that would run. Each target is compiled in a separate process, so that a
-crash or a timeout affects only that target. `Plan` describes the numbers.
+The steps of generation, or one of fine-tuning, are compiled with the device's real compiler, for the shapes in the model's
+header. So the temporaries are the compiler's own, and the backends are those that would run. Each target is compiled in a
+separate process, so that a crash or a timeout affects only that target. `Plan` describes the numbers.
 """
 
 from __future__ import annotations
@@ -51,13 +51,14 @@ _UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 @dataclasses.dataclass(frozen=True)
 class Case:
     """What to plan for: a key of `aot.TARGETS`, the tokens of each row (prompt and output), the number of rows, and dtypes as
-    for `load`."""
+    for `load`. finetune: fields of a `LoraConfig`, for a step of fine-tuning with `batch` packs of `context` tokens."""
 
     target: str
     context: int
     batch: int
     dtype: str = "auto"
     kv_dtype: str | None = None
+    finetune: dict[str, Any] | None = None
 
 
 @dataclasses.dataclass
@@ -66,12 +67,13 @@ class Plan:
 
     limit: the part of the device's memory that JAX may use. weights, kv: parameters and KV cache in the device's layout.
     states: those of layers that recur, of all rows and as many checkpoints. temporaries: what the larger of the two steps needs
-    in addition. total: the sum of these four, or the peak while loading
-    (the weights and twice the largest tensor) if that is more. largest_batch, largest_context: the limits at the given context,
-    and at the given batch; temporaries beyond the compiled cases are assumed to grow in proportion. compile_s: of each step, on
-    this machine. tokens_per_s: the rows of a decode step divided by the time to read read_bytes once, an upper limit.
-    read_bytes: the weights, with the experts that independent routing uses, and the keys, values and states of full rows.
-    backends: the dispatcher's choices, see `pallas_kernels.dispatch.Choice`. error: why the plan failed.
+    in addition. adapter, optimizer: of fine-tuning, in place of kv and states; the temporaries of its step include gradients.
+    total: the sum of these, or the peak while loading (the weights and twice the largest tensor) if that is more.
+    largest_batch, largest_context: the limits at the given context, and at the given batch; temporaries beyond the compiled
+    cases are assumed to grow in proportion. compile_s: of each step, on this machine. tokens_per_s: the rows of a decode step
+    divided by the time to read read_bytes once, an upper limit. read_bytes: the weights, with the experts that independent
+    routing uses, and the keys, values and states of full rows. backends: the dispatcher's choices, see
+    `pallas_kernels.dispatch.Choice`. error: why the plan failed.
     """
 
     target: str
@@ -85,6 +87,8 @@ class Plan:
     weights: int | None = None
     kv: int | None = None
     states: int | None = None
+    adapter: int | None = None
+    optimizer: int | None = None
     temporaries: int | None = None
     total: int | None = None
     largest_batch: int | None = None
@@ -166,6 +170,16 @@ class _Model:
         decode = functools.partial(steps.decode, steps=MAX_STEPS, speculation=0)
         return self._temporaries("decode", decode, batch, context, _numbers(batch), _numbers())
 
+    def training(self, fields: dict[str, Any], batch: int, context: int) -> tuple[int, int, int]:
+        """The bytes of the adapter, of the optimizer's state, and of what a step of fine-tuning needs in addition."""
+        from ferrum_jax.finetune import LoraConfig
+        from ferrum_jax.finetune.abstract import abstract_step
+
+        step, pairs, state, packs = abstract_step(self.params, self.config, LoraConfig(**fields), context, batch)
+        ours = self.weights + memory.nbytes((pairs, state))
+        temporaries = self._compiled("step", step, (pairs, state, self.params, packs), (0, 1), ours)
+        return memory.nbytes(pairs), memory.nbytes(state), temporaries
+
     def _slots(self, batch: int, context: int) -> steps.Slots:
         sampling = Sampling.from_params([SamplingParams()] * batch, eos_ids=[0], vocab_limit=self.config.vocab_size)
         sizes = {"slots": batch, "capacity": -(-context // PAGE) * PAGE, "vocab": self.config.vocab_size}
@@ -175,15 +189,16 @@ class _Model:
         """The bytes that a step needs in addition to weights and state: temporaries, slots, inputs, and results without an
         alias."""
         state = self.state(batch, context)
-        ours = self.weights + memory.nbytes(state)
-        begin = time.perf_counter()
-        options = COMPILER_OPTIONS.get(self.placement.platform)
         step = functools.partial(function, config=self.config)
         rows = self._slots(batch, context), _numbers(batch), _numbers(batch, -(-context // PAGE))
+        return self._compiled(name, step, (self.params, state, *rows, *args), (1, 2), self.weights + memory.nbytes(state))
+
+    def _compiled(self, name: str, step: Callable, args: tuple[Any, ...], donated: tuple[int, ...], ours: int) -> int:
+        """What a step needs in addition to `ours`, which are among its arguments."""
+        begin = time.perf_counter()
+        options = COMPILER_OPTIONS.get(self.placement.platform)
         try:
-            compiled = aot.compile_for(
-                self.name, step, self.params, state, *rows, *args, donate_argnums=(1, 2), compiler_options=options
-            )
+            compiled = aot.compile_for(self.name, step, *args, donate_argnums=donated, compiler_options=options)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
@@ -274,17 +289,24 @@ def compute(header: ModelSource, case: Case) -> Plan:
     device = hardware.name if isinstance(hardware, aot.Gpu) else f"TPU {hardware.generation}"
     plan = Plan(case.target, device, config.dtype, model.kv_dtype, memory=hardware.memory, weights=model.weights)
     plan.limit, plan.limit_counted = usable(case.target)
-    state = model.state(batch, context)
-    plan.kv, plan.states = memory.nbytes(state.pools), memory.nbytes(state.recurrent)
-    with dispatch.record() as choices:
-        decode, prefill = model.decode(batch, context), model.prefill(batch, context)
-    plan.compile_s = dict(model.compile_s)
-    plan.backends = [dataclasses.asdict(choice) for choice in choices]
-    plan.temporaries = max(decode, prefill)
     # While a tensor is loaded, it exists in the layout of the file and in that of the device.
     loading = model.weights + 2 * max(tensor.nbytes for tensor in header.tensors.values())
-    plan.total = max(model.weights + plan.kv + plan.states + plan.temporaries, loading)
+    with dispatch.record() as choices:
+        if case.finetune is None:
+            state = model.state(batch, context)
+            plan.kv, plan.states = memory.nbytes(state.pools), memory.nbytes(state.recurrent)
+            decode, prefill = model.decode(batch, context), model.prefill(batch, context)
+            plan.temporaries = max(decode, prefill)
+        else:
+            plan.adapter, plan.optimizer, plan.temporaries = model.training(case.finetune, batch, context)
+    plan.compile_s = dict(model.compile_s)
+    plan.backends = [dataclasses.asdict(choice) for choice in choices]
+    parts = plan.weights, plan.kv, plan.states, plan.adapter, plan.optimizer, plan.temporaries
+    plan.total = max(sum(part or 0 for part in parts), loading)
     plan.fits = plan.total <= plan.limit
+    plan.help = _help(plan)
+    if case.finetune is not None:
+        return plan
     if loading > plan.limit:
         plan.largest_batch = plan.largest_context = 0
     else:
@@ -298,7 +320,6 @@ def compute(header: ModelSource, case: Case) -> Plan:
     share, plan.experts_touched = experts_read(config, batch)
     plan.read_bytes = weights_read(model.params, config, batch, share) + model.read_bytes(batch, context)
     plan.tokens_per_s = batch * hardware.memory_bandwidth / plan.read_bytes
-    plan.help = _help(plan)
     return plan
 
 

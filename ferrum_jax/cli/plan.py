@@ -15,7 +15,7 @@ from ferrum_jax.units import shown_dtype
 if TYPE_CHECKING:
     from ferrum_jax.plan import Plan
 
-DEFAULT_CONTEXT = 4096
+DEFAULT_CONTEXT, DEFAULT_PACK = 4096, 2048
 
 
 def _targets(given: tuple[str, ...]) -> list[str]:
@@ -36,12 +36,13 @@ def _targets(given: tuple[str, ...]) -> list[str]:
 
 def _json(plan: Plan) -> dict[str, Any]:
     """The fields of a plan; the names of sizes end with _bytes."""
-    sizes = ("memory", "limit", "weights", "kv", "states", "temporaries", "total")
+    sizes = ("memory", "limit", "weights", "kv", "states", "adapter", "optimizer", "temporaries", "total")
     return {f"{key}_bytes" if key in sizes else key: value for key, value in dataclasses.asdict(plan).items()}
 
 
 def _print_plan(plan: Plan) -> None:
-    click.echo(f"{plan.target}: {plan.device}, {plan.dtype}, KV cache {shown_dtype(plan.kv_dtype)}")
+    cache = f", KV cache {shown_dtype(plan.kv_dtype)}" if plan.adapter is None else ""
+    click.echo(f"{plan.target}: {plan.device}, {plan.dtype}{cache}")
     if plan.error:
         click.echo(f"  {plan.error}")
         return
@@ -49,20 +50,23 @@ def _print_plan(plan: Plan) -> None:
     def size(count: int | None) -> str:
         return "-" if count is None else readable_bytes(count)
 
-    used = sum(part or 0 for part in (plan.weights, plan.kv, plan.states, plan.temporaries))
-    loading = "; loading needs more than these" if (plan.total or 0) > used else ""
-    states = f"states of layers that recur {size(plan.states)}, " if plan.states else ""
+    parts = {
+        "weights": plan.weights, "KV cache": plan.kv, "states of layers that recur": plan.states or None,
+        "adapter": plan.adapter, "optimizer": plan.optimizer, "temporaries": plan.temporaries,
+    }  # fmt: skip
+    known = {name: part for name, part in parts.items() if part is not None}
+    loading = "; loading needs more than these" if (plan.total or 0) > sum(known.values()) else ""
     touched = "" if plan.experts_touched is None else f", including {plan.experts_touched:.0f} experts of each layer"
     rows = {
         "fits": ("yes" if plan.fits else "no") + (f"; {plan.help}" if plan.help else ""),
-        "needs": f"{size(plan.total)}: weights {size(plan.weights)}, KV cache {size(plan.kv)}, {states}"
-        f"temporaries {size(plan.temporaries)}{loading}",
+        "needs": f"{size(plan.total)}: {', '.join(f'{name} {size(part)}' for name, part in known.items())}{loading}",
         "may use": f"{size(plan.limit)}: {plan.limit_counted}",
-        "largest batch": f"{plan.largest_batch:,}",
-        "largest context": f"{plan.largest_context:,}",
         "compiled in": ", ".join(f"{name} {seconds:.0f} s" for name, seconds in plan.compile_s.items()),
-        "at most": f"{figure(plan.tokens_per_s, 0)} tokens/s in all: a step reads {size(plan.read_bytes)}{touched}",
     }
+    if plan.largest_batch is not None:
+        speed = f"{figure(plan.tokens_per_s, 0)} tokens/s in all: a step reads {size(plan.read_bytes)}{touched}"
+        largest = {"largest batch": f"{plan.largest_batch:,}", "largest context": f"{plan.largest_context:,}"}
+        rows |= largest | {"at most": speed}
     print_facts((f"  {name}", text) for name, text in rows.items())
     formats: dict[tuple[str, str, str], list[str]] = {}
     for row in plan.backends:
@@ -79,11 +83,15 @@ def _print_plan(plan: Plan) -> None:
 @click.option(
     "--context",
     type=click.IntRange(min=1),
-    help="Tokens of each row, prompt and output. Default: 4096, or the model's context.",
+    help="Tokens of each row, prompt and output. Default: 4096, of packs 2048, or the model's context.",
 )
 @click.option("--batch", type=click.IntRange(1, 1 << 16), default=1, show_default=True, help="Rows that run together.")
 @common.dtype_option
 @click.option("--kv-dtype", type=common.KvDtype(), help="Dtype of the KV cache. Default: follows --dtype.")
+@click.option("--finetune", is_flag=True, help="Plan a step of `finetune` with --batch packs of --context tokens.")
+@click.option("--rank", type=click.IntRange(min=1), help="Rank of the adapter, for --finetune. Default: 8.")
+@click.option("--adapt", multiple=True, type=click.Choice(("attention", "dense", "experts")),
+              help="What the adapter is for, with --finetune; several times for several. Default: all of them.")  # fmt: skip
 @click.option("--timeout", type=click.FloatRange(min=1), default=1800, show_default=True, help="Seconds for each target.")
 @common.json_option
 @click.pass_context
@@ -95,6 +103,9 @@ def plan_command(
     batch: int,
     dtype: str,
     kv_dtype: str | None,
+    finetune: bool,
+    rank: int | None,
+    adapt: tuple[str, ...],
     timeout: float,
     as_json: bool,
 ) -> None:
@@ -104,6 +115,11 @@ def plan_command(
     Exit code 1 if a compiler failed, with its message; "does not fit" is exit code 0.
     """
     names = _targets(targets)
+    if not finetune and (rank or adapt):
+        raise click.UsageError(f"{'--rank' if rank else '--adapt'} is for --finetune")
+    if finetune and kv_dtype:
+        raise click.UsageError("--kv-dtype: fine-tuning has no KV cache")
+    lora = {key: value for key, value in (("rank", rank), ("targets", adapt)) if value} if finetune else None
     from ferrum_jax import plan
     from ferrum_jax.weights.names import parameters
 
@@ -113,16 +129,21 @@ def plan_command(
         header = plan.find_header(model, progress)
     config = header.config()
     parameters(header, config)  # errors of the model are reported once
-    context = context or min(DEFAULT_CONTEXT, config.context_length)
+    if finetune:
+        from ferrum_jax.finetune.lora import require_trainable
+
+        with common.users_mistake():
+            require_trainable(config)
+    context = context or min(DEFAULT_PACK if finetune else DEFAULT_CONTEXT, config.context_length)
     if context > config.context_length:
         raise click.UsageError(f"--context {context} is beyond the model's context of {config.context_length} tokens")
-    plans = []
+    plans, kind = [], "packs" if finetune else "rows"
     for name in names:
         with common.progress_bar() as progress:
             progress(0, 1, f"compiling for {name}")
-            plans.append(plan.plan_for(header, plan.Case(name, context, batch, dtype, kv_dtype), timeout))
+            plans.append(plan.plan_for(header, plan.Case(name, context, batch, dtype, kv_dtype, lora), timeout))
         if not as_json:
-            click.echo("" if len(plans) > 1 else f"{plain_path(header.path)}: {batch:,} rows of {context:,} tokens\n")
+            click.echo("" if len(plans) > 1 else f"{plain_path(header.path)}: {batch:,} {kind} of {context:,} tokens\n")
             _print_plan(plans[-1])
     if as_json:
         named = header.metadata.get("general.name")

@@ -9,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import zlib
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -106,21 +107,27 @@ def init(model: Model, config: LoraConfig, key: jax.Array) -> LoraAdapter:
       UnsupportedModelError: if layers of the model cannot be trained yet.
       ValueError: if the model has none of the targets.
     """
-    require_trainable(model.config)
+    return init_for(model.params, model.config, config, key)
+
+
+def init_for(params: Mapping[str, Any], model: ModelConfig, config: LoraConfig, key: jax.Array) -> LoraAdapter:
+    """`init` for the parameters, or their shapes, of a model with this configuration."""
+    require_trainable(model)
     pairs = {}
     for target in dict.fromkeys(config.targets):
         for path, names in MATRICES[target]:
-            stacks = [model.params["layers"].get(path.partition(".")[0], {}).get(name) for name in names]
+            stacks = [params["layers"].get(path.partition(".")[0], {}).get(name) for name in names]
             if all(stacks):
                 pairs[path] = _pairs(stacks, config, jax.random.fold_in(key, zlib.crc32(path.encode())))
     if not pairs:
         raise ValueError(f"LoraConfig.targets {', '.join(config.targets)}: the model has none of these matrices")
-    return LoraAdapter(pairs, config, model.config)
+    return LoraAdapter(pairs, config, model)
 
 
 def _pairs(stacks: list[LayerStack], config: LoraConfig, key: jax.Array) -> Sliced:
     """The pairs of matrices that share A, for the layers that have them."""
-    shapes = [tuple(stack.stacks[format].shape[1:] if format else () for format in stack.formats) for stack in stacks]
+    known = [{format: tensor.shape[1:] for format, tensor in stack.stacks.items()} for stack in stacks]
+    shapes = [[of_format.get(format, ()) for format in stack.formats] for stack, of_format in zip(stacks, known, strict=True)]
     labels, found = [], {}
     for of_layer in zip(*shapes, strict=True):
         labels.append(" ".join("x".join(map(str, shape)) for shape in of_layer).strip())

@@ -8,6 +8,7 @@ everything else, so a run that was killed goes on with the same bits.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import statistics
 import time
@@ -116,7 +117,7 @@ def train(
     vocab = model.config.vocab_size
     packs = pack([learned[i] for i in order], length, vocab)
     tests = pack(measured, length, vocab) if measured else None
-    optimizer = _default(learning_rate, warmup, clip, steps) if optimizer is None else optimizer
+    optimizer = adam(learning_rate, warmup, clip, steps) if optimizer is None else optimizer
     program = _Program(model, begin, optimizer)
     settings = dataclasses.asdict(config) | {
         "steps": steps, "learning_rate": learning_rate, "warmup": warmup, "clip": clip, "accumulation": accumulation,
@@ -169,26 +170,9 @@ class _Program:
 
     def __init__(self, model: Model, adapter: LoraAdapter, optimizer: optax.GradientTransformation) -> None:
         self.model, self.placement = model, model._runtime.placement
-        self.adapter, self.optimizer = adapter, optimizer
-        self._step = jax.jit(self._stepped, donate_argnums=(0, 1))
-        self._measured = jax.jit(self._of_pack)
-
-    def _of_pack(self, pairs: Any, params: Any, batch: PackedBatch) -> tuple[jax.Array, jax.Array]:
-        return summed(params, dataclasses.replace(self.adapter, pairs=pairs), batch, self.model.config)
-
-    def _stepped(self, pairs: Any, optimizer: Any, params: Any, batch: PackedBatch) -> tuple[Any, ...]:
-        def one(carry: Any, pack: PackedBatch) -> tuple[Any, None]:
-            found, slope = jax.value_and_grad(self._of_pack, has_aux=True)(pairs, params, pack)
-            return jax.tree.map(lambda known, new: known + new, carry, (*found, slope)), None
-
-        zeros = jax.tree.map(lambda array: jnp.zeros(array.shape, jnp.float32), pairs)
-        carry = jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32), zeros
-        (total, count, slope), _ = jax.lax.scan(one, carry, batch)
-        slope = jax.tree.map(lambda array: array / count, slope)
-        norm = jnp.sqrt(sum(jnp.sum(array * array) for array in jax.tree.leaves(slope)))
-        updates, optimizer = self.optimizer.update(slope, optimizer, pairs)
-        pairs = jax.tree.map(lambda array, update: (array + update).astype(array.dtype), pairs, updates)
-        return pairs, optimizer, total / count, norm
+        self.optimizer = optimizer
+        self._step = jax.jit(step_of(adapter, optimizer), donate_argnums=(0, 1))
+        self._measured = jax.jit(functools.partial(_of_pack, adapter))
 
     def step(self, state: State, batch: PackedBatch) -> tuple[State, float, float]:
         """The state after a step, and the loss and the norm of its gradient."""
@@ -205,6 +189,32 @@ class _Program:
                 losses, targets = self._measured(state.pairs, self.model.params, one)
                 total, count = total + float(losses), count + int(targets)
         return total / count
+
+
+def step_of(adapter: LoraAdapter, optimizer: optax.GradientTransformation) -> Callable[..., tuple[Any, ...]]:
+    """The pure step of an adapter like this one: (pairs, optimizer's state, params, packs) -> (pairs, optimizer's state, mean
+    loss, norm of the gradient). packs: a `PackedBatch` with an axis of packs first."""
+
+    def stepped(pairs: Any, state: Any, params: Any, packs: PackedBatch) -> tuple[Any, ...]:
+        def one(carry: Any, pack: PackedBatch) -> tuple[Any, None]:
+            of_pack = jax.value_and_grad(functools.partial(_of_pack, adapter), has_aux=True)
+            found, slope = of_pack(pairs, params, pack)
+            return jax.tree.map(lambda known, new: known + new, carry, (*found, slope)), None
+
+        zeros = jax.tree.map(lambda array: jnp.zeros(array.shape, jnp.float32), pairs)
+        carry = jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32), zeros
+        (total, count, slope), _ = jax.lax.scan(one, carry, packs)
+        slope = jax.tree.map(lambda array: array / count, slope)
+        norm = jnp.sqrt(sum(jnp.sum(array * array) for array in jax.tree.leaves(slope)))
+        updates, state = optimizer.update(slope, state, pairs)
+        pairs = jax.tree.map(lambda array, update: (array + update).astype(array.dtype), pairs, updates)
+        return pairs, state, total / count, norm
+
+    return stepped
+
+
+def _of_pack(adapter: LoraAdapter, pairs: Any, params: Any, pack: PackedBatch) -> tuple[jax.Array, jax.Array]:
+    return summed(params, dataclasses.replace(adapter, pairs=pairs), pack, adapter.model)
 
 
 def split(examples: Sequence[Example], fraction: float) -> tuple[list[Example], list[Example]]:
@@ -251,7 +261,8 @@ def _digest(packs: PackedBatch | None) -> str:
     return f"{zlib.crc32(b''.join(array.tobytes() for array in packs)):08x}" if packs else ""
 
 
-def _default(rate: float, warmup: int | None, clip: float, steps: int) -> optax.GradientTransformation:
+def adam(rate: float, warmup: int | None, clip: float, steps: int) -> optax.GradientTransformation:
+    """The optimizer of a training that is not given one. Raises ImportError if optax is missing."""
     try:
         import optax
     except ImportError:

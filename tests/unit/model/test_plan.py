@@ -3,6 +3,7 @@
 No compiler for a device runs here: it is replaced by one whose temporaries are known. tests/aot has the real ones.
 """
 
+import dataclasses
 import json
 import math
 import random
@@ -304,6 +305,41 @@ def test_states_are_counted(monkeypatch):
     found = plan.compute(headers.bundled("gpt-oss:20b"), plan.Case("h200", 8192, 8))
     page = 12 * 16 * 2 * 8 * 64 * 2  # of the layers of one kind
     assert found.kv == 8 * page * (8192 // 16 + 42) and found.states == 0
+
+
+def test_count_of_fine_tuning(monkeypatch):
+    """Qwen3-30B-A3B: each expert has factors for gate and up, which share A, and for down; Adam keeps two numbers for each."""
+
+    def compile_for(name, function, pairs, state, params, packs, *, donate_argnums, compiler_options):
+        assert donate_argnums == (0, 1) and packs.tokens.shape == packs.targets.shape == (4, 2048)
+        sizes = {"temp": 3 << 30, "argument": memory.nbytes((pairs, state, params, packs)), "output": 80, "alias": 70}
+        sizes = types.SimpleNamespace(**{f"{key}_size_in_bytes": value for key, value in sizes.items()})
+        return types.SimpleNamespace(memory_analysis=lambda: sizes)
+
+    monkeypatch.setattr(aot, "compile_for", compile_for)
+    asked = plan.Case("h100", 2048, 4, finetune={"rank": 8})
+    found = plan.compute(headers.bundled(QWEN), plan.Case(**json.loads(json.dumps(dataclasses.asdict(asked)))))
+    attention = 48 * 8 * (2 * (2048 + 4096) + 2 * (2048 + 512))
+    experts = 48 * 128 * 8 * (2048 + 2 * 768 + 768 + 2048)
+    assert found.adapter == 4 * (attention + experts) and 0 <= found.optimizer - 2 * found.adapter <= 64
+    assert 3 << 30 <= found.temporaries <= (3 << 30) + (1 << 20) and found.kv is found.states is found.largest_batch is None
+    assert found.total == found.weights + found.adapter + found.optimizer + found.temporaries and found.fits
+    found = plan.compute(headers.bundled(QWEN), plan.Case("l4", 2048, 4, finetune={"targets": ["attention"]}))
+    assert found.adapter == 4 * attention and not found.fits and found.help.startswith("it would fit with XLA_CLIENT_MEM")
+
+
+@pytest.mark.parametrize(
+    ("model", "flags", "said"),
+    [
+        (QWEN, ["--rank", "4"], "--rank is for --finetune"),
+        (QWEN, ["--adapt", "experts"], "--adapt is for --finetune"),
+        (QWEN, ["--finetune", "--kv-dtype", "int8"], "--kv-dtype: fine-tuning has no KV cache"),
+        ("gemma4:e2b", ["--finetune"], "architecture gemma4 cannot be fine-tuned yet: layer 0"),
+    ],
+)
+def test_what_plans_of_fine_tuning_refuse(model, flags, said, capsys):
+    assert main(["plan", model, "--target", "l4", *flags]) == 2
+    assert said in capsys.readouterr().err
 
 
 def test_what_a_decode_step_reads():
