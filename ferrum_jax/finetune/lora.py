@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
+from ferrum_jax import families
 from ferrum_jax.config import Attention, ModelConfig
 from ferrum_jax.errors import UnsupportedModelError
+from ferrum_jax.finetune.names import peft_name
 from ferrum_jax.models.scan import Sliced
 from ferrum_jax.quantized import LayerStack
 
@@ -25,7 +27,15 @@ if TYPE_CHECKING:
 
 # The matrices of a layer by target; those that stand together share A, and the rows of their B lie one after the other.
 MATRICES: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
-    "attention": tuple((f"attention.{name}", (name,)) for name in ("query", "key", "value", "output")),
+    "attention": tuple(
+        (f"{mixer}.{name}", (name,))
+        for mixer, names in (
+            ("attention", ("query", "query_a", "query_b", "key", "value", "key_value_a", "output")),
+            ("delta_net", ("qkv", "gate", "beta", "alpha", "beta_alpha", "output")),
+            ("short_conv", ("into", "output")),
+        )
+        for name in names
+    ),
     "dense": tuple(
         (f"feed_forward.{prefix}{name}", (prefix + name,)) for prefix in ("", "shared_") for name in ("gate", "up", "down")
     ),
@@ -44,8 +54,8 @@ class LoraConfig:
     Attributes:
       rank: columns of A and B.
       alpha: what the adapter adds is multiplied by alpha / rank.
-      targets: which matrices it adapts: "attention", "dense" (feed-forward, shared experts too), "experts". Those that a model
-        does not have are passed over.
+      targets: which matrices it adapts: "attention" (and those of layers that recur), "dense" (feed-forward, shared experts
+        too), "experts". Those that a model does not have are passed over, and those that PEFT has no module for.
       dtype: of its factors, "float32" or "bfloat16".
       rslora: multiply by alpha / sqrt(rank) instead (arXiv 2312.03732).
       dora: is refused: the norms of the adapted rows (arXiv 2402.09353) are not computed.
@@ -113,11 +123,12 @@ def init(model: Model, config: LoraConfig, key: jax.Array) -> LoraAdapter:
 def init_for(params: Mapping[str, Any], model: ModelConfig, config: LoraConfig, key: jax.Array) -> LoraAdapter:
     """`init` for the parameters, or their shapes, of a model with this configuration."""
     require_trainable(model)
-    pairs = {}
+    family, pairs = families.of_architecture(model.architecture, "LoraConfig"), {}
     for target in dict.fromkeys(config.targets):
         for path, names in MATRICES[target]:
-            stacks = [params["layers"].get(path.partition(".")[0], {}).get(name) for name in names]
-            if all(stacks):
+            group = path.partition(".")[0]
+            stacks = [params["layers"].get(group, {}).get(name) for name in names]
+            if all(stacks) and peft_name(family, (group, names[0])):
                 pairs[path] = _pairs(stacks, config, jax.random.fold_in(key, zlib.crc32(path.encode())))
     if not pairs:
         raise ValueError(f"LoraConfig.targets {', '.join(config.targets)}: the model has none of these matrices")
@@ -146,17 +157,12 @@ def _pairs(stacks: list[LayerStack], config: LoraConfig, key: jax.Array) -> Slic
 def require_trainable(config: ModelConfig) -> None:
     """Raises UnsupportedModelError if there is a layer that cannot be trained yet."""
     for number, spec in enumerate(config.layers):
-        mixer, problem = spec.mixer, ""
-        if not isinstance(mixer, Attention):
-            problem = f"is a {type(mixer).__name__}"
-        elif mixer.latent:
-            problem = "attends to latent vectors"
-        elif mixer.shared_kv:
+        problem = ""
+        if isinstance(spec.mixer, Attention) and spec.mixer.shared_kv:
             problem = "reads the keys and values of another layer"
         elif spec.input_width:
             problem = "has an input of its own"
         if problem:
             raise UnsupportedModelError(
-                f"architecture {config.architecture} cannot be fine-tuned yet: layer {number} {problem}; layers of "
-                "grouped-query attention with dense feed-forwards or mixtures can"
+                f"architecture {config.architecture} cannot be fine-tuned yet: layer {number} {problem}"
             )

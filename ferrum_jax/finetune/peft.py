@@ -15,9 +15,11 @@ from pathlib import Path
 import numpy as np
 
 from ferrum_jax import checks, families
+from ferrum_jax.config import LayerSpec
 from ferrum_jax.errors import UnsupportedModelError
-from ferrum_jax.families.table import Part, Tensor
+from ferrum_jax.families.table import Change, Part
 from ferrum_jax.finetune.lora import MATRICES, LoraAdapter
+from ferrum_jax.finetune.names import peft_name
 from ferrum_jax.weights.fresh import flush, fresh
 
 
@@ -39,9 +41,7 @@ def save_peft(adapter: LoraAdapter, path: str | Path, *, base_model: str = "") -
     path = Path(checks.path(path, "path")).absolute()
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise FileExistsError(f"{path} exists")
-    modules, tensors = _Modules(adapter), {}
-    for name, (a, b) in modules.factors():
-        tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"] = a, b
+    tensors, modules = named_factors(adapter)
     config = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_model or None, "bias": "none",
         "fan_in_fan_out": False, "inference_mode": True, "init_lora_weights": True, "lora_alpha": adapter.config.alpha,
@@ -59,6 +59,14 @@ def save_peft(adapter: LoraAdapter, path: str | Path, *, base_model: str = "") -
     return path
 
 
+def named_factors(adapter: LoraAdapter) -> tuple[dict[str, np.ndarray], _Modules]:
+    """The tensors of PEFT's file, float32 by name, and the modules that they are of."""
+    modules, tensors = _Modules(adapter), {}
+    for name, (a, b) in modules.factors():
+        tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"] = a, b
+    return tensors, modules
+
+
 class _Modules:
     """The adapter's factors by the names of PEFT; `targets`, `parameters`: what its configuration lists."""
 
@@ -72,27 +80,19 @@ class _Modules:
         """The name of each module, and A and B as PEFT has them."""
         names = {path: names for members in MATRICES.values() for path, names in members}
         for path, sliced in self.adapter.pairs.items():
-            group = path.partition(".")[0]
-            row = self.family.tensors.at((group, names[path][0]))
-            assert row is not None  # the model has it
-            part = next((module for module in row.modules if isinstance(module, Part)), None)
+            known = peft_name(self.family, (path.partition(".")[0], names[path][0]))
+            if known is None:
+                raise UnsupportedModelError(f"architecture {self.adapter.model.architecture}: PEFT has no name for {path}")
             for layer, label in enumerate(sliced.labels):
                 if label:
                     a, b = (np.asarray(x[sliced.labels[:layer].count(label)], np.float32) for x in sliced.groups[label])
                     lead = f"{self.family.tensors.prefix}{layer}."
-                    if part is not None and len(row.axes) == 3:
-                        yield self._of_experts(lead, part, a, b)
+                    if known.part is not None:
+                        yield self._of_experts(lead, known.part, a, b)
                     else:
-                        yield self._of_matrix(lead, path, row, a, b)
-
-    def _of_matrix(
-        self, lead: str, path: str, row: Tensor, a: np.ndarray, b: np.ndarray
-    ) -> tuple[str, tuple[np.ndarray, np.ndarray]]:
-        module = next((module for module in row.modules if isinstance(module, str)), None)
-        if module is None:
-            raise UnsupportedModelError(f"architecture {self.adapter.model.architecture}: PEFT has no name for {path}")
-        self.targets.add(lead + module)
-        return f"base_model.model.{lead}{module}", (a, b)
+                        self.targets.add(lead + known.name)
+                        spec = self.adapter.model.layers[layer]
+                        yield f"base_model.model.{lead}{known.name}", _changed(known.change, spec, a, b)
 
     def _of_experts(self, lead: str, part: Part, a: np.ndarray, b: np.ndarray) -> tuple[str, tuple[np.ndarray, np.ndarray]]:
         module, _, parameter = part.tensor.rpartition(".")
@@ -104,6 +104,15 @@ class _Modules:
         inner = ".base_layer" if both and parameter == "gate_up_proj" else ""
         b = b.transpose(1, 2, 0).reshape(b.shape[1], rank * experts)
         return f"base_model.model.{lead}{module}{inner}", (a.reshape(experts * rank, -1), b)
+
+
+def _changed(change: Change | None, spec: LayerSpec, a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The factors with columns and rows as the module has them."""
+    if change and change.columns:
+        a = a[:, np.argsort(change.columns(spec))]
+    if change and change.rows:
+        b = b[np.argsort(change.rows(spec))]
+    return a, b
 
 
 def _write(file: Path, tensors: dict[str, np.ndarray]) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import jax
 
 from ferrum_jax.config import GatedDeltaNet as GatedDeltaNetSpec
-from ferrum_jax.models.layers import MIXERS, Index, LayerModule
+from ferrum_jax.models.layers import MIXERS, Index, LayerModule, Packed
 from ferrum_jax.models.recurrence import Recurrence
 from ferrum_jax.quantized import Layer
 from pallas_kernels.blocks import format_of
 from pallas_kernels.delta_net import DeltaState, Sequences, delta_net
+from pallas_kernels.delta_net.packed import packed_delta_net
 from pallas_kernels.reductions import rms_norm, sigmoid, silu, softplus
 
 
@@ -26,7 +27,7 @@ class GatedDeltaNet(LayerModule):
         part: dict[str, jax.Array],
         layer: Layer,
         index: Index,
-        told: Recurrence,
+        told: Recurrence | Packed,
         adapter_mask: jax.Array | None = None,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """As `MIXERS` says."""
@@ -38,22 +39,19 @@ class GatedDeltaNet(LayerModule):
             time = softplus(alpha + self.stack("time_bias").vector(layer))
             log_decay = self.stack("decay").vector(layer) * time
         with jax.named_scope("recurrence"):
-            taps, at = self.stack("taps").select(layer)
-            y, kept = delta_net(
-                qkv,
-                log_decay,
-                sigmoid(beta),
-                format_of(taps.format).decode(taps.planes[0][at]),
-                DeltaState(part["tail"], part["memory"]),
-                index,
-                sequences_of(told),
-                tiled=spec.tiled,
-                implementation=self.config.implementation,
-            )
+            stack, at = self.stack("taps").select(layer)
+            given = qkv, log_decay, sigmoid(beta), format_of(stack.format).decode(stack.planes[0][at])
+            if isinstance(told, Packed):
+                shape = spec.value_heads, spec.key_dim, spec.value_dim
+                y = packed_delta_net(*given, told.first, shape, tiled=spec.tiled)
+            else:
+                states = DeltaState(part["tail"], part["memory"]), index, sequences_of(told)
+                y, kept = delta_net(*given, *states, tiled=spec.tiled, implementation=self.config.implementation)
+                part = kept._asdict()
         with jax.named_scope("output"):
             y = rms_norm(y, self.stack("norm").vector(layer), self.config.rms_norm_eps)
             y = y * silu(gate.reshape(y.shape))
-            return self.project(y.reshape(tokens, -1), layer, "output", adapter_mask=adapter_mask)[0], kept._asdict()
+            return self.project(y.reshape(tokens, -1), layer, "output", adapter_mask=adapter_mask)[0], part
 
     def gates(self, x: jax.Array, layer: Layer, adapter_mask: jax.Array | None) -> list[jax.Array]:
         """beta and alpha before their functions: float32 [tokens, value_heads] each."""

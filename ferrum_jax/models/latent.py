@@ -8,18 +8,20 @@ depend neither on the batch nor on how it is cut.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
 from ferrum_jax import adapters
 from ferrum_jax.config import Attention as AttentionSpec
 from ferrum_jax.config import Latent
-from ferrum_jax.models.layers import MIXERS, Index, LayerModule, Paged
+from ferrum_jax.models.layers import MIXERS, Index, LayerModule, Packed, Paged
 from ferrum_jax.quantized import Layer, linear_by_head
-from ferrum_jax.state import KVCache
 from pallas_kernels.append import rotate
 from pallas_kernels.paged_attention import paged_attention
 from pallas_kernels.reductions import rms_norm
+from pallas_kernels.segment_attention import segment_attention
 
 _EPS = 1e-6  # of the norms of both vectors, whatever the configuration says about the others
 
@@ -32,11 +34,11 @@ class LatentAttention(LayerModule):
     spec: AttentionSpec
 
     def __call__(
-        self, x: jax.Array, cache: KVCache, layer: Layer, index: Index, told: Paged, adapter_mask: jax.Array | None = None
-    ) -> tuple[jax.Array, KVCache]:
+        self, x: jax.Array, cache: Any, layer: Layer, index: Index, told: Paged | Packed, adapter_mask: jax.Array | None = None
+    ) -> tuple[jax.Array, Any]:
         """As in `MIXERS`."""
         config, latent, tokens = self.config, self.spec.latent, x.shape[0]
-        assert latent is not None
+        assert latent is not None and told.rope is not None
         # int8 would lose most here, because the scores are exponents; and these matrices are small.
         arithmetic = "int8x2" if config.dtype == "int8" else config.dtype
 
@@ -61,10 +63,16 @@ class LatentAttention(LayerModule):
         with jax.named_scope("append"):
             key = _turned(kv[:, None, latent.width :], told.rope)
             key = jnp.concatenate([norm(kv[:, : latent.width], "latent_norm")[:, None], key], axis=-1)
-            cache = cache.write(index, told.kv_slots, key, None)
-        with jax.named_scope("paged_attention"):
+            if isinstance(told, Paged):
+                cache = cache.write(index, told.kv_slots, key, None)
+        with jax.named_scope("paged_attention" if isinstance(told, Paged) else "segment_attention"):
             q = jnp.concatenate([by_head(q[..., : latent.nope], "key_b"), _turned(q[..., latent.nope :], told.rope)], axis=-1)
-            y = by_head(paged_attention(q, cache, index, told.metadata, self.spec.score_scale), "value_b")
+            if isinstance(told, Paged):
+                y = paged_attention(q, cache, index, told.metadata, self.spec.score_scale)
+            else:
+                values, scale = key[..., : latent.width], self.spec.score_scale
+                y = segment_attention(q, key, values, told.first, scale, arithmetic=config.activations)
+            y = by_head(y, "value_b")
         with jax.named_scope("attention_output"):
             return self.project(y.reshape(tokens, -1), layer, "output", adapter_mask=adapter_mask)[0], cache
 

@@ -91,10 +91,11 @@ class Paged(NamedTuple):
 
 
 class Packed(NamedTuple):
-    """The same of a batch of whole sequences, without a cache. first int32 [tokens]: the first token of each one's sequence."""
+    """What any mixer gets of a batch of whole sequences, without a cache or state. first int32 [tokens]: the first token of
+    each one's sequence; rope: as of `Paged`, for attention."""
 
     first: jax.Array
-    rope: tuple[jax.Array, jax.Array]
+    rope: tuple[jax.Array, jax.Array] | None
 
 
 class Attention(LayerModule):
@@ -108,6 +109,7 @@ class Attention(LayerModule):
     ) -> tuple[jax.Array, Any]:
         """As in `MIXERS`."""
         config, spec, tokens, eps = self.config, self.spec, x.shape[0], self.config.rms_norm_eps
+        assert told.rope is not None
 
         def norm(name: str) -> Norm:
             stack = self.stack(name)
@@ -268,8 +270,9 @@ def clamp_of(spec: Mixture) -> Clamp | None:
 
 
 # The module of each kind of mixer (`kind_of`), and the name of its parameters. A module is called with x float32 [tokens,
-# hidden_size], its part of the state, the layer, the layer's index in that part, its inputs of the step (`Paged`, or
-# `Recurrence` for a mixer that recurs) and the adapter_mask; it returns the term to add to x, and its part of the state.
+# hidden_size], its part of the state, the layer, the layer's index in that part, its inputs of the step (`Paged`, `Recurrence`
+# for a mixer that recurs, or `Packed` without a state) and the adapter_mask; it returns the term to add to x, and its part of
+# the state.
 MIXERS: dict[type, tuple[str, Any]] = {AttentionSpec: ("attention", Attention)}
 
 

@@ -1,8 +1,8 @@
 """The decoder over packed sequences, with an adapter and derivatives with respect to it: what training runs.
 
-It is the same `Block`s; in place of a cache, attention gets where each token's sequence begins (`Packed`). What is kept for the
-backward pass is the residual stream before each layer, float32 [layers, tokens, hidden_size]; everything inside a layer is
-computed again. The weights stay in their blocks, and a layer's part of the adapter is a slice that the scan hands out.
+It is the same `Block`s; in place of a cache or state, mixers get where each token's sequence begins (`Packed`). What is kept
+for the backward pass is the residual stream before each layer, float32 [layers, tokens, hidden_size]; everything inside a layer
+is computed again. The weights stay in their blocks, and a layer's part of the adapter is a slice that the scan hands out.
 """
 
 from __future__ import annotations
@@ -53,8 +53,7 @@ def hidden(
 
     def step(x: jax.Array, layer: Layer, own: Any) -> jax.Array:
         spec = config.layers[layer.first]
-        assert isinstance(spec.mixer, Attention)
-        told = Packed(first, of_rope[spec.mixer.rope])
+        told = Packed(first, of_rope[spec.mixer.rope] if isinstance(spec.mixer, Attention) else None)
 
         @jax.checkpoint
         def block(x: jax.Array, own: Any) -> jax.Array:
