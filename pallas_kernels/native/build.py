@@ -17,7 +17,7 @@ import platform
 import shutil
 import subprocess
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextvars import ContextVar
 from pathlib import Path
@@ -37,15 +37,24 @@ _LOCK = threading.Lock()
 _PROGRESS: ContextVar[Progress | None] = ContextVar("progress", default=None)
 _INSTEAD = "; XLA's own code serves instead, more slowly"
 
-# Instruction sets, the best first: the sources of each (the slowest to compile first), and the flags that /proc/cpuinfo must
-# list.
+# Instruction sets of a processor, the best first: the sources of each (the slowest to compile first), and the features that the
+# operating system must list. The portable one is for any processor.
 _AVX512 = {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "avx2", "fma", "f16c", "bmi2"}
-_UNITS = {
-    "amx": (("avx512_vnni", "avx512_dots", "amx"), _AVX512 | {"amx_tile", "amx_int8"}),
-    "avx512_vnni": (("avx512_vnni", "avx512_dots"), _AVX512),
-    "avx2": (("avx2",), {"avx2", "fma", "f16c", "bmi2"}),
-    "portable": (("portable",), set()),
+_SETS = {
+    "x86-64": {
+        "amx": (("avx512_vnni", "avx512_dots", "amx"), _AVX512 | {"amx_tile", "amx_int8"}),
+        "avx512_vnni": (("avx512_vnni", "avx512_dots"), _AVX512),
+        "avx2": (("avx2",), {"avx2", "fma", "f16c", "bmi2"}),
+    },
+    "arm64": {
+        "neon_i8mm": (("neon_dotprod", "neon_i8mm"), {"asimddp", "i8mm"}),
+        "neon_dotprod": (("neon_dotprod",), {"asimddp"}),
+    },
 }
+_ALL = (*(name for sets in _SETS.values() for name in sets), "portable")
+_PROCESSORS = {"x86_64": "x86-64", "amd64": "x86-64", "aarch64": "arm64", "arm64": "arm64"}
+# What a unit is compiled with, in words of GCC and of any clang, Apple's included; the x86-64 ones say it in the source.
+_FLAGS = {"neon_dotprod": ["-march=armv8.2-a+dotprod"], "neon_i8mm": ["-march=armv8.2-a+dotprod+i8mm"]}
 _COMMON = ("ffi", "layers", "kernels", "delta_net")
 
 
@@ -120,22 +129,42 @@ def _compiler() -> str | None:
     )
 
 
-def _instruction_sets() -> tuple[str, ...]:
-    """The best one of this CPU; all of them if the operating system does not list its features."""
-    if platform.machine().lower() not in ("x86_64", "amd64"):
-        return ("portable",)
+def instruction_sets(processor: str, cpuinfo: str | None) -> tuple[str, ...]:
+    """Those to build for a processor, named as by platform.machine(), and Linux's text about it.
+
+    It is the best one that the text lists; without a text (macOS) all of them, of which the library takes the best when it is
+    loaded.
+    """
+    sets = _SETS.get(_PROCESSORS.get(processor.lower(), ""), {})
+    lists = [line.partition(":")[2] for line in (cpuinfo or "").splitlines() if line.lower().startswith(("flags", "features"))]
+    if not lists:
+        return (*sets, "portable")
+    features = set(lists[0].split())
+    return (next((name for name, (_, needed) in sets.items() if needed <= features), "portable"),)
+
+
+def _cpuinfo() -> str | None:
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        flags = set(next(line for line in lines if line.startswith("flags")).split())
-    except (OSError, StopIteration):
-        return tuple(_UNITS)
-    return (next(name for name, (_, needed) in _UNITS.items() if needed <= flags),)
+        return Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return None
+
+
+def units_of(sets: Sequence[str]) -> list[str]:
+    """The sources of instruction sets, without their suffix."""
+    known = {name: units for of in _SETS.values() for name, (units, _) in of.items()}
+    return list(dict.fromkeys(unit for name in sets for unit in known.get(name, (name,))))
+
+
+def flags_of(unit: str) -> list[str]:
+    """The flags of a compiler that a source needs for its instructions."""
+    return _FLAGS.get(unit, [])
 
 
 def _built(compiler: str) -> Path:
     """The path of the library. OSError or CalledProcessError if it cannot be built."""
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True, timeout=_SECONDS).stdout
-    sets = _instruction_sets()
+    sets = instruction_sets(platform.machine(), _cpuinfo())
     digest = hashlib.blake2b(f"{jaxlib.__version__} {version} {platform.machine()} {sets}".encode(), digest_size=12)
     for source in sorted(SOURCES.iterdir()):
         digest.update(source.name.encode() + source.read_bytes())
@@ -159,8 +188,8 @@ def _named(name: str, path: Path) -> str:
 
 
 def _compiled(compiler: str, sets: tuple[str, ...], work: Path) -> Path:
-    units = list(dict.fromkeys(unit for name in sets for unit in _UNITS[name][0]))
-    without = [f"-DFERRUM_WITHOUT_{name.upper()}" for name in _UNITS if name not in units]
+    units = units_of(sets)
+    without = [f"-DFERRUM_WITHOUT_{name.upper()}" for name in _ALL if name not in units]
     flags = ["-O3", "-std=c++17", "-fPIC", f"-I{work}", f"-I{jax.ffi.include_dir()}", *without]
     (work / "tables.h").write_text(tables.header())
     units[2:2] = _COMMON
@@ -174,7 +203,7 @@ def _compiled(compiler: str, sets: tuple[str, ...], work: Path) -> Path:
         subprocess.run([compiler, *arguments], capture_output=True, text=True, check=True, timeout=_SECONDS)
 
     def compile(unit: str) -> None:
-        run(*flags, "-c", str(SOURCES / f"{unit}.cc"), "-o", str(work / f"{unit}.o"))
+        run(*flags, *flags_of(unit), "-c", str(SOURCES / f"{unit}.cc"), "-o", str(work / f"{unit}.o"))
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for done, future in enumerate(as_completed([pool.submit(compile, unit) for unit in units])):

@@ -350,8 +350,8 @@ void test_pool() {
 
 using namespace testing;
 
-int main() {
-  for (const char* isa : {"portable", "avx2", "avx512_vnni", "amx"})
+int main(int count, char**) {
+  for (const char* isa : {"portable", "avx2", "avx512_vnni", "amx", "neon_dotprod", "neon_i8mm"})
     if (set_isa(isa)) isas.push_back(isa);
   check(!set_isa("abacus"), "an unknown instruction set must be refused");
   check(find_format("Q9_K", 4) == nullptr, "an unknown format must be refused");
@@ -368,7 +368,7 @@ int main() {
   test_not_finite();
   test_swiglu();
   test_experts();
-  test_layers();
+  test_layers(count > 1);  // with any argument: fewer of the slow ones
   test_delta_net();
   for (const std::string& isa : isas) std::printf("%s ", isa.c_str());
   std::printf("%s: %d failures\n", "tested", failures);

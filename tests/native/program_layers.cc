@@ -242,9 +242,10 @@ void test_storing() {
 
 }  // namespace
 
-void test_layers() {
+void test_layers(bool brief) {
   test_storing();
   test_functions();
+  if (brief) return check_layers(KvType::float16, 4, 2, 48, 5, 7, 40, true);
   for (KvType type : {KvType::float32, KvType::float16, KvType::bfloat16, KvType::int8, KvType::float8_e4m3fn})
     check_layers(type, 6, 2, 32, 0, 0, 90);
   check_layers(KvType::float16, 4, 4, 80, 5, 0, 75);

@@ -141,7 +141,7 @@ inline bool same(const std::vector<float>& a, const std::vector<float>& b) {
 
 inline std::vector<std::string> isas;  // of this machine
 
-void test_layers();  // program_layers.cc
+void test_layers(bool brief);  // program_layers.cc; brief: few of them, for an emulator
 void test_delta_net();  // program_delta.cc
 
 }  // namespace testing

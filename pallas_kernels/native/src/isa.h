@@ -125,6 +125,11 @@ void avx512_dots(const Rows& w, const Group* const* x, int64_t m, Output y);
 bool has_avx2();
 bool has_avx512_vnni();
 bool has_amx();  // also requests the tile registers from the operating system
+#elif defined(__aarch64__)
+extern const Isa neon_dotprod;
+const Isa& neon_i8mm();
+bool has_neon_dotprod();
+bool has_neon_i8mm();
 #endif
 
 // Memory of the calling thread, one block per slot, at least `bytes` long; it is kept and grows. New memory is zero.

@@ -28,6 +28,14 @@ constexpr struct {
     {"avx2", has_avx2, [] { return &avx2; }},
 #endif
 #endif
+#if defined(__aarch64__)
+#ifndef FERRUM_WITHOUT_NEON_I8MM
+    {"neon_i8mm", has_neon_i8mm, [] { return &neon_i8mm(); }},
+#endif
+#ifndef FERRUM_WITHOUT_NEON_DOTPROD
+    {"neon_dotprod", has_neon_dotprod, [] { return &neon_dotprod; }},
+#endif
+#endif
 #ifndef FERRUM_WITHOUT_PORTABLE
     {"portable", [] { return true; }, [] { return &portable; }},
 #endif

@@ -167,7 +167,7 @@ struct Layer {
 // x [tokens, hidden] through some layers, in place.
 void decoder_layers(Pool& pool, const LayerShape& shape, const Batch& batch, const Layer* layers, int64_t count, float* x);
 
-// The instruction set in use: "portable", "avx2", "avx512_vnni" or "amx"; nullptr if the library has none for this machine.
+// The instruction set in use: the name of an Isa (isa.h); nullptr if the library has none for this machine.
 // set_isa returns whether this machine has it.
 const char* isa();
 bool set_isa(const char* name);

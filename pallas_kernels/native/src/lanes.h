@@ -1,5 +1,5 @@
 // Sixteen floats, with the same bits on every instruction set. Included under a target pragma; FERRUM_LANES is 512 or 256 for
-// the registers to use, 0 for none.
+// the registers to use, 128 for those of arm64, 0 for none.
 //
 // max(a, b) and min(a, b) are b if either is NaN. exp_of is 2^n times a polynomial (Cephes' for expf), with x = n ln 2 + r and
 // n read off the bits of a sum that rounds to it; below -87.6 it is zero, above 88 as at 88.
@@ -128,6 +128,78 @@ inline Lanes from_int8(const uint8_t* p) {
 inline void to_half(Lanes a, uint8_t* p) {
   for (int h = 0; h < 2; ++h)
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p) + h, _mm256_cvtps_ph(a.v[h], _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+
+#elif FERRUM_LANES == 128
+
+struct Lanes {
+  float32x4_t v[4];
+};
+template <typename F>
+inline Lanes quarters(F&& f) {
+  return {{f(0), f(1), f(2), f(3)}};
+}
+inline Lanes load(const float* p) {
+  return quarters([&](int i) { return vld1q_f32(p + 4 * i); });
+}
+inline void store(Lanes a, float* p) {
+  for (int i = 0; i < 4; ++i) vst1q_f32(p + 4 * i, a.v[i]);
+}
+inline Lanes all(float x) {
+  return quarters([&](int) { return vdupq_n_f32(x); });
+}
+inline Lanes fma(Lanes a, Lanes b, Lanes c) {
+  return quarters([&](int i) { return vfmaq_f32(c.v[i], a.v[i], b.v[i]); });
+}
+inline Lanes mul(Lanes a, Lanes b) {
+  return quarters([&](int i) { return vmulq_f32(a.v[i], b.v[i]); });
+}
+inline Lanes add(Lanes a, Lanes b) {
+  return quarters([&](int i) { return vaddq_f32(a.v[i], b.v[i]); });
+}
+inline Lanes sub(Lanes a, Lanes b) {
+  return quarters([&](int i) { return vsubq_f32(a.v[i], b.v[i]); });
+}
+inline Lanes div(Lanes a, Lanes b) {
+  return quarters([&](int i) { return vdivq_f32(a.v[i], b.v[i]); });
+}
+inline Lanes min(Lanes a, Lanes b) {
+  return quarters([&](int i) { return vbslq_f32(vcltq_f32(a.v[i], b.v[i]), a.v[i], b.v[i]); });
+}
+inline Lanes max(Lanes a, Lanes b) {
+  return quarters([&](int i) { return vbslq_f32(vcgtq_f32(a.v[i], b.v[i]), a.v[i], b.v[i]); });
+}
+inline Lanes within(int64_t low, int64_t high, Lanes a, float other) {
+  const int32_t first[] = {0, 1, 2, 3};
+  return quarters([&](int h) {
+    const int32x4_t i = vaddq_s32(vld1q_s32(first), vdupq_n_s32(4 * h));
+    const uint32x4_t in = vandq_u32(vcgeq_s32(i, vdupq_n_s32(int(low))), vcltq_s32(i, vdupq_n_s32(int(high))));
+    return vbslq_f32(in, a.v[h], vdupq_n_f32(other));
+  });
+}
+inline Lanes times_power(Lanes p, Lanes t) {
+  return quarters([&](int i) {
+    const int32x4_t n = vaddq_s32(vshlq_n_s32(vreinterpretq_s32_f32(t.v[i]), 23), vdupq_n_s32(127 << 23));
+    return vmulq_f32(p.v[i], vreinterpretq_f32_s32(n));
+  });
+}
+inline uint16x4_t four_halves(const uint8_t* p) { return vreinterpret_u16_u8(vld1_u8(p)); }
+inline Lanes from_half(const uint8_t* p) {
+  return quarters([&](int i) { return vcvt_f32_f16(vreinterpret_f16_u16(four_halves(p + 8 * i))); });
+}
+inline Lanes from_bfloat(const uint8_t* p) {
+  return quarters([&](int i) { return vreinterpretq_f32_u32(vshll_n_u16(four_halves(p + 8 * i), 16)); });
+}
+inline Lanes from_int8(const uint8_t* p) {
+  const int8x16_t bytes = vreinterpretq_s8_u8(vld1q_u8(p));
+  const int16x8_t low = vmovl_s8(vget_low_s8(bytes)), high = vmovl_s8(vget_high_s8(bytes));
+  return quarters([&](int i) {
+    const int16x8_t eight = i < 2 ? low : high;
+    return vcvtq_f32_s32(vmovl_s16(i % 2 ? vget_high_s16(eight) : vget_low_s16(eight)));
+  });
+}
+inline void to_half(Lanes a, uint8_t* p) {
+  for (int i = 0; i < 4; ++i) vst1_u8(p + 8 * i, vreinterpret_u8_f16(vcvt_f16_f32(a.v[i])));
 }
 
 #else

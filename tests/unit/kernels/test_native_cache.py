@@ -274,37 +274,43 @@ def test_a_place_that_cannot_be_made_leaves_the_cache_off(tmp_path, monkeypatch,
 AVX512 = "fpu avx2 fma f16c bmi2 avx512f avx512bw avx512dq avx512vl avx512_vnni"
 
 
+ARM = "fp asimd evtstrm aes crc32 atomics fphp asimdhp cpuid"
+
+
 @pytest.mark.parametrize(
-    ("flags", "sets"),
+    ("processor", "listed", "sets"),
     [
-        ("fpu sse2", ("portable",)),
-        ("avx2 fma f16c", ("portable",)),
-        ("avx2 fma f16c bmi2", ("avx2",)),
-        (AVX512, ("avx512_vnni",)),
-        (AVX512.replace("avx512_vnni", ""), ("avx2",)),
-        (AVX512 + " amx_tile amx_int8", ("amx",)),
-        (None, tuple(build._UNITS)),
+        ("x86_64", "flags\t\t: fpu sse2", ["portable"]),
+        ("x86_64", "flags : avx2 fma f16c", ["portable"]),
+        ("x86_64", "flags : avx2 fma f16c bmi2", ["avx2"]),
+        ("AMD64", f"flags : {AVX512}", ["avx512_vnni"]),
+        ("x86_64", f"flags : {AVX512.replace('avx512_vnni', '')}", ["avx2"]),
+        ("x86_64", f"flags : {AVX512} amx_tile amx_int8", ["amx"]),
+        ("x86_64", None, ["amx", "avx512_vnni", "avx2", "portable"]),  # an Intel Mac
+        ("aarch64", f"Features\t: {ARM}", ["portable"]),  # a Raspberry Pi 4
+        ("aarch64", f"Features : {ARM} asimddp", ["neon_dotprod"]),  # Graviton 2
+        ("aarch64", f"Features : {ARM} asimddp sve i8mm bf16", ["neon_i8mm"]),  # Graviton 3
+        ("arm64", None, ["neon_i8mm", "neon_dotprod", "portable"]),  # a Mac
+        ("arm64", "processor : 0", ["neon_i8mm", "neon_dotprod", "portable"]),
+        ("riscv64", "isa : rv64imafdcv", ["portable"]),
     ],
 )
-def test_only_what_this_cpu_takes_is_built(kernels, flags, sets, monkeypatch):
-    monkeypatch.setattr(build.platform, "machine", lambda: "x86_64")
-    read = Path.read_text
-
-    def listed(path: Path, *arguments):
-        if str(path) != "/proc/cpuinfo":
-            return read(path, *arguments)
-        if flags is None:
-            raise FileNotFoundError
-        return f"processor : 0\nflags : {flags}\n"
-
-    monkeypatch.setattr(Path, "read_text", listed)
-    assert build._instruction_sets() == sets
+def test_only_what_this_cpu_takes_is_built(kernels, processor, listed, sets, monkeypatch):
+    text = None if listed is None else f"processor : 0\n{listed}\nprocessor : 1\n{listed}\n"
+    assert list(build.instruction_sets(processor, text)) == sets
+    monkeypatch.setattr(build.platform, "machine", lambda: processor)
+    monkeypatch.setattr(build, "_cpuinfo", lambda: text)
     kernels.get()
-    log = kernels.log.read_text()
-    for name in build._UNITS:
-        compiled = f"/{name}.cc" in log
-        assert compiled == (name in sets or (name, sets) == ("avx512_vnni", ("amx",)))
-        assert (f"-DFERRUM_WITHOUT_{name.upper()} " in log) == (not compiled)
+    commands = [line for line in kernels.log.read_text().splitlines() if " -c " in line]
+    compiled = [name for name in build._ALL if any(f"/{name}.cc" in command for command in commands)]
+    with_parts = {"amx": ["amx", "avx512_vnni"], "neon_i8mm": ["neon_i8mm", "neon_dotprod"]}
+    assert compiled == list(dict.fromkeys(part for name in sets for part in with_parts.get(name, [name])))
+    for command in commands:
+        assert all((f"-DFERRUM_WITHOUT_{name.upper()} " in command) == (name not in compiled) for name in build._ALL)
+        unit = Path(command.split()[command.split().index("-c") + 1]).stem
+        flags = [word for word in command.split() if word.startswith("-m")]
+        features = {"neon_dotprod": "+dotprod", "neon_i8mm": "+dotprod+i8mm"}
+        assert flags == ([f"-march=armv8.2-a{features[unit]}"] if unit in features else [])
 
 
 def test_parts_done_are_reported(kernels, monkeypatch):
