@@ -1,5 +1,5 @@
-// Products in float32: weights decoded exactly, summed in sixteen lanes by fma. Four rows of the matrix are decoded once and
-// multiplied by four rows of x at a time; a transpose turns the sixteen sums of lanes into lanes of sixteen sums.
+// Products in float32: weights decoded exactly, summed in sixteen lanes by fma. A few rows of the matrix are decoded and multiplied
+// by a few rows of x at a time, all in registers; rows of x that fit into the second cache share the decoding.
 #pragma once
 
 #include "lanes.h"
@@ -38,46 +38,68 @@ inline void decode_floats(const uint8_t* p, int64_t k, float* out) {
   }
 }
 
-constexpr int kFour = 4;
+// Rows of the matrix and of x that are multiplied together: the lanes of their results stay in registers.
+constexpr int kW = FERRUM_LANES == 512 ? 4 : 2, kX = FERRUM_LANES == 512 ? 6 : 2;
+constexpr int64_t kColumns = 1024;         // of these rows, which stay in the first cache
+constexpr int64_t kSharing = 384 << 10;  // bytes of rows of x that share the decoding, in the second cache
 
-// sums[4 r + i] = x[r] times row i of w, for R rows of x; other elements are undefined.
+// Columns of rows that have `all` of them.
+struct Columns {
+  int64_t first, end, all;
+};
+
+// Some columns of R rows of x times kW rows of w. Between columns `kept` has the lanes of the results; after the last column
+// the results are in y: row r of x in y.at(r)[0 .. count - 1].
 template <int R>
-inline void dots_of_four(const float* const* x, const float* const* w, int64_t length, float* sums) {
-  Lanes lanes[kFour * kFour];
-  for (Lanes& lane : lanes) lane = all(0);
-  for (int64_t j = 0; j < length; j += kLanes) {
-    Lanes weights[kFour];
-    for (int i = 0; i < kFour; ++i) weights[i] = load(w[i] + j);
+inline void multiply_tile(const float* const* x, const float* const* w, Columns columns, float* kept, int64_t count, Output y) {
+  Lanes lanes[R][kW];
+  for (int r = 0; r < R; ++r)
+    for (int i = 0; i < kW; ++i) lanes[r][i] = columns.first == 0 ? all(0) : load(kept + (kW * r + i) * kLanes);
+  for (int64_t j = columns.first; j < columns.end; j += kLanes) {
+    Lanes weights[kW];
+    for (int i = 0; i < kW; ++i) weights[i] = load(w[i] + j);
     for (int r = 0; r < R; ++r) {
       const Lanes a = load(x[r] + j);
-      for (int i = 0; i < kFour; ++i) lanes[kFour * r + i] = fma(a, weights[i], lanes[kFour * r + i]);
+      for (int i = 0; i < kW; ++i) lanes[r][i] = fma(a, weights[i], lanes[r][i]);
     }
   }
-  transpose(lanes);
-  for (int half = kLanes / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) lanes[i] = add(lanes[i], lanes[i + half]);
-  store(lanes[0], sums);
+  for (int r = 0; r < R; ++r) {
+    if (columns.end < columns.all) {
+      for (int i = 0; i < kW; ++i) store(lanes[r][i], kept + (kW * r + i) * kLanes);
+    } else {
+      float sums[kW];
+      fold_some<kW>(lanes[r], sums);
+      for (int64_t i = 0; i < count; ++i) y.at(r)[i] = sums[i];
+    }
+  }
 }
+
+using MultiplyTile = void(const float* const* x, const float* const* w, Columns columns, float* kept, int64_t count, Output y);
 
 [[gnu::noinline]] inline void float_dots_by(void (*decode)(const uint8_t*, int64_t, float*), const Rows& w,
                                             const float* const* x, int64_t m, Output y) {
-  const int64_t length = groups_of(w.k) * kGroup;
-  auto* decoded = static_cast<float*>(scratch(kDecoded, size_t(kFour * length) * sizeof(float)));
-  const float* rows[kFour];
-  for (int i = 0; i < kFour; ++i) rows[i] = decoded + i * length;
-  for (int64_t first = 0; first < w.count; first += kFour) {
-    const int64_t count = w.count - first < kFour ? w.count - first : kFour;
-    for (int64_t i = 0; i < count; ++i) decode(w.blocks + (first + i) * w.stride, w.k, decoded + i * length);
-    for (int64_t r = 0; r < m; r += kFour) {
-      float sums[kLanes];
-      const int64_t some = m - r < kFour ? m - r : kFour;
-      switch (some) {
-        case 4: dots_of_four<4>(x + r, rows, length, sums); break;
-        case 3: dots_of_four<3>(x + r, rows, length, sums); break;
-        case 2: dots_of_four<2>(x + r, rows, length, sums); break;
-        default: dots_of_four<1>(x + r, rows, length, sums);
+  static constexpr MultiplyTile* kTiles[kX] = {
+      multiply_tile<1>, multiply_tile<2>,
+#if FERRUM_LANES == 512
+      multiply_tile<3>, multiply_tile<4>, multiply_tile<5>, multiply_tile<6>,
+#endif
+  };
+  const int64_t length = groups_of(w.k) * kGroup, row_bytes = length * int64_t(sizeof(float));
+  const int64_t some = kX * (1 + kSharing / (kX * row_bytes));
+  auto* decoded = static_cast<float*>(scratch(kDecoded, size_t(kW * row_bytes) + size_t(some * kW) * sizeof(Lanes)));
+  float* kept = decoded + kW * length;
+  const float* rows[kW];
+  for (int i = 0; i < kW; ++i) rows[i] = decoded + i * length;
+  for (int64_t begin = 0; begin < m; begin += some) {
+    const int64_t end = begin + some < m ? begin + some : m;
+    for (int64_t i = 0; i < w.count; i += kW) {
+      const int64_t count = w.count - i < kW ? w.count - i : kW;
+      for (int64_t j = 0; j < count; ++j) decode(w.blocks + (i + j) * w.stride, w.k, decoded + j * length);
+      for (int64_t first = 0; first < w.k; first += kColumns) {
+        const Columns columns = {first, first + kColumns < w.k ? first + kColumns : w.k, w.k};
+        for (int64_t r = begin; r < end; r += kX)
+          kTiles[(end - r < kX ? end - r : kX) - 1](x + r, rows, columns, kept + (r - begin) * kW * kLanes, count, {y.at(r) + i, y.stride});
       }
-      for (int64_t t = 0; t < some; ++t) std::memcpy(y.at(r + t) + first, sums + kFour * t, size_t(count) * sizeof(float));
     }
   }
 }

@@ -130,6 +130,12 @@ inline void to_half(Lanes a, uint8_t* p) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p) + h, _mm256_cvtps_ph(a.v[h], _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 
+inline float sum_of(Lanes a) {
+  const __m256 h = _mm256_add_ps(a.v[0], a.v[1]);
+  const __m128 q = _mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1)), e = _mm_add_ps(q, _mm_movehl_ps(q, q));
+  return _mm_cvtss_f32(_mm_add_ss(e, _mm_movehdup_ps(e)));
+}
+
 #elif FERRUM_LANES == 128
 
 struct Lanes {
@@ -201,6 +207,11 @@ inline Lanes from_int8(const uint8_t* p) {
 inline void to_half(Lanes a, uint8_t* p) {
   for (int i = 0; i < 4; ++i) vst1_u8(p + 8 * i, vreinterpret_u8_f16(vcvt_f16_f32(a.v[i])));
 }
+inline float sum_of(Lanes a) {
+  const float32x4_t q = vaddq_f32(vaddq_f32(a.v[0], a.v[2]), vaddq_f32(a.v[1], a.v[3]));
+  const float32x2_t e = vadd_f32(vget_low_f32(q), vget_high_f32(q));
+  return vget_lane_f32(e, 0) + vget_lane_f32(e, 1);
+}
 
 #else
 
@@ -262,15 +273,27 @@ inline void to_half(const Lanes& a, uint8_t* p) {
     std::memcpy(p + 2 * i, &half, 2);
   }
 }
+inline float sum_of(const Lanes& a) { return fold(a.v, kLanes); }
 
 #endif
 
-#if FERRUM_LANES != 512
-inline float sum_of(const Lanes& a) {
-  float lanes[kLanes];
-  store(a, lanes);
-  return fold(lanes, kLanes);
+// The sums of some, each folded in halves.
+template <int N>
+inline void fold_some(const Lanes* a, float* out) {
+#if FERRUM_LANES == 512
+  static_assert(N == 4, "written for four");
+  const __m512 p = _mm512_add_ps(_mm512_shuffle_f32x4(a[0].v, a[1].v, 0x44), _mm512_shuffle_f32x4(a[0].v, a[1].v, 0xee));
+  const __m512 q = _mm512_add_ps(_mm512_shuffle_f32x4(a[2].v, a[3].v, 0x44), _mm512_shuffle_f32x4(a[2].v, a[3].v, 0xee));
+  __m512 four = _mm512_add_ps(_mm512_shuffle_f32x4(p, q, 0x88), _mm512_shuffle_f32x4(p, q, 0xdd));
+  four = _mm512_add_ps(four, _mm512_shuffle_ps(four, four, 0x4e));
+  four = _mm512_add_ps(four, _mm512_shuffle_ps(four, four, 0xb1));
+  _mm_storeu_ps(out, _mm512_castps512_ps128(_mm512_maskz_compress_ps(0x1111, four)));
+#else
+  for (int i = 0; i < N; ++i) out[i] = sum_of(a[i]);
+#endif
 }
+
+#if FERRUM_LANES != 512
 inline float max_of(const Lanes& a) {
   float lanes[kLanes];
   store(a, lanes);
