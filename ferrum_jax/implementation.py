@@ -12,11 +12,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ferrum_jax import families, functional
+from ferrum_jax import families, functional, memory
 from ferrum_jax.distributed import Placement
+from ferrum_jax.distributed.mapped import mapped
 from ferrum_jax.models import bert
 from ferrum_jax.runtime import PAGE
-from ferrum_jax.state import new_cache
 from pallas_kernels import dispatch, operations
 
 _TOKENS = (1, 64)  # of a decoding step, and of one that reads a prompt
@@ -47,10 +47,11 @@ def require_implementation(config: Any, params: Any, kv_dtype: str, placement: P
                 jax.eval_shape(embed, params, _ints(1, tokens), _ints(1))
             else:
                 pages = -(-tokens // PAGE)
-                cache = jax.eval_shape(functools.partial(new_cache, config, num_pages=pages, page_size=PAGE, dtype=kv_dtype))
+                cache = memory.abstract_state(config, pages, PAGE, kv_dtype, placement)
                 each = _ints(tokens)
                 batch = functional.RaggedBatch(each, each, each, _ints(2), _ints(1), _ints(1, pages), _ints(1))
-                jax.eval_shape(functools.partial(functional.forward, config=config), params, cache, batch)
+                step, _ = mapped(placement, functional.forward, (params, cache, batch), {"config": config})
+                jax.eval_shape(step, params, cache, batch)
     used = {choice.operation: choice.backend for choice in choices}
     for operation, _ in config.implementation:
         if operation not in used:

@@ -17,6 +17,7 @@ from ferrum_jax import checks, hub, memory
 from ferrum_jax.chat import check_template
 from ferrum_jax.config import EncoderConfig, ModelConfig
 from ferrum_jax.distributed import Placement
+from ferrum_jax.distributed.placement import mesh_sizes
 from ferrum_jax.embedding import EmbeddingModel
 from ferrum_jax.errors import ModelFileError, UnsupportedModelError
 from ferrum_jax.implementation import checked_implementation, require_implementation
@@ -31,7 +32,7 @@ from ferrum_jax.weights.names import Parameters, parameters
 from ferrum_jax.weights.opening import open_model
 from ferrum_jax.weights.quantize import checked_format
 from ferrum_jax.weights.source import ModelSource
-from ferrum_jax.weights.stream import Progress, abstract_parameters, read_parameters
+from ferrum_jax.weights.stream import Progress, abstract_parameters, fitted, read_parameters
 from pallas_kernels import native
 from pallas_kernels.dispatch import Target
 
@@ -45,7 +46,7 @@ def load(
     dtype: str = "auto",
     kv_dtype: str | None = None,
     device: jax.Device | None = None,
-    mesh: Mesh | None = None,
+    mesh: Mesh | str | None = None,
     max_seq_len: int | None = None,
     quantize: str | None = None,
     adapters: Mapping[str, str | Path] | None = None,
@@ -62,7 +63,8 @@ def load(
         in blocks inside products). "auto" chooses the fast one for the device, and float32 for an embedding model.
       kv_dtype: dtype of the KV cache; None: the same as dtype (float16 for int8).
       device: where the weights go; None: JAX's first device.
-      mesh: a `jax.sharding.Mesh` of one device, instead of `device`; several devices are not supported yet.
+      mesh: several devices, instead of `device`: a `jax.sharding.Mesh` whose axes are among "expert" and "tensor", or a text
+        such as "expert=4,tensor=2" over JAX's first devices. What cannot be cut evenly is whole on every device.
       max_seq_len: limit of the context in tokens; None: the model's. An embedding model cuts texts there.
       quantize: a block format, such as "q4_k" (weights.quantize.QUANTIZATIONS), to which the matrices of a checkpoint in F32,
         F16 or BF16 are quantized while they are read.
@@ -110,8 +112,9 @@ def load(
     path = hub.resolve(str(source), progress=progress)
     enable_compilation_cache()
     with open_model(path, quantize=quantize, merge_adapter=merge_adapter) as checkpoint:
-        placement = Placement.of(device) if mesh is None else Placement.over(mesh)
+        placement = _placement(device, mesh)
         if (encoder := checkpoint.encoder()) is not None:
+            _refuse_mesh(placement, f"{path}: an embedding model ({encoder.architecture})")
             if adapters:
                 raise UnsupportedModelError(f"{path}: adapters are for decoders, not for an embedding model")
             dtype = _dtype(placement, "float32" if dtype == "auto" else dtype, progress)
@@ -119,7 +122,10 @@ def load(
             embedding = _load_encoder(checkpoint, encoder, placement, max_seq_len, progress)
             embedding.load_s = time.perf_counter() - begin
             return embedding
+        if adapters:
+            _refuse_mesh(placement, "adapters: a model with LoRA adapters")
         config, assigned, tokenizer = check(checkpoint)
+        placement = fitted(placement, assigned, config)
         dtype = _dtype(placement, dtype, progress)
         kv_dtype = kv_dtype or ("float16" if dtype == "int8" else dtype)
         config = dataclasses.replace(config, dtype=dtype, implementation=forced)
@@ -148,17 +154,32 @@ def load(
     return model
 
 
-def _check_place(device: jax.Device | None, mesh: Mesh | None) -> None:
-    """Raises ValueError if the arguments of `load` are not one device. Does not start JAX's devices."""
+def _check_place(device: jax.Device | None, mesh: Mesh | str | None) -> None:
+    """Raises ValueError if the arguments of `load` are not a device or a mesh. Does not start JAX's devices."""
     if device is not None and not isinstance(device, jax.Device):
         raise ValueError(f"device must be a jax.Device, as in jax.devices(), not {device!r}")
     if mesh is None:
         return
     if device is not None:
         raise ValueError("device and mesh are both given; a mesh has its devices")
-    if not isinstance(mesh, Mesh) or mesh.size != 1:
-        devices = f"one of {mesh.size}" if isinstance(mesh, Mesh) else f"{mesh!r:.200}"
-        raise ValueError(f"mesh must be a jax.sharding.Mesh of one device, not {devices}; more are not supported yet")
+    if not isinstance(mesh, Mesh | str):
+        raise ValueError(f'mesh must be a jax.sharding.Mesh or a text such as "expert=4,tensor=2", not {mesh!r:.200}')
+
+
+def _placement(device: jax.Device | None, mesh: Mesh | str | None) -> Placement:
+    """Raises ValueError for a mesh that cannot be."""
+    if mesh is None:
+        return Placement.of(device)
+    sizes = mesh_sizes(mesh) if isinstance(mesh, str) else mesh.shape
+    if (rows := sizes.get("data", 1)) > 1:
+        raise ValueError(f"mesh: data={rows} is not supported yet; models are cut over expert and tensor alone")
+    return Placement.named(sizes) if isinstance(mesh, str) else Placement.over(mesh)
+
+
+def _refuse_mesh(placement: Placement, what: str) -> None:
+    """UnsupportedModelError for a placement of several devices."""
+    if placement.size > 1:
+        raise UnsupportedModelError(f"{what} is not supported on a mesh of several devices yet; leave out mesh")
 
 
 def _dtype(placement: Placement, dtype: str, progress: Progress | None) -> str:

@@ -22,8 +22,9 @@ import jax
 
 from ferrum_jax.config import ModelConfig
 from ferrum_jax.distributed import Placement
+from ferrum_jax.distributed.share import head_axes, share
 from ferrum_jax.errors import OutOfMemoryError
-from ferrum_jax.state import DecodeState, new_state, state_axes
+from ferrum_jax.state import DecodeState, new_state, page_kinds, state_axes, widened
 from ferrum_jax.units import readable_bytes
 
 HELP = (
@@ -77,10 +78,14 @@ def abstract_state(
 def _abstract_state(
     config: ModelConfig, pages: int | tuple[int, ...], page_size: int, dtype: str, placement: Placement, num_states: int
 ) -> DecodeState:
-    make = functools.partial(new_state, config, pages=pages, page_size=page_size, dtype=dtype, num_states=num_states)
+    own, axes = share(config, placement), head_axes(placement)
+    make = functools.partial(new_state, own, pages=pages, page_size=page_size, dtype=dtype, num_states=num_states)
     with placement.as_default():
         state = jax.eval_shape(make)
-    return placement.placed(state, state_axes(config, state))
+    if axes:
+        counts = [1 if kind.latent else placement.parts((axes,))[0] for kind in page_kinds(own)]
+        state = widened(state, counts)
+    return placement.placed(state, state_axes(own, state))
 
 
 # Limits

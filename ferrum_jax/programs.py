@@ -19,6 +19,7 @@ import jax
 
 from ferrum_jax import memory, program_store, progress
 from ferrum_jax.distributed import Placement
+from ferrum_jax.distributed.mapped import mapped
 from ferrum_jax.state import DecodeState, KVCache
 from ferrum_jax.units import readable_bytes
 from pallas_kernels import cache
@@ -83,12 +84,15 @@ class Programs:
         if name is not None and (kept := program_store.load(name, self.placement)) is not None:
             return kept
 
+        whole, shardings = mapped(self.placement, function, args, static)
+
         def program(*args: Any) -> Any:
-            return function(*args, **static)
+            return whole(*args)
 
         # A unique name, so that XLA's cache cannot have it: a CPU program from there lacks what `save` needs.
         program.__name__ = getattr(function, "__name__", "program") + (f"_{secrets.token_hex(4)}" if name else "")
-        compiled = jax.jit(program, donate_argnums=donate).lower(*args).compile(options)
+        placed = {} if shardings is None else {"in_shardings": shardings}
+        compiled = jax.jit(program, donate_argnums=donate, **placed).lower(*args).compile(options)
         if name is not None:
             program_store.save(name, compiled)
         return compiled

@@ -12,7 +12,8 @@ import json
 from collections.abc import Hashable, Sequence
 
 import jax
-from jax import export
+import jax.numpy as jnp
+from jax import export, lax
 
 from pallas_kernels.blocks import format_of
 from pallas_kernels.blocks.layouts import LAYOUTS, gather_rows, unpack_rows
@@ -28,13 +29,15 @@ class QuantizedTensor:
     """Matrices [*stack, rows, columns], or vectors [*stack, columns], in blocks of `format` along the columns.
 
     planes: the arrays that `memory_layout` keeps them in (pallas_kernels.blocks.layouts); `matrix`: (rows, columns) or
-    (columns,).
+    (columns,). cut: inside `distributed.mapped`, where a tensor is a device's part, the axes of the mesh that each dimension is
+    cut over; else (). The functions here sum what devices have computed with their parts of the columns, or of the experts.
     """
 
     planes: tuple[jax.Array, ...]
     format: str = dataclasses.field(metadata={"static": True})
     memory_layout: str = dataclasses.field(metadata={"static": True})
     matrix: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+    cut: tuple[tuple[str, ...], ...] = dataclasses.field(default=(), metadata={"static": True})
 
     @classmethod
     def of(cls, stored: jax.Array, format: str, *, vectors: bool = False) -> QuantizedTensor:
@@ -54,9 +57,17 @@ class QuantizedTensor:
         """The matrix at `index` of the stack, for the kernels."""
         return Matrix(self.planes, (), self.format, self.memory_layout, *self.matrix).at(*index)
 
+    def over(self, axis: int) -> tuple[str, ...]:
+        """The axes of the mesh that a dimension is cut over."""
+        return self.cut[axis] if self.cut else ()
+
     def gather(self, ids: jax.Array) -> jax.Array:
         """The rows `ids` [tokens] of a matrix without stack axes, unpacked: float32 [tokens, columns]."""
-        return gather_rows(self.operand(), ids)
+        if not (over := self.over(-2)):
+            return gather_rows(self.operand(), ids)
+        own, is_own = _own(ids, self.matrix[0], over)
+        rows = gather_rows(self.operand(), jnp.where(is_own, own, 0))
+        return lax.psum(jnp.where(is_own[:, None], rows, 0.0), over)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +142,7 @@ def linear(
     Raises:
       ValueError: if x and the matrix do not fit, a stack of layers is without `layer`, or the backend cannot serve them.
     """
-    return quantized_matmul(x, operand(stack, layer), arithmetic, implementation)
+    return _summed(quantized_matmul(x, operand(stack, layer), arithmetic, implementation), stack, layer)
 
 
 def linears(
@@ -142,7 +153,8 @@ def linears(
     implementation: Implementation = None,
 ) -> list[jax.Array]:
     """`linear` with several matrices that share x, in one launch if the device can."""
-    return quantized_matmuls(x, [operand(stack, layer) for stack in stacks], arithmetic, implementation)
+    ys = quantized_matmuls(x, [operand(stack, layer) for stack in stacks], arithmetic, implementation)
+    return [_summed(y, stack, layer) for y, stack in zip(ys, stacks, strict=True)]
 
 
 def gated_linear(
@@ -223,18 +235,49 @@ def mixture(
     gates, ups, downs = (operand(stack, layer) for stack in (gate, up, down))
     added = [operand(stack, layer) for stack in biases]
     known = Biases(*(unpack_rows(bias, 0, bias.rows) for bias in added)) if added else None
+    tensor = tensor_of(down, layer)
+    whole, parts = tensor.over(-3), tensor.over(-1)  # the axes that experts are cut over, and each expert's width
+    if whole:
+        own, is_own = _own(expert_ids, tensor.shape[-3], whole)
+        expert_ids = jnp.where(is_own, own, tensor.shape[-3])
+    if known and parts:  # one of the devices adds it
+        known = known._replace(down=jnp.where(lax.axis_index(parts) == 0, known.down, 0.0))
     arguments = x, expert_ids, expert_weights, gates, ups, downs, arithmetic, implementation
-    return expert_ffn(*arguments, biases=known, clamp=clamp, adapters=adapters, activation=activation)
+    y = expert_ffn(*arguments, biases=known, clamp=clamp, adapters=adapters, activation=activation)
+    return lax.psum(y, (*whole, *parts)) if whole or parts else y
 
 
 def operand(stack: Stack, layer: Layer | None) -> Matrix:
     """The matrix (or the experts) of one layer, in its stack."""
+    tensor, index = _located(stack, layer)
+    return tensor.operand(*index)
+
+
+def tensor_of(stack: Stack, layer: Layer | None) -> QuantizedTensor:
+    """The tensor that the matrix of one layer is in."""
+    return _located(stack, layer)[0]
+
+
+def _located(stack: Stack, layer: Layer | None) -> tuple[QuantizedTensor, tuple[jax.Array | int, ...]]:
+    """The tensor that the matrix of one layer is in, and its place there."""
     if isinstance(stack, QuantizedTensor):
-        return stack.operand()
+        return stack, ()
     if layer is None:
         raise ValueError("linear: a stack of layers needs a layer")
     tensor, index = stack.select(layer)
-    return tensor.operand(index)
+    return tensor, (index,)
+
+
+def _summed(y: jax.Array, stack: Stack, layer: Layer | None) -> jax.Array:
+    """A product with a matrix: the sum over the devices that have parts of its columns."""
+    over = tensor_of(stack, layer).over(-1)
+    return lax.psum(y, over) if over else y
+
+
+def _own(ids: jax.Array, count: int, over: tuple[str, ...]) -> tuple[jax.Array, jax.Array]:
+    """ids int32 of things of which each device has `count`, counted from this device's first; bool: whether it has them."""
+    own = ids - lax.axis_index(over) * count
+    return own, (own >= 0) & (own < count)
 
 
 def _from_json(data: bytes) -> tuple:

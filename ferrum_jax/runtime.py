@@ -16,7 +16,7 @@ from ferrum_jax import memory
 from ferrum_jax.config import ModelConfig
 from ferrum_jax.distributed import Placement
 from ferrum_jax.programs import Programs
-from ferrum_jax.state import DecodeState, KVCache, bytes_per_token, new_cache
+from ferrum_jax.state import DecodeState, KVCache, bytes_per_token
 from ferrum_jax.structured.grammar import Grammars
 from ferrum_jax.tokenizer import Tokenizer
 from ferrum_jax.units import readable_bytes, shown_dtype
@@ -59,11 +59,13 @@ class Runtime:
         """An empty cache of `num_pages` pages of 16 tokens on the device, with the states of `rows` sequences. Raises
         OutOfMemoryError if it does not fit."""
         tokens = num_pages * PAGE
-        size = memory.nbytes(memory.abstract_state(self.config, num_pages, PAGE, self.kv_dtype, self.placement, rows))
+        abstract = memory.abstract_state(self.config, num_pages, PAGE, self.kv_dtype, self.placement, rows)
+        size = memory.nbytes(abstract)
         count = f"the KV cache for {tokens:,} tokens ({shown_dtype(self.kv_dtype)}) takes {readable_bytes(size)}"
         memory.require(size, self.placement, count)
-        with self.placement.as_default(), memory.explained(self.placement, lambda: count):
-            return new_cache(self.config, num_pages=num_pages, page_size=PAGE, dtype=self.kv_dtype, num_states=rows)
+        with memory.explained(self.placement, lambda: count):
+            state = self.placement.zeros(abstract)
+        return state if len(state.parts) > 1 else state.pools[0]
 
     def room(self) -> int:
         """The longest row that is offered by default, in tokens: the context, or as much of it as fits its keys and values into
@@ -93,6 +95,8 @@ class Runtime:
         if self._fingerprint:
             return self._fingerprint
         digest = hashlib.blake2b(repr((self.config, self.adapters)).encode(), digest_size=16)
+        if self.placement.size > 1:  # whose states are cut in another way
+            digest.update(repr(self.placement.mesh.shape).encode())
         for leaf in jax.tree.leaves(self.params):
             digest.update(f"{leaf.shape} {leaf.dtype}".encode())
             leaf = np.asarray(leaf) if self.placement.platform == "cpu" else leaf  # without a copy or a program

@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 AXES = ("data", "expert", "tensor")  # of meshes: rows of a batch, whole experts, parts of a layer
+HEADS = ("heads", "query_heads", "kv_heads", "gated_heads", "query_rows")  # cut together or not at all
 RULES: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         # of parameters
@@ -50,7 +51,6 @@ RULES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "layer": (),
         "page": ("data",),
         "state": ("data",),
-        "slot": ("data",),
         "row": (),  # numbers of one page, state or slot
     }
 )

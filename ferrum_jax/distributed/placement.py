@@ -50,7 +50,18 @@ class Placement:
         """On the devices of a mesh. Raises ValueError for an axis that is not in AXES."""
         if unknown := set(mesh.axis_names) - set(AXES):
             raise ValueError(f"mesh has an axis {min(map(str, unknown))!r}; the axes of a mesh are {', '.join(AXES)}")
+        mesh = Mesh(mesh.devices, mesh.axis_names)  # with the kind of axes that `shard_map` and JAX's functions share
         return cls(mesh, dispatch.target_of(mesh.devices.flat[0]))
+
+    @classmethod
+    def named(cls, sizes: Mapping[str, int]) -> Placement:
+        """On the first devices of JAX, as many along each axis as `sizes` says. Raises ValueError if there are not so many."""
+        devices, count = jax.devices(), math.prod(sizes.values())
+        if count > len(devices):
+            names = ",".join(f"{name}={size}" for name, size in sizes.items())
+            raise ValueError(f"mesh: {names!r} has {count} devices; JAX has {len(devices)}, of {devices[0].platform}")
+        axes = [name for name in AXES if name in sizes]
+        return cls.over(Mesh(np.array(devices[:count]).reshape([sizes[name] for name in axes]), axes))
 
     @classmethod
     def abstract(cls, target: dispatch.Target, sizes: Mapping[str, int] = MappingProxyType({})) -> Placement:
@@ -71,6 +82,11 @@ class Placement:
     def devices(self) -> tuple[jax.Device, ...]:
         """Those that are there."""
         return () if isinstance(self.mesh, AbstractMesh) else tuple(self.mesh.devices.flat)
+
+    @property
+    def size(self) -> int:
+        """The number of devices."""
+        return math.prod(self.mesh.shape.values())
 
     @property
     def device(self) -> jax.Device:
@@ -136,6 +152,10 @@ class Placement:
 
         return jax.tree.map(place, tree, axes)
 
+    def everywhere(self, tree: Any) -> Any:
+        """Arrays, or their shapes, as `jax.ShapeDtypeStruct`s that every device holds whole."""
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=self.replicated), tree)
+
     def put(self, tree: Any) -> Any:
         """The arrays of a pytree on every device."""
         return jax.device_put(tree, self.replicated)
@@ -146,3 +166,18 @@ class Placement:
             return jax.tree.map(lambda leaf: jax.device_put(np.zeros(leaf.shape, leaf.dtype), leaf.sharding), tree)
         with self.as_default():
             return jax.tree.map(lambda leaf: jax.numpy.zeros(leaf.shape, leaf.dtype, device=leaf.sharding), tree)
+
+
+def mesh_sizes(text: str) -> dict[str, int]:
+    """The number of devices along each axis that a text such as "expert=4,tensor=2" states. Raises ValueError for another
+    text."""
+    sizes: dict[str, int] = {}
+    for part in text.split(","):
+        name, _, size = (piece.strip() for piece in part.partition("="))
+        if name in sizes or name not in AXES or not size.isdecimal() or int(size) < 1:
+            raise ValueError(
+                f"mesh: {part.strip()!r} in {text!r} is not an axis ({', '.join(AXES)}) and its number of devices, as in "
+                "'expert=4,tensor=2'"
+            )
+        sizes[name] = int(size)
+    return sizes

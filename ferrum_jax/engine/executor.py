@@ -218,8 +218,7 @@ class Executor:
 
     def _compile(self, bucket: Bucket | str, pages: int) -> Callable:
         programs, config = self.model.programs, self.model.config
-        state, slots = self.abstract_state(pages), jax.eval_shape(self._new_slots)
-        slots = self.model.placement.placed(slots, slots.axes)
+        state, slots = self.abstract_state(pages), self.model.placement.everywhere(jax.eval_shape(self._new_slots))
         if bucket == "admit":
             return programs.get(steps.admit, slots, jax.eval_shape(self._example), donate=(0,))
         if bucket == "mask":

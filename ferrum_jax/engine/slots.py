@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 
 from ferrum_jax.choice import Adjustments, Choice
-from ferrum_jax.distributed import Axis
 from ferrum_jax.sampling import PER_ROW, Sampling, occurred
 
 BAD_WORDS, BAD_WORD_TOKENS = 64, 16  # limits of banned words with several tokens: their number and their length
@@ -42,18 +41,6 @@ class Slots(NamedTuple):
     misses: jax.Array  # int32 [S]: consecutive drafts that missed (see draft.py)
     pause: jax.Array  # int32 [S]: remaining steps without a draft
     sampling: Sampling  # of S rows
-
-    @property
-    def axes(self) -> Slots:
-        """What the dimensions of its arrays are: slots of tuples of `Axis`."""
-
-        def of(name: str, array: jax.Array) -> Any:
-            first = Axis("slot" if name in Slots._fields or name in PER_ROW else "row")
-            rest = Axis("vocab" if name in ("seen", "bias") else "row")
-            return (first, *[rest] * (array.ndim - 1)) if array.ndim else ()
-
-        fields = {name: of(name, array) for name, array in self._asdict().items() if name != "sampling"}
-        return Slots(**fields, sampling=Sampling(**{name: of(name, array) for name, array in self.sampling._asdict().items()}))
 
     def choosing(self, rows: jax.Array) -> jax.Array:
         """bool [R]: which of the rows int32 [R] can choose a token: a grammar's mask serves for one token."""

@@ -117,6 +117,8 @@ def init(model: Model, config: LoraConfig, key: jax.Array) -> LoraAdapter:
       UnsupportedModelError: if layers of the model cannot be trained yet.
       ValueError: if the model has none of the targets.
     """
+    if (placement := model._runtime.placement).size > 1:
+        raise UnsupportedModelError(f"training on a mesh ({placement}) is not supported yet; load the model on one device")
     return init_for(model.params, model.config, config, key)
 
 

@@ -16,6 +16,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 import ferrum_jax.models.latent
 import ferrum_jax.models.short_conv  # noqa: F401 - as latent a kind of mixer, which it adds to MIXERS
@@ -131,6 +132,8 @@ class Decoder(nn.Module):
             config, hidden = self.config, hidden.astype(self.config.activations)
             matrix = unembedding(self.variables["params"])
             logits = linear(hidden, matrix, arithmetic=config.dtype, implementation=config.implementation)
+            if over := matrix.over(-2):
+                logits = lax.all_gather(logits, over, axis=1, tiled=True)
             cap = config.logit_softcap
             return cap * jnp.tanh(logits / cap) if cap else logits
 
@@ -190,7 +193,8 @@ def run_layers(
     """The residual stream x float32 [T, hidden_size] after all layers, the parts of the state and, with `record`, the routers'
     choices: in one call if a backend has one. inputs: as of `Block`."""
     shape, parts = _shape(config), _parts(layers, config.num_layers)
-    backend = backend_for(*parts, config.hidden_size, shape, config.dtype, config.implementation, _features(config))
+    features = _features(config, layers)
+    backend = backend_for(*parts, config.hidden_size, shape, config.dtype, config.implementation, features)
     if backend is None:
         return _composed(config, layers, x, access, angles, None, record, inputs)
 
@@ -220,7 +224,7 @@ def _shape(config: ModelConfig) -> LayerShape:
     return shape._replace(router=router_of(mixtures[0]), clamp=clamp_of(mixtures[0])) if mixtures else shape
 
 
-def _features(config: ModelConfig) -> tuple[str, ...]:
+def _features(config: ModelConfig, layers: Params) -> tuple[str, ...]:
     """What the layers have that not every call of all layers knows."""
     attentions, others = config.attentions, {type(spec.mixer) for spec in config.layers} - {Attention, GatedDeltaNet}
     found = sorted(f"{kind.__name__} layers" for kind in others)
@@ -232,6 +236,9 @@ def _features(config: ModelConfig) -> tuple[str, ...]:
         found.append("scale of the scores")
     if any(mixer.value_norm or mixer.key_is_value or mixer.shared_kv for mixer in attentions):
         found.append("other values than those projected for a layer")
+    tensors = jax.tree.leaves(layers, is_leaf=lambda node: isinstance(node, QuantizedTensor))
+    if any(any(tensor.cut) for tensor in tensors):
+        found.append("sums over devices")
     return tuple(found)
 
 

@@ -16,7 +16,7 @@ from jax import lax
 from ferrum_jax import adapters
 from ferrum_jax.config import Attention as AttentionSpec
 from ferrum_jax.config import Dense, Latent, LayerSpec, Mixture, ModelConfig
-from ferrum_jax.quantized import Layer, LayerStack, gated_linear, linear, linears, mixture, operand
+from ferrum_jax.quantized import Layer, LayerStack, gated_linear, linear, linears, mixture, operand, tensor_of
 from pallas_kernels.append import Norm, append, turned
 from pallas_kernels.grouped_matmul import Clamp, ExpertAdapters, Pair
 from pallas_kernels.paged_attention import paged_attention
@@ -127,7 +127,7 @@ class Attention(LayerModule):
             if spec.shared_kv:
                 q = turned(q, norm("query_norm"), told.rope, eps)
             else:
-                k, v = kv[0], kv[-1]
+                k, v = (self.own_heads(heads, layer) for heads in (kv[0], kv[-1]))
                 if spec.value_norm:
                     v = rms_norm(v, jnp.ones(spec.head_dim), eps)
                 norms = norm("query_norm"), norm("key_norm")
@@ -145,6 +145,16 @@ class Attention(LayerModule):
                 y = y * sigmoid(gate)
         with jax.named_scope("attention_output"):
             return self.project(y.reshape(tokens, -1), layer, "output", adapter_mask=adapter_mask)[0], cache
+
+    def own_heads(self, heads: jax.Array, layer: Layer) -> jax.Array:
+        """Of keys or values [tokens, heads, head_dim]: the one head that this device's queries have, if there are fewer heads
+        than devices on a mesh; else all."""
+        own = self.spec.num_kv_heads
+        if heads.shape[1] == own:
+            return heads
+        over = tensor_of(self.stack("query"), layer).over(-2)
+        first = lax.axis_index(over) * heads.shape[1] // lax.axis_size(over)
+        return lax.dynamic_slice_in_dim(heads, first, own, axis=1)
 
 
 class FeedForward(LayerModule):

@@ -11,6 +11,7 @@ from ferrum_jax.state.decode_state import (
     new_state,
     read_places,
     state_axes,
+    widened,
     write_places,
 )
 from ferrum_jax.state.kinds import PageKind, RecurrentKind, kind_names, kv_layers, page_kinds, recurrent_kinds
@@ -34,5 +35,6 @@ __all__ = [
     "read_places",
     "recurrent_kinds",
     "state_axes",
+    "widened",
     "write_places",
 ]

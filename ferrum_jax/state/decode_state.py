@@ -18,7 +18,7 @@ from jax.typing import DTypeLike
 from ferrum_jax import checks
 from ferrum_jax.config import ModelConfig
 from ferrum_jax.distributed import Axis
-from ferrum_jax.state.kinds import RecurrentKind, page_kinds, recurrent_kinds
+from ferrum_jax.state.kinds import PageKind, RecurrentKind, page_kinds, recurrent_kinds
 from ferrum_jax.units import shown_dtype
 from pallas_kernels.paged_attention import KV_DTYPES, KVCache
 
@@ -126,12 +126,12 @@ def new_state(
 
 
 def state_axes(config: ModelConfig, state: DecodeState) -> DecodeState:
-    """What the dimensions of a state's arrays are: a state of tuples of `Axis`. K and V of a head stay together; scales are
-    those of each device's own heads, one device's after the other's."""
+    """What the dimensions of a state's arrays are: a state of tuples of `Axis`. config: of what one device computes, whose
+    heads stay together; the scales are those of one device's heads after the other's."""
     layer, rows = Axis("layer"), Axis("row")
 
-    def of_pool(pool: KVCache) -> KVCache:
-        head = pool.rows // pool.kv_heads
+    def of_pool(pool: KVCache, kind: PageKind) -> KVCache:
+        head = pool.rows // pool.kv_heads * kind.kv_heads
         pages: Any = (layer, Axis("page"), rows, Axis("kv_heads", head), Axis("head"))
         scales: Any = (layer, Axis("page"), Axis("kv_heads", head * pool.page_size))
         return KVCache(pages, None if pool.scales is None else scales, pool.dtype)
@@ -140,7 +140,22 @@ def state_axes(config: ModelConfig, state: DecodeState) -> DecodeState:
         return layer, Axis("state"), *map(Axis, dict(kind.axes).get(name, ("row",) * len(shape)))
 
     recurrent = ({name: of_array(kind, name, shape) for name, shape in kind.kept} for kind in recurrent_kinds(config))
-    return DecodeState(tuple(map(of_pool, state.pools)), tuple(recurrent))
+    return DecodeState(tuple(map(of_pool, state.pools, page_kinds(config))), tuple(recurrent))
+
+
+def widened(state: DecodeState, counts: Sequence[int]) -> DecodeState:
+    """A device's state as `jax.ShapeDtypeStruct`s: the one of all devices, of which counts[i] have different heads in pool
+    i."""
+
+    def wider(array: Any, axis: int, count: int) -> Any:
+        shape = [size * count if place == axis else size for place, size in enumerate(array.shape)]
+        return jax.ShapeDtypeStruct(tuple(shape), array.dtype)
+
+    def of(pool: KVCache, count: int) -> KVCache:
+        scales: Any = pool.scales
+        return KVCache(wider(pool.pages, 3, count), None if scales is None else wider(scales, 2, count), pool.dtype)
+
+    return dataclasses.replace(state, pools=tuple(map(of, state.pools, counts)))
 
 
 def _copied(part: Any, sources: jax.Array, targets: jax.Array) -> Any:

@@ -11,16 +11,21 @@ import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from types import MappingProxyType
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
+from ferrum_jax.config import Attention, ModelConfig
+from ferrum_jax.distributed.axes import HEADS
 from ferrum_jax.distributed.placement import Axis, Cuts, Placement
+from ferrum_jax.distributed.share import head_axes, own_kv_heads, share
 from ferrum_jax.errors import ModelFileError
 from ferrum_jax.files.tensor_info import TensorInfo
 from ferrum_jax.quantized import LayerStack, QuantizedTensor
+from ferrum_jax.state import page_kinds
 from ferrum_jax.weights.block_scales import read_blocks
 from ferrum_jax.weights.names import Parameters, Path, is_plain, kept_format, kinds_of
 from ferrum_jax.weights.source import ModelSource
@@ -50,6 +55,29 @@ def read_parameters(
 def abstract_parameters(parameters: Parameters, placement: Placement) -> dict:
     """The tree of `read_parameters` as `jax.ShapeDtypeStruct`s with shardings; nothing is read."""
     return _tree(parameters, placement, lambda path, tensors, stack, cuts: stack)
+
+
+def fitted(placement: Placement, parameters: Parameters, config: ModelConfig) -> Placement:
+    """The placement for this model. Attention stays whole on every device, in all layers, unless each device gets whole blocks
+    of the output matrix and its queries' heads of keys and values, in every layer."""
+    (count,) = placement.parts((head_axes(placement),))
+    if count == 1:
+        return placement
+    shapes = _Shapes(parameters, placement)
+
+    def fits(mixer: Attention) -> bool:
+        queries, keys = (shapes.count("heads", heads) for heads in (mixer.num_heads, mixer.num_kv_heads))
+        if mixer.latent is not None:
+            return queries == count
+        own = own_kv_heads(mixer, count)
+        return queries == count and (own, keys) in ((mixer.num_kv_heads // count, count), (1, 1))
+
+    of_device = share(config, placement)
+    alike = [kind.layers for kind in page_kinds(of_device)] == [kind.layers for kind in page_kinds(config)]
+    if alike and all(map(fits, config.attentions)):
+        return placement
+    rules = dict(placement.rules) | {name: () for name, over in placement.rules.items() if name in HEADS}
+    return dataclasses.replace(placement, rules=MappingProxyType(rules))
 
 
 Maker = Callable[[Path, Sequence[TensorInfo], QuantizedTensor, Cuts], QuantizedTensor]
@@ -115,6 +143,11 @@ class _Shapes:
 
     def _key(self, axis: Axis, size: int) -> tuple[tuple[str, ...], int]:
         return self.placement.rules.get(axis.name, ()), size // axis.run
+
+    def count(self, name: str, runs: int) -> int:
+        """Into how many parts dimensions with this name and as many runs are cut."""
+        pieces = self.pieces.get(self._key(Axis(name), runs), 1)
+        return self.placement.parts(self.placement.cuts([Axis(name)], [pieces]))[0]
 
     def _layout(self, path: Path, tensor: TensorInfo, rows: int, columns: int) -> str:
         return "ggml" if path in self.looked_up else _choose(kept_format(tensor), rows, columns, self.placement.target)

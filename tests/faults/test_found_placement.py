@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 
-from ferrum_jax import memory
+from ferrum_jax import memory, quantized
 from ferrum_jax.distributed import Placement
 from ferrum_jax.weights import stream
 from support.patching import Fault, applied, in_folder
+from unit.distributed import test_mesh as mesh
 from unit.distributed import test_placement as placement
 
 FAULTS = {
@@ -45,6 +48,20 @@ FAULTS = {
         "tensor.shape[-1] if tensor.order else ",
         "",
         in_folder(placement.test_packed_checkpoints, "gptq", True),
+    ),
+    "sum": Fault(
+        "what devices computed with parts of the columns is not summed",
+        quantized._summed,
+        "lax.psum(y, over) if over else y",
+        "y",
+        functools.partial(mesh.test_a_layer_has_two_sums, mesh.DENSE, {"tensor": 2}, 2),
+    ),
+    "heads": Fault(
+        "attention is cut without regard to the heads of keys and values",
+        stream.fitted,
+        "all(map(fits, config.attentions))",
+        "True",
+        mesh.test_attention_is_cut_in_whole_heads_or_stays_whole,
     ),
     "held": Fault(
         "a device counts what all devices hold",

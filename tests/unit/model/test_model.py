@@ -219,7 +219,12 @@ def test_a_mesh_of_one_device_is_that_device(path, model):
     [
         ({"dtype": "int4"}, "dtype 'int4' is not supported"),
         ({"kv_dtype": "int3"}, "kv_dtype 'int3' is not supported"),
-        ({"mesh": "expert=2"}, "mesh must be a jax.sharding.Mesh of one device, not 'expert=2'; more are not supported yet"),
+        ({"mesh": 2}, 'mesh must be a jax.sharding.Mesh or a text such as "expert=4,tensor=2", not 2'),
+        ({"mesh": "expert=2,rows=4"}, "mesh: 'rows=4' in .* is not an axis"),
+        ({"mesh": "expert=0"}, "mesh: 'expert=0' in .* and its number of devices"),
+        ({"mesh": "tensor=2,tensor=2"}, "mesh: 'tensor=2' in"),
+        ({"mesh": "data=2"}, "mesh: data=2 is not supported yet; models are cut over expert and tensor alone"),
+        ({"mesh": "expert=64,tensor=64"}, "mesh: 'expert=64,tensor=64' has 4096 devices; JAX has 1, of cpu"),
         ({"device": "cpu"}, "must be a jax.Device"),
         ({"max_seq_len": 97}, "beyond the model's context of 96"),
         ({"max_seq_len": 1}, "at least 2"),
