@@ -28,7 +28,7 @@ if "ferrum-jax" not in versions:
         raise NoSource(
             "Put a checkout of ferrum_jax here, or set FERRUM_JAX_GIT to git+https://..."
         )
-    extras = "[plot,serve]"
+    extras = "[finetune,plot,serve]"
     wanted = [
         f"{checkouts[0]}{extras}" if checkouts else f"ferrum-jax{extras} @ {address}"
     ]

@@ -15,7 +15,7 @@ import pytest
 from support import ROOT
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-NAMES = ["01_quickstart", "02_inside_the_moe", "03_kernels", "04_serving"]
+NAMES = ["01_quickstart", "02_inside_the_moe", "03_kernels", "04_serving", "05_finetune"]
 _spec = importlib.util.spec_from_file_location("notebooks_execute", ROOT / "notebooks" / "execute.py")
 assert _spec and _spec.loader
 execute = importlib.util.module_from_spec(_spec)
@@ -104,18 +104,18 @@ def install(tmp_path, monkeypatch):
 
 
 def test_install_from_a_checkout_around_or_next_to_the_notebook(install, tmp_path):
-    assert install(ROOT) == install(ROOT / "notebooks") == [f"{ROOT}[plot,serve]"]
+    assert install(ROOT) == install(ROOT / "notebooks") == [f"{ROOT}[finetune,plot,serve]"]
     clone = tmp_path / "clone"
     (clone / "ferrum_jax").mkdir(parents=True)
     (clone / "ferrum_jax" / "loading.py").touch()
-    assert install() == [f"{clone}[plot,serve]"]
+    assert install() == [f"{clone}[finetune,plot,serve]"]
     assert install(ferrum_jax="0.1.0") == []
 
 
 def test_install_from_the_address(install, monkeypatch):
-    assert install(address="someone") == ["ferrum-jax[plot,serve] @ git+https://github.com/someone/ferrum_jax"]
+    assert install(address="someone") == ["ferrum-jax[finetune,plot,serve] @ git+https://github.com/someone/ferrum_jax"]
     monkeypatch.setenv("FERRUM_JAX_GIT", "git+https://example.org/ferrum_jax")
-    assert install() == ["ferrum-jax[plot,serve] @ git+https://example.org/ferrum_jax"]
+    assert install() == ["ferrum-jax[finetune,plot,serve] @ git+https://example.org/ferrum_jax"]
 
 
 def test_without_a_source_one_line_says_what_to_do(install):
