@@ -126,6 +126,8 @@ def load(
             _refuse_mesh(placement, "adapters: a model with LoRA adapters")
         config, assigned, tokenizer = check(checkpoint)
         placement = fitted(placement, assigned, config)
+        if progress is not None and placement.mesh.shape.get("tensor", 1) > 1 and not placement.rules["heads"]:
+            progress(0, None, f"attention is whole on every device: its heads cannot be cut evenly over {placement}")
         dtype = _dtype(placement, dtype, progress)
         kv_dtype = kv_dtype or ("float16" if dtype == "int8" else dtype)
         config = dataclasses.replace(config, dtype=dtype, implementation=forced)

@@ -163,6 +163,7 @@ def _startup(model: Any) -> dict[str, float]:
 )
 @common.dtype_option
 @common.implementation_option
+@common.mesh_option
 @click.option(
     "--second-start/--no-second-start", "again", default=True, show_default=True,
     help="Also time a second process, which finds the compiled programs.",
@@ -176,6 +177,7 @@ def bench_command(
     gen_len: int | None,
     dtype: str,
     implementation: dict[str, str] | None,
+    mesh: str | None,
     again: bool,
     once: bool,
     as_json: bool,
@@ -184,7 +186,7 @@ def bench_command(
 
     --batch and --prompt-len take lists such as 1,4; every pair is measured.
     """
-    loaded = common.load_model(model, dtype=dtype, implementation=implementation)
+    loaded = common.load_model(model, dtype=dtype, implementation=implementation, mesh=mesh)
     context = loaded.max_seq_len
     prompt_len, gen_len = _lengths(prompt_len, gen_len, context)
     if max(prompt_len) + gen_len > context:
@@ -212,13 +214,14 @@ def bench_command(
         "device": common.device_name(),
         "dtype": loaded.config.dtype,
         **({"implementation": implementation} if implementation else {}),
+        **({"mesh": mesh} if mesh else {}),
         "versions": common.versions(),
         "rows": table,
         **_startup(loaded),
         "peak_rss_bytes": _peak_rss_bytes(),
     }
     [prompt] = make_prompts(loaded.tokenizer.vocab_size, 1, min(prompt_len))
-    if loaded.config.dtype != "float32" or implementation:
+    if loaded.config.dtype != "float32" or implementation or mesh:
         del loaded
         gc.collect()
         loaded = common.load_model(model, dtype="float32")
@@ -229,6 +232,7 @@ def bench_command(
     arguments = [model, *numbers, "--gen-len", str(gen_len), "--dtype", dtype]
     for pair in (implementation or {}).items():
         arguments += ["--implementation", "=".join(pair)]
+    arguments += ["--mesh", mesh] if mesh else []
     result["second_start"] = second_start(arguments) if again else None
     if as_json:
         common.print_json(result)

@@ -37,6 +37,9 @@ implementation_option = click.option(
     "--implementation", multiple=True, metavar="OP=BACKEND", callback=lambda _, __, value: _implementation(value),
     help="Backend to serve an operation, such as paged_attention=xla (`doctor --all` lists them); several times for several.",
 )  # fmt: skip
+mesh_option = click.option(
+    "--mesh", metavar="AXIS=N,...", help="Cut the model over several devices, as in expert=4,tensor=2. Default: one device."
+)
 adapter_option = click.option(
     "--adapter", type=click.Path(), metavar="PATH", help="LoRA adapter (PEFT directory or GGUF file), applied at run time."
 )

@@ -147,6 +147,7 @@ def _print_json_lines(model: Any, ids: list[int], params: Any) -> Answer:
 @common.adapter_option
 @common.dtype_option
 @common.implementation_option
+@common.mesh_option
 @click.option("--kv-dtype", type=common.KvDtype(), help="Dtype of the KV cache. Default: follows --dtype.")
 @click.option(
     "--max-seq-len", type=click.IntRange(min=2), help="Limit of prompt and answer, in tokens. Default: the model's context."
@@ -165,6 +166,7 @@ def run_command(
     adapter: str | None,
     dtype: str,
     implementation: dict[str, str] | None,
+    mesh: str | None,
     kv_dtype: str | None,
     max_seq_len: int | None,
     output_format: str,
@@ -202,6 +204,7 @@ def run_command(
         adapter=adapter,
         dtype=dtype,
         implementation=implementation,
+        mesh=mesh,
         kv_dtype=kv_dtype,
         max_seq_len=max_seq_len,
     )

@@ -91,6 +91,7 @@ def _template(file: Path | None) -> str:
 @click.option("--embedding-model", metavar="MODEL", help="Model for /v1/embeddings (BERT family), under this name.")
 @common.dtype_option
 @common.implementation_option
+@common.mesh_option
 @click.option("--kv-dtype", type=common.KvDtype(), help="Dtype of the KV cache. Default: follows --dtype.")
 @click.option("--max-seq-len", type=click.IntRange(min=2), help="Limit of the context, in tokens.")
 @click.option("--quantize", metavar="FORMAT", help="Quantize matrices in F32, F16 or BF16 while loading, such as q4_k.")
@@ -155,7 +156,7 @@ def serve_command(model: str, host: str, port: int, uds: Path | None, **options:
     with bound:
         loaded = common.load_model(
             model, adapters=adapters or None,
-            **{name: options[name] for name in ("dtype", "implementation", "kv_dtype", "max_seq_len", "quantize")},
+            **{name: options[name] for name in ("dtype", "implementation", "mesh", "kv_dtype", "max_seq_len", "quantize")},
         )  # fmt: skip
         embedder = None
         if options["embedding_model"] is not None:

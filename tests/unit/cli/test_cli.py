@@ -179,14 +179,23 @@ def test_every_sampling_flag_arrives(model):
 def test_defaults(model):
     assert main(["run", "m", "--prompt", "a"]) == 0
     assert model.made[0].params == FakeParams(max_tokens=200, temperature=0.7, top_p=0.95)
-    assert model.loads == [{"source": "m", "dtype": "auto", "implementation": None, "kv_dtype": None, "max_seq_len": None}]
+    assert model.loads == [
+        {"source": "m", "dtype": "auto", "implementation": None, "mesh": None, "kv_dtype": None, "max_seq_len": None}
+    ]
 
 
 def test_load_flags_arrive(model):
-    flags = ["--dtype", "float32", "--kv-dtype", "float16", "--max-seq-len", "99"]
+    flags = ["--dtype", "float32", "--mesh", "tensor=2", "--kv-dtype", "float16", "--max-seq-len", "99"]
     assert main(["run", "m", "--prompt", "a", *flags]) == 0
     [load] = model.loads
-    assert load == {"source": "m", "dtype": "float32", "implementation": None, "kv_dtype": "float16", "max_seq_len": 99}
+    assert load == {
+        "source": "m",
+        "dtype": "float32",
+        "implementation": None,
+        "mesh": "tensor=2",
+        "kv_dtype": "float16",
+        "max_seq_len": 99,
+    }
     assert main(["run", "m", "--prompt", "a" * 99, *flags]) == 2
 
 
