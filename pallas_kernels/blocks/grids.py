@@ -4,11 +4,15 @@ A row of a grid gives the magnitudes of 8 (IQ3: 4) neighboring weights. It is st
 (tables.py), so a gather fetches one number for 8 weights, and shifts do the rest.
 """
 
+from typing import TypeVar
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from .format import flatten, to_float
+
+Integers = TypeVar("Integers", jax.Array, np.ndarray)
 
 
 def look_up(grid: np.ndarray, rows: jax.Array) -> jax.Array:
@@ -16,7 +20,7 @@ def look_up(grid: np.ndarray, rows: jax.Array) -> jax.Array:
     return jnp.asarray(grid.astype(np.int32)).at[rows].get(mode="promise_in_bounds")
 
 
-def even_signs(seven: jax.Array) -> jax.Array:
+def even_signs(seven: Integers) -> Integers:
     """Eight sign bits of seven: the highest makes their number even."""
     parity = seven ^ (seven >> 4)
     parity = parity ^ (parity >> 2)

@@ -13,15 +13,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from .format import BlockFormat, flatten, split, spread, take, take_half, take_words, to_float
-from .grids import even_signs, look_up, signed_weights
+from .grids import Integers, even_signs, look_up, signed_weights
 from .tables import IQ2_S_GRID, IQ2_XS_GRID, IQ2_XXS_GRID
+
+
+def magnitudes(codes: Integers) -> Integers:
+    """8, 25 or 43 for codes 0, 1, 2."""
+    return 8 + 17 * codes + (codes >> 1)
 
 
 def _weights(d: jax.Array, scales: jax.Array, codes: jax.Array, signs: jax.Array) -> jax.Array:
     """d [..., 1]; scales, codes and signs int32 [..., blocks, 32], for each group of 8 weights."""
     scale = d * to_float(2 * scales + 1) * np.float32(0.125)
-    code = spread(codes, 8, 2)
-    return signed_weights(scale[..., None], 8 + 17 * code + (code >> 1), spread(signs, 8, 1))
+    return signed_weights(scale[..., None], magnitudes(spread(codes, 8, 2)), spread(signs, 8, 1))
 
 
 def _nibbles(blocks: jax.Array, start: int) -> jax.Array:

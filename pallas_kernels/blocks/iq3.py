@@ -13,8 +13,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from .format import BlockFormat, flatten, split, spread, take, take_half, take_words, to_float
-from .grids import even_signs, look_up, signed_weights
+from .grids import Integers, even_signs, look_up, signed_weights
 from .tables import IQ3_S_GRID, IQ3_XXS_GRID
+
+
+def xxs_magnitudes(codes: Integers) -> Integers:
+    """4, 12, ..., 52, 62 for codes 0 to 7."""
+    return 4 + 8 * codes + 2 * (codes // 7)
+
+
+def s_magnitudes(codes: Integers) -> Integers:
+    """1, 3, ..., 15 for codes 0 to 7."""
+    return 1 + 2 * codes
 
 
 def _decode_iq3_xxs(stored: jax.Array) -> jax.Array:
@@ -22,8 +32,7 @@ def _decode_iq3_xxs(stored: jax.Array) -> jax.Array:
     words = take_words(blocks, 66, 8, width=4)
     scale = take_half(blocks, 0) * to_float(2 * (words >> 28) + 1) * np.float32(0.25)
     signs = ((words[..., None] >> (7 * jnp.arange(4, dtype=jnp.uint32))) & 127).astype(jnp.int32)
-    code = spread(look_up(IQ3_XXS_GRID, take(blocks, 2, 64)), 4, 3)
-    magnitudes = 4 + 8 * code + 2 * (code // 7)
+    magnitudes = xxs_magnitudes(spread(look_up(IQ3_XXS_GRID, take(blocks, 2, 64)), 4, 3))
     return signed_weights(
         jnp.repeat(scale, 4, axis=-1)[..., None],
         magnitudes.reshape(*blocks.shape[:-1], 32, 8),
@@ -36,10 +45,10 @@ def _decode_iq3_s(stored: jax.Array) -> jax.Array:
     scales = flatten(spread(take(blocks, 106, 4), 2, 4), 2)
     scale = take_half(blocks, 0) * to_float(2 * scales + 1)
     ninth = flatten(spread(take(blocks, 66, 8), 8, 1), 2)
-    code = spread(look_up(IQ3_S_GRID, take(blocks, 2, 64) | (ninth << 8)), 4, 3)
+    magnitudes = s_magnitudes(spread(look_up(IQ3_S_GRID, take(blocks, 2, 64) | (ninth << 8)), 4, 3))
     return signed_weights(
         jnp.repeat(scale, 4, axis=-1)[..., None],
-        (1 + 2 * code).reshape(*blocks.shape[:-1], 32, 8),
+        magnitudes.reshape(*blocks.shape[:-1], 32, 8),
         spread(take(blocks, 74, 32), 8, 1),
     )
 

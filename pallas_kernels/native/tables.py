@@ -8,12 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pallas_kernels.blocks import format_of
+import numpy as np
+
+from pallas_kernels.blocks import format_of, iq2, iq3
+from pallas_kernels.blocks import tables as grids
+from pallas_kernels.blocks.grids import even_signs
 from pallas_kernels.paged_attention import KV_DTYPES
 
 QUANTIZED = (
     "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "MXFP4", "U4_32_F16", "U4_64_F16", "U4_128_F16", "Q4_K", "Q5_K", "Q6_K",
-    "IQ4_XS",
+    "IQ4_XS", "Q2_K", "Q3_K", "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "TQ1_0", "TQ2_0", "NVFP4",
 )  # fmt: skip
 FORMATS = (*QUANTIZED, "F16", "BF16")  # formats of the matrices that the products accept
 FLOAT_FORMAT = "F32"  # of `FLOAT_ROLES` inside decoder_layers, in addition to FORMATS
@@ -29,6 +33,25 @@ VECTORS = (
 )  # fmt: skip
 ROLES = (*MATRICES, *VECTORS)  # of the parameters of a layer; only matrices are in blocks
 FLOAT_ROLES = ("router", "delta_beta", "delta_alpha", "delta_beta_alpha")  # small matrices, which files have unpacked
+
+
+def _fields(words: np.ndarray, bits: int, count: int) -> np.ndarray:
+    """The `count` lowest fields of each word, lowest first: int32 [words, count]."""
+    return (words.astype(np.int32)[:, None] >> (bits * np.arange(count))) & ((1 << bits) - 1)
+
+
+def _rows() -> dict[str, np.ndarray]:
+    """The rows of the grids and of signs that low_bits.h looks up, a byte for each weight."""
+    return {
+        "kIq1SGrid": 1 + 8 * _fields(grids.IQ1_S_GRID, 2, 8),  # 8 t + 9, t = -1, 0, 1
+        "kIq2XxsGrid": iq2.magnitudes(_fields(grids.IQ2_XXS_GRID, 2, 8)),
+        "kIq2XsGrid": iq2.magnitudes(_fields(grids.IQ2_XS_GRID, 2, 8)),
+        "kIq2SGrid": iq2.magnitudes(_fields(grids.IQ2_S_GRID, 2, 8)),
+        "kIq3XxsGrid": iq3.xxs_magnitudes(_fields(grids.IQ3_XXS_GRID, 3, 4)),
+        "kIq3SGrid": iq3.s_magnitudes(_fields(grids.IQ3_S_GRID, 3, 4)),
+        "kSigns": 255 * _fields(np.arange(256), 1, 8),
+        "kEvenSigns": 255 * _fields(even_signs(np.arange(128)), 1, 8),
+    }
 
 
 def header() -> str:
@@ -49,6 +72,7 @@ def header() -> str:
             _names("kArithmeticNames", ARITHMETIC),
             _names("kKvTypeNames", KV_DTYPES),
             f"constexpr int kRoles = {len(ROLES)};",
+            *(_words(name, rows) for name, rows in _rows().items()),
             "}  // namespace ferrum",
             "// The rows of the table of formats, and FERRUM_CASE (scalar.h) for each that is quantized.",
             f"#define FERRUM_FORMATS {rows}",
@@ -65,3 +89,9 @@ def _enum(name: str, members: Sequence[str]) -> str:
 def _names(name: str, members: Sequence[str]) -> str:
     quoted = ", ".join(f'"{member}"' for member in members)
     return f"constexpr const char* {name}[] = {{{quoted}}};"
+
+
+def _words(name: str, rows: np.ndarray) -> str:
+    """Each row of bytes as an integer, the first byte lowest."""
+    words = ", ".join(f"{word:#x}" for word in rows.astype(np.uint8).view(f"<u{rows.shape[1]}").ravel())
+    return f"constexpr uint{8 * rows.shape[1]}_t {name}[] = {{{words}}};"

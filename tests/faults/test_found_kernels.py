@@ -12,10 +12,12 @@ from ferrum_jax.models import decoder
 from interpret import test_delta_net as interpreted
 from pallas_kernels import dispatch, native
 from pallas_kernels.delta_net import chunks, xla
+from pallas_kernels.native import tables
 from support.compiler import needs_compiler
 from support.patching import Fault, applied
 from support.random_models import DENSE
 from unit.kernels import test_delta_net as delta_net
+from unit.kernels import test_native
 from unit.model import test_decoder_layers as whole_layers
 from unit.model import test_implementation as guards
 
@@ -93,6 +95,13 @@ FAULTS = {
         "if operation not in used",
         "if False",
         an_unused_operation_is_refused,
+    ),
+    "signs": Fault(
+        "the eighth sign after seven is always positive",
+        tables._rows,
+        "even_signs(np.arange(128))",
+        "np.arange(128)",
+        test_native.test_the_grids_in_the_header_are_those_of_gguf,
     ),
 }
 

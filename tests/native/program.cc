@@ -33,6 +33,65 @@ struct Weight {
   double scaled, offset;
 };
 
+int byte_of(uint64_t word, int i) { return int(word >> (8 * i) & 255); }
+
+// Sign i of eight, of which the last makes the number of negative ones even.
+int even_sign(uint32_t seven, int i) { return (i < 7 ? int(seven >> i) : __builtin_popcount(seven & 127)) & 1 ? -1 : 1; }
+
+// Of the formats with few bits, and NVFP4.
+Weight low_bits_weight(const std::string& f, const uint8_t* p, int j) {
+  const int b = j / 32, h = j / 16, g = j / 8, i = j % 8;
+  const auto bits = [&](int at, int first, int count) { return p[at + first / 8] >> (first % 8) & ((1 << count) - 1); };
+  const auto two = [&](int at) { return p[at + 32 * (j / 128) + j % 32] >> (j % 128 / 32 * 2) & 3; };
+  const auto word = [&](int at) { return uint32_t(p[at] | p[at + 1] << 8 | p[at + 2] << 16) | uint32_t(p[at + 3]) << 24; };
+  if (f == "Q2_K") return {half(p + 80) * (p[h] & 15) * two(16), -half(p + 82) * (p[h] >> 4)};
+  if (f == "Q3_K") {
+    const int scale = (p[96 + h % 8] >> (h / 8 * 4) & 15) | (p[104 + h % 4] >> (h / 4 * 2) & 3) << 4;
+    return {half(p + 108) * (scale - 32) * (two(32) + (p[j % 32] >> b & 1) * 4 - 4), 0};
+  }
+  if (f == "TQ2_0") return {half(p + 64) * (two(0) - 1), 0};
+  if (f == "TQ1_0") {
+    const int at = j < 160 ? j % 32 : j < 240 ? 32 + j % 16 : 48 + j % 4, digit = j < 160 ? b : j < 240 ? (j - 160) / 16 : (j - 240) / 4;
+    int fraction = p[at];
+    for (int k = 0; k < digit; ++k) fraction = fraction * 3 % 256;
+    return {half(p + 52) * (fraction * 3 / 256 - 1), 0};
+  }
+  if (f == "NVFP4") {
+    const int s = p[h] & 127, exponent = s >> 3, fraction = s & 7;
+    const double scale = s == 127 ? 0 : exponent ? std::ldexp(8 + fraction, exponent - 10) : std::ldexp(fraction, -9);
+    return {scale / 2 * fp4(p[4 + 8 * h + i] >> (4 * (g % 2)) & 15), 0};
+  }
+  if (f == "IQ1_S") {
+    const int head = p[34 + 2 * b] | p[35 + 2 * b] << 8, row = p[2 + g] | (head >> (g % 4 * 3) & 7) << 8;
+    return {half(p) * (2 * (head >> 12 & 7) + 1) * ((byte_of(kIq1SGrid[row], i) - 9) / 8.0 + (head >> 15 ? -0.125 : 0.125)), 0};
+  }
+  if (f == "IQ1_M") {
+    const uint8_t d[] = {uint8_t(p[49] >> 4 | (p[51] & 0xf0)), uint8_t(p[53] >> 4 | (p[55] & 0xf0))};
+    const int nibble = bits(32, 4 * g, 4), scale = (p[48 + h / 4 * 2] | p[49 + h / 4 * 2] << 8) >> (h % 4 * 3) & 7;
+    const int row = p[g] | (nibble & 7) << 8;
+    return {half(d) * (2 * scale + 1) * ((byte_of(kIq1SGrid[row], i) - 9) / 8.0 + (nibble & 8 ? -0.125 : 0.125)), 0};
+  }
+  if (f == "IQ2_XXS") {
+    const uint32_t second = word(6 + 8 * b);
+    const int magnitude = byte_of(kIq2XxsGrid[p[2 + 8 * b + g % 4]], i);
+    return {half(p) * (2 * (second >> 28) + 1) / 8 * magnitude * even_sign(second >> (g % 4 * 7) & 127, i), 0};
+  }
+  if (f == "IQ2_XS") {
+    const int row = p[2 + 2 * g] | (p[3 + 2 * g] & 1) << 8;
+    return {half(p) * (2 * bits(66, 4 * h, 4) + 1) / 8 * byte_of(kIq2XsGrid[row], i) * even_sign(p[3 + 2 * g] >> 1, i), 0};
+  }
+  if (f == "IQ2_S") {
+    const int magnitude = byte_of(kIq2SGrid[p[2 + g] | bits(66, 2 * g, 2) << 8], i);
+    return {half(p) * (2 * bits(74, 4 * h, 4) + 1) / 8 * (bits(34, j, 1) ? -magnitude : magnitude), 0};
+  }
+  if (f == "IQ3_XXS") {
+    const uint32_t second = word(66 + 4 * b);
+    return {half(p) * (2 * (second >> 28) + 1) / 4 * byte_of(kIq3XxsGrid[p[2 + j / 4]], j % 4) * even_sign(second >> (g % 4 * 7) & 127, i), 0};
+  }
+  const int magnitude = byte_of(kIq3SGrid[p[2 + j / 4] | bits(66, j / 4, 1) << 8], j % 4);  // IQ3_S
+  return {half(p) * (2 * bits(106, 4 * b, 4) + 1) * (bits(74, j, 1) ? -magnitude : magnitude), 0};
+}
+
 Weight weight(const std::string& f, const uint8_t* p, int j) {
   const auto nibble = [&](int start) { return p[start + j % 16] >> (4 * (j / 16)) & 15; };
   const auto bit = [&](int start) { return p[start + j / 8] >> (j % 8) & 1; };
@@ -66,6 +125,7 @@ Weight weight(const std::string& f, const uint8_t* p, int j) {
     const int q = (l[32 * (k % 2) + lane] >> (4 * (k / 2)) & 15) | (h[lane] >> (2 * k) & 3) << 4;
     return {half(p + 208) * int8_t(p[192 + j / 16]) * (q - 32), 0};
   }
+  if (f != "Q4_K" && f != "Q5_K") return low_bits_weight(f, p, j);
   const uint8_t* s = p + 4;
   const int scale = group < 4 ? s[group] & 63 : (s[group + 4] & 15) | s[group - 4] >> 6 << 4;
   const int offset = group < 4 ? s[group + 4] & 63 : s[group + 4] >> 4 | s[group] >> 6 << 4;
@@ -204,7 +264,7 @@ void test_threads() {
 void test_not_finite() {
   const float bad[] = {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity(),
                        -std::numeric_limits<float>::infinity()};
-  for (const char* name : {"Q4_1", "Q8_0", "Q6_K", "BF16"}) {
+  for (const char* name : {"Q4_1", "Q8_0", "Q6_K", "Q2_K", "IQ1_S", "BF16"}) {
     const int64_t n = 3, k = 512, m = 20;
     const Stored w = store(name, n, k);
     std::vector<float> x = random_floats(m * k);

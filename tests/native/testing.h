@@ -98,6 +98,12 @@ inline void put_half(uint8_t* p) {  // about 0.01, of either sign
   p[1] = uint8_t((rng() & 0x83) | 0x20);
 }
 
+inline int scale_at(const std::string& format) {
+  for (const auto& [name, at] : {std::pair{"Q6_K", 208}, {"Q2_K", 80}, {"Q3_K", 108}, {"TQ1_0", 52}, {"TQ2_0", 64}})
+    if (format == name) return at;
+  return 0;
+}
+
 inline std::vector<uint8_t> random_blocks(const Format& format, int64_t count) {
   const std::string f = format.name;
   std::vector<uint8_t> blocks(size_t(count * format.block_bytes));
@@ -106,9 +112,10 @@ inline std::vector<uint8_t> random_blocks(const Format& format, int64_t count) {
     uint8_t* p = blocks.data() + i * format.block_bytes;
     if (f == "MXFP4") p[0] = uint8_t(118 + rng() % 8);
     else if (f == "BF16") p[1] = uint8_t((p[1] & 0x80) | 0x3c);
-    else if (f == "Q6_K") put_half(p + 208);
-    else put_half(p);
+    else if (f == "IQ1_M") p[55] = 0x20 | (p[55] & 15), p[53] &= 0x3f;  // as put_half, spread
+    else if (f != "NVFP4") put_half(p + scale_at(f));
     if (f[0] == 'U') p[2] = uint8_t(rng() % 17);
+    if (f == "Q2_K") put_half(p + 82);
     if (f == "Q4_1" || f == "Q5_1" || f == "Q4_K" || f == "Q5_K") put_half(p + 2);
   }
   return blocks;

@@ -30,6 +30,7 @@ FERRUM_INLINE uint64_t load64(const uint8_t* p) {
 // The bias is 2 to this power; 0: none.
 constexpr int bias_shift(Type t) {
   switch (t) {
+    case Type::Q3_K: return 2;
     case Type::Q4_0: return 3;
     case Type::Q5_0: case Type::MXFP4: return 4;
     case Type::Q6_K: return 5;

@@ -110,17 +110,98 @@ FERRUM_INLINE F byte_of(V words, int i) {
   return _mm512_cvtepi32_ps(_mm512_and_si512(_mm512_srli_epi32(words, unsigned(8 * i)), _mm512_set1_epi32(255)));
 }
 
+// Formats that are decoded row by row, as on any machine, and then transposed.
+constexpr bool by_rows(Type t) { return one_decoder(t) && t != Type::Q2_K && t != Type::Q3_K; }
+
+// The representative of a type: there is one code for all that are decoded row by row and have parts, and one for those without.
+constexpr Type shared(Type t) { return !by_rows(t) ? t : has_parts(t) ? Type::NVFP4 : Type::TQ2_0; }
+
+// The bias is 2 to this power; 0: none.
+constexpr int bias_of(Type t) { return by_rows(t) ? 7 : bias_shift(t); }
+
+// 16 rows of a matrix, and what follows them: the place after the rows that follow without a gap, and what is read then.
+struct Tile {
+  const uint8_t* blocks;
+  int64_t stride, k;
+  const uint8_t *end, *next;
+  Decode* decode;       // of formats that are decoded row by row
+  int64_t group_bytes;  // of the format, which `shared` does not have
+};
+template <Type T>
+FERRUM_INLINE int64_t bytes_of(const Tile& tile) { return by_rows(T) ? tile.group_bytes : group_bytes(T); }
+
 // A block of 16 rows: weights 4 s .. 4 s + 3, plus the bias, in q[s].
 struct Block {
   V q[8];
-  F scale, offset, part[2];
+  F scale, offset, part[2], low[2];
 };
 
-// Calls use(b, block) for the first `count` blocks of the group of 16 rows at p.
+// Calls use(b, block) for the blocks of group g of a tile.
 template <Type T, typename Use>
-FERRUM_INLINE void each_block(const uint8_t* p, int64_t stride, int count, Use&& use) {
+FERRUM_INLINE void each_block(const Tile& tile, int64_t g, Use&& use) {
+  const uint8_t* p = tile.blocks + g * bytes_of<T>(tile);
+  const int64_t stride = tile.stride, left = tile.k - g * kGroup;
+  const int count = left < kGroup ? int(left / 32) : kBlocks;
   Block block;
-  if constexpr (T == Type::Q4_K || T == Type::Q5_K) {
+  if constexpr (by_rows(T)) {
+    Weights rows[kTileRows];
+    const auto column = [&](const auto& first, V to[8]) { words8(reinterpret_cast<const uint8_t*>(&first), sizeof(Weights), to); };
+    for (int r = 0; r < kTileRows; ++r) tile.decode(p + r * stride, left, rows[r]);
+    V scale[kBlocks], part[2 * kBlocks];
+    column(rows->scale[0], scale);
+    if constexpr (has_parts(T)) column(rows->part[0], part), column(rows->part[kBlocks], part + kBlocks);
+    for (int b = 0; b < count; ++b) {
+      column(rows->q[32 * place(b)], block.q);
+      for (int s = 0; s < 8; ++s) block.q[s] = _mm512_xor_si512(block.q[s], bytes(128));
+      block.scale = _mm512_castsi512_ps(scale[b]);
+      if constexpr (has_parts(T))
+        for (int h = 0; h < 2; ++h) block.part[h] = _mm512_castsi512_ps(part[2 * b + h]);
+      use(b, block);
+    }
+  } else if constexpr (T == Type::Q2_K) {
+    V head[4], tail[4];
+    words4(p, stride, head);
+    words4(p + 68, stride, tail);  // ends with the block
+    block.scale = half_of(tail[3]), block.offset = half_of(_mm512_srli_epi32(tail[3], 16));
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; ++half) {
+      V packed[8];
+      words8(p + 16 + 32 * half, stride, packed);
+#pragma GCC unroll 4
+      for (int k = 0; k < 4; ++k) {
+        const int b = 4 * half + k;
+        for (int s = 0; s < 8; ++s) block.q[s] = low_bits(packed[s], 2 * k, 3);
+        for (int h = 0; h < 2; ++h) {
+          block.part[h] = byte_of(low_bits(head[b / 2], 0, 15), 2 * b % 4 + h);
+          block.low[h] = byte_of(low_bits(head[b / 2], 4, 15), 2 * b % 4 + h);
+        }
+        use(b, block);
+      }
+    }
+  } else if constexpr (T == Type::Q3_K) {
+    V third[8], tail[4], six[4];
+    words8(p, stride, third);
+    words4(p + 94, stride, tail);  // ends with the block; the scales begin two bytes later
+    const auto word = [&](int i) { return _mm512_or_si512(_mm512_srli_epi32(tail[i], 16), _mm512_slli_epi32(tail[i + 1], 16)); };
+    for (int i = 0; i < 4; ++i)
+      six[i] = _mm512_or_si512(low_bits(word(i % 2), 4 * (i / 2), 15), _mm512_slli_epi32(low_bits(word(2), 2 * i, 3), 4));
+    block.scale = half_of(_mm512_srli_epi32(tail[3], 16));
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; ++half) {
+      V packed[8];
+      words8(p + 32 + 32 * half, stride, packed);
+#pragma GCC unroll 4
+      for (int k = 0; k < 4; ++k) {
+        const int b = 4 * half + k;
+        for (int s = 0; s < 8; ++s) {
+          const V bit = b < 2 ? _mm512_slli_epi32(third[s], unsigned(2 - b)) : _mm512_srli_epi32(third[s], unsigned(b - 2));
+          block.q[s] = _mm512_ternarylogic_epi64(low_bits(packed[s], 2 * k, 3), bit, bytes(4), 0xf8);  // low | bit & 4
+        }
+        for (int h = 0; h < 2; ++h) block.part[h] = _mm512_sub_ps(byte_of(six[b / 2], 2 * b % 4 + h), _mm512_set1_ps(32));
+        use(b, block);
+      }
+    }
+  } else if constexpr (T == Type::Q4_K || T == Type::Q5_K) {
     V head[4], fifth[8];
     words4(p, stride, head);
     const F d = half_of(head[0]), dmin = half_of(_mm512_srli_epi32(head[0], 16));
@@ -235,18 +316,11 @@ FERRUM_INLINE void each_block(const uint8_t* p, int64_t stride, int count, Use&&
   }
 }
 
-// 16 rows of a matrix, and what follows them: the place after the rows that follow without a gap, and what is read then.
-struct Tile {
-  const uint8_t* blocks;
-  int64_t stride, k;
-  const uint8_t *end, *next;
-};
-
 // Prefetches, during a group of the tile, as much of what is 16 rows and 4 KiB ahead: hardware prefetchers do not follow so many rows
 // at once.
 template <Type T>
 FERRUM_INLINE void ask_for_next(const Tile& tile, int64_t group) {
-  constexpr int64_t size = kTileRows * group_bytes(T);
+  const int64_t size = kTileRows * bytes_of<T>(tile);
   const uint8_t* p = tile.blocks + kTileRows * tile.stride + group * size + 4096;
   if (p + size / 2 > tile.end) p = tile.next + (p - tile.end);
   for (int64_t at = 0; at < size; at += 64) _mm_prefetch(reinterpret_cast<const char*>(p) + at, _MM_HINT_T0);
@@ -265,7 +339,7 @@ FERRUM_INLINE void add_block(const Block& w, int b, const Group* const* x, int64
   for (int r = 0; r < R; ++r) o[r] = x[r] + g;
   const auto dots = [&](int first, int last, int at, F* to) {
     V sum[R];
-    for (int r = 0; r < R; ++r) sum[r] = bias_shift(T) ? _mm512_set1_epi32(sums[r].start[at]) : _mm512_setzero_si512();
+    for (int r = 0; r < R; ++r) sum[r] = bias_of(T) ? _mm512_set1_epi32(sums[r].start[at]) : _mm512_setzero_si512();
     for (int s = first; s < last; ++s)
       for (int r = 0; r < R; ++r) {
         int32_t four;
@@ -274,19 +348,25 @@ FERRUM_INLINE void add_block(const Block& w, int b, const Group* const* x, int64
       }
     for (int r = 0; r < R; ++r) to[r] = _mm512_cvtepi32_ps(sum[r]);
   };
+  const int half = 8 * (b / 4) + b % 4;  // in the order of Group::half_sum
   F sum[R];
   if constexpr (has_parts(T)) {
-    const int low = 8 * (b / 4) + b % 4;
     F second[R];
-    dots(0, 4, low, sum);
-    dots(4, 8, low + 4, second);
-    for (int r = 0; r < R; ++r) sum[r] = _mm512_fmadd_ps(second[r], w.part[1], _mm512_mul_ps(sum[r], w.part[0]));  // integers below 2^24: exact
+    dots(0, 4, half, sum);
+    dots(4, 8, half + 4, second);
+    for (int r = 0; r < R; ++r) sum[r] = _mm512_fmadd_ps(second[r], w.part[1], _mm512_mul_ps(sum[r], w.part[0]));
   } else {
     dots(0, 8, b, sum);
   }
   for (int r = 0; r < R; ++r) {
     F lane = _mm512_fmadd_ps(_mm512_mul_ps(sum[r], _mm512_set1_ps(o[r]->scale[b])), w.scale, sums[r].lanes[b]);
-    if constexpr (has_offset(T)) lane = _mm512_fnmadd_ps(_mm512_set1_ps(o[r]->scaled_sum[b]), w.offset, lane);
+    if constexpr (has_lows(T)) {
+      const F low = _mm512_mul_ps(_mm512_set1_ps(float(o[r]->half_sum[half])), w.low[0]);
+      const F both = _mm512_fmadd_ps(_mm512_set1_ps(float(o[r]->half_sum[half + 4])), w.low[1], low);
+      lane = _mm512_fnmadd_ps(_mm512_mul_ps(_mm512_set1_ps(o[r]->scale[b]), both), w.offset, lane);
+    } else if constexpr (has_offset(T)) {
+      lane = _mm512_fnmadd_ps(_mm512_set1_ps(o[r]->scaled_sum[b]), w.offset, lane);
+    }
     sums[r].lanes[b] = lane;
   }
 }
@@ -306,13 +386,12 @@ void multiply(const Tile& tile, const Group* const* x, int64_t m, F* y) {
     for (int b = 0; b < kBlocks; ++b) sums[r].lanes[b] = _mm512_setzero_ps();
   for (int64_t g = 0; g * kGroup < tile.k; ++g) {
     ask_for_next<T>(tile, g);
-    if constexpr (bias_shift(T) != 0)
+    if constexpr (bias_of(T) != 0)
       for (int64_t r = 0; r < m; ++r) {
         const V sum = has_parts(T) ? _mm512_loadu_si512(x[r][g].half_sum) : _mm512_castsi256_si512(load256(reinterpret_cast<const uint8_t*>(x[r][g].sum)));
-        _mm512_store_si512(sums[r].start, _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_slli_epi32(sum, bias_shift(T))));
+        _mm512_store_si512(sums[r].start, _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_slli_epi32(sum, bias_of(T))));
       }
-    const int64_t left = (tile.k - g * kGroup) / 32;
-    each_block<T>(tile.blocks + g * group_bytes(T), tile.stride, int(left < kBlocks ? left : kBlocks), [&](int b, const Block& w) __attribute__((always_inline)) {
+    each_block<T>(tile, g, [&](int b, const Block& w) __attribute__((always_inline)) {
       if constexpr (M != 0) return add_block<T, M>(w, b, x, g, sums);
       int64_t r = 0;
       for (; r + 4 <= m; r += 4) add_block<T, 4>(w, b, x + r, g, sums + r);
@@ -325,13 +404,13 @@ void multiply(const Tile& tile, const Group* const* x, int64_t m, F* y) {
 
 using Multiply = void(const Tile& tile, const Group* const* x, int64_t m, F* y);
 
-void multiply_tiles(Multiply* any, Multiply* one, const Rows& w, const Group* const* x, int64_t m, Output y) {
+void multiply_tiles(Multiply* any, Multiply* one, Decode* decode, int64_t bytes, const Rows& w, const Group* const* x, int64_t m, Output y) {
   alignas(64) F sums[kSome];
   for (int64_t first = 0; first < m; first += kSome) {
     const int64_t some = m - first < kSome ? m - first : kSome;
     for (int64_t i = 0; i < w.count; i += kTileRows) {
       const int64_t rows = w.count - i < kTileRows ? w.count - i : kTileRows;
-      Tile tile = {w.blocks + i * w.stride, w.stride, w.k, w.blocks + w.count * w.stride, w.next};
+      Tile tile = {w.blocks + i * w.stride, w.stride, w.k, w.blocks + w.count * w.stride, w.next, decode, bytes};
       if (rows < kTileRows) {  // a copy, followed by rows that do not matter
         auto* copy = static_cast<uint8_t*>(scratch(kDecoded, size_t(kTileRows * w.stride)));
         tile.blocks = static_cast<uint8_t*>(std::memcpy(copy, tile.blocks, size_t(rows * w.stride)));
@@ -344,7 +423,8 @@ void multiply_tiles(Multiply* any, Multiply* one, const Rows& w, const Group* co
 
 template <Type T>
 void dots_of_type(const Rows& w, const Group* const* x, int64_t m, Output y) {
-  multiply_tiles(multiply<T, 0>, multiply<T, 1>, w, x, m, y);
+  constexpr Decode* decode = by_rows(T) ? decode_group<T> : nullptr;
+  multiply_tiles(multiply<shared(T), 0>, multiply<shared(T), 1>, decode, group_bytes(T), w, x, m, y);
 }
 
 }  // namespace

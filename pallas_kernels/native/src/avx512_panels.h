@@ -14,7 +14,8 @@ struct alignas(64) Decoded {  // a group of 16 rows
   uint8_t q[kBlocks][kPanel][32];
   float scale[kPanel][kBlocks];
   float offset[kPanel][kBlocks];
-  float part[kPanel][2 * kBlocks];
+  float part[kPanel][2 * kBlocks];  // in the order of Group::half_sum, as `low`
+  float low[kPanel][2 * kBlocks];
 };
 
 // The halves of register j of row `row`, blocks j and j + 4.
@@ -23,9 +24,29 @@ FERRUM_INLINE void put(V q, int j, int64_t row, Decoded& out) {
   _mm256_store_si256(reinterpret_cast<__m256i*>(out.q[j + 4][row]), _mm512_extracti64x4_epi64(q, 1));
 }
 
+[[gnu::noinline]] inline void decode_rows_by(Decode* decode, int64_t bytes, const Rows& w, int64_t groups, Decoded* out) {
+  Weights weights{};
+  for (int64_t i = 0; i < w.count; ++i)
+    for (int64_t g = 0; g < groups; ++g) {
+      decode(w.blocks + i * w.stride + g * bytes, w.k - g * kGroup, weights);
+      Decoded& o = out[g];
+      std::memcpy(o.scale[i], weights.scale, sizeof weights.scale);
+      std::memcpy(o.offset[i], weights.offset, sizeof weights.offset);
+      for (int b = 0; b < kBlocks; ++b) {
+        std::memcpy(o.q[b][i], weights.q + 32 * place(b), 32);
+        for (int h = 0; h < 2; ++h) {
+          const int at = 8 * (b / 4) + 4 * h + b % 4;
+          o.part[i][at] = weights.part[2 * b + h];
+          o.low[i][at] = weights.low[2 * b + h];
+        }
+      }
+    }
+}
+
 // Without their bias.
 template <Type T>
 inline void decode_rows(const Rows& w, int64_t groups, Decoded* out) {
+  if constexpr (one_decoder(T)) return decode_rows_by(decode_group<T>, group_bytes(T), w, groups, out);
   alignas(64) uint8_t room[2][kWidest];
   const uint8_t* end = w.blocks + w.count * w.stride;
   for (int64_t i = 0; i < w.count; i += 2) {
@@ -61,28 +82,28 @@ inline void decode_rows(const Rows& w, int64_t groups, Decoded* out) {
 // One block's integers (two where the format has parts) into its lane.
 template <Type T>
 FERRUM_INLINE void add_block(const Decoded& w, const PanelGroup& x, int row, int block, const V* dots, F& lane) {
-  F dot;
+  const int first = 8 * (block / 4) + block % 4, second = first + 4;
+  const F scale = _mm512_load_ps(x.scale[block]);
+  F dot = _mm512_cvtepi32_ps(dots[0]);
   if constexpr (has_parts(T)) {
-    const int low = 8 * (block / 4) + block % 4, high = low + 4;
-    dot = _mm512_mul_ps(_mm512_cvtepi32_ps(dots[0]), _mm512_set1_ps(w.part[row][low]));
-    dot = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dots[1]), _mm512_set1_ps(w.part[row][high]), dot);  // exact
-  } else {
-    dot = _mm512_cvtepi32_ps(dots[0]);
+    dot = _mm512_mul_ps(dot, _mm512_set1_ps(w.part[row][first]));
+    dot = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dots[1]), _mm512_set1_ps(w.part[row][second]), dot);
   }
-  lane = _mm512_fmadd_ps(_mm512_mul_ps(dot, _mm512_load_ps(x.scale[block])), _mm512_set1_ps(w.scale[row][block]), lane);
-  if constexpr (has_offset(T))
-    lane = _mm512_fnmadd_ps(_mm512_load_ps(x.scaled_sum[block]), _mm512_set1_ps(w.offset[row][block]), lane);
+  lane = _mm512_fmadd_ps(_mm512_mul_ps(dot, scale), _mm512_set1_ps(w.scale[row][block]), lane);
+  if constexpr (has_offset(T)) {
+    F sum = _mm512_load_ps(x.scaled_sum[block]);
+    if constexpr (has_lows(T)) {
+      const F low = _mm512_mul_ps(_mm512_cvtepi32_ps(load512(x.half_sum[first])), _mm512_set1_ps(w.low[row][first]));
+      sum = _mm512_mul_ps(scale, _mm512_fmadd_ps(_mm512_cvtepi32_ps(load512(x.half_sum[second])), _mm512_set1_ps(w.low[row][second]), low));
+    }
+    lane = _mm512_fnmadd_ps(sum, _mm512_set1_ps(w.offset[row][block]), lane);
+  }
 }
 
-// The representative of a type for decoded rows: the first type with the same properties.
-constexpr Type once_decoded(Type t) {
-  return has_parts(t) ? t : has_offset(t) ? Type::Q4_1 : Type::Q8_0;
-}
-
-using Decode = void(const Rows& w, int64_t groups, Decoded* out);
+using DecodeRows = void(const Rows& w, int64_t groups, Decoded* out);
 using Multiply = void(const Decoded* w, int count, int64_t groups, const PanelGroup* x, float (*out)[kPanel]);
 
-[[gnu::noinline]] inline void panels_by(Decode* decode, Multiply* multiply, Rows w, const PanelGroup* x, int64_t m, Output y) {
+[[gnu::noinline]] inline void panels_by(DecodeRows* decode, Multiply* multiply, Rows w, const PanelGroup* x, int64_t m, Output y) {
   const int64_t groups = groups_of(w.k), all = w.count;
   auto* decoded = static_cast<Decoded*>(scratch(kDecoded, size_t(groups) * sizeof(Decoded)));
   // The number of panels that stay in the second-level cache while the rows of the matrix are processed.

@@ -11,15 +11,15 @@ namespace {
 // tests, which compare int8 arithmetic with this one; cold, so that a compiler spends little time on them.
 template <Type T>
 [[gnu::cold]] inline void decode_blocks(const uint8_t* p, int64_t k, float* out) {
-  uint8_t room[kWidest];
   Weights w;
   for (int64_t first = 0; first < k; first += kGroup, p += group_bytes(T), out += kGroup) {
-    decode<T>(whole<T>(p, k - first, room), w);
+    decode_group<T>(p, k - first, w);
     for (int b = 0; b < kBlocks; ++b)
       for (int j = 0; j < 32; ++j) {
-        const float scale = has_parts(T) ? w.scale[b] * float(w.part[2 * b + j / 16]) : w.scale[b];
-        const float q = float(w.q[32 * place(b) + j]);
-        out[32 * b + j] = has_offset(T) ? __builtin_fmaf(scale, q, -w.offset[b]) : scale * q;
+        const int half = 2 * b + j / 16;
+        const float scale = has_parts(T) ? w.scale[b] * w.part[half] : w.scale[b], q = float(w.q[32 * place(b) + j]);
+        const float offset = has_lows(T) ? w.offset[b] * w.low[half] : w.offset[b];
+        out[32 * b + j] = has_offset(T) ? __builtin_fmaf(scale, q, -offset) : scale * q;
       }
   }
 }

@@ -7,7 +7,9 @@
 //
 //     lane = fma(float(dot) * x_scale, w_scale, lane);  with an offset: lane = fma(-x_scale * x_sum, w_offset, lane)
 //
-// and the lanes are folded in halves. "float32": weights are decoded exactly and summed in sixteen lanes, weight j in
+// and the lanes are folded in halves. Where the two halves of a block have factors of its scale, "parts", dot is
+// fma(dot of the second, its part, dot of the first * its part), an exact integer again but for NVFP4, whose parts are E4M3;
+// likewise x_sum, if they have factors of the offset. "float32": weights are decoded exactly and summed in sixteen lanes, weight j in
 // lane j % 16, by fma. No product here feeds a plain addition, so a compiler cannot contract one into an fma.
 #pragma once
 

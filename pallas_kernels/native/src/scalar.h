@@ -5,131 +5,16 @@
 #include <cmath>
 #include <cstring>
 
-#include "isa.h"
+#include "low_bits.h"
 
 namespace ferrum {
 namespace {
 
-inline uint16_t load16(const uint8_t* p) {
-  uint16_t v;
-  std::memcpy(&v, p, 2);
-  return v;
-}
-
-inline uint32_t load32(const uint8_t* p) {
-  uint32_t v;
-  std::memcpy(&v, p, 4);
-  return v;
-}
-
-inline float float_of(uint32_t bits) {
-  float v;
-  std::memcpy(&v, &bits, 4);
-  return v;
-}
-
-inline uint32_t bits_of(float v) {
-  uint32_t bits;
-  std::memcpy(&bits, &v, 4);
-  return bits;
-}
-
-inline float half_to_float(uint16_t h) {
-  const uint32_t sign = uint32_t(h & 0x8000) << 16, magnitude = h & 0x7fff;
-  if (magnitude < 0x0400) return float_of(sign | bits_of(float(magnitude) * 0x1p-24f));
-  return float_of(sign | ((magnitude << 13) + (magnitude >= 0x7c00 ? 224u << 23 : 112u << 23)));
-}
-
-// Rounds to the nearest, ties to even.
-inline uint16_t float_to_half(float x) {
-  const uint32_t bits = bits_of(x), sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
-  if (magnitude > 0x7f800000) return uint16_t(sign | 0x7e00);
-  if (magnitude >= 0x477ff000) return uint16_t(sign | 0x7c00);
-  if (magnitude < 0x38800000)  // below 2^-14: the sum's last bit is worth 2^-24
-    return uint16_t(sign | (bits_of(float_of(magnitude) + 0.5f) - bits_of(0.5f)));
-  return uint16_t(sign | (((magnitude + 0xfff + (magnitude >> 13 & 1)) >> 13) - (112u << 10)));
-}
-
-inline uint16_t float_to_bfloat(float x) {
-  const uint32_t bits = bits_of(x);
-  if ((bits & 0x7fffffff) > 0x7f800000) return uint16_t(bits >> 16 | 0x40);
-  return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
-
-// Four bits of exponent, three of fraction, no infinity; larger values become 448.
-inline uint8_t float_to_e4m3(float x) {
-  const uint32_t bits = bits_of(x), sign = bits >> 24 & 0x80;
-  uint32_t magnitude = bits & 0x7fffffff;
-  if (magnitude > 0x7f800000) return uint8_t(sign | 0x7f);
-  if (magnitude > 0x43e00000) magnitude = 0x43e00000;
-  if (magnitude < 0x3c800000)  // below 2^-6: the sum's last bit is worth 2^-9
-    return uint8_t(sign | (bits_of(float_of(magnitude) + 16384.0f) - bits_of(16384.0f)));
-  return uint8_t(sign | (((magnitude + 0x7ffff + (magnitude >> 20 & 1)) >> 20) - (120u << 3)));
-}
-
-inline float e4m3_to_float(uint8_t e) {
-  const uint32_t sign = uint32_t(e & 0x80) << 24, magnitude = e & 0x7f;
-  if (magnitude == 0x7f) return float_of(sign | 0x7fc00000);
-  if (magnitude < 8) return float_of(sign | bits_of(float(magnitude) * 0x1p-9f));
-  return float_of(sign | ((magnitude << 20) + (120u << 23)));
-}
-
-inline float half_at(const uint8_t* p) { return half_to_float(load16(p)); }
-
-constexpr int8_t kLevels[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
-constexpr int8_t kFp4[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
-
-// 2^(e - 128), also below the normal range.
-inline float fp4_scale(uint8_t e) { return e < 2 ? float_of(0x00200000u << e) : float_of(uint32_t(e - 1) << 23); }
-
-// The six-bit scales and offsets of Q4_K and Q5_K, eight bytes each.
-inline void k_scales(const uint8_t* s, uint8_t scale[8], uint8_t offset[8]) {
-  for (int g = 0; g < 4; ++g) {
-    scale[g] = s[g] & 63;
-    offset[g] = s[g + 4] & 63;
-    scale[g + 4] = (s[g + 8] & 15) | (s[g] >> 6) << 4;
-    offset[g + 4] = (s[g + 8] >> 4) | (s[g + 4] >> 6) << 4;
-  }
-}
-
-// A group of weights: integers in the order of places, the scale and offset of each block. Q6_K also has two integer scales per
-// block (weights 0..15 and 16..31 of block b: part[2 b], part[2 b + 1]).
-struct Weights {
-  int8_t q[kGroup];
-  float scale[kBlocks];
-  float offset[kBlocks];
-  int8_t part[2 * kBlocks];
-};
-
-// Half d | zero point z | for every 32 weights 16 bytes as in Q4_0; w = d * (q - z).
-constexpr bool has_zero_point(Type t) { return t == Type::U4_32_F16 || t == Type::U4_64_F16 || t == Type::U4_128_F16; }
-constexpr bool has_offset(Type t) {
-  return t == Type::Q4_1 || t == Type::Q5_1 || t == Type::Q4_K || t == Type::Q5_K || has_zero_point(t);
-}
-constexpr bool has_parts(Type t) { return t == Type::Q6_K; }
-
-constexpr int block_weights(Type t) { return kFormats[int(t)].block_weights; }
-constexpr int block_bytes(Type t) { return kFormats[int(t)].block_bytes; }
-
-// Bytes of a group, and the maximum over quantized formats, as room for a padded group.
-constexpr int group_bytes(Type t) { return kGroup / block_weights(t) * block_bytes(t); }
-constexpr int widest_group() {
-  int widest = 0;
-  for (const Format& format : kFormats)
-    if (!format.plain() && group_bytes(format.type) > widest) widest = group_bytes(format.type);
-  return widest;
-}
-constexpr int kWidest = widest_group();
-
-// For types with zero points: the block of 32 weights of a group, and their 16 bytes in it.
-template <Type T>
-constexpr int block_of(int b) { return b / (block_weights(T) / 32) * block_bytes(T); }
-template <Type T>
-constexpr int nibbles_of(int b) { return block_of<T>(b) + 3 + 16 * (b % (block_weights(T) / 32)); }
-
 template <Type T>
 inline void decode(const uint8_t* p, Weights& w) {
-  if constexpr (T == Type::Q4_K || T == Type::Q5_K) {
+  if constexpr (one_decoder(T)) {
+    decode_low_bits<T>(p, w);
+  } else if constexpr (T == Type::Q4_K || T == Type::Q5_K) {
     const float d = half_at(p), dmin = half_at(p + 2);
     uint8_t scale[8], offset[8];
     k_scales(p + 4, scale, offset);
@@ -146,7 +31,7 @@ inline void decode(const uint8_t* p, Weights& w) {
     }
   } else if constexpr (T == Type::Q6_K) {
     const float d = half_at(p + 208);
-    std::memcpy(w.part, p + 192, 16);
+    for (int i = 0; i < 16; ++i) w.part[i] = float(int8_t(p[192 + i]));
     for (int b = 0; b < 8; ++b) {
       const int half = b / 4, k = b % 4;
       const uint8_t* low = p + 64 * half + 32 * (k % 2);
@@ -210,6 +95,14 @@ inline const uint8_t* whole(const uint8_t* p, int64_t weights, uint8_t* room) {
   std::memcpy(room, p, bytes);
   std::memset(room + bytes, 0, size_t(group_bytes(T)) - bytes);
   return room;
+}
+
+// The group at `p`, of which a row has `weights` weights.
+using Decode = void(const uint8_t* p, int64_t weights, Weights& w);
+template <Type T>
+inline void decode_group(const uint8_t* p, int64_t weights, Weights& w) {
+  uint8_t room[group_bytes(T)];
+  decode<T>(whole<T>(p, weights, room), w);
 }
 
 inline float fold(const float* lanes, int count) {
@@ -293,40 +186,47 @@ inline void pack_panel(const Group* const* rows, int64_t count, int64_t groups, 
     }
 }
 
+// T is the representative of the format.
 template <Type T>
-inline void dots_of(const Rows& w, const Group* const* x, int64_t m, Output y) {
+[[gnu::noinline]] inline void dots_by(Decode* decode, int64_t bytes, const Rows& w, const Group* const* x, int64_t m, Output y) {
   const int64_t groups = groups_of(w.k);
   constexpr int64_t kRows = 8;  // rows of x that share the decoding
-  uint8_t room[kWidest];
   Weights weights;
   for (int64_t first = 0; first < m; first += kRows) {
     const int64_t rows = m - first < kRows ? m - first : kRows;
     for (int64_t i = 0; i < w.count; ++i) {
       float lanes[kRows][kBlocks] = {};
       const uint8_t* p = w.blocks + i * w.stride;
-      for (int64_t g = 0; g < groups; ++g, p += group_bytes(T)) {
-        decode<T>(whole<T>(p, w.k - g * kGroup, room), weights);
+      for (int64_t g = 0; g < groups; ++g, p += bytes) {
+        decode(p, w.k - g * kGroup, weights);
         for (int64_t r = 0; r < rows; ++r) {
           const Group& a = x[first + r][g];
-          float dot[kBlocks];
+          float dot[kBlocks], sum[kBlocks];
           for (int b = 0; b < kBlocks; ++b) {
             const int8_t* p1 = weights.q + 32 * place(b);
             const int8_t* p2 = a.q + 32 * place(b);
-            int32_t part[2] = {0, 0};
+            const float *part = weights.part + 2 * b, *low = weights.low + 2 * b;
+            const int32_t* half = a.half_sum + 8 * (b / 4) + b % 4;
+            int32_t dots[2] = {0, 0};
             for (int h = 0; h < 2; ++h)
-              for (int j = 0; j < 16; ++j) part[h] += int32_t(p1[16 * h + j]) * p2[16 * h + j];
-            dot[b] = has_parts(T) ? float(part[0] * weights.part[2 * b] + part[1] * weights.part[2 * b + 1])
-                                  : float(part[0] + part[1]);
+              for (int j = 0; j < 16; ++j) dots[h] += int32_t(p1[16 * h + j]) * p2[16 * h + j];
+            dot[b] = has_parts(T) ? __builtin_fmaf(float(dots[1]), part[1], float(dots[0]) * part[0]) : float(dots[0] + dots[1]);
+            sum[b] = has_lows(T) ? a.scale[b] * __builtin_fmaf(float(half[4]), low[1], float(half[0]) * low[0]) : a.scaled_sum[b];
           }
           for (int b = 0; b < kBlocks; ++b) {
             lanes[r][b] = __builtin_fmaf(dot[b] * a.scale[b], weights.scale[b], lanes[r][b]);
-            if (has_offset(T)) lanes[r][b] = __builtin_fmaf(-a.scaled_sum[b], weights.offset[b], lanes[r][b]);
+            if (has_offset(T)) lanes[r][b] = __builtin_fmaf(-sum[b], weights.offset[b], lanes[r][b]);
           }
         }
       }
       for (int64_t r = 0; r < rows; ++r) y.at(first + r)[i] = fold(lanes[r], kBlocks);
     }
   }
+}
+
+template <Type T>
+inline void dots_of(const Rows& w, const Group* const* x, int64_t m, Output y) {
+  dots_by<once_decoded(T)>(decode_group<T>, group_bytes(T), w, x, m, y);
 }
 
 }  // namespace

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from gguf import quants
 
 from ferrum_jax import loading
 from pallas_kernels import dispatch, native
@@ -15,7 +16,7 @@ from pallas_kernels.blocks import format_of
 from pallas_kernels.blocks.matrix import Matrix
 from pallas_kernels.blocks.synthetic import random_blocks
 from pallas_kernels.grouped_matmul import expert_ffn
-from pallas_kernels.native import build
+from pallas_kernels.native import build, tables
 from pallas_kernels.quantized_matmul import quantized_matmul, quantized_matmuls, swiglu
 from support.compiler import needs_compiler
 
@@ -53,6 +54,25 @@ def test_the_kernels_are_there():
     assert native.refusal() is None and native.isa() in ("portable", "avx2", "avx512_vnni", "amx")
 
 
+def test_the_grids_in_the_header_are_those_of_gguf():
+    rows = tables._rows()
+    kinds = {
+        "Iq2Xxs": quants.IQ2_XXS,
+        "Iq2Xs": quants.IQ2_XS,
+        "Iq2S": quants.IQ2_S,
+        "Iq3Xxs": quants.IQ3_XXS,
+        "Iq3S": quants.IQ3_S,
+    }
+    for name, kind in kinds.items():
+        kind.init_grid()
+        np.testing.assert_array_equal(rows[f"k{name}Grid"], kind.grid.reshape(-1, kind.grid.shape[-1]))
+    quants.IQ1_S.init_grid()
+    np.testing.assert_array_equal(rows["kIq1Grid"], 8 * quants.IQ1_S.grid.reshape(-1, 8) + 9)
+    for name, signs in {"kSigns": bytes(range(256)), "kEvenSigns": quants.IQ2_XXS.ksigns}.items():
+        bits = np.unpackbits(np.frombuffer(signs, np.uint8)[:, None], axis=1, bitorder="little")
+        np.testing.assert_array_equal(rows[name], 255 * bits.astype(np.int32))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("m", [1, 3, 17])
 @pytest.mark.parametrize("format", native.FORMATS)
@@ -82,7 +102,7 @@ def test_int8x2_keeps_what_the_first_rounding_leaves_out(format):
     assert np.isnan(broken[5]).all() and (np.delete(broken, 5, 0) == np.delete(y, 5, 0)).all()
 
 
-@pytest.mark.parametrize("format", ["Q4_K", "Q6_K", "Q4_1", "U4_128_F16", "BF16"])
+@pytest.mark.parametrize("format", ["Q4_K", "Q6_K", "Q4_1", "U4_128_F16", "Q2_K", "NVFP4", "IQ3_S", "BF16"])
 def test_a_row_has_the_same_bits_whatever_else_is_there(format):
     matrix = Matrix.of(blocks_of(format, 2, 70, 512)[0], format)
     x = rows_of(130, 512)
