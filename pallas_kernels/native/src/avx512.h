@@ -32,7 +32,7 @@ constexpr int bias_shift(Type t) {
   switch (t) {
     case Type::Q3_K: return 2;
     case Type::Q4_0: return 3;
-    case Type::Q5_0: case Type::MXFP4: return 4;
+    case Type::Q5_0: case Type::MXFP4: case Type::NVFP4: return 4;
     case Type::Q6_K: return 5;
     case Type::Q8_0: case Type::IQ4_NL: case Type::IQ4_XS: return 7;
     default: return 0;

@@ -111,10 +111,10 @@ FERRUM_INLINE F byte_of(V words, int i) {
 }
 
 // Formats that are decoded row by row, as on any machine, and then transposed.
-constexpr bool by_rows(Type t) { return one_decoder(t) && t != Type::Q2_K && t != Type::Q3_K; }
+constexpr bool by_rows(Type t) { return one_decoder(t) && t != Type::Q2_K && t != Type::Q3_K && t != Type::NVFP4; }
 
 // The representative of a type: there is one code for all that are decoded row by row and have parts, and one for those without.
-constexpr Type shared(Type t) { return !by_rows(t) ? t : has_parts(t) ? Type::NVFP4 : Type::TQ2_0; }
+constexpr Type shared(Type t) { return !by_rows(t) ? t : has_parts(t) ? Type::IQ2_S : Type::TQ2_0; }
 
 // The bias is 2 to this power; 0: none.
 constexpr int bias_of(Type t) { return by_rows(t) ? 7 : bias_shift(t); }
@@ -156,6 +156,22 @@ FERRUM_INLINE void each_block(const Tile& tile, int64_t g, Use&& use) {
       block.scale = _mm512_castsi512_ps(scale[b]);
       if constexpr (has_parts(T))
         for (int h = 0; h < 2; ++h) block.part[h] = _mm512_castsi512_ps(part[2 * b + h]);
+      use(b, block);
+    }
+  } else if constexpr (T == Type::NVFP4) {
+    block.scale = _mm512_set1_ps(0.5f);
+    for (int b = 0; b < count; ++b) {
+      const uint8_t* at = p + b / 2 * block_bytes(T);
+      V head[4], packed[4];
+      words4(at, stride, head);
+      words4(at + 4 + 16 * (b % 2), stride, packed);
+      // Weights 0..7 of 16 are in the low bits of two words, 8..15 in the high bits.
+      for (int s = 0; s < 8; ++s) block.q[s] = look_up(kFp4, 16, low_bits(packed[s / 4 * 2 + s % 2], s & 2 ? 4 : 0, 15));
+      for (int h = 0; h < 2; ++h) {  // the bits of a half-precision number that is 2^8 times smaller
+        const V bits = _mm512_and_si512(_mm512_srl_epi32(head[0], _mm_cvtsi32_si128(8 * (2 * (b % 2) + h))), _mm512_set1_epi32(127));
+        const __mmask16 number = _mm512_cmpneq_epi32_mask(bits, _mm512_set1_epi32(127));
+        block.part[h] = _mm512_maskz_mul_ps(number, half_of(_mm512_slli_epi32(bits, 7)), _mm512_set1_ps(256));
+      }
       use(b, block);
     }
   } else if constexpr (T == Type::Q2_K) {

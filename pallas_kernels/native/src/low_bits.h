@@ -33,16 +33,15 @@ inline int two_bits(const uint8_t* p, int b, int j) { return p[32 * (b / 4) + j]
 inline uint64_t with_signs(uint64_t magnitudes, uint64_t negative) { return (magnitudes ^ negative) + (negative & kOnes); }
 
 // Eight weights of IQ1_S or IQ1_M in eighths, plus 10: a row of the grid has 8 t + 9, and the shift adds 0 or 2.
-inline uint64_t shifted(int row, bool negative) { return kIq1SGrid[row] + (negative ? 0 : 2 * kOnes); }
+inline uint64_t shifted(int row, bool negative) { return kIq1SGrid[row] + (2 * kOnes & (uint64_t(negative) - 1)); }
 
 // The unsigned E4M3 number; 0x7f counts as zero.
 inline float unsigned_e4m3(uint8_t bits) { return (bits & 0x7f) == 0x7f ? 0.0f : e4m3_to_float(bits & 0x7f); }
 
 template <Type T>
-inline void decode_low_bits(const uint8_t* p, Weights& w) {
+inline void decode_low_bits(const uint8_t* __restrict p, Weights& __restrict w) {
   const auto block = [&](int b) { return w.q + 32 * place(b); };
   const auto eight = [&](int g) { return block(g / 4) + 8 * (g % 4); };  // group g of eight weights
-  const auto nibble = [&](int at, int i) { return p[at + i / 2] >> (4 * (i % 2)) & 15; };
   if constexpr (T == Type::Q2_K) {
     fill(w.scale, kBlocks, half_at(p + 80));
     fill(w.offset, kBlocks, half_at(p + 82));
@@ -59,42 +58,55 @@ inline void decode_low_bits(const uint8_t* p, Weights& w) {
       for (int j = 0; j < 32; ++j) block(b)[j] = int8_t((two_bits(p + 32, b, j) | (p[j] >> b & 1) << 2) - 4);
   } else if constexpr (T == Type::IQ1_S || T == Type::IQ1_M) {
     if constexpr (T == Type::IQ1_S) {
-      for (int g = 0; g < 32; ++g) {
-        const int word = load16(p + 34 + 2 * (g / 4));
-        store64(eight(g), shifted(p[2 + g] | (word >> (3 * (g % 4)) & 7) << 8, word >> 15));
-        w.scale[g / 4] = half_at(p) * float(2 * (word >> 12 & 7) + 1) * 0.125f;
+      const float d = half_at(p) * 0.125f;
+      for (int b = 0; b < kBlocks; ++b) {
+        const int word = load16(p + 34 + 2 * b);
+        for (int i = 0; i < 4; ++i) store64(block(b) + 8 * i, shifted(p[2 + 4 * b + i] | (word >> (3 * i) & 7) << 8, word >> 15));
+        w.scale[b] = d * float(2 * (word >> 12 & 7) + 1);
       }
     } else {
-      int bits = 0;
-      for (int i = 0; i < 4; ++i) bits |= (p[49 + 2 * i] >> 4) << (4 * i);
-      fill(w.scale, kBlocks, half_to_float(uint16_t(bits)) * 0.125f);
-      for (int i = 0; i < 16; ++i) w.part[i] = float(2 * (load16(p + 48 + 2 * (i / 4)) >> (3 * (i % 4)) & 7) + 1);
-      for (int g = 0; g < 32; ++g) store64(eight(g), shifted(p[g] | (nibble(32, g) & 7) << 8, nibble(32, g) >> 3));
+      const int words[] = {load16(p + 48), load16(p + 50), load16(p + 52), load16(p + 54)};
+      fill(w.scale, kBlocks, half_to_float(uint16_t(words[0] >> 12 | (words[1] >> 12) << 4 | (words[2] >> 12) << 8 | (words[3] >> 12) << 12)) * 0.125f);
+      for (int i = 0; i < 4; ++i)
+        for (int j = 0; j < 4; ++j) w.part[4 * i + j] = float(2 * (words[i] >> (3 * j) & 7) + 1);
+      for (int b = 0; b < kBlocks; ++b) {
+        const int nibbles = load16(p + 32 + 2 * b);
+        for (int i = 0; i < 4; ++i)
+          store64(block(b) + 8 * i, shifted(p[4 * b + i] | (nibbles >> (4 * i) & 7) << 8, nibbles >> (4 * i + 3) & 1));
+      }
     }
     for (int i = 0; i < kGroup; ++i) w.q[i] = int8_t(w.q[i] - 10);
   } else if constexpr (T == Type::IQ2_XXS) {
-    for (int g = 0; g < 32; ++g) {
-      const uint32_t word = load32(p + 6 + 8 * (g / 4));
-      store64(eight(g), with_signs(kIq2XxsGrid[p[2 + 8 * (g / 4) + g % 4]], kEvenSigns[word >> (7 * (g % 4)) & 127]));
-      w.scale[g / 4] = half_at(p) * float(2 * (word >> 28) + 1) * 0.125f;
+    const float d = half_at(p) * 0.125f;
+    for (int b = 0; b < kBlocks; ++b) {
+      const uint8_t* at = p + 2 + 8 * b;
+      const uint32_t word = load32(at + 4);
+      for (int i = 0; i < 4; ++i) store64(block(b) + 8 * i, with_signs(kIq2XxsGrid[at[i]], kEvenSigns[word >> (7 * i) & 127]));
+      w.scale[b] = d * float(2 * (word >> 28) + 1);
     }
   } else if constexpr (T == Type::IQ2_XS || T == Type::IQ2_S) {
     fill(w.scale, kBlocks, half_at(p) * 0.125f);
-    for (int i = 0; i < 16; ++i) w.part[i] = float(2 * nibble(T == Type::IQ2_XS ? 66 : 74, i) + 1);
-    for (int g = 0; g < 32; ++g) {
-      const int word = load16(p + 2 + 2 * g);
-      if (T == Type::IQ2_XS) store64(eight(g), with_signs(kIq2XsGrid[word & 511], kEvenSigns[word >> 9]));
-      else store64(eight(g), with_signs(kIq2SGrid[p[2 + g] | (p[66 + g / 4] >> (2 * (g % 4)) & 3) << 8], kSigns[p[34 + g]]));
-    }
+    const uint8_t* parts = p + (T == Type::IQ2_XS ? 66 : 74);
+    for (int b = 0; b < kBlocks; ++b) w.part[2 * b] = float(2 * (parts[b] & 15) + 1), w.part[2 * b + 1] = float(2 * (parts[b] >> 4) + 1);
+    for (int b = 0; b < kBlocks; ++b)
+      for (int i = 0; i < 4; ++i) {
+        const int g = 4 * b + i, word = load16(p + 2 + 2 * g);
+        store64(block(b) + 8 * i, T == Type::IQ2_XS ? with_signs(kIq2XsGrid[word & 511], kEvenSigns[word >> 9])
+                                                    : with_signs(kIq2SGrid[p[2 + g] | (p[66 + b] >> (2 * i) & 3) << 8], kSigns[p[34 + g]]));
+      }
   } else if constexpr (T == Type::IQ3_XXS || T == Type::IQ3_S) {
-    for (int g = 0; g < 32; ++g) {
-      const int ninth = T == Type::IQ3_S ? p[66 + g / 4] >> (2 * (g % 4)) : 0;
-      const uint32_t* grid = T == Type::IQ3_S ? kIq3SGrid : kIq3XxsGrid;
-      const uint64_t low = grid[p[2 + 2 * g] | (ninth & 1) << 8], high = grid[p[3 + 2 * g] | (ninth & 2) << 7];
-      const uint32_t word = load32(p + 66 + 4 * (g / 4));
-      store64(eight(g), with_signs(low | high << 32, T == Type::IQ3_S ? kSigns[p[74 + g]] : kEvenSigns[word >> (7 * (g % 4)) & 127]));
-      const uint32_t scale = T == Type::IQ3_S ? uint32_t(nibble(106, g / 4)) : word >> 28;
-      w.scale[g / 4] = half_at(p) * float(2 * scale + 1) * (T == Type::IQ3_S ? 1.0f : 0.25f);
+    constexpr bool s = T == Type::IQ3_S;
+    constexpr const uint32_t* grid = s ? kIq3SGrid : kIq3XxsGrid;
+    const float d = half_at(p) * (s ? 1.0f : 0.25f);
+    for (int b = 0; b < kBlocks; ++b) {
+      const int ninth = s ? p[66 + b] << 8 : 0;
+      const uint32_t word = load32(p + (s ? 74 : 66) + 4 * b);
+      for (int i = 0; i < 4; ++i) {
+        const uint8_t* at = p + 2 + 8 * b + 2 * i;
+        const uint64_t low = grid[at[0] | (ninth >> (2 * i) & 256)], high = grid[at[1] | (ninth >> (2 * i + 1) & 256)];
+        store64(block(b) + 8 * i, with_signs(low | high << 32, s ? kSigns[word >> (8 * i) & 255] : kEvenSigns[word >> (7 * i) & 127]));
+      }
+      w.scale[b] = d * float(2 * (s ? uint32_t(p[106 + b / 2] >> (4 * (b % 2)) & 15) : word >> 28) + 1);
     }
   } else if constexpr (T == Type::TQ2_0) {
     fill(w.scale, kBlocks, half_at(p + 64));
