@@ -123,10 +123,14 @@ inline void decode_low_bits(const uint8_t* __restrict p, Weights& __restrict w) 
   } else if constexpr (T == Type::NVFP4) {
     fill(w.scale, kBlocks, 0.5f);
     for (int i = 0; i < 16; ++i) {
-      const uint8_t *at = p + 36 * (i / 4), *q = at + 4 + 8 * (i % 4);
+      const uint8_t* at = p + 36 * (i / 4);
+      uint64_t packed;
+      std::memcpy(&packed, at + 4 + 8 * (i % 4), 8);
+      store64(eight(2 * i), packed & 15 * kOnes);
+      store64(eight(2 * i + 1), packed >> 4 & 15 * kOnes);
       w.part[i] = unsigned_e4m3(at[i % 4]);
-      for (int j = 0; j < 8; ++j) eight(2 * i)[j] = kFp4[q[j] & 15], eight(2 * i + 1)[j] = kFp4[q[j] >> 4];
     }
+    for (int b = 0; b < kBlocks; ++b) look_up(kFp4, block(b));
   }
 }
 

@@ -11,7 +11,7 @@ namespace ferrum {
 namespace {
 
 template <Type T>
-inline void decode(const uint8_t* p, Weights& w) {
+inline void decode(const uint8_t* __restrict p, Weights& __restrict w) {
   if constexpr (one_decoder(T)) {
     decode_low_bits<T>(p, w);
   } else if constexpr (T == Type::Q4_K || T == Type::Q5_K) {
@@ -46,18 +46,15 @@ inline void decode(const uint8_t* p, Weights& w) {
     for (int b = 0; b < 8; ++b) {
       w.scale[b] = d * float(int((low >> (4 * b) & 15) | (high >> (2 * b) & 3) << 4) - 32);
       int8_t* q = w.q + 32 * place(b);
-      for (int j = 0; j < 16; ++j) {
-        q[j] = kLevels[p[8 + 16 * b + j] & 15];
-        q[j + 16] = kLevels[p[8 + 16 * b + j] >> 4];
-      }
+      nibbles(p + 8 + 16 * b, q);
+      look_up(kLevels, q);
     }
   } else if constexpr (has_zero_point(T)) {
     for (int b = 0; b < 8; ++b) {
       w.scale[b] = half_at(p + block_of<T>(b));
       w.offset[b] = w.scale[b] * float(p[block_of<T>(b) + 2]);
       int8_t* q = w.q + 32 * place(b);
-      const uint8_t* low = p + nibbles_of<T>(b);
-      for (int j = 0; j < 16; ++j) q[j] = int8_t(low[j] & 15), q[j + 16] = int8_t(low[j] >> 4);
+      nibbles(p + nibbles_of<T>(b), q);
     }
   } else {
     for (int b = 0; b < 8; ++b, p += block_bytes(T)) {
@@ -67,21 +64,20 @@ inline void decode(const uint8_t* p, Weights& w) {
         std::memcpy(q, p + 2, 32);
       } else if constexpr (T == Type::MXFP4) {
         w.scale[b] = fp4_scale(p[0]);
-        for (int j = 0; j < 16; ++j) q[j] = kFp4[p[1 + j] & 15], q[j + 16] = kFp4[p[1 + j] >> 4];
+        nibbles(p + 1, q);
+        look_up(kFp4, q);
       } else if constexpr (T == Type::IQ4_NL) {
         w.scale[b] = half_at(p);
-        for (int j = 0; j < 16; ++j) q[j] = kLevels[p[2 + j] & 15], q[j + 16] = kLevels[p[2 + j] >> 4];
+        nibbles(p + 2, q);
+        look_up(kLevels, q);
       } else {
         constexpr bool five = T == Type::Q5_0 || T == Type::Q5_1;
         constexpr int start = has_offset(T) ? 4 : 2, bias = T == Type::Q4_0 ? 8 : T == Type::Q5_0 ? 16 : 0;
         w.scale[b] = half_at(p);
         if (has_offset(T)) w.offset[b] = -half_at(p + 2);
         const uint32_t fifth = five ? load32(p + start) : 0;
-        const uint8_t* low = p + start + (five ? 4 : 0);
-        for (int j = 0; j < 16; ++j) {
-          q[j] = int8_t(int((low[j] & 15) | (fifth >> j & 1) << 4) - bias);
-          q[j + 16] = int8_t(int((low[j] >> 4) | (fifth >> (j + 16) & 1) << 4) - bias);
-        }
+        nibbles(p + start + (five ? 4 : 0), q);
+        for (int j = 0; j < 32; ++j) q[j] = int8_t(int(q[j] | (fifth >> j & 1) << 4) - bias);
       }
     }
   }
@@ -186,6 +182,34 @@ inline void pack_panel(const Group* const* rows, int64_t count, int64_t groups, 
     }
 }
 
+#if FERRUM_LANES == 256
+inline __m256i wide(const int8_t* p) { return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+#endif
+
+// Half h of each block b of a group of weights times the activations: dots[h][b].
+inline void half_dots(const int8_t* w, const int8_t* x, int32_t dots[2][kBlocks]) {
+#if FERRUM_LANES == 256
+  for (int h = 0; h < 2; ++h)
+    for (int b = 0; b < kBlocks; b += 4) {
+      __m256i sum[4];
+      for (int i = 0; i < 4; ++i) {
+        const int at = 32 * place(b + i) + 16 * h;
+        sum[i] = _mm256_madd_epi16(wide(w + at), wide(x + at));
+      }
+      const __m256i four = _mm256_hadd_epi32(_mm256_hadd_epi32(sum[0], sum[1]), _mm256_hadd_epi32(sum[2], sum[3]));
+      const __m128i both = _mm_add_epi32(_mm256_castsi256_si128(four), _mm256_extracti128_si256(four, 1));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(dots[h] + b), both);
+    }
+#else
+  for (int h = 0; h < 2; ++h)
+    for (int b = 0; b < kBlocks; ++b) {
+      const int at = 32 * place(b) + 16 * h;
+      dots[h][b] = 0;
+      for (int j = 0; j < 16; ++j) dots[h][b] += int32_t(w[at + j]) * x[at + j];
+    }
+#endif
+}
+
 // T is the representative of the format.
 template <Type T>
 [[gnu::noinline]] inline void dots_by(Decode* decode, int64_t bytes, const Rows& w, const Group* const* x, int64_t m, Output y) {
@@ -201,16 +225,13 @@ template <Type T>
         decode(p, w.k - g * kGroup, weights);
         for (int64_t r = 0; r < rows; ++r) {
           const Group& a = x[first + r][g];
+          int32_t dots[2][kBlocks];
+          half_dots(weights.q, a.q, dots);
           float dot[kBlocks], sum[kBlocks];
           for (int b = 0; b < kBlocks; ++b) {
-            const int8_t* p1 = weights.q + 32 * place(b);
-            const int8_t* p2 = a.q + 32 * place(b);
             const float *part = weights.part + 2 * b, *low = weights.low + 2 * b;
             const int32_t* half = a.half_sum + 8 * (b / 4) + b % 4;
-            int32_t dots[2] = {0, 0};
-            for (int h = 0; h < 2; ++h)
-              for (int j = 0; j < 16; ++j) dots[h] += int32_t(p1[16 * h + j]) * p2[16 * h + j];
-            dot[b] = has_parts(T) ? __builtin_fmaf(float(dots[1]), part[1], float(dots[0]) * part[0]) : float(dots[0] + dots[1]);
+            dot[b] = has_parts(T) ? __builtin_fmaf(float(dots[1][b]), part[1], float(dots[0][b]) * part[0]) : float(dots[0][b] + dots[1][b]);
             sum[b] = has_lows(T) ? a.scale[b] * __builtin_fmaf(float(half[4]), low[1], float(half[0]) * low[0]) : a.scaled_sum[b];
           }
           for (int b = 0; b < kBlocks; ++b) {

@@ -135,5 +135,27 @@ constexpr int block_of(int b) { return b / (block_weights(T) / 32) * block_bytes
 template <Type T>
 constexpr int nibbles_of(int b) { return block_of<T>(b) + 3 + 16 * (b % (block_weights(T) / 32)); }
 
+// nibbles: 16 bytes as 32 weights, the low four bits of each, then the high ones. look_up: 32 indices become entries of a table
+// of 16.
+#if FERRUM_LANES == 256
+inline void nibbles(const uint8_t* p, int8_t* q) {
+  const __m128i low = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  const __m256i both = _mm256_set_m128i(_mm_srli_epi16(low, 4), low);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(q), _mm256_and_si256(both, _mm256_set1_epi8(15)));
+}
+inline void look_up(const int8_t* table, int8_t* q) {
+  const __m256i both = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table)));
+  auto* at = reinterpret_cast<__m256i*>(q);
+  _mm256_storeu_si256(at, _mm256_shuffle_epi8(both, _mm256_loadu_si256(at)));
+}
+#else
+inline void nibbles(const uint8_t* p, int8_t* q) {
+  for (int j = 0; j < 16; ++j) q[j] = int8_t(p[j] & 15), q[j + 16] = int8_t(p[j] >> 4);
+}
+inline void look_up(const int8_t* table, int8_t* q) {
+  for (int j = 0; j < 32; ++j) q[j] = table[q[j]];
+}
+#endif
+
 }  // namespace
 }  // namespace ferrum
