@@ -10,14 +10,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pallas_kernels.blocks import format_of, iq2, iq3
+from pallas_kernels.blocks import GROUPS, format_of, iq2, iq3
 from pallas_kernels.blocks import tables as grids
 from pallas_kernels.blocks.grids import even_signs
 from pallas_kernels.paged_attention import KV_DTYPES
 
 QUANTIZED = (
-    "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "MXFP4", "U4_32_F16", "U4_64_F16", "U4_128_F16", "Q4_K", "Q5_K", "Q6_K",
-    "IQ4_XS", "Q2_K", "Q3_K", "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "TQ1_0", "TQ2_0", "NVFP4",
+    "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "MXFP4", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS", "Q2_K", "Q3_K", "IQ1_S",
+    "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "TQ1_0", "TQ2_0", "NVFP4", *GROUPS,
 )  # fmt: skip
 FORMATS = (*QUANTIZED, "F16", "BF16")  # formats of the matrices that the products accept
 FLOAT_FORMAT = "F32"  # of `FLOAT_ROLES` inside decoder_layers, in addition to FORMATS

@@ -110,9 +110,15 @@ Weight weight(const std::string& f, const uint8_t* p, int j) {
   if (f == "IQ4_NL") return {half(p) * level(nibble(2)), 0};
   if (f == "MXFP4") return {std::ldexp(fp4(nibble(1)), p[0] - 128), 0};
   const int group = j / 32, lane = j % 32;
-  if (f[0] == 'U') {
-    const int q = p[3 + 16 * group + lane % 16] >> (4 * (lane / 16)) & 15;
-    return {half(p) * q, -half(p) * p[2]};
+  if (f[0] == 'U') {  // 8-bit codes and zero points count as less by 128, which is no matter for their difference
+    const bool eight = f[1] == '8', wide = f.back() == '2', brain = f.find('B') != f.npos;
+    const uint8_t *zero = p + (wide ? 4 : 2), *codes = zero + (eight ? 2 : 1);
+    const uint32_t bits = wide ? uint32_t(p[0] | p[1] << 8 | p[2] << 16) | uint32_t(p[3]) << 24 : uint32_t(p[0] | p[1] << 8) << 16;
+    float value;
+    std::memcpy(&value, &bits, 4);
+    const double scale = wide || brain ? value : half(p);
+    if (eight) return {scale * (codes[j] - 128), -scale * ((zero[0] | zero[1] << 8) - 128)};
+    return {scale * (codes[16 * group + lane % 16] >> (4 * (lane / 16)) & 15), -scale * zero[0]};
   }
   if (f == "IQ4_XS") {
     const int low = p[4 + group / 2] >> (4 * (group % 2)) & 15, high = p[2 + group / 4] >> (2 * (group % 4)) & 3;

@@ -114,7 +114,12 @@ inline std::vector<uint8_t> random_blocks(const Format& format, int64_t count) {
     else if (f == "BF16") p[1] = uint8_t((p[1] & 0x80) | 0x3c);
     else if (f == "IQ1_M") p[55] = 0x20 | (p[55] & 15), p[53] &= 0x3f;  // as put_half, spread
     else if (f != "NVFP4") put_half(p + scale_at(f));
-    if (f[0] == 'U') p[2] = uint8_t(rng() % 17);
+    if (f[0] == 'U') {
+      const int bytes = f.back() == '2' ? 4 : 2, zero = int(rng() % (f[1] == '8' ? 257 : 17));
+      if (bytes == 4 || f.find('B') != f.npos) p[bytes - 1] = uint8_t((p[bytes - 1] & 0x80) | 0x3c);
+      p[bytes] = uint8_t(zero);
+      if (f[1] == '8') p[bytes + 1] = uint8_t(zero >> 8);
+    }
     if (f == "Q2_K") put_half(p + 82);
     if (f == "Q4_1" || f == "Q5_1" || f == "Q4_K" || f == "Q5_K") put_half(p + 2);
   }

@@ -86,7 +86,7 @@ FERRUM_INLINE void registers(const uint8_t* p, V w[4]) {
   } else if constexpr (T == Type::IQ4_XS) {
     for (int i = 0; i < 4; ++i) w[i] = look_up(kLevels, 128, nibbles(p + 8 + 16 * i, p + 8 + 16 * (i + 4)));
   } else if constexpr (has_zero_point(T)) {
-    for (int i = 0; i < 4; ++i) w[i] = nibbles(p + nibbles_of<T>(i), p + nibbles_of<T>(i + 4));
+    for (int i = 0; i < 4; ++i) w[i] = nibbles(p + codes_of<T>(i), p + codes_of<T>(i + 4));
   } else {
     constexpr int size = block_bytes(T);
     for (int i = 0; i < 4; ++i) {

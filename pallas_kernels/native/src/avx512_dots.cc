@@ -19,6 +19,7 @@
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c,bmi2,prefer-vector-width=512")
 #endif
 
+#define FERRUM_LANES 512
 #include "avx512.h"
 
 namespace ferrum {
@@ -113,8 +114,9 @@ FERRUM_INLINE F byte_of(V words, int i) {
 // Formats that are decoded row by row, as on any machine, and then transposed.
 constexpr bool by_rows(Type t) { return one_decoder(t) && t != Type::Q2_K && t != Type::Q3_K && t != Type::NVFP4; }
 
-// The representative of a type: there is one code for all that are decoded row by row and have parts, and one for those without.
-constexpr Type shared(Type t) { return !by_rows(t) ? t : has_parts(t) ? Type::IQ2_S : Type::TQ2_0; }
+// The representative of a type: there is one code for all that are decoded row by row and have parts, one for those with offsets,
+// and one for the rest.
+constexpr Type shared(Type t) { return !by_rows(t) ? t : has_parts(t) ? Type::IQ2_S : has_offset(t) ? Type::U8_32_F32 : Type::TQ2_0; }
 
 // The bias is 2 to this power; 0: none.
 constexpr int bias_of(Type t) { return by_rows(t) ? 7 : bias_shift(t); }
@@ -147,13 +149,15 @@ FERRUM_INLINE void each_block(const Tile& tile, int64_t g, Use&& use) {
     Weights rows[kTileRows];
     const auto column = [&](const auto& first, V to[8]) { words8(reinterpret_cast<const uint8_t*>(&first), sizeof(Weights), to); };
     for (int r = 0; r < kTileRows; ++r) tile.decode(p + r * stride, left, rows[r]);
-    V scale[kBlocks], part[2 * kBlocks];
+    V scale[kBlocks], offset[kBlocks], part[2 * kBlocks];
     column(rows->scale[0], scale);
+    if constexpr (has_offset(T)) column(rows->offset[0], offset);
     if constexpr (has_parts(T)) column(rows->part[0], part), column(rows->part[kBlocks], part + kBlocks);
     for (int b = 0; b < count; ++b) {
       column(rows->q[32 * place(b)], block.q);
       for (int s = 0; s < 8; ++s) block.q[s] = _mm512_xor_si512(block.q[s], bytes(128));
       block.scale = _mm512_castsi512_ps(scale[b]);
+      if constexpr (has_offset(T)) block.offset = _mm512_castsi512_ps(offset[b]);
       if constexpr (has_parts(T))
         for (int h = 0; h < 2; ++h) block.part[h] = _mm512_castsi512_ps(part[2 * b + h]);
       use(b, block);
@@ -306,7 +310,7 @@ FERRUM_INLINE void each_block(const Tile& tile, int64_t g, Use&& use) {
       }
       constexpr bool five = T == Type::Q5_0 || T == Type::Q5_1;
       constexpr int start = T == Type::MXFP4 ? 1 : has_offset(T) ? 4 : 2;
-      const uint8_t* from = has_zero_point(T) ? p + nibbles_of<T>(b) : at + start + (five ? 4 : 0);
+      const uint8_t* from = has_zero_point(T) ? p + codes_of<T>(b) : at + start + (five ? 4 : 0);
       if constexpr (T == Type::Q8_0) words8(from, stride, packed);
       else words4(from, stride, packed);
       // Bit 4 s + i of a row's word is the fifth of byte i of its weights s.

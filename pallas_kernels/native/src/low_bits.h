@@ -1,5 +1,5 @@
-// The formats that have one decoder, in plain C++ that compilers vectorize, for every instruction set: those of up to three bits,
-// and NVFP4. It writes a group of weights as bytes, which are still in the nearest cache when they are multiplied.
+// The formats that have one decoder, in plain C++ that compilers vectorize, for every instruction set: those of up to three bits
+// and NVFP4, here, and most groups with a zero point. It writes a group of weights as bytes, which are still in the nearest cache when they are multiplied.
 //
 // Rows of a grid and runs of eight signs are words of eight bytes (tables.h has them): a lookup and three operations are eight
 // weights. A sum of such words never carries from byte to byte, as the comments there say.
@@ -14,7 +14,7 @@ constexpr bool one_decoder(Type t) {
   switch (t) {
     case Type::Q2_K: case Type::Q3_K: case Type::IQ1_S: case Type::IQ1_M: case Type::IQ2_XXS: case Type::IQ2_XS: case Type::IQ2_S:
     case Type::IQ3_XXS: case Type::IQ3_S: case Type::TQ1_0: case Type::TQ2_0: case Type::NVFP4: return true;
-    default: return false;
+    default: return has_zero_point(t) && t != Type::U4_32_F16 && t != Type::U4_64_F16 && t != Type::U4_128_F16;
   }
 }
 

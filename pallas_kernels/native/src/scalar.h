@@ -12,7 +12,7 @@ namespace {
 
 template <Type T>
 inline void decode(const uint8_t* __restrict p, Weights& __restrict w) {
-  if constexpr (one_decoder(T)) {
+  if constexpr (one_decoder(T) && !has_zero_point(T)) {
     decode_low_bits<T>(p, w);
   } else if constexpr (T == Type::Q4_K || T == Type::Q5_K) {
     const float d = half_at(p), dmin = half_at(p + 2);
@@ -51,10 +51,13 @@ inline void decode(const uint8_t* __restrict p, Weights& __restrict w) {
     }
   } else if constexpr (has_zero_point(T)) {
     for (int b = 0; b < 8; ++b) {
-      w.scale[b] = half_at(p + block_of<T>(b));
-      w.offset[b] = w.scale[b] * float(p[block_of<T>(b) + 2]);
+      const uint8_t *at = p + block_of<T>(b), *codes = p + codes_of<T>(b), *zero = at + head_bytes<T>() - code_bits(T) / 4;
       int8_t* q = w.q + 32 * place(b);
-      nibbles(p + nibbles_of<T>(b), q);
+      w.scale[b] = scale_at<T>(at);
+      w.offset[b] = w.scale[b] * float(code_bits(T) == 4 ? zero[0] : int(load16(zero)) - 128);
+      if (code_bits(T) == 4) nibbles(codes, q);
+      else
+        for (int j = 0; j < 32; ++j) q[j] = int8_t(codes[j] ^ 128);
     }
   } else {
     for (int b = 0; b < 8; ++b, p += block_bytes(T)) {

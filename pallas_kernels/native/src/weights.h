@@ -101,8 +101,17 @@ struct Weights {
   float low[2 * kBlocks];
 };
 
-// Half d | zero point z | for every 32 weights 16 bytes as in Q4_0; w = d * (q - z).
-constexpr bool has_zero_point(Type t) { return t == Type::U4_32_F16 || t == Type::U4_64_F16 || t == Type::U4_128_F16; }
+// The formats of pallas_kernels.blocks.groups: scale | zero point z | the codes q of every 32 weights; w = scale * (q - z). As
+// bytes with a sign, codes of 8 bits and their zero points are less by 128.
+constexpr const char* name_of(Type t) { return kFormats[int(t)].name; }
+constexpr bool has_zero_point(Type t) { return name_of(t)[0] == 'U'; }
+constexpr int code_bits(Type t) { return name_of(t)[1] - '0'; }
+constexpr bool is_bfloat(Type t) {
+  const char* at = name_of(t);
+  while (*at && *at != 'B') ++at;
+  return *at == 'B';
+}
+
 constexpr bool has_offset(Type t) {
   return t == Type::Q4_1 || t == Type::Q5_1 || t == Type::Q2_K || t == Type::Q4_K || t == Type::Q5_K || has_zero_point(t);
 }
@@ -129,15 +138,23 @@ constexpr int widest_group() {
 }
 constexpr int kWidest = widest_group();
 
-// For types with zero points: the block of 32 weights of a group, and their 16 bytes in it.
+// For types with zero points: where the block of 32 weights b of a group is, its codes, and the scale's bytes.
 template <Type T>
 constexpr int block_of(int b) { return b / (block_weights(T) / 32) * block_bytes(T); }
 template <Type T>
-constexpr int nibbles_of(int b) { return block_of<T>(b) + 3 + 16 * (b % (block_weights(T) / 32)); }
+constexpr int head_bytes() { return block_bytes(T) - block_weights(T) * code_bits(T) / 8; }
+template <Type T>
+constexpr int codes_of(int b) { return block_of<T>(b) + head_bytes<T>() + 4 * code_bits(T) * (b % (block_weights(T) / 32)); }
+template <Type T>
+inline float scale_at(const uint8_t* p) {
+  constexpr int bytes = head_bytes<T>() - code_bits(T) / 4;
+  if constexpr (bytes == 4) return float_of(load32(p));
+  else return is_bfloat(T) ? float_of(uint32_t(load16(p)) << 16) : half_at(p);
+}
 
 // nibbles: 16 bytes as 32 weights, the low four bits of each, then the high ones. look_up: 32 indices become entries of a table
 // of 16.
-#if FERRUM_LANES == 256
+#if FERRUM_LANES >= 256
 inline void nibbles(const uint8_t* p, int8_t* q) {
   const __m128i low = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
   const __m256i both = _mm256_set_m128i(_mm_srli_epi16(low, 4), low);
