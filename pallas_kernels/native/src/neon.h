@@ -21,7 +21,7 @@ constexpr bool in_registers(Type t) {
   switch (t) {
     case Type::Q4_0: case Type::Q4_1: case Type::Q5_0: case Type::Q5_1: case Type::Q8_0: case Type::IQ4_NL: case Type::IQ4_XS:
     case Type::MXFP4: case Type::Q4_K: case Type::Q5_K: case Type::Q6_K: return true;
-    default: return has_zero_point(t);
+    default: return has_zero_point(t) && !one_decoder(t);
   }
 }
 
@@ -62,7 +62,7 @@ FERRUM_INLINE void decode_scales(const uint8_t* p, Weights& w) {
     times_bytes(half_value(p), (a & 0x3f3f3f3f) | last(c, a), w.scale);
     times_bytes(half_value(p + 2), (b & 0x3f3f3f3f) | last(c >> 4, b), w.offset);
   } else if constexpr (T == Type::Q6_K) {
-    std::memcpy(w.part, p + 192, sizeof w.part);
+    for (int i = 0; i < 2 * kBlocks; ++i) w.part[i] = float(int8_t(p[192 + i]));
     for (int b = 0; b < kBlocks; ++b) w.scale[b] = half_value(p + 208);
   } else if constexpr (T == Type::IQ4_XS) {
     const float d = half_value(p);
@@ -86,9 +86,6 @@ FERRUM_INLINE Block decoded_block(const Weights& w, int b) {
   const int8_t* q = w.q + 32 * place(b);
   return {{vld1q_s8(q), vld1q_s8(q + 16)}};
 }
-
-// The representative of a type once its integers are in memory: the first type with the same properties.
-constexpr Type once_decoded(Type t) { return has_parts(t) ? t : has_offset(t) ? Type::Q4_1 : Type::Q8_0; }
 
 // Block b of the group at p.
 template <Type T>
@@ -120,7 +117,7 @@ FERRUM_INLINE Block block(const uint8_t* p, int b, const Weights& w) {
     constexpr int start = T == Type::MXFP4 ? 1 : has_offset(T) ? 4 : 2;
     const uint8_t* at = p + b * block_bytes(T) + start;
     if constexpr (T == Type::IQ4_XS) at = p + 8 + 16 * b;
-    if constexpr (has_zero_point(T)) at = p + nibbles_of<T>(b);
+    if constexpr (has_zero_point(T)) at = p + codes_of<T>(b);
     const Bytes packed = bytes(five ? at + 4 : at);
     for (int h = 0; h < 2; ++h) {
       Bytes q = nibble(packed, h);

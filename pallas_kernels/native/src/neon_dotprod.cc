@@ -22,6 +22,12 @@ namespace {
 
 FERRUM_INLINE int32x4_t sums_of(const int32x4_t v[4]) { return vpaddq_s32(vpaddq_s32(v[0], v[1]), vpaddq_s32(v[2], v[3])); }
 
+// The two halves of four blocks times their factors.
+FERRUM_INLINE float32x4_t in_halves(float32x4_t first, float32x4_t second, const float factors[8]) {
+  const float32x4x2_t both = vld2q_f32(factors);
+  return vfmaq_f32(vmulq_f32(first, both.val[0]), second, both.val[1]);
+}
+
 // A row of the matrix, at p or already decoded, times R rows of x.
 template <Type T, bool Decoded, int R>
 void row_dots(const uint8_t* p, const Weights* decoded, int64_t k, const Group* const* x, float* y) {
@@ -49,16 +55,16 @@ void row_dots(const uint8_t* p, const Weights* decoded, int64_t k, const Group* 
       }
       for (int r = 0; r < R; ++r) {
         const Group& a = x[r][g];
-        int32x4_t dot = sums_of(first[r]);
-        if constexpr (has_parts(T)) {
-          const int16x8_t part = vmovl_s8(vld1_s8(w.part + 8 * half));
-          const int16x4_t low = vget_low_s16(part), high = vget_high_s16(part);
-          dot = vmulq_s32(dot, vmovl_s16(vuzp1_s16(low, high)));
-          dot = vmlaq_s32(dot, sums_of(second[r]), vmovl_s16(vuzp2_s16(low, high)));
+        const float32x4_t scale = vld1q_f32(a.scale + 4 * half);
+        float32x4_t dot = vcvtq_f32_s32(sums_of(first[r])), sum = vld1q_f32(a.scaled_sum + 4 * half);
+        if constexpr (has_parts(T)) dot = in_halves(dot, vcvtq_f32_s32(sums_of(second[r])), w.part + 8 * half);
+        if constexpr (has_lows(T)) {
+          const int32_t* sums = a.half_sum + 8 * half;
+          sum = vmulq_f32(scale, in_halves(vcvtq_f32_s32(vld1q_s32(sums)), vcvtq_f32_s32(vld1q_s32(sums + 4)), w.low + 8 * half));
         }
         float32x4_t& lane = lanes[r][half];
-        lane = vfmaq_f32(lane, vmulq_f32(vcvtq_f32_s32(dot), vld1q_f32(a.scale + 4 * half)), vld1q_f32(w.scale + 4 * half));
-        if constexpr (has_offset(T)) lane = vfmsq_f32(lane, vld1q_f32(a.scaled_sum + 4 * half), vld1q_f32(w.offset + 4 * half));
+        lane = vfmaq_f32(lane, vmulq_f32(dot, scale), vld1q_f32(w.scale + 4 * half));
+        if constexpr (has_offset(T)) lane = vfmsq_f32(lane, sum, vld1q_f32(w.offset + 4 * half));
       }
     }
   }

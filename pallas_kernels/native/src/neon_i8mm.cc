@@ -21,7 +21,7 @@ static_assert(sizeof(Pairs) == sizeof(PanelGroup::q), "a panel has room for it")
 struct alignas(64) Decoded {
   Pairs q;
   float scale[kBlocks][kPairs][4], offset[kBlocks][kPairs][4];
-  int32_t part[2][kBlocks][kPairs][4];
+  float part[2][kBlocks][kPairs][4], low[2][kBlocks][kPairs][4];
 };
 
 // Of `row`; its block as two registers.
@@ -44,6 +44,7 @@ void pack(const Group* const* rows, int64_t count, int64_t groups, PanelGroup* o
         out[g].scale[b][r] = from.scale[b];
         out[g].scaled_sum[b][r] = from.scaled_sum[b];
       }
+      for (int i = 0; i < 2 * kBlocks; ++i) out[g].half_sum[i][r] = from.half_sum[i];
     }
 }
 
@@ -64,8 +65,10 @@ void decode_rows(const Rows& w, int64_t groups, Decoded* out) {
           const int64_t at = 2 * (i % 2) + j;
           out[g].scale[b][i / 2][at] = weights.scale[b];
           if constexpr (has_offset(T)) out[g].offset[b][i / 2][at] = weights.offset[b];
-          if constexpr (has_parts(T))
-            for (int h = 0; h < 2; ++h) out[g].part[h][b][i / 2][at] = weights.part[2 * b + h];
+          for (int h = 0; h < 2; ++h) {
+            if constexpr (has_parts(T)) out[g].part[h][b][i / 2][at] = weights.part[2 * b + h];
+            if constexpr (has_lows(T)) out[g].low[h][b][i / 2][at] = weights.low[2 * b + h];
+          }
         }
       }
     }
@@ -75,6 +78,10 @@ void decode_rows(const Rows& w, int64_t groups, Decoded* out) {
 FERRUM_INLINE float32x4_t twice(const float* two) {
   const float32x2_t v = vld1_f32(two);
   return vcombine_f32(v, v);
+}
+FERRUM_INLINE float32x4_t twice(const int32_t* two) {
+  const int32x2_t v = vld1_s32(two);
+  return vcvtq_f32_s32(vcombine_s32(v, v));
 }
 
 constexpr int kW = 4, kX = 2;  // pairs of rows at a time: their integers and sums stay in registers
@@ -88,7 +95,7 @@ FERRUM_INLINE void lane_of(const Decoded* w, int64_t groups, const PanelGroup* x
   for (int64_t g = 0; g < groups; ++g) {
     const Decoded& from = w[g];
     const Pairs& values = reinterpret_cast<const Pairs&>(x[g].q);
-    int32x4_t total[kW][kX];
+    float32x4_t total[kW][kX];
 #pragma GCC unroll 2
     for (int part = 0; part < parts; ++part) {
       int32x4_t dot[kW][kX];
@@ -105,17 +112,25 @@ FERRUM_INLINE void lane_of(const Decoded* w, int64_t groups, const PanelGroup* x
       }
       for (int i = 0; i < kW; ++i)
         for (int j = 0; j < kX; ++j) {
-          if constexpr (parts == 1) total[i][j] = dot[i][j];
-          else if (part == 0) total[i][j] = vmulq_s32(dot[i][j], vld1q_s32(from.part[0][b][first + i]));
-          else total[i][j] = vmlaq_s32(total[i][j], dot[i][j], vld1q_s32(from.part[1][b][first + i]));
+          const float32x4_t exact = vcvtq_f32_s32(dot[i][j]);
+          if constexpr (parts == 1) total[i][j] = exact;
+          else if (part == 0) total[i][j] = vmulq_f32(exact, vld1q_f32(from.part[0][b][first + i]));
+          else total[i][j] = vfmaq_f32(total[i][j], exact, vld1q_f32(from.part[1][b][first + i]));
         }
     }
     for (int j = 0; j < kX; ++j) {
       const float32x4_t scale = twice(x[g].scale[b] + 2 * (begin + j));
       for (int i = 0; i < kW; ++i) {
-        sum[i][j] = vfmaq_f32(sum[i][j], vmulq_f32(vcvtq_f32_s32(total[i][j]), scale), vld1q_f32(from.scale[b][first + i]));
-        if constexpr (has_offset(T))
-          sum[i][j] = vfmsq_f32(sum[i][j], twice(x[g].scaled_sum[b] + 2 * (begin + j)), vld1q_f32(from.offset[b][first + i]));
+        sum[i][j] = vfmaq_f32(sum[i][j], vmulq_f32(total[i][j], scale), vld1q_f32(from.scale[b][first + i]));
+        if constexpr (has_offset(T)) {
+          float32x4_t of_x = twice(x[g].scaled_sum[b] + 2 * (begin + j));
+          if constexpr (has_lows(T)) {
+            const int half = 8 * (b / 4) + b % 4;  // in the order of Group::half_sum
+            const float32x4_t low = vmulq_f32(twice(x[g].half_sum[half] + 2 * (begin + j)), vld1q_f32(from.low[0][b][first + i]));
+            of_x = vmulq_f32(scale, vfmaq_f32(low, twice(x[g].half_sum[half + 4] + 2 * (begin + j)), vld1q_f32(from.low[1][b][first + i])));
+          }
+          sum[i][j] = vfmsq_f32(sum[i][j], of_x, vld1q_f32(from.offset[b][first + i]));
+        }
       }
     }
   }
@@ -138,10 +153,10 @@ void multiply_panel(const Decoded* w, int64_t groups, const PanelGroup* x, float
     }
 }
 
-using Decode = void(const Rows& w, int64_t groups, Decoded* out);
+using DecodeRows = void(const Rows& w, int64_t groups, Decoded* out);
 using Multiply = void(const Decoded* w, int64_t groups, const PanelGroup* x, float (*out)[kPanel]);
 
-void panels_by(Decode* decode, Multiply* multiply, Rows w, const PanelGroup* x, int64_t m, Output y) {
+void panels_by(DecodeRows* decode, Multiply* multiply, Rows w, const PanelGroup* x, int64_t m, Output y) {
   const int64_t groups = groups_of(w.k), all = w.count;
   auto* decoded = static_cast<Decoded*>(scratch(kDecoded, size_t(groups) * sizeof(Decoded)));
   const int64_t some = kPanel * (1 + kPanelBytes / (groups * int64_t(sizeof(PanelGroup))));
