@@ -110,7 +110,7 @@ def _template(file: Path | None) -> str:
 @click.option("--speculation", type=_ADDITIONAL, default=0, show_default=True, help="Tokens to draft from the text itself.")
 @click.option(
     "--warm-up/--no-warm-up", default=True, show_default=True,
-    help="Compile all programs and try them before requests are taken; else while the first ones wait.",
+    help="Before requests are taken, compile and try what can serve any of them; else while the first ones wait.",
 )  # fmt: skip
 def serve_command(model: str, host: str, port: int, uds: Path | None, **options: Any) -> None:
     """Serve MODEL (default: tiny, which is part of the package) to OpenAI's clients, until SIGTERM or Ctrl-C.
@@ -167,7 +167,7 @@ def serve_command(model: str, host: str, port: int, uds: Path | None, **options:
         with common.users_mistake():
             engine = Engine(loaded, config)
         if options["warm_up"]:
-            engine.warm_up()
+            engine.warm_up(essential=True)  # the background loop compiles the others
             engine.rehearse()
         where = running.address(bound)
 

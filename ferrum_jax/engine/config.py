@@ -135,8 +135,11 @@ class EngineConfig:
 
     def bucket(self, tokens: int, rows: int) -> Bucket:
         """The smallest shape for this many tokens (0: only decoding) and rows."""
-        fitting = (b for b in self.buckets if bool(b.tokens) == bool(tokens) and b.tokens >= tokens and b.rows >= rows)
-        return next(fitting)
+        return self.fitting(tokens, rows)[0]
+
+    def fitting(self, tokens: int, rows: int) -> list[Bucket]:
+        """All shapes for this many tokens and rows, smaller ones first."""
+        return [b for b in self.buckets if bool(b.tokens) == bool(tokens) and b.tokens >= tokens and b.rows >= rows]
 
 
 def config_of(config: EngineConfig | Mapping[str, Any]) -> EngineConfig:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ferrum_jax.engine import steps
-from ferrum_jax.engine.config import EngineConfig
+from ferrum_jax.engine.config import Bucket, EngineConfig
 from ferrum_jax.engine.executor import Executor
 from ferrum_jax.engine.request import Output, Request
 from ferrum_jax.engine.scheduler import Scheduler
@@ -43,6 +43,7 @@ class _Flight(NamedTuple):
     scored: bool
     scored_prompt: bool
     begin: float
+    shape: Bucket | None
 
 
 class Core:
@@ -156,7 +157,7 @@ class Core:
     # Serving in the background
 
     def _open(self) -> None:
-        self.serving = True
+        self.serving = self._executor.substitutes = True
         self._keep_serving()
         self._compiler.post(Job(self._warm_up_quietly))
 
@@ -202,6 +203,7 @@ class Core:
         following, pages = programs[number] if number < len(programs) else ("ready", None)
         _LOG.info("%d of %d programs, now: %s", number, len(programs), following)
         if not self.serving or number == len(programs):
+            self._executor.substitutes = False  # all are there, or nobody compiles them any more
             return
         try:
             self._executor.compile(following, pages)
@@ -316,7 +318,7 @@ class Core:
         results = self._executor.launch(dispatch)
         scored = any(row.sequence.owner.logprobs is not None for row in dispatch.rows)
         prompts = any(row.start >= 0 and row.sequence.owner.prompt_logprobs is not None for row in dispatch.rows)
-        return _Flight(dispatch, results, scored, prompts, begin)
+        return _Flight(dispatch, results, scored, prompts, begin, self._executor.shape)
 
     def _force(self, dispatch: Dispatch) -> Dispatch:
         """A dispatch that also reads the tokens that grammars force next, if that is faster than choosing one after the other,
@@ -372,7 +374,7 @@ class Core:
             self.model.count("decode", made, 0.0 if read else taken)
             self._counts["steps"] += max(1, dispatch.steps)
             if not dispatch.steps or any(row[dispatch.steps - 1] >= 0 for row in tokens):  # none of its steps was left out
-                self._scheduler.pace.took(dispatch, taken)
+                self._scheduler.pace.took(dispatch, taken, flight.shape)
             if dispatch.steps and taken > 0:
                 self.model.step_seconds = taken / dispatch.steps
                 self._choose_steps()

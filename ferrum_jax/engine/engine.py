@@ -220,13 +220,18 @@ class Engine(Core):
         while self.step() or self._do(self._busy):
             pass
 
-    def warm_up(self, progress: Callable[[int, int, str], None] | None = None) -> None:
+    def warm_up(self, progress: Callable[[int, int, str], None] | None = None, *, essential: bool = False) -> None:
         """Compiles everything that may be needed; then nothing compiles while serving.
 
         Args:
+          essential: only the few programs that can serve any request, some of them slower. The background loop uses these until
+            it has compiled the others.
           progress: called with the number of programs that are ready, the number of all, and the name of the next one.
         """
         programs = self._executor.programs()
+        if essential:
+            programs = [(name, self._executor.pages) for name in self._executor.essential()]
+            self._executor.substitutes = True
         with task("warming up, program", len(programs)) as update:
             for number, (name, pages) in enumerate(programs):
                 self.warmed_up = number, len(programs)

@@ -45,6 +45,8 @@ class Executor:
         self.pages = min(config.initial_pages or self.most, self.most)
         self.pages_a_sequence = -(-context // config.page_size)
         self.compiles = 0
+        self.substitutes = False  # a dispatch may have a larger shape than it needs, while the right one is being compiled
+        self.shape: Bucket | None = None  # of the newest dispatch
         self._locks: dict[Any, threading.Lock] = {}
         self._programs = model.programs.table((config, self.num_pages, context, self.kv_dtype))
         self._guard = threading.Lock()
@@ -79,6 +81,11 @@ class Executor:
         names: list[Bucket | str] = ["copy", *self.buckets()]
         growth = [("grow", pages) for pages in sizes[:-1]]
         return [("admit", self.pages), ("mask", self.pages), *((name, pages) for pages in sizes for name in names), *growth]
+
+    def essential(self) -> list[Bucket | str]:
+        """The programs that can serve any request, with the help of `substitutes`."""
+        largest = (Bucket(tokens, self.config.max_seqs) for tokens in (0, self.config.longest))
+        return ["admit", "mask", "copy", *largest]
 
     def compile(self, bucket: Bucket | str, pages: int | None = None) -> Callable:
         """The program of a bucket, or "admit", "mask", "copy" or "grow", for `pages` pages (None: the current number), compiled
@@ -117,14 +124,16 @@ class Executor:
         """Whether a dispatch can be started at once: its program is compiled and its pages exist."""
         return self._pages(dispatch) <= self.pages and (self._bucket(dispatch), self.pages) in self._programs
 
-    def prepare(self, dispatch: Dispatch) -> Callable:
+    def prepare(self, dispatch: Dispatch) -> None:
         """Does the work for a dispatch that may take long, once: compiles its program, and grows the state to its pages."""
         self._grow(self._pages(dispatch))
-        return self.compile(self._bucket(dispatch))
+        self.compile(self._bucket(dispatch))
 
     def launch(self, dispatch: Dispatch) -> steps.Results:
         """Starts a dispatch. Its results stay on the device, in the order of its rows."""
-        bucket, program = self._bucket(dispatch), self.prepare(dispatch)
+        self._grow(self._pages(dispatch))
+        self.shape = bucket = self._bucket(dispatch)
+        program = self.compile(bucket)
         if dispatch.copies:
             self.copy(dispatch.copies)
         rows, table, ends = self._placed(dispatch, bucket.rows)
@@ -164,7 +173,10 @@ class Executor:
     # Inside
 
     def _bucket(self, dispatch: Dispatch) -> Bucket:
-        return self.config.bucket(dispatch.tokens, len(dispatch.rows))
+        """The smallest shape for a dispatch; with `substitutes` the smallest that is compiled, if there is one."""
+        fitting = self.config.fitting(dispatch.tokens, len(dispatch.rows))
+        compiled = (bucket for bucket in fitting if self.substitutes and (bucket, self.pages) in self._programs)
+        return next(compiled, fitting[0])
 
     def _pages(self, dispatch: Dispatch) -> int:
         """The number of pages that a dispatch needs, or 0 if the state cannot grow any more."""

@@ -8,7 +8,7 @@ cut.
 
 from __future__ import annotations
 
-from ferrum_jax.engine.config import EngineConfig
+from ferrum_jax.engine.config import Bucket, EngineConfig
 from ferrum_jax.engine.sequence import Dispatch
 
 _LONGEST = 3.5  # dispatches without prompts, whose time a step with prompts may take
@@ -24,13 +24,13 @@ class Pace:
         self._steps: dict[int, float] = {}  # seconds of a decode step, by its rows
         self._token = 0.0  # seconds of a token in a step with prompts, in addition to those of a decode step
 
-    def took(self, dispatch: Dispatch, seconds: float) -> None:
-        """Learns from a dispatch."""
+    def took(self, dispatch: Dispatch, seconds: float, shape: Bucket | None = None) -> None:
+        """Learns from a dispatch. `shape`: None if it was the smallest one."""
         if dispatch.steps:
             rows = len(dispatch.rows)
             self._steps[rows] = _follow(self._steps.get(rows, 0.0), seconds / dispatch.steps)
         elif self._steps:
-            shape = self._config.bucket(dispatch.tokens, len(dispatch.rows))
+            shape = shape or self._config.bucket(dispatch.tokens, len(dispatch.rows))
             decoding = sum(row.start < 0 for row in dispatch.rows)
             self._token = _follow(self._token, max(seconds - self._step(decoding), 0.0) / shape.tokens)
 

@@ -198,6 +198,7 @@ class Executor:
         self.fault = ""
         self.struck: list[Sequence] = []
         self.launches = self.forced = 0
+        self.shape, self.substitutes = None, False
         self.between: Callable[[], object] = lambda: None
         self.pools: list[Any] = []
         # Pages with known text before the scheduler chose the newest dispatch.

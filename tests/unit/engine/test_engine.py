@@ -424,6 +424,23 @@ def test_nothing_compiles_while_serving(model, engine):
     assert model._runtime.programs.compiled == before and engine.metrics()["compiles"] <= len(engine.buckets()) + 3
 
 
+def test_few_programs_serve_any_request(model, monkeypatch):
+    """Until the background loop has compiled the others."""
+    engine = fj.Engine(model, dataclasses.replace(SMALL, num_pages=41))
+    engine.warm_up(essential=True)
+    engine.rehearse()
+    compiled = engine.metrics()["compiles"]
+    assert parts(engine.submit(PROMPTS[2], GREEDY).result()) == parts(model.generate([PROMPTS[2]], GREEDY)[0])
+    requests = [engine.submit(prompt, NOISY) for prompt in PROMPTS]
+    assert [request.result().token_ids for request in requests] == [one.token_ids for one in model.generate(PROMPTS, NOISY)]
+    assert engine.metrics()["compiles"] == compiled and len(engine.buckets()) > 2
+    monkeypatch.setattr(engine._executor, "programs", list)
+    assert engine._executor.substitutes
+    with engine:
+        engine._compiler.call(lambda: None)
+        assert not engine._executor.substitutes
+
+
 def test_a_rehearsal_measures_and_leaves_nothing(model):
     """Not even with pages for fewer sequences than slots."""
     engine = limited(model, 3)
