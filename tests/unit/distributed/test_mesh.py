@@ -66,6 +66,7 @@ def check_engine(found: dict[str, Any]) -> None:
         assert Counter(found["collectives"][name]) == {"all-reduce": 3, "all-gather": logits}, name
 
 
+@pytest.mark.slow
 def test_models_on_eight_devices(tmp_path):
     """Logits are those of transformers within 1e-3."""
     found = on_mesh(tmp_path, *FAST)

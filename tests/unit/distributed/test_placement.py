@@ -261,6 +261,7 @@ def test_states_of_layers_that_recur_are_cut_by_the_axes_that_they_name():
 # ---- Devices that are there
 
 
+@pytest.mark.slow
 def test_eight_devices_hold_what_was_computed():
     """Of the model in the package, read and put onto three meshes: see support/eight_devices.py."""
     model = Path(ferrum_jax.__file__).parent / "data" / "tiny-moe.gguf"

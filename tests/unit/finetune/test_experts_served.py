@@ -14,6 +14,8 @@ from ferrum_jax import finetune
 from ferrum_jax.weights.adapter import read_adapter
 from support.directories import MOE, edit, write
 
+pytestmark = pytest.mark.slow
+
 IDS = [list(range(3, 27)), list(range(40, 60))]
 NAMES = ["both", "down", "gate_up"]
 

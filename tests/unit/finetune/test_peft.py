@@ -67,6 +67,7 @@ def golden(case: cases.Case, digest: str) -> dict[str, np.ndarray]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_twenty_steps(name: str, trained) -> None:
     """Each loss, and each gradient's norm and its products with random directions, relative to the norm."""

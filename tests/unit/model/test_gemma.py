@@ -24,6 +24,8 @@ from pallas_kernels import dispatch
 from support.golden_checks import check_greedy, check_logits
 from support.goldens import tiny_directories, tiny_gemma, tiny_models
 
+pytestmark = pytest.mark.slow
+
 PATH = Path("somewhere/config.json")
 BY_NAME = {spec.name: spec for spec in tiny_gemma.CASES}
 ARCHES = ["gemma3", "gemma4"]  # each the name of its case in F32

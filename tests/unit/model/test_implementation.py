@@ -137,6 +137,7 @@ def test_loading_refuses_before_a_weight_is_read(path, implementation, words, mo
         fj.load(path, dtype="float32", implementation=implementation)
 
 
+@pytest.mark.slow
 def test_the_command_line(path, capsys):
     flags = ["run", str(path), "--raw", "--prompt", "abc", "--max-tokens", "2", "--dtype", "float32"]
     assert main([*flags, "--implementation", "append=xla", "--implementation", "paged_attention=xla"]) == 0

@@ -24,6 +24,8 @@ from ferrum_jax.weights.opening import open_model
 from support.golden_checks import check_greedy, check_logits
 from support.goldens import tiny_directories, tiny_latent, tiny_models
 
+pytestmark = pytest.mark.slow
+
 PATH = Path("somewhere/config.json")
 BY_NAME = {spec.name: spec for spec in tiny_latent.CASES}
 PLAIN = [spec.name for spec in tiny_latent.CASES if not spec.formats]

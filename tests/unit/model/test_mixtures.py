@@ -26,6 +26,8 @@ from support.directories import edit_tensors
 from support.golden_checks import check_greedy, check_logits
 from support.goldens import tiny_directories, tiny_mixtures, tiny_models
 
+pytestmark = pytest.mark.slow
+
 PATH = Path("somewhere/config.json")
 BY_NAME = {spec.name: spec for spec in tiny_mixtures.CASES}
 

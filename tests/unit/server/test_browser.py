@@ -98,6 +98,7 @@ def scripted(*deltas: dict, other: int = 0) -> Callable[[driver.Route], None]:
     return lambda route: route.fulfill(content_type="text/event-stream", body="".join(lines))
 
 
+@pytest.mark.slow
 def test_a_chat_and_what_the_model_considered(page: driver.Page, engine):
     """An answer, the card of a token, a branch, and the way back."""
     ask(page)

@@ -99,6 +99,7 @@ def test_nothing_compiles_between_answers(model):
     jax.monitoring.unregister_event_duration_listener(listen)
 
 
+@pytest.mark.slow
 def test_a_full_context_ends_the_answer_and_then_refuses(model):
     params = fj.SamplingParams(max_tokens=1 << 20, temperature=1.0, seed=3, logit_bias=NO_CONTROL)
     with open_engine(model) as engine:

@@ -458,6 +458,7 @@ def test_choices_and_forks_keep_the_adapter(model: fj.Model) -> None:
     assert fork.adapter == name and fork.result().token_ids == model.generate([known], GREEDY, name)[0].token_ids
 
 
+@pytest.mark.slow
 def test_snapshots_keep_the_adapter(model: fj.Model, base: fj.Model, tmp_path: Path) -> None:
     name, prompt = "llama-patterns", PROMPTS[1]
     first, second = fj.Engine(model, ENGINE), fj.Engine(model, ENGINE)
