@@ -32,7 +32,7 @@ from typing import Any
 
 from pallas_kernels import dispatch, native
 from pallas_kernels.decoder_layers.parts import Attending, LayerShape, Part, Recurring, Stack
-from pallas_kernels.native.tables import FLOAT_FORMAT, FLOAT_ROLES, MATRICES, ROLES
+from pallas_kernels.native.tables import FLOAT_FORMAT, MATRICES, ROLES
 
 __all__ = ["BACKENDS", "ROLES", "Attending", "LayerShape", "Part", "Recurring", "Stack", "backend_for"]
 
@@ -57,9 +57,8 @@ def backend_for(
     """The functions of the backend that computes all these layers in one call, or None. features: what the layers need that
     this contract does not have, in addition to parameters of other roles."""
     unknown = {role for layer in layers for role in layer} - set(ROLES)
-    matrices = {(role, part.stack) for layer in layers for role, part in layer.items() if role in MATRICES}
-    named = ((role, stacks[number]) for role, number in matrices)
-    kinds = {(s.format, s.memory_layout) for role, s in named if role not in FLOAT_ROLES or s.format != FLOAT_FORMAT}
+    used = [stacks[number] for number in {part.stack for layer in layers for role, part in layer.items() if role in MATRICES}]
+    kinds = {(s.format, s.memory_layout) for s in used if s.format != FLOAT_FORMAT}  # layers of nothing else are XLA's
     sizes, features = (hidden, math.gcd(shape.head_dim, *shape.delta_dims), shape.kinds), (*features, *sorted(unknown))
     target = dispatch.target("decoder_layers", implementation)
     cases = [dispatch.Case("decoder_layers", target, *kind[:1], dtype, kind[1], sizes, features) for kind in sorted(kinds)]

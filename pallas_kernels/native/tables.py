@@ -20,7 +20,7 @@ QUANTIZED = (
     "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "TQ1_0", "TQ2_0", "NVFP4", *GROUPS,
 )  # fmt: skip
 FORMATS = (*QUANTIZED, "F16", "BF16")  # formats of the matrices that the products accept
-FLOAT_FORMAT = "F32"  # of `FLOAT_ROLES` inside decoder_layers, in addition to FORMATS
+FLOAT_FORMAT = "F32"  # of matrices inside decoder_layers, next to those of FORMATS
 ARITHMETIC = ("int8", "int8x2", "float32")
 MATRICES = (
     "query", "key", "value", "output", "gate", "up", "down", "router", "expert_gate", "expert_up", "expert_down", "shared_gate",
@@ -32,7 +32,6 @@ VECTORS = (
     "expert_down_bias", "shared_router", "delta_taps", "delta_decay", "delta_time_bias", "delta_norm",
 )  # fmt: skip
 ROLES = (*MATRICES, *VECTORS)  # of the parameters of a layer; only matrices are in blocks
-FLOAT_ROLES = ("router", "delta_beta", "delta_alpha", "delta_beta_alpha")  # small matrices, which files have unpacked
 
 
 def _fields(words: np.ndarray, bits: int, count: int) -> np.ndarray:
