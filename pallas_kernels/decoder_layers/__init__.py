@@ -58,7 +58,8 @@ def backend_for(
     this contract does not have, in addition to parameters of other roles."""
     unknown = {role for layer in layers for role in layer} - set(ROLES)
     used = [stacks[number] for number in {part.stack for layer in layers for role, part in layer.items() if role in MATRICES}]
-    kinds = {(s.format, s.memory_layout) for s in used if s.format != FLOAT_FORMAT}  # layers of nothing else are XLA's
+    kinds = {(s.format, s.memory_layout) for s in used}
+    kinds = {kind for kind in kinds if kind[0] != FLOAT_FORMAT} or kinds  # which others may have next to them
     sizes, features = (hidden, math.gcd(shape.head_dim, *shape.delta_dims), shape.kinds), (*features, *sorted(unknown))
     target = dispatch.target("decoder_layers", implementation)
     cases = [dispatch.Case("decoder_layers", target, *kind[:1], dtype, kind[1], sizes, features) for kind in sorted(kinds)]
