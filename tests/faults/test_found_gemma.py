@@ -51,7 +51,13 @@ FAULTS = {
         "lambda full: full",
         _TURNED["gemma3"],
     ),
-    "erf": Fault("GELU is not in its tanh form", layers.gelu, "approximate=True", "approximate=False", _OF["gemma3"]),
+    "erf": Fault(
+        "GELU is not in its tanh form",
+        layers.gelu,
+        "if not _varies():",
+        "if True:\n        return jax.nn.gelu(x, approximate=False)\n    if not _varies():",
+        _OF["gemma3"],
+    ),
     "embedding": Fault("embeddings are not scaled", _EMBEDDED, "product(x, self.config.embedding_scale)", "x", _OF["gemma3"]),
     "after attention": Fault(
         "attention's output is not normalized", _BLOCK, 'self.norm(y, "attention_output_norm", layer)', "y", _OF["gemma3"]

@@ -56,8 +56,8 @@ FAULTS = [
     Fault("a group is as good as its best", grouped._grouped, "groups == 1 or", "True or", by_group),
     Fault("all groups are used", xla.route, "if router.groups > 1:", "if False:", by_group),
     Fault("nothing gates the convolution", ShortConv.__call__, "after * y", "y", lfm2),
-    Fault("taps are in the other order", ShortConv.__call__, "taps[:, i]", "taps[:, -1 - i]", lfm2),
-    Fault("the tail is not of the convolution's inputs", ShortConv.__call__, "window[1:]", "window[:-1]", cut),
+    Fault("taps are in the other order", ShortConv.recurring, "taps[:, i]", "taps[:, -1 - i]", lfm2),
+    Fault("the tail is not of the convolution's inputs", ShortConv.recurring, "window[1:]", "window[:-1]", cut),
 ]
 
 
