@@ -121,6 +121,9 @@ def test_bench_serve_tells_a_wrong_count(capsys):
                 connection.recv(1 << 16)
                 event = b'data: {"choices": [{"text": "a"}], "usage": {"completion_tokens": 2, "prompt_tokens": 1}}\n\n'
                 connection.sendall(b"HTTP/1.1 200 OK\r\nconnection: close\r\n\r\n" + event)
+                connection.shutdown(socket.SHUT_WR)
+                while connection.recv(1 << 16):  # closed with unread bytes, it would be reset
+                    pass
 
         thread = threading.Thread(target=answer)
         thread.start()
