@@ -78,8 +78,11 @@ def log(x: jax.Array) -> jax.Array:
 
 
 def sigmoid(x: jax.Array) -> jax.Array:
-    """1 / (1 + exp(-x))."""
-    return 1 / (1 + exp(-x)) if _varies() else jax.nn.sigmoid(x)
+    """1 / (1 + exp(-x)). exp(-x) would overflow for large -x, and the derivative then be infinity times 0."""
+    if not _varies():
+        return jax.nn.sigmoid(x)
+    small = exp(-jnp.abs(x))
+    return jnp.where(x >= 0, 1.0, small) / (1 + small)
 
 
 def silu(x: jax.Array) -> jax.Array:

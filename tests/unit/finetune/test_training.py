@@ -103,7 +103,7 @@ def test_early_stop_keeps_the_best(model: fj.Model, examples) -> None:
     """With a rate that destroys the model, after the first measurement nothing is better."""
     told = []
     finetune.train(
-        model, examples[1:], CONFIG, steps=50, length=32, learning_rate=3.0, warmup=0, held_out=examples[:1],
+        model, examples[1:], CONFIG, steps=50, length=32, learning_rate=0.3, warmup=0, held_out=examples[:1],
         evaluate_every=1, patience=2, report=told.append,
     )  # fmt: skip
     losses = [one.held_out_loss for one in told]

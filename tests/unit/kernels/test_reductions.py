@@ -57,3 +57,11 @@ def test_values(varies, monkeypatch):
     for name, values in right.items():
         found = jax.jit(getattr(r, name))(x[: len(values)])
         np.testing.assert_allclose(found, np.asarray(values, np.float32), rtol=3e-6, atol=1e-6 * (name == "gelu"), err_msg=name)
+
+
+@pytest.mark.parametrize("varies", [False, True])
+def test_derivatives_of_large_numbers_are_finite(varies, monkeypatch):
+    monkeypatch.setattr(r, "CPU_FUSION_VARIES", varies)
+    x = jnp.asarray([-1e4, -200.0, -89.0, -0.5, 0.5, 89.0, 1e4])
+    for function, right in ((r.sigmoid, jax.nn.sigmoid), (r.silu, jax.nn.silu), (r.softplus, jax.nn.softplus)):
+        np.testing.assert_allclose(jax.vmap(jax.grad(function))(x), jax.vmap(jax.grad(right))(x), atol=1e-6)
