@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from ferrum_jax import families, functional, memory
 from ferrum_jax.distributed import Placement
-from ferrum_jax.distributed.mapped import mapped
+from ferrum_jax.mapped import mapped
 from ferrum_jax.models import bert
 from ferrum_jax.runtime import PAGE
 from pallas_kernels import dispatch, operations

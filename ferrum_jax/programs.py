@@ -19,7 +19,7 @@ import jax
 
 from ferrum_jax import memory, program_store, progress
 from ferrum_jax.distributed import Placement
-from ferrum_jax.distributed.mapped import mapped
+from ferrum_jax.mapped import mapped
 from ferrum_jax.state import DecodeState, KVCache
 from ferrum_jax.units import readable_bytes
 from pallas_kernels import cache

@@ -29,7 +29,7 @@ class QuantizedTensor:
     """Matrices [*stack, rows, columns], or vectors [*stack, columns], in blocks of `format` along the columns.
 
     planes: the arrays that `memory_layout` keeps them in (pallas_kernels.blocks.layouts); `matrix`: (rows, columns) or
-    (columns,). cut: inside `distributed.mapped`, where a tensor is a device's part, the axes of the mesh that each dimension is
+    (columns,). cut: inside `mapped.mapped`, where a tensor is a device's part, the axes of the mesh that each dimension is
     cut over; else (). The functions here sum what devices have computed with their parts of the columns, or of the experts.
     """
 

@@ -55,7 +55,7 @@ class Placement:
 
     @classmethod
     def named(cls, sizes: Mapping[str, int]) -> Placement:
-        """On the first devices of JAX, as many along each axis as `sizes` says. Raises ValueError if there are not so many."""
+        """On the first devices of JAX, as many along each axis as `sizes` says. Raises ValueError if JAX has fewer."""
         devices, count = jax.devices(), math.prod(sizes.values())
         if count > len(devices):
             names = ",".join(f"{name}={size}" for name, size in sizes.items())

@@ -203,7 +203,7 @@ class Core:
         following, pages = programs[number] if number < len(programs) else ("ready", None)
         _LOG.info("%d of %d programs, now: %s", number, len(programs), following)
         if not self.serving or number == len(programs):
-            self._executor.substitutes = False  # all are there, or nobody compiles them any more
+            self._executor.substitutes = False  # all are there, or serving has ended and with it their compilation
             return
         try:
             self._executor.compile(following, pages)

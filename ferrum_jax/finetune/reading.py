@@ -107,8 +107,8 @@ def _conversation(record: Mapping[str, Any], model: Model) -> tuple[str, list[Sp
                 spans.append((len(before), len(after)))
     if not spans:
         raise ValueError(
-            "there is no message of the assistant to learn: after another one, with what the chat template renders before it "
-            "unchanged"
+            "there is no message of the assistant to learn: it must come after another message, and the chat template must not "
+            "change what it rendered before it"
         )
     return whole, spans
 

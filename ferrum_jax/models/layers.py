@@ -166,7 +166,7 @@ class FeedForward(LayerModule):
         self, x: jax.Array, stream: jax.Array, layer: Layer, live: jax.Array, adapter_mask: jax.Array | None = None
     ) -> jax.Array:
         """x, stream float32, live bool [tokens] -> float32, all [tokens, hidden_size]. stream: the residual stream, of which x
-        is the normalized form; experts that have a norm of their own read it through that."""
+        is the normalized form; experts with a norm of their own normalize the stream by that instead."""
         if isinstance(self.spec, Mixture):
             y = self.mixture(x, stream, layer, live, self.spec, adapter_mask)
             return y + self.shared(x, layer, adapter_mask, self.spec.activation) if self.spec.shared_width else y

@@ -91,7 +91,7 @@ class Dialect:
           reasoning: the same for reasoning.
 
         Raises:
-          ValueError: if there is no format with a name.
+          ValueError: if `calls` or `reasoning` is not the name of a format.
         """
         for name, known, what in ((calls, CALL_NAMES, "tool parser"), (reasoning, REASONING_NAMES, "reasoning parser")):
             if name is not None and name not in known:

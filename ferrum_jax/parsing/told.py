@@ -28,7 +28,7 @@ def instructions(tools: Sequence[dict[str, Any]]) -> str:
 
 
 def with_instructions(messages: list[dict[str, Any]], text: str, *, system: bool) -> list[dict[str, Any]]:
-    """Messages of plain texts with instructions: at the end of the system's, or, if there is none, in one of their own
+    """Messages of plain texts with instructions added: at the end of the system message; if there is none, in a new one
     (`system`) or at the beginning of the first message."""
     if not messages or (messages[0].get("role") not in ("system", "developer") and system):
         return [{"role": "system", "content": text}, *messages]

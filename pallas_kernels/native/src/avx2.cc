@@ -27,15 +27,6 @@ void dots(const Rows& w, const Group* const* x, int64_t m, Output y) {
   }
 }
 
-void float_dots(const Rows& w, const float* const* x, int64_t m, Output y) {
-  switch (w.format->type) {
-    FERRUM_QUANTIZED(float_dots_of, w, x, m, y)
-    FERRUM_CASE(F16, float_dots_of, w, x, m, y)
-    FERRUM_CASE(BF16, float_dots_of, w, x, m, y)
-    FERRUM_CASE(F32, float_dots_of, w, x, m, y)
-  }
-}
-
 }  // namespace
 
 const Isa avx2 = {"avx2", quantize_row, rest_of_row, pack_panel, dots, nullptr, float_dots, FERRUM_BESIDE};

@@ -20,18 +20,6 @@
 #include "floats.h"
 
 namespace ferrum {
-namespace {
-
-void float_dots(const Rows& w, const float* const* x, int64_t m, Output y) {
-  switch (w.format->type) {
-    FERRUM_QUANTIZED(float_dots_of, w, x, m, y)
-    FERRUM_CASE(F16, float_dots_of, w, x, m, y)
-    FERRUM_CASE(BF16, float_dots_of, w, x, m, y)
-    FERRUM_CASE(F32, float_dots_of, w, x, m, y)
-  }
-}
-
-}  // namespace
 
 const Isa avx512_vnni = {"avx512_vnni", avx512_quantize, rest_of_row, pack_panel, avx512_dots, nullptr, float_dots, FERRUM_BESIDE};
 

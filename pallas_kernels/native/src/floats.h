@@ -109,5 +109,14 @@ inline void float_dots_of(const Rows& w, const float* const* x, int64_t m, Outpu
   float_dots_by(decode_floats<T>, w, x, m, y);
 }
 
+inline void float_dots(const Rows& w, const float* const* x, int64_t m, Output y) {
+  switch (w.format->type) {
+    FERRUM_QUANTIZED(float_dots_of, w, x, m, y)
+    FERRUM_CASE(F16, float_dots_of, w, x, m, y)
+    FERRUM_CASE(BF16, float_dots_of, w, x, m, y)
+    FERRUM_CASE(F32, float_dots_of, w, x, m, y)
+  }
+}
+
 }  // namespace
 }  // namespace ferrum

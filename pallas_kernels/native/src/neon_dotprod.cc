@@ -124,15 +124,6 @@ void dots(const Rows& w, const Group* const* x, int64_t m, Output y) {
   }
 }
 
-void float_dots(const Rows& w, const float* const* x, int64_t m, Output y) {
-  switch (w.format->type) {
-    FERRUM_QUANTIZED(float_dots_of, w, x, m, y)
-    FERRUM_CASE(F16, float_dots_of, w, x, m, y)
-    FERRUM_CASE(BF16, float_dots_of, w, x, m, y)
-    FERRUM_CASE(F32, float_dots_of, w, x, m, y)
-  }
-}
-
 // number: of the bit in Linux's auxiliary vector, name: Darwin's.
 bool has_feature([[maybe_unused]] int vector, [[maybe_unused]] int bit, [[maybe_unused]] const char* name) {
 #if defined(__linux__)

@@ -18,8 +18,8 @@ from jax.extend.core import jaxprs_in_params
 from ferrum_jax import functional, memory
 from ferrum_jax.config import Attention, Dense, GatedDeltaNet, LayerSpec, Mixture, ModelConfig, Rope
 from ferrum_jax.distributed import Placement
-from ferrum_jax.distributed.mapped import mapped
 from ferrum_jax.distributed.share import share
+from ferrum_jax.mapped import mapped
 from ferrum_jax.weights.stream import abstract_parameters, fitted
 from pallas_kernels import dispatch
 from pallas_kernels.dispatch import Target
