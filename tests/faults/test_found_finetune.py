@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 
-import jax
 import numpy as np
 import pytest
 
@@ -14,22 +13,9 @@ from ferrum_jax.finetune import peft
 from ferrum_jax.models.layers import FeedForward
 from pallas_kernels import segment_attention as attention
 from pallas_kernels.delta_net import packed
-from support.patching import Fault, applied, in_folder
+from support.patching import Fault, applied, in_folder, retraced
 from unit.finetune import test_families as families
 from unit.finetune import test_loss as parts
-
-
-def retraced(test: Callable, *arguments) -> Callable[[], None]:
-    """The test with its programs traced anew, before it and after it."""
-
-    def guard() -> None:
-        jax.clear_caches()
-        try:
-            test(*arguments)
-        finally:
-            jax.clear_caches()
-
-    return guard
 
 
 def what_is_not_learned_is_no_target() -> None:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-import jax
 import pytest
 
 from ferrum_jax import implementation
@@ -14,7 +11,7 @@ from pallas_kernels import dispatch, native
 from pallas_kernels.delta_net import chunks, xla
 from pallas_kernels.native import tables
 from support.compiler import needs_compiler
-from support.patching import Fault, applied
+from support.patching import Fault, applied, retraced
 from support.random_models import DENSE
 from unit.kernels import test_delta_net as delta_net
 from unit.kernels import test_native
@@ -24,19 +21,6 @@ from unit.model import test_implementation as guards
 
 def an_unused_operation_is_refused() -> None:
     guards.test_what_a_model_cannot_have_is_refused(DENSE, {"expert_ffn": "composed"}, "this model does not use expert_ffn")
-
-
-def retraced(test: Callable, *arguments) -> Callable[[], None]:
-    """The test with its programs traced anew, before it and after it."""
-
-    def guard() -> None:
-        jax.clear_caches()
-        try:
-            test(*arguments)
-        finally:
-            jax.clear_caches()
-
-    return guard
 
 
 FAULTS = {

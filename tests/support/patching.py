@@ -17,6 +17,8 @@ from pathlib import Path
 from types import CodeType
 from typing import Any, NamedTuple
 
+import jax
+
 
 class Fault(NamedTuple):
     """In the source of `function` the text `ours` becomes `theirs`; `guard`, called without arguments, must fail."""
@@ -34,6 +36,19 @@ def in_folder(test: Callable, *arguments: Any) -> Callable[[], None]:
     def guard() -> None:
         with tempfile.TemporaryDirectory() as folder:
             test(*arguments, Path(folder))
+
+    return guard
+
+
+def retraced(test: Callable, *arguments: Any) -> Callable[[], None]:
+    """The test with its programs traced anew, before it and after it."""
+
+    def guard() -> None:
+        jax.clear_caches()
+        try:
+            test(*arguments)
+        finally:
+            jax.clear_caches()
 
     return guard
 
